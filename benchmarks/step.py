@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.common import alternate, parser, print_table, timed, write_shard
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, shard_captions
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
@@ -175,7 +175,8 @@ def write_training_data(folder: Path, count: int) -> None:
     write_shard(folder, count)
     source, writer = open_source(SourceConfig(path=str(folder))), CacheWriter(folder / "cache", TEACHER)
     for shard in source.shards:
-        keys, captions = shard_captions(source, shard)
+        samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
+        keys, captions = zip(*samples, strict=True)
         rows = caption_rows(captions)
         writer.write_shard(shard.name, keys, rows, torch.randn(len(rows), TEACHER.width))
     writer.finish()

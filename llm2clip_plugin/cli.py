@@ -250,9 +250,7 @@ def run(name: str, argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
-        from llm2clip_plugin.contracts import remedy_of
-
-        _report(f"error: {error}{remedy_of(error)}")
+        _report(f"error: {error}")
         return _final(2) if isinstance(error, ValueError) else 2  # an OSError may pass
     except SameOnAllRanksError as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":

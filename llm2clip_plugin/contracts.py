@@ -18,7 +18,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -27,19 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from llm2clip_plugin.files import (
-    MAX_LAYERS,
-    MAX_SIDE,
-    MAX_WIDTH,
-    ContractError,
-    check_fields,
-    check_whole,
-    read_header,
-    read_json_value,
-    type_problem,
-)
+from llm2clip_plugin.files import ContractError, check_fields, read_header, read_json_value, type_problem
 
-# A full disk as one error that names the file, the disk and its free space, whichever library met it.
+# A full disk as one error that names the file and the free space, whichever library met it.
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -49,14 +38,12 @@ class DiskFullError(OSError):
 
     def __init__(self, target: str | os.PathLike[str], number: int = errno.ENOSPC) -> None:
         super().__init__(number, os.strerror(number), os.fspath(target))
-        disk = mount_point(Path(target))
-        self.reason = f"{self.strerror} (the disk at {disk} has {size_text(shutil.disk_usage(disk).free)} free)"
+        path = Path(os.path.abspath(target))
+        folder = next(place for place in (path, *path.parents) if place.exists())
+        self.reason = f"{self.strerror} ({size_text(shutil.disk_usage(folder).free)} free)"
 
     def __str__(self) -> str:
-        return (
-            f"cannot write {self.filename}: {self.reason}; free space there, or choose a path on another disk, and "
-            "rerun the same command"
-        )
+        return f"cannot write {self.filename}: {self.reason}; free space there, and rerun the same command"
 
     def __reduce__(self) -> tuple[type, tuple[str, int | None]]:  # processes send it to each other
         return type(self), (self.filename, self.errno)
@@ -64,10 +51,7 @@ class DiskFullError(OSError):
 
 @contextmanager
 def naming_full_disk(target: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise DiskFullError for ``target`` if the block fails because its disk is full.
-
-    safetensors has an error of its own for that; any other of its errors becomes an OSError that names ``target``.
-    """
+    """Raise DiskFullError for ``target`` if the block fails because its disk is full: safetensors has its own error."""
     try:
         yield
     except DiskFullError:
@@ -76,26 +60,7 @@ def naming_full_disk(target: str | os.PathLike[str]) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         if number in FULL or any(os.strerror(full) in str(error) for full in FULL):
             raise DiskFullError(target, number if number in FULL else errno.ENOSPC) from error
-        if type(error).__name__ == "SafetensorError":  # this file imports the standard library alone
-            raise OSError(f"cannot write {target}: {error}") from error
         raise
-
-
-def remedy_of(error: Exception) -> str:
-    """What to do if a disk is full, or descriptors are used up, and the error does not say so itself; else ""."""
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return "; raise the limit of open files, as in `ulimit -n 4096`, and rerun the same command"
-    if isinstance(error, DiskFullError) or not (isinstance(error, OSError) and error.errno in FULL):
-        return ""
-    return "; free space on the disks of the output and of temporary files (TMPDIR), and rerun the same command"
-
-
-def mount_point(path: Path) -> Path:
-    """Where the disk that holds, or would hold, ``path`` is mounted."""
-    path = Path(os.path.abspath(path))
-    while not os.path.ismount(path):
-        path = path.parent
-    return path
 
 
 def size_text(number: float) -> str:
@@ -113,24 +78,19 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises DiskFullError, which names ``path``, whatever a library raises on a full disk.
     """
     target = Path(path)
-    with naming_full_disk(target), _temporary_file(target) as temporary:
-        yield temporary
-
-
-@contextmanager
-def _temporary_file(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    try:
-        yield temporary
-        os.chmod(temporary, mode)  # safetensors makes its files readable by their owner only
-        fsync(temporary)
-        os.replace(temporary, target)
-        fsync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = _sibling(target)
+    with naming_full_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            os.chmod(temporary, mode)  # safetensors makes its files readable by their owner only
+            fsync(temporary)
+            os.replace(temporary, target)
+            fsync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -143,34 +103,32 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
     target = Path(path)
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; choose another path or pass --overwrite")
-    with naming_full_disk(target), _temporary_directory(target) as temporary:
-        yield temporary
-
-
-@contextmanager
-def _temporary_directory(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
+    temporary = _sibling(target)
     old = temporary.with_suffix(".old")
-    try:
-        yield temporary
-        for inside in (*temporary.rglob("*"), temporary):
-            if not inside.is_symlink():
-                fsync(inside)
-        if target.exists():
-            os.replace(target, old)  # a directory cannot be renamed onto one that is not empty
+    with naming_full_disk(target):
+        temporary.mkdir(parents=True)
         try:
-            os.replace(temporary, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
-        fsync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)  # on NFS, a file that is still open keeps its folder
+            yield temporary
+            for inside in (*temporary.rglob("*"), temporary):
+                if not inside.is_symlink():
+                    fsync(inside)
+            if target.exists():
+                os.replace(target, old)  # a directory cannot be renamed onto one that is not empty
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if old.exists():
+                    os.replace(old, target)
+                raise
+            fsync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)  # on NFS, a file that is still open keeps its folder
+
+
+def _sibling(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def fsync(path: Path) -> None:
@@ -181,9 +139,9 @@ def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
+    except OSError:
         if not path.is_dir():  # several network file systems refuse it for directories
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
     finally:
         os.close(descriptor)
 
@@ -294,9 +252,6 @@ class VersionedRecord:
 
 # Cards: what a tower and a fine-tuned LLM are, and what determines the embedding of a caption.
 
-SHA256 = re.compile("[0-9a-f]{64}")
-IDENTIFIER = re.compile(r"\w{1,64}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TowerCard(VersionedRecord):
@@ -321,25 +276,6 @@ class TowerCard(VersionedRecord):
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
 
     FILE: ClassVar[str] = "llm2clip.json"
-
-    def check_values(self, *, where: str) -> None:
-        """Raise ContractError for widths, depths and image sizes that no tower has, and for hashes that are none."""
-        limits = {
-            "hidden_size": MAX_WIDTH,
-            "num_layers": MAX_LAYERS,
-            "patch_size": MAX_SIDE,
-            "image_size": MAX_SIDE,
-        }
-        for name, high in limits.items():
-            check_whole(getattr(self, name), 1, high, name=name, where=where)
-        check_whole(self.projection_dim, 0, MAX_WIDTH, name="projection_dim", where=where)
-        if self.patch_size > self.image_size:
-            raise ContractError(f"{where}: patch_size {self.patch_size} exceeds image_size {self.image_size}")
-        if not IDENTIFIER.fullmatch(self.family):
-            raise ContractError(f"{where}: family is {self.family!r}, expected the name of a tower family")
-        for name in ("weights_sha256", "adapter_sha256"):
-            if not SHA256.fullmatch(value := getattr(self, name)) and (value or name == "weights_sha256"):
-                raise ContractError(f"{where}: {name} is {value!r}, expected 64 hexadecimal digits")
 
     @property
     def num_patches(self) -> int:
@@ -479,21 +415,6 @@ class ScoreFile(VersionedRecord):
     model: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-    def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the scores; FileExistsError if ``path`` is another kind of file, or scores of more items or of another
-        benchmark."""
-        if os.path.exists(path):
-            try:
-                before = ScoreFile.read(path)
-            except (ContractError, OSError) as error:
-                raise FileExistsError(f"{path} exists and is not a score file; choose another path") from error
-            if before.benchmark != self.benchmark or len(before.items) > len(self.items):
-                raise FileExistsError(
-                    f"{path} has scores of {before.benchmark} ({len(before.items)} items), which those of "
-                    f"{self.benchmark} ({len(self.items)} items) would replace; choose another path, or delete it"
-                )
-        return super().write(path)
 
 
 # How the rows of an embedding cache are stored.

@@ -3,6 +3,8 @@
 Standard library only, as ``contracts``, which re-exports ContractError.
 """
 
+from __future__ import annotations
+
 import ast
 import codecs
 import importlib
@@ -18,11 +20,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-MAX_WIDTH = 1 << 17  # of a hidden state, an embedding or an MLP; the largest LLMs of today have 1 << 14
-MAX_LAYERS = 1 << 10
-MAX_SIDE = 1 << 14  # along a side of a tower's image
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ContractError(ValueError):
@@ -127,18 +128,12 @@ def check_range(value: Any, low: float, high: float, *, name: str, where: str) -
         raise ContractError(f"{where}: {name} is {_short(value)}, expected a number from {low:g} to {high:g}")
 
 
-def check_whole(value: Any, low: int, high: int, *, name: str, where: str) -> None:
-    """Raise ContractError unless a value is a whole number from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ContractError(f"{where}: {name} is {_short(value)}, expected a whole number from {low} to {high}")
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return printable(text if len(text) <= 80 else text[:77] + "...")
 
 
-# The header of a safetensors file, checked against the file's size before anything is allocated.
+# Safetensors files: the header, checked against the file's size before anything is allocated, and the tensors.
 
 MAX_HEADER = 100_000_000  # bytes, the library's own limit
 DTYPE_BYTES = {
@@ -166,8 +161,16 @@ class Header(NamedTuple):
     data_start: int
 
 
+def load_tensors(path: str | os.PathLike[str], *, fix: str = "copy or export it again") -> dict[str, Tensor]:
+    """Every tensor of a file, on the CPU. Raises as ``read_header``."""
+    from safetensors.torch import load_file
+
+    read_header(path, fix=fix)
+    return load_file(path)
+
+
 def read_header(path: str | os.PathLike[str], *, fix: str = "copy or export it again") -> Header:
-    """Read and check a file's header. Raises ContractError naming the file, OSError."""
+    """Read and check a file's header. Raises ContractError naming the file and ``fix``, OSError."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         try:
@@ -184,16 +187,14 @@ def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
     """
     head = read(8, 0)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-    if length > size - 8:
-        raise ValueError(f"it has {size} bytes")
-    if length > MAX_HEADER:
-        raise ValueError(f"a header of {length} bytes (at most {MAX_HEADER})")
+    if length > min(size - 8, MAX_HEADER):
+        raise ValueError(f"it has {size} bytes, its header {length}")
     try:
         header = json.loads(read(length, 8))
         metadata = header.pop("__metadata__", None) or {}
         entries = _entries(header)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its header has no {error}" if isinstance(error, KeyError) else str(error)) from error
+        raise ValueError(f"damaged header ({error!r})") from error
     end = max((entry.stop for entry in entries.values()), default=0)
     if 8 + length + end != size:
         raise ValueError(f"{size} bytes, expected {8 + length + end}")
@@ -206,11 +207,8 @@ def _entries(header: dict[str, Any]) -> dict[str, Entry]:
     for name, body in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = body["data_offsets"]
         entry = Entry(str(body["dtype"]), tuple(body["shape"]), start, stop)
-        if not all(type(number) is int and number >= 0 for number in (*entry.shape, start, stop)):
-            raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
-        if entry.dtype not in DTYPE_BYTES:
-            raise ValueError(f"{name} has the unknown dtype {entry.dtype!r}")
-        if start != end or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
+        whole = all(type(number) is int and number >= 0 for number in (*entry.shape, start, stop))
+        if not whole or start != end or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
             raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
         entries[name], end = entry, stop
     return entries

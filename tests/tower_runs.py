@@ -17,7 +17,7 @@ from llm2clip_plugin.train.distributed import free_port
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
-# a training command that stops before the batch that ends at a sample, for ever: a test may kill it in peace
+# train-tower, but it stops before the batch that ends at a sample, for ever: a test may kill it in peace
 HELD = """
 import sys, time
 from llm2clip_plugin.cli import leave, run
@@ -32,7 +32,7 @@ def held(batches):
         yield batch
 
 TrainingRun.train_to_end = lambda self, *a, batches, **o: train_to_end(self, *a, batches=held(batches), **o)
-leave(run("{command}", sys.argv[1:]))
+leave(run("train-tower", sys.argv[1:]))
 """
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -77,13 +77,14 @@ def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
 
-def killed_at(argv: list[str], run: Path, position: int, command: str = "train-tower", world: int = 2) -> None:
-    """Start the command on ``world`` ranks, and kill them before the batch that ends at sample ``position``, when a
-    checkpoint is complete."""
+def killed_at(argv: list[str], run: Path, step: int, *, saved: bool = True) -> None:
+    """Start train-tower on two ranks, and kill them before the batch of ``step``, when the line of the step before it
+    is there, and (``saved``) a checkpoint."""
     script = run.with_name(f"{run.name}-held.py")
-    script.write_text(HELD.format(position=position, command=command))
-    ranks = start(argv, world, script)
-    wait_for(lambda: (run / "checkpoints/latest").is_file(), ranks)
+    script.write_text(HELD.format(position=16 * step))
+    ranks = start(argv, 2, script)
+    wait_for(lambda: max(losses(run), default=0) == step - 1, ranks)
+    wait_for(lambda: not saved or (run / "checkpoints/latest").is_file(), ranks)
     for rank in ranks:
         rank.kill()
     finish(ranks)

@@ -33,16 +33,16 @@ import sys
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
-from llm2clip_plugin.console import progress_bar, track
+from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import (
     CACHE_DTYPES,
     VALUE_BYTES,
@@ -55,35 +55,27 @@ from llm2clip_plugin.contracts import (
     shard_file,
 )
 from llm2clip_plugin.data.index import stamps_of
-from llm2clip_plugin.data.remote import KeptFolder, Ledger, SteadyFile, default_download_folder
+from llm2clip_plugin.data.remote import RetryingFile
 from llm2clip_plugin.data.samples import BrokenSample, Caption, caption_hash, hash_hex
 from llm2clip_plugin.data.sources.base import Shard, Source
-from llm2clip_plugin.data.workers import cores, map_in_order, process_pool
+from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import PROGRESS, ContractError, again, parse_header, tell_job
 from llm2clip_plugin.options import unknown
 
 # What to do about a cache's file that is damaged or missing: the command that made the cache, as it was typed.
 
 
-def embed_command(path: Path) -> str:
-    """The ``llm2clip embed`` command that made the cache that holds ``path``; without arguments if none is recorded."""
+def redo(path: Path) -> str:
+    """``rerun `...`, which embeds what is missing or damaged``, for the cache that holds ``path``."""
+    command = ""
     for folder in (path, *path.parents):
         if (folder / EmbedRecord.FILE).is_file():
             try:
-                return again(EmbedRecord.read(folder / EmbedRecord.FILE).command) or "llm2clip embed"
+                command = again(EmbedRecord.read(folder / EmbedRecord.FILE).command)
             except (ContractError, OSError):
-                break
-    return "llm2clip embed"
-
-
-def redo(path: Path) -> str:
-    """``rerun `...`; complete shards are skipped``, for the cache that holds ``path``."""
-    return f"rerun `{embed_command(path)}`; complete shards are skipped"
-
-
-def repair(path: Path) -> str:
-    """``rerun `...`, which embeds damaged shards again``, for the cache that holds ``path``."""
-    return f"rerun `{embed_command(path)}`, which embeds damaged shards again"
+                pass
+            break
+    return f"rerun `{command or 'llm2clip embed'}`, which embeds what is missing or damaged"
 
 
 # One shard of an embedding cache as a file; ``reader`` lists its tensors.
@@ -115,39 +107,43 @@ def image_check(data: bytes) -> int:
 
 
 class ShardFile:
-    """One shard's file, read by position: one open file, and errors that pass are retried (see data.retry).
+    """One shard's file, read by position: one open file, and transient errors are retried (see data.retry).
 
     Raises ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = SteadyFile(path)
+        self._file = RetryingFile(path)
         try:
-            self._layouts, metadata = _read_layouts(self._file)
-            self.meta: dict[str, str] = json.loads(metadata[META])
+            self.size = self._file.size()  # bytes
+            header = parse_header(self.size, self._file.read)
+            self._data_start, self._entries = header.data_start, header.entries
+            if wrong := {*TENSORS, "row_checks", "image_checks"} ^ {*header.entries, "image_checks"}:
+                raise ValueError(f"unknown or missing tensors: {', '.join(sorted(wrong))}")
+            self.meta: dict[str, str] = json.loads(header.metadata[META])
             if missing := {*METADATA} - {*self.meta}:
                 raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
-            self.captions, self.width = self._layouts["embeddings"].shape
-            self.samples = self._layouts["row_starts"].shape[0] - 1
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            self.captions, self.width = self._entries["embeddings"].shape
+            self.samples = self._entries["row_starts"].shape[0] - 1
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ContractError(
                 f"{path} is truncated or not a shard of an embedding cache ({error}); {redo(path)}"
             ) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         """An entire tensor of the file."""
-        return self._read(name, 0, self._layouts[name].shape[0])
+        return self._read(name, 0, self._entries[name].shape[0])
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         """A tensor from one index of its first axis to another."""
-        layout = self._layouts[name]
-        one = math.prod(layout.shape[1:]) * layout.dtype.itemsize
-        size = (stop - start) * one
-        data = self._file.read(size, layout.start + start * one)
-        if len(data) != size:
+        entry = self._entries[name]
+        dtype, shape = np.dtype(DTYPES[entry.dtype]), (stop - start, *entry.shape[1:])
+        one = math.prod(shape[1:]) * dtype.itemsize
+        data = self._file.read(shape[0] * one, self._data_start + entry.start + start * one)
+        if len(data) != shape[0] * one:
             raise ContractError(f"{self.path} was truncated while it was read; {redo(self.path)}")
-        return np.frombuffer(data, layout.dtype).reshape(stop - start, *layout.shape[1:])
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def key(self, index: int) -> str:
         """The key of a sample."""
@@ -161,11 +157,11 @@ class ShardFile:
 
     def image_check(self, index: int) -> int:
         """Checksum of a sample's image when its captions were embedded; 0 if it was not recorded."""
-        return int(self._read("image_checks", index, index + 1)[0]) if "image_checks" in self._layouts else 0
+        return int(self._read("image_checks", index, index + 1)[0]) if "image_checks" in self._entries else 0
 
     def changed_images(self, checks: Sequence[int]) -> list[int]:
         """Samples whose image has another checksum than the recorded one; none if either was not recorded."""
-        if not len(checks) or "image_checks" not in self._layouts:
+        if not len(checks) or "image_checks" not in self._entries:
             return []
         return np.flatnonzero(self["image_checks"] != np.asarray(checks, dtype=np.int64)).tolist()
 
@@ -180,42 +176,19 @@ class ShardFile:
         checks = self._read("row_checks", first, stop)[chosen].tolist()
         for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
             if row_check(row_W, scale, number) != check:
-                raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {repair(self.path)}")
+                raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {redo(self.path)}")
         value_nW = stored_nW.astype(np.float32) * scale_n[:, None]
-        if not (finite_n := np.isfinite(value_nW).all(axis=1)).all():
-            number = rows[int(np.flatnonzero(~finite_n)[0])]
-            raise ContractError(f"{self.path} is damaged: row {number} is not finite; {repair(self.path)}")
+        if not np.isfinite(value_nW).all():
+            raise ContractError(f"{self.path} is damaged: a row of {list(rows)} is not finite; {redo(self.path)}")
         return torch.from_numpy(value_nW)
 
     def damage(self) -> str:
         """What is wrong with the file's contents, "" if nothing is; reads every byte."""
         for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
-            digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._layouts})
+            digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._entries})
             if digest != self.meta[name]:
                 return f"SHA-256 {digest}, expected {self.meta[name]}"
         return ""
-
-
-class Layout(NamedTuple):
-    """Where a tensor lies in its file."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int  # byte in the file
-
-
-def _read_layouts(file: SteadyFile) -> tuple[dict[str, Layout], dict[str, str]]:
-    """Layouts and metadata; ValueError or KeyError for a file that is not a whole shard."""
-    header = parse_header(file.size(), file.read)
-    if unknown := header.entries.keys() - {*TENSORS, *CHECKS}:
-        raise ValueError(f"unknown tensors {', '.join(sorted(unknown))}")
-    if missing := {*TENSORS, "row_checks"} - header.entries.keys():
-        raise ValueError(f"no tensors {', '.join(sorted(missing))}")
-    layouts = {
-        name: Layout(np.dtype(DTYPES[entry.dtype]), entry.shape, header.data_start + entry.start)
-        for name, entry in header.entries.items()
-    }
-    return layouts, header.metadata
 
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
@@ -234,23 +207,18 @@ def has_text(caption: Caption) -> bool:
     return bool(caption.text.strip())
 
 
-def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]]]:
-    """Keys and captions of a shard's samples; an unreadable sample has a key and no captions."""
-    samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
-    return [key for key, _ in samples], [captions for _, captions in samples]
+def shard_contents(
+    source: Source, shard: Shard, *, images: bool = True
+) -> tuple[list[str], list[tuple[Caption, ...]], list[int] | None]:
+    """Keys, captions (none of a sample that can't be read) and checksums of the images (0 for one that can't be read).
 
-
-def shard_contents(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]], list[int] | None]:
-    """As ``shard_captions``, and the checksum of each sample's image: 0 for one that can't be read.
-
-    None instead of the checksums where images are at a URL: they would all be downloaded.
+    None instead of the checksums without ``images``, and where images are at a URL: all would be downloaded.
     """
-    if not source.images_at_hand:
-        return *shard_captions(source, shard), None
+    images = images and source.images_at_hand
     keys, captions, checks = [], [], []
     for number in range(shard.start, shard.start + shard.size):
         try:
-            sample = source.with_image(number)
+            sample = source.with_image(number) if images else source[number]
         except BrokenSample as error:
             keys.append(error.key)
             captions.append(())
@@ -259,10 +227,10 @@ def shard_contents(source: Source, shard: Shard) -> tuple[list[str], list[tuple[
         keys.append(sample.key)
         captions.append(sample.captions)
         try:
-            checks.append(image_check(sample.read_image()))
+            checks.append(image_check(sample.read_image()) if images else 0)
         except BrokenSample:
             checks.append(0)
-    return keys, captions, checks
+    return keys, captions, checks if images else None
 
 
 def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]:
@@ -279,20 +247,14 @@ def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
     return sha256_text(canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]]))
 
 
-UNCOMPARED = "the data"  # what ``row_numbers`` calls a sample whose shard was proven by its size and time alone
-
-
-def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Caption], key: str, data: str) -> list[int]:
+def row_numbers(file: ShardFile, index: int, captions: Sequence[Caption], key: str) -> list[int]:
     """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption was not embedded."""
     if not 0 <= index < file.samples:
-        raise ContractError(
-            f"{file.path} has no sample {index}: shard {shard!r} had {file.samples} samples when it was embedded; "
-            f"{redo(file.path)}"
-        )
+        raise ContractError(f"{file.path} has no sample {index} of {file.samples}; {redo(file.path)}")
     if key and file.key(index) != key:
         raise ContractError(
-            f"{file.path}: sample {index} of shard {shard!r} has key {key!r} in {data}, {file.key(index)!r} in the "
-            f"cache; {redo(file.path)}"
+            f"{file.path}: sample {index} has key {key!r} in the data, {file.key(index)!r} in the cache; "
+            f"{redo(file.path)}"
         )
     row_of = file.row_numbers(index)
     hashes = [caption_hash(caption.text) for caption in captions]
@@ -300,11 +262,9 @@ def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Capt
         if value not in row_of:
             known = ", ".join(map(hash_hex, row_of)) or "none"
             text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
-            reason = f"(hash {hash_hex(value)}) was not embedded" if has_text(caption) else "is blank"
-            if data == UNCOMPARED:
-                reason += f"; if shard {shard!r} was changed and its time kept, `touch` its file first"
             raise ContractError(
-                f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; cached caption hashes: {known}; "
+                f"{file.path}: sample {file.key(index)!r}: caption {text!r} (hash {hash_hex(value)}) was not embedded; "
+                f"cached caption hashes: {known}; if its data was changed and the file's time kept, `touch` that file; "
                 f"{redo(file.path)}"
             )
     return [row_of[value] for value in hashes]
@@ -312,7 +272,7 @@ def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Capt
 
 # That a cache holds the captions of a source: compared in full once, then by digests.
 
-KEEP_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not start over
+SAVE_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not start over
 LISTED = 5  # samples and shards that a message names
 PROOF_FEW = 16384  # samples that this process compares alone, without a pool
 
@@ -324,8 +284,8 @@ def check_captions(
 ) -> None:
     """Compare a source with a cache's manifest entries: shard names, counts, and the digests of keys and captions.
 
-    Every caption is read where no digest is kept, or everywhere, and every image, with ``full``. Raises ContractError
-    at the first difference, with both values; warns of embedded shards that a folder has no longer.
+    Captions are read where no digest shows that the cache has them; all of them, and every image, with ``full``. Raises
+    ContractError at the first difference, with both values; warns of embedded shards that a folder has no longer.
     """
     _warn_of_lost_shards(source, entries)
     for shard in source.shards:
@@ -336,14 +296,11 @@ def check_captions(
                 f"{file.path}: shard {shard.name!r} has {shard.size} samples in {source.path}, {file.samples} "
                 f"when it was embedded; {redo(file.path)}"
             )
-    if source.kept is None:
+    if source.side_folder is None:
         _compare_all(source, source.shards, open_shard, full=full)
-        return
-    if not full and not _unproven(source, entries):
-        return
-    with source.kept.lock(f"compare {source.path} with its embeddings"):
-        shards = source.shards if full else _unproven(source, entries)
-        _compare_all(source, shards, open_shard, full=full)
+    elif full or _unproven(source, entries):
+        with source.side_folder.lock(f"compare {source.path} with its embeddings"):
+            _compare_all(source, source.shards if full else _unproven(source, entries), open_shard, full=full)
 
 
 def _warn_of_lost_shards(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -353,115 +310,87 @@ def _warn_of_lost_shards(source: Source, entries: Mapping[str, Mapping[str, Any]
     if lost and os.path.isdir(source.path) and os.environ.get("RANK", "0") == "0":
         print(
             f"warning: {source.path} has {len(here)} shards, {len(entries)} were embedded; not there: "
-            f"{', '.join(lost[:LISTED])}{', ...' if len(lost) > LISTED else ''}; restore them unless they were removed "
-            "on purpose",
+            f"{_some(lost)}; restore them unless they were removed on purpose",
             file=sys.stderr,
         )
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+
+
 def kept_digests(source: Source) -> dict[str, str]:
     """Digest of each shard of a source whose file is still the one that was read."""
-    kept = source.digests.read() if source.digests else {}
-    return {
-        shard.name: kept[shard.name]["sha256"]
-        for shard, stamp in zip(source.shards, source.stamps, strict=bool(kept))
-        if shard.name in kept and kept[shard.name]["stamp"] == list(stamp)
-    }
+    return {name: fits[0] for name, fits in _known(source).items()}
 
 
 def keep_digests(source: Source, digests: Mapping[str, str]) -> None:
-    """Keep the digests of some shards for the next start."""
-    if source.kept is None or not digests:
+    """Record the digests of some shards for the next start."""
+    if source.side_folder is not None and digests:
+        with source.side_folder.lock(f"record the digests of {source.path}"):
+            _record(source, {name: (digest, digest) for name, digest in digests.items()})
+
+
+def _known(source: Source) -> dict[str, list[str]]:
+    """For each shard whose file is the one that was read: its digest, and those of caches that hold its captions."""
+    recorded = source.side_folder.read_json(source.digests) if source.side_folder else {}
+    return {
+        shard.name: entry["fits"]
+        for shard, stamp in zip(source.shards, source.stamps, strict=bool(recorded))
+        if (entry := recorded.get(shard.name)) and entry["stamp"] == list(stamp) and "fits" in entry
+    }
+
+
+def _record(source: Source, results: Mapping[str, tuple[str, str]]) -> None:
+    """Add (digest, digest of a cache that has these captions) of some shards; the lock is held."""
+    if source.side_folder is None or not results:
         return
-    with source.kept.lock(f"keep the digests of {source.path}"):
-        _add(source, {name: (digest, digest) for name, digest in digests.items()})
+    known, stamps = _known(source), dict(zip((shard.name for shard in source.shards), source.stamps, strict=True))
+    entries = {}
+    for name, (digest, in_cache) in results.items():
+        others = known.get(name, [digest])
+        others = {*others, in_cache} if others[0] == digest else {in_cache}
+        entries[name] = {"stamp": list(stamps[name]), "fits": [digest, *sorted(others - {digest})]}
+    source.side_folder.add_json(source.digests, entries)
 
 
-def _add(source: Source, results: Mapping[str, tuple[str, str]]) -> None:
-    """Add (digest, digest of a cache that has these captions) of some shards to the ledger; the lock is held."""
-    if source.digests is None or not results:
-        return
-    kept, entries = source.digests.read(), {}
-    for shard, stamp in zip(source.shards, source.stamps, strict=True):
-        if shard.name not in results:
-            continue
-        digest, in_cache = results[shard.name]
-        before = kept.get(shard.name, {})
-        also = set(before["also"]) if before.get("sha256") == digest else set()
-        entries[shard.name] = {"stamp": list(stamp), "sha256": digest, "also": sorted((also | {in_cache}) - {digest})}
-    source.digests.add(entries)
-
-
-def _unproven(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> Sequence[Shard]:
-    """The shards without a kept digest that says that the cache has their captions."""
-    kept = source.digests.read() if source.digests else {}
-
-    def proven(shard: Shard, stamp: tuple[int, int]) -> bool:
-        entry = kept.get(shard.name)
-        if entry is None or entry["stamp"] != list(stamp):
-            return False
-        return entries[shard.name]["rows_sha256"] in (entry["sha256"], *entry["also"])
-
-    return [shard for shard, stamp in zip(source.shards, source.stamps, strict=True) if not proven(shard, stamp)]
+def _unproven(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> list[Shard]:
+    """The shards without a recorded digest that says that the cache has their captions."""
+    known = _known(source)
+    return [shard for shard in source.shards if entries[shard.name]["rows_sha256"] not in known.get(shard.name, ())]
 
 
 def _compare_all(source: Source, shards: Sequence[Shard], open_shard: OpenShard, *, full: bool) -> None:
-    """Compare the captions of these shards with the cache and keep the digests."""
+    """Compare the captions of these shards with the cache, from all cores if there is much to read; record digests."""
     results: dict[str, tuple[str, str]] = {}
-    written = time.monotonic()
-    total = sum(shard.size for shard in shards)
+    written, total = time.monotonic(), sum(shard.size for shard in shards)
+    job = partial(_compare, source, open_shard, full)
+    compared = parallel(job, shards, processes=min(cores(), len(shards)) if total > PROOF_FEW else 1)
     try:
         with progress_bar(total=total, label="compare captions", unit="samples") as bar:
-            for shard, result in zip(shards, _compared(source, shards, open_shard, full), strict=True):
+            for shard, result in zip(shards, compared, strict=True):
                 results[shard.name] = result
                 bar.update(shard.size)
-                if time.monotonic() > written + KEEP_EVERY:
-                    _add(source, results)
+                if time.monotonic() > written + SAVE_EVERY:
+                    _record(source, results)
                     results, written = {}, time.monotonic()
     finally:
-        _add(source, results)
-
-
-def _compared(source: Source, shards: Sequence[Shard], open_shard: OpenShard, full: bool) -> Iterator[tuple[str, str]]:
-    """Results of ``_compare`` in order, from all cores if there is much to read."""
-    workers = min(cores(), len(shards))
-    if workers <= 1 or sum(shard.size for shard in shards) <= PROOF_FEW:
-        yield from map(partial(_compare, source, open_shard, full), shards)
-        return
-    with process_pool(workers, _begin_worker, (source, open_shard, full)) as pool:
-        yield from map_in_order(pool, _compare_in_worker, shards, ahead=4 * workers)
-
-
-_worker: Callable[[Shard], tuple[str, str]]  # _compare with the arguments that don't change; set in each process
-
-
-def _begin_worker(source: Source, open_shard: OpenShard, full: bool) -> None:
-    global _worker
-    _worker = partial(_compare, source, open_shard, full)
-
-
-def _compare_in_worker(shard: Shard) -> tuple[str, str]:
-    return _worker(shard)
+        _record(source, results)
 
 
 def _compare(source: Source, open_shard: OpenShard, full: bool, shard: Shard) -> tuple[str, str]:
     """Digests of a shard's captions and of the cache's; ContractError at the first caption that the cache lacks."""
-    checks: list[int] | None = None
-    if full:
-        keys, captions, checks = shard_contents(source, shard)
-    else:
-        keys, captions = shard_captions(source, shard)
+    keys, captions, checks = shard_contents(source, shard, images=full)
     file = open_shard(shard.name)
     digest, in_cache = rows_digest(keys, caption_rows(captions)), file.meta["rows_sha256"]
     if full or digest != in_cache:
         for index, (key, texts) in enumerate(zip(keys, captions, strict=True)):
-            row_numbers(file, shard.name, index, list(filter(has_text, texts)), key, source.path)
+            row_numbers(file, index, list(filter(has_text, texts)), key)
     if changed := file.changed_images(checks or ()):
         raise ContractError(
             f"{source.path}: {len(changed)} images of shard {shard.name!r} were changed or exchanged after their "
-            f"captions were embedded: {', '.join(map(repr, map(file.key, changed[:LISTED])))}"
-            f"{', ...' if len(changed) > LISTED else ''}; restore them, or delete {file.path} and rerun "
-            f"`{embed_command(file.path)}`"
+            f"captions were embedded: {_some([repr(file.key(index)) for index in changed])}; restore them, or delete "
+            f"{file.path} and {redo(file.path)}"
         )
     return digest, in_cache
 
@@ -525,7 +454,7 @@ class EmbeddingCache:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the teacher."""
+        """Of the teacher."""
         return self.manifest.fingerprint
 
     def __getstate__(self) -> dict[str, object]:
@@ -533,34 +462,21 @@ class EmbeddingCache:
         return {"directory": self.directory, "manifest": self.manifest, "_files": OrderedDict()}
 
     def _check_files(self) -> None:
-        """Compare the files with the manifest: their headers, or, of files seen before, size and time."""
-        kept = KeptFolder.of(self.directory, default_download_folder())
-        ledger = Ledger(kept, "files.json")
-        stamps = self._file_stamps()
-        known = ledger.read() if len(stamps) > READER_FEW else {}
-        if all(known.get(name) == stamp for name, stamp in stamps.items()):
-            return
-        if len(stamps) <= READER_FEW:
-            for name in stamps:
-                self.shard(name)
-            return
-        with kept.lock(f"check the shards of {self.directory}"):
-            known = ledger.read()
-            names = [name for name, stamp in stamps.items() if known.get(name) != stamp]
-            for name in track(names, total=len(names), label="check the cache", unit="shards"):
-                self.shard(name)
-            ledger.add(stamps)
+        """Raise ContractError for a file that is missing or has another size than the manifest says.
 
-    def _file_stamps(self) -> dict[str, str]:
-        """For each shard, a text that changes with its file and its entry; ContractError for a missing file."""
-        files = [str(self.directory / entry["file"]) for entry in self.manifest.shards.values()]
-        stamps: dict[str, str] = {}
-        for (name, entry), path, stamp in zip(self.manifest.shards.items(), files, stamps_of(files), strict=True):
+        The headers of few files, and of those without a recorded size, are compared too; the others' when they are
+        first read (``shard``).
+        """
+        entries = self.manifest.shards
+        stamps = stamps_of([str(self.directory / entry["file"]) for entry in entries.values()])
+        for (name, entry), stamp in zip(entries.items(), stamps, strict=True):
+            path = self.directory / entry["file"]
             if stamp is None:
-                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(self.directory)}")
-            expected = canonical_json([self.fingerprint, self.width, entry])
-            stamps[name] = f"{stamp[0]}-{stamp[1]}-{sha256_text(expected)[:16]}"
-        return stamps
+                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(path)}")
+            if len(entries) <= READER_FEW or "bytes" not in entry:
+                self.shard(name)
+            elif stamp[0] != entry["bytes"]:
+                raise ContractError(f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {redo(path)}")
 
     def shard(self, name: str) -> ShardFile:
         """A shard's file; raises ContractError if it is missing or differs from the manifest."""
@@ -569,20 +485,17 @@ class EmbeddingCache:
             return self._files[name]
         entry = self.manifest.shards.get(name)
         if entry is None:
-            known = ", ".join(list(self.manifest.shards)[:5])
-            raise ContractError(
-                f"{self.directory} has no shard {name!r}; known: {known}"
-                + (f" ... ({len(self.manifest.shards)} shards)" if len(self.manifest.shards) > 5 else "")
-                + f"; {redo(self.directory)}"
-            )
+            known = ", ".join([*self.manifest.shards][:5]) + ", ..." * (len(self.manifest.shards) > 5)
+            raise ContractError(f"{self.directory} has no shard {name!r}; known: {known}; {redo(self.directory)}")
         path = self.directory / entry["file"]
-        if not path.is_file():
-            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(path)}")
-        file = ShardFile(path)
+        try:
+            file = ShardFile(path)
+        except FileNotFoundError as error:
+            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(path)}") from error
         actual = {"width": file.width, "samples": file.samples, "captions": file.captions, **file.meta}
         expected = {"fingerprint": self.fingerprint, "width": self.width, "dtype": self.manifest.dtype, **entry}
         expected |= {"truncated": str(entry["truncated"])}
-        if wrong := [name for name in expected if name != "file" and actual[name] != expected[name]]:
+        if wrong := [name for name, value in expected.items() if name in actual and actual[name] != value]:
             both = "; ".join(f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong)
             raise ContractError(f"{path} differs from the manifest: {both}; {redo(path)}")
         self._files[name] = file
@@ -597,7 +510,7 @@ class EmbeddingCache:
         the one that was embedded.
         """
         file = self.shard(shard_name)
-        return file.embeddings(row_numbers(file, shard_name, index_in_shard, captions, key, UNCOMPARED))
+        return file.embeddings(row_numbers(file, index_in_shard, captions, key))
 
     def check_image(self, shard_name: str, index_in_shard: int, key: str, data: bytes) -> None:
         """Raises BrokenSample if a sample's image is not the one that it had when its captions were embedded."""
@@ -608,7 +521,7 @@ class EmbeddingCache:
                 shard_name,
                 key,
                 f"its image was changed or exchanged after its captions were embedded ({len(data)} bytes, "
-                f"{recorded >> 32} then); restore it, or delete {file.path} and rerun `{embed_command(file.path)}`",
+                f"{recorded >> 32} then); restore it, or delete {file.path} and {redo(file.path)}",
             )
 
     def check(self, source: Source, *, full: bool = False) -> None:
@@ -624,7 +537,7 @@ class EmbeddingCache:
         for name in self.manifest.shards:
             file = self.shard(name)
             if damage := file.damage():
-                raise ContractError(f"{file.path} is damaged: {damage}; {repair(file.path)}")
+                raise ContractError(f"{file.path} is damaged: {damage}; {redo(file.path)}")
 
 
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
@@ -670,7 +583,10 @@ def source_digest(source: Source) -> str:
 def cache_digest(cache: EmbeddingCache) -> str:
     """``6636666 captions (1f0c...)``: over the manifest, which has a hash of each shard's rows."""
     manifest = cache.manifest
-    return f"{manifest.captions} captions ({short_digest([manifest.fingerprint, manifest.dtype, manifest.shards])})"
+    shards = {  # caches of older versions have no "bytes"
+        name: {key: value for key, value in entry.items() if key != "bytes"} for name, entry in manifest.shards.items()
+    }
+    return f"{manifest.captions} captions ({short_digest([manifest.fingerprint, manifest.dtype, shards])})"
 
 
 def short_digest(value: object) -> str:
@@ -711,27 +627,24 @@ class CacheWriter:
         self.dtype = dtype
         self._written: list[str] = []
         path = self.directory / CacheManifest.FILE
-        if path.is_file():
-            self._refuse_another(self.manifest(), path)
-        else:
+        if not path.is_file():
             self._manifest({}, complete=False).write(path)
+            return
+        existing = self.manifest()
+        if existing.fingerprint != identity.fingerprint:
+            raise ContractError(
+                f"{path} belongs to another teacher ({differences(existing.teacher, identity)}; fingerprint "
+                f"{existing.fingerprint[:12]}, not {identity.fingerprint[:12]}); choose another --cache"
+            )
+        if existing.dtype != dtype:
+            raise ContractError(
+                f"{path} has dtype {existing.dtype}, not {dtype}; choose another --cache, or use --dtype "
+                f"{existing.dtype}"
+            )
 
     def manifest(self) -> CacheManifest:
         """The directory's, as it is now."""
         return CacheManifest.read(self.directory / CacheManifest.FILE)
-
-    def _refuse_another(self, existing: CacheManifest, path: Path) -> None:
-        """ContractError if the directory has another teacher or dtype."""
-        if existing.fingerprint != self.identity.fingerprint:
-            raise ContractError(
-                f"{path} belongs to another teacher ({differences(existing.teacher, self.identity)}; fingerprint "
-                f"{existing.fingerprint[:12]}, not {self.identity.fingerprint[:12]}); choose another --cache"
-            )
-        if existing.dtype != self.dtype:
-            raise ContractError(
-                f"{path} has dtype {existing.dtype}, not {self.dtype}; choose another --cache, or use "
-                f"--dtype {existing.dtype}"
-            )
 
     def _manifest(self, shards: dict[str, dict[str, object]], *, complete: bool) -> CacheManifest:
         return CacheManifest(
@@ -761,22 +674,15 @@ class CacheWriter:
         except ContractError as error:
             log.warning("%s", error)
             return False
-        meta = file.meta
-        expected = (self.identity.fingerprint, self.dtype, digest)
-        if (meta["fingerprint"], meta["dtype"], meta["rows_sha256"]) != expected:
+        found = (file.meta["fingerprint"], file.meta["dtype"], file.meta["rows_sha256"])
+        if found != (self.identity.fingerprint, self.dtype, digest):
             return False
         if damage := file.damage():
             log.warning("%s is damaged: %s; its captions are embedded again", path, damage)
             return False
-        changed = file.changed_images(image_checks or ())
-        if changed:
-            names = ", ".join(map(file.key, changed[:SHOWN])) + (", ..." if len(changed) > SHOWN else "")
-            log.warning(
-                "%d images of shard %r were changed after its captions were embedded (%s); they are embedded again",
-                len(changed),
-                shard,
-                names,
-            )
+        if changed := file.changed_images(image_checks or ()):
+            names = ", ".join(map(file.key, changed[:SHOWN])) + ", ..." * (len(changed) > SHOWN)
+            log.warning("%s: %d images have changed (%s); its captions are embedded again", path, len(changed), names)
         return not changed
 
     def refuse_loss(self, shard: str, rows: Sequence[tuple[int, int]], read: str) -> None:
@@ -789,13 +695,12 @@ class CacheWriter:
             cached = set(file["caption_hashes"].tolist())
         except (FileNotFoundError, ContractError):
             return
-        kept = len(cached.intersection(value for _, value in rows))
-        if len(rows) >= file.captions and (kept or not cached):
-            return
-        raise ContractError(
-            f"{file.path} has {file.captions} captions; {read} gives {len(rows)} for shard {shard!r}, {kept} of them "
-            "the same. Correct --fields or the data, choose another --cache, or replace them with --overwrite"
-        )
+        common = len(cached.intersection(value for _, value in rows))
+        if len(rows) < file.captions or (cached and not common):
+            raise ContractError(
+                f"{file.path} has {file.captions} captions; {read} gives {len(rows)} for shard {shard!r}, {common} of "
+                "them the same. Correct --fields or the data, choose another --cache, or replace them with --overwrite"
+            )
 
     def write_shard(
         self,
@@ -827,28 +732,27 @@ class CacheWriter:
             raise ValueError(f"shard {shard}: the embedding of a caption of {keys[indices[worst]]!r} is not finite")
         stored, scales = quantize(embeddings, self.dtype)
         self._refuse_inaccurate(shard, embeddings, stored)
-        encoded = [key.encode() for key in keys]
+        encoded, values = [key.encode() for key in keys], stored.numpy()
         tensors = {
-            "embeddings": stored,
-            "scales": scales,
-            "row_starts": torch.tensor(np.searchsorted(indices, np.arange(len(keys) + 1)), dtype=torch.int64),
-            "caption_hashes": torch.tensor([value for _, value in rows], dtype=torch.int64),
-            "keys": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
-            "key_starts": torch.tensor(np.cumsum([0, *map(len, encoded)]), dtype=torch.int64),
+            "embeddings": values,
+            "scales": scales.numpy(),
+            "row_starts": np.searchsorted(indices, np.arange(len(keys) + 1)).astype(np.int64),
+            "caption_hashes": np.array([value for _, value in rows], dtype=np.int64),
+            "keys": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+            "key_starts": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
         }
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        scaled_rows = enumerate(zip(arrays["embeddings"], scales.tolist(), strict=True))
-        checks = {"row_checks": [row_check(row, scale, number) for number, (row, scale) in scaled_rows]}
+        scaled_rows = enumerate(zip(values, scales.tolist(), strict=True))
+        row_checks = [row_check(row, scale, number) for number, (row, scale) in scaled_rows]
+        checks = {"row_checks": np.array(row_checks, dtype=np.int64)}
         if image_checks is not None:
-            checks["image_checks"] = list(image_checks)
-        checks = {name: torch.tensor(values, dtype=torch.int64) for name, values in checks.items()}
-        metadata = {  # kept as one entry: safetensors writes entries in random order
+            checks["image_checks"] = np.array(image_checks, dtype=np.int64)
+        metadata = {  # as one entry: safetensors writes entries in random order
             "shard": shard,
             "fingerprint": self.identity.fingerprint,
             "dtype": self.dtype,
             "rows_sha256": rows_digest(keys, rows),
-            "sha256": tensors_digest(arrays),
-            "checks_sha256": tensors_digest({name: tensor.numpy() for name, tensor in checks.items()}),
+            "sha256": tensors_digest(tensors),
+            "checks_sha256": tensors_digest(checks),
             "truncated": str(truncated),
         }
         with atomic_file(self.path(shard)) as temporary:
@@ -889,6 +793,7 @@ class CacheWriter:
                 "truncated": int(file.meta["truncated"]),
                 "rows_sha256": file.meta["rows_sha256"],
                 "sha256": file.meta["sha256"],
+                "bytes": file.size,
             }
         manifest = self._manifest(entries, complete=True)
         manifest.write(path)

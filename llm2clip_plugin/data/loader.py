@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from llm2clip_plugin.data.pairs import Guarded, GuardedCollate, PairDataset, collate, raised
+from llm2clip_plugin.data.pairs import CollatedDataset, PairDataset, as_it_is, collate, raised
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows
 from llm2clip_plugin.data.samples import BrokenSample
@@ -145,7 +145,7 @@ class Ahead:
         self._items = iter(())  # frees the loader processes
 
 
-# Shards at URLs and on network file systems are brought near before the order reaches them.
+# Shards at URLs and on network file systems are prefetched before the order reaches them.
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +163,11 @@ class ShardsAhead:
 
     def __init__(self, mixture: Mixture, sources: Sequence[Source], *, whole: bool = False) -> None:
         self._mixture = mixture
-        self._sources = list(sources)
-        self._whole = whole
+        self._sources = {
+            number: source
+            for number, source in enumerate(sources)
+            if mixture.windows[number] and source.bytes_to_fetch(range(1)) and (whole or is_url(source.path))
+        }
         self._current: dict[int, tuple[int, int]] = {}  # source -> pass and window that are being read
         self._jobs: queue.SimpleQueue[tuple[Source, int] | None] = queue.SimpleQueue()  # None: no more
         self._thread: threading.Thread | None = None
@@ -175,36 +178,25 @@ class ShardsAhead:
 
     def __call__(self, position: int) -> None:
         """The run is about to read the batch at ``position``."""
-        for number, source in enumerate(self._sources):
-            if not self._mixture.windows[number] or not source.bytes_to_fetch(range(1)):
-                continue
-            if not (is_url(source.path) or self._whole):
-                continue
+        for number, source in self._sources.items():
             window = self._mixture.window(number, position)
             if self._current.get(number) == window:
                 continue
             self._current[number] = window
             shards, following = (self._mixture.window_shards(number, window[0], window[1] + later) for later in (0, 1))
-            need = source.bytes_to_fetch({*shards, *following})
-            limit, *words = _limit(source)
-            if need > limit:
-                self._warn(number, need, *words)
-            else:
+            need, limit = source.bytes_to_fetch({*shards, *following}), _limit(source)
+            if need <= limit:
                 self._begin(source, following)
-
-    def _warn(self, number: int, need: int, limit: str, remedy: str) -> None:
-        """Once for a source."""
-        if number in self._warned:
-            return
-        self._warned.add(number)
-        log.warning(
-            "%s: two windows of shards have %.1f GB, more than %s, so training waits for its disk or server at the end "
-            "of each window; %s or lower shuffle_window",
-            self._sources[number].path,
-            need / 1e9,
-            limit,
-            remedy,
-        )
+            elif number not in self._warned:
+                self._warned.add(number)
+                log.warning(
+                    "%s: two windows of shards have %.1f GB, more than %s (%.1f GB), so training waits for its disk "
+                    "or server at the end of each window; raise it or lower shuffle_window",
+                    source.path,
+                    need / 1e9,
+                    "cache_gb" if is_url(source.path) else "half of the available memory",
+                    limit / 1e9,
+                )
 
     def _begin(self, source: Source, shards: Sequence[int]) -> None:
         for shard in shards:
@@ -214,15 +206,13 @@ class ShardsAhead:
             self._thread.start()
 
 
-def _limit(source: Source) -> tuple[float, str, str]:
-    """Bytes that two windows may have, whose limit that is, and how to raise it."""
+def _limit(source: Source) -> float:
+    """Bytes that two windows may have."""
     if is_url(source.path):
-        gigabytes = source.config.cache_gb
-        return gigabytes * 1e9 or float("inf"), f"cache_gb {gigabytes:g}", "raise cache_gb"
+        return source.config.cache_gb * 1e9 or float("inf")
     import psutil  # comes with DeepSpeed
 
-    free = psutil.virtual_memory().available
-    return MEMORY_SHARE * free, f"half of the available memory ({free / 1e9:.1f} GB)", "free memory"
+    return MEMORY_SHARE * psutil.virtual_memory().available
 
 
 def _fetch(jobs: "queue.SimpleQueue[tuple[Source, int] | None]") -> None:
@@ -231,9 +221,10 @@ def _fetch(jobs: "queue.SimpleQueue[tuple[Source, int] | None]") -> None:
         try:
             source.fetch(shard)
         except (OSError, ValueError) as error:  # whoever reads the shard meets it again, and stops the run
-            log.warning("shard %r could not be fetched ahead: %s", source.shards[shard].name, error)
+            log.warning("shard %r could not be prefetched: %s", source.shards[shard].name, error)
 
 
+LISTED = 20  # broken samples in an error
 GRACE = 60  # seconds that a loader process outlives SIGTERM
 
 
@@ -261,7 +252,7 @@ class PairLoader:
         self.max_broken = max_broken
         self.rows = 0  # rows loaded
         self.substituted = 0  # of these, rows that replace a broken sample
-        self.retries = 0  # reads of data that were repeated after an error that passes
+        self.retries = 0  # reads of data that were repeated after a transient error
         self.broken: dict[tuple[str, str], str] = {}  # (shard, key) -> reason
         self._ahead: Callable[[], Ahead | None] = lambda: None  # weak references: see __iter__
         self._processes: Callable[[], Any] = lambda: None
@@ -273,14 +264,11 @@ class PairLoader:
         """
         if not self.plan.workers:
             return 0.0, 0.0
-        ahead, processes = self._ahead(), self._processes()
-        parts = 0
+        ahead, processes, parts = self._ahead(), self._processes(), 0
         if processes is not None:  # torch has no public way to ask
-            early = sum(len(task) > 1 for task in list(processes._task_info.values()))
-            parts = early + processes._data_queue.qsize()
-        in_parts = self.plan.part / self.plan.rows
-        space = 1 + self.plan.workers * self.plan.prefetch * in_parts
-        return (ahead.ready if ahead else 0) + parts * in_parts, space
+            parts = sum(len(task) > 1 for task in list(processes._task_info.values())) + processes._data_queue.qsize()
+        part = self.plan.part / self.plan.rows  # of a batch
+        return (ahead.ready if ahead else 0) + parts * part, 1 + self.plan.workers * self.plan.prefetch * part
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         closed = threading.Event()
@@ -320,11 +308,10 @@ class PairLoader:
                 log.warning("broken: %s; replaced by another sample", error)
         if self.substituted > self.max_broken * max(self.rows, self._least_rows):
             listed = [f"  shard {shard!r}, sample {key!r}: {why}" for (shard, key), why in self.broken.items()]
-            more = [f"  ... and {len(listed) - 20} more"] if len(listed) > 20 else []
             raise ValueError(
                 f"{self.substituted} of {max(self.rows, self._least_rows)} samples are broken, more than max_broken "
                 f"{self.max_broken:g} allows:\n"
-                + "\n".join(listed[:20] + more)
+                + "\n".join(listed[:LISTED])
                 + "\nrun `llm2clip data check DATA` to list them, then fix the data or raise max_broken"
             )
 
@@ -375,10 +362,10 @@ def make_loader(
     ahead = ShardsAhead(mixture, dataset.sources, whole=whole_shards)
     draws = PartDraws(mixture, position, rank, world, local_batch, plan.part, ahead)
     loader = DataLoader(
-        Guarded(dataset),
+        CollatedDataset(dataset, collate),
         batch_sampler=draws,  # pyright: ignore[reportArgumentType] - endless, so it has no length
         num_workers=workers,
-        collate_fn=GuardedCollate(collate),
+        collate_fn=as_it_is,
         prefetch_factor=plan.prefetch if workers else None,
         worker_init_fn=leave_signals_to_the_run,
     )

@@ -29,7 +29,7 @@ from llm2clip_plugin.data.samples import (
     parse_fields,
     read_captions,
 )
-from llm2clip_plugin.data.workers import cores, map_in_order, process_pool
+from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import printable
 from llm2clip_plugin.options import READ_NAMES, Command, command, nearest
 
@@ -329,12 +329,8 @@ def _pictures(config: MakeConfig, items: list[Item]) -> Iterator[Picture | str]:
     """Each item's picture, or why it has none."""
     job = partial(read_picture, config.background)
     processes = min(config.workers or cores(), len(items) // 64)
-    label = {"total": len(items), "label": "data make", "unit": "pictures"}
-    if processes <= 1:
-        yield from track(map(job, items), **label)
-        return
-    with process_pool(processes) as pool:
-        yield from track(map_in_order(pool, job, items, ahead=8 * processes), **label)
+    pictures = parallel(job, items, processes=processes)
+    yield from track(pictures, total=len(items), label="data make", unit="pictures")
 
 
 def read_picture(background: str, item: Item) -> Picture | str:

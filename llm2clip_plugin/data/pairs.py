@@ -6,8 +6,6 @@ A row is a function of (seed, pass, sample). A sample that can't be used is repl
 them too.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig, TrainTransform
-from llm2clip_plugin.data.remote import take_retries
+from llm2clip_plugin.data.remote import shuffle_window, take_retries
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, sample_rng
 from llm2clip_plugin.data.samples import (
     AugmentConfig,
@@ -30,7 +28,6 @@ from llm2clip_plugin.data.samples import (
     select_captions,
 )
 from llm2clip_plugin.data.sources.base import Source, choose_captions
-from llm2clip_plugin.data.sources.tars import shuffle_window
 from llm2clip_plugin.data.workers import row_bytes
 
 SUBSTITUTES = 20  # samples tried in place of a broken one
@@ -183,47 +180,37 @@ def collate(rows: list[Row]) -> dict[str, Any]:
 # Errors of loader processes as they were raised: torch would put the process's traceback in front of the message.
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An error in place of an item, or of a batch with such an item."""
+class CollatedDataset(Dataset):
+    """Batches of a dataset, with a ValueError or OSError in place of one; LLM2CLIP_TRACEBACK=1 leaves them to torch.
 
-    error: Exception
+    For a DataLoader whose ``collate_fn`` is ``as_it_is``; ``raised`` raises the errors.
+    """
 
-
-class Guarded(Dataset):
-    """A dataset whose ValueError and OSError are items; LLM2CLIP_TRACEBACK=1 leaves them to torch."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitems__(self, indices: Sequence[Any]) -> Any:
         try:
-            return self.dataset[index]
+            return self.collate([self.dataset[index] for index in indices])
         except (ValueError, OSError) as error:
             if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
                 raise
-            return Failure(error)
+            return error
 
 
-@dataclass(frozen=True)
-class GuardedCollate:
-    """``collate``, or the first failure among the items."""
-
-    collate: Callable[[list[Any]], Any]
-
-    def __call__(self, items: list[Any]) -> Any:
-        failure = next((item for item in items if isinstance(item, Failure)), None)
-        return self.collate(items) if failure is None else failure
+def as_it_is(batch: Any) -> Any:
+    """A collate function for batches that are collated already."""
+    return batch
 
 
 def raised(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches; a failure among them is raised."""
+    """The batches; an error among them is raised."""
     for batch in batches:
-        if isinstance(batch, Failure):
-            raise batch.error
+        if isinstance(batch, Exception):
+            raise batch
         yield batch
 
 
@@ -232,15 +219,14 @@ def raised(batches: Iterable[Any]) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class EvalItem:
-    """One image with its captions, or the reason why it can't be used."""
+    """One image with its captions."""
 
     index: int  # in the source
     key: str
-    pixels: np.ndarray | None  # (S, S, 3) uint8; None if broken
+    pixels: np.ndarray  # (S, S, 3) uint8
     captions: tuple[Caption, ...]
     embeddings: torch.Tensor | None  # (captions, W) float32; None without a cache
     meta: dict[str, Any]
-    broken: BrokenSample | None
 
 
 class EvalDataset(Dataset):
@@ -262,52 +248,43 @@ class EvalDataset(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, number: int) -> EvalItem:
+    def __getitem__(self, number: int) -> EvalItem | BrokenSample:
         index = self.indices[number]
         shard, within = self.source.locate(index)
-        key = ""
         try:
             sample = self.source.with_image(index)
-            key = sample.key
             captions = select_captions(sample.captions, self.kinds, self.languages)
             if not captions:
                 selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
-                raise BrokenSample(shard, key, f"no caption{selected}")
+                return BrokenSample(shard, sample.key, f"no caption{selected}")
             image = sample.read_image()
             if self.cache is not None:
-                self.cache.check_image(shard, within, key, image)
-            pixels = self.transform.pixels(image)
-        except BrokenImage as error:
-            return EvalItem(index, key, None, (), None, {}, BrokenSample(shard, key, str(error)))
+                self.cache.check_image(shard, within, sample.key, image)
+            try:
+                pixels = self.transform.pixels(image)
+            except BrokenImage as error:
+                return BrokenSample(shard, sample.key, str(error))
         except BrokenSample as error:
-            return EvalItem(index, error.key, None, (), None, {}, error)
-        embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=key)
-        return EvalItem(index, key, pixels, captions, embeddings, sample.meta, None)
+            return error
+        embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=sample.key)
+        return EvalItem(index, sample.key, pixels, captions, embeddings, sample.meta)
 
-
-class EvalCollate:
-    """Items to tensors; broken ones are listed under ``broken``."""
-
-    def __init__(self, images: ImageConfig) -> None:
-        self.size = images.size
-
-    def __call__(self, items: list[EvalItem]) -> dict[str, Any]:
-        good = [item for item in items if item.pixels is not None]
-        pixels = [item.pixels for item in good if item.pixels is not None]
-        stacked = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
+    def collate(self, items: list[EvalItem | BrokenSample]) -> dict[str, Any]:
+        """Items to tensors; broken ones are listed under ``broken``."""
+        good = [item for item in items if isinstance(item, EvalItem)]
+        side = self.transform.config.size
+        pixels = np.stack([item.pixels for item in good]) if good else np.zeros((0, side, side, 3), np.uint8)
         batch: dict[str, Any] = {
-            "pixels": torch.from_numpy(stacked),
+            "pixels": torch.from_numpy(pixels),
             "image_ids": torch.tensor([item.index for item in good], dtype=torch.int64),
             "owners": torch.tensor([item.index for item in good for _ in item.captions], dtype=torch.int64),
             "captions": [caption for item in good for caption in item.captions],
             "keys": [item.key for item in good],
             "meta": [item.meta for item in good],
-            "broken": [item.broken for item in items if item.broken is not None],
+            "broken": [item for item in items if isinstance(item, BrokenSample)],
         }
         embeddings = [item.embeddings for item in good if item.embeddings is not None]
-        if embeddings:
-            batch["embeddings"] = torch.cat(embeddings)
-        return batch
+        return batch | ({"embeddings": torch.cat(embeddings)} if embeddings else {})
 
 
 class EvalPairs:
@@ -351,6 +328,5 @@ def eval_pairs(
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     mine = np.array_split(chosen, world)[rank].tolist()
     dataset = EvalDataset(source, cache, images, mine, kinds, languages)
-    return EvalPairs(
-        DataLoader(Guarded(dataset), batch, collate_fn=GuardedCollate(EvalCollate(images)), num_workers=workers)
-    )
+    batches = CollatedDataset(dataset, dataset.collate)
+    return EvalPairs(DataLoader(batches, batch, collate_fn=as_it_is, num_workers=workers))

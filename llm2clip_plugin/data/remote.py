@@ -1,183 +1,147 @@
-"""Errors of disks and servers that pass: which they are, how they are retried, and how often that happened.
+"""Transient errors of disks and servers: which they are, how reads are retried, and how often that happened.
 
-An error passes if the same read may succeed later: an input/output error, a stale handle of NFS, a timeout, a broken
-connection, HTTP 5xx, 408, 425 and 429. A missing file, a denied access and a full disk don't pass.
+An error is transient if the same read may succeed later: an input/output error, a stale handle of NFS, a timeout, a
+broken connection, HTTP 5xx, 408, 425 and 429. A missing file, a denied access and a full disk are not.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import logging
 import os
 import re
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from llm2clip_plugin.console import LINE_EVERY
-from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
+from llm2clip_plugin.contracts import atomic_file, canonical_json
 from llm2clip_plugin.hub import TIMEOUT, Retry, seconds_of_retry_after, timeout
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+RETRY = Retry()
 WARN_EVERY = 30.0  # seconds between a process's warnings
-PASSING = {
-    getattr(errno, name)
-    for name in (
-        "EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EAGAIN", "EINTR", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED",
-        "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOTCONN", "ESHUTDOWN", "EPIPE",
-        "ENOLINK", "ECOMM", "EPROTO",
-    )
-    if hasattr(errno, name)
-}  # fmt: skip
-_retries = [0, 0]  # of this process: since it began, and since take_retries
+NAMES = (
+    "EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EAGAIN", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EHOSTDOWN",
+    "EHOSTUNREACH", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOTCONN", "EPIPE", "ENOLINK", "ECOMM", "EPROTO",
+)  # fmt: skip
+TRANSIENT = {getattr(errno, name) for name in NAMES if hasattr(errno, name)}
+_retries = [0]  # of this process since take_retries
 _warned = [-WARN_EVERY]  # time of the last warning
+
+
+class ReadFailedError(ConnectionError):
+    """A read that failed too often."""
 
 
 def take_retries() -> int:
     """Retries of this process since the last call."""
-    count, _retries[1] = _retries[1], 0
+    count, _retries[0] = _retries[0], 0
     return count
 
 
-def _forget_retries() -> None:
-    """In a forked process: its parent's retries are not its own."""
-    _retries[:] = [0, 0]
+os.register_at_fork(after_in_child=take_retries)  # the parent's are not the child's
 
 
-os.register_at_fork(after_in_child=_forget_retries)
+def retried(action: Callable[[], Result], what: str) -> Result:
+    """``action()``, repeated with growing pauses after transient errors. ``what``: the path or URL that it reads.
+
+    Raises ReadFailedError after too many failures, and for what is permanent FileNotFoundError, PermissionError, or
+    the error itself.
+    """
+    failures, lost = 0, 0.0
+    while True:
+        started = time.monotonic()
+        try:
+            return action()
+        except Exception as error:  # each protocol has network errors of its own
+            if not is_transient(error):
+                if (final := _final_error(error, what)) is error:
+                    raise
+                raise final from error
+            failures += 1
+            lost += time.monotonic() - started
+            reason = f"{what}: {_describe(error)}"
+            if failures >= RETRY.tries or lost > RETRY.patience:
+                raise ReadFailedError(
+                    f"reading failed {failures} times in a row: {reason}; rerun the same command to resume"
+                ) from error
+            pause = max(RETRY.pause(failures), _retry_after(error))
+            _retries[0] += 1
+            if time.monotonic() - _warned[0] >= WARN_EVERY:
+                _warned[0] = time.monotonic()
+                log.warning("%s; retrying in %.1f s (%d of %d)", reason, pause, failures, RETRY.tries)
+            time.sleep(pause)
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """The failure behind an error: fsspec's HTTP turns any, a refused connection too, into FileNotFoundError."""
-    return error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
-
-
-def http_status(error: BaseException) -> int:
-    """The status that a server answered with; 0 if the error has none."""
-    fields = vars(cause_of(error))  # aiohttp has status, gcsfs code
-    return next((fields[name] for name in ("status", "code") if isinstance(fields.get(name), int)), 0)
-
-
-def passes(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same read may succeed later."""
-    cause, status = cause_of(error), http_status(error)
+    cause, status = _cause_of(error), _http_status(error)
     if status:
         return status >= 500 or status in (408, 425, 429)
-    if isinstance(cause, (ValueError, TypeError, AttributeError, NotImplementedError, ImportError)):
+    if isinstance(cause, (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, ReadFailedError)):
         return False  # an invalid URL or certificate, an option that a protocol doesn't have
     import ssl  # here, as below, because --help of every command imports this module
 
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
         if isinstance(cause, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
             return False
-        return cause.errno is None or cause.errno < 0 or cause.errno in PASSING  # below 0: of a name's look-up
-    return True  # each protocol has network errors of its own
+        return cause.errno is None or cause.errno < 0 or cause.errno in TRANSIENT  # below 0: of a name's look-up
+    return True
 
 
-def final_error(error: Exception, url: str) -> Exception:
-    """What to raise for an error at ``url`` that doesn't pass."""
-    status = http_status(error)
+def _cause_of(error: BaseException) -> BaseException:
+    """The failure behind an error: fsspec's HTTP turns any, a refused connection too, into FileNotFoundError."""
+    return error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
+
+
+def _http_status(error: BaseException) -> int:
+    """The status that a server answered with; 0 if the error has none."""
+    fields = vars(_cause_of(error))  # aiohttp has status, gcsfs code
+    return next((fields[name] for name in ("status", "code") if isinstance(fields.get(name), int)), 0)
+
+
+def _final_error(error: Exception, what: str) -> Exception:
+    """What to raise for an error that is not transient."""
+    status, cause = _http_status(error), _cause_of(error)
     shown = f" (HTTP {status})" if status else ""
-    if status in (401, 403, 407) or isinstance(cause_of(error), PermissionError):
-        return PermissionError(f"access denied to {url}{shown}; check its permissions, token or expiry date")
-    if status in (404, 410) or (not status and isinstance(cause_of(error), FileNotFoundError)):
-        return FileNotFoundError(f"no file at {url}{shown}")
-    if status:
-        return ConnectionError(f"the server refuses {url}: {cause_of(error)}")
-    return error
+    if status in (401, 403, 407) or isinstance(cause, PermissionError):
+        return PermissionError(f"access denied to {what}{shown}; check its permissions, token or expiry date")
+    if status in (404, 410) or (not status and isinstance(cause, FileNotFoundError)):
+        return FileNotFoundError(f"no file at {what}{shown}")
+    return ConnectionError(f"the server refuses {what}: {cause}") if status else error
 
 
-class Failures:
-    """Consecutive failures of reading one thing."""
-
-    def __init__(self, what: str, retry: Retry, hint: str = "rerun the same command to resume") -> None:
-        """what: path or URL, for messages."""
-        self.what, self.retry, self.hint = what, retry, hint
-        self.reset()
-
-    def reset(self) -> None:
-        """Progress was made."""
-        self.count, self._lost, self._started = 0, 0.0, time.monotonic()
-
-    def add(self, error: Exception, where: str = "") -> None:
-        """Wait before the next attempt. Raises ConnectionError after too many, ``final_error`` if it doesn't pass."""
-        if not passes(error):
-            raise final_error(error, self.what) from error
-        self.count += 1
-        self._lost += time.monotonic() - self._started
-        reason = f"{self.what}{where}: {describe(error)}"
-        if self.count >= self.retry.tries or self._lost > self.retry.patience:
-            raise ConnectionError(f"reading failed {self.count} times in a row: {reason}; {self.hint}") from error
-        pause = max(self.retry.pause(self.count), retry_after(error))
-        _note(reason, pause, f"{self.count} of {self.retry.tries}")
-        time.sleep(pause)
-        self._started = time.monotonic()
-
-
-def retried(action: Callable[[], Result], what: str, retry: Retry) -> Result:
-    """``action()``, repeated after errors that pass. ``what``: the path or URL that it reads."""
-    failures = Failures(what, retry)
-    while True:
-        try:
-            return action()
-        except Exception as error:  # each protocol has network errors of its own
-            failures.add(error)
-
-
-def _note(reason: str, pause: float, which: str) -> None:
-    """Count a retry; the first one is reported, then one every WARN_EVERY seconds, with the count."""
-    _retries[0] += 1
-    _retries[1] += 1
-    if time.monotonic() - _warned[0] < WARN_EVERY and _retries[0] > 1:
-        return
-    _warned[0] = time.monotonic()
-    so_far = f"; {_retries[0]} retries so far in this process" if _retries[0] > 1 else ""
-    log.warning("%s; retrying in %.1f s (%s)%s", reason, pause, which, so_far)
-
-
-def describe(error: BaseException) -> str:
-    """An error in words: its kind, its text and, of a timeout, the limit."""
-    cause = cause_of(error)
+def _describe(error: BaseException) -> str:
+    cause = _cause_of(error)
     text = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
     limited = isinstance(cause, TimeoutError) and cause.errno is None
     return f"{text} (no answer within {timeout():g} s, {TIMEOUT})" if limited else text
 
 
-def retry_after(error: BaseException) -> float:
-    """Seconds that a server wants to be left alone for, by the header Retry-After of its answer; 0 without."""
-    headers = vars(cause_of(error)).get("headers") or {}
+def _retry_after(error: BaseException) -> float:
+    """Seconds by the header Retry-After of a server's answer; 0 without."""
+    headers = vars(_cause_of(error)).get("headers") or {}
     return seconds_of_retry_after(headers.get("Retry-After", ""))
 
 
 def read_file(path: str | Path) -> bytes:
-    """The contents of a local file. Raises OSError, ConnectionError after too many errors that pass."""
-    failures = Failures(str(path), Retry())
-    while True:
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            if not passes(error):
-                raise
-            failures.add(error)
+    """The contents of a local file. Raises as ``retried`` does."""
+    return retried(lambda: Path(path).read_bytes(), str(path))
 
 
-class SteadyFile:
-    """A file that is read by position, and opened again after an error that passes.
+class RetryingFile:
+    """A file that is read by position, and opened again after a transient error.
 
     Forked processes can share it, since no position is kept.
     """
@@ -187,7 +151,7 @@ class SteadyFile:
         self.path = str(path)
         self._open_file = open_file or (lambda: os.open(path, os.O_RDONLY))
         self._descriptor = -1
-        self._attempt(lambda: None)
+        self.size()
 
     def __del__(self) -> None:
         self.close()
@@ -200,33 +164,33 @@ class SteadyFile:
 
     def read(self, size: int, offset: int) -> bytes:
         """``size`` bytes from ``offset`` on, fewer at the end of the file."""
-        return self._attempt(lambda: self._read(size, offset))
+        return self._retried(lambda descriptor: _pread(descriptor, size, offset))
 
     def size(self) -> int:
         """Bytes of the file."""
-        return self._attempt(lambda: os.fstat(self._descriptor).st_size)
+        return self._retried(lambda descriptor: os.fstat(descriptor).st_size)
 
-    def _read(self, size: int, offset: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset)
-        while 0 < len(data) < size:  # a signal or a network file system may cut a read short
-            more = os.pread(self._descriptor, size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        return data
-
-    def _attempt(self, action: Callable[[], Result]) -> Result:
-        failures = Failures(self.path, Retry())
-        while True:
+    def _retried(self, action: Callable[[int], Result]) -> Result:
+        def attempt() -> Result:
             try:
                 if self._descriptor < 0:
                     self._descriptor = self._open_file()
-                return action()
-            except OSError as error:
-                if not passes(error):
-                    raise
+                return action(self._descriptor)
+            except OSError:
                 self.close()  # a stale handle stays stale
-                failures.add(error)
+                raise
+
+        return retried(attempt, self.path)
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    while 0 < len(data) < size:  # a signal or a network file system may cut a read short
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 # Paths and URLs of data: braces expanded, folders at a URL listed by fsspec (https, s3, gs, hf ...).
@@ -274,7 +238,7 @@ def list_urls(url: str, suffix: str) -> list[str]:
             continue
         filesystem, path = open_filesystem(one)
         pattern = path if "*" in path else path.rstrip("/") + "/**/*" + suffix
-        names = sorted(map(str, retried(partial(filesystem.glob, pattern), one, Retry())))
+        names = sorted(retried(lambda: filesystem.glob(pattern), one))  # noqa: B023
         if not names:
             raise FileNotFoundError(
                 f"no {suffix} files at {one}; for a server that does not list folders, name the files: "
@@ -292,195 +256,114 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     """
     import fsspec
 
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):  # aiohttp's own timeout is 300 s for a request of any size
+        from aiohttp import ClientTimeout
+        from fsspec.config import conf
+
+        limits = ClientTimeout(total=None, sock_connect=timeout(), sock_read=timeout())
+        configured = conf.get(url.partition(":")[0], {}).get("client_kwargs", {})
+        options = {"client_kwargs": {"timeout": limits, **configured}}
     try:
-        options = _http_options(url) if url.startswith(("http://", "https://")) else {}
         return fsspec.core.url_to_fs(url, **options)  # cached by fsspec; a forked process gets a fresh one
     except (ImportError, ValueError) as error:
         raise ValueError(f"cannot open {url}: {error}") from error
 
 
-def _http_options(url: str) -> dict[str, Any]:
-    """Timeouts, unless fsspec's own configuration sets some; aiohttp's is 300 s for a request of any size."""
-    from aiohttp import ClientTimeout
-    from fsspec.config import conf
-
-    limits = ClientTimeout(total=None, sock_connect=timeout(), sock_read=timeout())
-    configured = conf.get(url.partition(":")[0], {}).get("client_kwargs", {})
-    return {"client_kwargs": {"timeout": limits, **configured}}
-
-
-# What is derived from data once and read at every later start: indexes, digests, results of checks.
+# What is derived from data once and read at every later start: indexes, and digests of captions.
 
 FOLDER = ".llm2clip"
-CAN_NOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-LEDGER = {"kind": "llm2clip-ledger", "format_version": 1}
-_held: set[int] = set()  # descriptors of the locks that this process holds
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class KeptFolder:
-    """Where files derived from the data of one folder are kept."""
+class SideFolder:
+    """Where files derived from the data of one folder or URL are."""
 
     main: Path
     spare: Path  # used if ``main`` can't be written
 
     @classmethod
-    def of(cls, place: str | Path, spare_folder: Path) -> KeptFolder:
-        """For data in the local folder ``place``."""
-        digest = hashlib.sha256(os.path.abspath(place).encode()).hexdigest()[:16]
-        return cls(Path(place) / FOLDER, spare_folder / f"kept-{digest}")
+    def of(cls, place: str, spare_folder: Path) -> SideFolder:
+        """For data in the local folder, or below the URL, ``place``."""
+        name = place if is_url(place) else os.path.abspath(place)
+        spare = spare_folder / f"kept-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return cls(spare if is_url(place) else Path(place) / FOLDER, spare)
 
-    @classmethod
-    def of_url(cls, place: str, spare_folder: Path) -> KeptFolder:
-        """For data below the URL ``place``."""
-        folder = spare_folder / f"kept-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
-        return cls(folder, folder)
-
-    def paths(self, name: str) -> tuple[Path, ...]:
-        """The places of a file, to be read in this order."""
-        return tuple(dict.fromkeys((self.main / name, self.spare / name)))
+    def paths(self, name: str) -> tuple[Path, Path]:
+        """Where a file may be."""
+        return self.main / name, self.spare / name
 
     def write(self, name: str, write: Callable[[Path], object]) -> Path:
         """Call ``write`` with a temporary path and rename it to ``name``; returns where. Raises OSError."""
-        for path in self.paths(name):
-            try:
-                with atomic_file(path) as temporary:
-                    write(temporary)
-            except OSError as error:
-                if error.errno not in CAN_NOT_WRITE or path == self.paths(name)[-1]:
-                    raise
-            else:
-                return path
-        raise AssertionError("there is at least one place")
+        main, spare = self.paths(name)
+        try:
+            with atomic_file(main) as temporary:
+                write(temporary)
+            return main
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+        with atomic_file(spare) as temporary:
+            write(temporary)
+        return spare
 
     @contextmanager
     def lock(self, doing: str) -> Iterator[None]:
         """Hold the folder's lock, so that one process does ``doing`` and the others find it done.
 
-        A waiting process prints a line every ten seconds (one of a launcher's ranks on a machine). The system releases
-        the lock of a killed process. Without a place or a file system for locks, nobody waits.
+        Without a folder that can be written, or a file system with locks, nobody waits.
         """
-        file = self._locked_file(doing)
-        if file is None:
-            yield
-            return
-        _held.add(file.fileno())
-        try:
-            yield
-        finally:
-            _held.discard(file.fileno())
-            fcntl.flock(file, fcntl.LOCK_UN)
-            file.close()
+        from filelock import FileLock, Timeout
 
-    def _locked_file(self, doing: str) -> IO[str] | None:
         for path in self.paths("lock"):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                file = open(path, "a+", encoding="utf-8")
-            except OSError:
+                lock = FileLock(path)
+                lock.acquire(timeout=0)
+            except Timeout:
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    print(f"waiting for another process to {doing} ({path})", file=sys.stderr)
+                lock.acquire(poll_interval=0.2)
+            except (OSError, NotImplementedError):
                 continue
-            if _wait(file, doing):
-                return file
-            file.close()
-        return None
-
-
-def _wait(file: IO[str], doing: str) -> bool:
-    """Wait for the lock; False if the file system has none."""
-    show, started = os.environ.get("LOCAL_RANK", "0") == "0", time.monotonic()
-    lines = 0
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waited = time.monotonic() - started
-            if show and waited >= (lines + 1) * LINE_EVERY:
-                lines += 1
-                file.seek(0)
-                print(f"waited {waited:.0f} s for {file.read(200).strip() or 'another process'}", file=sys.stderr)
-            time.sleep(min(1.0, 0.02 + waited / 10))  # few requests to a network disk
-        except OSError:
-            return False
-        else:
             try:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()} to {doing}")
-                file.flush()
-            except OSError:
-                pass  # a full disk
-            return True
+                yield
+            finally:
+                lock.release()
+            return
+        yield
 
-
-def _forget_locks() -> None:
-    """In a forked process: its copies of the descriptors would hold the locks of a killed parent."""
-    while _held:
-        os.close(_held.pop())
-
-
-os.register_at_fork(after_in_child=_forget_locks)
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """A file of JSON values by name, with a checksum."""
-
-    folder: KeptFolder
-    name: str
-
-    def read(self) -> dict[str, Any]:
-        """All entries of both places, the newer file's first; a damaged file has none and is logged as a warning."""
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The entries of a JSON file in both places, the newer file's first; {} for a damaged one."""
         parts: list[tuple[float, dict[str, Any]]] = []
-        for path in self.folder.paths(self.name):
+        for path in self.paths(name):
             try:
-                text, time = path.read_text(encoding="utf-8"), path.stat().st_mtime
+                entries = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(entries, dict):
+                    raise ValueError(f"contains a {type(entries).__name__}")
+                parts.append((path.stat().st_mtime, entries))
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
-                log.warning("cannot read %s (%s); checking its contents again", path, error)
-                continue
-            head, _, body = text.partition("\n")
-            if head == canonical_json({**LEDGER, "sha256": sha256_text(body)}):
-                parts.append((time, json.loads(body)))
-            else:
-                log.warning("%s is damaged; its contents are checked again", path)
-        entries: dict[str, Any] = {}
-        for _, part in sorted(parts, key=lambda part: part[0]):
-            entries |= part
-        return entries
+                log.warning("cannot read %s (%s); its contents are computed again", path, error)
+        return {name: value for _, part in sorted(parts, key=lambda part: part[0]) for name, value in part.items()}
 
-    def add(self, entries: dict[str, Any]) -> None:
-        """Add or replace entries, keeping those that other processes have added. The caller holds the folder's lock.
-
-        If nothing can be written, the next start checks again.
-        """
-        if not entries:
-            return
-        body = canonical_json({**self.read(), **entries})
-        text = canonical_json({**LEDGER, "sha256": sha256_text(body)}) + "\n" + body
+    def add_json(self, name: str, entries: dict[str, Any]) -> None:
+        """Add or replace entries of a JSON file. The caller holds the lock."""
+        text = canonical_json({**self.read_json(name), **entries})
         try:
-            self.folder.write(self.name, lambda path: path.write_text(text, encoding="utf-8"))
+            self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
         except OSError as error:
-            log.warning("cannot record what was checked (%s); the next start checks it again", error)
+            log.warning("cannot write %s (%s); the next start computes it again", self.main / name, error)
 
 
-# Local copies of files at URLs, downloaded in byte ranges that resume where a connection broke.
+# Local copies of files at URLs, downloaded in byte ranges: a download goes on where a connection or process broke.
 
-LARGEST_RANGE = 32 << 20  # bytes of a request
-SMALLEST_RANGE = 64 << 10  # bytes of a request after larger ones have failed
+RANGE = 16 << 20  # bytes of a request
 COPY_TIME = 0  # modification time of every copy, so that a shard's index fits the next copy too
 SHARD = re.compile(r"[0-9a-f]{16}-.*\.tar")  # files that may be evicted
-PAGE = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype html|html)\b", re.IGNORECASE | re.DOTALL)
-VERSION = {
-    "size",
-    "etag",
-    "last-modified",
-    "lastmodified",
-    "mtime",
-    "content-md5",
-    "md5hash",
-    "generation",
-    "oid",
-}
+VERSION = {"size", "etag", "last-modified", "lastmodified", "mtime", "content-md5", "md5hash", "generation", "oid"}
 
 
 def default_download_folder() -> Path:
@@ -496,7 +379,6 @@ class Downloads:
     """A local folder of downloaded files."""
 
     folder: Path
-    retry: Retry = field(default_factory=Retry)
     limit_bytes: int = 0  # least recently used shards are deleted above this size of the folder; 0: no limit
 
     def local_path(self, url: str) -> Path:
@@ -505,15 +387,11 @@ class Downloads:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
 
     def fetch(self, url: str) -> Path:
-        """The local copy of ``url``, downloaded if there is none.
-
-        Raises FileNotFoundError if the server has no such file, PermissionError if it denies access, ConnectionError
-        after too many failures.
-        """
+        """The local copy of ``url``, downloaded if there is none. Raises as ``retry.retried`` does."""
         target = self.local_path(url)
         if not target.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(target.with_name(target.name + ".lock")):
+            with _locked(Path(f"{target}.lock")):
                 if not target.exists():  # another process may have been faster
                     self._download(url, target)
             self._evict(keep=target)
@@ -525,70 +403,41 @@ class Downloads:
 
     def use(self, url: str, action: Callable[[Path], Result]) -> Result:
         """``action`` on the local copy of ``url``, downloaded again if another process evicts it."""
-        for attempt in itertools.count():
-            path = self.fetch(url)
+        for _ in range(RETRY.tries):
             try:
-                return action(path)
+                return action(self.fetch(url))
             except FileNotFoundError:
-                if attempt == self.retry.tries or path.exists():
+                if self.local_path(url).exists():
                     raise
-        raise AssertionError("count() does not end")
+        return action(self.fetch(url))
 
     def forget(self, url: str) -> None:
         """Delete the local copy of ``url``, so that it is downloaded again when it is next used."""
-        target = self.local_path(url)
-        for path in (target, target.with_name(target.name + ".partial")):
-            path.unlink(missing_ok=True)
+        self.local_path(url).unlink(missing_ok=True)
 
     def read(self, url: str) -> bytes:
         """The bytes at ``url``, without a local copy: for single images. Raises as ``fetch`` does."""
         filesystem, path = open_filesystem(url)
-        return retried(lambda: filesystem.cat_file(path), url, self.retry)
+        return retried(lambda: filesystem.cat_file(path), url)
 
     def _download(self, url: str, target: Path) -> None:
         filesystem, path = open_filesystem(url)
-        info = retried(lambda: filesystem.info(path), url, self.retry)
-        total = info.get("size")
-        if total is None:  # without a size there are no ranges
-            data = retried(lambda: _not_a_page(filesystem.cat_file(path), url), url, self.retry)
-            with atomic_file(target) as temporary:
-                temporary.write_bytes(data)
-            return
+        info = retried(lambda: filesystem.info(path), url)
         version = canonical_json({key.lower(): str(value) for key, value in info.items() if key.lower() in VERSION})
-        partial = target.with_name(target.name + ".partial")
-        note = target.with_name(target.name + ".partial.json")
-        if _read_note(note) != version:
-            partial.unlink(missing_ok=True)  # it holds bytes of another version of the file
-            with atomic_file(note) as temporary:
-                temporary.write_text(version, encoding="utf-8")
+        partial = target.with_name(f"{target.name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.partial")
+        for old in self.folder.glob(f"{target.name}.*.partial"):
+            if old != partial:
+                old.unlink()  # of another version of the file
         with open(partial, "ab") as file:
-            self._append(filesystem, path, url, file, total)
+            if info.get("size") is None:  # without a size there are no ranges
+                file.truncate(0)
+                file.write(retried(lambda: filesystem.cat_file(path), url))
+            else:
+                while (done := file.tell()) < info["size"]:
+                    file.write(_read_range(filesystem, path, url, done, info["size"]))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
-        note.unlink()
-
-    def _append(self, filesystem: Any, path: str, url: str, file: Any, total: int) -> None:
-        """Append ranges to ``file`` until it has ``total`` bytes."""
-        span, failures = LARGEST_RANGE, Failures(url, self.retry)
-        file.truncate(min(file.seek(0, os.SEEK_END), total))
-        while (done := file.seek(0, os.SEEK_END)) < total:
-            want = min(span, total - done)
-            try:
-                data = filesystem.cat_file(path, start=done, end=done + want)
-                if len(data) == total and want < total:
-                    data = data[done : done + want]  # a server without ranges sends the entire file
-                if done == 0:
-                    _not_a_page(data, url)
-                if len(data) != want:
-                    raise ConnectionError(f"received {len(data)} bytes instead of {want}")
-            except Exception as error:
-                failures.add(error, f" at byte {done} of {total}")
-                span = max(SMALLEST_RANGE, span // 4)
-            else:
-                file.write(data)
-                failures.reset()
-                span = min(LARGEST_RANGE, span * 2)
 
     def _evict(self, keep: Path) -> None:
         """Delete the least recently used shards until the folder fits ``limit_bytes``; open files stay readable."""
@@ -605,59 +454,58 @@ class Downloads:
                     path.unlink()
 
 
-def _not_a_page(data: bytes, url: str) -> bytes:
-    """The data; ConnectionError for a web page in its place, which overloaded servers and logins send with HTTP 200."""
-    if PAGE.match(data) and not has_suffix(url, ".html"):
-        raise ConnectionError("the server sent a web page (HTML) instead of the file")
-    return data
+def _read_range(filesystem: Any, path: str, url: str, start: int, total: int) -> bytes:
+    """The next range of a file of ``total`` bytes."""
+    stop = min(start + RANGE, total)
+
+    def read() -> bytes:
+        data = filesystem.cat_file(path, start=start, end=stop)
+        if len(data) == total and stop - start < total:
+            data = data[start:stop]  # a server without ranges sends the entire file
+        if len(data) != stop - start:
+            raise ConnectionError(f"received {len(data)} bytes instead of {stop - start}")
+        return data
+
+    return retried(read, f"{url}, bytes {start} to {stop} of {total}")
 
 
-def _read_note(path: Path) -> str:
-    """The version of the file that a partial download is of; "" if unknown."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
+def _locked(path: Path) -> AbstractContextManager[object]:
+    from filelock import FileLock  # here, because --help of every command imports this module
+
+    return FileLock(path)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the system releases it when a process is killed."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-# Where a path is: on a local disk, on a file system over a network, or at a URL.
+# Whether data is read over a network, and how many of its shards are then shuffled together.
 
 MOUNTS = "/proc/self/mounts"
 NETWORK = (  # types of file systems over a network, as /proc/mounts writes them; fuse.* in addition
     "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "9p", "afs", "glusterfs", "orangefs", "pvfs2",
     "panfs", "wekafs", "virtiofs", "fuse", "davfs", "ocfs2", "gfs2", "quobyte", "pfs",
 )  # fmt: skip
-LOCAL_FUSE = ("fuseblk", "fuse.mergerfs", "fuse.fuse-overlayfs", "fuse.ntfs-3g")
+LOCAL_FUSE = ("fuse.mergerfs", "fuse.fuse-overlayfs", "fuse.ntfs-3g")
+NETWORK_WINDOW = 16  # shards; of 10,000 samples each: 160,000, dozens of global batches
 
 
-def file_system(path: str, mounts: str = MOUNTS) -> str:
-    """Type of the file system that holds ``path``, as in /proc/mounts; "url" for a URL, "" if unknown."""
+def shuffle_window(configured: int, paths: Sequence[str], mounts: str = MOUNTS) -> int:
+    """Shards that are shuffled together, 0 for whole sources: as configured, or, for -1, by where the data is."""
+    if configured >= 0:
+        return configured
+    return NETWORK_WINDOW if any(is_network(path, mounts) for path in paths) else 0
+
+
+def is_network(path: str, mounts: str = MOUNTS) -> bool:
+    """Whether ``path`` is a URL, or on a file system over a network."""
     if is_url(path):
-        return "url"
-    real = os.path.realpath(path)
+        return True
+    real, best, kind = os.path.realpath(path), "", ""
     try:
         with open(mounts, encoding="utf-8", errors="replace") as file:
             lines = [line.split() for line in file]
     except OSError:
-        return ""
-    best, kind = "", ""
+        return False
     for _, point, name, *_ in lines:
         point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point)
         inside = real == point or real.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best):  # the last of several mounts at one place is on top
             best, kind = point, name
-    return kind
-
-
-def is_network(path: str, mounts: str = MOUNTS) -> bool:
-    """Whether ``path`` is a URL, or on a file system over a network."""
-    kind = file_system(path, mounts)
-    return kind == "url" or kind in NETWORK or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
+    return kind in NETWORK or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)

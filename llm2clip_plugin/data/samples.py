@@ -30,23 +30,14 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Record:
-    """A sample as its source stores it: JSON parsed, captions not interpreted, image not read."""
-
-    key: str  # name within its shard; a label, never a path
-    values: dict[str, Any]  # what captions are read from, by the names that ReadConfig.fields uses
-    meta: dict[str, Any]  # the sample's own JSON
-    read_image: Callable[[], bytes]  # the image file's bytes; raises BrokenSample if it is missing
-
-
-@dataclass(frozen=True)
 class Sample:
     """One image with its captions. The image is read when ``read_image`` is called, the rest is in memory."""
 
-    key: str
-    captions: tuple[Caption, ...]
-    meta: dict[str, Any]
+    key: str  # name within its shard; a label, never a path
+    values: dict[str, Any] = field(compare=False)  # what captions are read from, by the names in ReadConfig.fields
+    meta: dict[str, Any]  # the sample's own JSON
     read_image: Callable[[], bytes] = field(compare=False)  # JPEG, PNG or WebP; raises BrokenSample if it is missing
+    captions: tuple[Caption, ...] = ()
     blank_captions: int = 0  # captions without text, which ``captions`` leaves out
 
 

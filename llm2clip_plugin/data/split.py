@@ -6,9 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from llm2clip_plugin.console import track
-from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text, size_text
+from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
 from llm2clip_plugin.data.index import split_name
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, words_of
@@ -24,7 +23,7 @@ from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.sources.tars import TarSource
-from llm2clip_plugin.data.workers import cores, map_in_order, process_pool
+from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.options import READ_NAMES, SELECTION, Command, command
 
@@ -102,16 +101,10 @@ def decide(source: Source, validation: float, by: str, workers: int = 0) -> Side
     by: field of a sample's JSON, all samples with one value being on one side; "": by key. Raises ValueError for a
     sample without that field, and if one side would be empty.
     """
-    processes = min(workers or cores(), len(source.shards))
     job: Callable[[int], ShardSides] = partial(_read_shard, source, validation, by)
     numbers = range(len(source.shards))
-    if processes <= 1 or len(numbers) <= FEW:
-        parts = list(track(map(job, numbers), total=len(numbers), label="data split: reading", unit="shards"))
-    else:
-        with process_pool(processes) as pool:
-            results = map_in_order(pool, job, numbers, ahead=2 * processes)
-            parts = list(track(results, total=len(numbers), label="data split: reading", unit="shards"))
-    return _join(parts, validation, by)
+    parts = parallel(job, numbers, processes=min(workers or cores(), len(numbers)) if len(numbers) > FEW else 1)
+    return _join(list(track(parts, total=len(numbers), label="data split: reading", unit="shards")), validation, by)
 
 
 def _read_shard(source: Source, validation: float, by: str, number: int) -> ShardSides:
@@ -176,7 +169,6 @@ def _join(parts: list[ShardSides], validation: float, by: str) -> Sides:
 # Write the two sides of a split: tars are copied member by member, lists of rows refer to the same images.
 
 SIDES = ("train", "validation")
-DONE = ".done"  # folder of marks: one for each tar of the source whose copies are complete
 
 
 def outputs(source: Source, folder: Path) -> dict[str, Path]:
@@ -188,12 +180,15 @@ def outputs(source: Source, folder: Path) -> dict[str, Path]:
 
 
 def write_sides(source: Source, sides: Sides, folder: Path, workers: int = 0) -> None:
-    """Write both sides below ``folder``; what an earlier call completed there is kept.
+    """Write both sides below ``folder``; tars that an earlier call completed there are skipped.
 
-    Raises OSError if the disk has too little space for copies of the tars, ValueError for another kind of source.
+    Raises ValueError for another kind of source.
     """
     if isinstance(source, TarSource):
-        _write_tars(source, sides, folder, workers)
+        jobs = list(enumerate(sides.shards))
+        done = parallel(partial(_copy_shard, source, folder), jobs, processes=min(workers or cores(), len(jobs)))
+        for _ in track(done, total=len(jobs), label="data split: writing", unit="shards"):
+            pass
     elif isinstance(source, RowSource):
         _write_rows(source, sides, outputs(source, folder))
     else:
@@ -202,45 +197,22 @@ def write_sides(source: Source, sides: Sides, folder: Path, workers: int = 0) ->
         )
 
 
-def _write_tars(source: TarSource, sides: Sides, folder: Path, workers: int) -> None:
-    todo = [n for n, shard in enumerate(source.shards) if not _mark(folder, shard.name).exists()]
-    needed, free = sum(source.stamps[n][0] for n in todo), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"the copies of {len(todo)} tars need {size_text(needed)}, but {folder.parent} has {size_text(free)} "
-            "free; free space, or choose an --output on another disk"
-        )
-    job = partial(_copy_shard, source, folder)
-    jobs = [(n, sides.shards[n]) for n in todo]
-    label = {"total": len(source.shards), "label": "data split: writing", "unit": "shards"}
-    processes = min(workers or cores(), len(todo))
-    done = iter(range(len(source.shards) - len(todo)))  # by an earlier call
-    if processes <= 1:
-        _exhaust(track(_chain(done, map(job, jobs)), **label))
-        return
-    with process_pool(processes) as pool:
-        _exhaust(track(_chain(done, map_in_order(pool, job, jobs, ahead=2 * processes)), **label))
-
-
 def _copy_shard(source: TarSource, folder: Path, job: tuple[int, np.ndarray]) -> None:
-    """Copy the members of one tar to its two sides; the mark comes last."""
+    """Copy the members of one tar to its two sides."""
     number, held_out_N = job
     shard = source.shards[number]
-    side_of: dict[str, bool] = {}
+    keys: dict[str, set[str]] = {side: set() for side in SIDES}
     for within, held_out in enumerate(held_out_N.tolist()):
-        key = source.key(shard.start + within)
-        if side_of.setdefault(key, held_out) is not held_out:
-            raise ValueError(
-                f"shard {shard.name!r} has two samples with the key {key!r}, one on each side; rename one of them"
-            )
-    for side, held_out in zip(SIDES, (False, True), strict=True):
-        if held_out in side_of.values():
-            with atomic_file(folder / side / f"{shard.name}.tar") as temporary:
-                wanted = {key for key, value in side_of.items() if value is held_out}
+        keys[SIDES[held_out]].add(source.key(shard.start + within))
+    if both := keys["train"] & keys["validation"]:
+        raise ValueError(
+            f"shard {shard.name!r} has two samples with the key {min(both)!r}, one on each side; rename one of them"
+        )
+    for side, wanted in keys.items():
+        target = folder / side / f"{shard.name}.tar"
+        if wanted and not target.exists():
+            with atomic_file(target) as temporary:
                 source.use_shard(number, partial(_copy_members, wanted=wanted, target=temporary))
-    mark = _mark(folder, shard.name)
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
 
 
 def _copy_members(path: Path, *, wanted: set[str], target: Path) -> None:
@@ -250,45 +222,18 @@ def _copy_members(path: Path, *, wanted: set[str], target: Path) -> None:
                 new.addfile(member, old.extractfile(member))
 
 
-def _mark(folder: Path, name: str) -> Path:
-    return folder / DONE / f"{name}.done"
-
-
 def _write_rows(source: RowSource, sides: Sides, targets: dict[str, Path]) -> None:
     """Each row as it is stored, in its order; a .json stays one list."""
     held_out_N = np.concatenate(sides.shards)
     for side, held_out in zip(SIDES, (False, True), strict=True):
         numbers = np.flatnonzero(held_out_N == held_out).tolist()
-        is_list = targets[side].suffix.lower() == ".json"
+        label, is_list = f"data split: {side}", targets[side].suffix.lower() == ".json"
         with atomic_file(targets[side]) as temporary, temporary.open("wb") as file:
             file.write(b"[\n" if is_list else b"")
-            for place, number in enumerate(
-                track(numbers, total=len(numbers), label=f"data split: {side}", unit="rows")
-            ):
+            for place, number in enumerate(track(numbers, total=len(numbers), label=label, unit="rows")):
                 file.write((b",\n" if is_list and place else b"") + source.row(number).strip())
                 file.write(b"" if is_list else b"\n")
             file.write(b"\n]\n" if is_list else b"")
-
-
-def clear_marks(folder: Path) -> None:
-    """Remove the marks once everything is written."""
-    shutil.rmtree(folder / DONE, ignore_errors=True)
-
-
-def write_summary(path: Path, body: dict[str, object]) -> None:
-    """What the split is, for a rerun of the same command and for its reader."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _chain(*parts: Iterator[object]) -> Iterator[object]:
-    for part in parts:
-        yield from part
-
-
-def _exhaust(items: Iterator[object]) -> None:
-    for _ in items:
-        pass
 
 
 SUMMARY = "split.json"  # in the output: settings and counts
@@ -306,29 +251,32 @@ def split_data(config: SplitConfig) -> list[str]:
 
     The output appears when it is complete; what a killed call left in a hidden folder next to it is used by the same
     call again. Raises FileExistsError if the output is there and not of this split, ValueError for a sample without
-    the field, a side without samples or a source that cannot be split, OSError for too little space.
+    the field, a side without samples or a source that cannot be split.
     """
-    output = Path(config.output)
-    source = open_source(config)
+    output, source = Path(config.output), open_source(config)
     check_fields(source)
-    settings = _settings(config, source)
     if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
         raise ValueError(
             f"--output {output} is inside the data at {source.path}, whose subfolders are read too: validation would "
             "be trained on; choose a folder elsewhere"
         )
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        return [*_already(output, settings), *_how_to_read(source, output)]
+    partial, settings = output.with_name(f".{output.name}.partial"), _settings(config, source)
+    for folder in (output, partial):
+        if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not _same(folder, settings):
+            raise FileExistsError(
+                f"{folder} exists and is not this split of {config.path}; choose another --output, or delete it"
+            )
+    if (output / SUMMARY).exists():
+        return [f"{output} is complete already", *_how_to_read(source, output)]
     sides = decide(source, config.validation, config.by, config.workers)
     lines = _report(source, sides, config)
     if config.dry_run:
         return lines
-    partial = output.with_name(f".{output.name}.partial")
-    _begin(partial, settings)
+    partial.mkdir(parents=True, exist_ok=True)
+    _write_summary(partial, settings)
     write_sides(source, sides, partial, config.workers)
     _verify(config, source, sides, partial)
-    clear_marks(partial)
-    write_summary(partial / SUMMARY, settings | {"samples": sides.samples, "captions": sides.captions})
+    _write_summary(partial, settings | {"samples": sides.samples, "captions": sides.captions})
     if output.is_dir():
         output.rmdir()  # it is empty
     os.replace(partial, output)
@@ -350,22 +298,9 @@ def _same(path: Path, settings: dict[str, object]) -> bool:
         return False
 
 
-def _already(output: Path, settings: dict[str, object]) -> list[str]:
-    if not _same(output, settings):
-        raise FileExistsError(
-            f"{output} exists and is not this split of {settings['data']}; choose another --output, or delete it"
-        )
-    return [f"{output} is complete already"]
-
-
-def _begin(partial: Path, settings: dict[str, object]) -> None:
-    """Make the hidden folder, or go on in one of the same split."""
-    if partial.exists() and any(partial.iterdir()) and not _same(partial, settings):
-        raise FileExistsError(
-            f"{partial} holds an unfinished split of other data or settings; rerun that command, or delete it"
-        )
-    partial.mkdir(parents=True, exist_ok=True)
-    write_summary(partial / SUMMARY, settings)
+def _write_summary(folder: Path, body: dict[str, object]) -> None:
+    with atomic_file(folder / SUMMARY) as temporary:
+        temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _verify(config: SplitConfig, source: Source, sides: Sides, folder: Path) -> None:
@@ -380,8 +315,7 @@ def _verify(config: SplitConfig, source: Source, sides: Sides, folder: Path) -> 
 
 
 def _reading(config: SplitConfig, source: Source, path: Path) -> SourceConfig:
-    fields = {item.name for item in dataclasses.fields(SourceConfig)}
-    values = {name: value for name, value in vars(config).items() if name in fields}
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(SourceConfig)}
     return SourceConfig(**{**values, "path": str(path), "images": _images(source)})
 
 

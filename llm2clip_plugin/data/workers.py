@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,14 +25,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def process_pool(
-    workers: int, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()
-) -> Iterator[ProcessPoolExecutor]:
-    """A pool that drops what is left after an error or Ctrl-C, and whose processes end when this one is killed."""
-    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(initializer, initargs))
+def parallel(function: Callable[[Item], Result], items: Iterable[Item], *, processes: int) -> Iterator[Result]:
+    """``function`` of each item in order, in processes that get it once; in this process if ``processes`` is below 2.
+
+    What is left is dropped after an error or Ctrl-C, and the processes end when this one is killed.
+    """
+    if processes <= 1:
+        yield from map(function, items)
+        return
+    pool = ProcessPoolExecutor(processes, initializer=_begin, initargs=(function,))
     try:
-        yield pool
+        yield from map_in_order(pool, _call, items, ahead=8 * processes)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -51,12 +53,19 @@ def map_in_order(
         yield waiting.popleft().result()
 
 
-def _begin(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+_function: Callable[[Any], Any]  # of ``parallel``; set in each of its processes
+
+
+def _begin(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too; the parent ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if initializer is not None:
-        initializer(*initargs)
+
+
+def _call(item: Any) -> Any:
+    return _function(item)
 
 
 def _end_with_parent() -> None:

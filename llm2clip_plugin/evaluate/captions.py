@@ -2,6 +2,7 @@
 
 Caption retrieval accuracy (CRA, the paper's measure): N images with two captions each; every first caption ranks the N
 second ones by cosine similarity, and the top one must be of the same image. Images are not read. Ties count half.
+``--search`` tries how an LLM's captions are best read, without training it.
 
 Shapes: N pairs of captions, W width of an embedding.
 """
@@ -34,6 +35,27 @@ from llm2clip_plugin.text.llm import pool
 from llm2clip_plugin.text.tokens import collate, length_batches
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
+SHOWN = 10  # readings in the table of --search
+READINGS = "search.json"
+
+Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long] [--search]``."""
+    config = CAPTIONS_COMMAND.parse(argv)
+    if not config.measure.captions:
+        raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
+    if config.search:
+        print(search_and_write(config))
+        return 0
+    encoder = CaptionEncoder(config.encoder)
+    scores = measure_captions(encoder, config.measure)
+    print(table(scores))
+    if encoder.count_truncated:
+        print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
+    write_scores(score_file(scores, encoder, config.measure.captions), config.json, file=sys.stderr)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -55,9 +77,6 @@ def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[
     retrieve = [text.replace(":", "->") for text in config.retrieve]
     foreign = [row for name, row in rows.items() if name not in retrieve]
     return [*rows.values(), *([mean_row(foreign)] if foreign else [])]
-
-
-Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
 
 
 def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
@@ -137,12 +156,7 @@ def caption_ranks(
     ``center``: subtract each set's mean before normalizing. A raw LLM's embeddings share one large common direction;
     subtracting it closes much of the gap to a fine-tuned LLM, so report both.
     ``group_N``: int, pairs with the same label are also correct for each other (several items of one concept).
-    Raises ValueError for shapes that don't match.
     """
-    if first_NW.shape != second_NW.shape or first_NW.ndim != 2:
-        raise ValueError(
-            f"expected two (N, W) arrays of the same shape, got {tuple(first_NW.shape)} and {tuple(second_NW.shape)}"
-        )
     label_N = torch.arange(len(first_NW), device=first_NW.device) if group_N is None else group_N
     first_NW, second_NW = first_NW.float(), second_NW.float()
     if center:
@@ -182,12 +196,6 @@ def score_file(scores: Sequence[CaptionScore], encoder: CaptionEncoder, captions
     )
 
 
-# ``llm2clip evaluate captions --search``: how an LLM's captions are best read, without training it.
-
-SHOWN = 10  # rows of the table
-READINGS = "search.json"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """One way of reading the LLM, and what it reached."""
@@ -222,12 +230,8 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
         encoder = CaptionEncoder(encoding)
         if encoder.config.query_prompt not in ("", encoder.config.prompt):
             raise ValueError("--search reads queries as all captions, but the LLM has a query_prompt")
-        if not encoder.model.decoder:
-            raise ValueError(
-                f"{encoding.llm} is a sentence-transformers encoder, which is read in one way; nothing to search"
-            )
-        if encoder.post is not None:
-            raise ValueError(f"{encoding.adapter or encoding.llm} has post-processing already; nothing to search")
+        if not encoder.model.decoder or encoder.post is not None:
+            raise ValueError(f"{encoding.adapter or encoding.llm} is read in one way; nothing to search")
         own = (encoder.config.pooling,) if has_card(encoding) else POOLINGS
         states = pooled_states(encoder, [*texts, *fitted], own)
         for (pooling, layer), state_NW in states.items():
@@ -302,50 +306,31 @@ def search_and_write(config: EvaluateCaptionsConfig) -> str:
     """Search, write ``folder`` if one is given, and return the table with the command that embeds so."""
     readings = search(config)
     best, folder = readings[0], config.reading.folder
-    words = ["--llm", config.encoder.llm, *(["--adapter", config.encoder.adapter] if config.encoder.adapter else [])]
-    if not has_card(config.encoder):
-        for name in ("attention", "pooling", "layer", "chat_template"):
-            if (value := vars(best)[name]) != vars(EncoderConfig())[name]:
-                words += [f"--{name.replace('_', '-')}", str(value)]
     if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         with atomic_file(Path(folder) / READINGS) as temporary:
             body = {"validation": config.measure.captions, "fit_on": config.reading.fit_on}
             text = json.dumps({**body, "readings": [one.record() for one in readings]}, indent=1, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
         if best.post is not None:
             best.post.save(Path(folder))
-    if best.post is not None:
-        words += ["--post-file", str(Path(folder or "FOLDER") / POST_FILE)]
     names = list(best.rows)
     lines = ["  ".join(["score", *names, "attention, pooling, layer, components removed, template"])]
     for one in readings[:SHOWN]:
         numbers = [f"{one.score:.3f}", *(f"{one.rows[name]:.3f}".rjust(len(name)) for name in names)]
         removed = {-1: "none, not centered", 0: "none, centered"}.get(one.components, str(one.components))
-        lines.append(
-            "  ".join([*numbers, f"{one.attention}, {one.pooling}, {one.layer}, {removed}, {one.chat_template!r}"])
-        )
-    return "\n".join(
-        [
-            *lines,
-            f"best of {len(readings)}, chosen on these captions; measure it on others:",
-            command("embed", "DATA", *words),
-        ]
-    )
+        way = f"{one.attention}, {one.pooling}, {one.layer}, {removed}, {one.chat_template!r}"
+        lines.append("  ".join([*numbers, way]))
+    lines.append(f"best of {len(readings)}, chosen on these captions; measure it on others:")
+    return "\n".join([*lines, embed_command(config, best)])
 
 
-def main(argv: list[str]) -> int:
-    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long] [--search]``."""
-    config = CAPTIONS_COMMAND.parse(argv)
-    if not config.measure.captions:
-        raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
-    if config.search:
-        print(search_and_write(config))
-        return 0
-    encoder = CaptionEncoder(config.encoder)
-    scores = measure_captions(encoder, config.measure)
-    print(table(scores))
-    if encoder.count_truncated:
-        print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
-    write_scores(score_file(scores, encoder, config.measure.captions), config.json, file=sys.stderr)
-    return 0
+def embed_command(config: EvaluateCaptionsConfig, best: Reading) -> str:
+    """The command that embeds captions as ``best`` reads them."""
+    words = ["--llm", config.encoder.llm, *(["--adapter", config.encoder.adapter] if config.encoder.adapter else [])]
+    if not has_card(config.encoder):
+        for name in ("attention", "pooling", "layer", "chat_template"):
+            if (value := vars(best)[name]) != vars(EncoderConfig())[name]:
+                words += [f"--{name.replace('_', '-')}", str(value)]
+    if best.post is not None:
+        words += ["--post-file", str(Path(config.reading.folder or "FOLDER") / POST_FILE)]
+    return command("embed", "DATA", *words)

@@ -1,34 +1,26 @@
-"""``llm2clip evaluate probe``: classification from a tower's features without any text: kNN and a linear probe.
+"""Classification: zero-shot by class names (``llm2clip evaluate zeroshot``), and kNN and a linear probe on a tower's
+features without any text (``llm2clip evaluate probe``).
 
-Shapes: N training images, M test images, D width of a feature, C classes.
+Shapes: N training images, M test images, C classes, P prompts of a class, D width of a feature, W of an embedding.
 """
 
 import dataclasses
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile, TowerCard, atomic_file, canonical_json, sha256_text, sha256_weights
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
-from llm2clip_plugin.data.index import scan_tar, split_name
-from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.config import PROBE_COMMAND, ZEROSHOT_COMMAND, ProbeConfig, ZeroShotConfig
+from llm2clip_plugin.evaluate.images import ImageFeatures, InMemorySource, Row, image_features, open_labeled_images
 from llm2clip_plugin.evaluate.opening import (
-    InMemorySource,
-    Row,
     Teacher,
     dataset_name,
     on_all_ranks,
@@ -47,10 +39,77 @@ from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
-# The classes of zero-shot classification as text: names, prompt templates, and their vectors.
-
 NAME_FILES = ("classnames.txt", "classes.txt")
 TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
+PENALTIES = tuple(10.0**power for power in range(-6, 3))  # candidates for the linear probe
+HELD_OUT = 5  # one in five clusters of the training images is held out to choose the penalty
+QUERY_BLOCK = 1024  # test images compared at once
+
+
+def main_zeroshot(argv: list[str]) -> int:
+    """``llm2clip evaluate zeroshot TOWER DATA``."""
+    config = ZEROSHOT_COMMAND.parse(argv)
+    return on_all_ranks(
+        lambda all_ranks: measure_zeroshot(config, all_ranks=all_ranks), lambda scores: zeroshot_report(config, scores)
+    )
+
+
+def measure_zeroshot(config: ZeroShotConfig, *, all_ranks: bool = False) -> ScoreFile:
+    """Embed the prompts and the images, and classify each image as the nearest class."""
+    labeled = open_labeled_images(config.data, config.label)
+    names = read_class_names(config.classes, config.data, labeled.classes)
+    prompts = prompt_source(names, read_templates(config.templates, config.data), config.data)
+    tower = open_tower(config.tower, config.device)
+    teacher = Teacher(tower.dual.card, config.teacher, tower.device)
+    cache = teacher.cache(prompts, Path(config.cache) if config.cache else None, all_ranks=all_ranks)
+    class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
+    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
+    features = image_features(tower.dual.encode_image, labeled, tower.images, tower.device, **options)
+    return dataclasses.replace(
+        classification_scores(features, class_CD, names),
+        benchmark=f"zeroshot:{dataset_name(config.data)}",
+        model=config.tower,
+        provenance=tower_provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
+    )
+
+
+def classification_scores(features: ImageFeatures, class_CD: Tensor, names: Sequence[str]) -> ScoreFile:
+    """acc1, acc5 (with five classes or more) and mean_per_class_recall; classes of equal score split the credit."""
+    image_ND = F.normalize(features.feature_ND, dim=1)
+    ranks, _ = rank_both(image_ND, class_CD, features.label_N, torch.arange(len(class_CD)))
+    top1_N = ranks.hits(1)
+    metrics = {"acc1": float(top1_N.mean())}
+    if len(class_CD) >= 5:
+        metrics["acc5"] = float(ranks.hits(5).mean())
+    metrics["mean_per_class_recall"] = features.mean_per_class(top1_N)
+    items = features.items(names, top1_N)
+    counts = {"images": len(items), "classes": len(class_CD), "left_out": len(features.broken)}
+    notes = [f"left out: {error}" for error in features.broken]
+    return ScoreFile(benchmark="", metrics=metrics, items=items, counts=counts, notes=notes)
+
+
+def clip_benchmark_json(config: ZeroShotConfig, scores: ScoreFile) -> str:
+    """The scores in CLIP_benchmark's file format, for its tables."""
+    body = {
+        "dataset": scores.benchmark.partition(":")[2],
+        "model": "llm2clip",
+        "pretrained": config.tower,
+        "task": "zeroshot_classification",
+        "metrics": {name: scores.metrics.get(name) for name in ("acc1", "acc5", "mean_per_class_recall")},
+        "language": "en",
+    }
+    return json.dumps(body) + "\n"
+
+
+def zeroshot_report(config: ZeroShotConfig, scores: ScoreFile) -> None:
+    """Print the metrics with the interval of acc1, and write the files that were requested."""
+    print(f"{config.tower} on {config.data}: {scores.counts['images']} images, {scores.counts['classes']} classes")
+    print_scores(scores, {"acc1": "score"})
+    write_scores(scores, config.json)
+    if config.clip_benchmark:
+        with atomic_file(config.clip_benchmark) as temporary:
+            temporary.write_text(clip_benchmark_json(config, scores), encoding="utf-8")
+        print(f"wrote {config.clip_benchmark}")
 
 
 def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
@@ -81,9 +140,7 @@ def read_templates(path: str, data: str) -> list[str]:
     ``{c}`` or ``{}`` in a template stands for the class. Raises FileNotFoundError or ValueError.
     """
     file = _find_file(path, data, TEMPLATE_FILES)
-    if file is None:
-        return ["a photo of a {c}."]
-    lines = _read_lines(file)
+    lines = ["a photo of a {c}."] if file is None else _read_lines(file)
     if invalid := [line for line in lines if "{c}" not in line and "{}" not in line]:
         raise ValueError(f"{file}: template {invalid[0]!r} does not contain {{c}}, the placeholder for the class name")
     if not lines:
@@ -92,11 +149,8 @@ def read_templates(path: str, data: str) -> list[str]:
 
 
 def _find_file(path: str, data: str, names: tuple[str, ...]) -> Path | None:
-    """``path``, which must exist, else the first of ``names`` in the data's folder or its parent."""
+    """``path``, else the first of ``names`` that exists in the data's folder or its parent."""
     if path:
-        if not Path(path).is_file():
-            kind = "class names" if names is NAME_FILES else "prompt templates"
-            raise FileNotFoundError(f"no file with {kind} at {path}")
         return Path(path)
     folder = _data_folder(data)
     candidates = (parent / name for parent in (folder, folder.parent) for name in names)
@@ -116,316 +170,24 @@ def _read_lines(file: Path) -> Any:
 def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> InMemorySource:
     """A data source without images: a class is a sample, its prompts are the captions; named by the prompts' hash."""
     prompts = [[template.replace("{c}", name).replace("{}", name) for template in templates] for name in names]
-    digest = sha256_text(canonical_json(prompts))[:12]
     rows = [
         Row(f"{number:05d}", None, tuple(Caption(text, "prompt") for text in texts))
         for number, texts in enumerate(prompts)
     ]
-    return InMemorySource(f"prompts-{digest}", _data_folder(data), rows)
+    return InMemorySource(f"prompts-{sha256_text(canonical_json(prompts))[:12]}", _data_folder(data), rows)
 
 
+@torch.no_grad()
 def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, *, all_ranks: bool = False) -> Tensor:
     """(C, D): the mean of each class's normalized prompts, normalized again (Radford et al. 2021, section 3.1.4)."""
     group = group_of(all_ranks)
     of_rank: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for number in range(rank(group), len(prompts), world_size(group)):
-            key, captions = prompts.captions(number)
-            teacher_PW = cache.rows(*prompts.locate(number), captions, key=key)
-            of_rank[number] = F.normalize(encode_texts(dual, teacher_PW).mean(0), dim=0)
+    for number in range(rank(group), len(prompts), world_size(group)):
+        row = prompts.rows[number]
+        teacher_PW = cache.rows(prompts.name, number, row.captions, key=row.key)
+        of_rank[number] = F.normalize(encode_texts(dual, teacher_PW).mean(0), dim=0)
     vectors = {number: row for part in gather_objects(of_rank, group) for number, row in part.items()}
     return torch.stack([vectors[number] for number in range(len(prompts))])
-
-
-# Images with a class label: ImageNet's folders, tars with .cls members, or a field of a dataset's JSON.
-
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
-NOT_A_CLASS = (".", "embeddings-")  # prefixes of other folders: hidden ones, the prompts' cache
-
-
-class LabeledImages(ABC):
-    """N images, each with a key and a label: the index of its class in ``classes``."""
-
-    def __init__(self, name: str, classes: list[str], keys: list[str], labels: list[int], clusters: list[str]) -> None:
-        if not keys:
-            raise ValueError(f"{name} contains no images")
-        self.name = name
-        self.classes = classes  # the data's own names: folders, values of the field, or the numbers in .cls members
-        self.keys = keys
-        self.labels = labels
-        self.clusters = clusters  # resampled together in the bootstrap, held out together
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @abstractmethod
-    def image(self, number: int) -> bytes:
-        """The image file's bytes. Raises BrokenSample if it is missing."""
-
-
-class FolderImages(LabeledImages):
-    """``CLASS/**/IMAGE.jpg``; classes in alphabetical order of their folders."""
-
-    def __init__(self, path: Path) -> None:
-        folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(NOT_A_CLASS))
-        files = [(label, file) for label, folder in enumerate(folders) for file in sorted(folder.rglob("*"))]
-        images = [(label, file) for label, file in files if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS]
-        self.files = [file for _, file in images]
-        keys = [str(file.relative_to(path)) for file in self.files]
-        super().__init__(str(path), [folder.name for folder in folders], keys, [label for label, _ in images], keys)
-
-    def image(self, number: int) -> bytes:
-        try:
-            return self.files[number].read_bytes()
-        except OSError as error:
-            raise BrokenSample(self.name, self.keys[number], f"cannot read the file: {error.strerror}") from error
-
-
-class TarImages(LabeledImages):
-    """Tars of ``KEY.jpg`` (png, webp) with ``KEY.cls``, the class index as text."""
-
-    def __init__(self, path: Path) -> None:
-        tars = [path] if path.is_file() else sorted(path.rglob("*.tar"))
-        keys, labels = [], []
-        self.members: list[tuple[Path, int, int]] = []  # tar, offset, size
-        for tar in tars:
-            parts: dict[str, dict[str, tuple[int, int]]] = {}
-            for member in scan_tar(tar):
-                key, ending = split_name(member.name)
-                parts.setdefault(key, {})["image" if ending in IMAGE_ENDINGS else ending] = (member.offset, member.size)
-            for key, of_key in parts.items():
-                if "image" in of_key:
-                    keys.append(f"{tar.stem}/{key}")
-                    labels.append(self._label(tar, key, of_key))
-                    self.members.append((tar, *of_key["image"]))
-        classes = [str(number) for number in range(max(labels, default=-1) + 1)]
-        super().__init__(str(path), classes, keys, labels, keys)
-
-    @staticmethod
-    def _label(tar: Path, key: str, parts: dict[str, tuple[int, int]]) -> int:
-        if "cls" not in parts:
-            raise ValueError(f"{tar}: sample {key} has no .cls member with its class index")
-        text = _read(tar, *parts["cls"]).decode("utf-8", "replace").strip()
-        if not text.isdecimal():
-            raise ValueError(f"{tar}: {key}.cls contains {text!r}, expected a class index (0, 1, ...)")
-        return int(text)
-
-    def image(self, number: int) -> bytes:
-        return _read(*self.members[number])
-
-
-class FieldImages(LabeledImages):
-    """Any captioned data source; ``field`` and ``cluster`` are fields of each sample's JSON."""
-
-    def __init__(self, source: Source, field: str, cluster: str = "") -> None:
-        self.source = source
-        keys, values, clusters = [], [], []
-        for number in range(len(source)):
-            record = source.record(number)
-            for name in filter(None, (field, cluster)):
-                if name not in record.meta:
-                    known = ", ".join(sorted(record.meta)) or "none"
-                    raise ValueError(f"{source.path}: {record.key!r} has no field {name!r} in its JSON; known: {known}")
-            keys.append(record.key)
-            values.append(str(record.meta[field]))
-            clusters.append(str(record.meta[cluster]) if cluster else record.key)
-        classes = sorted(set(values))
-        number_of = {value: number for number, value in enumerate(classes)}
-        super().__init__(source.path, classes, keys, [number_of[value] for value in values], clusters)
-
-    def image(self, number: int) -> bytes:
-        return self.source.record_with_image(number).read_image()
-
-
-def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:
-    """The labeled images at ``path``: with ``field`` a captioned data source, else tars with .cls or class folders.
-
-    Raises FileNotFoundError, or ValueError for another layout.
-    """
-    if field:
-        return FieldImages(open_source(SourceConfig(path=path)), field, cluster)
-    root = Path(path)
-    if root.is_file() or any(root.rglob("*.tar")):
-        return TarImages(root)
-    if any(entry.is_dir() for entry in root.iterdir()):
-        return FolderImages(root)
-    raise ValueError(
-        f"{path} has no class folders and no tars with .cls members; for captioned data pass --label FIELD"
-    )
-
-
-def _read(path: Path, offset: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-# Encode labeled images, each once, on all ranks.
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageFeatures:
-    """Features of the readable images, in order."""
-
-    feature_ND: Tensor  # float32, on the CPU
-    label_N: Tensor  # int64
-    keys: list[str]
-    clusters: list[str]
-    broken: list[BrokenSample]
-
-    def mean_per_class(self, hit_N: Tensor) -> float:
-        """The unweighted mean over the classes of their mean hits."""
-        return float(torch.stack([hit_N[self.label_N == label].mean() for label in torch.unique(self.label_N)]).mean())
-
-    def items(self, classes: Sequence[str], hit_N: Tensor) -> list[dict[str, Any]]:
-        """One item of a score file for each image; ``part`` is the name of its class."""
-        return [
-            {"id": key, "score": hit, "cluster": cluster, "part": classes[label]}
-            for key, hit, cluster, label in zip(
-                self.keys, hit_N.tolist(), self.clusters, self.label_N.tolist(), strict=True
-            )
-        ]
-
-
-class _Pixels(Dataset):
-    """(position of the image, its pixels (S, S, 3) uint8 or the error)."""
-
-    def __init__(self, images: LabeledImages, config: ImageConfig, numbers: list[int]) -> None:
-        self.images, self.numbers, self.transform = images, numbers, EvalTransform(config)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | BrokenSample]:
-        number = self.numbers[index]
-        try:
-            return number, self.transform.pixels(self.images.image(number))
-        except BrokenImage as error:
-            return number, BrokenSample(self.images.name, self.images.keys[number], str(error))
-        except BrokenSample as error:
-            return number, error
-
-
-def image_features(
-    encode: Callable[[Tensor], Tensor],
-    images: LabeledImages,
-    config: ImageConfig,
-    device: torch.device,
-    *,
-    batch: int = 64,
-    workers: int = 0,
-    all_ranks: bool = False,
-) -> ImageFeatures:
-    """``encode`` maps (B, 3, S, S) on ``device`` to (B, D); broken images are left out and listed in ``broken``.
-
-    ``all_ranks``: every rank of the default process group calls this, encodes a part, and gets all features.
-    Raises ValueError if no image is readable.
-    """
-    group = group_of(all_ranks)
-    own = np.array_split(np.arange(len(images)), world_size(group))[rank(group)].tolist()
-    loader = DataLoader(_Pixels(images, config, own), batch, num_workers=workers, collate_fn=list)
-    normalize, readable, vectors, broken = Normalize(config, device), [], [], []
-    with torch.no_grad():
-        for items in track(loader, total=len(loader), label="images", unit="batches", show=rank(group) == 0):
-            good = [(number, pixels) for number, pixels in items if isinstance(pixels, np.ndarray)]
-            broken += [error for _, error in items if isinstance(error, BrokenSample)]
-            if good:
-                pixels = normalize(torch.from_numpy(np.stack([pixels for _, pixels in good])))
-                vectors.append(encode(pixels).float().cpu())
-                readable += [number for number, _ in good]
-    ranks = gather_objects((readable, vectors, broken), group)
-    readable, vectors, broken = ([item for part in parts for item in part] for parts in zip(*ranks, strict=True))
-    if not readable:
-        raise ValueError(f"{images.name} contains no readable images: {broken[0]}")
-    return ImageFeatures(
-        feature_ND=torch.cat(vectors),
-        label_N=torch.tensor([images.labels[number] for number in readable]),
-        keys=[images.keys[number] for number in readable],
-        clusters=[images.clusters[number] for number in readable],
-        broken=broken,
-    )
-
-
-# ``llm2clip evaluate zeroshot``: classification by class names, each embedded as the mean of several prompts.
-
-
-def main_zeroshot(argv: list[str]) -> int:
-    """``llm2clip evaluate zeroshot TOWER DATA``."""
-    config = ZEROSHOT_COMMAND.parse(argv)
-    return on_all_ranks(
-        lambda all_ranks: measure_zeroshot(config, all_ranks=all_ranks), lambda scores: zeroshot_report(config, scores)
-    )
-
-
-def measure_zeroshot(config: ZeroShotConfig, *, all_ranks: bool = False) -> ScoreFile:
-    """Embed the prompts and the images, and classify each image as the nearest class."""
-    labeled = open_labeled_images(config.data, config.label)
-    names = read_class_names(config.classes, config.data, labeled.classes)
-    prompts = prompt_source(names, read_templates(config.templates, config.data), config.data)
-    tower = open_tower(config.tower, config.device)
-    teacher = Teacher(tower.dual.card, config.teacher, tower.device)
-    cache = teacher.cache(prompts, Path(config.cache) if config.cache else None, all_ranks=all_ranks)
-    class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
-    features = image_features(
-        tower.dual.encode_image,
-        labeled,
-        tower.images,
-        tower.device,
-        batch=config.batch,
-        workers=config.workers,
-        all_ranks=all_ranks,
-    )
-    return dataclasses.replace(
-        classification_scores(features, class_CD, names),
-        benchmark=f"zeroshot:{dataset_name(config.data)}",
-        model=config.tower,
-        provenance=tower_provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
-    )
-
-
-def classification_scores(features: ImageFeatures, class_CD: Tensor, names: Sequence[str]) -> ScoreFile:
-    """acc1, acc5 (with five classes or more) and mean_per_class_recall; classes of equal score split the credit."""
-    image_ND = F.normalize(features.feature_ND, dim=1)
-    ranks, _ = rank_both(image_ND, class_CD, features.label_N, torch.arange(len(class_CD)))
-    top1_N = ranks.hits(1)
-    metrics = {"acc1": float(top1_N.mean())}
-    if len(class_CD) >= 5:
-        metrics["acc5"] = float(ranks.hits(5).mean())
-    metrics["mean_per_class_recall"] = features.mean_per_class(top1_N)
-    items = features.items(names, top1_N)
-    counts = {"images": len(items), "classes": len(class_CD), "left_out": len(features.broken)}
-    notes = [f"left out: {error}" for error in features.broken]
-    return ScoreFile(benchmark="", metrics=metrics, items=items, counts=counts, notes=notes)
-
-
-def clip_benchmark_json(config: ZeroShotConfig, scores: ScoreFile) -> str:
-    """The scores in CLIP_benchmark's file format, for its tables."""
-    metrics = {"acc1": scores.metrics["acc1"], "acc5": scores.metrics.get("acc5")}
-    body = {
-        "dataset": scores.benchmark.partition(":")[2],
-        "model": "llm2clip",
-        "pretrained": config.tower,
-        "task": "zeroshot_classification",
-        "metrics": metrics | {"mean_per_class_recall": scores.metrics["mean_per_class_recall"]},
-        "language": "en",
-    }
-    return json.dumps(body) + "\n"
-
-
-def zeroshot_report(config: ZeroShotConfig, scores: ScoreFile) -> None:
-    """Print the metrics with the interval of acc1, and write the files that were requested."""
-    print(f"{config.tower} on {config.data}: {scores.counts['images']} images, {scores.counts['classes']} classes")
-    print_scores(scores, {"acc1": "score"})
-    write_scores(scores, config.json)
-    if config.clip_benchmark:
-        with atomic_file(config.clip_benchmark) as temporary:
-            temporary.write_text(clip_benchmark_json(config, scores), encoding="utf-8")
-        print(f"wrote {config.clip_benchmark}")
-
-
-PENALTIES = tuple(10.0**power for power in range(-6, 3))  # candidates for the linear probe
-HELD_OUT = 5  # one in five clusters of the training images is held out to choose the penalty
-QUERY_BLOCK = 1024  # test images compared at once
 
 
 def main_probe(argv: list[str]) -> int:
@@ -444,23 +206,17 @@ def measure_probe(config: ProbeConfig, *, all_ranks: bool = False) -> ScoreFile:
     pooling = DualConfig(projection="none", projection_dim=width, pool=config.pool)
     encoder = DualEncoder(tower, pooling).to(device).eval()
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
-    train_images, test_images = (
-        open_labeled_images(path, config.label, config.cluster) for path in (config.train, config.test)
-    )
-    train, test = (
-        image_features(
-            encoder.pool, side, images, device, batch=config.batch, workers=config.workers, all_ranks=all_ranks
-        )
-        for side in (train_images, test_images)
-    )
-    class_number = {name: number for number, name in enumerate(train_images.classes)}
-    unseen = [name for name in test_images.classes if name not in class_number]
-    test_label_N = torch.tensor([class_number.get(name, -1) for name in test_images.classes])[test.label_N]
+    sides = [open_labeled_images(path, config.label, config.cluster) for path in (config.train, config.test)]
+    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
+    train, test = (image_features(encoder.pool, side, images, device, **options) for side in sides)
+    class_number, test_classes = {name: number for number, name in enumerate(sides[0].classes)}, sides[1].classes
+    unseen = [name for name in test_classes if name not in class_number]
+    test_label_N = torch.tensor([class_number.get(name, -1) for name in test_classes])[test.label_N]
     hits = {"knn": knn(train, test.feature_ND, config.k, config.temperature) == test_label_N}
     if config.linear:
         hits["linear"] = linear_probe(train, test.feature_ND) == test_label_N
     return dataclasses.replace(
-        probe_scores(hits, test, test_images.classes, unseen),
+        probe_scores(hits, test, test_classes, unseen),
         model=config.tower,
         provenance=provenance(
             weights_sha256=weights_hash(directory),

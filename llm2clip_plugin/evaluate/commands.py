@@ -1,10 +1,11 @@
-"""The tables of ``llm2clip evaluate``: one dataset's retrieval, and the suites next to the paper's results."""
+"""``llm2clip evaluate``: retrieval recall of a tower on data whose captions are cached, or on benchmarks by name."""
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -36,129 +37,6 @@ from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
 SIDES = ("i2t", "t2i")
-TIES = {
-    "half": "ties split the credit",
-    "optimistic": "ties count as hits",
-    "pessimistic": "ties count as misses",
-    "lowest_index_first": "ties in the order of the items",
-}
-
-
-def print_retrieval(report: RetrievalReport, intervals: Mapping[str, Interval], *, title: str) -> None:
-    """Recall of every part in percent, in both directions, with the interval of the first k; and of the control."""
-    config, metrics = report.config, report.metrics()
-    columns = [(side, k) for side in SIDES for k in config.ks]
-    table = Table(title=title, caption=table_caption(report, bool(intervals)))
-    table.add_column("captions")
-    for side, k in columns:
-        table.add_column(f"{side} R@{k}", justify="right")
-    rows = [("" if name == "all" else f"{name}/", name) for name in report.parts]
-    rows += [("shuffled/", "shuffled"), ("chance/", "chance")] if report.control is not None else []
-    for prefix, name in rows:
-        cells = (cell(metrics, intervals if k == config.ks[0] else {}, f"{prefix}{side}_r{k}") for side, k in columns)
-        table.add_row(name, *cells)
-    console = wide_console()
-    console.print(table)
-    for error in report.pairs.broken[:NOTES_SHOWN]:
-        console.print(f"left out: {error}", markup=False)
-
-
-def cell(metrics: Mapping[str, float], intervals: Mapping[str, Interval], name: str) -> str:
-    """One metric in percent, with its interval if there is one: ``45.1 [43.0, 47.2]``."""
-    value = f"{100 * metrics[name]:.1f}"
-    interval = intervals.get(name)
-    return value if interval is None else f"{value} \\[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
-def table_caption(report: RetrievalReport, with_intervals: bool) -> str:
-    """What was counted and how, below the table."""
-    counts, config = report.counts, report.config
-    parts = [
-        f"percent; i2t: image to text; {counts['images']} images, {counts['captions']} captions; {TIES[config.ties]}"
-    ]
-    if counts["left_out"]:
-        parts.append(f"{counts['left_out']} samples left out")
-    if config.group:
-        parts.append(f"correct: same {config.group}")
-    if with_intervals:
-        cluster = config.cluster or config.group or "image"
-        parts.append(f"\\[95 % interval], bootstrap over {len(set(report.cluster_N))} clusters by {cluster}")
-    return "; ".join(parts)
-
-
-def print_suites(model: str, results: Mapping[str, ScoreFile], resamples: int) -> None:
-    """The paper's tables with a row for ``model``, then every metric of each suite with its notes."""
-    console, known = wide_console(), suites()
-    for title in dict.fromkeys(suite.table for suite in known.values() if suite.table):
-        columns = [suite for suite in known.values() if suite.table == title]
-        if any(suite.name in results for suite in columns):
-            console.print(paper_table(title, columns, model, results, resamples))
-    for name, scores in results.items():
-        console.print(suite_table(known[name].title, scores))
-        for note in scores.notes:
-            console.print(f"{name}: {note}", markup=False, soft_wrap=True)
-
-
-def paper_table(
-    title: str, columns: Sequence[Suite], model: str, results: Mapping[str, ScoreFile], resamples: int
-) -> Table:
-    """R@1 image->text / text->image in percent; the paper's rows first, ours last with 95 % intervals."""
-    table = Table(title=title, caption="R@1 image->text / text->image, percent; the paper's rows are single runs")
-    table.add_column("tower")
-    table.add_column("source")
-    for suite in columns:
-        table.add_column(suite.name, justify="right")
-    sources = {row: suite.paper_source for suite in columns for row in suite.paper}
-    base = ""
-    for row, source in sources.items():
-        if not row.startswith(f"{base} + "):
-            base = row
-        shown = row if row == base else row.removeprefix(f"{base} ")  # "+ LLM2CLIP", below the tower it starts from
-        table.add_row(shown, f"paper, {source}", *(_pair(suite.paper.get(row)) for suite in columns))
-    ours = [_ours(results[suite.name], resamples) if suite.name in results else "not measured" for suite in columns]
-    table.add_section()
-    table.add_row(model.rstrip("/").rpartition("/")[2], "measured", *ours, style="bold")
-    return table
-
-
-def _pair(scores: tuple[float, float] | None) -> str:
-    return "" if scores is None else f"{scores[0]:.1f} / {scores[1]:.1f}"
-
-
-def _ours(scores: ScoreFile, resamples: int) -> str:
-    """The headline, and below it the half-widths of its intervals."""
-    first = _pair((100 * scores.metrics["i2t_r1"], 100 * scores.metrics["t2i_r1"]))
-    is_mean = f"{ALL}/i2t_r1" in scores.metrics  # a mean over languages has no interval
-    if not resamples or is_mean:
-        return first
-    widths = []
-    for side in SIDES:
-        items = [item for item in scores.items if item["part"] == ALL and item["side"] == side]
-        hits, clusters = [item["score"] for item in items], [item["cluster"] for item in items]
-        interval = bootstrap_mean(hits, clusters, resamples=resamples)
-        widths.append(f"±{50 * (interval.high - interval.low):.1f}")
-    return f"{first}\n{' / '.join(widths)}"
-
-
-def suite_table(title: str, scores: ScoreFile) -> Table:
-    """Every metric of a suite in percent: one row per part, one column per metric."""
-    rows: dict[str, dict[str, float]] = {}
-    for key, value in scores.metrics.items():
-        part, slash, metric = key.rpartition("/")
-        rows.setdefault(part if slash else "", {})[metric] = value
-    columns = list(dict.fromkeys(metric for row in rows.values() for metric in row))
-    counts = ", ".join(f"{number} {name}" for name, number in scores.counts.items())
-    table = Table(title=title, caption=f"percent; {counts}")
-    table.add_column("captions")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for part, row in rows.items():
-        cells = (f"{100 * row[column]:.1f}" if column in row else "" for column in columns)
-        table.add_row(part or "headline", *cells)
-    return table
-
-
-# ``llm2clip evaluate``: retrieval recall of a tower directory on a dataset whose captions are cached.
 
 
 def main(argv: list[str]) -> int:
@@ -167,16 +45,34 @@ def main(argv: list[str]) -> int:
         return main_suites(argv)
     config = RETRIEVAL_COMMAND.parse(argv)
 
-    def report(measured: tuple[OpenedTower, RetrievalReport]) -> None:
-        tower, retrieval = measured
-        intervals = retrieval.intervals(config.resamples) if config.resamples else {}
-        print_retrieval(retrieval, intervals, title=f"{config.tower} on {config.data.path}")
-        write_scores(score_file(config, tower, retrieval), config.json)
+    def report(scores: ScoreFile) -> None:
+        found = intervals(scores, config.resamples)
+        clusters = len({item["cluster"] for item in scores.items})
+        caption = "i2t: image to text; ties count half" + (
+            f"; \\[95 % interval] over {clusters} clusters" if found else ""
+        )
+        console = wide_console()
+        console.print(score_table(f"{config.tower} on {config.data.path}", scores, found, caption=caption))
+        for note in scores.notes[:NOTES_SHOWN]:
+            console.print(note, markup=False)
+        write_scores(scores, config.json)
 
     return on_all_ranks(lambda all_ranks: measure_retrieval(config, all_ranks=all_ranks), report)
 
 
-def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
+def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> ScoreFile:
+    """``measure_pairs`` as a score file."""
+    tower, report = measure_pairs(config, all_ranks=all_ranks)
+    facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
+    return dataclasses.replace(
+        report.scores(),
+        benchmark=f"retrieval:{dataset_name(config.data.path)}",
+        model=config.tower,
+        provenance=tower_provenance(tower.dual, **facts),
+    )
+
+
+def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
     """Open the tower, the data and the cache, check that they belong together, and measure.
 
     Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
@@ -187,27 +83,39 @@ def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> tup
     tower = open_tower(config.tower, config.device)
     cache = open_teacher_cache(tower.dual.card, config.cache, config.data, any_teacher=config.any_teacher)
     cache.check(source)
-    report = evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
-    return tower, report
+    return tower, evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
 
 
-def score_file(config: EvaluateConfig, tower: OpenedTower, report: RetrievalReport) -> ScoreFile:
-    """The report as the record that `llm2clip compare` reads."""
-    return dataclasses.replace(
-        report.scores(),
-        benchmark=f"retrieval:{dataset_name(config.data.path)}",
-        model=config.tower,
-        provenance=tower_provenance(
-            tower.dual,
-            teacher=tower.dual.card.teacher,
-            data=config.data.path,
-            ties=config.retrieval.ties,
-            group=config.retrieval.group,
-        ),
-    )
+def intervals(scores: ScoreFile, resamples: int) -> dict[str, Interval]:
+    """Of recall at the first k in every part and direction, by the metric's name; {} for 0 resamples."""
+    queries: dict[str, list[dict[str, Any]]] = {}
+    for item in scores.items if resamples else ():
+        k = next(key for key in item if key.startswith("r"))
+        prefix = "" if item["part"] == ALL else f"{item['part']}/"
+        queries.setdefault(f"{prefix}{item['side']}_{k}", []).append(item)
+    return {
+        name: bootstrap_mean([item["score"] for item in some], [item["cluster"] for item in some], resamples=resamples)
+        for name, some in queries.items()
+    }
 
 
-# ``llm2clip evaluate TOWER DATA --suite NAMES``: benchmarks by name, and the paper's tables next to ours.
+def score_table(
+    title: str, scores: ScoreFile, found: Mapping[str, Interval] = MappingProxyType({}), *, caption: str = ""
+) -> Table:
+    """Every metric in percent, with its interval in ``found``: one row per part, one column per metric."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, value in scores.metrics.items():
+        part, _, metric = name.rpartition("/")
+        shown = f" \\[{100 * found[name].low:.1f}, {100 * found[name].high:.1f}]" if name in found else ""
+        rows.setdefault(part, {})[metric] = f"{100 * value:.1f}{shown}"
+    columns = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    counts = ", ".join(f"{number} {name}" for name, number in scores.counts.items())
+    table = Table("captions", title=title, caption="; ".join(filter(None, ["percent", counts, caption])))
+    for column in columns:
+        table.add_column(column, justify="right")
+    for part, row in rows.items():
+        table.add_row(part or ("headline" if ALL in rows else ALL), *(row.get(name, "") for name in columns))
+    return table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,3 +209,46 @@ def suite_provenance(tower: OpenedTower, cache: EmbeddingCache, config: Retrieva
     settings = json.loads(json.dumps(dataclasses.asdict(config) | {"batch": 0, "workers": 0}))  # as read back
     captions = cache.manifest.shards[shard]["rows_sha256"]
     return tower_provenance(tower.dual, teacher=cache.fingerprint, captions_sha256=captions, settings=settings)
+
+
+def print_suites(model: str, results: Mapping[str, ScoreFile], resamples: int) -> None:
+    """The paper's tables with a row for ``model``, then every metric of each suite with its notes."""
+    console, known = wide_console(), suites()
+    for title in dict.fromkeys(suite.table for suite in known.values() if suite.table):
+        columns = [suite for suite in known.values() if suite.table == title]
+        if any(suite.name in results for suite in columns):
+            console.print(paper_table(title, columns, model, results, resamples))
+    for name, scores in results.items():
+        console.print(score_table(known[name].title, scores))
+        for note in scores.notes:
+            console.print(f"{name}: {note}", markup=False, soft_wrap=True)
+
+
+def paper_table(
+    title: str, columns: Sequence[Suite], model: str, results: Mapping[str, ScoreFile], resamples: int
+) -> Table:
+    """R@1 image->text / text->image in percent; the paper's rows first, ours last with 95 % intervals."""
+    caption = "R@1 image->text / text->image, percent; the paper's rows are single runs"
+    table = Table("tower", "source", title=title, caption=caption)
+    for suite in columns:
+        table.add_column(suite.name, justify="right")
+    for row, source in {row: suite.paper_source for suite in columns for row in suite.paper}.items():
+        table.add_row(row, f"paper, {source}", *(_pair(suite.paper.get(row)) for suite in columns))
+    ours = [_ours(results[suite.name], resamples) if suite.name in results else "not measured" for suite in columns]
+    table.add_section()
+    table.add_row(dataset_name(model), "measured", *ours, style="bold")
+    return table
+
+
+def _pair(scores: tuple[float, float] | None) -> str:
+    return "" if scores is None else f"{scores[0]:.1f} / {scores[1]:.1f}"
+
+
+def _ours(scores: ScoreFile, resamples: int) -> str:
+    """The headline, and below it the half-widths of its intervals; a mean over languages has none."""
+    names = [f"{side}_r1" for side in SIDES]
+    first = _pair((100 * scores.metrics[names[0]], 100 * scores.metrics[names[1]]))
+    if not resamples or f"{ALL}/{names[0]}" in scores.metrics:
+        return first
+    found = intervals(scores, resamples)
+    return f"{first}\n{' / '.join(f'±{50 * (found[name].high - found[name].low):.1f}' for name in names)}"

@@ -9,7 +9,6 @@ from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.options import EVALUATION_NAMES, READ_NAMES, SELECTION, Command, Extra, in_section
 from llm2clip_plugin.text.config import EncoderConfig
 
-TieRule = Literal["half", "optimistic", "pessimistic", "lowest_index_first"]
 KS = (1, 5, 10)
 
 
@@ -21,7 +20,6 @@ class RetrievalConfig:
     languages: tuple[str, ...] = ()  # only captions of these languages; empty: all
     group: str = ""  # JSON field of the samples: images with the same value share their captions; "": no groups
     cluster: str = ""  # JSON field of the samples: resampled together in the bootstrap; "": the group, or the image
-    ties: TieRule = "half"  # how items of equal score rank
     ks: tuple[int, ...] = KS  # k of recall@k: a hit is a correct item in the top k
     parts: bool = True  # also measure each kind and language separately
     control: bool = False  # also measure with captions shuffled among the images, which must give chance
@@ -32,10 +30,6 @@ class RetrievalConfig:
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"ks {' '.join(map(str, self.ks)) or 'is empty'}: recall@k needs numbers above 0")
-        if self.limit < 0 or self.batch < 1 or self.workers < 0:
-            raise ValueError(
-                f"limit {self.limit} and workers {self.workers} must not be negative, batch {self.batch} at least 1"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

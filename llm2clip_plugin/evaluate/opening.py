@@ -1,13 +1,10 @@
-"""What retrieval needs of its data, checked on samples before a tower is loaded or a run begins.
-
-Images are not embedded and not every sample is read: a field that one sample in a thousand lacks is found later.
-"""
+"""What the commands that measure share: the tower and its teacher, checks of the data, ranks, provenance, output."""
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -20,16 +17,8 @@ from llm2clip_plugin.console import phase
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.samples import (
-    BrokenImage,
-    BrokenSample,
-    Caption,
-    Record,
-    Sample,
-    open_header,
-    select_captions,
-)
-from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
+from llm2clip_plugin.data.samples import BrokenSample, Sample, select_captions
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.config import EncoderConfig
@@ -41,11 +30,10 @@ from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
-# What the commands of ``llm2clip evaluate`` share: options, the tower, the ranks, provenance and the output.
-
 Result = TypeVar("Result")
 
 NOTES_SHOWN = 10
+LOOKED_AT = 2048  # samples whose JSON is read before a run, evenly spaced: what fewer lack is found later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +48,17 @@ class OpenedTower:
 def open_tower(tower: str, device: str) -> OpenedTower:
     """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator, if there is one.
 
-    Raises ValueError with the commands for a baseline if it has none.
+    Raises ValueError with the command for a baseline if it has none.
     """
     directory, chosen = fetch_directory(tower), choose_device(device)
-    if not _has_heads(directory):
+    is_card = (directory / TowerCard.FILE).is_file()
+    if is_card and not TowerCard.read(directory / TowerCard.FILE).projection_dim:
         raise ValueError(
-            f"{tower} is a vision tower without the projection and text adapter that are needed to compare images with "
-            "captions. Embed TRAINING_DATA, fit them on the frozen tower (no epochs: heads alone), then evaluate:\n"
-            f"  llm2clip train-tower TRAINING_DATA --tower {shlex.quote(tower)} --num-train-epochs 0 --output "
-            "runs/baseline\n"
-            "  llm2clip evaluate runs/baseline/tower DATA"
+            f"{tower} has no projection and text adapter to compare images with captions; fit them on it, frozen: "
+            f"llm2clip train-tower DATA --tower {shlex.quote(tower)} --num-train-epochs 0 --output runs/baseline"
         )
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
     return OpenedTower(dual=load_dual_encoder(directory).to(chosen), images=images, device=chosen)
-
-
-def _has_heads(directory: Path) -> bool:
-    """Whether a folder is a tower directory with heads, or no vision tower at all, which loading it tells better."""
-    if not (directory / TowerCard.FILE).is_file():
-        return not (directory / "config.json").is_file()
-    return TowerCard.read(directory / TowerCard.FILE).projection_dim > 0
 
 
 def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], None]) -> int:
@@ -130,9 +109,6 @@ def write_scores(scores: ScoreFile, path: str, *, file: TextIO | None = None) ->
 def wide_console() -> Console:
     """Standard output; in a log or a pipe with lines that are long enough for any table."""
     return Console(width=None if sys.stdout.isatty() else 200)
-
-
-# The tower's teacher: the cache of its embeddings, and the LLM itself for captions that are not cached yet.
 
 
 def open_teacher_cache(
@@ -205,128 +181,27 @@ class Teacher(TeacherLLM):
             return None  # embedding redoes incomplete shards, and refuses another teacher's directory
 
 
-LOOKED_AT = 2048  # samples whose JSON is read, evenly spaced
-IMAGES = 8  # of these, whose headers are read until one can be opened
+def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:
+    """Raise ValueError for kinds and languages that select no caption, and for a field that a sample lacks.
 
-
-def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> list[str]:
-    """Raise ValueError if retrieval on ``source`` cannot work with these settings; lines about what is unusual.
-
-    That is for a field that a sample lacks, kinds and languages that select no caption, images that cannot be opened.
     option: the prefix of the settings' options.
     """
     images = min(config.limit or len(source), len(source))
-    samples, broken = _look_at(source, images)
-    if not samples:
-        raise ValueError(f"{source.path} contains no usable images: {broken[0] if broken else 'it is empty'}")
-    absent = _check_captions(samples, source, config, option)
-    used = [sample for sample in samples if select_captions(sample.captions, config.kinds, config.languages)]
-    _check_fields(used, source, config, option)
-    _check_images(samples, source)
-    return [line for line in (_too_large_k(source, config, option), *absent) if line]
-
-
-def _too_large_k(source: Source, config: RetrievalConfig, option: str) -> str:
-    """A line about a recall@k over fewer than k images, which is 1 whatever the tower; "" if there is none."""
-    images, k = min(config.limit or len(source), len(source)), max(config.ks)
-    if k <= images:
-        return ""
-    return (
-        f"{option}ks {' '.join(map(str, config.ks))}: {source.path} has {images} images, so recall@{k} is 1 for any "
-        f"tower; set {option}ks to numbers up to {images}"
-    )
-
-
-def _look_at(source: Source, images: int) -> tuple[list[Sample], list[BrokenSample]]:
-    """Up to LOOKED_AT evenly spaced samples of the first ``images``, and those that cannot be read."""
-    samples, broken = [], []
+    samples: list[Sample] = []
     for number in range(0, images, max(1, images // LOOKED_AT)):
-        try:
+        with suppress(BrokenSample):
             samples.append(source[number])
-        except BrokenSample as error:
-            broken.append(error)
-    return samples, broken
-
-
-def _check_fields(samples: Sequence[Sample], source: Source, config: RetrievalConfig, option: str) -> None:
-    for setting, name in (("group", config.group), ("cluster", config.cluster)):
-        lacking = next((sample for sample in samples if name and name not in sample.meta), None)
-        if lacking is not None:
-            known = ", ".join(sorted(lacking.meta)) or "none"
-            raise ValueError(
-                f"{option}{setting} {name}: sample {lacking.key!r} of {source.path} has no field {name!r} in its "
-                f"JSON; known: {known}. Choose one of these, or none with {option}{setting} ''"
-            )
-
-
-def _check_captions(samples: Sequence[Sample], source: Source, config: RetrievalConfig, option: str) -> list[str]:
-    """Lines about kinds and languages of which none of the samples has a caption; ValueError if nothing is selected."""
     captions = [caption for sample in samples for caption in sample.captions]
-    kinds, languages = {caption.kind for caption in captions}, {caption.language for caption in captions}
-    lines = []
-    for setting, wanted, present in (("kinds", config.kinds, kinds), ("languages", config.languages, languages)):
-        if absent := [name for name in wanted if name not in present]:
-            lines.append(
-                f"{option}{setting} {' '.join(wanted)}: no caption of {source.path} has {setting} {', '.join(absent)}; "
-                f"known: {', '.join(sorted(present)) or 'none'}"
-            )
     if not select_captions(captions, config.kinds, config.languages):
         known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions})) or "none"
         raise ValueError(
-            lines[0]
-            if lines
-            else f"no caption of {source.path} has both the kinds {' '.join(config.kinds) or 'of any'} "
-            f"and the languages {' '.join(config.languages) or 'of any'}; known: {known}"
+            f"no caption of {source.path} has {option}kinds {' '.join(config.kinds) or '(any)'} and {option}languages "
+            f"{' '.join(config.languages) or '(any)'}; known: {known}"
         )
-    return lines
-
-
-def _check_images(samples: Sequence[Sample], source: Source) -> None:
-    reason: Exception | None = None
-    for sample in samples[:: max(1, len(samples) // IMAGES)][:IMAGES]:
-        try:
-            open_header(sample.read_image())
-            return
-        except (BrokenSample, BrokenImage) as error:
-            reason = error if isinstance(error, BrokenSample) else ValueError(f"sample {sample.key!r}: {error}")
-    raise ValueError(f"{source.path} contains no usable images: {reason}")
-
-
-# A data source whose rows are in memory: a benchmark's images and captions, or the prompts of zero-shot classes.
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image and its captions."""
-
-    key: str
-    image: Path | None  # None: captions only
-    captions: tuple[Caption, ...]
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-class InMemorySource(Source):
-    """One shard of rows, called ``name``. Captions are kept as they are: a benchmark counts a duplicate twice."""
-
-    def __init__(self, name: str, folder: Path, rows: Sequence[Row]) -> None:
-        if not rows:
-            raise ValueError(f"{name}: no images found in {folder}")
-        self.rows = list(rows)
-        super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
-        self.name = name
-
-    def record(self, number: int) -> Record:
-        self.place(number)
-        row = self.rows[number]
-        return Record(row.key, {}, row.meta, partial(self._read_image, row))
-
-    def __getitem__(self, number: int) -> Sample:
-        return replace(super().__getitem__(number), captions=self.rows[number].captions)
-
-    def _read_image(self, row: Row) -> bytes:
-        if row.image is None:
-            raise BrokenSample(self.name, row.key, "the row has no image")
-        try:
-            return row.image.read_bytes()
-        except OSError as error:
-            raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error.strerror}") from error
+    for setting, name in (("group", config.group), ("cluster", config.cluster)):
+        for sample in samples if name else ():
+            if name not in sample.meta:
+                raise ValueError(
+                    f"{option}{setting} {name}: sample {sample.key!r} of {source.path} has no field {name!r} in its "
+                    f"JSON; known: {', '.join(sorted(sample.meta)) or 'none'}"
+                )

@@ -22,7 +22,7 @@ from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.split import outputs
-from llm2clip_plugin.evaluate.commands import measure_retrieval
+from llm2clip_plugin.evaluate.commands import measure_pairs
 from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
@@ -228,7 +228,7 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
     images = source.images_folder if isinstance(source, RowSource) else ""
     held_out = SourceConfig(**{**values, "path": str(outputs(source, out / "data")["validation"]), "images": images})
     pairs = {
-        side: measure_retrieval(EvaluateConfig(tower=str(out / side / "tower"), data=held_out))[1].pairs
+        side: measure_pairs(EvaluateConfig(tower=str(out / side / "tower"), data=held_out))[1].pairs
         for side in SIDES
     }
     compared = [stage.result for stage in stages if stage.result.name == "compare.json"]

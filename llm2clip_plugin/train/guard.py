@@ -186,7 +186,8 @@ class Watch:
         self._beats += 1
         beat = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats, "phase": _doing()}
         beat |= {"number": now.number, "seconds": time.monotonic() - now.since}
-        return json.dumps({**beat, "waits": waits(sys._current_frames()[self._main])})
+        frame = sys._current_frames().get(self._main)  # none while the interpreter ends
+        return json.dumps({**beat, "waits": frame is not None and waits(frame)})
 
     def _talk(self) -> None:
         """Send signs of life and read those of others; may block for long."""

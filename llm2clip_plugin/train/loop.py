@@ -11,7 +11,7 @@ import torch
 from llm2clip_plugin.console import phase
 from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
-from llm2clip_plugin.train.distributed import on_first_rank, rank, sum_over_ranks, world_size
+from llm2clip_plugin.train.distributed import on_first_rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError, StopRequest
 from llm2clip_plugin.train.optim import lr_factor, set_lr
@@ -51,16 +51,9 @@ def run_loop(parts: LoopParts) -> TrainState:
     Raises NonFiniteLossError on every rank, and OSError if the final state cannot be saved; the last complete
     checkpoint is unchanged.
     """
-    train, fallback = parts.train, parts.train.save_fallback_dir
+    fallback = parts.train.save_fallback_dir
     with Reports(
-        parts.engine,
-        parts.run_folder,
-        parts.state,
-        total_steps=parts.total_steps,
-        global_batch=train.global_batch,
-        logging_steps=train.logging_steps,
-        queue=parts.queue,
-        profile_steps=train.profile_steps if train.profile_all_ranks or rank() == 0 else 0,
+        parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps, queue=parts.queue
     ) as reports:
         with Saver(
             parts.checkpoints,

@@ -24,9 +24,10 @@ from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.files import FAILED, HEADS, LEFT_OUT, METRICS, STOPPED
 from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState
+from llm2clip_plugin.train.config import TrainConfig
 from llm2clip_plugin.train.distributed import gather_objects, gather_rows, on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.timing import STEP, StepTimer, compare_ranks, make_clock
+from llm2clip_plugin.train.timing import STEP, CudaClock, HostClock, StepTimer, compare_ranks
 
 PROFILE = "profile"  # folder of a run for traces
 COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
@@ -82,27 +83,25 @@ class Reports:
         engine: Engine,
         run_folder: Path,
         state: TrainState,
+        train: TrainConfig,
         *,
         total_steps: int,
-        global_batch: int,
-        logging_steps: int,
         queue: Queue | None = None,
-        profile_steps: int = 0,
     ) -> None:
-        """state: where training starts. profile_steps: steps that this rank traces."""
+        """state: where training starts."""
         self.engine, self.run_folder, self.queue = engine, run_folder, queue
-        self.total_steps, self.global_batch, self.logging_steps = total_steps, global_batch, logging_steps
+        self.total_steps, self.global_batch, self.logging_steps = total_steps, train.global_batch, train.logging_steps
         self._step = state.step  # the last one that was reported
         self._file: MetricsFile | None = None  # of rank 0
         on_first_rank(lambda: self._open(state))
         self.progress = Progress(total_steps, start=state.step, show=rank() == 0)
-        self.timer = StepTimer(make_clock(engine.device))
+        self.timer = StepTimer(CudaClock() if engine.device.type == "cuda" else HostClock())
         self._line = self._compared = self.timer.totals()  # as of the last line, and of the last comparison of ranks
         self._flops: Counter[torch.dtype] | None = None  # of a step on this rank; counted by rank 0 alone
-        remaining = total_steps - state.step
+        remaining, steps = total_steps - state.step, train.profile_steps
         self._profiler: StepProfiler | None = None
-        if min(profile_steps, remaining) > 0:
-            self._profiler = StepProfiler(run_folder / PROFILE, profile_steps, remaining=remaining, note=self.note)
+        if min(steps, remaining) > 0 and (train.profile_all_ranks or rank() == 0):
+            self._profiler = StepProfiler(run_folder / PROFILE, steps, remaining=remaining, note=self.note)
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
 

@@ -51,11 +51,6 @@ class CudaClock(HostClock):
         return start.elapsed_time(end) / 1000
 
 
-def make_clock(device: torch.device) -> HostClock:
-    """The clock of a device."""
-    return CudaClock() if device.type == "cuda" else HostClock()
-
-
 class Totals(NamedTuple):
     """Seconds by phase of a number of steps."""
 

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint file or folder without running any code in it."""
+"""What the files of a source say: its preprocessing, its configuration, and its tensors, without running any code."""
 
 import os
 import pickle
@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llm2clip_plugin.files import ContractError, read_header
+from llm2clip_plugin.files import ContractError, load_tensors, read_header
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, fetch_directory, read_json
 from llm2clip_plugin.vision.families import family_of, read_config
-from llm2clip_plugin.vision.family import RESAMPLE, Tower, check_preprocessor
+from llm2clip_plugin.vision.family import RESAMPLE, Tower
 
 # Image preprocessing of a tower, as a CLIPImageProcessor's configuration, which is what LLaVA reads.
 
@@ -25,25 +25,21 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
     """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without one.
 
     Pixels that are not normalized (``do_normalize`` false: RADIO does that itself) have mean 0 and deviation 1.
-    Raises ContractError for a value that no image processor can use.
     """
     if not (directory / PREPROCESSOR_FILE).is_file():
         return {}
     body = read_json(directory / PREPROCESSOR_FILE)
-    check_preprocessor(body, where=str(directory / PREPROCESSOR_FILE))
     own = {name: body[name] for name in INHERITED if name in body}
     return own | (UNNORMALIZED if body.get("do_normalize") is False else {})
 
 
 def check_crop(directory: Path, image_size: int) -> None:
-    """Check a tower directory's preprocessor_config.json, which LLaVA uses as it is.
-
-    Raises ContractError for a value that no image processor can use, or a crop other than the tower's image size.
-    """
+    """Raise ContractError unless a tower directory's preprocessor_config.json, which LLaVA uses as it is, crops images
+    to the tower's size."""
     path = directory / PREPROCESSOR_FILE
-    own_preprocessor(directory)
+    body = read_json(path)
     for name in ("crop_size", "size"):
-        sizes = read_json(path).get(name)
+        sizes = body.get(name)
         values = set(sizes.values()) if isinstance(sizes, dict) else {sizes}
         if values != {image_size}:
             raise ContractError(
@@ -146,17 +142,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises ContractError if the file is incomplete, contains code or anything but tensors, or has an unknown suffix.
     """
     if path.suffix == ".safetensors":
-        return _strip_prefixes(_read_safetensors(path))
-    if path.suffix in PICKLE_SUFFIXES:
-        return _strip_prefixes(_only_tensors(_read_pickle(path), path))
-    raise ContractError(f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
+        state = load_tensors(path, fix="download it again")
+    elif path.suffix in PICKLE_SUFFIXES:
+        state = _only_tensors(_read_pickle(path), path)
+    else:
+        raise ContractError(f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
+    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def read_tensor(path: Path, name: str) -> Tensor | None:
-    """One tensor of a checkpoint file, None if it has no such tensor; errors as ``read_tensors``'.
-
-    Of a .safetensors file nothing else is read.
-    """
+    """One tensor of a checkpoint file, None if it has no such tensor; of a .safetensors file nothing else is read."""
     if path.suffix != ".safetensors":
         return read_tensors(path).get(name)
     if name not in read_header(path).entries:
@@ -173,8 +171,9 @@ def weight_files(directory: Path) -> list[Path]:
     for name in WEIGHT_FILES:
         if (directory / name).is_file():
             return [directory / name]
-        if (directory / f"{name}.index.json").is_file():
-            return _shards(directory / f"{name}.index.json")
+        if (index := directory / f"{name}.index.json").is_file():
+            shards = section(read_json(index), "weight_map", where=str(index)).values()
+            return sorted({directory / Path(shard).name for shard in shards})
     files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLE_SUFFIXES))
     if not files:
         raise FileNotFoundError(f"no checkpoint in {directory}: no .safetensors, {', '.join(PICKLE_SUFFIXES)} file")
@@ -193,24 +192,6 @@ def check_pickles(directory: Path) -> None:
         read_tensors(path)
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files listed in an index of shards."""
-    files = section(read_json(index), "weight_map", where=str(index)).values()
-    if not files or not all(isinstance(file, str) for file in files):
-        raise ContractError(f'{index} has no "weight_map" from tensors to files; download or copy it again')
-    return sorted({index.parent / Path(file).name for file in files})
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ContractError(f"{path} is not a complete safetensors file ({error}); download it again") from error
-
-
 def _read_pickle(path: Path) -> Any:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise ContractError(
@@ -220,47 +201,25 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own reason is long and explains how to run the file nevertheless
+        name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
+        reason = f"would run or construct {name[1]}" if name else "contains other objects than tensors"
         raise ContractError(
-            f"{path} {_refusal(str(error))}; nothing in it was run. Use a .safetensors file of these weights, or, if "
-            "you trust this file, convert it to .safetensors"
+            f"{path} {reason}; nothing in it was run. Use a .safetensors file of the weights"
         ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         if "TorchScript" in str(error):
             raise ContractError(
-                f"{path} is a TorchScript archive, which is a program; use the same weights from the Hub, "
-                "for OpenAI's CLIP openai/clip-vit-*"
+                f"{path} is a TorchScript archive, a program; use the same weights from the Hub"
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ContractError(f"{path} is not a complete torch checkpoint ({reason}); download it again") from error
-
-
-def _refusal(reason: str) -> str:
-    """Why a pickle is refused, from torch's own reason, which is long and explains how to run it nevertheless.
-
-    >>> _refusal("Unsupported global: GLOBAL argparse.Namespace was not an allowed global by default.")
-    'would run or construct argparse.Namespace'
-    """
-    name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", reason)
-    if name is None:
-        return "contains code or objects other than tensors, or is not a torch checkpoint"
-    return f"would run or construct {name[1]}"
 
 
 def _only_tensors(value: Any, path: Path) -> dict[str, Tensor]:
     """The state dict, which may be inside a training checkpoint such as {epoch, name, state_dict}."""
-    if not isinstance(value, dict):
-        raise ContractError(f"{path} contains a {type(value).__name__}, expected a dict of tensors")
-    value = next((value[name] for name in WRAPPERS if isinstance(value.get(name), dict)), value)
-    if others := sorted(str(key) for key, item in value.items() if not isinstance(item, Tensor)):
-        raise ContractError(f"{path}: values of {others[:10]} are not tensors; expected a dict of tensors")
-    if not value:
-        raise ContractError(f"{path} contains no tensors")
+    if isinstance(value, dict):
+        value = next((value[name] for name in WRAPPERS if isinstance(value.get(name), dict)), value)
+    if not isinstance(value, dict) or not value or not all(isinstance(item, Tensor) for item in value.values()):
+        raise ContractError(f"{path} does not contain a dict of tensors")
     return value
-
-
-def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes of DistributedDataParallel and torch.compile."""
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from llm2clip_plugin.contracts import TowerCard, VersionedRecord, sha256_file, sha256_weights
+from llm2clip_plugin.contracts import TowerCard, sha256_weights
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
 
@@ -60,7 +57,7 @@ def write_json(path: Path, body: dict[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-# Whether a tower directory is what was written: its card against its config.json, and the hashes of its files.
+# Whether a tower directory is what was written: its card against its config.json, and the hashes of its weights.
 
 CARD_OF_CONFIG = {  # field of the card -> field of config.json
     "hidden_size": "hidden_size",
@@ -71,32 +68,15 @@ CARD_OF_CONFIG = {  # field of the card -> field of config.json
 REMEDY = "the directory was modified or only partly copied; copy or export the tower again"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TowerChecksums(VersionedRecord):
-    """``checksums.json`` of a tower directory: SHA-256 of its JSON files; the card has those of the weights."""
-
-    KIND: ClassVar[str] = "llm2clip-tower-checksums"
-    FILE: ClassVar[str] = "checksums.json"
-
-    files: dict[str, str]  # name -> sha256_file
-
-
-def write_checksums(directory: Path) -> None:
-    """Write ``checksums.json`` for the JSON files of a tower directory."""
-    names = (CONFIG_FILE, PREPROCESSOR_FILE, TowerCard.FILE)
-    TowerChecksums(files={name: sha256_file(directory / name) for name in names}).write(directory / TowerChecksums.FILE)
-
-
 def has_card(directory: Path) -> bool:
     """Whether a directory is a tower directory of this package, not just a Hugging Face model."""
     return (directory / TowerCard.FILE).is_file()
 
 
 def check_description(directory: Path, family: str, config: Mapping[str, Any], *, has_cls: bool) -> None:
-    """Compare a tower directory's card with its configuration.
+    """Compare a tower directory's card, if it has one, with its configuration; ContractError has both values.
 
-    family, has_cls: what ``model_type`` in config.json stands for; config: its fields. Raises ContractError with both
-    values. A directory without a card is not checked.
+    family, has_cls: what ``model_type`` in config.json stands for; config: its fields.
     """
     if not has_card(directory):
         return
@@ -110,65 +90,28 @@ def check_description(directory: Path, family: str, config: Mapping[str, Any], *
         )
 
 
-def check_json_files(directory: Path) -> None:
-    """Compare the JSON files of a tower directory with ``checksums.json``, if it has one.
+def check_hash(directory: Path, file: str) -> None:
+    """Compare the weights or the adapter of a directory that has a card with the hash in it.
 
-    Raises ContractError for a file that was changed.
+    Raises ContractError with both hashes, FileNotFoundError without the file.
     """
-    path = directory / TowerChecksums.FILE
-    if not path.is_file():
+    if not has_card(directory):
         return
-    for name, expected in TowerChecksums.read(path).files.items():
-        if Path(name).name != name or not (directory / name).is_file():
-            raise ContractError(f"{path} lists {name!r}, which is not a file in {directory}; {REMEDY}")
-        if (actual := sha256_file(directory / name)) != expected:
-            raise ContractError(
-                f"{directory / name} has SHA-256 {actual}, but {path.name} records {expected}: it was changed after "
-                f"the tower was written; copy or export the tower again, or, if the change is intended, delete {path}"
-            )
+    card = TowerCard.read(directory / TowerCard.FILE)
+    expected = card.weights_sha256 if file == WEIGHTS_FILE else card.adapter_sha256
+    if not (directory / file).is_file():
+        raise FileNotFoundError(f"no {file} in {directory}; {REMEDY}")
+    if (actual := sha256_weights(directory / file)) != expected:
+        raise ContractError(f"{directory / file} has SHA-256 {actual}, but {card.FILE} records {expected!r}: {REMEDY}")
 
 
 def check_card(directory: Path, *, adapter: bool = True) -> TowerCard:
-    """The card of a tower directory, after comparing every file that has a hash; ContractError names both hashes.
+    """The card of a tower directory, after comparing the files that it has hashes of.
 
     ``adapter`` False: LLaVA uses the tower alone, whose directory may lack the text adapter.
     """
     card = TowerCard.read(directory / TowerCard.FILE)
-    check_json_files(directory)
-    for file in (WEIGHTS_FILE, ADAPTER_FILE) if card.projection_dim and adapter else (WEIGHTS_FILE,):
-        _check_weights(directory / file, _recorded(directory, file))
+    check_hash(directory, WEIGHTS_FILE)
+    if card.projection_dim and adapter:
+        check_hash(directory, ADAPTER_FILE)
     return card
-
-
-@contextmanager
-def checked_while_read(directory: Path, file: str) -> Iterator[None]:
-    """Hash the weights or the adapter of a tower directory in a thread, while the block loads that file.
-
-    Raises ContractError with both hashes in place of any error of the block: a damaged file is its cause. Nothing is
-    compared without a card.
-    """
-    if not has_card(directory):
-        yield
-        return
-    expected = _recorded(directory, file)
-    with ThreadPoolExecutor(1, thread_name_prefix="llm2clip-hash") as pool:
-        check = pool.submit(_check_weights, directory / file, expected)
-        try:
-            yield
-        except Exception:
-            check.result()
-            raise
-        check.result()
-
-
-def _recorded(directory: Path, file: str) -> str:
-    """The hash in the card of the weights or the adapter."""
-    card = TowerCard.read(directory / TowerCard.FILE)
-    return card.weights_sha256 if file == WEIGHTS_FILE else card.adapter_sha256
-
-
-def _check_weights(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; {REMEDY}")
-    if (actual := sha256_weights(path)) != expected:
-        raise ContractError(f"{path} has SHA-256 {actual}, but {TowerCard.FILE} records {expected!r}: {REMEDY}")

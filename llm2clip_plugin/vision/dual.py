@@ -14,17 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.files import (
-    MAX_LAYERS,
-    MAX_WIDTH,
-    ContractError,
-    check_fields,
-    check_range,
-    check_whole,
-    read_header,
-)
+from llm2clip_plugin.files import ContractError, check_fields, load_tensors
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.vision.directory import ADAPTER_FILE, REMEDY, checked_while_read, fetch_directory
+from llm2clip_plugin.vision.directory import ADAPTER_FILE, check_hash, fetch_directory
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig, Tower
 from llm2clip_plugin.vision.publish import located
@@ -116,39 +108,18 @@ class TextAdapter(nn.Module):
 
 POOLS = ("pooled", "cls", "mean", "cls_mean")
 PROJECTIONS = ("linear", "mlp", "none")
-WHOLE_NUMBERS = (  # field of DualConfig, smallest and largest value
-    ("projection_dim", 1, MAX_WIDTH),
-    ("llm_width", 0, MAX_WIDTH),
-    ("adapter_blocks", 0, MAX_LAYERS),
-    ("adapter_expansion", 1, 64),
-)
-NUMBERS = (
-    ("input_noise", 0, 100),
-    ("projection_init_std", 0, 100),
-    ("logit_scale_init", -100, 100),
-    ("logit_bias_init", -1000, 1000),
-)
 MAX_LOGIT_SCALE = 100.0  # as CLIP clamps it
 
 
 class DualFeatures(NamedTuple):
-    """One forward pass of a dual encoder, in float32."""
+    """One forward pass of a dual encoder, in float32; None for patches that it was not asked for."""
 
     image_BD: Tensor  # L2-normalized
     text_ND: Tensor  # L2-normalized
     log_scale: Tensor  # (1,) natural logarithm of the logits' factor
     bias: Tensor  # (1,) of the logits, for the sigmoid loss; 0 if the encoder learns none
-
-
-class PatchFeatures(NamedTuple):
-    """``DualFeatures`` of a forward pass that was asked for patches, too; None for those that it was not asked for."""
-
-    image_BD: Tensor
-    text_ND: Tensor
-    log_scale: Tensor
-    bias: Tensor
-    patches_BTH: Tensor | None  # of the hidden state ``patches``, as an MLLM reads them
-    patch_features_BTD: Tensor | None  # of the hidden state ``patch_features``, L2-normalized
+    patches_BTH: Tensor | None = None  # of the hidden state ``patches``, as an MLLM reads them
+    patch_features_BTD: Tensor | None = None  # of the hidden state ``patch_features``, L2-normalized
 
 
 class DualEncoder(nn.Module):
@@ -255,17 +226,16 @@ class DualEncoder(nn.Module):
 
     def forward(
         self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None, **patch_layers: int
-    ) -> DualFeatures | PatchFeatures:
+    ) -> DualFeatures:
         """Pixels (B, 3, S, S), LLM embeddings (N, W) and ``noise`` (see encode_text) -> what a loss needs of them.
 
-        ``patch_layers``: those of ``encode_with_patches``; with any of them, ``PatchFeatures``.
+        ``patch_layers``: those of ``encode_with_patches``.
         """
         image_BD, *patches = self.encode_with_patches(pixel_values, **patch_layers)
         text_ND = self.encode_text(embeddings, noise)
         bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
         # products, not the parameters themselves: ZeRO-3 frees those when this call ends
-        features = DualFeatures(image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1)
-        return PatchFeatures(*features, *patches) if patch_layers else features
+        return DualFeatures(image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1, *patches)
 
 
 class LoadedDualEncoder(nn.Module):
@@ -306,11 +276,6 @@ def check_dual_config(config: DualConfig, *, has_cls: bool) -> None:
         raise ValueError(unknown("projection", config.projection, PROJECTIONS))
     if config.pool in ("cls", "cls_mean") and not has_cls:
         raise ValueError(f"pool {config.pool!r} requires a class token, but this tower has none; use pooled or mean")
-    for name, low, high in WHOLE_NUMBERS:
-        check_whole(getattr(config, name), low, high, name=name, where="dual")
-    for name, low, high in NUMBERS:
-        if getattr(config, name) is not None:
-            check_range(getattr(config, name), low, high, name=name, where="dual")
 
 
 def make_adapter(config: DualConfig) -> TextAdapter:
@@ -344,13 +309,7 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
     if unknown := sorted(set(card.dual) - known):
         raise ContractError(f"{directory / card.FILE}: unknown fields in dual: {unknown}; known: {sorted(known)}")
     check_fields(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
-    config = DualConfig(**card.dual)
-    if config.projection_dim != card.projection_dim:
-        raise ContractError(
-            f"{directory / card.FILE} contradicts itself: projection_dim is {card.projection_dim}, in dual "
-            f"{config.projection_dim}; {REMEDY}"
-        )
-    return card, config
+    return card, DualConfig(**card.dual)
 
 
 def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
@@ -359,8 +318,6 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
     Raises ValueError if the directory contains only a tower, or has other settings than ``dual``, naming each with both
     values; ContractError if its tensors or their hash don't match its card.
     """
-    from safetensors.torch import load_file
-
     directory = fetch_directory(source)
     _, theirs = read_dual_card(directory)
     initial = {"input_noise": dual.config.input_noise, "logit_scale_init": dual.config.logit_scale_init}
@@ -371,25 +328,13 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"cannot load the heads in {directory}, saved with {', '.join(different)}; set dual.* to these values"
         )
-    with checked_while_read(directory, ADAPTER_FILE):
-        check_heads(dual, directory)
-        state = load_file(directory / ADAPTER_FILE)
+    check_hash(directory, ADAPTER_FILE)
+    state, expected = load_tensors(directory / ADAPTER_FILE), heads_state(dual)
+    shapes, own = ({name: tuple(value.shape) for name, value in one.items()} for one in (state, expected))
+    if shapes != own:
+        wrong = sorted(shapes.items() ^ own.items())
+        raise ContractError(f"{directory / ADAPTER_FILE} does not match {TowerCard.FILE}: {wrong}")
     dual.load_state_dict(state, strict=False)  # complete but for the tower, as just checked
-
-
-def check_heads(dual: DualEncoder, directory: Path) -> None:
-    """Compare the tensors in text_adapter.safetensors with those of ``dual``, which may be on the meta device.
-
-    Raises ContractError for another set of names or shapes, FileNotFoundError without the file.
-    """
-    path = directory / ADAPTER_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no {ADAPTER_FILE} in {directory}, but {TowerCard.FILE} describes one; copy all files")
-    expected = {name: tuple(value.shape) for name, value in heads_state(dual).items()}
-    actual = {name: entry.shape for name, entry in read_header(path).entries.items()}
-    if actual != expected:
-        wrong = sorted(set(actual.items()) ^ set(expected.items()))
-        raise ContractError(f"{path} does not match {TowerCard.FILE}: {wrong}")
 
 
 def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> tuple[DualEncoder, TowerCard]:
@@ -400,9 +345,6 @@ def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.floa
     """
     directory = fetch_directory(source)
     card, config = read_dual_card(directory)
-    tower = load_tower(directory, dtype=dtype)
-    with torch.device("meta"):  # nothing is allocated for widths that the file doesn't have
-        check_heads(DualEncoder(tower, config), directory)
-    dual = DualEncoder(tower, config)
+    dual = DualEncoder(load_tower(directory, dtype=dtype), config)
     load_heads(dual, directory)
     return dual.to(dtype).eval(), card

@@ -1,7 +1,10 @@
-"""The README.md of a tower directory."""
+"""A tower directory among people: the places that its card names, its README.md, and its upload to the Hub.
+
+A relative path in a card starts with ``./`` or ``../``, so it is never mistaken for a Hub id, and stays right when a
+folder with the tower and its teacher is moved.
+"""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +12,8 @@ from typing import Any
 
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.hub import check_hub_answers
-from llm2clip_plugin.vision.directory import TowerChecksums, check_card
+from llm2clip_plugin.vision.directory import check_card
 from llm2clip_plugin.vision.families import families
-
-# Where a tower's card says that weights are: a Hub id, or a local path, relative to the tower's folder if possible.
 
 TEACHER_ADAPTER = "teacher-adapter"  # folder in a tower directory: the adapter of its teacher, if it is portable
 TEACHER_PLACES = ("llm", "adapter")  # fields of a TeacherIdentity
@@ -36,14 +37,14 @@ def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
 def published(card: TowerCard) -> TowerCard:
     """The card without local paths: only the name of a folder is left of the weights', nothing of an adapter's that is
     not in the directory."""
-    named = _replaced(card, lambda place: Path(place).expanduser().absolute().name if is_local(place) else place)
-    adapter = str(card.teacher.get("adapter", ""))
-    kept = (
-        {}
-        if (is_local(adapter) and adapter != f"./{TEACHER_ADAPTER}") or "adapter" not in card.teacher
-        else {"adapter": adapter}
-    )
-    return dataclasses.replace(named, teacher={k: v for k, v in named.teacher.items() if k != "adapter"} | kept)
+
+    def is_private(place: str) -> bool:
+        return is_local(place) and place != f"./{TEACHER_ADAPTER}"
+
+    named = _replaced(card, lambda place: Path(place).expanduser().absolute().name if is_private(place) else place)
+    if is_private(str(card.teacher.get("adapter", ""))):
+        del named.teacher["adapter"]  # a copy of the card's
+    return named
 
 
 def _replaced(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
@@ -71,6 +72,7 @@ def _absolute(place: str, folder: Path) -> str:
     return os.path.normpath(folder.expanduser().absolute() / place)
 
 
+BEFORE = "before"  # of a card's training: scores before step 1
 LICENSE = (
     "## License",
     "",
@@ -78,64 +80,49 @@ LICENSE = (
     "training data. Complete this section and `license` above before you publish it.",
     "",
 )
-BEFORE = "before"  # of a card's training: scores before step 1
+PAGE = """\
+---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+license: other
+tags:
+- llm2clip
+- vision
+- {family}
+---
 
+# LLM2CLIP tower ({family})
 
-def _table(rows: list[tuple[str, str]], head: tuple[str, str] = ("", "")) -> list[str]:
-    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+{facts}
+{training}{metrics}{license}
+## Use
 
+{limits}In LLaVA 1.5, with `llm2clip-plugin` installed in the same environment:
 
-def beyond_llava(card: TowerCard) -> str:
-    """Why LLaVA 1.5 cannot run a tower in its pinned environment; "" if it can."""
-    needs = families()[card.family].needs
-    pinned = "cannot run in LLaVA 1.5's pinned environment (transformers 4.37.2, timm 0.6.13)"
-    return f"needs {needs}: {pinned}; LLaVA runs it in the training environment" if needs else ""
+```sh
+--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2
+```
 
+In Python:
 
-def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
-    """A written tower directory in one line; others if LLaVA's pinned environment cannot run it, and about texts."""
-    lines = [
-        f"{place}: {card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"
-    ]
-    lines += [f"{place}: {reason}"] if (reason := beyond_llava(card)) else []
-    return "\n".join([*lines, *([f"{place}: {texts}"] if (texts := needs_for_texts(card)) else [])])
+```python
+from llm2clip_plugin import load_dual_encoder, load_tower
 
-
-def needs_for_texts(card: TowerCard) -> str:
-    """What encode_text needs in addition to the directory; "" for a tower without a teacher that has an adapter."""
-    if not card.teacher.get("adapter_sha256"):
-        return ""
-    llm, adapter = card.teacher.get("llm", ""), card.teacher.get("adapter", "")
-    if adapter == f"./{TEACHER_ADAPTER}":
-        return f"texts need the LLM {llm}; the adapter is in {TEACHER_ADAPTER}/"
-    where = f"the adapter {adapter}" if adapter else "its adapter"
-    return f"texts need the LLM {llm} and {where}; `llm2clip export --with-adapter` puts the adapter into the directory"
-
-
-def _metrics(card: TowerCard) -> list[str]:
-    """The scores, next to those before training if these were measured."""
-    before = card.training.get(BEFORE, {})
-    if not card.metrics:
-        return []
-    if not before:
-        values = [(name, f"{value:.4f}") for name, value in sorted(card.metrics.items())]
-        return ["## Metrics", "", *_table(values, ("metric", "value"))]
-    lines = [
-        "## Metrics",
-        "",
-        "On held-out data. Before: the start tower, frozen, with fitted projection and text adapter.",
-    ]
-    lines += ["", "| metric | before | after |", "|---|---|---|"]
-    for name, value in sorted(card.metrics.items()):
-        start = f"{before[name]:.4f}" if name in before else ""
-        lines.append(f"| {name} | {start} | {value:.4f} |")
-    return [*lines, ""]
+tower = load_tower("PATH_OR_HUB_ID")
+{dual}```
+"""
+DUAL = """\
+dual = load_dual_encoder("PATH_OR_HUB_ID")
+image_features = dual.encode_image(pixel_values)
+"""
+TEXT = """\
+# teacher=PATH: where the LLM is, if not there
+text_features = dual.encode_text(["a bird on a wire"])
+"""
 
 
 def model_card(card: TowerCard) -> str:
     """Markdown with the Hub's front matter: what the tower is, how it was made, its metrics, how to use it."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: image-feature-extraction", "license: other"]
-    lines += ["tags:", "- llm2clip", "- vision", f"- {card.family}", "---", "", f"# LLM2CLIP tower ({card.family})", ""]
     tokens = f"{card.num_patches} patches" + (" + 1 class token" if card.has_cls else ", no class token")
     rows = [
         ("started from", f"`{card.origin}`"),
@@ -152,29 +139,58 @@ def model_card(card: TowerCard) -> str:
         name, width = card.teacher.get("llm", ""), card.teacher.get("width", "?")
         rows.append(("teacher LLM", f"`{name}`, embeddings of width {width}"))
     rows.append(("SHA-256 of the weights", f"`{card.weights_sha256}`"))
-    lines += _table(rows)
-    if card.training:
-        facts = [(k, str(v)) for k, v in sorted(card.training.items()) if k != BEFORE]
-        lines += ["## Training", "", *_table(facts)]
-    lines += [*_metrics(card), *LICENSE, "## Use", ""]
-    if reason := beyond_llava(card):
-        lines += [f"This tower {reason}.", ""]
-    lines += ["In LLaVA 1.5, with `llm2clip-plugin` installed in the same environment:", "", "```sh"]
-    lines += ["--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2", "```", ""]
-    lines += ["In Python:", "", "```python", "from llm2clip_plugin import load_dual_encoder, load_tower", ""]
-    lines += ['tower = load_tower("PATH_OR_HUB_ID")']
-    if card.projection_dim:
-        lines += ['dual = load_dual_encoder("PATH_OR_HUB_ID")', "image_features = dual.encode_image(pixel_values)"]
-        if card.teacher:
-            lines += [f"# {needs_for_texts(card)}"] * bool(needs_for_texts(card))
-            lines += ["# teacher=PATH: where the LLM is, if not there"]
-            lines += ['text_features = dual.encode_text(["a bird on a wire"])']
-    return "\n".join([*lines, "```", ""])
+    training = [(name, str(value)) for name, value in sorted(card.training.items()) if name != BEFORE]
+    texts = f"# {texts}\n" if (texts := needs_for_texts(card)) else ""
+    dual = DUAL + (texts + TEXT if card.teacher else "")
+    return PAGE.format(
+        family=card.family,
+        facts=_table(("", ""), rows),
+        training=f"## Training\n\n{_table(('', ''), training)}\n" if training else "",
+        metrics=_metrics(card),
+        license="\n".join(LICENSE),
+        limits=f"This tower {reason}.\n\n" if (reason := beyond_llava(card)) else "",
+        dual=dual if card.projection_dim else "",
+    )
 
 
-# Publish a tower directory on the Hugging Face Hub.
+def _metrics(card: TowerCard) -> str:
+    """The scores, next to those before training if these were measured."""
+    before, metrics = card.training.get(BEFORE, {}), sorted(card.metrics.items())
+    if not before or not metrics:
+        rows = [(name, f"{value:.4f}") for name, value in metrics]
+        return f"## Metrics\n\n{_table(('metric', 'value'), rows)}\n" if rows else ""
+    text = "On held-out data. Before: the start tower, frozen, with fitted projection and text adapter."
+    rows = [(name, f"{before[name]:.4f}" if name in before else "", f"{value:.4f}") for name, value in metrics]
+    return f"## Metrics\n\n{text}\n\n{_table(('metric', 'before', 'after'), rows)}\n"
 
-README = "README.md"
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:], ""])
+
+
+def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
+    """A written tower directory in one line; others if LLaVA's pinned environment cannot run it, and about texts."""
+    lines = [f"{card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"]
+    return "\n".join(f"{place}: {line}" for line in [*lines, beyond_llava(card), needs_for_texts(card)] if line)
+
+
+def beyond_llava(card: TowerCard) -> str:
+    """Why LLaVA 1.5 cannot run a tower in its pinned environment; "" if it can."""
+    needs = families()[card.family].needs
+    pinned = "cannot run in LLaVA 1.5's pinned environment (transformers 4.37.2, timm 0.6.13)"
+    return f"needs {needs}: {pinned}; LLaVA runs it in the training environment" if needs else ""
+
+
+def needs_for_texts(card: TowerCard) -> str:
+    """What encode_text needs in addition to the directory; "" for a tower without a teacher that has an adapter."""
+    if not card.teacher.get("adapter_sha256"):
+        return ""
+    llm, adapter = card.teacher.get("llm", ""), card.teacher.get("adapter", "")
+    if adapter == f"./{TEACHER_ADAPTER}":
+        return f"texts need the LLM {llm}; the adapter is in {TEACHER_ADAPTER}/"
+    where = f"the adapter {adapter}" if adapter else "its adapter"
+    return f"texts need the LLM {llm} and {where}; `llm2clip export --with-adapter` puts the adapter into the directory"
 
 
 def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: bool = True) -> str:
@@ -188,7 +204,9 @@ def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: 
     directory = Path(directory)
     card = check_card(directory)
     message = f"LLM2CLIP {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256[:12]}"
-    return upload(directory, repository, message, private=private, replaced=_public(directory, card))
+    public = published(card)
+    replaced = {TowerCard.FILE: public.to_json().encode(), "README.md": model_card(public).encode()}
+    return upload(directory, repository, message, private=private, replaced=replaced if public != card else None)
 
 
 def upload(
@@ -209,9 +227,9 @@ def upload(
         files = [CommitOperationAdd(name, replaced.get(name, directory / name)) for name in sorted(_files(directory))]
         return str(api.create_commit(repository, files, commit_message=message).commit_url)
     except Exception as error:  # an LFS error is a ValueError or RuntimeError, others by the client's version
-        server = constants.ENDPOINT
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
-            f"cannot push {directory} to {repository} on {server}: {_reason(error)}; the directory is complete: "
+            f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the directory is complete: "
             f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `hf upload {repository} {directory}`"
         ) from error
 
@@ -228,28 +246,6 @@ def check_repository(repository: str | None) -> None:
         raise ValueError(f"--push {repository!r}: {str(error).splitlines()[0]}") from error
     if "/" not in repository:
         raise ValueError(f"--push {repository!r} names no owner, expected OWNER/NAME")
-
-
-def _reason(error: BaseException) -> str:
-    """One line: what the client says, and if it wraps another error, that one's words."""
-    head, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if head.endswith(":") and rest:
-        head = f"{head} {rest[0]}"
-    head, cause = head.rstrip("."), error.__cause__
-    return f"{head}: {_reason(cause)}" if isinstance(error, RuntimeError) and cause else head
-
-
-def _public(directory: Path, card: TowerCard) -> dict[str, bytes]:
-    """The files that are uploaded without local paths, in place of the directory's; {} if it has none."""
-    public = published(card)
-    if public == card:
-        return {}
-    replaced = {TowerCard.FILE: public.to_json().encode(), README: model_card(public).encode()}
-    if (directory / TowerChecksums.FILE).is_file():
-        files = TowerChecksums.read(directory / TowerChecksums.FILE).files
-        files = files | {TowerCard.FILE: hashlib.sha256(replaced[TowerCard.FILE]).hexdigest()}
-        replaced[TowerChecksums.FILE] = TowerChecksums(files=files).to_json().encode()
-    return replaced
 
 
 def _files(directory: Path) -> list[str]:

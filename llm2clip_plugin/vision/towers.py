@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.files import ContractError, check_range, errors_about
+from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.vision.checkpoint import check_pickles, own_preprocessor, read_tensor, weight_files
-from llm2clip_plugin.vision.directory import ADAPTER_FILE, WEIGHTS_FILE, checked_while_read, fetch_directory
+from llm2clip_plugin.vision.directory import ADAPTER_FILE, WEIGHTS_FILE, check_hash, fetch_directory
 from llm2clip_plugin.vision.families import families, family_of, read_config
 from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.positions import check_pixels, resize_positions
@@ -57,7 +57,7 @@ def load_tower(
 def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
     """The natural logarithm of the logit scale that a tower was trained with; None if its source has none.
 
-    ``source``: as for ``load_tower``. Raises ContractError for a value that is not a number from -100 to 100.
+    ``source``: as for ``load_tower``.
     """
     if str(source).startswith(TIMM_PREFIX):
         return None
@@ -65,8 +65,7 @@ def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
     adapter = directory / ADAPTER_FILE
     for file in [adapter] if adapter.is_file() else weight_files(directory):
         if (scale := read_tensor(file, "logit_scale")) is not None:
-            check_range(value := float(scale), -100, 100, name="logit_scale", where=str(file))
-            return value
+            return float(scale)
     return None
 
 
@@ -74,11 +73,11 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     """The tower in a directory, with every tensor of its file used and none missing."""
     family, _ = read_config(directory)
     check_pickles(directory)
+    check_hash(directory, WEIGHTS_FILE)
     read = functools.partial(
         family.vision_class().from_pretrained, directory, torch_dtype=dtype, output_loading_info=True
     )
-    whole = errors_about(f"the tower in {directory}", fix="copy or export it again")
-    with checked_while_read(directory, WEIGHTS_FILE), whole, quiet_transformers():
+    with errors_about(f"the tower in {directory}", fix="copy or export it again"), quiet_transformers():
         try:
             tower, info = read()
         except RuntimeError:  # misshapen tensors, which transformers lists only with ignore_mismatched_sizes
@@ -266,7 +265,7 @@ def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu"
     if source.startswith(TIMM_PREFIX):
         from llm2clip_plugin.vision.timm_tower import timm_tower
 
-        # built in memory first: timm reads the rates of stochastic depth from tensors while it builds a model
+        # not built on the meta device: timm reads the rates of stochastic depth from tensors while it builds a model
         tower = timm_tower(source.removeprefix(TIMM_PREFIX), pretrained=False)
         if image_size and image_size != tower.config.image_size:
             tower = resize_tower(tower, image_size)
@@ -296,23 +295,19 @@ def has_lora(model: nn.Module) -> bool:
     return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
-def add_lora(tower: Tower, *, rank: int, alpha: int, dropout: float = 0.0) -> None:
+def add_lora(tower: Tower, *, rank: int, alpha: int) -> None:
     """Add LoRA layers to every Linear of the tower's blocks, in place; the tower's own weights are frozen.
 
     The update of a weight is ``alpha / rank * B @ A``; B starts at zero, so the outputs don't change at first.
-    Raises ValueError for a rank below 1, a tower that already has LoRA layers, or if PEFT is not installed.
+    Raises ValueError if PEFT is not installed.
     """
-    if rank < 1:
-        raise ValueError(f"LoRA rank {rank} must be at least 1")
-    if has_lora(tower):
-        raise ValueError("the tower already has LoRA layers")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("LoRA on the tower requires PEFT: pip install peft") from error
     blocks = {id(module) for module in tower_blocks(tower).modules()}
     linears = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear) and id(module) in blocks]
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linears, bias="none")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears, bias="none")
     inject_adapter_in_model(config, tower)
     tower.train(tower.training)  # PEFT creates its layers in training mode
 

@@ -153,31 +153,3 @@ def test_a_folder_on_a_disk_of_one_host_is_refused(cluster: Cluster, tmp_path: P
     assert said.count("output_dir must be a folder that all hosts share") == 1
     assert not re.search(r'File ".*(llm2clip_plugin|train_tower)', said)  # torchrun itself prints tracebacks
     assert not losses(run)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from two_nodes import Cluster
-
-with Cluster(Path(sys.argv[1])) as cluster:
-    for node in cluster.nodes:
-        node.popen(["sleep", "987654"])
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_nothing_outlives_a_killed_test(tmp_path: Path):
-    """Otherwise hosts would pile up on a developer's machine."""
-    helper = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "hosts")], cwd=Path(__file__).parent, check=False
-    )
-    assert helper.returncode == -9
-
-    def left() -> bool:
-        return (
-            subprocess.run(["pgrep", "-f", f"{tmp_path}|sleep 987654"], capture_output=True, check=False).returncode
-            == 0
-        )
-
-    wait_for(lambda: not left(), 30)

@@ -1,58 +1,43 @@
 """Hundreds of shards: what a process keeps open is bounded, and a later start reads no captions."""
 
+import io
 import json
 import multiprocessing
 import os
 import pickle
-import re
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
-import torch
-from data_world import TEACHER, DroppingServer, jpeg, serving, write_tar
+from data_world import LengthEncoder, jpeg, write_tar
 
 from llm2clip_plugin.console import raise_open_files, remedy_open_files
-from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data import cache as proof
 from llm2clip_plugin.data import cache as reader
-from llm2clip_plugin.data import index as tar_index
 from llm2clip_plugin.data import remote as kept
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.check import CheckConfig, check_data
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sources import tars as shards
+from llm2clip_plugin.data.sources import tars as tar_set
 from llm2clip_plugin.data.sources import tars as webdataset
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.config import PairsConfig
 from llm2clip_plugin.text.embed import embed_source
 from llm2clip_plugin.text.pairs import open_pairs, survey
 
 PIXELS = jpeg(0, (16, 16))
-
-
-class LengthEncoder:
-    """Embeds a text as its length."""
-
-    width, count_truncated, config = TEACHER.width, 0, SimpleNamespace(max_tokens=TEACHER.max_tokens)
-
-    def identity(self) -> TeacherIdentity:
-        return TEACHER
-
-    def encode(self, texts: list[str], **options: object) -> torch.Tensor:
-        return torch.tensor([[float(len(text))] * self.width for text in texts]).reshape(-1, self.width)
 
 
 def write_tiny_tars(folder: Path, count: int, *, samples: int = 1, word: str = "picture") -> Path:
@@ -67,8 +52,8 @@ def write_tiny_tars(folder: Path, count: int, *, samples: int = 1, word: str = "
 
 
 def embed(path: Path | str, cache: Path, **options: Any) -> Source:
-    source, encoder = open_source(SourceConfig(path=str(path), **options)), LengthEncoder()
-    embed_source(source, encoder, cache, quiet=True)  # pyright: ignore[reportArgumentType]
+    source, encoder = open_source(SourceConfig(path=str(path), **options)), cast(Any, LengthEncoder())
+    embed_source(source, encoder, cache, quiet=True)
     return source
 
 
@@ -126,10 +111,9 @@ def test_a_later_start_reads_no_captions(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(*arguments: object) -> None:
         raise AssertionError("read again")
 
-    EmbeddingCache.open(tmp_path / "cache")  # keeps what the headers say
-    monkeypatch.setattr(Source, "captions", refuse)
-    monkeypatch.setattr(tar_index, "scan_tar", refuse)
-    monkeypatch.setattr(tar_index, "_load", refuse)
+    monkeypatch.setattr(Source, "record", refuse)
+    monkeypatch.setattr(TarSource, "record", refuse)
+    monkeypatch.setattr(tar_set, "index_tar", refuse)
     opened, open_shard = set(), EmbeddingCache.shard
     monkeypatch.setattr(EmbeddingCache, "shard", lambda cache, name: opened.add(name) or open_shard(cache, name))
     again = open_source(SourceConfig(path=str(tmp_path)))
@@ -137,15 +121,13 @@ def test_a_later_start_reads_no_captions(tmp_path: Path, monkeypatch: pytest.Mon
     EmbeddingCache.open(tmp_path / "cache").check(again)
     embed(tmp_path, tmp_path / "cache")
     assert not opened
-    EmbeddingCache.open(tmp_path / "cache").check(again, full=True)
-    assert opened == {shard.name for shard in source.shards}
 
 
 def test_digests_of_other_fields_are_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of all captions also fits a run that reads one field: compared in full once, then kept."""
     read: list[int] = []
-    captions = Source.captions
-    monkeypatch.setattr(Source, "captions", lambda source, number: read.append(number) or captions(source, number))
+    get = Source.__getitem__
+    monkeypatch.setattr(Source, "__getitem__", lambda source, number: read.append(number) or get(source, number))
     embed(write_tiny_tars(tmp_path / "data", 3), tmp_path / "cache")
     cache = EmbeddingCache.open(tmp_path / "cache")
     one_field = SourceConfig(path=str(tmp_path / "data"), fields=("caption=short",))
@@ -169,87 +151,19 @@ def test_a_changed_tar_is_compared_again(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])
-def test_a_damaged_ledger_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_damaged_digests_are_computed_again(tmp_path: Path, damage: str) -> None:
     source = embed(write_tiny_tars(tmp_path / "data", 3), tmp_path / "cache")
-    (ledger,) = (tmp_path / "data" / ".llm2clip").glob("captions-*.json")
-    whole = ledger.read_text()
+    (digests,) = (tmp_path / "data" / ".llm2clip").glob("captions-*.json")
+    whole = digests.read_text()
     cut, flipped = whole[:-5], whole.replace('"stamp":[', '"stamp":[1', 1)
-    ledger.write_text({"cut": cut, "flipped": flipped, "foreign": '{"kind": "other"}', "empty": ""}[damage])
+    digests.write_text({"cut": cut, "flipped": flipped, "foreign": "[1]", "empty": ""}[damage])
     EmbeddingCache.open(tmp_path / "cache").check(source)
-    assert "is damaged; its contents are checked again" in caplog.text
-    assert ledger.read_text() == whole
-
-
-@pytest.mark.parametrize("place", ["head", "table", "cut", "foreign"])
-def test_a_damaged_index_of_a_source_is_built_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
-) -> None:
-    source = open_source(SourceConfig(path=str(write_tiny_tars(tmp_path / "data", 3))))
-    (index,) = (tmp_path / "data" / ".llm2clip").glob("shards-*.index")
-    whole = index.read_bytes()
-    table = whole.replace(b'"samples":[1', b'"samples":[7')
-    index.write_bytes({"head": b"x" + whole[1:], "table": table, "cut": whole[:-9], "foreign": b"{}\n"}[place])
-    again = open_source(SourceConfig(path=str(tmp_path / "data")))
-    assert again.shards == source.shards and index.read_bytes() == whole
-    assert "is damaged" in caplog.text and "built again" in caplog.text
-
-
-def test_a_damaged_row_is_named_when_it_is_read(tmp_path: Path) -> None:
-    """Exchanged rows too, which would give wrong pairs."""
-    source = open_source(SourceConfig(path=str(write_tiny_tars(tmp_path, 1, samples=3))))
-    (index,) = (tmp_path / ".llm2clip").glob("shards-*.index")
-    whole, row = index.read_bytes(), 9 * 8
-    rows = [whole[256 + n * row : 256 + (n + 1) * row] for n in range(3)]
-    for bad in (whole.replace(rows[0] + rows[1], rows[1] + rows[0]), whole.replace(b"000000002", b"000000009", 1)):
-        assert bad != whole
-        index.write_bytes(bad)
-        source = open_source(SourceConfig(path=str(tmp_path)))
-        with pytest.raises(
-            ValueError, match=r"index is damaged \(row \d of shard '00000'\); it was removed: restart, and"
-        ):
-            [source[number] for number in range(3)]
-
-
-def test_offsets_exchanged_in_the_index_of_a_tar_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write_tiny_tars(tmp_path, 1, samples=2) / "00000.tar"
-    tar_index.open_index(path, tmp_path)
-    file = tmp_path / ".00000.tar.index"
-    whole = file.read_bytes()
-    start = whole.index(b"\n") + 1
-    file.write_bytes(whole[:start] + whole[start + 64 : start + 128] + whole[start : start + 64] + whole[start + 128 :])
-    assert tar_index.open_index(path, tmp_path)[0].key == "000000000"
-    assert "is damaged (another SHA-256); the tar is indexed again" in caplog.text and file.read_bytes() == whole
-
-
-def test_in_a_read_only_folder_everything_is_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, spare = write_tiny_tars(tmp_path / "data", 20), tmp_path / "spare"
-    monkeypatch.setenv("LLM2CLIP_CACHE", str(spare))
-    write, make = kept.atomic_file, Path.mkdir
-
-    def refuse(target: Path) -> Any:  # as a read-only folder does; modes don't stop a test that runs as root
-        if Path(target).is_relative_to(data):
-            raise PermissionError(13, "Permission denied", str(target))
-        return write(target)
-
-    def refuse_folder(path: Path, *arguments: Any, **options: Any) -> None:
-        if path.is_relative_to(data) and not path.exists():
-            raise OSError(30, "Read-only file system", str(path))
-        make(path, *arguments, **options)
-
-    monkeypatch.setattr(kept, "atomic_file", refuse)
-    monkeypatch.setattr(tar_index, "atomic_file", refuse)
-    monkeypatch.setattr(Path, "mkdir", refuse_folder)
-    source = embed(data, tmp_path / "cache")
-    assert [path.name for path in data.iterdir() if path.suffix != ".tar"] == []
-    monkeypatch.setattr(Source, "captions", lambda *arguments: pytest.fail("read again"))
-    EmbeddingCache.open(tmp_path / "cache").check(open_source(SourceConfig(path=str(data))))
-    assert source[0].read_image() == PIXELS
+    assert digests.read_text() == whole
 
 
 def test_a_folder_that_became_read_only_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = kept.KeptFolder.of(tmp_path / "data", tmp_path / "spare")
-    ledger, write = kept.Ledger(folder, "x.json"), kept.atomic_file
-    ledger.add({"a": 1, "b": 1})
+    folder, write = kept.SideFolder.of(str(tmp_path / "data"), tmp_path / "spare"), kept.atomic_file
+    folder.add_json("x.json", {"a": 1, "b": 1})
 
     def refuse(target: Path) -> Any:
         if target.is_relative_to(folder.main):
@@ -257,72 +171,54 @@ def test_a_folder_that_became_read_only_keeps_what_it_has(tmp_path: Path, monkey
         return write(target)
 
     monkeypatch.setattr(kept, "atomic_file", refuse)
-    ledger.add({"b": 2})
-    ledger.add({"c": 3})
-    assert ledger.read() == {"a": 1, "b": 2, "c": 3}
+    folder.add_json("x.json", {"b": 2})
+    folder.add_json("x.json", {"c": 3})
+    assert folder.read_json("x.json") == {"a": 1, "b": 2, "c": 3}
 
 
-def start(folder: str) -> tuple[int, int]:
-    """A start, in its own process: how many tars it indexed and captions it read."""
+def start(folder: str) -> tuple[int, int, str]:
+    """A start, in its own process: how many tars it indexed, how many captions it read, and what it said."""
     counts = {"scans": 0, "captions": 0}
-    scan, captions = tar_index.scan_tar, Source.captions
+    index, get = tar_set.index_tar, Source.__getitem__
 
-    def counted_scan(path: Any) -> Any:
+    def counted_index(path: Any) -> Any:
         counts["scans"] += 1
-        return scan(path)
+        time.sleep(0.05)
+        return index(path)
 
-    def counted_captions(source: Source, number: int) -> Any:
+    def counted_get(source: Source, number: int) -> Any:
         counts["captions"] += 1
-        return captions(source, number)
+        return get(source, number)
 
-    tar_index.scan_tar, shards.FEW, Source.captions = counted_scan, 1000, counted_captions
-    source = open_source(SourceConfig(path=folder, fields=("caption=short",)))
-    EmbeddingCache.open(Path(folder) / "cache").check(source)
-    return counts["scans"], counts["captions"]
+    tar_set.index_tar, tar_set.FEW, Source.__getitem__ = counted_index, 1000, counted_get
+    said = io.StringIO()
+    with redirect_stderr(said):
+        source = open_source(SourceConfig(path=folder, fields=("caption=short",)))
+        EmbeddingCache.open(Path(folder) / "cache").check(source)
+    return counts["scans"], counts["captions"], said.getvalue()
 
 
 def test_processes_that_start_at_once_share_the_work(tmp_path: Path) -> None:
     folder = write_tiny_tars(tmp_path, 40, samples=5)
     embed(folder, folder / "cache")
-    for path in (*folder.glob(".*.index"), *(folder / ".llm2clip").iterdir()):
+    for path in (folder / ".llm2clip").iterdir():
         path.unlink()
     with multiprocessing.get_context("spawn").Pool(3) as pool:
-        counts = pool.map(start, [str(folder)] * 3, chunksize=1)
-    assert [sum(column) for column in zip(*counts, strict=True)] == [40, 200]
-
-
-def test_a_waiting_process_says_for_whom(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(kept, "LINE_EVERY", 0.05)
-    folder = kept.KeptFolder.of(tmp_path, tmp_path / "spare")
-    ready = multiprocessing.Event()
-
-    def hold() -> None:
-        with folder.lock("index tars"):
-            ready.set()
-            time.sleep(0.5)
-
-    holder = multiprocessing.get_context("fork").Process(target=hold)
-    holder.start()
-    assert ready.wait(60)
-    with folder.lock("index tars"):
-        holder.join()
-    said = capsys.readouterr().err
-    assert re.search(rf"^waited 0 s for process {holder.pid} on \S+ to index tars$", said, re.MULTILINE), said
+        scans, captions, said = zip(*pool.map(start, [str(folder)] * 3, chunksize=1), strict=True)
+    assert sum(scans) == 40 and sum(captions) == 200
+    assert "waiting for another process to index" in "".join(said)
 
 
 def test_the_processes_of_a_killed_reader_end(tmp_path: Path) -> None:
     program = """
 import os, sys, time
-from llm2clip_plugin.data.workers import process_pool
+from llm2clip_plugin.data.workers import parallel
 
 def work(number):
     with open(f"{sys.argv[1]}/{os.getpid()}", "w"):
         time.sleep(600)
 
-with process_pool(2) as pool:
-    list(pool.map(work, range(2)))
+list(parallel(work, range(2), processes=2))
 """
     reader = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
     deadline = time.monotonic() + 60
@@ -340,21 +236,6 @@ with process_pool(2) as pool:
     assert len(workers) == 2 and not running()
 
 
-def test_a_set_at_a_url_larger_than_its_cache_is_not_downloaded_at_a_later_start(tmp_path: Path) -> None:
-    folder = write_tiny_tars(tmp_path / "data", 6)
-    files = {f"/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}
-    limit = 2.5 * max(map(len, files.values())) / 1e9
-    server = DroppingServer(files)
-    options: dict[str, Any] = {"cache_folder": str(tmp_path / "copies"), "cache_gb": limit}
-    with serving(server) as address:
-        url = f"{address}/{{00000..00005}}.tar"
-        source = embed(url, tmp_path / "cache", **options)
-        before = server.sent
-        again = open_source(SourceConfig(path=url, **options))
-        EmbeddingCache.open(tmp_path / "cache").check(again)
-        assert again.shards == source.shards and server.sent == before > 0
-
-
 def test_a_table_keeps_its_index_and_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"id": f"k{n}", "image": f"{n}.jpg", "caption": f"picture {n}"} for n in range(5)]
     chats = [{**row, "conversations": [{"from": "gpt", "value": row["caption"]}]} for row in rows]
@@ -366,7 +247,7 @@ def test_a_table_keeps_its_index_and_digests(tmp_path: Path, monkeypatch: pytest
             patch.setattr(type(source), "read_rows", lambda *arguments: pytest.fail("read again"))
             again = open_source(SourceConfig(path=str(tmp_path / name)))
             pickled = pickle.loads(pickle.dumps(again))
-            patch.setattr(Source, "captions", lambda *arguments: pytest.fail("read again"))
+            patch.setattr(Source, "__getitem__", lambda *arguments: pytest.fail("read again"))
             EmbeddingCache.open(tmp_path / f"cache-{name}").check(again)
         assert [s[4].key for s in (source, again, pickled)] == ["k4"] * 3
         assert [s[n].captions for s in (source, again) for n in (0, 4)] == [source[0].captions, source[4].captions] * 2

@@ -1,6 +1,5 @@
 """Zero-shot classification, kNN and linear probe, from each layout of labelled images."""
 
-import dataclasses
 import io
 import json
 import math
@@ -18,19 +17,17 @@ from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig
 from llm2clip_plugin.evaluate.classification import (
-    ImageFeatures,
     class_vectors,
     classification_scores,
     fit_logistic,
-    image_features,
     knn,
     linear_probe,
-    open_labeled_images,
     predict,
     prompt_source,
     read_class_names,
     read_templates,
 )
+from llm2clip_plugin.evaluate.images import ImageFeatures, image_features, open_labeled_images
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
@@ -73,7 +70,7 @@ def features(feature, label, clusters=None):
 
 def test_each_layout_gives_the_same_images_and_labels(tmp_path):
     folders = open_labeled_images(str(write_folders(tmp_path / "folders")))
-    assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"] and len(folders) == 12
+    assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"] and len(folders.labels) == 12
     assert read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
     tars = write_tars(tmp_path / "wds")
     from_tars = open_labeled_images(str(tars))
@@ -96,13 +93,13 @@ def test_names_by_class_or_in_order_or_as_json(tmp_path):
     (tmp_path / "names.json").write_text('{"n01": "a", "n02": "b"}')
     assert read_class_names(str(tmp_path / "names.json"), str(tmp_path), classes) == ["a", "b"]
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
-    with pytest.raises(ValueError, match=r"three.txt has 3 class names, but the data has 2 classes"):
+    with pytest.raises(ValueError, match=r"three.txt has 3"):
         read_class_names(str(tmp_path / "three.txt"), str(tmp_path), classes)
     (tmp_path / "lacking.txt").write_text("n02\tcar\n")
-    with pytest.raises(ValueError, match=r"has no name for class 'n01' \(1 of 2 missing"):
+    with pytest.raises(ValueError, match=r"lacking.txt .*'n01'"):
         read_class_names(str(tmp_path / "lacking.txt"), str(tmp_path), classes)
     (tmp_path / "templates.txt").write_text("a photo\n")
-    with pytest.raises(ValueError, match=r"'a photo' does not contain \{c\}"):
+    with pytest.raises(ValueError, match=r"templates.txt.*'a photo'"):
         read_templates(str(tmp_path / "templates.txt"), str(tmp_path))
 
 
@@ -110,11 +107,11 @@ def test_data_without_labels_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         open_labeled_images(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no class folders and no tars with \.cls members"):
+    with pytest.raises(ValueError, match=r"empty .*--label"):
         open_labeled_images(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match=r"s00.cls contains 'dog', expected a class index"):
+    with pytest.raises(ValueError, match=r"s00.cls contains 'dog'"):
         open_labeled_images(str(write_tars(tmp_path / "words", label=lambda _: "dog")))
-    with pytest.raises(ValueError, match=r"has no field 'shape' in its JSON; known: .*colour"):
+    with pytest.raises(ValueError, match=r"'shape' .*colour"):
         open_labeled_images(str(write_data(tmp_path / "data")), "shape")
 
 
@@ -168,17 +165,7 @@ def test_zero_shot_from_the_command_line(tmp_path, capsys):
     identity = CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu").identity()
     tower, data = write_tower(tmp_path / "tower", identity), write_tars(tmp_path / "wds")
     out, table = tmp_path / "scores.json", tmp_path / "clip.json"
-    words = [
-        "evaluate",
-        "zeroshot",
-        str(tower),
-        "--data",
-        str(data),
-        "--json",
-        str(out),
-        "--clip-benchmark",
-        str(table),
-    ]
+    words = ["evaluate", "zeroshot", str(tower), str(data), "--json", str(out), "--clip-benchmark", str(table)]
     assert cli(words) == 0, capsys.readouterr().err
     assert "8 images, 4 classes" in capsys.readouterr().out
     scores, body = ScoreFile.read(out), json.loads(table.read_text())
@@ -202,7 +189,7 @@ def test_zero_shot_twice_on_folders(tmp_path, capsys):
     assert list(data.glob("embeddings-*")) and metrics[0] == metrics[1]
 
 
-def test_an_imported_clip_is_read_with_its_own_text_tower_and_compared(tmp_path, capsys):
+def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
     """It has no adapter: the CLIP's own features of prompts and images decide, as in transformers."""
     model, clip, imported = save_tiny_clip(tmp_path / "clip", "clip"), tmp_path / "clip", str(tmp_path / "imported")
     data, before = write_folders(tmp_path / "folders"), tmp_path / "before.json"
@@ -230,13 +217,6 @@ def test_an_imported_clip_is_read_with_its_own_text_tower_and_compared(tmp_path,
                 image_D = normalized(model.get_image_features(pixel_values=transform(file.read_bytes())[None]))
                 hits[f"the_{name}/{file.name}"] = float((torch.stack(text_CD) @ image_D).argmax() == number)
     assert {item["id"]: item["score"] for item in ScoreFile.read(before).items} == hits
-    after, report = tmp_path / "after.json", tmp_path / "report"
-    dataclasses.replace(
-        ScoreFile.read(before), model="after", items=[{**item, "score": 1.0} for item in ScoreFile.read(before).items]
-    ).write(after)
-    assert cli(["compare", str(before), str(after), "--output", str(report), "--resamples", "100"]) == 0
-    (row,) = json.loads((report / "compare.json").read_text())["rows"]
-    assert (row["wins"], row["losses"]) == (12 - sum(hits.values()), 0)
 
 
 def test_knn_equals_a_plain_loop():
@@ -278,19 +258,7 @@ def test_probe_from_the_command_line(tmp_path, capsys):
     (test / "the_purple").mkdir()
     (test / "the_purple" / "1.png").write_bytes(square("red", 100))
     out = tmp_path / "scores.json"
-    words = [
-        "evaluate",
-        "probe",
-        str(tower),
-        "--train",
-        str(train),
-        "--test",
-        str(test),
-        "--k",
-        "3",
-        "--json",
-        str(out),
-    ]
+    words = ["evaluate", "probe", str(tower), str(train), str(test), "--k", "3", "--json", str(out)]
     assert cli(words) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "knn" in printed and "linear" in printed and "the_purple" in printed

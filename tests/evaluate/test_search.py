@@ -92,11 +92,8 @@ def test_again_needs_neither_the_llm_nor_the_images(place, tmp_path, capsys):
     capsys.readouterr()
     assert run(copy, texts=["another text"])[0] == 2  # not cached: needs the LLM
     assert re.search(r"teacher cannot be loaded: .*llm.*--llm PATH_OR_HUB_ID", capsys.readouterr().err)
-    whole = part.read_bytes()
-    for damaged in (whole[:-9], whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]):
-        part.write_bytes(damaged)
-        assert run(copy)[0] == 2
-        assert f"{part} is damaged" in capsys.readouterr().err
+    part.write_bytes(part.read_bytes()[:-9])
+    assert run(copy)[0] == 2 and f"{part} is damaged" in capsys.readouterr().err
 
 
 def test_a_folder_of_image_files(place, capsys):

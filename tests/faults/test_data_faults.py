@@ -29,7 +29,7 @@ def indexed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A world whose data has been read once, so that its indexes and digests are kept."""
     world = copied(whole, tmp_path_factory.mktemp("indexed") / "w")
     assert main(world.train("--dry-run")) == 0
-    assert list(world.folder.glob("data/.*.index")) and list(world.folder.glob("data/.llm2clip/captions-*"))
+    assert {path.name.partition("-")[0] for path in world.folder.glob("data/.llm2clip/*-*")} == {"captions", "shards"}
     return world.folder
 
 
@@ -92,21 +92,20 @@ def exchanged_captions(world: World) -> None:
     Fault(
         "tar that is cut",
         "",
-        "{w}/data/00001.tar is truncated: '1-...' ends at byte ..., the file has 20000 bytes; download again, "
-        "rewrite or delete the shard",
+        "{w}/data/00001.tar: no tar, truncated or damaged: ...; copy or write it again",
         lambda w: w.path(OTHER).write_bytes(w.path(OTHER).read_bytes()[:20000]),
     ),
-    Fault("empty tar", "", "{w}/data/00001.tar is empty; rewrite or ...", lambda w: w.path(OTHER).write_bytes(b"")),
+    Fault("empty tar", "", "{w}/data/00001.tar: ...empty...", lambda w: w.path(OTHER).write_bytes(b"")),
     Fault(
         "no tar",
         "",
-        "{w}/data/00001.tar: no tar header at byte 0: not a tar or damaged; copy or rewrite it",
+        "{w}/data/00001.tar: no tar, truncated or damaged: ...; copy or write it again",
         lambda w: w.path(OTHER).write_bytes(b"x" * 51200),
     ),
     Fault(
         "sparse member",
         "",
-        "{w}/data/00001.tar: '1-000.png' is stored as a sparse file; write the tar anew without --sparse",
+        "{w}/data/00001.tar: ...",
         lambda w: retype(w.path(OTHER), b"S"),
     ),
     Fault(
@@ -147,13 +146,6 @@ def exchanged_captions(world: World) -> None:
         "give ... and 24; ...",
         lambda w: edit(w, width=25),
     ),
-    Fault(
-        "row of the index of all shards flipped",
-        "",
-        "{w}/data/.llm2clip/shards-....index is damaged (row 0 of shard '00000'); it was removed: restart, and it is "
-        "built again",
-        lambda w: flip(next(w.folder.glob("data/.llm2clip/shards-*.index")), 300),
-    ),
     Fault("manifest of a future version", "", ".../manifest.json...99...", lambda w: edit(w, format_version=99)),
 )
 def test_refused_before_step_1(fault: Fault, read_before: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +165,7 @@ NOT_ONE = "--max_steps 12 --train.max-broken 0 --heads.steps 0"
         "captions exchanged, size and time kept",
         "--max_steps 12 --heads.steps 0",
         "{w}/data/embeddings-.../00000.safetensors: sample '0-0...': caption 'a red half, ... dark rows' (hash ...) "
-        "was not embedded; if shard '00000' was changed and its time kept, `touch` its file first; ...",
+        "was not embedded; ...",
         exchanged_captions,
     ),
     Fault(
@@ -234,16 +226,6 @@ def test_a_damaged_index_is_built_again(
     assert any(says in line for line in lines) if says else True
 
 
-@pytest.mark.parametrize("at", [5, 300, -10], ids=["head", "table", "keys"])
-def test_a_damaged_index_of_a_tar_is_built_again(at: int, read_before: World, caplog: pytest.LogCaptureFixture) -> None:
-    path = read_before.path("data/.00000.tar.index")
-    before = path.read_bytes()
-    flip(path, at)
-    kept("shards-*.index")(read_before).unlink()
-    assert main(read_before.train("--dry-run")) == 0
-    assert path.read_bytes() == before and "the tar is indexed again" in caplog.text
-
-
 def test_a_broken_sample_is_named_and_replaced(read_before: World, caplog: pytest.LogCaptureFixture) -> None:
     def break_one(found: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
         return [(name, data[:40] if name == "0-003.png" else data) for name, data in found]
@@ -262,7 +244,7 @@ def test_data_check_of_tars_that_are_all_broken(
     for path in (world.path(TAR), world.path(OTHER)):
         path.write_bytes(content or path.read_bytes()[:20000])
     assert main(["data", "check", str(world.path("data"))]) == 1
-    assert ("compressed" if content else "is truncated") in capsys.readouterr().out
+    assert ("compressed" if content else "truncated") in capsys.readouterr().out
 
 
 def test_data_on_a_disk_that_cannot_be_written(

@@ -18,8 +18,7 @@ from llm2clip_plugin.contracts import CacheManifest, ScoreFile
 
 POPE = Path(__file__).parents[1] / "golden" / "mllm" / "pope"
 NO_SPACE = (
-    "cannot write {w}/disk/%s: No space left on device (the disk at {w}/disk has 0.0... MB free); free space there, "
-    "or choose a path on another disk, and rerun the same command"
+    "cannot write {w}/disk/%s: No space left on device (0.0... MB free); free space there, and rerun the same command"
 )
 RERUN = ("cache/", ".split.partial/")  # what a rerun of the same command completes
 

@@ -187,9 +187,7 @@ FORMATS = [
     (Format("checkpoints", make_run, load_run, files=("checkpoints/**/*",)), 60),
     (Format("run.json", make_run, load_record, files=("run.json",), free_text=True), 25),
     (
-        Format(
-            "tar index", make_data, lambda folder: read_source(folder / "data"), files=("data/.*/*", "data/.*index*")
-        ),
+        Format("tar index", make_data, lambda folder: read_source(folder / "data"), files=("data/.*/*",)),
         40,
     ),
     (Format("JSONL index", make_rows, lambda folder: read_source(folder / "pairs.jsonl"), files=(".*/*",)), 40),

@@ -68,7 +68,8 @@ def load_in_llava(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("load", [load_tower_directory, load_in_llava], ids=["python", "llava"])
 @pytest.mark.parametrize("family", ["clip", "dinov2"])
 def test_a_damaged_tower(family: str, load, tmp_path: Path):
-    form = Format(f"tower {family} {load.__name__}", lambda folder: make_tower(folder, family=family), load)
+    name, make = f"tower {family} {load.__name__}", lambda folder: make_tower(folder, family=family)
+    form = Format(name, make, load, files=("**/*.safetensors",))
     with contextlib.redirect_stderr(io.StringIO()):
         run_cases(form, tmp_path, cases=30)
 

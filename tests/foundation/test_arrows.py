@@ -44,7 +44,7 @@ MAY_IMPORT_LLAVA = {f"{PACKAGE}.doctor", f"{PACKAGE}.pipeline"}  # ask about LLa
 HOMES = {  # heavy package -> the only places that may import it
     "deepspeed": {"llm2clip_plugin/train/engine.py", "llava_integration/training.py"},
     "peft": {"llm2clip_plugin/text/", "llm2clip_plugin/vision/towers.py", "llava_integration/compat/"},
-    "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optimizers/adamw_8bit.py"},
+    "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optim.py"},
     "llava": {"llava_integration/"},
     "vllm": {"llava_integration/serve/"},
     "rich": {"llm2clip_plugin/"},

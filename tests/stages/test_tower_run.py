@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -21,7 +20,7 @@ from forked import Script
 from safetensors.torch import load_file, save_file
 from small_disk import mounted
 from tiny_data import make_all
-from tower_runs import ROOT, STEPS, environment, finish, launch, lines, losses, options, start
+from tower_runs import ROOT, STEPS, environment, finish, killed_at, launch, lines, losses, options, start
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.cli import main
@@ -40,25 +39,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_killed_five_times_it_has_the_same_losses(tiny: Path, tmp_path: Path):
-    """SIGKILL on both ranks at random moments, some before the first checkpoint; the last start has one rank."""
+    """SIGKILL on both ranks, also before the first checkpoint; the last start has one rank."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     zero = ["--deepspeed", "scripts/zero1.json"]
     assert finish(start(options(tiny, straight, *zero), 2)) == [0, 0]
     expected = losses(straight)
     assert sorted(expected) == list(range(1, STEPS + 1))
-    chance = random.Random(0)
-    for number in range(5):
-        processes = start(options(tiny, killed, *zero), 2)
-        goal = min(STEPS - 2, 1 + 2 * number + chance.randrange(2))  # at least so many steps in the file
-        deadline = time.monotonic() + 900
-        while max(losses(killed), default=0) < goal and time.monotonic() < deadline:
-            assert processes[0].poll() is None, "ended before it was killed"
-            time.sleep(0.01)
-        time.sleep(chance.random() * 0.1)
-        for process in processes:
-            process.kill()
-        finish(processes)
-        assert max(losses(killed)) >= goal
+    for step in (2, 4, 5, 9, 12):
+        killed_at(options(tiny, killed, *zero), killed, step, saved=step > 2)
     assert finish(start(options(tiny, killed, *zero), 1)) == [0]
     assert losses(killed) == pytest.approx(expected, abs=1e-5)
     first, second = (load_dual_encoder(run / "tower") for run in (straight, killed))

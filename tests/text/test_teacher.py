@@ -20,7 +20,6 @@ from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.vision.directory import write_checksums
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.family import DualConfig
@@ -114,7 +113,6 @@ def test_a_card_without_a_teacher_needs_one_with_its_settings(world, tmp_path):
     tower = tmp_path / "tower"
     shutil.copytree(world / "tower", tower)
     dataclasses.replace(TowerCard.read(tower / TowerCard.FILE), teacher={}).write(tower / TowerCard.FILE)
-    write_checksums(tower)
     with pytest.raises(ValueError, match="names no teacher"):
         load_dual_encoder(tower).encode_text("a bird")
     settings = EncoderConfig(llm=str(world / "llm"), adapter=str(world / "adapter"), compute_dtype="float32")

@@ -18,13 +18,10 @@ from train_helpers import run_ranks, trainable_names
 
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
-from llm2clip_plugin.stages.tower.run import open_data
 from llm2clip_plugin.train import heads
-from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig, TrainConfig
+from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig
 from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
 from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.train.optim import parameter_groups, set_lr
@@ -38,16 +35,6 @@ DUAL = DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1, pool="cl
 @pytest.fixture(scope="module", params=["clip", "dinov2"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_all(tmp_path_factory.mktemp(request.param), request.param)
-
-
-def test_an_epoch_of_a_mixture_goes_by_the_weights(tiny: Path):
-    data = str(tiny / "data")  # 48 samples
-    train = TrainConfig(num_train_epochs=2.0, global_batch=12)
-    config = RunConfig(data=DataConfig(path=(data, data), weight=(1.0, 0.25)), train=train)
-    opened = open_data(config)
-    dataset = PairDataset(opened.sources, opened.caches, ImageConfig(size=16), seed=0)
-    assert opened.samples == dataset.mixture().epoch_length == 48 + 12
-    assert train.steps(opened.samples) == 2 * 60 // 12
 
 
 def test_layer_wise_rates_and_no_decay_where_it_does_harm(tiny: Path):

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from small_disk import fill, mount, mounted, unmount
+from small_disk import fill, mounted
 from tower_runs import lines, losses, wait_for
 from train_helpers import (
     Engineless,
     new_state,
     parts_of,
     run_ranks,
-    save_now,
     start_ranks,
     tiny_batch,
     tiny_engine,
@@ -224,29 +223,6 @@ def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group(tmp_path: Path)
     first, second = run_ranks(wait_for_rank_0, 2, str(tmp_path))
     assert first[0] == second[0] == "of rank 0" and first[2] == second[2]
     assert (first[1], second[1]) == ("FileNotFoundError", "FirstRankError")
-
-
-def test_what_cannot_be_removed_is_a_warning_and_tried_again(tmp_path: Path):
-    told: list[str] = []
-    checkpoints = Checkpoints(tmp_path / "run", keep=1)
-
-    def save(step: int) -> None:
-        with Saver(checkpoints, Engineless(), note=told.append) as saver:
-            saver.save(new_state(step))
-            saver.finish()
-
-    save(1)
-    mount(checkpoints.path(1) / "busy", "64k")  # as a file on NFS that is still open
-    try:
-        save(2)
-        assert any("cannot remove" in line and "step-00000001" in line for line in told), told
-        assert checkpoints.find("auto") == checkpoints.path(2)
-        assert checkpoints.names() == ["step-00000002"]
-    finally:
-        (busy,) = checkpoints.folder.glob("*/busy")
-        unmount(busy)
-    save_now(tmp_path / "run", new_state(3), Engineless())
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-00000003"]
 
 
 def test_a_disk_that_is_gone_is_one_error_on_a_save_that_must_succeed(tmp_path: Path):

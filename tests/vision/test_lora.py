@@ -46,13 +46,3 @@ def test_trains_alone_and_is_merged_on_export(name, tmp_path):
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     assert changed and all(key.endswith(".weight") and "norm" not in key and "embeddings" not in key for key in changed)
     assert len(tower_blocks(merged(tower))) == len(tower_blocks(tower))
-
-
-def test_refusals():
-    tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision")
-    assert merged(tower) is tower
-    with pytest.raises(ValueError, match="rank 0 must be at least 1"):
-        add_lora(tower, rank=0, alpha=1)
-    add_lora(tower, rank=1, alpha=1)
-    with pytest.raises(ValueError, match="the tower already has LoRA layers"):
-        add_lora(tower, rank=1, alpha=1)

@@ -1,17 +1,14 @@
-"""A family of towers and an export format take one file each, used here from another folder, end to end."""
+"""A family of towers takes one file, used here from another folder, end to end."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.stages.tower import export as export_command
 from llm2clip_plugin.vision import families
-from llm2clip_plugin.vision.convert import formats
 from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -19,7 +16,7 @@ from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import freeze_tower, meta_tower, tower_blocks, tower_embeddings_parameters
 
-from .conftest import largest_difference, train_twenty_steps
+from .conftest import train_twenty_steps
 
 MEMBERS = Path(__file__).parent / "new_members"
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
@@ -30,9 +27,7 @@ IMAGES = {"image_size": 28, "patch_size": 7}
 def released(monkeypatch, tmp_path) -> Path:
     """A Chinese-CLIP image-text model, as transformers saves one."""
     transformers = pytest.importorskip("transformers")
-    for package in (families, formats):
-        folder = MEMBERS / package.__name__.rpartition(".")[2]
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(MEMBERS / "families")])
     text = {**SIZE, "vocab_size": 40}
     config = transformers.ChineseCLIPConfig(text_config=text, vision_config={**SIZE, **IMAGES}, projection_dim=20)
     model = transformers.ChineseCLIPModel(config).eval()
@@ -83,14 +78,3 @@ def test_a_new_family_is_planned_and_runs_in_llava(released, tmp_path):
         states = load_tower(tmp_path / "tower")(pixel_values=pixels, output_hidden_states=True).hidden_states
     assert torch.equal(tower(pixels), states[-2][:, 1:])
     assert tower.image_processor.crop_size == {"height": 28, "width": 28}
-
-
-def test_a_new_format_is_offered_and_written(released, tmp_path, capsys):
-    import_tower(released, tmp_path / "tower")
-    argv = [str(tmp_path / "tower"), "--output", str(tmp_path / "out"), "--format", "numpy"]
-    assert export_command.main(argv) == 0
-    projection = torch.from_numpy(np.load(tmp_path / "out" / "projection.npy"))
-    assert largest_difference(projection, load_dual_encoder(tmp_path / "tower").dual.visual_projection.weight) == 0
-    with pytest.raises(SystemExit):
-        export_command.main(["--help"])
-    assert "numpy: the projection as projection.npy" in " ".join(capsys.readouterr().out.split())

@@ -13,7 +13,7 @@ from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import fetch_directory
-from llm2clip_plugin.vision.families import families, family_named, family_of
+from llm2clip_plugin.vision.families import family_named, family_of
 from llm2clip_plugin.vision.positions import resize_positions
 from llm2clip_plugin.vision.towers import (
     freeze_tower,
@@ -42,23 +42,7 @@ def test_states_equal_the_reference(name):
         assert largest_difference(state, golden[key]) < TOLERANCE, key
     assert largest_difference(output.last_hidden_state, golden["last_hidden_state"]) < TOLERANCE
     assert largest_difference(output.pooler_output, golden["pooler_output"]) < TOLERANCE
-
-
-@pytest.mark.parametrize("name", TOWERS_ALONE)
-def test_the_state_at_minus_two_is_the_last_blocks_input(name):
-    tower, golden = load_tower(TRANSFORMERS_TOWERS / name), read(TRANSFORMERS_TOWERS / name)
-    seen = []
-    tower_blocks(tower)[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
-        output = tower(pixel_values=golden["pixels"], output_hidden_states=True)
-    assert torch.equal(output.hidden_states[-2], seen[0])
-
-
-@pytest.mark.parametrize("name", TOWERS_ALONE)
-def test_hidden_states_only_on_request(name):
-    tower, golden = load_tower(TRANSFORMERS_TOWERS / name), read(TRANSFORMERS_TOWERS / name)
-    with torch.no_grad():
-        assert tower(pixel_values=golden["pixels"]).hidden_states is None
+    assert tower(pixel_values=golden["pixels"]).hidden_states is None  # on request alone
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE)
@@ -99,18 +83,6 @@ def test_other_pixel_sizes_are_refused(name):
             refusing(pixels, output_hidden_states=True)
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.Module, "compile"), reason="Module.compile is newer than LLaVA's torch")
-@pytest.mark.parametrize("name", ["dinov2", "clip_vision"])
-def test_a_compiled_tower_refuses_other_pixel_sizes_too(name):
-    tower, pixels = load_tower(TRANSFORMERS_TOWERS / name), read(TRANSFORMERS_TOWERS / name)["pixels"]
-    with torch.no_grad():
-        expected = tower(pixel_values=pixels).last_hidden_state
-        tower.compile(backend="aot_eager")
-        assert largest_difference(tower(pixel_values=pixels).last_hidden_state, expected) < 1e-5
-        with pytest.raises(ValueError, match=REFUSED):
-            tower(pixel_values=torch.randn(1, 3, 36, 36))
-
-
 def test_resized_dinov2_is_what_transformers_5_computes_away_from_its_grid():
     golden = read(TRANSFORMERS_TOWERS / "dinov2")
     for size in (18, 42):
@@ -119,11 +91,6 @@ def test_resized_dinov2_is_what_transformers_5_computes_away_from_its_grid():
             output = tower(pixel_values=golden[f"size{size}.pixels"], output_hidden_states=True)
         for i, state in enumerate(output.hidden_states):
             assert largest_difference(state, golden[f"v5.size{size}.hidden_states_{i:02d}"]) < TOLERANCE
-
-
-def test_position_resize_refuses_a_table_of_another_grid():
-    with pytest.raises(ValueError, match="17 rows, expected 0 \\+ 5 x 5"):
-        resize_positions(torch.zeros(17, 4), class_rows=0, old_grid=5, new_grid=6)
 
 
 def test_position_resize_keeps_the_class_row_and_a_constant_table():
@@ -218,14 +185,9 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, name, damage):
     save_file(state, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ContractError, match=r"do not match its config.json") as refused:
         load_tower(tmp_path / "tower")
-    message, core_name = str(refused.value), key.removeprefix("vision_model.")
-    wrong = {"missing": "missing [", "renamed": "unexpected [", "transposed": "misshapen [", "cut": "misshapen ["}[
-        damage
-    ]
-    assert core_name.replace("fc1", "fc9" if damage == "renamed" else "fc1") in message.split(wrong)[1].split("]")[0]
-    if damage in ("transposed", "cut"):
-        assert f"is {tuple(state[key].shape)}, expected {tuple(value.shape)}" in message
-        assert "missing []" in message and "unexpected []" in message
+    assert key.removeprefix("vision_model.").replace("fc1", "fc9" if damage == "renamed" else "fc1") in str(
+        refused.value
+    )
 
 
 @pytest.mark.parametrize("name", ["clip_vision", "clip_full", "siglip_vision"])
@@ -240,9 +202,3 @@ def test_old_files_hold_position_ids(tmp_path, name):
     card, report = import_tower(tmp_path / "tower", tmp_path / "imported")
     assert any("(a counter, not a weight): 1 tensors" in line for line in report)
     assert card.weights_sha256 == import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "plain")[0].weights_sha256
-
-
-def test_every_family_file_is_in_the_registry():
-    assert {"clip", "siglip", "dinov2"} <= set(families())
-    types = [kind for family in families().values() for kind in family.model_types]
-    assert len(types) == len(set(types))

@@ -8,21 +8,14 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.data.remote import Downloads, KeptFolder, Ledger, default_download_folder
-from llm2clip_plugin.data.samples import (
-    DEFAULT_FIELDS,
-    BrokenSample,
-    Caption,
-    Record,
-    Sample,
-    parse_fields,
-    read_captions,
-)
+from llm2clip_plugin.data.remote import Downloads, SideFolder, default_download_folder
+from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Caption, Sample, parse_fields, read_captions
 from llm2clip_plugin.files import discover
 from llm2clip_plugin.options import unknown
 
@@ -117,9 +110,9 @@ class Shard:
 class Source(ABC):
     """Samples 0 .. len-1, in shards. Loader workers get a pickled copy, which must open its own files."""
 
-    kept: KeptFolder | None = None  # where digests of the captions are kept; None: they are computed at every start
+    side_folder: SideFolder | None = None  # of digests of the captions; None: they are computed at every start
     images_at_hand = True  # False: reading an image means a request to a server
-    stamps: Sequence[Stamp] = ()  # of each shard's file, if ``kept`` is set: its captions are those of this stamp
+    stamps: Sequence[Stamp] = ()  # of each shard's file, if ``side_folder`` is set
 
     def __init__(self, config: SourceConfig, shards: tuple[Shard, ...]) -> None:
         self.config = config
@@ -130,14 +123,17 @@ class Source(ABC):
         self._starts = [shard.start for shard in shards]
 
     @abstractmethod
-    def record(self, number: int) -> Record:
-        """A sample as it is stored. Raises BrokenSample if it can't be read, IndexError outside 0 .. len-1."""
+    def record(self, number: int, *, image: bool = False) -> Sample:
+        """A sample, its captions not yet read from ``values``; ``image``: the caller will read the image, too.
+
+        Raises BrokenSample if it can't be read, IndexError outside 0 .. len-1.
+        """
 
     def fetch(self, shard: int) -> None:  # noqa: B027 - a local disk needs nothing
-        """Bring a shard near: copy one from its URL, read one of a network file system into the page cache."""
+        """Prefetch a shard: copy one from its URL, read one of a network file system into the page cache."""
 
     def bytes_to_fetch(self, shards: Iterable[int]) -> int:
-        """Bytes that ``fetch`` copies or reads for these shards, if none is near; 0 for a local disk."""
+        """Bytes that ``fetch`` copies or reads for these shards at most; 0 for a local disk."""
         return 0
 
     def key(self, number: int) -> str:
@@ -147,39 +143,33 @@ class Source(ABC):
         except BrokenSample as error:
             return error.key
 
-    def record_with_image(self, number: int) -> Record:
-        """As ``record``; a source whose parts of a sample are neighbors reads them, and the image, at once."""
-        return self.record(number)
-
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0
 
     @property
-    def digests(self) -> Ledger | None:
-        """Kept digests of keys and captions by shard, for this choice of fields."""
-        if self.kept is None:
-            return None
+    def digests(self) -> str:
+        """Name of the file of digests of keys and captions by shard, for this choice of fields."""
         names = [field.name for field in self.fields]
         reading = [READING, type(self).__name__, names, self.config.key_field, self.config.image_field]
-        return Ledger(self.kept, f"captions-{sha256_text(canonical_json(reading))[:16]}.json")
+        return f"captions-{sha256_text(canonical_json(reading))[:16]}.json"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {len(self)} samples in {len(self.shards)} shards)"
 
     def __getitem__(self, number: int) -> Sample:
-        """A sample, its image not yet read. Raises BrokenSample if its JSON or its captions can't be read."""
-        return self._sample(number, self.record(number))
+        """A sample with its captions. Raises BrokenSample if its JSON or its captions can't be read."""
+        return self._with_captions(number, self.record(number))
 
     def with_image(self, number: int) -> Sample:
         """As ``source[number]``, for a caller that will read the image: both may come from the disk in one read."""
-        return self[number]
+        return self._with_captions(number, self.record(number, image=True))
 
-    def _sample(self, number: int, record: Record) -> Sample:
+    def _with_captions(self, number: int, record: Sample) -> Sample:
         try:
             captions, blank = read_captions(record.values, self.fields)
         except (ValueError, RecursionError) as error:
             raise BrokenSample(self.locate(number)[0], record.key, str(error)) from error
-        return Sample(record.key, captions, record.meta, record.read_image, blank)
+        return replace(record, captions=captions, blank_captions=blank)
 
     def captions(self, number: int) -> tuple[str, tuple[Caption, ...]]:
         """Key and captions; none of a sample that can't be read: training reports and replaces it."""
@@ -200,6 +190,12 @@ class Source(ABC):
         """Name of the shard, and number of the sample within it."""
         shard, within = self.place(number)
         return self.shards[shard].name, within
+
+
+def shards_of(names: Sequence[str], sizes: Sequence[int]) -> tuple[Shard, ...]:
+    """Shards one after another."""
+    starts = accumulate(sizes, initial=0)
+    return tuple(Shard(*shard) for shard in zip(names, sizes, starts, strict=False))
 
 
 # Which caption of a sample is drawn: evenly over its captions, or by weights of their kinds.

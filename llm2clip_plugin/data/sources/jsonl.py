@@ -1,36 +1,29 @@
 """JSON Lines: one object per line."""
 
-import mmap
-from array import array
 from pathlib import Path
 
-import numpy as np
-
-from llm2clip_plugin.data.index import Rows
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.sources.base import SourceFormat
-from llm2clip_plugin.data.sources.rows import RowSource
+from llm2clip_plugin.data.sources.rows import Rows, RowSource
 from llm2clip_plugin.files import refuse_encoding
 
 PEEK = 1 << 20  # bytes at its start by which another format is recognized
 
 
 class JsonlSource(RowSource):
-    """The lines that aren't blank, of a memory-mapped file."""
+    """The lines that aren't blank."""
 
     rows_version = 1
 
     def read_rows(self, path: Path) -> Rows:
-        spans, start = array("q"), 0
+        start = 0
         with open(path, "rb") as file:
             _refuse_other_formats(path, file.read(PEEK))
             file.seek(0)
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    spans.extend((start, start + len(line), number))
+                    yield number, start, len(line), b""
                 start += len(line)
-            rows = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if start else b""
-        return np.array(spans, dtype=np.int64).reshape(-1, 3), rows
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:

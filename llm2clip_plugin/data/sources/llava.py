@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.data.index import Rows
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.sources.base import SourceFormat
-from llm2clip_plugin.data.sources.rows import RowSource, pack_rows
+from llm2clip_plugin.data.sources.rows import Rows, RowSource, pack_rows
 
 
 class LlavaSource(RowSource):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import llm2clip_plugin
-from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Record
+from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Sample
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, format_help, formats
 from llm2clip_plugin.data.sources.tars import instead_of_tars
 from llm2clip_plugin.options import joined, nearest
@@ -71,7 +71,7 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
         raise ValueError(joined(problem, f"known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND"))
 
 
-def _probe(source: Source) -> Iterator[Record | BrokenSample]:
+def _probe(source: Source) -> Iterator[Sample | BrokenSample]:
     for number in range(0, len(source), len(source) // PROBES + 1):
         try:
             yield source.record(number)

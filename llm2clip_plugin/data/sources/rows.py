@@ -6,68 +6,76 @@ import errno
 import json
 import os
 from abc import abstractmethod
-from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm2clip_plugin.data.index import KeptRows, Rows, RowsInMemory, open_kept_rows
-from llm2clip_plugin.data.remote import is_url, read_file
-from llm2clip_plugin.data.samples import BrokenSample, Record, well_formed
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.index import IndexFile, ShardRows, open_index, stamp_of
+from llm2clip_plugin.data.remote import RetryingFile, SideFolder, is_url, read_file
+from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, shards_of
 
 NO_IMAGE = "no image "  # how the reason begins if there is no such file
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+ROWS_PER_SHARD = 16384  # ranks embed shards in parallel, and a killed run loses one at most
+COLUMNS = 5  # start and size in the file, number for messages, start and size in the index's own text
+Rows = Iterable[
+    tuple[int, int, int, bytes]
+]  # number for messages, start and size in the file, or 0 and the row as JSON
 
 
 class RowSource(Source):
     """A row is a sample: an object whose fields name the image, the key and the captions.
 
-    Rows stay JSON and are parsed one at a time. With a ``rows_version``, where each row is in the file is kept in an
-    index for later starts, and nothing of the file stays in memory.
+    Where each row is in the file is kept in an index, and nothing of the file stays in memory.
     """
 
-    rows_version = 0  # of ``read_rows`` and ``values``, to be raised when they change; 0: the file is read every time
+    rows_version = 0  # of ``read_rows``, to be raised when it changes; 0: the file is read at every start
 
-    def __init__(self, config: SourceConfig, opened: KeptRows | None = None) -> None:
+    def __init__(self, config: SourceConfig, opened: tuple[Path, SideFolder, IndexFile] | None = None) -> None:
         self._downloads = config.downloads
-        self._images = config.images or config.path.rpartition("/")[0] or "."
-        self._rows = opened or self._open_rows(config)
-        if not is_url(self._images) and not os.path.isdir(self._images):
+        self.images_folder = config.images or config.path.rpartition("/")[0] or "."  # or URL
+        self._opened = opened or self._open_rows(config)
+        path, self.side_folder, self._index = self._opened
+        self._file = RetryingFile(path)
+        self.images_at_hand = not is_url(self.images_folder)
+        if self.images_at_hand and not os.path.isdir(self.images_folder):
             raise FileNotFoundError(
-                f"image folder {self._images} does not exist; --image-folder must be that of {config.path}"
+                f"image folder {self.images_folder} does not exist; --image-folder must be that of {config.path}"
             )
-        super().__init__(config, self._rows.shards)
-        self.images_at_hand = not is_url(self._images)
-        if isinstance(self._rows, KeptRows):
-            self.kept, self.stamps = self._rows.kept, self._rows.stamps
+        table = self._index.table
+        super().__init__(config, shards_of(table.names, table.samples))
+        self.stamps = table.stamps
 
     def __reduce__(self) -> tuple[type[RowSource], tuple[object, ...]]:
-        return type(self), (self.config, self._rows) if isinstance(self._rows, KeptRows) else (self.config,)
+        return type(self), (self.config, self._opened)
 
-    def _open_rows(self, config: SourceConfig) -> KeptRows | RowsInMemory:
+    def _open_rows(self, config: SourceConfig) -> tuple[Path, SideFolder, IndexFile]:
         path = self._downloads.fetch(config.path) if is_url(config.path) else Path(config.path)
         if not path.is_file():
             raise FileNotFoundError(f"no file at {path}")
-        stem = config.path.rpartition("/")[2].rpartition(".")[0]
-
-        def read() -> RowsInMemory:
-            try:
-                rows = RowsInMemory(stem, *self.read_rows(path))
-                if not rows.shards:
-                    raise ValueError(f"{config.path} contains no samples")
-            except ValueError:
-                if is_url(config.path):
-                    self._downloads.forget(config.path)  # so that the next start downloads it again
-                raise
-            return rows
-
-        if not self.rows_version:
-            return read()
-        return open_kept_rows(path, f"{path.name}-{self.rows_version}.index", self._downloads.folder, read)
+        stamp, stem = stamp_of(path), config.path.rpartition("/")[2].rpartition(".")[0]
+        folder = SideFolder.of(str(path.parent), self._downloads.folder)
+        try:
+            index = open_index(
+                folder,
+                f"{path.name}-{self.rows_version}.index",
+                COLUMNS,
+                is_current=lambda table: self.rows_version > 0 and set(table.stamps) == {stamp},
+                build=lambda _: _shards(self.read_rows(path), stem, stamp),
+                doing=f"index {config.path}",
+            )
+            if not index.table.names:
+                raise ValueError(f"{config.path} contains no samples")
+        except ValueError:
+            if is_url(config.path):
+                self._downloads.forget(config.path)  # so that the next start downloads it again
+            raise
+        return path, folder, index
 
     @abstractmethod
     def read_rows(self, path: Path) -> Rows:
@@ -77,55 +85,63 @@ class RowSource(Source):
         """What captions are read from; KeyError, TypeError or AttributeError for a row without it."""
         return row
 
-    @property
-    def images_folder(self) -> str:
-        """The folder or URL that images are relative to, as it was given."""
-        return self._images
-
     def row(self, number: int) -> bytes:
         """A sample's JSON as it is stored."""
-        return self._rows.row(*self.place(number))[1]
+        return self._row(number)[1]
 
-    def record(self, number: int) -> Record:
-        position = self.place(number)
-        shard = self.shards[position[0]].name
-        line, data = self._rows.row(*position)
+    def _row(self, number: int) -> tuple[int, bytes]:
+        """The number for messages, and the JSON."""
+        (start, size, line, _, _), text = self._index.row(*self.place(number))
+        return line, text or self._file.read(size, start)
+
+    def record(self, number: int, *, image: bool = False) -> Sample:
+        shard = self.locate(number)[0]
+        line, data = self._row(number)
         try:
             row = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise BrokenSample(shard, f"line {line}", f"not valid JSON: {error}") from error
         if not isinstance(row, dict):
             raise BrokenSample(shard, f"line {line}", f"contains a {type(row).__name__}, expected an object")
-        key, image = row.get(self.config.key_field), row.get(self.config.image_field)
-        key = well_formed(str(key) if key not in (None, "") else str(image or f"line {line}"))
+        key, picture = row.get(self.config.key_field), row.get(self.config.image_field)
+        key = well_formed(str(key) if key not in (None, "") else str(picture or f"line {line}"))
         try:
             values = self.values(row)
         except (KeyError, TypeError, AttributeError) as error:
             raise BrokenSample(shard, key, f"invalid conversations: {error!r}") from error
-        return Record(key, values, row, partial(self._read_image, shard, key, image))
+        return Sample(key, values, row, partial(self._read_image, shard, key, picture))
 
     def _read_image(self, shard: str, key: str, name: Any) -> bytes:
         if not isinstance(name, str) or not name:
             raise BrokenSample(shard, key, f"no image path in field {self.config.image_field!r}")
         shown = name if len(name) <= 100 else name[:97] + "..."  # a data: URI, say
         if os.path.isabs(name) or ".." in name.split("/") or "\0" in name or name != well_formed(name):
-            raise BrokenSample(shard, key, f"image {shown!r} is not a path inside {self._images}")
+            raise BrokenSample(shard, key, f"image {shown!r} is not a path inside {self.images_folder}")
         try:
-            if is_url(self._images):
-                return self._downloads.read(self._images.rstrip("/") + "/" + name)
-            return read_file(os.path.join(self._images, name))
+            if is_url(self.images_folder):
+                return self._downloads.read(self.images_folder.rstrip("/") + "/" + name)
+            return read_file(os.path.join(self.images_folder, name))
         except OSError as error:
             if not isinstance(error, MISSING) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
             what = "access denied to image " if isinstance(error, PermissionError) else NO_IMAGE
-            raise BrokenSample(shard, key, f"{what}{shown!r} in {self._images} (--image-folder)") from error
+            raise BrokenSample(shard, key, f"{what}{shown!r} in {self.images_folder} (--image-folder)") from error
 
 
 def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:
     """Rows from (number for messages, object that JSON can hold)."""
-    spans, rows = array("q"), bytearray()
-    for number, item in items:
-        row = json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        spans.extend((len(rows), len(rows) + len(row), number))
-        rows += row
-    return np.array(spans, dtype=np.int64).reshape(-1, 3), bytes(rows)
+    return [(n, 0, 0, json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")) for n, row in items]
+
+
+def _shards(rows: Rows, stem: str, stamp: tuple[int, int]) -> Iterator[ShardRows]:
+    """One shard, called ``stem``, or several of a long file."""
+    rows = iter(rows)
+    parts = iter(lambda: list(islice(rows, ROWS_PER_SHARD)), [])
+    first = list(islice(parts, 2))
+    for number, part in enumerate(chain(first, parts)):
+        table, text = [], bytearray()
+        for line, start, size, data in part:
+            table.append((start, size, line, len(text), len(data)))
+            text += data
+        name = stem if len(first) == 1 else f"{stem}-{number:05}"
+        yield ShardRows(name, stamp, np.array(table, dtype=np.int64), bytes(text))

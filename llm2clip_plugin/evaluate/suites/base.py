@@ -14,8 +14,10 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.opening import InMemorySource, OpenedTower, Row
-from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, embed_pairs, evaluate_retrieval
+from llm2clip_plugin.evaluate.images import InMemorySource, Row
+from llm2clip_plugin.evaluate.opening import OpenedTower
+from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, embed_pairs, report_retrieval
+from llm2clip_plugin.files import read_json_value as read_json
 
 # metrics (fractions) and the score of every query; the last argument: all ranks call it together and split the work
 Measure = Callable[[OpenedTower, Source, EmbeddingCache, RetrievalConfig, bool], ScoreFile]
@@ -24,8 +26,9 @@ Measure = Callable[[OpenedTower, Source, EmbeddingCache, RetrievalConfig, bool],
 def recall(
     tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
 ) -> ScoreFile:
-    """Recall@k in both directions over all captions; see `evaluate_retrieval`."""
-    return evaluate_retrieval(tower.dual, source, cache, tower.images, config, all_ranks=all_ranks).scores()
+    """Recall@k in both directions over all captions; see `report_retrieval`."""
+    pairs = embed_pairs(tower.dual, source, cache, tower.images, config, all_ranks=all_ranks)
+    return report_retrieval(pairs, config, all_ranks=all_ranks, device=tower.device).scores()
 
 
 def recall_by_language(
@@ -59,17 +62,15 @@ def hard_negative_scores(pairs: EmbeddedPairs) -> ScoreFile:
     Source: Hsieh et al., SugarCrepe (2023), section 4.
     """
     score_M = (pairs.image_ND[pairs.owner_M].double() * pairs.text_MD.double()).sum(1)
-    sides: dict[str, dict[str, int]] = defaultdict(dict)
-    for position, caption in enumerate(pairs.captions):
-        item, _, side = caption.kind.rpartition("/")
-        sides[item][side] = position
+    place = {caption.kind: position for position, caption in enumerate(pairs.captions)}
     items, groups = [], defaultdict(list)
-    for item, position in sides.items():
-        gap = float(score_M[position["right"]] - score_M[position["wrong"]])
-        hit, group = 0.5 if gap == 0 else float(gap > 0), item.split("/")[0]
-        cluster = pairs.keys[int(pairs.owner_M[position["right"]])]
-        items.append({"id": item, "score": hit, "cluster": cluster, "part": group})
-        groups[group].append(hit)
+    for kind, right in place.items():
+        item, _, side = kind.rpartition("/")
+        if side == "right":
+            gap, group = float(score_M[right] - score_M[place[f"{item}/wrong"]]), item.split("/")[0]
+            hit = 0.5 if gap == 0 else float(gap > 0)
+            groups[group].append(hit)
+            items.append({"id": item, "score": hit, "cluster": pairs.keys[int(pairs.owner_M[right])], "part": group})
     metrics = {group: sum(hits) / len(hits) for group, hits in groups.items()}
     return ScoreFile(
         benchmark="",
@@ -145,14 +146,6 @@ def to_captions(texts: Iterable[str], kind: str = "short", language: str = "en")
 def first_existing(*folders: Path) -> Path:
     """The first of the folders that exists; the first one if none does."""
     return next((folder for folder in folders if folder.is_dir()), folders[0])
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; ValueError names the file."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:

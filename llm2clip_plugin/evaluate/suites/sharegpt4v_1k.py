@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.images import Row
 from llm2clip_plugin.evaluate.suites.base import Suite, expected_layout, to_captions
 
 FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"

@@ -35,7 +35,7 @@ from llm2clip_plugin.train.config import (
     TrainConfig,
     local_world_size,
 )
-from llm2clip_plugin.vision.convert.formats import format_helps
+from llm2clip_plugin.vision.convert.options import FORMATS
 from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig
 
 EXAMPLE = (
@@ -438,9 +438,9 @@ def parser() -> Parser:
     made.add_argument(
         "--format",
         default="tower",
-        choices=["tower", *format_helps()],
+        choices=["tower", *FORMATS],
         help="; ".join(
-            ["tower: a tower directory (the default)", *(f"{name}: {text}" for name, text in format_helps().items())]
+            ["tower: a tower directory (the default)", *(f"{name}: {text}" for name, text in FORMATS.items())]
         ),
     )
     made.add_argument(

@@ -17,7 +17,7 @@ from llm2clip_plugin.stages.tower.config import DEFAULT, parser
 from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
-from llm2clip_plugin.vision.convert.exporting import convert
+from llm2clip_plugin.vision.convert.formats import convert
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.publish import BEFORE, check_repository, located, push_to_hub, summary

@@ -16,11 +16,10 @@ from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_dige
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader, make_loader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.remote import is_url
+from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_kinds
 from llm2clip_plugin.data.sources.open import check_fields, open_source
-from llm2clip_plugin.data.sources.tars import shuffle_window
 from llm2clip_plugin.data.workers import LoadPlan, check_shared_memory, plan_loading, row_bytes
 from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
@@ -401,7 +400,8 @@ def _check_data(config: RunConfig, data: Data) -> None:
         )
     check_kinds(data.sources, config.data.kind_weights)
     if data.validation is not None:
-        warnings += [*check_measurable(data.validation, config.evaluation, option="--evaluation."), trained_on(data)]
+        check_measurable(data.validation, config.evaluation, option="--evaluation.")
+        warnings.append(trained_on(data))
     for line in filter(None, warnings):
         print(f"warning: {line}", file=sys.stderr)
 

@@ -1,7 +1,7 @@
-"""What a loss term gets and what it is.
+"""What a loss term gets and what it is; the terms of a configuration; logits over all pairs of a batch.
 
-Shape letters: b this rank's pairs, k texts that belong to an anchor, D width of the features, T patches of an image, H
-width of the tower.
+Shape letters: b this rank's pairs, N pairs over all ranks, R rows of a block, k texts that belong to an anchor, D width
+of the features, T patches of an image, H width of the tower, j kinds of ids.
 """
 
 import dataclasses
@@ -19,6 +19,10 @@ from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import LossConfig, TermWeight, from_named_args, parse_terms
 from llm2clip_plugin.train.distributed import Group, gather_rows, rank
 from llm2clip_plugin.vision.family import DualConfig
+
+EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
+BLOCK_LOGITS_CPU = 1 << 22  # 16 MiB of fp32: about what stays in cache
+BLOCK_LOGITS_GPU = 1 << 27  # 512 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +74,6 @@ class LossTerm(ABC):
         """
 
 
-# What the losses over all pairs of a batch share: the logits in blocks of rows, so that no N x N matrix is ever held.
-
-EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
-BLOCK_LOGITS_CPU = 1 << 22  # 16 MiB of fp32: about what stays in cache
-BLOCK_LOGITS_GPU = 1 << 27  # 512 MiB
-
-
 def stack_ids(*ids: Tensor | None) -> Tensor | None:
     """(b,) or (j, b) int64 each -> (j, b) of those that are not None, or None."""
     given = [item.reshape(-1, item.shape[-1]) for item in ids if item is not None]
@@ -84,7 +81,14 @@ def stack_ids(*ids: Tensor | None) -> Tensor | None:
 
 
 class PairBlocks:
-    """The rows of this rank against the columns of all ranks, and which pairs are excluded."""
+    """The rows of this rank against the columns of all ranks, and which pairs are excluded.
+
+    A loss over all pairs takes their logits in blocks of rows, so that no N x N matrix is ever held. It computes its
+    gradient in the forward pass and communicates nothing in the backward pass: under an engine that averages the
+    gradients of parameters over ranks (DDP, DeepSpeed), the result is the gradient of the loss of one big batch.
+
+    Row i of the anchors and of the positives are a pair; rank r holds the rows [r b, (r + 1) b) of the N.
+    """
 
     def __init__(self, anchor_bD: Tensor, positive_bD: Tensor, ids_jb: Tensor | None, block: int, group: Group) -> None:
         if anchor_bD.shape != positive_bD.shape or anchor_bD.ndim != 2:
@@ -135,8 +139,6 @@ def gradients_as(grads: tuple[Tensor, ...], *inputs: Tensor) -> list[Tensor]:
     """Each gradient in the dtype and shape of its input."""
     return [grad.to(given.dtype).reshape(given.shape) for grad, given in zip(grads, inputs, strict=True)]
 
-
-# The terms of a configuration, as functions of a batch's features.
 
 Terms = dict[str, Callable[[Features], Tensor]]  # name -> weighted loss; a step minimizes their sum
 

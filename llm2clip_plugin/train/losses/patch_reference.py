@@ -26,7 +26,7 @@ class PatchReference(LossTerm):
     def __call__(self, features: Features) -> Tensor:
         patches_bTH, reference_bTH = features.patches_bTH, features.reference_patches_bTH
         if patches_bTH is None or reference_bTH is None:
-            raise ValueError("loss term patch_reference has nothing to compare: this step has no patches of a frozen tower")
+            raise ValueError("loss term patch_reference has nothing to compare with: this step has no frozen tower")
         return (1 - F.cosine_similarity(patches_bTH, reference_bTH, dim=-1)).mean()
 
 

@@ -1,6 +1,13 @@
-"""The options of ``llm2clip import``."""
+"""The options of ``llm2clip import``, and the formats of ``llm2clip export``; read without torch."""
 
 from llm2clip_plugin.options import Parser
+
+FORMATS = {
+    "clip": "transformers' CLIPVisionModelWithProjection",
+    "onnx": "image encoder for ONNX Runtime",
+    "openclip": "OpenCLIP's tensor names (CLIP, SigLIP) or EVA-CLIP's (EVA02) with the LLM's adapter, for their image "
+    "towers and `llm2clip import`; OpenCLIP's create_model needs a text tower and does not load it",
+}
 
 
 def parser() -> Parser:

@@ -6,6 +6,7 @@ model's own pooling. Shapes: B images, N patches, P prefix tokens, H width, S im
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +14,18 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 # arguments of timm's models that a configuration may set; others could name files, code or pretrained weights
-SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "reg_tokens", "attn_pool_num_heads")
-RATIOS = ("mlp_ratio", "attn_pool_mlp_ratio", "init_values")
-SWITCHES = ("class_token", "no_embed_class", "qkv_bias", "pre_norm", "final_norm", "fc_norm")
-OTHERS = ("global_pool", "ref_feat_shape")
+ARGUMENTS = (
+    *("patch_size", "embed_dim", "depth", "num_heads", "reg_tokens", "mlp_ratio", "init_values", "ref_feat_shape"),
+    *("class_token", "no_embed_class", "qkv_bias", "pre_norm", "final_norm", "fc_norm"),
+    *("global_pool", "attn_pool_num_heads", "attn_pool_mlp_ratio"),
+)
+
+
+def allowed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments; ValueError for one that a configuration may not set."""
+    if unknown := sorted(set(arguments) - set(ARGUMENTS)):
+        raise ValueError(f"timm_args: {unknown[0]!r} cannot be set here; known: {', '.join(ARGUMENTS)}")
+    return dict(arguments)
 
 
 class TimmVitConfig(PretrainedConfig):
@@ -52,10 +61,7 @@ class TimmVitConfig(PretrainedConfig):
         self.image_mean = image_mean
         self.image_std = image_std
         self.resample = resample
-        self.timm_args = timm_args or {}
-        known = (*SIZES, *RATIOS, *SWITCHES, *OTHERS)
-        if unknown := sorted(set(self.timm_args) - set(known)):
-            raise ValueError(f"timm_args: {unknown[0]!r} cannot be set here; known: {', '.join(known)}")
+        self.timm_args = allowed(timm_args or {})
         super().__init__(**kwargs)
 
 

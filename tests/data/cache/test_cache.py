@@ -5,34 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import shutil
 from pathlib import Path
 
+import data_world
 import numpy as np
 import pytest
 import torch
 
 from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, TeacherIdentity, shard_file
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, rows_digest
+from llm2clip_plugin.data import cache as reader
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, cache_digest, caption_rows, rows_digest
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.files import ContractError, started_by
 
 WIDTH = 640
-TEACHER = TeacherIdentity(
-    llm="models/tiny",
-    revision="",
-    weights_sha256="a" * 64,
-    adapter_sha256="",
-    attention="bidirectional",
-    pooling="mean",
-    layer=-1,
-    prompt="",
-    chat_template="",
-    max_tokens=512,
-    width=WIDTH,
-)
+TEACHER = dataclasses.replace(data_world.TEACHER, width=WIDTH)
 CAPTIONS = [["a red bike", "a red bike leans on a wall"], ["猫"], ["two dogs"], ["a boat", "un bateau", "ein Boot"]]
 
 
@@ -82,17 +71,6 @@ def test_round_trip_by_caption_in_any_order(source, tmp_path: Path, dtype: str, 
         assert found.dtype == torch.float32 and found.shape == expected.shape
         assert torch.nn.functional.cosine_similarity(found, expected).min() > cosine
         first += len(captions)
-
-
-def test_int8_keeps_direction_and_length_over_many_rows_and_takes_half_the_space(tmp_path: Path) -> None:
-    source = open_source(write_jsonl(tmp_path / "data", [[f"caption {i}"] for i in range(500)]))
-    written = fill(tmp_path / "int8", source, "int8")
-    fill(tmp_path / "float16", source)
-    found = EmbeddingCache.open(tmp_path / "int8").shard("pairs").embeddings(range(len(written)))
-    assert torch.nn.functional.cosine_similarity(found, written).min() > 0.999
-    assert torch.allclose(found.norm(dim=1), written.norm(dim=1), rtol=2e-3)
-    sizes = [(tmp_path / name / "pairs.safetensors").stat().st_size for name in ("int8", "float16")]
-    assert sizes[0] < 0.55 * sizes[1]
 
 
 def test_int8_refuses_rows_that_one_dimension_fills(tmp_path: Path) -> None:
@@ -146,135 +124,88 @@ def test_cache_goes_to_workers_without_its_files(source, tmp_path: Path) -> None
     assert torch.equal(pickle.loads(data).rows("pairs", 0, captions), before)
 
 
-def test_another_llm_is_refused_with_both_fingerprints(source, tmp_path: Path) -> None:
+def test_another_teacher_dtype_or_width_is_refused(source, tmp_path: Path) -> None:
     fill(tmp_path / "cache", source)
-    other = dataclasses.replace(TEACHER, llm="models/other", weights_sha256="b" * 64)
+    other = dataclasses.replace(TEACHER, weights_sha256="b" * 64)
     with pytest.raises(ContractError) as caught:
         EmbeddingCache.open(tmp_path / "cache", expect_fingerprint=other.fingerprint)
     assert other.fingerprint in str(caught.value) and TEACHER.fingerprint in str(caught.value)
-    assert "models/tiny" in str(caught.value)
-    with pytest.raises(ContractError, match=r"pooling 'mean' != 'last'.*choose another --cache"):
+    with pytest.raises(ContractError, match=r"width 640 .* expected 4096"):
+        EmbeddingCache.open(tmp_path / "cache", expect_width=4096)
+    with pytest.raises(ContractError, match=r"pooling 'mean' != 'last'"):
         CacheWriter(tmp_path / "cache", dataclasses.replace(TEACHER, pooling="last"))
-    with pytest.raises(ContractError, match=r"has dtype float16, not int8; .* use --dtype float16"):
+    with pytest.raises(ContractError, match=r"float16, not int8"):
         CacheWriter(tmp_path / "cache", TEACHER, "int8")
-
-
-def test_the_same_weights_in_another_folder_are_the_same_teacher(source, tmp_path: Path) -> None:
-    fill(tmp_path / "cache", source)
-    moved = dataclasses.replace(TEACHER, llm="/elsewhere/tiny", revision="main")
+    moved = dataclasses.replace(TEACHER, llm="/elsewhere/tiny", revision="main")  # the same weights
     EmbeddingCache.open(tmp_path / "cache", expect_fingerprint=moved.fingerprint)
     CacheWriter(tmp_path / "cache", moved)
 
 
-def test_another_width_is_refused(source, tmp_path: Path) -> None:
+def test_changed_captions_keys_and_counts_are_refused_with_both_values(source, tmp_path: Path) -> None:
     fill(tmp_path / "cache", source)
-    with pytest.raises(ContractError, match=r"width 640 .* expected 4096"):
-        EmbeddingCache.open(tmp_path / "cache", expect_width=4096)
-
-
-def test_changed_caption_is_refused_with_both_hashes(source, tmp_path: Path) -> None:
-    fill(tmp_path / "cache", source)
+    cache = EmbeddingCache.open(tmp_path / "cache")
     changed = open_source(write_jsonl(tmp_path / "changed", [*CAPTIONS[:2], ["three dogs"], CAPTIONS[3]]))
-    cache = EmbeddingCache.open(tmp_path / "cache")
     for read in (lambda: cache.check(changed), lambda: cache.rows("pairs", 2, changed.captions(2)[1])):
-        with pytest.raises(
-            ContractError, match=r"'k2': caption 'three dogs' \(hash \w{16}\) .* cached caption hashes: \w{16}"
-        ):
+        with pytest.raises(ContractError, match=r"'k2': caption 'three dogs' \(hash \w{16}\) .* hashes: \w{16}"):
             read()
-    with pytest.raises(ContractError, match="caption ' ' is blank"):
-        cache.rows("pairs", 0, [Caption(" ")])
-
-
-def test_other_keys_and_counts_are_refused(source, tmp_path: Path) -> None:
-    fill(tmp_path / "cache", source)
-    cache = EmbeddingCache.open(tmp_path / "cache")
     renamed = open_source(write_jsonl(tmp_path / "renamed", CAPTIONS, prefix="image"))
-    with pytest.raises(ContractError, match=r"sample 0 of shard 'pairs' has key 'image0' in .*, 'k0' in the cache"):
-        cache.check(renamed)
-    with pytest.raises(ContractError, match="has key 'image1' in the data, 'k1' in the cache"):
-        cache.rows("pairs", 1, renamed.captions(1)[1], key="image1")
+    for read in (lambda: cache.check(renamed), lambda: cache.rows("pairs", 0, renamed.captions(0)[1], key="image0")):
+        with pytest.raises(ContractError, match="key 'image0' in the data, 'k0' in the cache"):
+            read()
     longer = open_source(write_jsonl(tmp_path / "longer", [*CAPTIONS, ["one more"]]))
     with pytest.raises(ContractError, match=r"has 5 samples in .*, 4 when it was embedded"):
         cache.check(longer)
-    with pytest.raises(ContractError, match="has no sample 4: shard 'pairs' had 4"):
+    with pytest.raises(ContractError, match="has no sample 4"):
         cache.rows("pairs", 4, longer.captions(4)[1])
     unknown = open_source(write_jsonl(tmp_path / "unknown", CAPTIONS, name="train"))
-    with pytest.raises(ContractError, match="no shard 'train'; known: pairs; rerun"):
+    with pytest.raises(ContractError, match="no shard 'train'; known: pairs"):
         cache.check(unknown)
-
-
-def test_missing_shard_is_refused(source, tmp_path: Path) -> None:
-    fill(tmp_path / "cache", source)
-    (tmp_path / "cache" / "pairs.safetensors").unlink()
-    told = r"pairs\.safetensors is missing, but the manifest lists shard 'pairs'; rerun `llm2clip embed`; complete"
-    with pytest.raises(ContractError, match=told):
-        EmbeddingCache.open(tmp_path / "cache")
 
 
 def test_the_command_that_made_a_cache_is_part_of_its_errors(source, tmp_path: Path) -> None:
     fill(tmp_path / "cache", source)
     command = started_by("embed", ["my data/pairs.jsonl", "--llm", "models/llm"])
     EmbedRecord(data="my data/pairs.jsonl", shards=["pairs"], command=command).write(tmp_path / "cache/embed.json")
-    (tmp_path / "cache" / "pairs.safetensors").write_bytes(b"cut")
-    told = r"; rerun `llm2clip embed 'my data/pairs\.jsonl' --llm models/llm`; complete shards are skipped$"
-    with pytest.raises(ContractError, match=told):
+    (tmp_path / "cache" / "pairs.safetensors").unlink()
+    with pytest.raises(ContractError, match=r"missing.* `llm2clip embed 'my data/pairs\.jsonl' --llm models/llm`"):
         EmbeddingCache.open(tmp_path / "cache")
     (tmp_path / "cache/embed.json").write_text("{")  # damaged as well
-    with pytest.raises(ContractError, match=r"; rerun `llm2clip embed`; complete shards are skipped$"):
+    with pytest.raises(ContractError, match=r"rerun `llm2clip embed`"):
         EmbeddingCache.open(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_truncated_shard_is_refused(source, tmp_path: Path, share: float) -> None:
-    fill(tmp_path / "cache", source)
-    path = tmp_path / "cache" / "pairs.safetensors"
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ContractError, match=r"pairs\.safetensors is truncated or .*\(.+\); rerun `llm2clip embed"):
-        EmbeddingCache.open(tmp_path / "cache")
-    keys, captions = captions_of(source)
-    assert not CacheWriter(tmp_path / "cache", TEACHER).is_complete("pairs", rows_digest(keys, caption_rows(captions)))
-
-
-def test_flipped_bit_is_found_by_verify(source, tmp_path: Path) -> None:
-    fill(tmp_path / "cache", source)
-    path = tmp_path / "cache" / "pairs.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ContractError, match="is damaged: SHA-256"):
-        EmbeddingCache.open(tmp_path / "cache").verify()
-
-
-@pytest.mark.parametrize("word", ["data_offsets", "shape", "dtype", "F16", "row_starts", "__metadata__", "sha256"])
-def test_a_damaged_header_is_refused_and_embedded_again(source, tmp_path: Path, word: str) -> None:
+@pytest.mark.parametrize(
+    "damage", [0.0, 0.01, 0.5, 0.999, "data_offsets", "dtype", "F16", "row_starts", "__metadata__", "sha256"]
+)
+def test_a_damaged_shard_is_refused_and_embedded_again(source, tmp_path: Path, damage: float | str) -> None:
+    """Cut after a part of its bytes, or with a damaged header."""
     fill(tmp_path / "cache", source)
     file = tmp_path / "cache" / "pairs.safetensors"
     whole = file.read_bytes()
-    file.write_bytes(whole.replace(word.encode(), b"x" * len(word), 1))
-    assert file.read_bytes() != whole
-    with pytest.raises(ContractError, match=r"pairs\.safetensors is .* not a shard .*\(.+\); rerun `llm2clip embed"):
+    file.write_bytes(
+        whole.replace(damage.encode(), b"x" * len(damage), 1)
+        if isinstance(damage, str)
+        else whole[: int(damage * len(whole))]
+    )
+    with pytest.raises(ContractError, match=r"pairs\.safetensors"):
         EmbeddingCache.open(tmp_path / "cache")
     keys, captions = captions_of(source)
     assert not CacheWriter(tmp_path / "cache", TEACHER).is_complete("pairs", rows_digest(keys, caption_rows(captions)))
 
 
-@pytest.mark.parametrize("field", ["file", "samples", "captions", "rows_sha256", "sha256"])
-def test_a_manifest_without_a_field_is_refused(source, tmp_path: Path, field: str) -> None:
+def test_files_of_a_large_cache_are_compared_by_size_and_when_they_are_read(
+    source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(tmp_path / "cache", source)
-    manifest = tmp_path / "cache" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(f'"{field}":', '"other":', 1))
-    with pytest.raises(ContractError, match=f"shard 'pairs' is missing {field}"):
+    fill(tmp_path / "other", source, teacher=dataclasses.replace(TEACHER, pooling="last"))
+    monkeypatch.setattr(reader, "READER_FEW", 0)
+    file, whole = tmp_path / "cache" / "pairs.safetensors", (tmp_path / "other" / "pairs.safetensors").read_bytes()
+    file.write_bytes(whole)
+    with pytest.raises(ContractError, match="differs from the manifest: fingerprint"):
+        EmbeddingCache.open(tmp_path / "cache").rows("pairs", 0, source.captions(0)[1])
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ContractError, match=r"pairs\.safetensors has \d+ bytes"):
         EmbeddingCache.open(tmp_path / "cache")
-
-
-def test_shard_of_another_cache_is_refused(source, tmp_path: Path) -> None:
-    other = dataclasses.replace(TEACHER, pooling="last")
-    fill(tmp_path / "cache", source)
-    fill(tmp_path / "other", source, teacher=other)
-    shutil.copy(tmp_path / "other" / "pairs.safetensors", tmp_path / "cache" / "pairs.safetensors")
-    with pytest.raises(ContractError) as caught:
-        EmbeddingCache.open(tmp_path / "cache")
-    assert TEACHER.fingerprint in str(caught.value) and other.fingerprint in str(caught.value)
 
 
 def test_unfinished_and_absent_caches_are_refused(tmp_path: Path) -> None:
@@ -285,20 +216,49 @@ def test_unfinished_and_absent_caches_are_refused(tmp_path: Path) -> None:
         EmbeddingCache.open(tmp_path / "cache")
 
 
-def test_manifest_changed_by_hand_is_refused(source, tmp_path: Path) -> None:
+def set_field(name: str, value: object):
+    return lambda body: body | {name: value}
+
+
+def set_entry(name: str, value: object):
+    return lambda body: body | {"shards": {"pairs": {**body["shards"]["pairs"], name: value}}}
+
+
+EDITED = {
+    "not complete": set_field("complete", "no"),
+    "list of shards": set_field("shards", [1]),
+    "no entry": set_field("shards", {"pairs": 1}),
+    "another width": set_field("width", 641),
+    "another fingerprint": set_field("fingerprint", "0" * 64),
+    "file outside the cache": set_entry("file", "../pairs.safetensors"),
+    "samples": set_entry("samples", 5),
+    "captions": set_entry("captions", 1),
+    "truncated": set_entry("truncated", 1),
+    "rows": set_entry("rows_sha256", "0" * 64),
+    "contents": set_entry("sha256", "0" * 64),
+    "without a field": lambda body: body | {"shards": {"pairs": {"file": "pairs.safetensors"}}},
+}
+
+
+@pytest.mark.parametrize("edit", EDITED.values(), ids=EDITED)
+def test_an_edited_manifest_is_refused(source, tmp_path: Path, edit) -> None:
     fill(tmp_path / "cache", source)
     path = tmp_path / "cache" / CacheManifest.FILE
-    path.write_text(path.read_text().replace('"mean"', '"last"'))
-    with pytest.raises(ContractError, match="was edited: it has fingerprint"):
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    with pytest.raises(ContractError, match=str(tmp_path / "cache")):
         EmbeddingCache.open(tmp_path / "cache")
 
 
-def test_manifest_cannot_lead_out_of_the_cache(source, tmp_path: Path) -> None:
+def test_a_manifest_of_an_older_version_is_read(source, tmp_path: Path) -> None:
     fill(tmp_path / "cache", source)
     path = tmp_path / "cache" / CacheManifest.FILE
-    path.write_text(path.read_text().replace('"pairs.safetensors"', '"../pairs.safetensors"'))
-    with pytest.raises(ContractError, match="is outside the cache"):
-        EmbeddingCache.open(tmp_path / "cache")
+    body, before = json.loads(path.read_text()), cache_digest(EmbeddingCache.open(tmp_path / "cache"))
+    del body["shards"]["pairs"]["bytes"]
+    path.write_text(json.dumps(body))
+    assert cache_digest(EmbeddingCache.open(tmp_path / "cache")) == before
+
+
+def test_files_stay_in_the_cache() -> None:
     assert ".." not in shard_file("../pairs") and not Path(shard_file("/etc/pairs")).is_absolute()
 
 
@@ -325,10 +285,9 @@ def damage(path: Path, tensor: str, position: int, value: int | None = None) -> 
 
 
 @pytest.mark.parametrize("tensor", ["embeddings", "scales", "row_checks"])
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_a_flipped_byte_is_found_when_its_row_is_read(source, tmp_path: Path, dtype: str, tensor: str) -> None:
+def test_a_flipped_byte_is_found_when_its_row_is_read(source, tmp_path: Path, tensor: str) -> None:
     """The other rows are read; embedding again finds the shard damaged and writes it again."""
-    fill(tmp_path / "cache", source, dtype)
+    fill(tmp_path / "cache", source)
     file = tmp_path / "cache" / "pairs.safetensors"
     cache = EmbeddingCache.open(tmp_path / "cache")
     whole = cache.shard("pairs").embeddings(range(7))
@@ -337,8 +296,6 @@ def test_a_flipped_byte_is_found_when_its_row_is_read(source, tmp_path: Path, dt
     cache.check(source)
     with pytest.raises(ContractError, match=r"pairs\.safetensors is damaged: row 0 .*; rerun `llm2clip embed`"):
         cache.rows("pairs", 0, source.captions(0)[1])
-    with pytest.raises(ContractError, match="is damaged: row 0"):
-        cache.shard("pairs").embeddings(range(7))
     assert torch.equal(cache.shard("pairs").embeddings(range(1, 7)), whole[1:])
     with pytest.raises(ContractError, match="is damaged: SHA-256"):
         cache.verify()
@@ -353,33 +310,4 @@ def test_a_damaged_shard_is_not_complete(source, tmp_path: Path, caplog: pytest.
     assert writer.is_complete("pairs", digest) and not caplog.text
     damage(tmp_path / "cache" / "pairs.safetensors", tensor, 0)
     assert not writer.is_complete("pairs", digest)
-    assert "is damaged: SHA-256" in caplog.text and "its captions are embedded again" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("complete", "no", "complete is 'no', expected bool"),
-        ("shards", [1], r"shards is \[1\], expected dict"),
-        ("shards", {"pairs": 1}, r"shards\.pairs is 1, expected dict"),
-        ("width", True, "width is True, expected int"),
-    ],
-)
-def test_a_manifest_of_other_types_is_refused(source, tmp_path: Path, field: str, value: object, message: str) -> None:
-    fill(tmp_path / "cache", source)
-    path = tmp_path / "cache" / CacheManifest.FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    with pytest.raises(ContractError, match=rf"manifest\.json.*{message}"):
-        EmbeddingCache.open(tmp_path / "cache")
-
-
-@pytest.mark.parametrize("field", ["samples", "captions", "truncated", "sha256", "rows_sha256"])
-def test_an_edited_entry_of_the_manifest_is_refused(source, tmp_path: Path, field: str) -> None:
-    fill(tmp_path / "cache", source)
-    path = tmp_path / "cache" / CacheManifest.FILE
-    body = json.loads(path.read_text())
-    value = body["shards"]["pairs"][field]
-    body["shards"]["pairs"][field] = value + 1 if isinstance(value, int) else "0" * 64
-    path.write_text(json.dumps(body))
-    with pytest.raises(ContractError, match=rf"pairs\.safetensors differs from the manifest: {field} is .*, not"):
-        EmbeddingCache.open(tmp_path / "cache")
+    assert "is damaged: SHA-256" in caplog.text

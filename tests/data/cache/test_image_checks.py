@@ -9,23 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_world import img2dataset_members, jpeg, write_shards, write_tar
+from data_world import TEACHER, img2dataset_members, jpeg, write_shards, write_tar
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, rows_digest, shard_contents
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
-from llm2clip_plugin.data.pairs import Guarded, GuardedCollate, PairDataset, eval_pairs, raised
+from llm2clip_plugin.data.pairs import CollatedDataset, PairDataset, as_it_is, eval_pairs, raised
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.files import ContractError
 
-WIDTH = 4
-TEACHER = TeacherIdentity(
-    llm="tiny", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="mean",
-    layer=-1, prompt="", chat_template="", max_tokens=32, width=WIDTH,
-)  # fmt: skip
+WIDTH = TEACHER.width
 IMAGES = ImageConfig(size=16)
 SAMPLES = 6
 LOST = f"{SAMPLES - 1}.jpg"  # an image that is not there when the captions are embedded
@@ -94,34 +89,14 @@ def test_exchanged_images_are_replaced_and_named(table: Path, tmp_path: Path) ->
     broken = broken_in_training(source, cache)
     assert broken.keys() == {"k1", "k3", "k5"}
     assert "was changed or exchanged after its captions were embedded" in broken["k1"]
-    assert "delete" in broken["k3"] and "pairs.safetensors and rerun `llm2clip embed`" in broken["k3"]
+    assert "pairs.safetensors and rerun `llm2clip embed`" in broken["k3"]
     pairs = eval_pairs(source, cache, IMAGES, batch=4)
     assert [key for batch in pairs for key in batch["keys"]] == ["k0", "k2", "k4"]
     assert [error.key for error in pairs.broken] == ["k1", "k3", "k5"]
-    with pytest.raises(ContractError, match=r"2 images of shard 'pairs' were changed .*: 'k1', 'k3'; restore"):
+    with pytest.raises(ContractError, match=r"2 images of shard 'pairs' were changed .*: 'k1', 'k3'"):
         cache.check(source, full=True)
     exchange(table, 1, 3)
     cache.check(source, full=True)
-
-
-def test_a_flipped_byte_of_an_image(table: Path, tmp_path: Path) -> None:
-    source = open_table(table)
-    cache = embed(source, tmp_path / "cache")
-    image = table.with_name("2.jpg")
-    data = bytearray(image.read_bytes())
-    data[len(data) // 2] ^= 1
-    image.write_bytes(data)
-    assert broken_in_training(source, cache).keys() == {"k2", "k5"}
-
-
-def test_a_run_with_many_exchanged_images_stops(table: Path, tmp_path: Path) -> None:
-    cache = embed(open_table(table), tmp_path / "cache")
-    exchange(table, 0, 1)
-    exchange(table, 2, 3)
-    dataset = PairDataset([open_table(table)], [cache], IMAGES, seed=0)
-    with pytest.raises(ValueError, match=r"samples are broken, more than max_broken 0\.5 allows:\n.*exchanged after"):
-        for _ in make_loader(dataset, local_batch=6, max_broken=0.5):
-            pass
 
 
 def test_images_exchanged_in_a_tar(tmp_path: Path) -> None:
@@ -151,7 +126,7 @@ def test_embedding_again_accepts_new_images(table: Path, tmp_path: Path, caplog:
         assert complete() and not caplog.text
         table.with_name(LOST).write_bytes(jpeg(99))  # it was missing
         assert not complete()
-    assert "1 images of shard 'pairs' were changed after its captions were embedded (k5)" in caplog.text
+    assert "pairs.safetensors: 1 images have changed (k5)" in caplog.text
     cache = embed(source, tmp_path / "cache")
     assert complete() and not broken_in_training(source, cache)
 
@@ -169,23 +144,7 @@ def test_a_shard_that_was_removed_is_told(tmp_path: Path, capsys: pytest.Capture
     cache.check(open_source(SourceConfig(path=str(tmp_path / "data" / "{00000,00002}.tar"))))
     assert "warning" not in capsys.readouterr().err
     cache.check(open_source(SourceConfig(path=str(tmp_path / "data"))))
-    assert f"warning: {tmp_path}/data has 2 shards, 3 were embedded; not there: 00001; re" in capsys.readouterr().err
-
-
-def test_a_damaged_row_ends_training_with_one_line(table: Path, tmp_path: Path) -> None:
-    source = open_table(table)
-    cache = embed(source, tmp_path / "cache")
-    file = tmp_path / "cache" / "pairs.safetensors"
-    data = bytearray(file.read_bytes())
-    length = int.from_bytes(data[:8], "little")
-    data[8 + length + json.loads(data[8 : 8 + length])["embeddings"]["data_offsets"][0]] ^= 1
-    file.write_bytes(data)
-    loader = make_loader(PairDataset([source], [cache], IMAGES, seed=0), local_batch=5, max_broken=1.0)
-    with pytest.raises(ContractError, match=r"^/.*pairs\.safetensors is damaged: row 0 has another checksum; [^\n]*$"):
-        for _ in zip(range(2), loader, strict=False):
-            pass
-    with pytest.raises(ContractError, match=r"^/.*pairs\.safetensors is damaged: row 0"):
-        list(eval_pairs(source, cache, IMAGES, batch=4))
+    assert f"warning: {tmp_path}/data has 2 shards, 3 were embedded; not there: 00001" in capsys.readouterr().err
 
 
 class Damaged(Dataset):
@@ -202,7 +161,6 @@ class Damaged(Dataset):
 
 def test_a_loader_process_hands_over_its_error() -> None:
     """The message without the traceback of that process."""
-    loader = DataLoader(Guarded(Damaged()), 2, collate_fn=GuardedCollate(list), num_workers=1)
-    (failure,) = list(loader)
+    loader = DataLoader(CollatedDataset(Damaged(), list), 2, collate_fn=as_it_is, num_workers=1)
     with pytest.raises(ContractError, match=r"^a file is damaged$"):
-        list(raised([failure]))
+        list(raised(loader))

@@ -129,7 +129,7 @@ def fields(name, says, **values):
     Fault(
         "tower without its config.json",
         "",
-        "{w}/towers/mine/checksums.json lists 'config.json', which is not a file in ...; " + COPY,
+        "no config.json in {w}/towers/mine; ...",
         lambda w: w.path(f"{TOWER}/config.json").unlink(),
     ),
     Fault(

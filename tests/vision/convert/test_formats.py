@@ -12,10 +12,10 @@ from tiny_hub import tiny_hub
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.stages.tower import export as export_command
-from llm2clip_plugin.vision.convert.exporting import convert
-from llm2clip_plugin.vision.convert.formats import onnx
+from llm2clip_plugin.vision.convert import formats
+from llm2clip_plugin.vision.convert.formats import convert
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.directory import check_card, write_checksums
+from llm2clip_plugin.vision.directory import check_card
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.family import DualConfig
@@ -134,15 +134,8 @@ def image_tower_of(open_clip, directory):
     return visual.eval()
 
 
-def test_a_logit_bias_is_kept(tmp_path):
-    first = export_tower(dual_with(logit_bias_init=-9.0), tmp_path / "tower", origin="x")
-    convert(tmp_path / "tower", tmp_path / "out", "openclip")
-    card, _ = import_tower(tmp_path / "out", tmp_path / "again")
-    assert card.adapter_sha256 == first.adapter_sha256
-
-
 needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in onnx.PACKAGES), reason="ONNX is not installed"
+    any(importlib.util.find_spec(name) is None for name in formats.ONNX_PACKAGES), reason="ONNX is not installed"
 )
 
 
@@ -156,7 +149,7 @@ def test_onnx_at_another_batch_size(name, tmp_path, request):
         import_tower(TRANSFORMERS_TOWERS / "siglip_vision", tmp_path / "tower")
     source = tmp_path / "tower" if name == "siglip" else request.getfixturevalue("eva")
     convert(source, tmp_path / "out", "onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "out" / onnx.FILE))
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / formats.ONNX_FILE))
     size = TowerCard.read(source / "llm2clip.json").image_size
     pixels = torch.randn(5, 3, size, size)
     found = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
@@ -169,7 +162,7 @@ def test_onnx_at_another_batch_size(name, tmp_path, request):
 
 
 def test_onnx_without_its_packages_says_what_to_install(clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx, "PACKAGES", ("onnx_of_another_world",))
+    monkeypatch.setattr(formats, "ONNX_PACKAGES", ("onnx_of_another_world",))
     with pytest.raises(ValueError, match="pip install onnx_of_another_world"):
         convert(clip, tmp_path / "out", "onnx")
     assert not (tmp_path / "out").exists()
@@ -183,17 +176,12 @@ def dual_with(**options) -> DualEncoder:
 @pytest.mark.parametrize(
     "options, format_name, message",
     [
-        ({"pool": "mean"}, "clip", "this tower has pool 'mean'"),
-        ({"projection_norm": True}, "openclip", "projection_norm True"),
-        ({"projection_bias": True}, "clip", "has no projection bias for clip towers"),
-        ({"projection_bias": True}, "openclip", "has no projection bias for clip towers"),
+        ({"pool": "mean"}, "clip", "'pool': 'mean'"),
+        ({"projection_norm": True}, "openclip", "'projection_norm': True"),
+        ({"projection_bias": True}, "clip", "'projection_bias': True"),
         ({"input_scale": "sqrt_width"}, "openclip", "input_scale 'sqrt_width'"),
         ({"adapter": "linear"}, "openclip", "the paper's adapter"),
-        (
-            {"projection": "none", "projection_dim": 32},
-            "openclip",
-            "projection linear .* this tower has .* projection 'none'",
-        ),
+        ({"projection": "none", "projection_dim": 32}, "openclip", "'projection': 'none'"),
         ({}, "gguf", "unknown format 'gguf'; known: tower, clip, onnx, openclip"),
     ],
 )
@@ -206,7 +194,7 @@ def test_what_a_format_cannot_hold_is_refused(options, format_name, message, tmp
 
 def test_families_and_towers_alone_are_refused(tmp_path):
     export_tower(load_tower(TRANSFORMERS_TOWERS / "clip_vision"), tmp_path / "alone", origin="x")
-    with pytest.raises(ValueError, match="this directory contains only a tower"):
+    with pytest.raises(ValueError, match="only a tower"):
         convert(tmp_path / "alone", tmp_path / "out", "clip")
     tower = load_tower(TRANSFORMERS_TOWERS / "dinov2")
     export_tower(DualEncoder(tower, DualConfig(projection_dim=8)), tmp_path / "dino", origin="x")
@@ -243,12 +231,11 @@ def test_push_sends_no_local_path(clip, hub, tmp_path):
     card = TowerCard.read(tower / TowerCard.FILE)
     card = dataclasses.replace(card, origin="../../models/start", teacher=teacher)
     card.write(tower / TowerCard.FILE)
-    write_checksums(tower)
     push_to_hub(tower, "o/n")
     for name, body in handler.files.items():
         (tmp_path / "uploaded" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "uploaded" / name).write_bytes(body)
-    check_card(tmp_path / "uploaded")  # its checksums are of the files that were uploaded
+    check_card(tmp_path / "uploaded")
     sent = json.loads(handler.files[TowerCard.FILE])
     assert (sent["origin"], sent["teacher"]) == ("start", {"llm": "gemma", "width": 8})
     for name in (TowerCard.FILE, "README.md"):
@@ -264,14 +251,3 @@ def test_push_refuses_weights_that_are_not_the_cards(clip, eva, hub):
     with pytest.raises(ContractError, match=r"but llm2clip\.json records"):
         push_to_hub(clip, "o/n")
     assert not handler.files and not handler.calls
-
-
-def test_push_without_network_is_one_line_with_the_way_on(clip, hub, monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(
-        OSError, match=r"cannot push .* to o/n on http://127.0.0.1:9: .*; the directory is complete"
-    ) as told:
-        push_to_hub(clip, "o/n")
-    assert "\n" not in str(told.value) and f"hf upload o/n {clip}" in str(told.value)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from llm2clip_plugin.vision.checkpoint import section
 from llm2clip_plugin.vision.convert.common import NESTED_TEXT, OPEN_CLIP_TEXT, Layout, ParsedCheckpoint
-from llm2clip_plugin.vision.convert.importing import side_of, tower_config
 from llm2clip_plugin.vision.convert.layouts import eva_clip, open_clip_siglip
+from llm2clip_plugin.vision.convert.layouts.hub import side_of, tower_config
 
 TRUNK = "visual.trunk."
 

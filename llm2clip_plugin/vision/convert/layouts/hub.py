@@ -1,0 +1,136 @@
+"""Layouts that config.json tells, as their tensors have no names in common: Hugging Face's models, and timm's.
+
+Hugging Face's: a vision model, an image-text model, or a release with a text adapter. timm's: a config.json with
+``architecture`` and ``pretrained_cfg`` next to the weights.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision.checkpoint import section
+from llm2clip_plugin.vision.convert.common import OWN_TEXT, ParsedCheckpoint, require
+from llm2clip_plugin.vision.families import families, family_named, family_of_type
+from llm2clip_plugin.vision.family import RESAMPLE, Family
+
+CLASSIFIER = ("head.", "fc.")  # of timm's models
+NOT_ARGUMENTS = ("num_classes", "in_chans", "img_size")  # of model_args, read elsewhere or without effect on a tower
+
+
+def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
+    """A checkpoint whose config.json has the ``model_type`` of a family."""
+    family = family_in(state, config)
+    anchor = f"{family.file_prefix}embeddings."
+    outer = min((key[: key.index(anchor)] for key in state if anchor in key and "text_model." not in key), default="")
+    if family.file_prefix and "embeddings.patch_embedding.weight" in state and not any(anchor in key for key in state):
+        # transformers 5 omits the Hub's prefix when it saves a model that it did not load from a file
+        state = {family.file_prefix + key: value for key, value in state.items()}
+    start = outer + family.file_prefix
+    inside = [key for key in state if (key.startswith(start) if start else not key.startswith(family.not_tower))]
+    counters = [key for key in inside if key.endswith("embeddings.position_ids")]
+    parsed = ParsedCheckpoint(
+        layout=f"hub-{family.name}",
+        state=state,
+        config=vision_config(family, config),
+        tower={key.removeprefix(outer): state[key] for key in inside if key not in counters},
+        used=set(inside),
+        left_out=dict.fromkeys(counters, "a counter, not a weight"),
+    )
+    parent = outer.removesuffix("vision_model.")  # the projection is not part of the tower
+    projection = f"{parent}visual_projection.weight"
+    parsed.projection = parsed.take(projection)
+    parsed.projection_bias = parsed.take(f"{parent}visual_projection.bias")
+    parsed.find_text_side("text_model.", "text_projection.", "classifier.")
+    if OWN_TEXT in parsed.left_out.values() and parsed.adapter is None:
+        check_image_text_model(state, family, config)
+    is_projected = "CLIPVisionModelWithProjection" in (config.get("architectures") or [])
+    if "visual_projection.weight" in family.image_text_tensors and (is_projected or parsed.is_image_text):
+        require(state, projection)
+    return parsed
+
+
+def vision_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """The complete config.json of the vision model, from its own or from an image-text model's."""
+    fields = section(config, "vision_config") or {key: v for key, v in config.items() if key != "vision_config"}
+    vision = family.vision_class().config_class.from_dict(fields)
+    vision.architectures = [family.vision_class().__name__]
+    return json.loads(vision.to_json_string(use_diff=False))
+
+
+def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
+    """The family of a Hugging Face model, by its own model_type, else by that of its vision part.
+
+    ``siglip2`` is the type of NaFlex models, which accept images of any shape; with a convolution over square patches
+    the tensors are those of a fixed-resolution SigLIP, whatever the type is. ValueError for anything else.
+    """
+    parts = [config, section(config, "vision_config")]
+    types = [str(part["model_type"]) for part in parts if "model_type" in part]
+    patches = [value for key, value in state.items() if key.endswith("vision_model.embeddings.patch_embedding.weight")]
+    if any(name.startswith("siglip2") for name in types):
+        if not patches or patches[0].dim() != 4:
+            raise ValueError("SigLIP2 NaFlex models are not supported; import a fixed-resolution SigLIP2")
+        return family_named("siglip")
+    known = {kind for family in families().values() for kind in family.model_types}
+    return family_of_type(next((name for name in types if name in known), types[0]), where="config.json")
+
+
+def check_image_text_model(state: dict[str, Tensor], family: Family, config: dict[str, Any]) -> None:
+    """ContractError if tensors next to the tower of an image-text model are missing or misshapen according to its
+    configuration: its text tower is left out, but a damaged one means a damaged file."""
+    if family.image_text_class is None:
+        return
+    require(state, *family.image_text_tensors)
+    if not section(config, "text_config"):
+        return
+    model_class = family.image_text_class()
+    with torch.device("meta"):  # names and shapes, no memory
+        model = model_class(model_class.config_class.from_dict(config)).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in model.items() if name.startswith(("text_", "visual_"))}
+    require(state, *shapes)
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise ContractError(
+                f"{name} is {tuple(state[name].shape)}, but config.json specifies {shape}: the tensor is truncated, "
+                "or the configuration belongs to another model"
+            )
+
+
+def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
+    """The model that ``architecture`` names, at the size of ``model_args`` or ``pretrained_cfg``, with its mean."""
+    given, published = section(config, "model_args"), section(config, "pretrained_cfg")
+    size = given.get("img_size") or (published.get("input_size") or [None])[-1]
+    arguments = {name: value for name, value in given.items() if name not in NOT_ARGUMENTS}
+    fields = tower_config(str(config["architecture"]), side_of(size), arguments)
+    own = {f"image_{key}": published[key] for key in ("mean", "std") if key in published}
+    if published.get("interpolation") in RESAMPLE:
+        own["resample"] = RESAMPLE[published["interpolation"]]
+    inside = {key for key in state if not key.startswith(CLASSIFIER)}
+    return ParsedCheckpoint(
+        layout="timm",
+        state=state,
+        config=fields | own,
+        tower={f"model.{key}": state[key] for key in state if key in inside},
+        used=inside,
+        left_out=dict.fromkeys(state.keys() - inside, "classifier"),
+    )
+
+
+def side_of(size: Any) -> int | None:
+    """The side of a square image from a number or a pair; ContractError for another shape."""
+    sides = set(size) if isinstance(size, list) else {size}
+    if len(sides) != 1:
+        raise ContractError(f"img_size is {size}; only square images are supported")
+    return sides.pop()
+
+
+def tower_config(name: str, image_size: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the tower that a timm model makes; ValueError for an unknown model or argument."""
+    from llm2clip_plugin.vision.timm_tower import make_timm, timm_config
+
+    config = timm_config(make_timm(name, image_size, pretrained=False, arguments=arguments), name, arguments)
+    config.architectures = ["TimmTower"]
+    return json.loads(config.to_json_string(use_diff=False))

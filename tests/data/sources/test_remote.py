@@ -1,0 +1,433 @@
+"""Files at URLs and on failing disks: downloaded once, resumed, retried, or refused with what to do."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from data_world import TEACHER, DroppingServer, img2dataset_members, jpeg, serving, write_shards, write_tar
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.data import remote as downloads_module
+from llm2clip_plugin.data import remote as file_system
+from llm2clip_plugin.data import remote as retry
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.remote import Downloads, RetryingFile, expand_braces, read_file, take_retries
+from llm2clip_plugin.data.sources import tars as webdataset
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.hub import timeout
+
+BODY = os.urandom(300_000)
+pread = os.pread
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The pauses between retries, which take no time."""
+    waited: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", waited.append)
+    monkeypatch.setattr(retry, "_warned", [-1e9])
+    take_retries()
+    yield waited
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name.split("-", 1)[1] for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+def test_braces() -> None:
+    assert expand_braces("s/{08..11}.tar") == ["s/08.tar", "s/09.tar", "s/10.tar", "s/11.tar"]
+    assert expand_braces("{a,b}/{1..2}") == ["a/1", "a/2", "b/1", "b/2"]
+    with pytest.raises(ValueError, match="a range"):
+        expand_braces("{x}")
+
+
+def test_a_dropped_download_resumes_by_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads_module, "RANGE", 100_000)
+    server = DroppingServer({"/a.tar": BODY}, drop_after=50_000, drops=3)
+    with serving(server) as address:
+        path = Downloads(tmp_path).fetch(f"{address}/a.tar")
+        assert path.read_bytes() == BODY and names(tmp_path) == ["a.tar"]
+        starts = [int(asked.removeprefix("bytes=").split("-")[0]) for _, asked in server.requests]
+        assert starts == sorted(starts) and starts[-1] > 0  # never back to the beginning
+        before = len(server.requests)
+        assert Downloads(tmp_path).fetch(f"{address}/a.tar") == path and len(server.requests) == before
+
+
+def fetch_slowly(arguments: tuple[Path, str]) -> None:
+    downloads_module.RANGE = 1000
+    Downloads(arguments[0]).fetch(arguments[1])
+
+
+def test_a_killed_download_resumes_unless_the_file_has_changed(tmp_path: Path) -> None:
+    """SIGKILL in the middle: no file has the final name, no lock remains, and no byte is requested again."""
+    server = DroppingServer({"/a.tar": BODY})
+    with serving(server) as address:
+        url = f"{address}/a.tar"
+        process = multiprocessing.get_context("spawn").Process(target=fetch_slowly, args=[(tmp_path, url)])
+        process.start()
+        while server.sent < 20_000:
+            assert process.is_alive()
+            process.join(0.01)
+        process.kill()
+        process.join()
+        (partial,) = tmp_path.glob("*.partial")
+        size = partial.stat().st_size
+        server.requests = []
+        assert Downloads(tmp_path).fetch(url).read_bytes() == BODY
+        assert server.requests == [("/a.tar", f"bytes={size}-{len(BODY) - 1}")]
+        Downloads(tmp_path).forget(url)
+        partial.write_bytes(BODY[:1000])
+        server.files["/a.tar"] = BODY[::-1]
+        assert Downloads(tmp_path).fetch(url).read_bytes() == BODY[::-1] and names(tmp_path) == ["a.tar"]
+
+
+def test_a_server_without_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads_module, "RANGE", 100_000)
+    with serving(DroppingServer({"/a.tar": BODY}, ranges=False)) as address:
+        assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
+
+
+def test_least_recently_used_shards_are_evicted(tmp_path: Path) -> None:
+    files = {f"/{number}.tar": bytes(1000) for number in range(4)}
+    with serving(DroppingServer(files)) as address:
+        there = Downloads(tmp_path, limit_bytes=2500)
+        for number, url in enumerate(files):
+            os.utime(there.fetch(address + url), (number, number))
+    assert names(tmp_path) == ["2.tar", "3.tar"]
+
+
+def test_a_url_never_leaves_the_folder(tmp_path: Path) -> None:
+    for url in ("http://h/..%2f..%2fetc%2fpasswd", "http://h/a/../..", "http://h/", "http://h/x?token=/../secret"):
+        path = Downloads(tmp_path / "cache").local_path(url)
+        assert path.parent == tmp_path / "cache" and "secret" not in path.name
+
+
+def fetch_once(arguments: tuple[Path, str]) -> int:
+    return Downloads(arguments[0]).fetch(arguments[1]).stat().st_size
+
+
+def test_processes_share_one_download(tmp_path: Path) -> None:
+    server = DroppingServer({"/a.tar": BODY})
+    with serving(server) as address, multiprocessing.get_context("spawn").Pool(3) as pool:
+        sizes = pool.map(fetch_once, [(tmp_path, f"{address}/a.tar")] * 3)
+    assert sizes == [len(BODY)] * 3 and server.sent == len(BODY)
+
+
+def test_shards_over_http_are_read_when_the_server_is_gone(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data", [2, 3])
+    files = {f"/set/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}
+    with serving(DroppingServer(files, drop_after=5_000, drops=4)) as address:
+        config = SourceConfig(path=f"{address}/set/{{00000..00001}}.tar", cache_folder=str(tmp_path / "cache"))
+        source = open_source(config)
+        assert [(shard.name, shard.size) for shard in source.shards] == [("00000", 2), ("00001", 3)]
+        assert [source[i].read_image() for i in range(5)] == [jpeg(i) for i in range(5)]
+    assert open_source(config)[4] == source[4]
+
+
+def test_shards_on_another_filesystem(tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in write_shards(tmp_path / "data", [2, 1]).glob("*.tar"):
+        memory.pipe_file(f"/set/{path.name}", path.read_bytes())
+    for url in ("memory://set/*.tar", "memory://set/"):
+        source = open_source(SourceConfig(path=url, cache_folder=str(tmp_path / "cache")))
+        assert [shard.name for shard in source.shards] == ["00000", "00001"] and source[2].read_image() == jpeg(2)
+    with pytest.raises(FileNotFoundError, match="a server that does not list folders, name the files"):
+        open_source(SourceConfig(path="memory://nothing/", cache_folder=str(tmp_path / "cache")))
+    with pytest.raises(ValueError, match=r"cannot open nosuch://x/a\.tar"):
+        Downloads(tmp_path).fetch("nosuch://x/a.tar")
+
+
+def test_a_table_with_images_over_http(tmp_path: Path) -> None:
+    table = b'{"id": "a", "image": "sub/1.jpg", "caption": "x"}\n{"id": "b", "image": "none.jpg", "caption": "y"}\n'
+    with serving(DroppingServer({"/d/t.jsonl": table, "/d/sub/1.jpg": jpeg(1)}, drop_after=100, drops=1)) as address:
+        source = open_source(SourceConfig(path=f"{address}/d/t.jsonl", cache_folder=str(tmp_path)))
+        assert source[0].read_image() == jpeg(1)
+        with pytest.raises(ValueError, match=r"no image 'none\.jpg'"):
+            source[1].read_image()
+
+
+def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
+    """Shards are downloaded, evicted and downloaded again in the loader's processes; a later start downloads none."""
+    folder = write_shards(tmp_path / "data", [4] * 4)
+    files = {f"/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}
+    server = DroppingServer(files, drop_after=2_000, drops=3)
+    with serving(server) as address:
+        config = SourceConfig(
+            path=f"{address}/{{00000..00003}}.tar",
+            cache_folder=str(tmp_path / "cache"),
+            cache_gb=2.5 * max(map(len, files.values())) / 1e9,
+            shuffle_window=2,
+        )
+        source = open_source(config)
+        assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
+        before = server.sent
+        assert open_source(config).shards == source.shards and server.sent == before
+        loader = make_loader(PairDataset([source], [None], ImageConfig(size=8), seed=0), local_batch=8, workers=2)
+        batches = list(islice(loader, 4))
+        assert sorted(key for batch in batches[:2] for key in batch["keys"]) == [f"{i:09d}" for i in range(16)]
+        assert server.sent > before
+
+
+def test_a_shard_replaced_at_its_url_is_noticed(tmp_path: Path) -> None:
+    files = {"/00000.tar": (write_shards(tmp_path / "a", [3]) / "00000.tar").read_bytes()}
+    with serving(DroppingServer(files)) as address:
+        config = SourceConfig(path=f"{address}/00000.tar", cache_folder=str(tmp_path / "cache"))
+        open_source(config).config.downloads.forget(config.path)
+        files["/00000.tar"] = (write_shards(tmp_path / "b", [12]) / "00000.tar").read_bytes()
+        with pytest.raises(ValueError, match=r"was replaced: \d+ bytes, \d+ when it was indexed; delete "):
+            open_source(config)[0]
+
+
+class FailingServer(DroppingServer):
+    """Answers the first requests with ``failures``, one after another, then as it should."""
+
+    def __init__(self, files: dict[str, bytes], failures: list[Callable[[BaseHTTPRequestHandler], None]]) -> None:
+        super().__init__(files)
+        self.failures, self.asked = failures, 0
+
+    def answer(self, handler: BaseHTTPRequestHandler, *, body: bool) -> None:
+        self.asked += 1
+        if self.failures:
+            handler.close_connection = True
+            self.failures.pop(0)(handler)
+        else:
+            super().answer(handler, body=body)
+
+
+def status(code: int, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+    def fail(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(code)
+        for name, value in {"Content_Length": "0", **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+
+    return fail
+
+
+def test_overload_is_retried_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture, pauses: list[float]) -> None:
+    errors = [status(503), status(503), status(429, Retry_After="70"), status(429, Retry_After="70"), status(500)]
+    server = FailingServer({"/a.tar": BODY}, errors)  # the size is asked for by HEAD and, after a failure, by GET
+    with serving(server) as address, caplog.at_level(logging.WARNING):
+        assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
+    assert take_retries() == len(pauses) >= 2 and take_retries() == 0 and 70.0 in pauses
+    assert len(caplog.messages) == 1 and "ClientResponseError: 503" in caplog.text  # at most one every 30 s
+
+
+@pytest.mark.parametrize(
+    "code, error",
+    [(403, PermissionError), (401, PermissionError), (404, FileNotFoundError), (410, FileNotFoundError),
+     (400, ConnectionError)],
+)  # fmt: skip
+def test_a_refusal_is_said_at_once(code: int, error: type[Exception], tmp_path: Path) -> None:
+    server = FailingServer({}, [status(code)] * 9)
+    with serving(server) as address, pytest.raises(error, match=rf"http.*a\.tar.*{code}"):
+        Downloads(tmp_path).fetch(f"{address}/a.tar")
+    assert server.asked <= 2 and take_retries() == 0
+
+
+def test_a_server_that_is_gone_or_stalls_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec raises FileNotFoundError for a refused connection, which says nothing about the file."""
+    with serving(DroppingServer({})) as address:
+        pass
+    with pytest.raises(ConnectionError, match=r"failed 8 times in a row: http.*a\.tar: ClientConnector.*rerun"):
+        Downloads(tmp_path).fetch(f"{address}/a.tar")
+    monkeypatch.setenv("LLM2CLIP_TIMEOUT", "0.2")
+    stall = time.monotonic
+
+    def never(handler: BaseHTTPRequestHandler) -> None:
+        end = stall() + 1
+        while stall() < end:
+            handler.connection.settimeout(1)
+            try:
+                handler.connection.recv(1)
+            except OSError:
+                break
+
+    server = FailingServer({}, [never] * 20)
+    with serving(server) as address, pytest.raises(ConnectionError, match="LLM2CLIP_TIMEOUT"):
+        Downloads(tmp_path).fetch(f"{address}/a.tar")
+
+
+def test_the_timeout_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert timeout() == 30
+    for text in ("soon", "0", "-1", "inf", "nan"):
+        monkeypatch.setenv("LLM2CLIP_TIMEOUT", text)
+        with pytest.raises(ValueError, match=f"LLM2CLIP_TIMEOUT is '{text}'"):
+            timeout()
+
+
+@pytest.mark.parametrize("body", [b"<html>log in</html>".ljust(20_000), bytes(20_480), b""], ids=["page", "zeros", ""])
+def test_a_wrong_body_is_not_kept(body: bytes, tmp_path: Path) -> None:
+    """The same command succeeds when the server has recovered."""
+    files = {"/00000.tar": body}
+    with serving(DroppingServer(files)) as address:
+        config = SourceConfig(path=f"{address}/00000.tar", cache_folder=str(tmp_path / "cache"))
+        with pytest.raises(ValueError, match="the copy is deleted"):
+            open_source(config)
+        files["/00000.tar"] = (write_shards(tmp_path / "data", [2]) / "00000.tar").read_bytes()
+        assert open_source(config)[1].read_image() == jpeg(1)
+
+
+def test_data_check_names_a_denied_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = (write_shards(tmp_path / "data", [2]) / "00000.tar").read_bytes()
+
+    class Denying(DroppingServer):
+        def answer(self, handler: BaseHTTPRequestHandler, *, body: bool) -> None:
+            if handler.path == "/00001.tar":
+                handler.close_connection = True
+                return status(403)(handler)
+            return super().answer(handler, body=body)
+
+    with serving(Denying({"/00000.tar": good})) as address:
+        path = f"{address}/{{00000..00001}}.tar"
+        assert main(["data", "check", path, "--cache-folder", str(tmp_path / "cache")]) == 1
+    text = capsys.readouterr().out
+    assert "00001: access denied to http" in text and "NOT fit for training" in text
+
+
+class Disk:
+    """The real disk, which counts reads of tars and cache shards and fails as often as ``failures`` says."""
+
+    def __init__(self) -> None:
+        self.reads: list[tuple[str, int, int]] = []  # file name, size, offset
+        self.failures: list[int] = []
+
+    def pread(self, descriptor: int, size: int, offset: int) -> bytes:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if name.endswith((".tar", ".safetensors")):
+            self.reads.append((name, size, offset))
+            if self.failures:
+                number = self.failures.pop(0)
+                raise OSError(number, os.strerror(number))
+        return pread(descriptor, size, offset)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk()
+    monkeypatch.setattr(os, "pread", disk.pread)
+    return disk
+
+
+def source_of(folder: Path) -> Source:
+    return open_source(SourceConfig(path=str(folder)))
+
+
+def test_a_sample_is_one_read_and_its_captions_leave_the_image_out(tmp_path: Path, disk: Disk) -> None:
+    source = source_of(write_shards(tmp_path, [3]))
+    for number in range(3):
+        disk.reads.clear()
+        sample = source.with_image(number)
+        assert sample.read_image() == jpeg(number) and len(disk.reads) == 1
+        disk.reads.clear()
+        assert source[number] == sample and len(disk.reads) == 1
+        assert disk.reads[0][1] < len(jpeg(number))
+
+
+def test_distant_parts_are_read_apart(tmp_path: Path, disk: Disk) -> None:
+    a, b, c = img2dataset_members(0, 1)
+    source = source_of(write_tar(tmp_path / "x.tar", [a, ("000000000.npy", bytes(1_000_000)), b, c]).parent)
+    sample = source.with_image(0)
+    assert sample.read_image() == jpeg(0) and sample.captions
+    assert len(disk.reads) == 2 and sum(size for _, size, _ in disk.reads) < 20_000
+    gap = webdataset.GAP
+    assert webdataset.join_parts([(900, 10), (0, 100), (910 + gap, 5), (916 + 2 * gap, 5)]) == [
+        [(0, 100), (900, 10), (910 + gap, 5)],
+        [(916 + 2 * gap, 5)],
+    ]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_read_that_fails_for_a_while_is_repeated_with_the_file_opened_again(
+    number: int, tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = source_of(write_shards(tmp_path, [2]))
+    expected = source.with_image(1)
+    before = source._files[0]._descriptor  # type: ignore[attr-defined]
+    os.dup2(os.open(os.devnull, os.O_RDONLY), before)  # a stale handle
+    disk.failures = [number, number]
+
+    def stale(descriptor: int, size: int, offset: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == os.devnull:
+            raise OSError(number, os.strerror(number))
+        return disk.pread(descriptor, size, offset)
+
+    os.pread = stale  # the fixture of ``disk`` restores it
+    assert source.with_image(1) == expected and take_retries() == 3
+    assert os.strerror(number) in caplog.text and "00000.tar" in caplog.text and "retrying" in caplog.text
+
+
+def test_it_ends_in_an_error_that_names_the_file(tmp_path: Path, disk: Disk) -> None:
+    source = source_of(write_shards(tmp_path, [2]))
+    disk.failures = [errno.EIO] * 100
+    with pytest.raises(ConnectionError, match=r"failed 8 times in a row: .*00000\.tar: OSError.*rerun the same"):
+        source.with_image(0)
+    disk.failures = [errno.EACCES]
+    with pytest.raises(PermissionError):
+        source.with_image(0)
+    assert take_retries() == 7
+    for open_file in (read_file, RetryingFile):
+        with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
+            open_file(tmp_path / "none.jpg")
+    assert take_retries() == 0
+
+
+def test_a_cache_is_read_again(tmp_path: Path, disk: Disk) -> None:
+    writer, rows = CacheWriter(tmp_path, TEACHER), torch.arange(2.0 * TEACHER.width).reshape(2, -1)
+    writer.write_shard("00000", ["a", "b"], [(0, 0), (1, 1)], rows)
+    writer.finish()
+    shard = EmbeddingCache.open(tmp_path).shard("00000")
+    disk.failures = [errno.EIO, errno.ESTALE]
+    assert torch.equal(shard.embeddings([0, 1]), rows) and take_retries() == 2
+
+
+def test_loader_processes_report_their_retries(tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    """Each of two forked processes meets three failures."""
+    source = source_of(write_shards(tmp_path, [8]))
+    disk.failures = [errno.ESTALE] * 3
+    loader = make_loader(PairDataset([source], [None], ImageConfig(size=8), seed=0), local_batch=4, workers=2)
+    batches = list(islice(iter(loader), 4))
+    assert loader.retries == 6 and [batch["retries"] for batch in batches][-1] == 6
+    del batches, loader
+    assert "retried 6 reads" in caplog.text
+
+
+MOUNTS = """\
+overlay / overlay rw 0 0
+/dev/sda1 /data ext4 rw 0 0
+server:/export /data/cc3m nfs4 rw,vers=4.2 0 0
+10.0.0.1@tcp:/lus /lustre lustre rw 0 0
+mount-s3 /mnt/my\\040bucket fuse.mount-s3 rw 0 0
+/dev/sdb1 /mnt/stick fuseblk rw 0 0
+/dev/sdc1 /twice nfs rw 0 0
+/dev/sdc1 /twice xfs rw 0 0
+"""
+
+
+def test_data_on_the_network_is_read_in_windows(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(MOUNTS)
+    on_network = ("/data/cc3m/{00000..00331}.tar", "/lustre/a/b", "/mnt/my bucket/x", "https://host/{00..99}.tar")
+    local = ("/data/other/00000.tar", "/data/cc3m-copy", "/mnt/stick", "/twice", "/elsewhere")
+    for path in on_network + local:
+        assert file_system.is_network(path, str(mounts)) == (path in on_network), path
+    window = file_system.NETWORK_WINDOW
+    assert file_system.shuffle_window(-1, ["/data/a", "/lustre/b"], str(mounts)) == window
+    assert file_system.shuffle_window(-1, ["/data/a"], str(mounts)) == 0
+    assert file_system.shuffle_window(5, ["/lustre/b"], str(mounts)) == 5
+    with pytest.raises(ValueError, match="shuffle_window is -2"):
+        SourceConfig(path="x", shuffle_window=-2)

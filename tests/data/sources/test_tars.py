@@ -1,0 +1,181 @@
+import gzip
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from data_world import jpeg, write_shards, write_tar
+
+from llm2clip_plugin.data import remote as kept
+from llm2clip_plugin.data.index import BrokenShard, index_tar, scan_tar
+from llm2clip_plugin.data.samples import BrokenSample
+from llm2clip_plugin.data.sources import tars as tar_set
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+
+LONG = "folder/" * 20 + "a" * 120  # past ustar's 100 and 155 characters
+NAMES = ["a.txt", "folder/b.jpg", "ünïcode.json", "folder/" * 14 + "in-the-prefix.txt", LONG + ".txt"]
+
+
+def keys(path: Path) -> list[str]:
+    rows, text = index_tar(path)
+    return [text[start : start + size].decode() for start, size in rows[:, 6:].tolist()]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_samples_of_any_format_are_read(tmp_path: Path, tar_format: int) -> None:
+    names = NAMES[:-1] if tar_format == tarfile.USTAR_FORMAT else NAMES
+    path = write_tar(tmp_path / "x.tar", [(name, b"{}" + b" " * 600) for name in names], tar_format)
+    source = open_source(SourceConfig(path=str(path)))
+    assert [source.key(number) for number in range(len(source))] == [name.partition(".")[0] for name in names]
+    assert [source.record(number).key for number in range(len(source))] == keys(path)
+
+
+def test_folders_and_links_are_not_members(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (("folder", tarfile.DIRTYPE), ("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    assert list(scan_tar(tmp_path / "x.tar")) == []
+
+
+def retyped(data: bytes, offset: int, kind: bytes) -> bytes:
+    """Another type of the member whose header is at ``offset``, with the checksum of that."""
+    header = bytearray(data[offset : offset + 512])
+    header[156:157], header[148:156] = kind, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return data[:offset] + bytes(header) + data[offset + 512 :]
+
+
+def damaged(whole: bytes) -> dict[str, bytes]:
+    """``whole``: a.txt of 200 bytes, b.txt of 1 byte; two blocks each."""
+    pax = whole.replace(b"x" * 200, b"17 size=-0001024\n" + b"\0" * 183)
+    return {
+        "empty": b"",
+        "cut in a member": whole[: 512 + 100],
+        "cut in a header": whole[: 1024 + 100],
+        "cut between members": whole[:1024],
+        "cut after the last member": whole[:2048],
+        "zeros": bytes(20_480),
+        "compressed": gzip.compress(os.urandom(2000)),
+        "another file": b"x" * 51_200,
+        "first header": b"y" + whole[1:],
+        "second header": whole[:1024] + b"y" + whole[1025:],
+        "negative size": retyped(pax, 0, b"x"),  # leads back to the header before, for ever
+        "sparse": retyped(whole, 1024, b"S"),
+    }
+
+
+@pytest.mark.parametrize("name", damaged(b""))
+def test_damaged_tars_are_named(tmp_path: Path, name: str) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.txt", b"x" * 200), ("b.txt", b"y")])
+    path.write_bytes(damaged(path.read_bytes())[name])
+    with pytest.raises(BrokenShard, match=r"x\.tar"):
+        list(scan_tar(path))
+
+
+def test_members_are_joined_by_key_in_any_order(tmp_path: Path) -> None:
+    names = "1.jpg 2.PNG 2.txt x/1.webp 1.json ._1.jpg x/.hidden noextension 1.seg.png 3.txt 1.jpg 1.txt".split()
+    path = write_tar(tmp_path / "x.tar", [(name, name.encode()) for name in names])
+    rows, _ = index_tar(path)
+    parts = [[part for part, at in zip("itj", row[0:6:2], strict=True) if at >= 0] for row in rows.tolist()]
+    assert list(zip(keys(path), map("".join, parts), strict=True)) == [
+        ("1", "ij"), ("2", "it"), ("x/1", "i"), ("3", "t"), ("1", "it"),  # a part that repeats begins a sample
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def indexed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tars that are read, from now on."""
+    names: list[str] = []
+    monkeypatch.setattr(tar_set, "index_tar", lambda path: names.append(path.name) or index_tar(path))
+    return names
+
+
+def test_only_new_and_changed_tars_are_read_again(tmp_path: Path, indexed: list[str]) -> None:
+    write_shards(tmp_path, [2, 3])
+    first = open_source(SourceConfig(path=str(tmp_path)))
+    assert indexed == ["00000.tar", "00001.tar"]
+    assert open_source(SourceConfig(path=str(tmp_path))).shards == first.shards and len(indexed) == 2
+    write_tar(tmp_path / "00002.tar", [("new.jpg", jpeg(9))])
+    os.utime(tmp_path / "00001.tar", ns=(1, 1))  # the same size, another time
+    del indexed[:]
+    third = open_source(SourceConfig(path=str(tmp_path)))
+    assert indexed == ["00001.tar", "00002.tar"]
+    assert [third.key(number) for number in range(6)] == [f"{number:09d}" for number in range(5)] + ["new"]
+
+
+def test_what_was_indexed_before_an_error_is_not_read_again(tmp_path: Path, indexed: list[str]) -> None:
+    write_shards(tmp_path, [1] * 4)
+    whole = (tmp_path / "00002.tar").read_bytes()
+    (tmp_path / "00002.tar").write_bytes(whole[:2000])
+    with pytest.raises(BrokenShard, match=r"00002\.tar"):
+        open_source(SourceConfig(path=str(tmp_path)))
+    broken: dict[str, str] = {}
+    assert len(open_source(SourceConfig(path=str(tmp_path)), broken)) == 3 and list(broken) == ["00002"]
+    (tmp_path / "00002.tar").write_bytes(whole)
+    assert len(open_source(SourceConfig(path=str(tmp_path)))) == 4
+    assert indexed == ["00000.tar", "00001.tar", "00002.tar", "00002.tar", "00003.tar", "00002.tar"]
+
+
+def test_many_tars_are_indexed_by_processes_and_errors_come_in_order(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1] * 20)
+    for name in ("00003", "00007"):
+        (tmp_path / f"{name}.tar").write_bytes((tmp_path / f"{name}.tar").read_bytes()[:2000])
+    with pytest.raises(BrokenShard, match=r"00003\.tar"):
+        open_source(SourceConfig(path=str(tmp_path)))
+    broken: dict[str, str] = {}
+    assert len(open_source(SourceConfig(path=str(tmp_path)), broken)) == 18 and list(broken) == ["00003", "00007"]
+
+
+@pytest.mark.parametrize("damage", ["head", "table", "cut", "empty", "other"])
+def test_a_damaged_index_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+    source = open_source(SourceConfig(path=str(write_shards(tmp_path, [1, 2]))))
+    (index,) = (tmp_path / ".llm2clip").glob("shards-*.index")
+    whole = index.read_bytes()
+    table = whole.replace(b'"samples":[1', b'"samples":[7')
+    bad = {"head": b"x" + whole[1:], "table": table, "cut": whole[:-9], "empty": b"", "other": b"{}\n"}
+    index.write_bytes(bad[damage])
+    assert open_source(SourceConfig(path=str(tmp_path))).shards == source.shards and index.read_bytes() == whole
+    assert "built again" in caplog.text
+
+
+def test_in_a_read_only_folder_the_index_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexed: list[str]
+) -> None:
+    monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "spare"))
+    data, write = write_shards(tmp_path / "data", [2]), kept.atomic_file
+
+    def refuse(target: Path):  # as a read-only folder does; modes don't stop a test that runs as root
+        if target.is_relative_to(data):
+            raise OSError(30, "Read-only file system", str(target))
+        return write(target)
+
+    monkeypatch.setattr(kept, "atomic_file", refuse)
+    for _ in range(2):
+        assert len(open_source(SourceConfig(path=str(data)))) == 2
+    assert indexed == ["00000.tar"] and len(list((tmp_path / "spare").glob("*/shards-*.index"))) == 1
+
+
+def test_a_tar_that_changed_after_it_was_indexed_is_noticed(tmp_path: Path) -> None:
+    """Its size and time are the old ones, its samples are in another order."""
+    members = [(f"{key}.{part}", part.encode()) for key in "ab" for part in ("jpg", "txt")]
+    tar = write_tar(tmp_path / "x.tar", members)
+    source = open_source(SourceConfig(path=str(tmp_path)))
+    status = tar.stat()
+    write_tar(tar, members[2:] + members[:2])
+    os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(BrokenSample, match=r"another member at byte \d+"):
+        source.with_image(0)
+    tar.touch()
+    assert [open_source(SourceConfig(path=str(tmp_path))).key(number) for number in range(2)] == ["b", "a"]
+
+
+def test_a_tar_replaced_under_a_run_is_noticed(tmp_path: Path) -> None:
+    source = open_source(SourceConfig(path=str(write_shards(tmp_path, [3]))))
+    write_shards(tmp_path, [12])
+    for read in (source.__getitem__, source.captions):  # no broken sample, which training would only replace
+        with pytest.raises(ValueError, match="was replaced") as caught:
+            read(0)
+        assert not isinstance(caught.value, BrokenSample)
