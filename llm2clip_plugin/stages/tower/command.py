@@ -81,7 +81,7 @@ def tower_plan(config: RunConfig) -> str:
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, size.width))
     dual = shape_dual(config.tower, config.dual)
     check_patch_layers(dual, config.loss)
-    train, gpu_gib, tower = config.train, config.plan.gpu_gib, dual.tower.config
+    train, heads, gpu_gib, tower = config.train, config.heads, config.plan.gpu_gib, dual.tower.config
     plan, deepspeed = plan_engine(
         config, train, config.optim, samples=size.samples, world=world, hidden_size=tower.hidden_size
     )
@@ -93,6 +93,7 @@ def tower_plan(config: RunConfig) -> str:
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
         f"{config.dual.projection_dim}, LLM embeddings {size.width} wide",
+        *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
         plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
         parameters,
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
