@@ -178,28 +178,21 @@ def open_data(config: FinetuneConfig, rank: int, world: int) -> Data:
 
 
 def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> str:
-    """How many of a survey's texts will be truncated to max_tokens, as a line; "" if none.
+    """How many of a survey's queries will be truncated to max_tokens, as a line; "" if none.
 
-    Raises ValueError for a truncated query unless ``cut_queries``: a query's end is its caption, which would be lost.
+    Raises ValueError if there are any, unless ``cut_queries``: a query's end is its caption, which would be lost.
     """
     limit = encoder.config.max_tokens
     frames = PairTokenizer(encoder).query_frames(result.pairs)
     queries = encoder.lengths([pair.query for pair in result.pairs], frames)
     long = [(length, pair.key) for length, pair in zip(queries, result.pairs, strict=True) if length > limit]
-    if long and not cut_queries:
-        length, key = max(long)
-        raise ValueError(
-            f"{result.path}: {len(long)} of the first {len(queries)} queries are longer than max_tokens {limit}, the "
-            f"longest {length} (sample {key!r}); raise --max-tokens, or truncate them with --cut-queries"
-        )
-    texts = [pair.positive for pair in result.pairs]
-    positives = sum(length > limit for length in encoder.lengths(texts, [encoder.frame] * len(texts)))
-    if not long and not positives:
+    if not long:
         return ""
-    return (
-        f"{result.path}: of the first {len(queries)} pairs {len(long)} queries and {positives} positives are "
-        f"truncated to {limit} tokens"
-    )
+    counted = f"{result.path}: {len(long)} of the first {len(queries)} queries are longer than max_tokens {limit}"
+    if not cut_queries:
+        length, key = max(long)
+        raise ValueError(f"{counted}, the longest {length} (sample {key!r}); raise --max-tokens, or set --cut-queries")
+    return f"{counted} and are truncated"
 
 
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:
