@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import operator
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_integration.checkpoints import blocks_below, check_feature
 from llava_integration.serve.checkpoint import FIX, LazyTensor, LazyTensors, LlavaCheckpoint, open_file, refuse_rest
 from llava_integration.towers import TowerLocation, is_ours, loading, locate_tower
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory
 from llm2clip_plugin.vision.families import families, family_named, family_of_type, read_config
@@ -302,34 +304,18 @@ def find(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
     sizes |= {name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)}
     dropped = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures"}
     fields = {key: value for key, value in fields.items() if key not in dropped}
-    found = ExportedTower(
-        directory=directory,
-        family=family,
-        config={**fields, **sizes},
-        location=location,
-    )
-    check_state(checkpoint.config, "mm_vision_select_layer", sizes["num_hidden_layers"], checkpoint.directory)
-    feature = checkpoint.config.get("mm_vision_select_feature", "patch")
-    if feature not in ("patch", "cls_patch"):
-        raise ContractError(
-            f"{checkpoint.directory}: mm_vision_select_feature is {feature!r}, expected 'patch' or 'cls_patch'; {FIX}"
-        )
+    layer: Any = checkpoint.config.get("mm_vision_select_layer")
+    with errors_about(f"{checkpoint.directory}: mm_vision_select_layer {layer!r}", fix=FIX):
+        blocks_below(operator.index(layer), sizes["num_hidden_layers"])
+    with errors_about(checkpoint.directory, fix=FIX):
+        check_feature(checkpoint.config.get("mm_vision_select_feature", "patch"))
     width = checkpoint.config.get("mm_hidden_size")
     if width != sizes["hidden_size"]:
         raise ContractError(
             f"the projector of {checkpoint.directory} expects features of width {width}, but the tower in {directory} "
             f"has hidden_size {sizes['hidden_size']}; pass the tower that it was trained with as --tower"
         )
-    return found
-
-
-def check_state(config: dict[str, Any], name: str, blocks: int, where: Path) -> None:
-    """Raise ContractError unless the setting ``name`` is a hidden state of a tower of so many blocks."""
-    state = config.get(name)
-    if type(state) is not int or not -blocks - 1 <= state <= blocks:
-        raise ContractError(
-            f"{where}: {name} is {state!r}, expected a hidden state of the tower, {-blocks - 1} to {blocks}; {FIX}"
-        )
+    return ExportedTower(directory=directory, family=family, config={**fields, **sizes}, location=location)
 
 
 def tower_tensors(tower: ExportedTower, trained: LazyTensors, *, unfrozen: bool, files: ExitStack) -> LazyTensors:
