@@ -90,10 +90,10 @@ def refuse_name(path: str, *, base: str | None = None, name: str | None = None) 
         raise ValueError(f"LLaVA loads a folder {what}; {path} is a LLaVA checkpoint: rename it, such as to {better}")
 
 
-def config_of(path: str) -> dict[str, Any]:
-    """A checkpoint's config.json; {} without one, for a Hub id and for a damaged file, which loading will refuse."""
+def config_of(path: str | Path, name: str = CONFIG) -> dict[str, Any]:
+    """A model's config.json; {} without one, for a Hub id and for a damaged file, which loading will refuse."""
     try:
-        config = json.loads((Path(path).expanduser() / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((Path(path).expanduser() / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -20,9 +20,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava_integration import towers
-from llava_integration.checkpoints import HUB_ID, LORA, OTHERS, WORD, check_selection, model_name, option_value
+from llava_integration.checkpoints import (
+    HUB_ID,
+    LORA,
+    OTHERS,
+    WORD,
+    check_selection,
+    config_of,
+    model_name,
+    option_value,
+)
 from llava_integration.hook import check_projector
-from llm2clip_plugin.files import ContractError, read_json_value
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")  # names that LLaVA's own builder accepts, besides paths that exist
@@ -121,24 +129,15 @@ def check_model(model: str) -> Iterator[str]:
 
 def check_language(path: Path) -> Iterator[str]:
     """LLaVA's training reads any model as a Llama or a Mistral, and pads with ``unk_token``."""
-    kind = read_config(path).get("model_type")
+    kind = config_of(path).get("model_type")
     if kind not in TRAINED:
         yield f"--model {path}: model_type is {kind!r}, which LLaVA would read as a Llama; expected llama or mistral"
-    tokens = [read_config(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    tokens = [config_of(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     if any(tokens) and not (path / "tokenizer.model").is_file() and not any(one.get("unk_token") for one in tokens):
         yield (
             f"--model {path}: its tokenizer has no unk_token, with which LLaVA pads batches; set one in "
             "tokenizer_config.json, such as its pad token"
         )
-
-
-def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A JSON object of a model's folder; {} if there is none that can be read."""
-    try:
-        config = read_json_value(folder / name)
-    except (OSError, ContractError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def check_output(stage: str, output: str) -> Iterator[str]:
