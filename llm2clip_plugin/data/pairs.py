@@ -237,11 +237,11 @@ class EvalDataset(Dataset):
         cache: EmbeddingCache | None,
         images: ImageConfig,
         indices: Sequence[int],
-        kinds: Sequence[str],
+        kinds: Sequence[str] | None,
         languages: Sequence[str],
     ) -> None:
         self.source, self.cache, self.indices = source, cache, list(indices)
-        self.kinds, self.languages = tuple(kinds), tuple(languages)
+        self.kinds, self.languages = kinds, tuple(languages)
         self.transform = EvalTransform(images)
 
     def __len__(self) -> int:
@@ -252,8 +252,8 @@ class EvalDataset(Dataset):
         shard, within = self.source.locate(index)
         try:
             sample = self.source.with_image(index)
-            captions = select_captions(sample.captions, self.kinds, self.languages)
-            if not captions:
+            captions = select_captions(sample.captions, self.kinds or (), self.languages)
+            if not captions and self.kinds is not None:
                 selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
                 return BrokenSample(shard, sample.key, f"no caption{selected}")
             image = sample.read_image()
@@ -308,7 +308,7 @@ def eval_pairs(
     images: ImageConfig,
     *,
     batch: int,  # images
-    kinds: Sequence[str] = (),  # only captions of these kinds; empty: all
+    kinds: Sequence[str] | None = (),  # only captions of these kinds; empty: all; None: also images without captions
     languages: Sequence[str] = (),  # only captions in these languages; empty: all
     indices: Sequence[int] | None = None,  # samples of the source; None: all
     rank: int = 0,

@@ -4,10 +4,10 @@ A recipe or a file gives the full configuration, options override fields. Option
 LLaVA's scripts keep their names.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from llm2clip_plugin.data.workers import lacks_shared_memory
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import plan as plans
 from llm2clip_plugin.stages.run import find_cache, plan_engine
-from llm2clip_plugin.stages.settings import TEACHERS, from_plain, plan_or_train, rank_and_world, read_settings
-from llm2clip_plugin.stages.tower.config import COMMAND, DEFAULT, RunConfig, recipe
+from llm2clip_plugin.stages.settings import TEACHERS, plan_or_train, rank_and_world
+from llm2clip_plugin.stages.tower.config import DEFAULT, TRAIN_TOWER, RunConfig
 from llm2clip_plugin.stages.tower.run import check_data, check_patch_layers, load_plans, open_data, train_tower
 from llm2clip_plugin.train.config import local_world_size
 from llm2clip_plugin.train.losses.base import needs_reference, patch_layers
@@ -27,19 +27,22 @@ from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dua
 from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.vision.dual import DualEncoder
 
-# ``llm2clip train-tower ... --dry-run``: what a run does and costs, from shapes alone.
-
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
 IMAGES = 16  # of the pass that measures activations
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSize:
-    """Size of the data and width of the teacher's embeddings."""
-
-    samples: int
-    width: int
-    assumed: tuple[str, ...]
+def main(argv: list[str]) -> int:
+    """Print the plan or train; exit status 0."""
+    config = TRAIN_TOWER.parse(argv)
+    config.validate(needs_data=not config.dry_run)
+    if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
+        print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
+    return plan_or_train(
+        config.dry_run,
+        lambda: tower_plan(config),
+        lambda: train_tower(config, command=started_by("train-tower", argv)),
+        "tower",
+    )
 
 
 def tower_plan(config: RunConfig) -> str:
@@ -52,7 +55,7 @@ def tower_plan(config: RunConfig) -> str:
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, size.width))
     dual = shape_dual(config.tower, config.dual)
     check_patch_layers(dual, config.loss)
-    train, gpu_gib, tower = config.train, config.plan.gpu_gib, dual.tower.config
+    train, heads, gpu_gib, tower = config.train, config.heads, config.plan.gpu_gib, dual.tower.config
     plan, deepspeed = plan_engine(
         config, train, config.optim, samples=size.samples, world=world, hidden_size=tower.hidden_size
     )
@@ -64,6 +67,7 @@ def tower_plan(config: RunConfig) -> str:
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
         f"{config.dual.projection_dim}, LLM embeddings {size.width} wide",
+        *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
         plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
         parameters,
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
@@ -71,6 +75,15 @@ def tower_plan(config: RunConfig) -> str:
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
     return "\n".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """Size of the data and width of the teacher's embeddings."""
+
+    samples: int
+    width: int
+    assumed: tuple[str, ...]
 
 
 def measure_data(config: RunConfig) -> DataSize:
@@ -133,41 +146,3 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         frozen_tower_bytes=needs_reference(config.loss) * tower_parameters * dtype.itemsize,
         patches=grid**2 * sum(of_patch[reads] for reads in layers),
     )
-
-
-def main(argv: list[str]) -> int:
-    """Print the plan or train; exit status 0."""
-    config = read_command(argv)
-    config.validate(needs_data=not config.dry_run)
-    if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
-        print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
-    return plan_or_train(
-        config.dry_run,
-        lambda: tower_plan(config),
-        lambda: train_tower(config, command=started_by("train-tower", argv)),
-        "tower",
-    )
-
-
-def read_command(argv: list[str]) -> RunConfig:
-    """The configuration of a command line. Raises ValueError; prints --help and exits with status 0."""
-    return read_settings(COMMAND, argv, starting_point)
-
-
-def starting_point(extras: dict[str, str]) -> RunConfig:
-    """The configuration of --config or --recipe, which the other options override."""
-    name, file = extras.get("recipe", ""), extras.get("config", "")
-    if name and file:
-        raise ValueError(f"--recipe {name} and --config {file} are mutually exclusive; pass one")
-    return from_file(Path(file)) if file else recipe(name or DEFAULT)
-
-
-def from_file(path: Path) -> RunConfig:
-    """A configuration file, or the run.json of an earlier run."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration at {path}")
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=str(path))

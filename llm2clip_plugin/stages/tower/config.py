@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import llm2clip_plugin
@@ -13,18 +14,9 @@ from llm2clip_plugin.data.samples import AugmentConfig, parse_weights
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
 from llm2clip_plugin.data.workers import cores
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.options import (
-    READ_NAMES,
-    TRAINING_NAMES,
-    Command,
-    Extra,
-    Parser,
-    in_section,
-    joined,
-    nearest,
-    unknown,
-)
-from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig, flat_essentials
+from llm2clip_plugin.files import from_plain, read_json_value
+from llm2clip_plugin.options import Command, joined, nearest, unknown
+from llm2clip_plugin.stages.settings import NEEDS, REPLACES, TEACHERS, PlanConfig, TrainingConfig, flat_essentials
 from llm2clip_plugin.train.config import (
     DistillConfig,
     HeadsConfig,
@@ -34,7 +26,7 @@ from llm2clip_plugin.train.config import (
     TrainConfig,
     local_world_size,
 )
-from llm2clip_plugin.vision.convert.options import FORMATS
+from llm2clip_plugin.vision.convert import FORMATS
 from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig
 
 EXAMPLE = (
@@ -117,6 +109,11 @@ class RunConfig(TrainingConfig):
     def hash(self) -> str:
         """SHA-256 over the fields that decide what is learned."""
         return sha256_text(canonical_json(flat_essentials(dataclasses.asdict(self))))
+
+    @property
+    def trains_at_lr(self) -> bool:
+        """Whether anything is trained with ``optim.lr``; heads alone are with ``optim.head_lr``, where it is set."""
+        return not (self.tower.freeze and self.optim.head_lr)
 
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""
@@ -218,21 +215,6 @@ def quickstart() -> RunConfig:
     )
 
 
-def openai_l14_336() -> RunConfig:
-    """OpenAI's CLIP ViT-L/14 at 336 px, LLaVA 1.5's own tower, with the paper's settings."""
-    return _openai("openai-l14-336", "openai/clip-vit-large-patch14-336")
-
-
-def openai_l14_224() -> RunConfig:
-    """OpenAI's CLIP ViT-L/14 at 224 px."""
-    return _openai("openai-l14-224", "openai/clip-vit-large-patch14")
-
-
-def openai_b16() -> RunConfig:
-    """OpenAI's CLIP ViT-B/16."""
-    return _openai("openai-b16", "openai/clip-vit-base-patch16")
-
-
 def _openai(name: str, hub_id: str) -> RunConfig:
     """The authors' layer-wise decay misses two of an OpenAI tower's names, class_embedding and ln_pre (optim.py:15-46).
 
@@ -243,28 +225,11 @@ def _openai(name: str, hub_id: str) -> RunConfig:
     return dataclasses.replace(paper, optim=dataclasses.replace(paper.optim, full_lr=full_lr))
 
 
-def eva02_l14_336() -> RunConfig:
-    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then --tower the result."""
-    return _eva02("eva02-l14-336")
-
-
-def eva02_l14_224() -> RunConfig:
-    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then --tower the result."""
-    return _eva02("eva02-l14-224")
-
-
-def eva02_b16() -> RunConfig:
-    """EVA02-CLIP B/16: `llm2clip import` its .pt, then --tower the result."""
-    return _eva02("eva02-b16")
-
-
-def eva02_bige14() -> RunConfig:
-    """EVA02-CLIP bigE/14 (4.3 G parameters) with the settings of the smaller ones; the paper did not train it."""
-    return _eva02("eva02-bige14")
-
-
 def _eva02(name: str) -> RunConfig:
-    """The authors' head of an EVA02: with bias, its weights 0.02 x 0.001 (eva_vit_model.py:446-449)."""
+    """The authors' head of an EVA02: with bias, its weights 0.02 x 0.001 (eva_vit_model.py:446-449).
+
+    `llm2clip import` its .pt, then --tower the result. The paper did not train bigE/14 (4.3 G parameters).
+    """
     heads = DualConfig(projection_dim=1280, projection_bias=True, projection_init_std=2e-5)
     return dataclasses.replace(_paper(name, TowerConfig(architecture=name)), dual=heads)
 
@@ -312,23 +277,7 @@ def lift_b16() -> RunConfig:
     )
 
 
-def proclip_l14_224() -> RunConfig:
-    """ProCLIP over CLIP ViT-L/14: `llm2clip import` it, then --tower the result."""
-    return _proclip("proclip-l14-224", TowerConfig(architecture="openai/clip-vit-large-patch14"), projection_dim=768)
-
-
-def proclip_l14_336() -> RunConfig:
-    """ProCLIP over CLIP ViT-L/14 at 336 px."""
-    tower = TowerConfig(architecture="openai/clip-vit-large-patch14-336")
-    return _proclip("proclip-l14-336", tower, projection_dim=768)
-
-
-def proclip_b16() -> RunConfig:
-    """ProCLIP over CLIP ViT-B/16."""
-    return _proclip("proclip-b16", TowerConfig(architecture="openai/clip-vit-base-patch16"), projection_dim=512)
-
-
-def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig:
+def _proclip(name: str, hub_id: str, projection_dim: int) -> RunConfig:
     """ProCLIP's published settings (arXiv 2510.18795): the text adapter learns CLIP's text space from captions, then
     InfoNCE and the distance to an EMA of the tower train both sides.
 
@@ -336,7 +285,7 @@ def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig
     512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay is .2 in the text and .05 in the
     table, which is taken.
     """
-    paper = _paper(name, tower, projection_dim=projection_dim)
+    paper = _paper(name, TowerConfig(architecture=hub_id), projection_dim=projection_dim)
     return dataclasses.replace(
         paper,
         heads=HeadsConfig(target="clip_text", steps=117_188, batch=1024, lr=1e-5),
@@ -374,24 +323,22 @@ def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunC
     )
 
 
+CLIP = "openai/clip-vit-"
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    function.__name__: function
-    for function in (
-        base,
-        quickstart,
-        openai_l14_336,
-        openai_l14_224,
-        openai_b16,
-        eva02_l14_336,
-        eva02_l14_224,
-        eva02_b16,
-        eva02_bige14,
-        siglip2_so400m_224,
-        proclip_l14_224,
-        proclip_l14_336,
-        proclip_b16,
-        lift_b16,
-    )
+    "base": base,
+    "quickstart": quickstart,
+    "openai_l14_336": partial(_openai, "openai-l14-336", f"{CLIP}large-patch14-336"),  # LLaVA 1.5's own tower
+    "openai_l14_224": partial(_openai, "openai-l14-224", f"{CLIP}large-patch14"),
+    "openai_b16": partial(_openai, "openai-b16", f"{CLIP}base-patch16"),
+    "eva02_l14_336": partial(_eva02, "eva02-l14-336"),
+    "eva02_l14_224": partial(_eva02, "eva02-l14-224"),
+    "eva02_b16": partial(_eva02, "eva02-b16"),
+    "eva02_bige14": partial(_eva02, "eva02-bige14"),
+    "siglip2_so400m_224": siglip2_so400m_224,
+    "proclip_l14_224": partial(_proclip, "proclip-l14-224", f"{CLIP}large-patch14", 768),
+    "proclip_l14_336": partial(_proclip, "proclip-l14-336", f"{CLIP}large-patch14-336", 768),
+    "proclip_b16": partial(_proclip, "proclip-b16", f"{CLIP}base-patch16", 512),
+    "lift_b16": lift_b16,
 }
 
 
@@ -419,40 +366,34 @@ def recipe(name: str) -> RunConfig:
 
 # The options of ``llm2clip train-tower``.
 
-COMMAND = Command(
+
+def starting_point(extras: Mapping[str, str]) -> RunConfig:
+    """The configuration of --config or --recipe, which the other options override."""
+    name, file = extras.get("recipe", ""), extras.get("config", "")
+    if name and file:
+        raise ValueError(f"--recipe {name} and --config {file} are mutually exclusive; pass one")
+    if not file:
+        return recipe(name or DEFAULT)
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no configuration at {file}")
+    body = read_json_value(file)
+    return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=file)
+
+
+TRAIN_TOWER = Command(
     name="train-tower",
     example="llm2clip train-tower /data/photos --tower facebook/dinov2-base --output runs/photos",
     about="Stage 2: train a vision tower against the cached embeddings of an LLM. A recipe or a file gives the full "
     "configuration, options override single settings. Rerun the same command to resume.",
     settings=RunConfig,
-    default=RECIPES[DEFAULT],
-    arguments=("data.path",),
-    everyday=(
-        "recipe",
-        "tower.path",
-        "data.cache",
-        "data.read.images",
-        "data.validation",
-        "output_dir",
-        "train.global_batch",
-        "train.micro_batch",
-        "optim.lr",
-        "train.num_train_epochs",
-        "train.max_steps",
-        "train.precision",
-        "deepspeed",
-        "dry_run",
-    ),
+    default=starting_point,
+    arguments="data.path",
+    everyday="recipe tower cache image-folder validation output global-batch micro-batch lr num-train-epochs max-steps "
+    "precision deepspeed dry-run",
     shown={
-        **TRAINING_NAMES,
-        "data.path": "data",
-        "data.cache": "cache",
         "data.weight": "data-weights",
-        **in_section("data.read", READ_NAMES),
         "tower.path": "tower",
-        "optim.lr": "lr",
-        "optim.weight_decay": "weight-decay",
-        "heads.batch": "heads.batch-size",
+        "evaluation": "evaluation.",
         "heads": "heads.",
         "loss": "loss.",
         "distill": "distill.",
@@ -461,13 +402,21 @@ COMMAND = Command(
         "plan.images": "assumed-samples",
     },
     extras={
-        "recipe": Extra(
-            metavar="NAME",
-            help=f"{DEFAULT} (the default): any data and tower; quickstart: the built-in emoji alone; the paper's: "
-            f"{', '.join(name for name in RECIPES if name not in (DEFAULT, 'quickstart'))}; "
-            "NAME/TEACHER for caches of one of the paper's LLMs",
-        ),
-        "config": Extra(metavar="FILE", help="a configuration in JSON, for example the run.json of an earlier run"),
+        "recipe": f"{DEFAULT} (the default): any data and tower; quickstart: the built-in emoji alone; the paper's: "
+        f"{', '.join(name for name in RECIPES if name not in (DEFAULT, 'quickstart'))}; "
+        "NAME/TEACHER for caches of one of the paper's LLMs",
+        "config": "a configuration in JSON, for example the run.json of an earlier run",
+    },
+    replaces=REPLACES,
+    needs={
+        **NEEDS,
+        "train.eval_steps": "data.validation",
+        "evaluation": "data.validation",
+        "data.validation_cache": "data.validation",
+        "heads": "heads.steps",
+        "tower.lora_alpha": "tower.lora_rank",
+        "tower.architecture": "not tower.path",
+        "optim.lr": "trains_at_lr: with --freeze, which trains the heads alone, at --head-lr",
     },
 )
 
@@ -475,31 +424,31 @@ COMMAND = Command(
 # The options of ``llm2clip export``.
 
 
-def parser() -> Parser:
-    """The command line."""
-    made = Parser(
-        "export",
-        "llm2clip export runs/l14-336 --output towers/l14-336",
-        "Write a run as a tower directory, or a tower directory in another format.",
-    )
-    made.add_argument("source", metavar="SOURCE", help="folder of a training run, tower directory, or Hub id")
-    made.add_argument("--output", metavar="DIR", required=True, help="directory to write")
-    made.add_argument(
-        "--format",
-        default="tower",
-        choices=["tower", *FORMATS],
-        help="; ".join(
-            ["tower: a tower directory (the default)", *(f"{name}: {text}" for name, text in FORMATS.items())]
-        ),
-    )
-    made.add_argument(
-        "--with-adapter",
-        action="store_true",
-        help="copy the adapter of the teacher LLM into the directory, which then embeds texts with the base LLM alone",
-    )
-    made.add_argument("--checkpoint", default="", help="a run's checkpoint to export (default: the newest)")
-    made.add_argument("--ema", action="store_true", help="export a run's moving average instead of its weights")
-    made.add_argument("--push", metavar="OWNER/NAME", help="also upload the tower directory to the Hub")
-    made.add_argument("--public", action="store_true", help="make the uploaded repository public")
-    made.add_argument("--overwrite", action="store_true", help="replace an existing directory")
-    return made
+@dataclass(frozen=True, kw_only=True)
+class TowerExportConfig:
+    """A run or a tower directory to export."""
+
+    source: str  # folder of a training run, tower directory, or Hub id
+    output: str  # directory to write
+    format: str = "tower"  # tower: a tower directory; or another format
+    with_adapter: bool = False  # copy the teacher LLM's adapter, so that the directory embeds texts with the base LLM
+    checkpoint: str = ""  # a run's checkpoint to export; "": the newest
+    ema: bool = False  # export a run's moving average instead of its weights
+    push: str | None = None  # OWNER/NAME: also upload the tower directory to the Hub
+    public: bool = False  # make the uploaded repository public
+    overwrite: bool = False  # replace an existing directory
+
+    def __post_init__(self) -> None:
+        if self.format not in (known := ("tower", *FORMATS)):
+            raise ValueError(unknown("--format", self.format, known))
+
+
+EXPORT = Command(
+    name="export",
+    example="llm2clip export runs/l14-336 --output towers/l14-336",
+    about="Write a run as a tower directory, or a tower directory in another format: "
+    + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    + ".",
+    settings=TowerExportConfig,
+    arguments="source",
+)
