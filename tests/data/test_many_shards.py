@@ -173,7 +173,11 @@ def start(folder: str) -> tuple[int, int, str]:
         return get(source, number)
 
     tars.index_tar, tars.FEW, Source.__getitem__ = counted_index, 1000, counted_get
-    said = io.StringIO()
+    said, ready = io.StringIO(), Path(folder) / "ready"
+    (ready / str(os.getpid())).touch()
+    deadline = time.monotonic() + 120
+    while len(list(ready.iterdir())) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     with redirect_stderr(said):
         source = open_source(SourceConfig(path=folder, fields=("caption=short",)))
         EmbeddingCache.open(Path(folder) / "cache").check(source)
@@ -185,6 +189,7 @@ def test_processes_that_start_at_once_share_the_work(tmp_path: Path) -> None:
     embed(folder, folder / "cache")
     for path in (folder / ".llm2clip").iterdir():
         path.unlink()
+    (folder / "ready").mkdir()
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         scans, captions, said = zip(*pool.map(start, [str(folder)] * 3, chunksize=1), strict=True)
     assert sum(scans) == 40 and sum(captions) == 200
