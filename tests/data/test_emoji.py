@@ -84,7 +84,7 @@ def thumbnail(png: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_no_picture_is_in_two_splits_also_mirrored(shards, style: str) -> None:
-    """Stage 2 mirrors its pictures. Levels of 255, mean over 12 x 12 pixels: a mirrored drawing differs by less than 1."""
+    """Stage 2 mirrors its pictures. Levels of 255, mean over 12 x 12 pixels: a mirrored drawing differs by under 1."""
     samples = [sample for split in COUNTS for sample in shards[split, style].values()]
     picture_NHWC = np.stack([thumbnail(sample["png"]) for sample in samples])
     flat_ND, mirrored_ND = (p.reshape(len(samples), -1) for p in (picture_NHWC, picture_NHWC[:, :, ::-1]))
