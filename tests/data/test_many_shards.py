@@ -83,7 +83,7 @@ def use_everything(folder: Path) -> tuple[int, int]:
     assert len({key for batch in batches for key in batch["keys"]}) == len(source)
     config = PairsConfig(data=(str(folder),))
     (pairs,) = open_pairs(config)
-    assert survey(pairs, config).usable == {"short:long": len(source)}
+    assert survey(pairs).usable == {"short:long": len(source)}
     descriptors = maps = 0
     for number in range(len(source)):
         key, captions = source.captions(number)
