@@ -2,8 +2,13 @@
 .PHONY: setup quick check format test llava gpu mutations quickstart house clean
 TEST_ENV = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST = $(TEST_ENV) .venv/bin/python -m pytest -q
-# files whose tests start no other process
-QUICK = tests/foundation tests/train/test_losses.py tests/vision/test_dual.py tests/data/test_sampler.py
+# tests that start no other process, a few of every room
+QUICK = $(wildcard $(addprefix tests/, foundation/test_contracts.py data/test_sampler.py vision/test_dual.py \
+    vision/test_adapter.py train/test_loss.py train/test_loss_terms.py text/test_pairs.py evaluate/test_retrieval.py \
+    benchmarks/test_statistics.py))
+# most of what starts no other process
+FAST = $(QUICK) $(wildcard $(addprefix tests/, foundation data/test_images.py data/test_emoji.py data/sources vision/convert \
+    vision/test_towers.py vision/test_eva02.py text/test_encoder.py benchmarks/test_compare.py docs/test_fidelity.py))
 
 setup: ## make .venv (training) and .venv-llava, install the pre-commit hooks
 	bash -c 'ROOT=$$PWD; . scripts/environments.sh; train_environment .venv train,dev; llava_environment .venv-llava'
@@ -17,7 +22,7 @@ check: ## under three minutes: style, types, and the fast tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
-	$(PYTEST) -n 2 --dist loadfile $(FAST)
+	$(PYTEST) -n 2 --dist loadfile -m "not slow" $(FAST)
 
 format: ## fix style
 	.venv/bin/ruff check --fix .

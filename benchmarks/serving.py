@@ -21,6 +21,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from operator import eq
 from pathlib import Path
@@ -35,6 +36,7 @@ from benchmarks.common import WORDS, alternate, parser, print_table, write_lines
 from benchmarks.llava import SHAPES, make_llava, make_tower
 from llava_integration.answer import command as evaluate
 from llava_integration.answer.model import Answerer
+from llava_integration.answer.options import AnswerConfig
 from llava_integration.serve import parity
 from llava_integration.serve.export import Export, export
 
@@ -102,9 +104,9 @@ def vllm_serving(python: Path, model: Path, most: int) -> Iterator[str]:
             process.wait()
 
 
-def answer(answerer: Answerer, parsed: argparse.Namespace, questions: list[Any], size: int) -> list[str]:
+def answer(answerer: Answerer, parsed: AnswerConfig, questions: list[Any], size: int) -> list[str]:
     """The answers to all questions in batches of ``size``."""
-    parsed.batch_size = size
+    answerer.options = replace(parsed, batch_size=size)
     batches = answerer.batches(questions, list(range(len(questions))))
     return [text for batch in batches for text in answerer.generate(batch)]
 
@@ -113,7 +115,7 @@ def ways(args: argparse.Namespace, checkpoint: Path, questions: Path, url: str) 
     """Each way to answer all questions, by name; without ``url``, batches alone."""
     common = ["--question-file", questions, "--image-folder", questions.parent, "--max-new-tokens", args.tokens]
     words = [*common, "--model-path", checkpoint, "--answers-file", "unused", "--workers", 0, "--dtype", "float32"]
-    local = evaluate.parser().parse_args(list(map(str, words)))
+    local = evaluate.COMMAND.parse(list(map(str, words)))
     answerer, read = Answerer(local), evaluate.read_questions(questions)
 
     def served(at_a_time: int) -> list[str]:

@@ -20,8 +20,7 @@ from urllib.parse import urlsplit
 
 from llava_integration import towers as names
 from llava_integration.towers import LORA, OTHERS, WORD, check_selection, model_name, option_value
-from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.options import read_config
+from llm2clip_plugin.files import ContractError, read_json_value
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")  # names that LLaVA's own builder accepts, besides paths that exist
@@ -116,6 +115,15 @@ def check_model(model: str) -> Iterator[str]:
         yield f"--model {model}: the folder has no config.json; expected a model such as lmsys/vicuna-7b-v1.5"
     elif path.is_dir():
         yield from check_language(path)
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of a model's folder; {} if there is none that can be read."""
+    try:
+        config = read_json_value(folder / name)
+    except (OSError, ContractError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_language(path: Path) -> Iterator[str]:

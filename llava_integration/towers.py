@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory, atomic_file
 from llm2clip_plugin.files import ContractError, errors_about, read_header
 from llm2clip_plugin.hub import hub_snapshot
-from llm2clip_plugin.options import Parser, checked, command, unknown
+from llm2clip_plugin.options import Command, command, unknown
 from llm2clip_plugin.vision.directory import check_card, read_json
 
 # A tower directory with its card: what every name of a tower resolves to.
@@ -473,12 +473,40 @@ def config_of(path: str) -> dict[str, Any]:
 # ``llm2clip use`` and ``llm2clip towers``: the towers registered for ``--vision_tower llm2clip``.
 
 
+@dataclass(frozen=True, kw_only=True)
+class UseConfig:
+    """The tower to use."""
+
+    tower: str  # tower directory, Hub id, or a registered name
+    name: str = ""  # register it under this name; "": last part of the path or id
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowersConfig:
+    """How to list the towers."""
+
+    forget: str = ""  # name of a tower to remove from the list; its files are kept
+    json: bool = False  # print JSON
+
+
+USE = Command(
+    name="use",
+    example="llm2clip use towers/l14-336",
+    about="Register a tower and make it the one that --vision_tower llm2clip loads.",
+    settings=UseConfig,
+    arguments="tower",
+)
+TOWERS = Command(
+    name="towers",
+    example="llm2clip towers",
+    about="List the registered towers: location, hash, width, patches. An asterisk marks the selected one.",
+    settings=TowersConfig,
+)
+
+
 def main_use(argv: list[str]) -> int:
     """Register a tower and make it the one that --vision_tower llm2clip loads."""
-    parser = Parser("use", "llm2clip use towers/l14-336", main_use.__doc__ or "")
-    parser.add_argument("tower", metavar="PATH|HUB_ID|NAME", help="tower directory, Hub id, or a registered name")
-    parser.add_argument("--name", default="", help="register it under this name (default: last part of the path or id)")
-    options = parser.parse_args(argv)
+    options = USE.parse(argv)
     location = locate_spec(options.tower, how=f"llm2clip use {options.tower}")
     location.check_weights()
     name = select(location.origin, location.sha256, name=options.name)
@@ -490,10 +518,7 @@ def main_use(argv: list[str]) -> int:
 
 def main_towers(argv: list[str]) -> int:
     """List the registered towers: location, hash, width, patches. An asterisk marks the selected one."""
-    parser = Parser("towers", "llm2clip towers", main_towers.__doc__ or "")
-    parser.add_argument("--forget", metavar="NAME", help="remove a tower from the list; its files are kept")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
+    options = TOWERS.parse(argv)
     if options.forget:
         forget(options.forget)
     known = read()
@@ -593,15 +618,28 @@ def already_bundled(target: Path, location: TowerLocation) -> bool:
     return True
 
 
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig:
+    """Checkpoints that get their tower."""
+
+    checkpoints: tuple[Path, ...]  # folders with config.json
+    tower: str = ""  # path, registered name or Hub id of the tower, if the checkpoint cannot find it
+    overwrite: bool = False  # replace a different tower that is already bundled
+
+
+LLAVA_BUNDLE = Command(
+    name="llava bundle",
+    example="llm2clip llava bundle checkpoints/llava-7b-llm2clip",
+    about="Copy the vision tower into LLaVA checkpoints, so that they load on another machine.",
+    settings=BundleConfig,
+    arguments="checkpoints",
+    shown={"checkpoints": "checkpoint"},
+)
+
+
 def main(argv: list[str]) -> int:
     """Copy the vision tower into LLaVA checkpoints, so that they load on another machine."""
-    parser = Parser("llava bundle", "llm2clip llava bundle checkpoints/llava-7b-llm2clip", main.__doc__ or "")
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", type=Path, help="folder with config.json")
-    parser.add_argument(
-        "--tower", default="", help="path, registered name or Hub id of the tower, if the checkpoint cannot find it"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a different tower that is already bundled")
-    options = checked(parser, argv)
+    options = LLAVA_BUNDLE.parse(argv)
     for checkpoint in options.checkpoints:
         target = bundle(checkpoint, tower=options.tower, overwrite=options.overwrite)
         print(f"{target}: sha256 {TowerCard.read(target / TowerCard.FILE).weights_sha256}")

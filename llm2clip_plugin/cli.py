@@ -138,29 +138,36 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
-# Commands declare their options in a module that imports no torch, as a Command or a function that makes a Parser:
-# --help and a misspelt option need no more.
+# Where a command declares its options, an options.Command. These modules import no torch, and neither --help
+# nor a misspelled option needs more.
 OPTIONS: dict[str, tuple[str, str]] = {
+    "doctor": ("llm2clip_plugin.doctor", "COMMAND"),
     "run": ("llm2clip_plugin.pipeline.config", "COMMAND"),
     "data make": ("llm2clip_plugin.data.make", "COMMAND"),
     "data check": ("llm2clip_plugin.data.check", "COMMAND"),
     "data split": ("llm2clip_plugin.data.split", "COMMAND"),
     "llava data": ("llm2clip_plugin.data.llava_files", "COMMAND"),
-    "finetune-llm": ("llm2clip_plugin.stages.llm.config", "FINETUNE"),
+    "finetune-llm": ("llm2clip_plugin.stages.llm.config", "FINETUNE_LLM"),
     "export-llm": ("llm2clip_plugin.text.config", "COMMAND"),
     "embed": ("llm2clip_plugin.stages.embed.config", "COMMAND"),
-    "train-tower": ("llm2clip_plugin.stages.tower.config", "COMMAND"),
-    "evaluate": ("llm2clip_plugin.evaluate.config", "RETRIEVAL_COMMAND"),
-    "evaluate captions": ("llm2clip_plugin.evaluate.config", "CAPTIONS_COMMAND"),
-    "evaluate zeroshot": ("llm2clip_plugin.evaluate.config", "ZEROSHOT_COMMAND"),
-    "evaluate probe": ("llm2clip_plugin.evaluate.config", "PROBE_COMMAND"),
-    "forecast": ("llm2clip_plugin.evaluate.config", "FORECAST_COMMAND"),
-    "search": ("llm2clip_plugin.evaluate.config", "SEARCH_COMMAND"),
-    "export": ("llm2clip_plugin.stages.tower.config", "parser"),
-    "import": ("llm2clip_plugin.vision.convert.options", "parser"),
-    "compare": ("llava_integration.compare.command", "parser"),
-    "bench-mllm": ("llava_integration.benchmarks.bench", "parser"),
-    "score": ("llava_integration.benchmarks.score", "parser"),
+    "train-tower": ("llm2clip_plugin.stages.tower.config", "TRAIN_TOWER"),
+    "status": ("llm2clip_plugin.status", "COMMAND"),
+    "evaluate": ("llm2clip_plugin.evaluate.config", "EVALUATE"),
+    "evaluate captions": ("llm2clip_plugin.evaluate.config", "EVALUATE_CAPTIONS"),
+    "evaluate zeroshot": ("llm2clip_plugin.evaluate.config", "EVALUATE_ZEROSHOT"),
+    "evaluate probe": ("llm2clip_plugin.evaluate.config", "EVALUATE_PROBE"),
+    "forecast": ("llm2clip_plugin.evaluate.config", "FORECAST"),
+    "search": ("llm2clip_plugin.evaluate.config", "SEARCH"),
+    "export": ("llm2clip_plugin.stages.tower.config", "EXPORT"),
+    "import": ("llm2clip_plugin.vision.convert", "IMPORT"),
+    "use": ("llava_integration.towers", "USE"),
+    "towers": ("llava_integration.towers", "TOWERS"),
+    "llava evaluate": ("llava_integration.answer.options", "COMMAND"),
+    "compare": ("llava_integration.compare.command", "COMMAND"),
+    "bench-mllm": ("llava_integration.benchmarks.bench", "COMMAND"),
+    "score": ("llava_integration.benchmarks.score", "COMMAND"),
+    "llava bundle": ("llava_integration.towers", "LLAVA_BUNDLE"),
+    "llava export": ("llava_integration.serve.command", "COMMAND"),
 }
 
 EPILOG = "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback of an error."
@@ -306,15 +313,11 @@ def _unexpected(error: Exception) -> int:
 
 def read_options(name: str, argv: list[str]) -> None:
     """Print --help and exit, or refuse an unknown option or a wrong path, before anything large is imported."""
-    from llm2clip_plugin.options import checked
+    from llm2clip_plugin.options import check_paths
 
-    suites = any(word == "--suite" or word.startswith("--suite=") for word in argv)  # these options name all suites
-    if name in OPTIONS and not suites:
-        module, attribute = OPTIONS[name]
-        declared: Any = getattr(importlib.import_module(module), attribute)
-        if callable(declared):
-            declared = declared()
-        checked(declared, argv)
+    module, attribute = OPTIONS[name]
+    command: Any = getattr(importlib.import_module(module), attribute)
+    check_paths(command, command.read(argv).values)
 
 
 def limit_threads() -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from llm2clip_plugin.files import ContractError, check_fields, read_header, read_json_value, type_problem
+from llm2clip_plugin.files import ContractError, from_plain, read_header, read_json_value, typed
 
 # A full disk as one error that names the file and the free space, whichever library met it.
 
@@ -234,15 +234,7 @@ class VersionedRecord:
                 f"{where} has format version {body.get('format_version')}, but this release reads {cls.VERSION}; "
                 "create the file again with this release, or install the release that wrote it"
             )
-        values = {name: value for name, value in body.items() if name not in HEAD}
-        known = {item.name: item for item in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - set(known)):
-            raise ContractError(f"{where} has unknown fields {unknown}; known: {sorted(known)}")
-        required = {name for name, item in known.items() if item.default is item.default_factory is dataclasses.MISSING}
-        if missing := sorted(required - set(values)):
-            raise ContractError(f"{where} is missing the required fields {missing}")
-        check_fields(cls, values, where=where)
-        record = cls(**values)
+        record = from_plain(cls, {name: value for name, value in body.items() if name not in HEAD}, where=where)
         record.check_values(where=where)
         return record
 
@@ -360,8 +352,8 @@ class CacheManifest(VersionedRecord):
         kinds = {"file": str, "samples": int, "captions": int, "truncated": int, "rows_sha256": str, "sha256": str}
         for name, entry in self.shards.items():
             for key, kind in kinds.items():
-                if key in entry and (problem := type_problem(entry[key], kind)):
-                    raise ContractError(f"{where}: shards.{name}.{key}{problem}")
+                if key in entry:
+                    typed(kind, entry[key], f"{where}: shards.{name}.{key}")
 
     @property
     def captions(self) -> int:

@@ -3,7 +3,6 @@
 Works in the training environment and in LLaVA's, which can be one, also if torch is not installed.
 """
 
-import argparse
 import json
 import os
 import re
@@ -13,15 +12,44 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Literal
 
 from llm2clip_plugin.console import Finding, numbers, raise_open_files, remedy_open_files
 from llm2clip_plugin.data.workers import PREFETCH_MB, SHARED_MEMORY, free_shared_memory, remedy
-from llm2clip_plugin.options import Parser
+from llm2clip_plugin.options import Command
 
 GIB = 1024**3
 # first version with C++17, which DeepSpeed's extensions need, and with -std=c++20, which current torch builds with
 MIN_COMPILERS = {"g++": (9, 10), "clang": (10, 10)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What to check."""
+
+    # environment to check: llava if LLaVA is installed with the libraries that it pins, else train
+    environment: Literal["train", "llava"] = field(default_factory=lambda: default_environment())
+    cache: str = "."  # folder that will hold the embedding cache
+    captions: int = 1_000_000  # number of captions to cache
+    width: int = 4096  # width of the LLM's embeddings
+    port: int = 29500  # port of the launcher
+    ranks: int = 0  # ranks on this machine; 0: one per GPU, 2 on a CPU
+    json: bool = False  # print the report as JSON
+
+    def __post_init__(self) -> None:
+        for name, least in (("captions", 1), ("width", 1), ("port", 1), ("ranks", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name} {value} must be at least {least}")
+
+
+COMMAND = Command(
+    name="doctor",
+    example="llm2clip doctor --cache /data --captions 6000000",
+    about="Check this environment, and print how to fix what is missing or too old.",
+    settings=DoctorConfig,
+)
 
 
 def check_python() -> Iterator[Finding]:
@@ -212,7 +240,7 @@ def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
     yield Finding(subject="disk for the cache", state=state, found=found, fix=fix)
 
 
-def checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]:
+def checks(options: DoctorConfig) -> list[Callable[[], Iterator[Finding]]]:
     """The checks of an environment, in the order of the report."""
     training = options.environment == "train"
     listed: list[Callable[[], Iterator[Finding]]] = [check_python, lambda: check_packages("train" if training else "")]
@@ -243,36 +271,14 @@ def llava_installed() -> bool:
     return _installed("llava-torch") or _installed("llava")
 
 
-def default_environment() -> str:
+def default_environment() -> Literal["train", "llava"]:
     """``llava`` where LLaVA is installed with the libraries that it pins, else ``train``."""
     return "llava" if llava_installed() and not _installed("transformers", (5,)) else "train"
 
 
 def main(argv: list[str]) -> int:
     """``llm2clip doctor``: 0 if nothing fails, 1 otherwise."""
-    parser = Parser(
-        "doctor",
-        "llm2clip doctor --cache /data --captions 6000000",
-        "Check this environment, and print how to fix what is missing or too old.",
-    )
-    parser.add_argument(
-        "--environment",
-        choices=("train", "llava"),
-        default=default_environment(),
-        help="environment to check (default: llava if LLaVA is installed with the libraries that it pins, else train)",
-    )
-    parser.add_argument("--cache", default=".", help="folder that will hold the embedding cache")
-    parser.add_argument("--captions", type=int, default=1_000_000, help="number of captions to cache")
-    parser.add_argument("--width", type=int, default=4096, help="width of the LLM's embeddings")
-    parser.add_argument(
-        "--port", type=int, default=29500, help="port of the launcher (default: 29500, DeepSpeed's default)"
-    )
-    parser.add_argument("--ranks", type=int, default=0, help="ranks on this machine (default: one per GPU, 2 on a CPU)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    options = parser.parse_args(argv)
-    for name, least in (("captions", 1), ("width", 1), ("port", 1), ("ranks", 0)):
-        if (value := getattr(options, name)) < least:
-            raise ValueError(f"--{name} {value} must be at least {least}")
+    options = COMMAND.parse(argv)
     findings = [finding for check in checks(options) for finding in check()]
     if options.json:
         print(json.dumps([finding.as_json() for finding in findings], indent=2))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import dataclasses
 import importlib
 import json
 import math
@@ -16,11 +17,12 @@ import shlex
 import struct
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+Settings = TypeVar("Settings")
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,49 +84,77 @@ def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
         raise ContractError(f"{path} cannot be used ({reason}){fix and '; '}{fix}") from error
 
 
-def check_fields(record: type, values: Mapping[str, Any], *, where: str) -> None:
-    """Compare values from a file with the annotations of a dataclass.
+def from_plain(kind: type[Settings], values: Any, *, where: str, default: Settings | None = None) -> Settings:
+    """A dataclass, and those in its fields, from parsed JSON; ``default`` gives the fields that ``values`` lacks.
 
-    Raises ContractError with the file, the key and the value.
+    Raises ContractError naming ``where`` and the field if one is unknown, missing or of another type, and what the
+    dataclasses' own checks raise.
     """
-    hints = typing.get_type_hints(record)
-    for item in fields(record):
-        if item.name in values and (problem := type_problem(values[item.name], hints[item.name])):
-            raise ContractError(f"{where}: {item.name}{problem}")
+    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(values, dict):
+        raise ContractError(f"{where} is {_short(values)}, expected an object with the fields {', '.join(known)}")
+    if unknown := sorted(set(values) - set(known)):
+        raise ContractError(f"{where} has unknown fields {unknown}; known: {', '.join(known)}")
+    hints, given, missing = typing.get_type_hints(kind), {}, []
+    for name, item in known.items():
+        usual = getattr(default, name) if default is not None else default_of(item)
+        if name in values:
+            given[name] = typed(hints[name], values[name], f"{where}: {name}", usual)
+        elif usual is not dataclasses.MISSING:
+            given[name] = usual
+        elif dataclasses.is_dataclass(hints[name]):
+            given[name] = from_plain(hints[name], {}, where=f"{where}: {name}")
+        else:
+            missing.append(name)
+    if missing:
+        raise ContractError(f"{where} is missing the required fields {missing}")
+    return kind(**given)
 
 
-def type_problem(value: Any, expected: Any) -> str:
-    """What is wrong with a JSON value for an annotation, "" if nothing.
+def default_of(item: dataclasses.Field) -> Any:
+    """A field's default; dataclasses.MISSING without one."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
-    >>> type_problem({"a": "b"}, dict[str, int])
-    ".a is 'b', expected int"
-    """
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if expected is Any:
-        return ""
-    if origin in (typing.Union, types.UnionType):
-        problems = [type_problem(value, one) for one in arguments]
-        return "" if "" in problems else problems[0]
+
+def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING) -> Any:
+    """A JSON value as the type of an annotation."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_plain(hint, value, where=where, default=None if default is dataclasses.MISSING else default)
+    if origin in (typing.Union, types.UnionType):  # an optional value: the other type comes first
+        return None if value is None and type(None) in arguments else typed(arguments[0], value, where)
     if origin is typing.Literal:
-        return "" if value in arguments else f" is {_short(value)}, expected one of {', '.join(map(repr, arguments))}"
-    kind = origin or expected
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = is_number if kind is float else isinstance(value, kind) and (kind is not int or is_number)
-    if not fits:
-        return f" is {_short(value)}, expected {getattr(kind, '__name__', kind)}"
-    if isinstance(value, dict) and arguments:
-        parts = [(f".{key}", part, arguments[1]) for key, part in value.items()]
-    elif isinstance(value, list) and arguments:
-        parts = [(f"[{number}]", part, arguments[0]) for number, part in enumerate(value)]
-    else:
-        return ""
-    return next((f"{name}{problem}" for name, part, one in parts if (problem := type_problem(part, one))), "")
+        if value not in arguments:
+            raise ContractError(f"{where} is {_short(value)}, expected one of {', '.join(map(repr, arguments))}")
+        return value
+    kind: Any = origin or hint
+    if kind is tuple and isinstance(value, (list, tuple)):
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(hints) != len(value):
+            raise ContractError(f"{where} has {len(value)} values, expected {len(hints)}")
+        return tuple(typed(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(hints, value, strict=True)))
+    if kind is float and _is_number(value):
+        return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, kind) or (kind is int and not _is_number(value)):
+        raise ContractError(f"{where} is {_short(value)}, expected {kind.__name__}")
+    if kind is dict and arguments:
+        return {key: typed(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is list and arguments:
+        return [typed(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value)]
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_range(value: Any, low: float, high: float, *, name: str, where: str) -> None:
     """Raise ContractError unless a number is finite and from ``low`` to ``high``; booleans and texts are no numbers."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not _is_number(value) or not math.isfinite(value) or not low <= value <= high:
         raise ContractError(f"{where}: {name} is {_short(value)}, expected a number from {low:g} to {high:g}")
 
 

@@ -27,7 +27,7 @@ from llm2clip_plugin.files import (
     headline,
     printable_lines,
 )
-from llm2clip_plugin.options import Parser
+from llm2clip_plugin.options import Command
 
 RATE_LINES = 20  # last lines of steps that the rate is the mean of
 State = Literal["running", "running elsewhere", "finished", "stopped", "failed", "killed"]
@@ -42,19 +42,27 @@ STATES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """What to show."""
+
+    folder: Path  # folder of a run (either stage), or of an embedding cache
+    json: bool = False  # print JSON
+
+
+COMMAND = Command(
+    name="status",
+    example="llm2clip status runs/photos",
+    about="Where a training run or embedding cache stands: progress, scores, checkpoints, disk, the command to resume. "
+    "It only reads files, so it is safe while the run is in progress.",
+    settings=StatusConfig,
+    arguments="folder",
+)
+
+
 def main(argv: list[str]) -> int:
     """Print the status; exit status 0."""
-    parser = Parser(
-        "status",
-        "llm2clip status runs/photos",
-        "Where a training run or embedding cache stands: progress, scores, checkpoints, the command to resume.\n"
-        "It only reads files, so it is safe while the run is in progress.",
-    )
-    parser.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="folder of a run (either stage), or of an embedding cache"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
+    options = COMMAND.parse(argv)
     status = read_status(options.folder)
     if options.json:
         print(json.dumps(asdict(status), indent=2, ensure_ascii=False))

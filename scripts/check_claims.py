@@ -137,7 +137,6 @@ def gains(stated: Mapping[str, Any], values: Mapping[str, Values], sides: Sides)
 class Checked:
     """One number of a rerun against what is stated."""
 
-    part: str
     name: str
     stated: float
     now: float
@@ -154,8 +153,6 @@ class Checked:
         """A row of a Markdown table; ``shown`` writes a number of a claim."""
         write = number if self.below_only else shown
         verdict = "as stated" if self.same else "**moved**"
-        if self.below_only and self.most > 1:
-            verdict += f"; a {self.part} without any gain would pass, more seeds see it"
         return f"| {self.name} | {write(self.stated)} | {write(self.now)} | {write(self.most)} | {verdict} |"
 
 
@@ -171,13 +168,13 @@ def check(
             (sides[0], old[sides[0]], now[sides[0]]),
         ):
             most, what = reach(before, after, NUMBERS_LEVEL / numbers), f"{name}; {what}"
-            found.append(Checked(part=part_of(name), name=what, stated=fmean(before), now=fmean(after), most=most))
+            found.append(Checked(name=what, stated=fmean(before), now=fmean(after), most=most))
     for part in dict.fromkeys(map(part_of, stated)):
         own = {name: claim for name, claim in stated.items() if part_of(name) == part and claim["significant"]}
         if own and own.keys() <= new.keys():
             before, after = gains(own, own, sides), gains(own, new, sides)
             most, what = reach(before, after, GAINS_LEVEL / parts, sides=1), f"{part}: fraction of the gains"
-            found.append(Checked(part=part, name=what, stated=1.0, now=fmean(after), most=most, below_only=True))
+            found.append(Checked(name=what, stated=1.0, now=fmean(after), most=most, below_only=True))
     return found
 
 

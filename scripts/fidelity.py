@@ -10,6 +10,7 @@ in backticks, the third cell is their values, by family of recipes where these d
 
 import re
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,11 @@ def shown(value: Any) -> str:
 
 def ours(options: list[str], names: list[str]) -> str:
     """Values of ``options`` in the recipes; one value, or one for each family, which is a name's first word."""
-    known = {**RECIPES, **LLM_RECIPES}
-    by_value: dict[str, list[str]] = {}
+    known, by_value = {**RECIPES, **LLM_RECIPES}, dict[str, list[str]]()
     for name in names:
         settings = known[name]()
-        values = []
-        for option in options:
-            value: Any = settings
-            for part in option.split("."):
-                value = getattr(value, part)
-            values.append(shown(value))
-        families = by_value.setdefault("; ".join(values), [])
+        values = "; ".join(shown(attrgetter(option)(settings)) for option in options)
+        families = by_value.setdefault(values, [])
         families += {re.split("[-_]", name)[0]} - set(families)
     if len(by_value) == 1:
         return next(iter(by_value))
@@ -64,14 +59,9 @@ def filled(page: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+if __name__ == "__main__":
     page = filled(PAGE.read_text(encoding="utf-8"))
     if "--write" in sys.argv[1:]:
         PAGE.write_text(page, encoding="utf-8")
     else:
         print(page, end="")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,6 @@ import ast
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -22,22 +21,17 @@ FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS, 1) for
 COMMANDS = (f"{PACKAGE}.stages.tower.command", f"{PACKAGE}.stages.tower")  # where train-tower begins
 
 
-@dataclass
 class House:
-    """A checkout."""
+    """A checkout. Module -> its syntax, and its lines."""
 
-    root: Path
-    trees: dict[str, ast.Module] = field(default_factory=dict)  # module -> its syntax
-    lines: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for package in (PACKAGE, LLAVA):
-            for path in sorted(self.root.glob(f"{package}/**/*.py")):
-                name = ".".join(path.relative_to(self.root).with_suffix("").parts).removesuffix(".__init__")
-                text = path.read_text(encoding="utf-8")
-                self.trees[name], self.lines[name] = ast.parse(text), text.count("\n")
+    def __init__(self, root: Path) -> None:
+        self.root, self.trees, self.lines = root, dict[str, ast.Module](), dict[str, int]()
+        for path in sorted(path for package in (PACKAGE, LLAVA) for path in root.glob(f"{package}/**/*.py")):
+            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            text = path.read_text(encoding="utf-8")
+            self.trees[name], self.lines[name] = ast.parse(text), text.count("\n")
         if not self.trees:
-            sys.exit(f"error: {self.root} is no checkout: it has no {PACKAGE}")
+            sys.exit(f"error: {root} is no checkout: it has no {PACKAGE}")
 
     @cached_property
     def graph(self) -> dict[str, set[str]]:
@@ -54,14 +48,14 @@ class House:
                     yield from [name for name in names if name in self.trees][:1]
 
     @cached_property
-    def functions(self) -> dict[str, int]:
-        """Function -> its lines."""
-        return {
-            f"{name.rpartition('.')[2]}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+    def functions(self) -> list[tuple[int, str]]:
+        """(lines, name) of every function."""
+        return [
+            ((node.end_lineno or 0) - node.lineno + 1, f"{name.rpartition('.')[2]}.{node.name}")
             for name, tree in self.trees.items()
             for node in ast.walk(tree)
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        }
+        ]
 
     @property
     def import_lines(self) -> int:
@@ -100,14 +94,13 @@ class House:
         """What is counted -> how much."""
         scripts = self.count("scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py")
         total, longest = sum(self.lines.values()), max(self.lines, key=self.lines.__getitem__)
-        function = max(self.functions, key=self.functions.__getitem__)
         return {
             "files": f"{len(self.lines):,}",
             "lines": f"{total:,}",
             "lines of a file, median": f"{median(self.lines.values()):.0f}",
             "longest file": f"{self.lines[longest]} ({longest.partition('.')[2]})",
-            "lines of a function, median": f"{median(self.functions.values()):.0f}",
-            "longest function": f"{self.functions[function]} ({function})",
+            "lines of a function, median": f"{median(size for size, _ in self.functions):.0f}",
+            "longest function": "{} ({})".format(*max(self.functions)),
             "import lines": f"{self.import_lines / total:.1%}",
             "files under 40 lines": str(sum(lines < 40 for lines in self.lines.values())),
             "files with one importer": str(self.one_importer),
@@ -132,7 +125,6 @@ def reached(graph: Mapping[str, set[str]], starts: Iterable[str]) -> set[str]:
 
 
 def floor_of(name: str) -> int:
-    """Of the room that a module lies in."""
     return FLOORS.get(".".join(name.split(".")[:2]), 0)
 
 

@@ -5,69 +5,18 @@ answers file. Adds batches, a choice of device, resuming, and several ranks with
 --nproc_per_node 8 -m llava_integration.evaluate ...`` or ``srun``). With ``--endpoint``, a served model answers it.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from llava_integration.answer.model import Answerer
+from llava_integration.answer.options import COMMAND, AnswerConfig
 from llava_integration.answer.questions import AnswersFile, Question, entry, read_questions
-from llava_integration.answer.served import KEY, Asking, Endpoint, EndpointError, ServedModel, answer_served
+from llava_integration.answer.served import Asking, Endpoint, EndpointError, ServedModel, answer_served
 from llava_integration.towers import check_checkpoint, refuse_name
 from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.hub import Retry
-from llm2clip_plugin.options import Parser, checked
-
-ABOUT = f"""\
-Answer a question file with a LLaVA model, on any device. The options of LLaVA's model_vqa_loader,
-model_vqa_science and model_vqa_mmbench are accepted, and the answers file is the same; batches, resuming
-and several ranks are added. With --endpoint, any model behind an OpenAI-compatible server answers it
-(vLLM, SGLang, llama.cpp, ...); the key is read from {KEY}."""
-
-RARE = "conv-mode num-chunks chunk-idx top-p num-beams single-pred-prompt all-rounds lang dtype load-8bit load-4bit"
-RARE += " workers served-model-name concurrency timeout retries"
-
-
-def parser() -> argparse.ArgumentParser:
-    """LLaVA's options under the same names, and ours."""
-    made = Parser(
-        "llava evaluate",
-        "llm2clip llava evaluate --model-path checkpoints/llava-7b --question-file questions.jsonl "
-        "--image-folder images --answers-file answers.jsonl",
-        ABOUT,
-        also={"data": "question-file", "output": "answers-file", "model": "served-model-name"},
-        rare=RARE.split(),
-    )
-    add = made.add_argument
-    add("--model-path", default="", help="LLaVA checkpoint: full, LoRA or projector")
-    add("--model-base", default=None, help="base model of a LoRA or projector checkpoint")
-    add("--endpoint", default="", metavar="URL", help="ask an OpenAI-compatible server, e.g. http://localhost:8000/v1")
-    add("--question-file", required=True, type=Path, help=".jsonl, .json (ScienceQA) or .tsv (MMBench)")
-    add("--answers-file", required=True, type=Path, help="JSONL to write; an incomplete run is resumed")
-    add("--image-folder", default="", help="folder of the questions' images")
-    add("--conv-mode", default="vicuna_v1", help="conversation template")
-    add("--batch-size", type=int, default=1, help="questions per batch")
-    add("--num-chunks", type=int, default=1, help="split the questions into chunks, as LLaVA's scripts do")
-    add("--chunk-idx", type=int, default=0, help="chunk to answer")
-    add("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy decoding")
-    add("--top-p", type=float, default=None, help="nucleus sampling: probability mass")
-    add("--num-beams", type=int, default=1, help="beam search; 1: none")
-    add("--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
-    add("--single-pred-prompt", action="store_true", help="ask for the option's letter only (ScienceQA, MMBench)")
-    add("--all-rounds", action="store_true", help="ask every rotation of the options (MMBench)")
-    add("--lang", default="en", choices=("en", "cn"), help="language of MMBench")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="device of the model")
-    add("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="LLaVA uses float16")
-    add("--load-8bit", action="store_true", help="quantize the language model to 8 bits")
-    add("--load-4bit", action="store_true", help="quantize the language model to 4 bits")
-    add("--workers", type=int, default=4, help="data loader processes")
-    add("--served-model-name", default="", metavar="NAME", help="with --endpoint: the model (default: the only one)")
-    add("--concurrency", type=int, default=16, help="with --endpoint: requests at a time")
-    add("--timeout", type=float, default=300.0, help="with --endpoint: seconds that an answer may take")
-    add("--retries", type=int, default=8, help="with --endpoint: of a failed request, with growing pauses")
-    add("--overwrite", action="store_true", help="discard existing answers")
-    return made
 
 
 def main(argv: list[str]) -> int:
@@ -75,8 +24,10 @@ def main(argv: list[str]) -> int:
 
     1 if a server refused some of the questions.
     """
-    options = checked(parser(), argv)
-    check_options(options)
+    options = COMMAND.parse(argv)
+    if options.model_path:
+        refuse_name(options.model_path, base=options.model_base)
+        check_checkpoint(options.model_path, options.model_base)
     rank, world = choose_device(options.device)
     questions = chunk(
         read_questions(
@@ -114,21 +65,6 @@ def main(argv: list[str]) -> int:
     return int(bool(refused))
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Raise ValueError for options that are missing or out of their range."""
-    if options.answers_file.resolve() == options.question_file.resolve():
-        raise ValueError(f"--answers-file {options.answers_file} is the question file; choose another")
-    if not options.endpoint and not options.model_path:
-        raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
-    if options.endpoint and options.model_path:
-        raise ValueError("--model-path and --endpoint are two models; remove one")
-    if options.concurrency < 1:
-        raise ValueError(f"--concurrency {options.concurrency} must be at least 1")
-    if options.model_path:
-        refuse_name(options.model_path, base=options.model_base)
-        check_checkpoint(options.model_path, options.model_base)
-
-
 def choose_device(device: str) -> tuple[int, int]:
     """Set CUDA_VISIBLE_DEVICES before torch is imported; returns (rank, world size) of torchrun or Slurm.
 
@@ -159,7 +95,7 @@ def chunk(questions: list[Question], chunks: int, index: int) -> list[Question]:
     return questions[index * size : (index + 1) * size]
 
 
-def answer_settings(options: argparse.Namespace, served: ServedModel | None) -> dict[str, Any]:
+def answer_settings(options: AnswerConfig, served: ServedModel | None) -> dict[str, Any]:
     """Every setting that an answer depends on, with the hashes of the model's configuration and the question file.
 
     ``served``: the model behind ``--endpoint``, whose configuration the server knows.
@@ -178,7 +114,7 @@ def answer_settings(options: argparse.Namespace, served: ServedModel | None) -> 
 
 
 def answer_questions(
-    options: argparse.Namespace, questions: list[Question], indices: list[int], answers: AnswersFile
+    options: AnswerConfig, questions: list[Question], indices: list[int], answers: AnswersFile
 ) -> None:
     """Load the model and answer the questions of these indices, batch by batch."""
     from tqdm import tqdm
@@ -197,7 +133,7 @@ def answer_questions(
 
 
 def ask_server(
-    options: argparse.Namespace,
+    options: AnswerConfig,
     endpoint: Endpoint,
     served: ServedModel,
     questions: list[Question],

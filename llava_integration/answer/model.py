@@ -3,11 +3,11 @@
 LLaVA is imported when a model is loaded: ``--help`` works without it.
 """
 
-import argparse
 import os
 from collections.abc import Iterator
 from typing import Any
 
+from llava_integration.answer.options import AnswerConfig
 from llava_integration.answer.questions import Prepare, Prepared, Question, conversation_of, padded
 from llm2clip_plugin.console import quiet_llava_loading
 
@@ -18,7 +18,7 @@ from llm2clip_plugin.console import quiet_llava_loading
 class Answerer:
     """A LLaVA model with its tokenizer and image processor."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: AnswerConfig):
         """Load the model as LLaVA's own evaluation does."""
         import torch
         from llava.mm_utils import get_model_name_from_path

@@ -1,6 +1,5 @@
 """``llm2clip bench-mllm``: evaluate one LLaVA checkpoint on every benchmark whose files are found."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llava_integration.benchmarks.answers import read_answers, read_json
 from llava_integration.benchmarks.benchmark import Benchmark, Options, first_file
@@ -21,53 +20,50 @@ from llava_integration.compare import report as tables
 from llava_integration.towers import check_checkpoint, refuse_name
 from llm2clip_plugin.contracts import atomic_file, sha256_file
 from llm2clip_plugin.files import errors_about
-from llm2clip_plugin.options import Parser, add_data, command, data_of
+from llm2clip_plugin.options import Command, command
 
 # The options of ``llm2clip bench-mllm``.
 
-ABOUT = """\
-Evaluate one LLaVA checkpoint, or a served model, on every benchmark whose files are found. Answers, scores and logs are
-written to --output; completed ones are skipped on a rerun, and a benchmark that fails does not stop the
-others. Options after -- are passed to the engine (llava_integration.evaluate, or lmms_eval)."""
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """A model and the benchmarks to evaluate it on."""
+
+    data: Path  # LLaVA's playground/data/eval, or a .jsonl with own questions
+    model_path: str = ""  # LLaVA checkpoint: full, LoRA or projector
+    model_base: str = ""  # base model of a LoRA or projector checkpoint
+    endpoint: str = ""  # instead of a checkpoint: URL of an OpenAI-compatible server
+    served_model_name: str = ""  # with --endpoint: the model; "": the only one
+    output: Path  # folder for answers, scores and logs
+    benchmarks: tuple[str, ...] = ()  # names; empty: all whose files are found
+    engine: Literal["llava", "lmms-eval"] = "llava"  # program that generates the answers
+    gpus: int = 1  # number of processes, one GPU each
+    batch_size: int = 1  # questions per batch
+    conv_mode: str = "vicuna_v1"  # conversation template
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # of the model
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights
+    name: str = ""  # model name in score files; "": the checkpoint's folder, or its name on the server
+    overwrite: bool = False  # generate existing answers again
+    plan: bool = False  # only list the benchmarks whose files are found
+    engine_options: tuple[str, ...] = ()  # after --, for the engine
+
+    def __post_init__(self) -> None:
+        if bool(self.model_path) == bool(self.endpoint):
+            raise ValueError("--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model")
 
 
-def parser() -> Parser:
-    """The command line."""
-    parse = Parser(
-        "bench-mllm",
-        "llm2clip bench-mllm playground/data/eval --model-path checkpoints/llava-7b --output runs/llava-7b",
-        ABOUT,
-        rare=("model-base", "served-model-name", "conv-mode", "device", "dtype", "name"),
-    )
-    add_data(parse, "LLaVA's playground/data/eval, or a .jsonl with own questions", type=Path)
-    parse.add_argument("--model-path", default="", help="LLaVA checkpoint: full, LoRA or projector")
-    parse.add_argument("--model-base", default="", help="base model of a LoRA or projector checkpoint")
-    parse.add_argument(
-        "--endpoint", default="", metavar="URL", help="instead of a checkpoint: an OpenAI-compatible server"
-    )
-    parse.add_argument(
-        "--served-model-name", default="", metavar="NAME", help="with --endpoint (default: the only one)"
-    )
-    parse.add_argument("--output", required=True, type=Path, help="folder for answers, scores and logs")
-    parse.add_argument(
-        "--benchmarks", nargs="+", default=[], metavar="NAME", help=f"default: all of {', '.join(benchmark_names())}"
-    )
-    parse.add_argument(
-        "--engine", choices=("llava", "lmms-eval"), default="llava", help="program that generates the answers"
-    )
-    parse.add_argument("--gpus", type=int, default=1, help="number of processes, one GPU each")
-    parse.add_argument("--batch-size", type=int, default=1, help="questions per batch")
-    parse.add_argument("--conv-mode", default="vicuna_v1", help="conversation template")
-    parse.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="device of the model")
-    parse.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of the weights")
-    parse.add_argument(
-        "--name",
-        default="",
-        help="model name in score files (default: the checkpoint's folder, or its name on the server)",
-    )
-    parse.add_argument("--overwrite", action="store_true", help="generate existing answers again")
-    parse.add_argument("--plan", action="store_true", help="only list the benchmarks whose files are found")
-    return parse
+COMMAND = Command(
+    name="bench-mllm",
+    example="llm2clip bench-mllm playground/data/eval --model-path checkpoints/llava-7b --output runs/llava-7b",
+    about="Evaluate one LLaVA checkpoint, or a served model, on every benchmark whose files are found: "
+    f"{', '.join(benchmark_names())}. Answers, scores and logs are written to --output; completed ones are skipped on "
+    "a rerun, and a benchmark that fails does not stop the others. Options after -- are passed to the engine "
+    "(llava_integration.evaluate, or lmms_eval).",
+    settings=BenchConfig,
+    arguments="data",
+    everyday="model-path endpoint output benchmarks engine gpus batch-size overwrite plan",
+    rest="engine_options",
+)
 
 
 # Which benchmarks have their files in LLaVA's evaluation folder, and which files those are.
@@ -182,17 +178,17 @@ class EngineError(RuntimeError):
     """The engine failed to generate the answers."""
 
 
-def make_answers(task: Task, args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str]]:
+def make_answers(task: Task, args: BenchConfig) -> tuple[Path, list[str]]:
     """Run the engine in a subprocess; returns the path of the answers and the command."""
     if args.engine == "lmms-eval":
         output = args.output / "lmms_eval" / task.benchmark.name
-        command = lmms_eval_command(task, args, extra, output)
+        command = lmms_eval_command(task, args, output)
         logs = [path for known in task.benchmark.lmms_eval_tasks for path in output.glob(f"**/*_samples_{known}.jsonl")]
         if logs and not args.overwrite:  # written at the very end of its run
             return output, command
     else:
         output = args.output / "answers" / f"{task.benchmark.name}.jsonl"
-        command = evaluate_command(task, args, extra, output)
+        command = evaluate_command(task, args, output)
     print(" ".join(command), flush=True)
     log = args.output / "logs" / f"{task.benchmark.name}.log"
     status, last = run_logged(command, log)
@@ -220,7 +216,7 @@ def run_logged(command: list[str], log: Path) -> tuple[int, str]:
     return process.returncode, next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
 
 
-def evaluate_command(task: Task, args: argparse.Namespace, extra: list[str], output: Path) -> list[str]:
+def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
     """The command line of llava_integration.evaluate, under torchrun with several GPUs."""
     start = [sys.executable, "-m"]
     if args.gpus > 1:
@@ -229,10 +225,10 @@ def evaluate_command(task: Task, args: argparse.Namespace, extra: list[str], out
     words += ["--question-file", str(task.question_file), *task.benchmark.evaluate_options]
     if task.image_folder is not None:
         words += ["--image-folder", str(task.image_folder)]
-    return [*words, *(["--overwrite"] if args.overwrite else []), *extra]
+    return [*words, *(["--overwrite"] if args.overwrite else []), *args.engine_options]
 
 
-def model_options(args: argparse.Namespace) -> list[str]:
+def model_options(args: BenchConfig) -> list[str]:
     """The options of llava_integration.evaluate that name the model and how it runs."""
     if args.endpoint:
         named = ["--served-model-name", args.served_model_name] if args.served_model_name else []
@@ -244,7 +240,7 @@ def model_options(args: argparse.Namespace) -> list[str]:
     return [*words, "--model-base", args.model_base] if args.model_base else words
 
 
-def lmms_eval_command(task: Task, args: argparse.Namespace, extra: list[str], output: Path) -> list[str]:
+def lmms_eval_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
     """The command line of lmms-eval, which downloads its own questions and pictures."""
     model = f"pretrained={args.model_path},conv_template={args.conv_mode}"
     if args.device != "auto":
@@ -255,7 +251,7 @@ def lmms_eval_command(task: Task, args: argparse.Namespace, extra: list[str], ou
     return [
         *start, "lmms_eval", "--model", "llava", "--model_args", model, "--tasks", task.benchmark.lmms_eval_tasks[0],
         "--batch_size", str(args.batch_size), "--log_samples", "--log_samples_suffix", task.benchmark.name,
-        "--output_path", str(output), *extra,
+        "--output_path", str(output), *args.engine_options,
     ]  # fmt: skip
 
 
@@ -313,15 +309,13 @@ class Outcome:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks; 1 if one of them failed, 0 otherwise."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    split = words.index("--") if "--" in words else len(words)
-    parse = parser()
-    args, extra = parse.parse_args(words[:split]), words[split + 1 :]
-    args.data = data_of(parse, args)
+    args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
         raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
-    check_model(args)
-    tasks = plans(args.benchmarks, args.data, args.output / "questions")
+    if args.model_path:
+        refuse_name(args.model_path, base=args.model_base)
+        check_checkpoint(args.model_path, args.model_base)
+    tasks = plans(list(args.benchmarks), args.data, args.output / "questions")
     print(describe_plan(tasks))
     if not any(isinstance(task, Task) for task in tasks):
         raise FileNotFoundError(f"no benchmark can run with the files in {args.data}; the reasons are listed above")
@@ -332,22 +326,13 @@ def main(argv: list[str] | None = None) -> int:
             "LLaVA is not installed in this environment; to install it: pip install --no-deps llava-torch==1.2.2.post1 "
             "(`llm2clip doctor` lists what else is missing), or run bench-mllm where it is installed"
         )
-    outcomes = [run_one(task, args, extra) for task in tasks]
+    outcomes = [run_one(task, args) for task in tasks]
     print("\n" + describe(outcomes))
     with atomic_file(args.output / "bench.json") as temporary:
         temporary.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
     compare = command("compare", "BASE/scores", args.output / "scores", "--output", "report")
     print(f"\ncompare two towers: {compare}", file=sys.stderr)
     return int(any(outcome.status == "failed" for outcome in outcomes))
-
-
-def check_model(args: argparse.Namespace) -> None:
-    """Raise ValueError unless there is one model, a checkpoint or a served one."""
-    if bool(args.model_path) == bool(args.endpoint):
-        raise ValueError("one of --model-path, a LLaVA checkpoint, and --endpoint URL, a served model, is needed")
-    if args.model_path:
-        refuse_name(args.model_path, base=args.model_base)
-        check_checkpoint(args.model_path, args.model_base)
 
 
 def describe_plan(tasks: list[Task | Missing]) -> str:
@@ -366,7 +351,7 @@ def describe_plan(tasks: list[Task | Missing]) -> str:
     return "\n".join(tables.aligned(("benchmark", "", "files"), rows))
 
 
-def run_one(task: Task | Missing, args: argparse.Namespace, extra: list[str]) -> Outcome:
+def run_one(task: Task | Missing, args: BenchConfig) -> Outcome:
     """Evaluate and score one benchmark; an error of any kind is its outcome and does not stop the run."""
     name = task.benchmark.name
     if isinstance(task, Missing):
@@ -374,7 +359,7 @@ def run_one(task: Task | Missing, args: argparse.Namespace, extra: list[str]) ->
     started = time.monotonic()
     print(f"\n== {task.benchmark.title}", flush=True)
     try:
-        answers, answered_by = make_answers(task, args, extra)
+        answers, answered_by = make_answers(task, args)
         outcome = score_task(task, args, answers, answered_by)
     except Exception as error:
         log = args.output / "logs" / f"{name}.error.txt"
@@ -385,7 +370,7 @@ def run_one(task: Task | Missing, args: argparse.Namespace, extra: list[str]) ->
     return replace(outcome, seconds=round(time.monotonic() - started, 1))
 
 
-def score_task(task: Task, args: argparse.Namespace, path: Path, answered_by: list[str]) -> Outcome:
+def score_task(task: Task, args: BenchConfig, path: Path, answered_by: list[str]) -> Outcome:
     """Score the answers and write the score file; if only the server has the truth, write the server's file."""
     member, name = task.benchmark, task.benchmark.name
     answers = read_answers(path, tasks=member.lmms_eval_tasks)

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,43 +13,40 @@ from llava_integration.benchmarks.benchmark import Benchmark, Options
 from llava_integration.benchmarks.rules import benchmark, benchmark_names
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
 from llm2clip_plugin.files import printable_lines
-from llm2clip_plugin.options import Parser, add_data, data_of
+from llm2clip_plugin.options import Command
 
 # The options of ``llm2clip score``.
 
 
-def parser() -> Parser:
-    """The command line."""
-    parse = Parser(
-        "score",
-        "llm2clip score textvqa playground/data/eval/textvqa --answers answers.jsonl --output textvqa.scores.json",
-        "Score one answers file against a benchmark's annotations, by the official rule.",
-        also={"json": "output"},
-    )
-    parse.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmark_names()))
-    add_data(parse, "LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions", type=Path)
-    parse.add_argument(
-        "--answers",
-        required=True,
-        type=Path,
-        help="answers of LLaVA's scripts, a submission file, or lmms-eval --log_samples (file or folder)",
-    )
-    parse.add_argument("--output", type=Path, help="score file to write")
-    parse.add_argument("--submission", type=Path, help="file to write for the benchmark's server")
-    parse.add_argument("--reviews", type=Path, help="the judge's file, of a benchmark that has a judge")
-    parse.add_argument("--model", default="", help="the model's name in reports (default: from the answers file)")
-    parse.add_argument(
-        "--allow-missing",
-        dest="allow",
-        nargs="?",
-        const=1.0,
-        default=0.10,
-        type=float,
-        metavar="FRACTION",
-        help="largest fraction of missing, duplicate, unreadable or unknown answers (default: 0.10; "
-        "without a value: 1.0)",
-    )
-    return parse
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """An answers file to score."""
+
+    benchmark: str  # one of these names
+    data: Path  # LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions
+    answers: Path  # of LLaVA's scripts, a submission file, or lmms-eval --log_samples (file or folder)
+    output: Path | None = None  # score file to write
+    submission: Path | None = None  # file to write for the benchmark's server
+    reviews: Path | None = None  # the judge's file, of a benchmark that has a judge
+    model: str = ""  # the model's name in reports; "": from the answers file
+    # largest fraction of missing, duplicate, unreadable or unknown answers; without a value: 1.0
+    allow_missing: float = 0.10
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.allow_missing <= 1:
+            raise ValueError(f"--allow-missing {self.allow_missing} must be a fraction between 0 and 1")
+
+
+COMMAND = Command(
+    name="score",
+    example="llm2clip score textvqa playground/data/eval/textvqa --answers answers.jsonl --output textvqa.scores.json",
+    about="Score one answers file against a benchmark's annotations, by the official rule. BENCHMARK is one of "
+    f"{', '.join(benchmark_names())}.",
+    settings=ScoreConfig,
+    arguments="benchmark data",
+    also={"json": "output"},
+    alone={"allow_missing": "1"},
+)
 
 
 def score_answers(name: str, data: Path, answers: Answers, options: Options, *, model: str = "") -> ScoreFile:
@@ -101,12 +99,8 @@ def describe(member: Benchmark, record: ScoreFile) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Score one answers file."""
-    parse = parser()
-    args = parse.parse_args(argv)
-    args.data = data_of(parse, args)
+    args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     member = benchmark(args.benchmark)
-    if not 0 <= args.allow <= 1:
-        raise ValueError(f"--allow-missing {args.allow} must be a fraction between 0 and 1")
     answers = read_answers(args.answers, tasks=member.lmms_eval_tasks)
     if args.submission:
         if not member.submission_format:
@@ -115,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
         if not args.output:
             return 0
-    options = Options(allow=args.allow, reviews=args.reviews)
+    options = Options(allow=args.allow_missing, reviews=args.reviews)
     record = score_answers(args.benchmark, args.data, answers, options, model=args.model)
     if args.output:  # before printing, which `| head` may end
         record.write(args.output)

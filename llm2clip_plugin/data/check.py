@@ -34,7 +34,7 @@ from llm2clip_plugin.data.sources.rows import NO_IMAGE
 from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import printable
 from llm2clip_plugin.hub import check_hub_answers
-from llm2clip_plugin.options import READ_NAMES, Command
+from llm2clip_plugin.options import Command
 
 # The options of ``llm2clip data check``.
 
@@ -59,22 +59,9 @@ COMMAND = Command(
     about="Read a data set once, decode every image, and report statistics and broken samples. The exit status is 1 if "
     "training on it would stop, else 0.",
     settings=CheckConfig,
-    arguments=("path",),
-    everyday=(
-        "images",
-        "fields",
-        "kinds",
-        "languages",
-        "validation",
-        "tokenizer",
-        "max_tokens",
-        "max_broken",
-        "show",
-        "workers",
-        "json",
-    ),
-    shown={**READ_NAMES, "path": "data"},
-    hidden=("weight", "shuffle_window"),
+    arguments="path",
+    everyday="image-folder fields kinds languages validation tokenizer max-tokens max-broken show workers json",
+    hidden="weight shuffle_window",
 )
 
 

@@ -11,7 +11,7 @@ from llm2clip_plugin.contracts import atomic_directory
 from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, open_header, select_captions
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import check_fields, open_source
-from llm2clip_plugin.options import READ_NAMES, Command
+from llm2clip_plugin.options import Command
 
 # The options of ``llm2clip llava data``.
 
@@ -30,10 +30,9 @@ COMMAND = Command(
     about="Write captions.json and images for scripts/llava/pretrain.sh: each image with its first caption. Samples "
     "that can't be read are left out.",
     settings=LlavaDataConfig,
-    arguments=("path",),
-    everyday=("output", "images", "fields", "kinds", "languages", "overwrite"),
-    shown={**READ_NAMES, "path": "data"},
-    hidden=("weight", "shuffle_window"),
+    arguments="path",
+    everyday="output image-folder fields kinds languages overwrite",
+    hidden="weight shuffle_window",
 )
 
 

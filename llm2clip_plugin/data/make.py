@@ -31,7 +31,7 @@ from llm2clip_plugin.data.samples import (
 )
 from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import printable
-from llm2clip_plugin.options import READ_NAMES, Command, command, nearest
+from llm2clip_plugin.options import Command, command, nearest
 
 # The options of ``llm2clip data make``.
 
@@ -76,9 +76,8 @@ COMMAND = Command(
     "image are joined to one sample with several captions. Unreadable pictures, those without a caption and exact "
     "copies are left out and listed.",
     settings=MakeConfig,
-    arguments=("path",),
-    everyday=("output", "images", "image_field", "fields", "file_names", "background", "workers", "overwrite"),
-    shown={**READ_NAMES, "path": "data"},
+    arguments="path",
+    everyday="output image-folder image-field fields file-names background workers overwrite",
 )
 
 

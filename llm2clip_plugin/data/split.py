@@ -25,7 +25,7 @@ from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.options import READ_NAMES, SELECTION, Command, command
+from llm2clip_plugin.options import Command, command
 
 # The options of ``llm2clip data split``.
 
@@ -54,10 +54,9 @@ COMMAND = Command(
     about="Hold out a part of a data set for validation. A sample's side follows from its key, or from a field (--by), "
     "alone: the same in any order of shards. Rerun the same command to resume.",
     settings=SplitConfig,
-    arguments=("path",),
-    everyday=("output", "validation", "by", "images", "fields", "workers", "dry_run"),
-    shown={**READ_NAMES, "path": "data"},
-    hidden=SELECTION,
+    arguments="path",
+    everyday="output validation by image-folder fields workers dry-run",
+    hidden="weight shuffle_window kinds languages",
 )
 
 

@@ -25,7 +25,7 @@ from llm2clip_plugin.contracts import ScoreFile, atomic_file
 from llm2clip_plugin.data.samples import Caption, select_captions
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.evaluate.config import CAPTIONS_COMMAND, CaptionSetConfig, EvaluateCaptionsConfig
+from llm2clip_plugin.evaluate.config import EVALUATE_CAPTIONS, CaptionSetConfig, EvaluateCaptionsConfig
 from llm2clip_plugin.evaluate.opening import write_scores
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
 from llm2clip_plugin.options import command
@@ -43,7 +43,7 @@ Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
 
 def main(argv: list[str]) -> int:
     """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long] [--search]``."""
-    config = CAPTIONS_COMMAND.parse(argv)
+    config = EVALUATE_CAPTIONS.parse(argv)
     if not config.measure.captions:
         raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
     if config.search:

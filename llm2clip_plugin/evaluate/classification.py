@@ -18,7 +18,7 @@ from llm2clip_plugin.contracts import ScoreFile, TowerCard, atomic_file, canonic
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.evaluate.config import PROBE_COMMAND, ZEROSHOT_COMMAND, ProbeConfig, ZeroShotConfig
+from llm2clip_plugin.evaluate.config import EVALUATE_PROBE, ProbeConfig, ZeroShotConfig
 from llm2clip_plugin.evaluate.images import ImageFeatures, InMemorySource, Row, image_features, open_labeled_images
 from llm2clip_plugin.evaluate.opening import (
     Teacher,
@@ -48,7 +48,7 @@ QUERY_BLOCK = 1024  # test images compared at once
 
 def main_zeroshot(argv: list[str]) -> int:
     """``llm2clip evaluate zeroshot TOWER DATA``."""
-    config = ZEROSHOT_COMMAND.parse(argv)
+    config = EVALUATE_ZEROSHOT.parse(argv)
     return on_all_ranks(
         lambda all_ranks: measure_zeroshot(config, all_ranks=all_ranks), lambda scores: zeroshot_report(config, scores)
     )
@@ -192,7 +192,7 @@ def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, *,
 
 def main_probe(argv: list[str]) -> int:
     """``llm2clip evaluate probe TOWER TRAIN TEST``."""
-    config = PROBE_COMMAND.parse(argv)
+    config = EVALUATE_PROBE.parse(argv)
     return on_all_ranks(
         lambda all_ranks: measure_probe(config, all_ranks=all_ranks), lambda scores: probe_report(config, scores)
     )

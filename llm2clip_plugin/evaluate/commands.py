@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +14,7 @@ from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.open import check_fields, open_source
-from llm2clip_plugin.evaluate.config import RETRIEVAL_COMMAND, EvaluateConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig, RetrievalConfig
 from llm2clip_plugin.evaluate.opening import (
     NOTES_SHOWN,
     OpenedTower,
@@ -32,8 +31,6 @@ from llm2clip_plugin.evaluate.opening import (
 from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.suites.base import Suite
-from llm2clip_plugin.options import EVALUATION_NAMES, Command
-from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
 SIDES = ("i2t", "t2i")
@@ -41,9 +38,9 @@ SIDES = ("i2t", "t2i")
 
 def main(argv: list[str]) -> int:
     """``llm2clip evaluate TOWER DATA``; with ``--suite`` the benchmarks by name."""
-    if any(word == "--suite" or word.startswith("--suite=") for word in argv):
-        return main_suites(argv)
-    config = RETRIEVAL_COMMAND.parse(argv)
+    config = EVALUATE.parse(argv)
+    if config.suite:
+        return main_suites(config)
 
     def report(scores: ScoreFile) -> None:
         found = intervals(scores, config.resamples)
@@ -118,51 +115,9 @@ def score_table(
     return table
 
 
-@dataclass(frozen=True, kw_only=True)
-class SuitesConfig:
-    """Benchmarks by name."""
-
-    tower: str  # tower directory or Hub id, with a text adapter
-    suite: str  # names, separated by commas; paper: those that the paper reports; all: every one
-    root: str  # folder with one folder per suite
-    output: str = ""  # folder of the score files, one per suite; "": <root>/scores-<hash of the tower>
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for captions not cached yet
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
-    resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
-    overwrite: bool = False  # measure again even where a score file exists
-
-
-def command() -> Command[SuitesConfig]:
-    """The command with the names of the suites that there are."""
-    return Command(
-        name="evaluate",
-        example="llm2clip evaluate towers/l14-336 /data/benchmarks --suite paper",
-        about=f"Measure benchmarks by name: {', '.join(suites())}. DATA has one folder for each; those with missing "
-        "files are skipped, with a line that says where to get them. Captions are embedded once, into a cache in the "
-        "suite's folder.",
-        settings=SuitesConfig,
-        arguments=("tower", "root"),
-        everyday=(
-            "suite",
-            "output",
-            "teacher.llm",
-            "teacher.adapter",
-            "retrieval.batch",
-            "retrieval.workers",
-            "retrieval.limit",
-            "resamples",
-            "overwrite",
-            "device",
-        ),
-        shown={**EVALUATION_NAMES, "root": "data"},
-    )
-
-
-def main_suites(argv: list[str]) -> int:
+def main_suites(config: EvaluateConfig) -> int:
     """Measure the suites whose files exist; 0 unless there is none."""
-    config = command().parse(argv)
-    selected, root = select_suites(config.suite), Path(config.root)
+    selected, root = select_suites(config.suite), Path(config.data.path)
     missing = {suite.name: lines for suite in selected if (lines := suite.missing(root))}
     missing_lines = [line for lines in missing.values() for line in lines]
     ready = [suite for suite in selected if suite.name not in missing]
@@ -177,12 +132,12 @@ def main_suites(argv: list[str]) -> int:
     return on_all_ranks(lambda all_ranks: measure_suites(config, ready, all_ranks=all_ranks), report)
 
 
-def measure_suites(config: SuitesConfig, ready: list[Suite], *, all_ranks: bool) -> dict[str, ScoreFile]:
+def measure_suites(config: EvaluateConfig, ready: list[Suite], *, all_ranks: bool) -> dict[str, ScoreFile]:
     """The score file of each suite: read if its provenance is the same, else measured and written by rank 0."""
-    tower, root = open_tower(config.tower, config.device), Path(config.root)
+    tower, root = open_tower(config.tower, config.device), Path(config.data.path)
     card = tower.dual.card
     teacher = Teacher(card, config.teacher, tower.device)
-    output = Path(config.output) if config.output else root / f"scores-{card.weights_sha256[:12]}"
+    output = Path(config.json) if config.json else root / f"scores-{card.weights_sha256[:12]}"
     results = {}
     for suite in ready:
         source = suite.open(root)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import llm2clip_plugin
 from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.options import EVALUATION_NAMES, READ_NAMES, SELECTION, Command, Extra, in_section
+from llm2clip_plugin.options import Command
 from llm2clip_plugin.text.config import EncoderConfig
 
 KS = (1, 5, 10)
@@ -84,28 +84,15 @@ class EvaluateCaptionsConfig:
     json: str = ""  # file to write: the metrics and every caption's hit, for llm2clip compare
 
 
-CAPTIONS_COMMAND = Command(
+EVALUATE_CAPTIONS = Command(
     name="evaluate captions",
     example="llm2clip evaluate captions /data/flickr30k --llm meta-llama/Llama-3.2-1B --adapter runs/llm/adapter",
     about="Measure the caption retrieval accuracy of an LLM, fine-tuned or not: one caption of an image retrieves "
     "another, within and across languages. Images are not read.",
     settings=EvaluateCaptionsConfig,
-    arguments=("measure.captions",),
-    everyday=(
-        "encoder.llm",
-        "encoder.adapter",
-        "encoder.preset",
-        "measure.retrieve",
-        "measure.home",
-        "measure.across",
-        "measure.across_kind",
-        "measure.limit",
-        "search",
-        "reading.fit_on",
-        "reading.folder",
-        "json",
-    ),
-    shown={**EVALUATION_NAMES, "measure.captions": "data"},
+    arguments="measure.captions",
+    everyday="llm adapter preset retrieve home across across-kind limit search fit-on folder output",
+    shown={"measure.captions": "data", "json": "output"},
 )
 
 
@@ -140,29 +127,17 @@ class ForecastConfig:
 
 EXAMPLE = "llm2clip forecast towers/clip-l14 runs/l14/tower --llm lmsys/vicuna-7b-v1.5 --data /data/lcs-558k.json"
 
-FORECAST_COMMAND = Command(
+FORECAST = Command(
     name="forecast",
     example=EXAMPLE,
     about="Before any LLaVA is trained: how well do a tower's patches agree with what an LLM makes of the images' "
     "captions? Mutual neighbors (RAVEL), CKA and a linear probe, with intervals; of two or more towers the paired "
     "differences to the first. Without --data: the package's 200 validation drawings.",
     settings=ForecastConfig,
-    arguments=("towers",),
-    everyday=(
-        "encoder.llm",
-        "data.path",
-        "data.images",
-        "data.kinds",
-        "data.languages",
-        "cache",
-        "cluster",
-        "select_layer",
-        "limit",
-        "json",
-        "device",
-    ),
-    shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=("data.weight", "data.shuffle_window"),
+    arguments="towers",
+    everyday="llm data image-folder kinds languages cache cluster select-layer limit output device",
+    shown={"json": "output"},
+    hidden="data.weight data.shuffle_window",
 )
 
 
@@ -189,15 +164,15 @@ class ProbeConfig:
     json: str = ""  # write the metrics and every test image's hits here (a score file)
 
 
-PROBE_COMMAND = Command(
+EVALUATE_PROBE = Command(
     name="evaluate probe",
     example="llm2clip evaluate probe towers/l14-336 /data/imagenet/train /data/imagenet/val",
     about="Measure a tower's features by kNN and a linear probe. TOWER is anything that load_tower opens, so a tower "
     "can be compared with the one that it was trained from. TRAIN and TEST have one folder per class, or tars with "
     ".cls members; with --label FIELD they are captioned data, and the field is the class.",
     settings=ProbeConfig,
-    arguments=("tower", "train", "test"),
-    shown=EVALUATION_NAMES,
+    arguments="tower train test",
+    shown={"json": "output"},
 )
 
 
@@ -215,32 +190,28 @@ class EvaluateConfig:
     any_teacher: bool = False  # accept a cache from a different teacher than the tower's
     device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
     resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
-    json: str = ""  # file to write: the metrics and every query's hits, for llm2clip compare
+    # file to write: the metrics and every query's hits, for llm2clip compare; with --suite a folder with one file a
+    # suite, "": scores-<hash of the tower> in DATA
+    json: str = ""
+    # benchmarks by name, separated by commas, each in a folder of DATA; paper: those that the paper reports; all
+    suite: str = ""
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # with --suite: the LLM, for captions not cached yet
+    overwrite: bool = False  # with --suite: measure again even where a score file exists
 
 
-RETRIEVAL_COMMAND = Command(
+EVALUATE = Command(
     name="evaluate",
     example="llm2clip evaluate runs/l14-336/tower /data/flickr30k.jsonl --image-folder /data/flickr30k-images",
     about="Measure a tower's image-text retrieval recall on data whose captions are cached. Under torchrun or the "
-    "deepspeed launcher the ranks split the work. With --suite NAMES: benchmarks by name (flickr30k, coco, docci, "
-    "sugarcrepe ...), see llm2clip evaluate --suite all --help.",
+    "deepspeed launcher the ranks split the work. With --suite paper, or names: benchmarks (flickr30k, coco, docci, "
+    "sugarcrepe ...), of which those with missing files are skipped, with a line that says where to get them; captions "
+    "are embedded once, into a cache in the suite's folder.",
     settings=EvaluateConfig,
-    arguments=("tower", "data.path"),
-    everyday=(
-        "cache",
-        "data.images",
-        "data.fields",
-        "retrieval.kinds",
-        "retrieval.languages",
-        "retrieval.group",
-        "retrieval.limit",
-        "retrieval.batch",
-        "json",
-        "device",
-    ),
-    shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=tuple(f"data.{name}" for name in SELECTION),
-    extras={"suite": Extra(metavar="NAMES", help="benchmarks by name; see `llm2clip evaluate --suite all --help`")},
+    arguments="tower data.path",
+    everyday="suite cache image-folder fields kinds languages group limit batch-size output device",
+    shown={"json": "output"},
+    hidden="data.weight data.shuffle_window data.kinds data.languages",
+    needs={"teacher": "suite", "overwrite": "suite", "cache": "not suite", "any_teacher": "not suite"},
 )
 
 
@@ -272,28 +243,16 @@ class SearchConfig:
             raise ValueError(f"top-k is {self.top_k} and batch-size {self.batch}, expected at least 1")
 
 
-SEARCH_COMMAND = Command(
+SEARCH = Command(
     name="search",
     example='llm2clip search towers/l14-336 /data/photos "a bird on a wire" "ein Vogel" --output birds.html',
     about="Find the images that are nearest to each text, with the tower's teacher. DATA is captioned data of any "
     "format, whose captions are not used, or a folder of image files. Images and texts are embedded once; rerun the "
     "same command to resume.",
     settings=SearchConfig,
-    arguments=("tower", "data.path", "text"),
-    everyday=(
-        "top_k",
-        "output",
-        "json",
-        "cache",
-        "data.images",
-        "teacher.llm",
-        "teacher.adapter",
-        "batch",
-        "workers",
-        "device",
-    ),
-    shown={"batch": "batch-size", **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=tuple(f"data.{name}" for name in SELECTION),
+    arguments="tower data.path text",
+    everyday="top-k output json cache image-folder llm adapter batch-size workers device",
+    hidden="data.weight data.shuffle_window data.kinds data.languages",
 )
 
 
@@ -318,25 +277,14 @@ class ZeroShotConfig:
     clip_benchmark: str = ""  # write the metrics here in CLIP_benchmark's format
 
 
-ZEROSHOT_COMMAND = Command(
+EVALUATE_ZEROSHOT = Command(
     name="evaluate zeroshot",
     example="llm2clip evaluate zeroshot towers/l14-336 /data/imagenet/val --classes classnames.txt",
     about="Measure a tower's zero-shot classification. DATA has one folder per class (ImageNet), or WebDataset tars "
     "with .cls members (CLIP_benchmark, whose classnames.txt and zeroshot_classification_templates.txt are used); or "
     "it is captioned data, with --label.",
     settings=ZeroShotConfig,
-    arguments=("tower", "data"),
-    everyday=(
-        "label",
-        "classes",
-        "templates",
-        "cache",
-        "teacher.llm",
-        "teacher.adapter",
-        "batch",
-        "workers",
-        "json",
-        "device",
-    ),
-    shown=EVALUATION_NAMES,
+    arguments="tower data",
+    everyday="label classes templates cache llm adapter batch-size workers output device",
+    shown={"json": "output"},
 )

@@ -31,7 +31,7 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.evaluate.captions import has_card
 from llm2clip_plugin.evaluate.classification import weights_hash
-from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST_COMMAND, ForecastConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
 from llm2clip_plugin.evaluate.images import InMemorySource, Row
 from llm2clip_plugin.evaluate.opening import check_measurable, dataset_name, provenance, wide_console, write_scores
 from llm2clip_plugin.text.config import EncoderConfig
@@ -67,7 +67,7 @@ class Captioned:
 
 def main(argv: list[str]) -> int:
     """``llm2clip forecast TOWER [TOWER ...] --llm LLM``."""
-    config = FORECAST_COMMAND.parse(argv)
+    config = FORECAST.parse(argv)
     source = open_source(config.data)
     check_fields(source)
     selected = RetrievalConfig(kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster)

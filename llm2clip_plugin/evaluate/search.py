@@ -25,7 +25,7 @@ from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, Caption
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.evaluate.config import SEARCH_COMMAND, SearchConfig
+from llm2clip_plugin.evaluate.config import SEARCH, SearchConfig
 from llm2clip_plugin.evaluate.images import InMemorySource, Row, encode_images, image_files
 from llm2clip_plugin.evaluate.opening import NOTES_SHOWN, OpenedTower, Teacher, dataset_name, on_all_ranks, open_tower
 from llm2clip_plugin.files import ContractError, printable
@@ -56,7 +56,7 @@ class Found:
 
 def main(argv: list[str]) -> int:
     """``llm2clip search TOWER DATA TEXT [TEXT ...]``."""
-    config = SEARCH_COMMAND.parse(argv)
+    config = SEARCH.parse(argv)
     return on_all_ranks(lambda all_ranks: search(config, all_ranks=all_ranks), lambda result: report(config, *result))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.options import READ_NAMES, Command
+from llm2clip_plugin.options import Command
 
 PRETRAIN = Path(__file__).parents[2] / "scripts" / "llava" / "pretrain.sh"
 
@@ -72,23 +72,8 @@ COMMAND = Command(
     "tower, measure it against the start tower, export it, and write a page about the run. Each stage is a command, "
     "which is printed. Rerun the same command to resume.",
     settings=PipelineConfig,
-    arguments=("path",),
-    everyday=(
-        "llm",
-        "tower",
-        "output",
-        "images",
-        "fields",
-        "validation",
-        "by",
-        "adapter",
-        "stage1",
-        "num_train_epochs",
-        "questions",
-        "llava_llm",
-        "num_gpus",
-        "dry_run",
-    ),
-    shown={**READ_NAMES, "path": "data"},
-    hidden=("weight", "shuffle_window", "kinds", "languages"),
+    arguments="path",
+    everyday="llm tower output image-folder fields validation by adapter stage1 num-train-epochs questions llava-llm "
+    "num-gpus dry-run",
+    hidden="weight shuffle_window kinds languages",
 )

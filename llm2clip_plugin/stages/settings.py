@@ -1,20 +1,15 @@
-"""Settings as dataclasses and as JSON: read with their types checked, flattened, and compared with a checkpoint's.
+"""Settings of a training run: what stages share, and how a resumed run's are compared with its checkpoint's.
 
 Standard library only.
 """
 
-import dataclasses
 import os
-import types
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from llm2clip_plugin.options import Command, Words, joined, nearest
-
-Settings = TypeVar("Settings")
+from llm2clip_plugin.options import nearest
 
 # Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
 # learns.
@@ -59,6 +54,14 @@ IGNORED_ON_RESUME = (
 
 # Initial values, which a resumed run takes from its checkpoint; they decide what is learned nevertheless.
 INITIAL = ("dual.logit_scale_init", "dual.projection_init_std")
+
+# Of the stages' commands, as options.Command takes them. An explicit length or warm-up wins over a recipe's.
+REPLACES = {
+    "train.num_train_epochs": "train.max_steps",
+    "optim.warmup_ratio": "optim.warmup_steps",
+    "optim.warmup_steps": "optim.warmup_ratio",
+}
+NEEDS = {"train.num_train_epochs": "not train.max_steps", "plan": "dry_run"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,61 +123,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
         )
 
 
-def from_plain(cls: type[Settings], body: Any, *, where: str, path: str = "") -> Settings:
-    """A settings dataclass from parsed JSON.
-
-    Raises ValueError for an unknown field (with the nearest known name) and for a value of another type.
-    """
-    hints = typing.get_type_hints(cls)
-    known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    if not isinstance(body, dict):
-        raise ValueError(f"{where}: {path or 'the file'} is {body!r}; expected an object with the fields {known}")
-    for name in body:
-        if name not in known:
-            unknown = f"{where}: unknown option {f'{path}.{name}'.lstrip('.')!r}{nearest(name, known)}"
-            raise ValueError(joined(unknown, f"known: {', '.join(known)}"))
-    return cls(
-        **{
-            name: _typed(hints[name], value, where=where, path=f"{path}.{name}".lstrip("."))
-            for name, value in body.items()
-        }
-    )
-
-
-def _typed(hint: Any, value: Any, *, where: str, path: str) -> Any:
-    """``value`` checked against a type annotation, JSON's lists as tuples."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(hint, value, where=where, path=path)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[-1] is not Ellipsis and len(arguments) != len(value):
-            raise ValueError(f"{where}: {path} has {len(value)} values, expected {len(arguments)}")
-        hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(
-            _typed(h, item, where=where, path=f"{path}.{i}")
-            for i, (h, item) in enumerate(zip(hints, value, strict=True))
-        )
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _typed(arguments[0], value, where=where, path=path)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise ValueError(f"{where}: {path} is {value!r}; known: {', '.join(map(str, arguments))}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(hint, type) or not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: {path} is {value!r}; expected {hint}")
-    return value
-
-
-# What the stages' command lines share: settings over a recipe, and the launcher's variables.
-
-# an option that is given -> the recipe's setting that would take its place, and the value that turns it off
-REPLACES: dict[str, tuple[str, Any]] = {
-    "train.num_train_epochs": ("train.max_steps", 0),
-    "optim.warmup_ratio": ("optim.warmup_steps", 0),
-    "optim.warmup_steps": ("optim.warmup_ratio", 0.0),
-}
+# What the stages' commands share.
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -193,19 +142,6 @@ def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Pa
     if first_rank:
         print(f"{result}: {path}")
     return 0
-
-
-def read_settings(
-    command: Command[Settings], argv: Sequence[str], default: Callable[[dict[str, str]], Settings]
-) -> Settings:
-    """The settings of a training stage's command line.
-
-    ``default``: what the options override, from the words of the extra options (--recipe ...).
-    """
-    words = command.read(argv)
-    given = words.values
-    replaced = dict(REPLACES[name] for name in given if name in REPLACES and REPLACES[name][0] not in given)
-    return command.build(Words({**replaced, **given}, words.extras), default(words.extras))
 
 
 # What a dry run assumes; read without torch.

@@ -267,16 +267,7 @@ COMMAND = Command(
     about="Export a fine-tuned LLM: merged weights, an adapter with its card, or a sentence-transformers folder. It is "
     "reloaded, and its embeddings are compared, before it counts.",
     settings=ExportConfig,
-    everyday=(
-        "encoder.llm",
-        "encoder.adapter",
-        "encoder.preset",
-        "output",
-        "layout",
-        "post",
-        "post_data",
-        "overwrite",
-    ),
+    everyday="llm adapter preset output format post post-data overwrite",
     shown={"layout": "format"},
 )
 

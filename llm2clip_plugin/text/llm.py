@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, P
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import errors_about
 from llm2clip_plugin.hub import check_hub_answers
-from llm2clip_plugin.options import check_path
 from llm2clip_plugin.text.adapter import add_lora
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings, is_sentence_transformers
 from llm2clip_plugin.text.tokens import Batch
@@ -70,9 +69,13 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     Raises ValueError for missing weights, a model that is not a decoder or cannot attend as configured, or a layer out
     of range.
     """
-    check_path("llm", str(folder), "--llm")
     with errors_about(folder / "config.json", fix="download or copy the LLM again"):
         settings = AutoConfig.from_pretrained(folder)
+    if getattr(settings, "quantization_config", None):
+        raise ValueError(
+            f"{folder} is saved quantized, and LoRA, merging and its fingerprint need the original weights; take the "
+            "model that it was made from, with --load-in-4bit if memory is short"
+        )
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
     set_attention(settings, config.attention)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from llm2clip_plugin.data.workers import PREFETCH_MB
+from llm2clip_plugin.files import from_plain
 from llm2clip_plugin.options import unknown
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -287,26 +288,19 @@ class LossConfig:
 def from_named_args(member: type[Member], words: Sequence[str], *, where: str) -> Member:
     """An instance of the dataclass ``member``: fields from ``words``, the others with their defaults.
 
-    Raises ValueError for a word that is not NAME=VALUE, an unknown field, or a value of another type than the
-    field's default; ``where`` is the option, for the message.
+    Raises ValueError for a word that is not NAME=VALUE, an unknown field, or a value of another type; ``where`` is the
+    option, for the message.
     """
-    defaults = {field.name: field.default for field in fields(member)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
-        if not equals or name not in defaults:
-            known = ", ".join(f"{name}={default}" for name, default in defaults.items()) or "none"
-            raise ValueError(f"{where}: unknown setting {word!r} of {member.__name__}; known: {known}")
-        expected = type(defaults[name])
+        if not equals:
+            raise ValueError(f"{where}: {word!r} is not NAME=VALUE")
         try:
-            value = text if expected is str else json.loads(text.lower() if expected is bool else text)
+            values[name] = json.loads(text.lower() if text in ("True", "False") else text)
         except ValueError:
-            value = None
-        value = float(value) if expected is float and type(value) is int else value
-        if type(value) is not expected:
-            raise ValueError(f"{where}: {name} is {text!r}, expected {expected.__name__}")
-        values[name] = value
-    return member(**values)
+            values[name] = text
+    return from_plain(member, values, where=f"{where} of {member.__name__}")
 
 
 def local_world_size() -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.files import ContractError, check_fields, load_tensors
+from llm2clip_plugin.files import ContractError, from_plain, load_tensors
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, check_hash, fetch_directory
 from llm2clip_plugin.vision.families import family_of
@@ -305,11 +305,7 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     if not card.projection_dim:
         raise ValueError(f"{directory} contains only a tower, without a projection; open it with load_tower")
-    known = {field.name for field in dataclasses.fields(DualConfig)}
-    if unknown := sorted(set(card.dual) - known):
-        raise ContractError(f"{directory / card.FILE}: unknown fields in dual: {unknown}; known: {sorted(known)}")
-    check_fields(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
-    return card, DualConfig(**card.dual)
+    return card, from_plain(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
 
 
 def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:

@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import scores
-from scores import SIDES, TEACHERS, Claim, Tower, by_name, make_claims
+from scores import TEACHERS, Claim, Tower, by_name, make_claims
 from shards import in_random_order
 
 from llava_integration.compare.statistics import Difference
@@ -107,22 +107,18 @@ def claims_table(claims: Sequence[Claim], base: str, title: str) -> Table:
 
 
 def retrieval_table(towers: Sequence[Tower]) -> Table:
-    """R@1 and R@10: a row per test, a column per teacher."""
-    groups = by_name(towers)
-    recall = {name: [tower.recall() for tower in seeds] for name, seeds in groups.items()}
-    rows = []
-    for test, chance in towers[0].recall(chance=True).items():
-        for side, title in SIDES.items():
-            columns = [*([one[test] for one in seeds] for seeds in recall.values()), [chance]]
-            cells = [" / ".join(cell([one[f"{side}_r{k}"] for one in column]) for k in (1, 10)) for column in columns]
-            rows.append([f"{test}, {title}", *cells])
+    """A row per test, a column per teacher."""
+    groups, rows = by_name(towers), []
+    for name, test in towers[0].tests.items():
+        measured = [[tower.queries(*test) for tower in seeds] for seeds in groups.values()]
+        cells = [cell([float(one.scores.mean()) for one in seeds]) for seeds in measured]
+        rows.append([name, *cells, fraction(measured[0][0].chance)])
     heads = [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
     below = (
-        "R@1 / R@10, mean over galleries of one style each. Training saw no drawing of these families. "
-        "± is the standard deviation over seeds; ties count half."
+        "Mean reciprocal rank in galleries of one style each. Training saw no drawing of these families. ± is the "
+        "standard deviation over seeds; equal scores are in random order."
     )
-    title = "How often is the right one first, and among the first ten?"
-    return Table(head=["retrieval", *heads, "chance"], rows=rows, below=below, title=title)
+    return Table(head=["tower", *heads, "chance"], rows=rows, below=below, title="What does each tower find?")
 
 
 # ------------------------------------------------------------------------------------------------- report
@@ -151,28 +147,31 @@ class Report:
         return [*tables, retrieval_table(self.towers)]
 
     def as_json(self) -> dict[str, Any]:
-        """The claims: the headline, and the others whether significant or not; R@1 and R@10 of every tower."""
+        """The claims: the headline, and the others whether significant or not; every tower's MRR."""
         parts = {
             "headline": [one for one in self.claims if one.name in HEADLINE],
             "others": [one for one in self.claims if one.name not in HEADLINE],
             "over_plain": self.over_plain,
         }
         records = {name: [as_record(one) for one in part] for name, part in parts.items()}
-        recall = {f"{tower.name}-seed{tower.seed}": tower.recall() for tower in self.towers}
-        recall["chance"] = self.towers[0].recall(chance=True)
-        return {"sentences": self.sentences, **records, "recall": recall, "inputs": self.inputs}
+        towers = {
+            f"{tower.name}-seed{tower.seed}": {
+                row: float(tower.queries(*t).scores.mean()) for row, t in tower.tests.items()
+            }
+            for tower in self.towers
+        }
+        return {"sentences": self.sentences, **records, "towers": towers, "inputs": self.inputs}
 
     def failures(self) -> list[str]:
         """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
         failed = []
-        recall = {
-            name: fmean(tower.recall()[scores.LONG_CAPTIONS]["i2t_r10"] for tower in seeds)
+        mean = {
+            name: fmean(tower.queries("test families, long captions", "i2t").scores.mean() for tower in seeds)
             for name, seeds in by_name(self.towers).items()
         }
-        for name, value in recall.items():
-            if name not in ("shuffled", "random") and value <= recall["shuffled"]:
-                control = f"not above the control's {recall['shuffled']:.3f}"
-                failed.append(f"R@10 of {TEACHERS[name]!r} is {value:.3f}, {control}")
+        for name, value in mean.items():
+            if name not in ("shuffled", "random") and value <= mean["shuffled"]:
+                failed.append(f"{TEACHERS[name]!r} reaches {value:.3f}, not above the control's {mean['shuffled']:.3f}")
         lost = [one for one in self.claims if one.name == HEADLINE[2] and one.difference.difference <= 0]
         return [*failed, *map(sentence, lost)]
 
@@ -198,7 +197,7 @@ def sentence(one: Claim) -> str:
 
 def as_record(one: Claim) -> dict[str, Any]:
     """The claim for a JSON file."""
-    kept = ("name", "chance", "queries", "families", "better", "worse", "seeds_significant")
+    kept = ("name", "chance", "queries", "better", "worse", "seeds_significant")
     by_seed = {str(seed): _numbers(one.by_seed[seed], one.p_by_seed[seed]) for seed in one.by_seed}
     return {**{name: getattr(one, name) for name in kept}, **_numbers(one.difference, one.p), "by_seed": by_seed}
 
@@ -288,11 +287,11 @@ def open_caches(data: Path) -> dict[str, EmbeddingCache]:
 
 def open_captions(data: Path, caches: Mapping[str, EmbeddingCache]) -> tuple[Source, dict[str, scores.Rows]]:
     """The test set in one style, since every style has the same captions, and each cache's embeddings of it."""
-    source = scores.open_source(scores.SourceConfig(path=str(data / "all" / "test-noto.tar")))
+    source = scores.open_sets(data / "all")["test"][0]
     return source, {name: scores.caption_rows(source, cache) for name, cache in caches.items()}
 
 
-def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingCache]) -> Tower:
+def measure(path: Path, sets: dict[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> Tower:
     """Load a tower directory and measure it. Raises ContractError if no cache belongs to its teacher."""
     dual, images = load_dual_encoder(path), ImageConfig.from_preprocessor(preprocessor_config(path))
     return scores.measure_tower(path.name, dual, sets, scores.cache_of(path, dual.card.teacher, caches), images)
@@ -311,8 +310,8 @@ def make_report(data: Path, output: Path, comparison: str = "") -> Report:
     inputs = {folder.name: scores.check_run(folder) for folder in folders}
     towers = [measure(folder, sets, caches) for folder in folders]
     captions, teachers = open_captions(data, caches)
-    tests, over = scores.tower_tests(towers), scores.tower_tests(towers, "plain")
-    tests |= scores.teacher_tests(captions, teachers) if tests else {}
+    tests = {**scores.tower_tests(towers), **scores.teacher_tests(captions, teachers)}
+    over = scores.tower_tests(towers, "plain")
     over |= scores.teacher_tests(captions, teachers, "plain") if over else {}
     report = Report(
         towers=towers,
@@ -324,7 +323,7 @@ def make_report(data: Path, output: Path, comparison: str = "") -> Report:
         Path(__file__).with_name("page.html"),
         headlines=report.sentences,
         tables=report.tables,
-        queries=page_queries(towers, sets["test"]),
+        queries=page_queries(towers, sets["test"][0]),
         comparison=comparison,
     )
     for name, text in (("headline.json", json.dumps(report.as_json(), indent=2)), ("index.html", page)):

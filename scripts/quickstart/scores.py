@@ -11,7 +11,6 @@ Shapes: N images, M captions, Q queries, S seeds, W width of an embedding.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +40,15 @@ from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
-SEEN_STYLES = "{noto,twemoji,fluent}"
-SETS = {"test": f"test-{SEEN_STYLES}.tar", "unseen style": "test-openmoji.tar"}  # name -> shards
+SETS = {"test": ("noto", "twemoji", "fluent"), "unseen style": ("openmoji",)}  # name -> styles
 TESTS = {  # row of the table -> (set, kind of caption); "other": names in every language except English
     "test families, long captions": ("test", "long"),
     "test families, names": ("test", "short"),
     "unseen style (openmoji), long captions": ("unseen style", "long"),
     "names in languages never trained on": ("test", "other"),
 }
-LONG_CAPTIONS = "test families, long captions"
-MEASURES = ("i2t_r1", "i2t_r10", "t2i_r1", "t2i_r10")
 SIDES = {"i2t": "image → caption", "t2i": "caption → image"}
-RETRIEVAL = RetrievalConfig(group="concept", cluster="family", ks=(1, 10))
+RETRIEVAL = RetrievalConfig(kinds=("short", "long"), group="concept", cluster="family", ks=(1, 10))
 TEACHER_TESTS = {  # (kind of query, kind of answer); "other": names in every language except English
     "name → keywords without its words": ("short", "keywords"),
     "name → long caption": ("short", "long"),
@@ -101,7 +97,6 @@ class Claim:
     p_by_seed: dict[int, float]  # adjusted
     chance: float
     queries: int
-    families: int
     better: float  # fraction of the queries, over all seeds, with a higher score
     worse: float
 
@@ -155,7 +150,6 @@ def make_claims(tests: Tests) -> list[Claim]:
             p_by_seed={s: p_each[s][place] for s in seeds},
             chance=first[place].chance,
             queries=len(first[place].scores),
-            families=len(set(first[place].clusters)),
             better=float(np.mean(changes[place] > 0)),
             worse=float(np.mean(changes[place] < 0)),
         )
@@ -183,7 +177,11 @@ class Tower:
     name: str  # of TEACHERS
     seed: int
     reports: dict[str, list[RetrievalReport]]  # set -> a report for each style
-    pairs: EmbeddedPairs  # the test set, all styles, in the tower's joint space
+
+    @property
+    def pairs(self) -> EmbeddedPairs:
+        """The test set in one style, in the tower's joint space."""
+        return self.reports["test"][0].pairs
 
     @property
     def languages(self) -> list[str]:
@@ -191,15 +189,15 @@ class Tower:
         parts = (name.split(":") for name in self.reports["test"][0].parts if ":" in name)
         return sorted(language for kind, language in parts if kind == "short" and language != "en")
 
-    def recall(self, *, chance: bool = False) -> dict[str, dict[str, float]]:
-        """Row of the table -> MEASURES, means over styles and languages; a missing set has no row."""
-        rows = {}
-        for test, (set_name, _) in TESTS.items():
-            if set_name in self.reports:
-                parts = [part for _, part in self._parts(test)]
-                values = [part.chance((1, 10)) if chance else part.metrics((1, 10)) for part in parts]
-                rows[test] = {name: float(np.mean([value[name] for value in values])) for name in MEASURES}
-        return rows
+    @property
+    def tests(self) -> dict[str, tuple[str, str]]:
+        """Row of a table -> (test, side); a missing set has none."""
+        return {
+            f"{test}, {title}": (test, side)
+            for test, (set_name, _) in TESTS.items()
+            if set_name in self.reports
+            for side, title in SIDES.items()
+        }
 
     def queries(self, test: str, side: str) -> Measured:
         """Every query of a row of the table, i2t or t2i."""
@@ -225,39 +223,23 @@ def query_scores(parts: Iterable[tuple[RetrievalReport, Retrieval]], side: str) 
     return Measured(scores=np.concatenate(scores), clusters=clusters, chance=float(np.mean(chances)))
 
 
-def open_sets(data: Path) -> dict[str, Source]:
-    """Set -> its samples; the unseen style may be missing."""
-    present = {name: data / pattern for name, pattern in SETS.items() if name == "test" or (data / pattern).is_file()}
-    return {name: open_source(SourceConfig(path=str(path))) for name, path in present.items()}
+def open_sets(data: Path) -> dict[str, list[Source]]:
+    """Set -> its samples in each style; the unseen style may be missing."""
+    paths = {name: [data / f"test-{style}.tar" for style in styles] for name, styles in SETS.items()}
+    present = {name: shards for name, shards in paths.items() if name == "test" or shards[0].is_file()}
+    return {name: [open_source(SourceConfig(path=str(path))) for path in shards] for name, shards in present.items()}
 
 
 def measure_tower(
-    folder: str, dual: LoadedDualEncoder, sets: dict[str, Source], cache: EmbeddingCache, images: ImageConfig
+    folder: str, dual: LoadedDualEncoder, sets: dict[str, list[Source]], cache: EmbeddingCache, images: ImageConfig
 ) -> Tower:
     """Measure a tower, loaded from a folder ``tuned-seed0`` or the like, on every set."""
-    config = RetrievalConfig(kinds=("short", "long"))
-    pairs = {name: embed_pairs(dual, source, cache, images, config, quiet=True) for name, source in sets.items()}
-    reports = {
-        name: [report_retrieval(of_style(embedded, s), RETRIEVAL) for s in sorted(set(embedded.meta_values("style")))]
-        for name, embedded in pairs.items()
-    }
-    return Tower(name=folder.split("-")[0], seed=seed_of(folder), reports=reports, pairs=pairs["test"])
 
+    def report(source: Source) -> RetrievalReport:
+        return report_retrieval(embed_pairs(dual, source, cache, images, RETRIEVAL, quiet=True), RETRIEVAL)
 
-def of_style(pairs: EmbeddedPairs, style: str) -> EmbeddedPairs:
-    """The drawings of one style with their captions."""
-    drawn_N = torch.tensor([one == style for one in pairs.meta_values("style")])
-    captioned_M = drawn_N[pairs.owner_M]
-    number_N = drawn_N.cumsum(0) - 1  # an image's number within the style
-    return EmbeddedPairs(
-        image_ND=pairs.image_ND[drawn_N],
-        text_MD=pairs.text_MD[captioned_M],
-        owner_M=number_N[pairs.owner_M[captioned_M]],
-        captions=list(compress(pairs.captions, captioned_M.tolist())),
-        keys=list(compress(pairs.keys, drawn_N.tolist())),
-        meta=list(compress(pairs.meta, drawn_N.tolist())),
-        broken=[],
-    )
+    reports = {name: [report(source) for source in sources] for name, sources in sets.items()}
+    return Tower(name=folder.split("-")[0], seed=seed_of(folder), reports=reports)
 
 
 def by_name(towers: Sequence[Tower]) -> dict[str, list[Tower]]:
@@ -276,10 +258,8 @@ def tower_tests(towers: Sequence[Tower], base: str = "raw") -> Tests:
         return {tower.seed: tower.queries(test, side) for tower in groups[name]}
 
     return {
-        f"tower: {test}, {title}": (queries(base, test, side), queries("tuned", test, side))
-        for test, (set_name, _) in TESTS.items()
-        if set_name in towers[0].reports
-        for side, title in SIDES.items()
+        f"tower: {row}": (queries(base, test, side), queries("tuned", test, side))
+        for row, (test, side) in towers[0].tests.items()
     }
 
 

@@ -50,7 +50,7 @@ def test_planned_by_bench_mllm(data, tmp_path, capsys):
     assert "shapes" in shown and "will run" in shown and "no folder pope" in shown
     (task,) = plans(["shapes"], data, tmp_path)
     assert isinstance(task, Task) and task.image_folder == data / "shapes" / "images" and not task.unscored
-    words = engine.evaluate_command(task, bench.parser().parse_args(start), [], tmp_path / "answers.jsonl")
+    words = engine.evaluate_command(task, bench.COMMAND.parse(start), tmp_path / "answers.jsonl")
     assert words[words.index("--max-new-tokens") + 1] == "8"
     assert words[words.index("--question-file") + 1] == str(data / "shapes" / "shapes.jsonl")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import Fault, World, copied, flip, matches, meet, rows, set_weight
+from faults import Fault, World, copied, flip, meet, rows, set_weight
 from forked import Script
 from tiny_data import make_cache
 from tower_runs import ROOT, environment
@@ -45,92 +45,38 @@ def trained(finished: tuple[Path, Path]) -> World:
     return copied(copy, folder)
 
 
+def without_cache(world: World) -> None:
+    shutil.copytree(world.path("data"), world.path("other"), ignore=shutil.ignore_patterns("embeddings-*"))
+
+
+def another_teacher(world: World) -> None:
+    without_cache(world)
+    make_cache(world.path("other"), llm="another")
+
+
+def nan_in_tower(world: World) -> None:
+    set_weight(world.path("tower/model.safetensors"), "fc1.weight", float("nan"))
+
+
+ONE_SOURCE = "--data.path {w}/data {w}/data --one-source-per-batch --global-batch 64"
+OWN_NEGATIVES = "--global-batch 999 --loss.no-mask-same-image"
+NO_KIND = "--data.caption-weights lng=1 --data.read.kinds lng"
+
+
 @rows(
-    Fault(
-        "field that the data lacks",
-        f"{HELD_OUT} --evaluation.group concept",
-        "--evaluation.group concept: sample '0-000' of {w}/data has no field 'concept' in its JSON; known: caption, "
-        "long_caption. Choose one of these, or none with --evaluation.group ''",
-    ),
-    Fault(
-        "cluster that the data lacks",
-        f"{HELD_OUT} --evaluation.cluster concept",
-        "--evaluation.cluster concept: sample '0-000' of {w}/data has no field 'concept' in its JSON; known: ...",
-    ),
-    Fault(
-        "only kind that no caption has",
-        f"{HELD_OUT} --evaluation.kinds lng",
-        "--evaluation.kinds lng: no caption of {w}/data has kinds lng; known: long, short",
-    ),
-    Fault(
-        "language that no caption has",
-        f"{HELD_OUT} --evaluation.languages de",
-        "--evaluation.languages de: no caption of {w}/data has languages de; known: en",
-    ),
-    Fault("recall@0", f"{HELD_OUT} --evaluation.ks 0", "ks 0: recall@k needs numbers above 0"),
-    Fault(
-        "validation without a cache",
-        "--data.validation {w}/other",
-        "no embedding cache (embeddings-*) in {w}/other; create it: llm2clip embed {w}/other --llm made-up",
-        lambda w: shutil.copytree(w.path("data"), w.path("other"), ignore=shutil.ignore_patterns("embeddings-*")),
-    ),
-    Fault(
-        "validation of another teacher",
-        "--data.validation {w}/other",
-        "{w}/other/embeddings-... contains embeddings of another with fingerprint ..., expected fingerprint ...",
-        lambda w: another_teacher(w),
-    ),
-    Fault(
-        "kind without captions to train on",
-        "--data.caption-weights lng=1 --data.read.kinds lng",
-        "caption weights name the kinds lng, which the data does not have; known: long, short",
-    ),
-    Fault(
-        "batch larger than the data, samples as their own negatives",
-        "--global-batch 999 --loss.no-mask-same-image",
-        "global_batch 999 is more than the 48 samples of {w}/data: samples would be their own negatives, as "
-        "loss.mask_same_image is off; lower --global-batch",
-    ),
-    Fault(
-        "source smaller than the batches that are of one source",
-        "--data.path {w}/data {w}/data --one-source-per-batch --global-batch 64",
-        "global_batch 64 is larger than {w}/data (48 samples), {w}/data (48 samples); lower --global-batch, or mix the "
-        "sources with --no-one-source-per-batch",
-    ),
-    Fault(
-        "micro-batch larger than the batch",
-        "--train.micro-batch 99",
-        "train.global_batch 8 is not a multiple of 1 ranks x train.micro_batch 99; try --micro-batch 8",
-    ),
-    Fault("negative learning rate", "--optim.lr -1", "optim.lr -1.0 must be between 0.0 and 10.0"),
-    Fault(
-        "misspelled option",
-        "--optim.lrr 1",
-        "unknown option --optim.lrr; did you mean --lr? `llm2clip train-tower --help-all` lists all",
-    ),
-    Fault(
-        "NaN in a start weight",
-        "",
-        "{w}/tower: 1 of the 2048 values of tower...fc1.weight are NaN or infinite, so training cannot start from it; "
-        "restore the file, or start from another one",
-        lambda w: set_weight(w.path("tower/model.safetensors"), "fc1.weight", float("nan")),
-    ),
-    Fault(
-        "infinite start weight",
-        "",
-        "{w}/tower: 1 of the 32 values of tower...fc2.bias are NaN or infinite, so training cannot start...",
-        lambda w: set_weight(w.path("tower/model.safetensors"), "fc2.bias", float("-inf")),
-    ),
-    Fault(
-        "output_dir is a file",
-        "--output_dir {w}/tower/config.json",
-        "--output {w}/tower/config.json is a file, or below one; choose a folder",
-    ),
-    Fault(
-        "output_dir is below a file",
-        "--output_dir {w}/tower/config.json/run",
-        "--output {w}/tower/config.json/run is a file, or below one; choose a folder",
-    ),
+    Fault("field that the data lacks", f"{HELD_OUT} --evaluation.group concept", "--evaluation.group concept: ..."),
+    Fault("kind that no caption has", f"{HELD_OUT} --evaluation.kinds lng", "--evaluation.kinds lng: ..."),
+    Fault("language that no caption has", f"{HELD_OUT} --evaluation.languages de", "--evaluation.languages de: ..."),
+    Fault("validation without a cache", "--data.validation {w}/other", "...llm2clip embed {w}/other...", without_cache),
+    Fault("another teacher", "--data.validation {w}/other", "{w}/other/...fingerprint...", another_teacher),
+    Fault("kind without captions to train on", NO_KIND, "...lng...known: long, short"),
+    Fault("samples as their own negatives", OWN_NEGATIVES, "global_batch 999 ...48 samples...mask_same_image..."),
+    Fault("source smaller than its batches", ONE_SOURCE, "global_batch 64 ...--no-one-source-per-batch"),
+    Fault("micro-batch larger than the batch", "--train.micro-batch 99", "...micro_batch 99; try --micro-batch 8"),
+    Fault("negative learning rate", "--optim.lr -1", "optim.lr -1.0 ..."),
+    Fault("misspelled option", "--optim.lrr 1", "...--optim.lrr...--lr..."),
+    Fault("NaN in a start weight", "", "{w}/tower: 1 of the 2048 values of tower...fc1.weight ...", nan_in_tower),
+    Fault("output_dir is a file", "--output_dir {w}/tower/config.json", "--output {w}/tower/config.json is a file..."),
     Fault("no tower", "--tower.path {w}/nowhere", "{w}/nowhere..."),
 )
 def test_refused_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,38 +84,19 @@ def test_refused_before_step_1(fault: Fault, world: World, capsys: pytest.Captur
     assert not list(world.folder.glob("new/checkpoints/step-*")) and not world.path("new/metrics.jsonl").exists()
 
 
-def another_teacher(world: World) -> None:
-    shutil.copytree(world.path("data"), world.path("other"), ignore=shutil.ignore_patterns("embeddings-*"))
-    make_cache(world.path("other"), llm="another")
+JSONS = {  # the body of a DeepSpeed JSON -> what the error says
+    '{"zero': "{w}/zero.json is not valid JSON: ...",
+    '{"zero_optimizaton": {"stage": 1}}': "{w}/zero.json: unknown key 'zero_optimizaton'...'zero_optimization'...",
+    '{"zero_optimization": {"stage": 1, "reduce_bucket_sze": 5}}': "{w}/zero.json: ...reduce_bucket_sze...",
+    '{"fp16": {"enabled": false, "hysteresis": "big"}}': "{w}/zero.json: ...hysteresis...",
+}
 
 
-def deepspeed(name: str, body: str, says: str) -> Fault:
-    """A fault of the DeepSpeed JSON."""
-    return Fault(name, "--deepspeed {w}/zero.json", says, lambda w: w.path("zero.json").write_text(body))
-
-
-@rows(
-    deepspeed("not JSON", '{"zero', "{w}/zero.json is not valid JSON: ..."),
-    deepspeed(
-        "misspelled section",
-        '{"zero_optimizaton": {"stage": 1}}',
-        "{w}/zero.json: unknown key 'zero_optimizaton'; did you mean 'zero_optimization'?",
-    ),
-    deepspeed(
-        "misspelled key",
-        '{"zero_optimization": {"stage": 1, "reduce_bucket_sze": 5}}',
-        "{w}/zero.json: DeepSpeed refuses it: ...reduce_bucket_sze...",
-    ),
-    deepspeed(
-        "value of another type",
-        '{"fp16": {"enabled": false, "hysteresis": "big"}}',
-        "{w}/zero.json: DeepSpeed refuses it: ...hysteresis...",
-    ),
-    Fault("missing", "--deepspeed {w}/no.json", "no DeepSpeed configuration at {w}/no.json"),
-)
 @pytest.mark.parametrize("dry", ["", " --dry-run"], ids=["run", "dry run"])
-def test_deepspeed_json(fault: Fault, dry: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    meet(fault, world, world.train(fault.words + dry), capsys)
+@pytest.mark.parametrize("body", JSONS)
+def test_deepspeed_json(body: str, dry: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.path("zero.json").write_text(body)
+    meet(Fault("", "", JSONS[body]), world, world.train("--deepspeed {w}/zero.json" + dry), capsys)
 
 
 def remove_shard(world: World) -> None:
@@ -178,38 +105,12 @@ def remove_shard(world: World) -> None:
 
 @rows(
     Fault(
-        "fewer images than k",
-        f"{HELD_OUT} --evaluation.limit 5",
-        "--evaluation.ks 1 5 10: {w}/data has 5 images, so recall@10 is 1 for any tower; set --evaluation.ks to ... 5",
-        status=0,
+        "fewer images than k", f"{HELD_OUT} --evaluation.limit 5", "--evaluation.ks 1 5 10: ...recall@10 ...", status=0
     ),
-    Fault(
-        "kind that no caption has",
-        f"{HELD_OUT} --evaluation.kinds short lng",
-        "--evaluation.kinds short lng: no caption of {w}/data has kinds lng; known: long, short",
-        status=0,
-    ),
-    Fault(
-        "batch larger than the data",
-        "--global-batch 999",
-        "global_batch 999 is more than the 48 samples of {w}/data: a sample comes several times in a batch, and "
-        "no more than 48 pairs are negatives",
-        status=0,
-    ),
-    Fault(
-        "validation that is the training data",
-        HELD_OUT,
-        "--validation {w}/data: shard '00000' is also in the training data {w}/data, its scores say nothing about new "
-        "images; hold some out with `llm2clip data split`",
-        status=0,
-    ),
-    Fault(
-        "shard that was embedded and is gone",
-        "",
-        "{w}/data has 1 shards, 2 were embedded; not there: 00001; restore them unless they were removed on purpose",
-        remove_shard,
-        status=0,
-    ),
+    Fault("unknown kind", f"{HELD_OUT} --evaluation.kinds short lng", "--evaluation.kinds short lng: ...", status=0),
+    Fault("batch larger than the data", "--global-batch 999", "global_batch 999 is more than the 48 ...", status=0),
+    Fault("validation on training data", HELD_OUT, "--validation {w}/data: ...also in the training data...", status=0),
+    Fault("shard that is gone", "", "{w}/data has 1 shards, 2 were embedded; ...00001...", remove_shard, status=0),
 )
 def test_warned_about_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     told = meet(fault, world, world.train(f"{fault.words} --dry-run"), capsys)
@@ -259,23 +160,12 @@ FELL_BACK = "falling back to {w}/" + BEFORE
 
 
 @rows(
-    Fault("cut state.json", MORE, AT + "/state.json is not valid JSON...", lambda w: cut(w.path(LAST) / "state.json")),
+    Fault("cut state.json", MORE, AT + "/state.json...", lambda w: cut(w.path(LAST) / "state.json")),
+    Fault("flipped weight", MORE, AT + "/model.safetensors is damaged...", lambda w: flip(w.path(LAST) / MODEL)),
+    Fault("flipped moment", MORE, AT + "/optimizer.safetensors ...", lambda w: flip(w.path(LAST) / OPTIMIZER)),
+    Fault("flipped average", MORE, AT + "/ema.safetensors is damaged...", lambda w: flip(w.path(LAST) / AVERAGES)),
     Fault(
-        "flipped weight",
-        MORE,
-        AT + "/model.safetensors is damaged: its SHA-256 is ...",
-        lambda w: flip(w.path(LAST) / MODEL),
-    ),
-    Fault(
-        "flipped moment", MORE, AT + "/optimizer.safetensors is damaged: ...", lambda w: flip(w.path(LAST) / OPTIMIZER)
-    ),
-    Fault("flipped average", MORE, AT + "/ema.safetensors is damaged: ...", lambda w: flip(w.path(LAST) / AVERAGES)),
-    Fault("cut weights", MORE, AT + "/model.safetensors...", lambda w: cut(w.path(LAST) / MODEL)),
-    Fault(
-        "missing weights",
-        MORE,
-        "model.safetensors is missing from the checkpoint {w}/" + LAST + "...",
-        lambda w: (w.path(LAST) / MODEL).unlink(),
+        "missing weights", MORE, "model.safetensors ...{w}/" + LAST + "...", lambda w: (w.path(LAST) / MODEL).unlink()
     ),
 )
 def test_resumed_from_the_checkpoint_before(fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,38 +179,18 @@ def test_resumed_from_the_checkpoint_before(fault: Fault, trained: World, capsys
     assert max(steps) == 6
 
 
+def cut_all(world: World) -> None:
+    for path in world.folder.glob("run/checkpoints/*/state.json"):
+        cut(path)
+
+
 @rows(
-    Fault(
-        "every state.json cut",
-        MORE,
-        "no checkpoint in {w}/run/checkpoints is intact: {w}/run/...4/state.json is not valid JSON ...; {w}/run/...2/"
-        "state.json is not valid JSON .... Restore one, or start over with another --output",
-        lambda w: [cut(path) for path in w.folder.glob("run/checkpoints/*/state.json")],
-    ),
-    Fault(
-        "NaN in a checkpoint",
-        MORE,
-        AT + ": 1 of the ... values of visual_projection.weight are NaN or infinite, ...",
-        nan_in_checkpoint,
-    ),
-    Fault(
-        "resume from nowhere",
-        f"{MORE} --resume {{w}}/nowhere",
-        "--resume {w}/nowhere: no checkpoint found (no state.json)...",
-    ),
-    Fault(
-        "resume by the name of a damaged one",
-        f"{MORE} --resume {{w}}/{LAST}",
-        AT + "/model.safetensors is damaged: ...",
-        lambda w: flip(w.path(LAST) / MODEL),
-    ),
+    Fault("every state.json cut", MORE, "...{w}/run/checkpoints...4/state.json...2/state.json...--output", cut_all),
+    Fault("NaN in a checkpoint", MORE, AT + ": 1 of the ...visual_projection.weight...", nan_in_checkpoint),
+    Fault("resume from nowhere", f"{MORE} --resume {{w}}/nowhere", "--resume {w}/nowhere: ..."),
+    Fault("a damaged one", f"{MORE} --resume {{w}}/{LAST}", AT + "/model...", lambda w: flip(w.path(LAST) / MODEL)),
     Fault("another learning rate", f"{AGAIN} --optim.lr 1e-3", AT + " was saved with other settings:"),
-    Fault(
-        "never, over checkpoints",
-        f"{AGAIN} --resume never",
-        "{w}/run/checkpoints contains ['step-00000002', 'step-00000004']; refusing to overwrite with --resume never: "
-        "...",
-    ),
+    Fault("never, over checkpoints", f"{AGAIN} --resume never", "{w}/run/checkpoints ...--resume never..."),
 )
 def test_not_resumed(fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]) -> None:
     world = trained
@@ -334,15 +204,9 @@ def test_a_port_in_use_is_one_line(world: World) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        place = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         script = Script(ROOT / "scripts/train_tower.py", world.train()[1:], environment(**place), ROOT)
         assert script.wait(timeout=300) == 2 and "Traceback" not in script.output, script.output
     (line,) = [line for line in script.output.splitlines() if line.startswith("error: ")]
-    says = "port ... of 127.0.0.1 is in use by another process; choose another one, as in `deepspeed --master_port ..."
-    assert matches(f"error: {says}", line, world) and str(port) in line
+    assert f"port {port} " in line and "--master_port" in line

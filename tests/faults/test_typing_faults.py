@@ -26,7 +26,7 @@ TRAIN = "train-tower {w}/data --tower {w}/tower --output {w}/new"
     Fault(
         "data that is not there",
         "train-tower nowhere --tower {w}/tower --output {w}/new",
-        "no data at nowhere; expected captioned images: ...",
+        "no data at nowhere; expected ...",
     ),
     Fault(
         "LLM that is not there", "embed {w}/data --llm ./nowhere --cache {w}/new", "no LLM at ./nowhere; expected ..."
@@ -34,7 +34,7 @@ TRAIN = "train-tower {w}/data --tower {w}/tower --output {w}/new"
     Fault(
         "LLM to fine-tune that is not there",
         "finetune-llm {w}/data --llm ./nowhere --global-batch 16 --output {w}/new",
-        "no LLM at ./nowhere; expected an LLM: a Hugging Face model folder, or a Hub id (owner/name)",
+        "no LLM at ./nowhere; ...",
     ),
     Fault("no tower", "train-tower --data {w}/data", "no tower to train: add --tower with a directory or Hub id. ..."),
     Fault(
@@ -51,7 +51,7 @@ TRAIN = "train-tower {w}/data --tower {w}/tower --output {w}/new"
     Fault("flag with no-", TRAIN + " --loss.no-mask-same-imgae", "...did you mean --loss.no-mask-same-image? ..."),
     Fault("recipe's option", TRAIN + " --recpie base", "unknown option --recpie; did you mean --recipe? ..."),
     Fault("tower of evaluate", "evaluate retreival {w}/data", "retreival is not a directory or a Hub id ..."),
-    Fault("data of evaluate", "evaluate {w}/tower", "DATA is missing; usage: llm2clip evaluate TOWER DATA [options]"),
+    Fault("data of evaluate", "evaluate {w}/tower", "missing DATA; usage: llm2clip evaluate TOWER DATA [options]"),
     Fault("run", "status nowhere", "no folder nowhere"),
     Fault("tower of search", "search nowhere --data {w}/data bird", "nowhere is not a directory or a Hub id ..."),
     Fault("text of search", "search {w}/tower {w}/data", "no text to search for; usage: ..."),
@@ -99,9 +99,6 @@ def test_mistyped(
 def test_every_command_names_the_option_that_was_meant(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     others = {"llava bundle": "--overwrite", "data check": "--workers", "llava evaluate": "--answers-file"}
     meant = {**others, "embed": "--cache"}.get(name, "--output")
-    try:
-        status = main([*name.split(), meant[:-2] + meant[-1] + meant[-2], "1"])
-    except SystemExit as left:
-        status = left.code
+    status = main([*name.split(), meant[:-2] + meant[-1] + meant[-2], "1"])
     (line,) = capsys.readouterr().err.splitlines()
     assert status == 2 and matches(f"error: unknown option ...; did you mean {meant}? ...", line, World(Path("/")))

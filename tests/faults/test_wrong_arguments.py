@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from faults import Fault, World, copied, meet, rows
 from PIL import Image
-from safetensors.torch import save_file
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import main
@@ -26,15 +24,13 @@ def furnished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     world = copied(whole, tmp_path_factory.mktemp("furnished") / "w")
     assert main([*world.train("--output_dir {w}/run --max_steps 0")]) == 0
     save_tiny_llm(world.path("llm"), "llama")
-    for name, quantized in (("gptq", {"quant_method": "gptq", "bits": 4}), ("nf4", {"quant_method": "bitsandbytes"})):
-        save_tiny_llm(world.path(name), "llama")
-        edit(world.path(name) / "config.json", quantization_config=quantized)
+    save_tiny_llm(world.path("gptq"), "llama")
+    config = world.path("gptq") / "config.json"
+    quantized = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantized))
     save_tiny_llm(world.path("mute"), "llama")
     for path in world.path("mute").glob("*token*"):
         path.unlink()
-    world.path("adapter").mkdir()
-    (world.path("adapter") / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
-    save_file({"lora": torch.zeros(2)}, world.path("adapter") / "adapter_model.safetensors")
     for folder in ("pictures", "packed", "tables"):
         world.path(folder).mkdir()
     for number in range(3):
@@ -53,10 +49,6 @@ def furnished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     world.path("notes.json").write_text('{"a": 1}')
     ScoreFile(benchmark="pope", metrics={"f1": 0.5}, items=[{"id": 1, "score": 1}]).write(world.path("one.scores.json"))
     return world
-
-
-def edit(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def contents(world: World) -> dict[str, bytes]:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "llm2clip_plugin"
 # Floors from the bottom up: a room may import from the floors below its own, never beside or above.
 FLOORS = (
-    ("options", "outside", "phases"),
+    ("outside", "phases"),
+    ("options",),
     (
         "bootstrap",
         "commands",
@@ -38,7 +39,7 @@ FLOORS = (
 )
 FLOOR_OF = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LLAVA = "llava_integration"
-LLAVA_MAY_IMPORT = {f"{PACKAGE}.vision", *(f"{PACKAGE}.{room}" for room in FLOORS[0] + FLOORS[1])}
+LLAVA_MAY_IMPORT = {f"{PACKAGE}.vision", *(f"{PACKAGE}.{room}" for floor in FLOORS[:3] for room in floor)}
 MAY_IMPORT_LLAVA = {f"{PACKAGE}.doctor", f"{PACKAGE}.pipeline"}  # ask about LLaVA where LLaVA is installed
 
 HOMES = {  # heavy package -> the only places that may import it

@@ -14,9 +14,9 @@ from llm2clip_plugin.contracts import ScoreFile, TowerCard, sha256_weights
 from llm2clip_plugin.files import (
     MAX_HEADER,
     ContractError,
-    check_fields,
     check_range,
     errors_about,
+    from_plain,
     printable,
     read_header,
     read_json_value,
@@ -74,15 +74,22 @@ def test_the_kinds_of_annotations():
         choice: Literal["a", "b"] = "a"
         maybe: int | None = None
         numbers: list[float] = field(default_factory=list)
+        pair: tuple[int, str] = (1, "b")
+        path: Path = Path()
 
-    check_fields(Sample, {"choice": "b", "maybe": None, "numbers": [1, 2.5]}, where="x")
+    expected = Sample("b", None, [1.0, 2.5], (3, "c"), Path("p"))
+    values = {"choice": "b", "maybe": None, "numbers": [1, 2.5], "pair": [3, "c"], "path": "p"}
+    assert from_plain(Sample, values, where="x") == expected
+    assert from_plain(Sample, {"choice": "a"}, where="x", default=expected) == dataclasses.replace(expected, choice="a")
     for values, message in (
         ({"choice": "c"}, "choice is 'c', expected one of 'a', 'b'"),
         ({"maybe": 1.5}, "maybe is 1.5, expected int"),
+        ({"pair": [3]}, "pair has 1 values, expected 2"),
+        ({"other": 3}, "unknown fields .'other'"),
         ({"numbers": [1, "2"]}, r"numbers\[1\] is '2', expected float"),
     ):
-        with pytest.raises(ContractError, match=f"x: {message}"):
-            check_fields(Sample, values, where="x")
+        with pytest.raises(ContractError, match=f"x.*{message}"):
+            from_plain(Sample, values, where="x")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True, 11])

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from llm2clip_plugin.contracts import EncoderCard
-from llm2clip_plugin.stages.llm.command import parse
-from llm2clip_plugin.stages.llm.config import INSTRUCTION, LLM_RECIPES, OF_LONG, OF_SHORT, llm_recipe
+from llm2clip_plugin.stages.llm.config import FINETUNE_LLM, INSTRUCTION, LLM_RECIPES, OF_LONG, OF_SHORT, llm_recipe
 from llm2clip_plugin.stages.llm.run import finetune_llm, open_data
 from llm2clip_plugin.stages.settings import TEACHERS
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -17,7 +16,7 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 
 @pytest.mark.parametrize("name", LLM_RECIPES)
 def test_the_settings_that_ours_and_the_papers_have_in_common(name):
-    config = parse(["/data/cc3m", "--recipe", name, "--local_rank=0"])
+    config = FINETUNE_LLM.parse(["/data/cc3m", "--recipe", name, "--local_rank=0"])
     assert config.pairs.data == ("/data/cc3m",)
     assert config.encoder.llm == (TEACHERS[name.removeprefix("paper-")].base if name != "paper" else "")
     lora = (config.lora.r, config.lora.alpha, config.lora.dropout, config.lora.targets)
@@ -35,11 +34,13 @@ def test_the_settings_that_ours_and_the_papers_have_in_common(name):
 
 
 def test_options_override_a_recipe_and_unknown_names_list_the_known_ones():
-    config = parse(["/data/cc3m", "--recipe", "llama-1b", "--lr", "1e-4", "--r", "8", "--llm", "/models/mine"])
+    config = FINETUNE_LLM.parse(
+        ["/data/cc3m", "--recipe", "llama-1b", "--lr", "1e-4", "--r", "8", "--llm", "/models/mine"]
+    )
     assert (config.optim.lr, config.lora.r, config.encoder.llm) == (1e-4, 8, "/models/mine")
     assert config.lora.alpha == llm_recipe("llama-1b").lora.alpha
     with pytest.raises(ValueError, match="llama-70b"):
-        parse(["--recipe", "llama-70b"])
+        FINETUNE_LLM.parse(["--recipe", "llama-70b"])
 
 
 def test_the_papers_recipe_trains_a_tiny_llm(llama, tmp_path):
@@ -52,11 +53,11 @@ def test_the_papers_recipe_trains_a_tiny_llm(llama, tmp_path):
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = [str(tmp_path / "captions.jsonl"), "--recipe", "paper", "--llm", str(llama), "--global-batch", "8"]
     options += ["--compute-dtype", "float32", "--max-steps", "2", "--output", str(tmp_path / "run"), "--dropout", "0"]
-    adapter = finetune_llm(parse(options))
+    adapter = finetune_llm(FINETUNE_LLM.parse(options))
     card = EncoderCard.read(adapter / EncoderCard.FILE)
     assert card.query_prompt == OF_SHORT and card.chat_template == "<bos><user>\n{caption}<end>"
     assert card.training["instructions"] == [f"short={OF_SHORT}", f"long={OF_LONG}"] and not card.training["symmetric"]
-    config = parse(options)
+    config = FINETUNE_LLM.parse(options)
     batch = open_data(config, rank=0, world=1).batches.batch(0)
     encoder = CaptionEncoder(config.encoder, "cpu")
     loss = 0.0

@@ -19,8 +19,7 @@ from tower_runs import ROOT, finish, lines, start
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import EncoderCard, RunRecord
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.stages.llm.command import parse
-from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.llm.config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.stages.llm.run import finetune_llm
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -72,7 +71,9 @@ def losses(output: Path) -> list[float]:
 def plain(captions: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rank, one batch, one length group: what all other ways must equal."""
     output = tmp_path_factory.mktemp("plain")
-    assert finetune_llm(parse(options(captions, llama, output, "--length-groups", "1"))) == output / "adapter"
+    assert (
+        finetune_llm(FINETUNE_LLM.parse(options(captions, llama, output, "--length-groups", "1"))) == output / "adapter"
+    )
     return output
 
 
@@ -93,7 +94,7 @@ def test_loss_falls(plain: Path) -> None:
     ids=["micro-batches", "length groups", "gradient checkpointing"],
 )
 def test_how_a_batch_is_cut_changes_nothing(plain: Path, captions: Path, llama: Path, tmp_path: Path, more) -> None:
-    finetune_llm(parse(options(captions, llama, tmp_path, *more)))
+    finetune_llm(FINETUNE_LLM.parse(options(captions, llama, tmp_path, *more)))
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
 
 
@@ -110,7 +111,7 @@ def test_two_ranks_killed_and_resumed_with_one(plain: Path, captions: Path, llam
     finish(ranks)
     done = TrainState.read(next(iter((tmp_path / "checkpoints").glob("step-*/state.json"))))
     assert done.world_size == 2 and done.step >= 1
-    assert finetune_llm(parse(arguments)) is not None
+    assert finetune_llm(FINETUNE_LLM.parse(arguments)) is not None
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
 
 
@@ -145,7 +146,7 @@ def test_checkpoint_holds_the_adapter_alone_and_other_settings_are_refused(
     (checkpoint,) = (plain / "checkpoints").glob("step-*")
     assert (checkpoint / "model.safetensors").stat().st_size < 100_000
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 in the checkpoint, 0\.001 in this run"):
-        finetune_llm(parse([*options(captions, llama, plain), "--lr", "1e-3"]))
+        finetune_llm(FINETUNE_LLM.parse([*options(captions, llama, plain), "--lr", "1e-3"]))
 
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain " * 2, "x", "猫"]
@@ -214,7 +215,7 @@ def test_gradients_reach_the_adapter_alone(llama40: Path, load_in_4bit: bool) ->
 def test_qlora_on_a_cpu_end_to_end(captions: Path, llama40: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     more = ("--load-in-4bit", "--gradient-checkpointing", "--captions", str(captions), "--lr", "1e-2")
-    adapter = finetune_llm(parse(options(captions, llama40, output, *more)))
+    adapter = finetune_llm(FINETUNE_LLM.parse(options(captions, llama40, output, *more)))
     assert losses(output)[-1] < losses(output)[0] - 0.2
     assert EncoderCard.read(adapter / EncoderCard.FILE).training["quantization"] == "nf4"
     scores = RunRecord.read(output / "run.json").metrics
@@ -231,7 +232,7 @@ def test_how_a_batch_with_hard_negatives_is_cut_changes_nothing(llama: Path, tmp
     rows = [{"query": words[i], "positive": f"the {words[i]}", "negative": words[i + 1]} for i in range(32)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, cut in (("whole", ()), ("cut", ("--micro-batch", "4"))):
-        finetune_llm(parse(options(tmp_path / "pairs.jsonl", llama, tmp_path / name, *more, *cut)))
+        finetune_llm(FINETUNE_LLM.parse(options(tmp_path / "pairs.jsonl", llama, tmp_path / name, *more, *cut)))
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=SAME)
 
 
@@ -239,8 +240,8 @@ def test_plain_texts_and_learned_scale(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(f"{WORDS[i % 16]} {WORDS[i * 5 % 16]} {i}" for i in range(32)))
     arguments = options(tmp_path / "texts.txt", llama, tmp_path / "run", "--learn-scale")
     with pytest.raises(ValueError, match=r"differs only by dropout, but lora\.dropout is 0"):
-        finetune_llm(parse(arguments))
-    finetune_llm(parse([*arguments, "--dropout", "0.2", "--precision", "fp32"]))
+        finetune_llm(FINETUNE_LLM.parse(arguments))
+    finetune_llm(FINETUNE_LLM.parse([*arguments, "--dropout", "0.2", "--precision", "fp32"]))
     lines = step_lines(tmp_path / "run")
     assert lines[-1]["logit_scale"] != lines[0]["logit_scale"] == pytest.approx(20.0)
 
@@ -248,7 +249,7 @@ def test_plain_texts_and_learned_scale(llama: Path, tmp_path: Path) -> None:
 def test_training_continues_from_an_adapter(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
     arguments = options(captions, llama, tmp_path)
     words = arguments.index("--query-prompt")
-    finetune_llm(parse([*arguments[:words], *arguments[words + 2 :], "--adapter", str(plain / "adapter")]))
+    finetune_llm(FINETUNE_LLM.parse([*arguments[:words], *arguments[words + 2 :], "--adapter", str(plain / "adapter")]))
     assert losses(tmp_path)[0] < losses(plain)[0] - 0.1
     assert EncoderCard.read(tmp_path / "adapter" / EncoderCard.FILE).query_prompt.startswith("Instruct")
 
@@ -266,9 +267,9 @@ def test_start_adapters_are_merged_and_written_with_the_new_one(captions: Path, 
         assert main(["export-llm", "--llm", str(llm), "--adapter", str(adapter), "--output", str(merged)]) == 0
         (merged / EncoderCard.FILE).unlink()
         llm = merged
-    by_hand = finetune_llm(parse(options(captions, llm, tmp_path / "by hand")))
+    by_hand = finetune_llm(FINETUNE_LLM.parse(options(captions, llm, tmp_path / "by hand")))
     started = [*options(captions, llama, tmp_path / "run"), "--start-adapters", str(first), str(second)]
-    adapter = finetune_llm(parse(started))
+    adapter = finetune_llm(FINETUNE_LLM.parse(started))
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "by hand"), abs=SAME)
     pairs = ((llama, adapter), (llm, by_hand), (llama, first))
     found, expected, other = (
@@ -278,7 +279,7 @@ def test_start_adapters_are_merged_and_written_with_the_new_one(captions: Path, 
     assert torch.allclose(found, expected, atol=2e-5 * float(expected.norm(dim=1).max()))
     assert not torch.allclose(found, other, atol=1e-2)
     assert EncoderCard.read(adapter / EncoderCard.FILE).training["start_adapters"] == ["first", "second"]
-    assert finetune_llm(parse(started)) == adapter  # a finished run, loaded again
+    assert finetune_llm(FINETUNE_LLM.parse(started)) == adapter  # a finished run, loaded again
 
 
 def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None:
@@ -337,7 +338,7 @@ def test_a_weight_that_is_not_finite_is_one_line(captions: Path, llama: Path, tm
 
 def test_lora_variants_train(llama: Path, captions: Path, tmp_path: Path) -> None:
     more = ("--dora", "--rslora", "--targets", "q_proj", "v_proj", "--max-steps", "1")
-    adapter = finetune_llm(parse(options(captions, llama, tmp_path, *more)))
+    adapter = finetune_llm(FINETUNE_LLM.parse(options(captions, llama, tmp_path, *more)))
     assert adapter is not None
     saved = json.loads((adapter / "adapter_config.json").read_text())
     assert saved["use_dora"] and saved["use_rslora"] and sorted(saved["target_modules"]) == ["q_proj", "v_proj"]

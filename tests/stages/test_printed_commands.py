@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
-import io
+import importlib
 import json
 import re
 import shlex
 import shutil
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,9 @@ from text_helpers import write_moved
 from tiny_data import make_tower
 from tiny_llm import save_tiny_llm
 
-from llm2clip_plugin.cli import COMMANDS
+from llm2clip_plugin.cli import COMMANDS, OPTIONS
 from llm2clip_plugin.cli import main as cli
-from llm2clip_plugin.stages.tower.command import read_command
+from llm2clip_plugin.stages.tower.config import TRAIN_TOWER
 from llm2clip_plugin.stages.tower.run import open_data
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -78,11 +76,11 @@ def test_evaluate_and_training_say_how_to_create_the_cache(place, tmp_path, caps
     assert cli([*command_in(capsys.readouterr().err), *read]) == 0 and cli(words) == 0, capsys.readouterr().err
     words = [str(data), "--tower", str(place / "start-tower"), "--validation", str(held_out), *read]
     with pytest.raises(FileNotFoundError) as caught:
-        open_data(read_command(words))
+        open_data(TRAIN_TOWER.parse(words))
     assert cli([*command_in(str(caught.value)), *read]) == 0, (
         capsys.readouterr().err
     )  # with the training data's teacher
-    assert open_data(read_command(words)).validation_cache is not None
+    assert open_data(TRAIN_TOWER.parse(words)).validation_cache is not None
 
 
 def test_zero_shot_finds_its_prompts_again_without_the_teacher(place, tmp_path, capsys):
@@ -95,18 +93,11 @@ def test_zero_shot_finds_its_prompts_again_without_the_teacher(place, tmp_path, 
     assert cli(words) == 0, capsys.readouterr().err
 
 
-@cache
-def known_options(name: str, suites: bool) -> set[str]:
+def known_options(name: str) -> set[str]:
     """The options that the help of a command lists."""
-    box = io.StringIO()
-    words = [*name.split(), *(["--suite", "all"] if suites else [])]
-    with contextlib.redirect_stdout(box), contextlib.redirect_stderr(io.StringIO()):
-        for help_option in ("--help-all", "--help"):
-            with contextlib.suppress(SystemExit):
-                cli([*words, help_option])
-    options = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", box.getvalue()))
-    assert options, f"llm2clip {' '.join(words)} lists no options"
-    return options | {"--help", "--help-all"}
+    module, attribute = OPTIONS[name]
+    command = getattr(importlib.import_module(module), attribute)
+    return {f"--{option}" for option in (*command.options.values(), *command.extras, "help", "help-all")}
 
 
 def shown_commands() -> list[tuple[str, str]]:
@@ -138,7 +129,7 @@ def test_every_option_after_a_command_exists():
         for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", line):
             seen += 1
             option = option.rstrip(".").replace("--no-", "--")
-            known = known_options(name, "--suite" in line)
+            known = known_options(name)
             if option not in known and not option.startswith("--vision_tower"):
                 unknown.append(f"{where}: llm2clip {name} {option}")
     assert seen > 50 and not unknown, "\n".join(unknown)

@@ -8,26 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_plugin.stages.llm.command import parse
-from llm2clip_plugin.stages.settings import from_plain, refuse_changes
+from llm2clip_plugin.files import from_plain
+from llm2clip_plugin.options import Command, leaves_of
+from llm2clip_plugin.stages.llm.config import FINETUNE_LLM
+from llm2clip_plugin.stages.settings import refuse_changes
 from llm2clip_plugin.stages.tower import config as recipes
-from llm2clip_plugin.stages.tower.command import read_command
-from llm2clip_plugin.stages.tower.config import RECIPES, RunConfig, recipe
+from llm2clip_plugin.stages.tower.config import RECIPES, TRAIN_TOWER, RunConfig, recipe
 
 
-def test_a_misspelled_option_is_refused():
-    with pytest.raises(ValueError, match=r"unknown option 'optim.learning_rat'; "):
-        from_plain(RunConfig, {"optim": {"learning_rat": 1}}, where="x.json")
-    with pytest.raises(ValueError, match=r"unknown option 'train.global_bach'; did you mean 'global_batch'\?"):
-        from_plain(RunConfig, {"train": {"global_bach": 1}}, where="x.json")
-    with pytest.raises(ValueError, match=r"train.global_batch is '8'; expected <class 'int'>"):
-        from_plain(RunConfig, {"train": {"global_batch": "8"}}, where="x.json")
-    with pytest.raises(ValueError, match=r"unknown option --train.global-bach; did you mean --global-batch"):
-        read_command(["--recipe", "quickstart", "--train.global-bach", "8"])
-    with pytest.raises(
-        ValueError, match=r"unknown recipe 'quickstrat'; did you mean 'quickstart'\?.* known: base, quickstart"
-    ):
-        read_command(["--recipe", "quickstrat"])
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"optim": {"learning_rat": 1}}, r"x.json: optim .*'learning_rat'.* known: .*lr"),
+        ({"train": {"global_batch": "8"}}, r"x.json: train: global_batch is '8', expected int"),
+        ({"optim": {"betas": [0.9]}}, "x.json: optim: betas"),
+        ({"optim": {"schedule": "cosin"}}, "x.json: optim: schedule is 'cosin'"),
+        ([], "x.json"),
+    ],
+)
+def test_a_wrong_field_of_a_file_is_named(body: object, named: str):
+    with pytest.raises(ValueError, match=named):
+        from_plain(RunConfig, body, where="x.json")
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -60,14 +61,48 @@ def test_changed_settings_are_named_and_can_be_allowed():
 
 
 def test_an_explicit_length_or_warmup_wins_over_the_recipes(tmp_path: Path) -> None:
-    by_epochs = read_command(["--recipe", "quickstart", "--num_train_epochs", "50"]).train  # it sets max_steps
+    by_epochs = TRAIN_TOWER.parse(["--recipe", "quickstart", "--num_train_epochs", "50"]).train  # it sets max_steps
     assert (by_epochs.num_train_epochs, by_epochs.steps(1280)) == (50, 500)
-    assert read_command(["--recipe", "openai_b16", "--max_steps", "7"]).train.steps(1_000_000) == 7  # it sets epochs
+    by_steps = TRAIN_TOWER.parse(["--recipe", "openai_b16", "--max_steps", "7"]).train  # it sets epochs
+    assert by_steps.steps(1_000_000) == 7
     for off in ("0", "-1"):  # -1 is the Trainer's
-        assert read_command(["--max_steps", off, "--num_train_epochs", "2"]).train.steps(2560) == 20
+        assert TRAIN_TOWER.parse(["--max_steps", off, "--num_train_epochs", "2"]).train.steps(2560) == 20
     (tmp_path / "run.json").write_text(json.dumps({"config": {"train": {"max_steps": 9}}}))
-    assert read_command(["--config", str(tmp_path / "run.json"), "--num_train_epochs=3"]).train.steps(40960) == 30
-    assert parse(["x", "--llm", "y", "--max-steps", "7"]).train.steps(10_000) == 7
-    assert read_command(["--warmup_steps", "5"]).optim.warmup(100) == 5  # base sets a ratio
-    assert read_command(["--warmup_steps", "0"]).optim.warmup(100) == 0
-    assert parse(["x", "--llm", "y", "--warmup-ratio", "0.1"]).optim.warmup(100) == 10  # 300 steps by default
+    assert TRAIN_TOWER.parse(["--config", str(tmp_path / "run.json"), "--num_train_epochs=3"]).train.steps(40960) == 30
+    assert FINETUNE_LLM.parse(["x", "--llm", "y", "--max-steps", "7"]).train.steps(10_000) == 7
+    assert TRAIN_TOWER.parse(["--warmup_steps", "5"]).optim.warmup(100) == 5  # base sets a ratio
+    assert TRAIN_TOWER.parse(["--warmup_steps", "0"]).optim.warmup(100) == 0
+    assert FINETUNE_LLM.parse(["x", "--llm", "y", "--warmup-ratio", "0.1"]).optim.warmup(100) == 10  # default: 300
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "option", "other"),
+    [
+        (TRAIN_TOWER, "--max_steps 7 --num_train_epochs 2", "--num-train-epochs", "--max-steps"),
+        (TRAIN_TOWER, "--recipe openai_b16 --heads.lr 1e-2", "--heads.lr", "--heads.steps"),
+        (TRAIN_TOWER, "--evaluation.limit 10", "--evaluation.limit", "--validation"),
+        (TRAIN_TOWER, "--tower.lora-alpha 64", "--lora-alpha", "--lora-rank"),
+        (TRAIN_TOWER, "--tower.freeze --learning_rate 1e-3", "--lr", "--freeze"),
+        (TRAIN_TOWER, "--plan.images 10", "--assumed-samples", "--dry-run"),
+        (TRAIN_TOWER, "--bf16 True --fp16 True", "--bf16", "--fp16"),
+        (FINETUNE_LLM, "data --llm x --limit 10", "--evaluation.limit", "--validation"),
+        (FINETUNE_LLM, "data --llm x --adapter a --r 8", "--lora-rank", "--adapter"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(command: Command, line: str, option: str, other: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option} .*{other}"):
+        command.parse(line.split())
+
+
+def test_what_asks_for_nothing_and_what_a_recipe_sets_is_accepted() -> None:
+    TRAIN_TOWER.parse("--tower.freeze --eval_steps 0 --head-lr 0 --lr 1e-3".split())
+    TRAIN_TOWER.parse("--recipe openai_b16 --tower.freeze".split())  # with the recipe's lr and eval_steps
+    TRAIN_TOWER.parse("--dry-run --plan.images 10 --data.validation x --eval_steps 5".split())
+    FINETUNE_LLM.parse("a.jsonl --llm x --query-field q --captions c --limit 5 --adapter a --dropout 0.1".split())
+
+
+@pytest.mark.parametrize("command", [TRAIN_TOWER, FINETUNE_LLM])
+def test_rules_name_fields_that_exist(command: Command) -> None:
+    names = [name for name, _ in leaves_of(command.settings)]
+    for option in (*command.needs, *command.replaces, *command.replaces.values(), *command.hidden.split()):
+        assert any(name == option or name.startswith(f"{option}.") for name in names), option

@@ -11,8 +11,7 @@ from tiny_data import make_tower
 from llm2clip_plugin import cli
 from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.stages.tower import config as recipes
-from llm2clip_plugin.stages.tower.command import read_command
-from llm2clip_plugin.stages.tower.config import DataConfig
+from llm2clip_plugin.stages.tower.config import TRAIN_TOWER, DataConfig
 from llm2clip_plugin.train.config import TowerConfig
 
 
@@ -21,20 +20,20 @@ def test_the_command_line_overrides_a_recipe():
     words = "--local_rank=1 --recipe quickstart --deepspeed scripts/zero1.json --optim.lr 2e-4 --output_dir=runs/x"
     words += " --data_path a b --learning_rate 3e-4 --gradient_checkpointing True --bf16 True --vision_tower t"
     words += " --per_device_train_batch_size 4 --report_to tensorboard --dual.projection-norm False"
-    config = read_command(words.split())
+    config = TRAIN_TOWER.parse(words.split())
     assert config.optim.lr == 3e-4 and config.deepspeed == "scripts/zero1.json" and config.output_dir == "runs/x"
     assert config.data.path == ("a", "b") and config.tower.path == "t" and config.train.micro_batch == 4
     assert config.train.gradient_checkpointing and config.train.precision == "bf16"
     assert config.train.report_to == ("tensorboard",) and not config.dual.projection_norm
     assert config.heads == recipes.quickstart().heads
-    assert read_command(["--bf16", "False", "--fp16=True"]).train.precision == "fp16"
-    assert read_command(["--recipe", "openai_b16", "--bf16", "False"]).train.precision == "bf16"  # the recipe's
-    assert read_command(["--report_to", "none"]).train.report_to == ()
+    assert TRAIN_TOWER.parse(["--bf16", "False", "--fp16=True"]).train.precision == "fp16"
+    assert TRAIN_TOWER.parse(["--recipe", "openai_b16", "--bf16", "False"]).train.precision == "bf16"  # the recipe's
+    assert TRAIN_TOWER.parse(["--report_to", "none"]).train.report_to == ()
 
 
 def test_caption_weights_name_the_kinds_that_are_read():
     words = ["--recipe", "quickstart", "--data.caption-weights", "short=1", "long=2"]
-    config = read_command([*words, "--data.path", "a", "b"])
+    config = TRAIN_TOWER.parse([*words, "--data.path", "a", "b"])
     assert config.data.kind_weights == {"short": 1.0, "long": 2.0}
     assert [source.kinds for source in config.data.sources] == [("short", "long")] * 2
     alone = dataclasses.replace(config.data, read=ReadConfig())
@@ -45,7 +44,7 @@ def test_caption_weights_name_the_kinds_that_are_read():
 
 
 def test_without_a_recipe_it_is_base_for_any_data_and_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config = read_command(["--data.path", "x", "--tower.path", "y"])
+    config = TRAIN_TOWER.parse(["--data.path", "x", "--tower.path", "y"])
     assert config == dataclasses.replace(recipes.base(), data=DataConfig(path=("x",)), tower=TowerConfig(path="y"))
     assert config.heads.steps and not config.data.augment.flip and not config.evaluation.group
     for words, missing in ((["--data.path", "docs"], "--tower"), (["--recipe", "eva02_b16"], "add DATA")):

@@ -22,7 +22,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.files import UNFINISHED_HEADS
-from llm2clip_plugin.stages.tower.command import read_command
+from llm2clip_plugin.stages.tower.config import TRAIN_TOWER
 from llm2clip_plugin.stages.tower.run import open_data, train_tower
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.errors import StoppedError
@@ -58,7 +58,7 @@ def options(folder: Path, run: Path, *more: str) -> list[str]:
 
 def two_ranks(rank: int, world: int, folder: str) -> None:
     zero3 = ("--deepspeed", str(ROOT / "scripts/zero3.json"))
-    train_tower(read_command(options(Path(folder), Path(folder) / "ranks", *zero3)))
+    train_tower(TRAIN_TOWER.parse(options(Path(folder), Path(folder) / "ranks", *zero3)))
 
 
 def fit_lines(run: Path) -> list[dict[str, Any]]:
@@ -67,7 +67,9 @@ def fit_lines(run: Path) -> list[dict[str, Any]]:
 
 def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_path: Path):
     """Rank 0 fits; the projection and the scale stay the CLIP's, and stage 2 starts from there."""
-    tower = train_tower(read_command(options(clip, tmp_path / "run", "--max-steps", "0", "--num-train-epochs", "0")))
+    tower = train_tower(
+        TRAIN_TOWER.parse(options(clip, tmp_path / "run", "--max-steps", "0", "--num-train-epochs", "0"))
+    )
     fit = fit_lines(tmp_path / "run")
     assert fit[0]["heads_cosine"] < 0.5 and fit[-1]["heads_loss"] < 0.5 * fit[0]["heads_loss"]
     assert fit[-1]["heads_lr"] < 0.01 * fit[0]["heads_lr"] == pytest.approx(1e-4)
@@ -92,7 +94,7 @@ def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_pa
 
 def test_stopped_and_started_again_it_ends_the_same(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train_tower(read_command(options(clip, whole)))
+    train_tower(TRAIN_TOWER.parse(options(clip, whole)))
     draw, calls = heads.CaptionBatches.draw, []
 
     def stopped_at_40(self: heads.CaptionBatches) -> Any:
@@ -103,9 +105,9 @@ def test_stopped_and_started_again_it_ends_the_same(clip: Path, tmp_path: Path, 
 
     monkeypatch.setattr(heads.CaptionBatches, "draw", stopped_at_40)
     with pytest.raises(StoppedError):
-        train_tower(read_command(options(clip, cut)))
+        train_tower(TRAIN_TOWER.parse(options(clip, cut)))
     assert (cut / UNFINISHED_HEADS).is_file()
-    train_tower(read_command(options(clip, cut)))
+    train_tower(TRAIN_TOWER.parse(options(clip, cut)))
     assert len(calls) == FIT and losses(cut) == pytest.approx(losses(whole), abs=1e-6)
     weights = [load_file(run / "tower/text_adapter.safetensors") for run in (whole, cut)]
     for name, value in weights[0].items():
@@ -134,9 +136,9 @@ def test_wrong_input_is_one_error(clip: Path, tmp_path: Path):
         (("--tower.keep-heads",), "tower.keep_heads"),
     ):
         with pytest.raises(ValueError, match=named):
-            open_data(read_command(options(clip, tmp_path / "run", *more)).validate())
+            open_data(TRAIN_TOWER.parse(options(clip, tmp_path / "run", *more)).validate())
     (tmp_path / "data").mkdir()
     shutil.copy(clip / "data/00000.tar", tmp_path / "data")
     make_cache(tmp_path / "data")
     with pytest.raises(FileNotFoundError, match="CLIP"):
-        open_data(read_command([str(tmp_path / "data"), *options(clip, tmp_path / "run")[1:]]).validate())
+        open_data(TRAIN_TOWER.parse([str(tmp_path / "data"), *options(clip, tmp_path / "run")[1:]]).validate())

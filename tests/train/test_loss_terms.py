@@ -130,56 +130,6 @@ def test_a_term_is_its_formula(on_ranks: dict[int, list[Any]], name: str, world:
     torch.testing.assert_close(scale, expected_scale, atol=1e-5, rtol=1e-5)
 
 
-def pairs_on_ranks(rank: int, world: int) -> dict[tuple[bool, int], dict[str, Tensor]]:
-    """Loss and gradients of ``pair_loss`` on this rank's rows, by (symmetric, number of hard negatives of a pair)."""
-    results = {}
-    mine = slice(rank * PAIRS // world, (rank + 1) * PAIRS // world)
-    for symmetric, negatives in PAIR_LOSSES:
-        x = {key: value[mine].clone().requires_grad_() for key, value in given().items()}
-        log_scale = torch.tensor([SCALE]).log().requires_grad_()
-        loss = pair_loss(
-            x["anchor"],
-            x["positive"][:, 0],
-            x["positive"][:, 1 : 1 + negatives].flatten(0, 1),
-            log_scale.exp(),
-            symmetric=symmetric,
-            caption_hashes=HASHES[:1, mine],
-            image_ids=IDS[mine],
-        )
-        loss.backward()
-        grads = {key: x[key].grad for key in ("anchor", "positive")}
-        results[symmetric, negatives] = {"loss": loss.detach(), **grads, "log_scale": log_scale.grad}
-    return results
-
-
-PAIR_LOSSES = [(False, 0), (True, 1), (False, 2)]
-
-
-def test_pairs_of_texts_in_one_direction_and_in_both():
-    """On two ranks against full matrices in fp64, as in ``test_a_term_is_its_formula``."""
-    ranks = run_ranks(pairs_on_ranks, 2)
-    ids = torch.cat([HASHES[:1], IDS[None]])
-    same = (ids[:, :, None] == ids[:, None, :]).any(0) & ~torch.eye(PAIRS, dtype=torch.bool)
-    for symmetric, negatives in PAIR_LOSSES:
-        x = {key: value.requires_grad_() for key, value in given(torch.float64).items()}
-        log_scale = torch.tensor([SCALE], dtype=torch.float64).log().requires_grad_()
-        there = (log_scale.exp() * x["anchor"] @ x["positive"][:, 0].T).masked_fill(same, -torch.inf)
-        hard = [log_scale.exp() * x["anchor"] @ x["positive"][:, 1 + k].T for k in range(negatives)]
-        expected = F.cross_entropy(torch.cat([there, *hard], 1), torch.arange(PAIRS))
-        if symmetric:
-            expected = (expected + F.cross_entropy(there.T, torch.arange(PAIRS))) / 2
-        expected.backward()
-        found = [result[symmetric, negatives] for result in ranks]
-        torch.testing.assert_close(
-            torch.stack([result["loss"] for result in found]).mean().double(), expected.detach(), atol=1e-5, rtol=1e-5
-        )
-        for key in ("anchor", "positive"):
-            mine = torch.cat([result[key] for result in found]).double() / 2
-            torch.testing.assert_close(mine, x[key].grad, atol=1e-5, rtol=1e-5)
-        scale = torch.stack([result["log_scale"] for result in found]).mean(0).double()
-        torch.testing.assert_close(scale, log_scale.grad, atol=1e-5, rtol=1e-5)
-
-
 def authors_pairs_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
     """``pair_loss`` of this rank's rows of the authors' embeddings, which are not of length 1, and its gradients."""
     whole = load_file(AUTHORS_LOSS)

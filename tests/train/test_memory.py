@@ -1,11 +1,11 @@
-"""Memory that a dry run expects: against the closed form and against measured peaks."""
+"""Memory that a dry run expects, against measured peaks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from tensor_memory import peak_bytes
-from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llm2clip_plugin.train.memory import StepMemory, activation_bytes, rank_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
@@ -27,28 +27,11 @@ def tower(kind: str, *, size: int = 56, width: int = 64, blocks: int = 3, device
         "patch_size": 14,
     }
     with torch.device(device):
-        if kind == "dinov2":
-            return Dinov2Model(Dinov2Config(**common)).train()
         if kind == "eva02":
             return Eva02VisionModel(Eva02Config(**common, intermediate_size=width * 8 // 3)).train()
         model = CLIPVisionModel(CLIPVisionConfig(**common, intermediate_size=4 * width)).train()
         use_quick_gelu(model)
         return model
-
-
-def closed_form(kind: str, width: int, size: int) -> float:
-    """Bytes of a block a token, ``size`` bytes a value (Korthikanti et al. 2022, section 4.1, without dropout).
-
-    Two norms' inputs, one of them the block's; q, k, v and the attention's output; inputs of its projections, of the
-    MLP's two Linears and of the activation in between. Norms also keep mean and deviation, attention a sum a head.
-    """
-    values, norms = {
-        "clip": (8 * width + 2 * 4 * width, 2),
-        "dinov2": (10 * width + 2 * 4 * width, 2),  # layer scale keeps both branches
-        # a norm behind the attention; gate, up, product, normed product
-        "eva02": (9 * width + 4 * (width * 8 // 3), 4),
-    }[kind]
-    return (values + 2 * norms) * size + 4 * 4  # 4 heads
 
 
 def activations(model: torch.nn.Module, dtype: torch.dtype = torch.float32, images: int = 12) -> int:
@@ -59,13 +42,6 @@ def activations(model: torch.nn.Module, dtype: torch.dtype = torch.float32, imag
         lambda: [torch.empty(images, 3, size, size, dtype=dtype)],
         lambda pixels: model(pixel_values=pixels).pooler_output.square().mean(),
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["clip", "dinov2", "eva02"])
-def test_a_block_keeps_what_the_closed_form_says(kind: str, dtype: torch.dtype):
-    three, four = (activations(tower(kind, blocks=blocks), dtype) for blocks in (3, 4))
-    assert four - three == 12 * TOKENS * closed_form(kind, 64, dtype.itemsize)
 
 
 def test_checkpointing_keeps_a_blocks_input_alone():

@@ -18,7 +18,7 @@ from train_helpers import new_state, parts_of, run_ranks, tiny_batch, tiny_engin
 
 from llm2clip_plugin.train.config import TrainConfig
 from llm2clip_plugin.train.loop import run_loop
-from llm2clip_plugin.train.reports import Progress, count_model_flops, label, peak_of, repeated
+from llm2clip_plugin.train.reports import Progress, count_model_flops, peak_of, repeated
 from llm2clip_plugin.train.timing import PHASES, HostClock, StepTimer, compare_ranks, timed
 
 
@@ -128,13 +128,6 @@ def test_the_slowest_rank_is_the_one_that_waits_least_for_the_others():
     assert bar.description() == "0 samples/s  MFU 41.2 %  waiting for data 60 %  slow: rank 1 (node-2)"
     del bar.values["mfu"]
     assert "3 TFLOP/s" in bar.description()
-
-
-def test_monitors_get_labels_by_phase():
-    names = ["loss", "lr", "step_seconds", "data_seconds_max", "wait_share", "tflops", "loader_ready", "slowest_rank"]
-    labels = [label(name, "train") for name in names]
-    assert labels[:2] == ["train/loss", "train/lr"] and labels[2:] == [f"time/{name}" for name in names[2:]]
-    assert label("i2t_r1", "eval") == "eval/i2t_r1"
 
 
 RUNS = {"zero0": (0, 16), "zero1 cached": (1, 4), "zero2": (2, 16), "zero3 cached": (3, 8)}

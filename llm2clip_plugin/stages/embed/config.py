@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from llm2clip_plugin.contracts import CACHE_DTYPES
 from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.options import READ_NAMES, SELECTION, Command, in_section, unknown
+from llm2clip_plugin.options import Command, unknown
 from llm2clip_plugin.text.config import EncoderConfig
 
 
@@ -36,21 +36,7 @@ COMMAND = Command(
     about="Stage 1.5: embed the captions of DATA with a frozen LLM and cache the embeddings. Rerun the same command to "
     "resume; shards that are complete are skipped.",
     settings=EmbedConfig,
-    arguments=("source.path",),
-    everyday=(
-        "encoder.llm",
-        "encoder.adapter",
-        "encoder.preset",
-        "cache",
-        "source.fields",
-        "source.images",
-        "dtype",
-        "encoder.load_in_4bit",
-        "overwrite",
-        "verify",
-        "dry_run",
-    ),
-    shown={"source.path": "data", **in_section("source", READ_NAMES)},
-    also={"path": "source.path"},
-    hidden=tuple(f"source.{name}" for name in SELECTION),
+    arguments="source.path",
+    everyday="llm adapter preset cache fields image-folder dtype load-in-4bit overwrite verify dry-run",
+    hidden="source.weight source.shuffle_window source.kinds source.languages",
 )

@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import plan as plans
-from llm2clip_plugin.stages.llm.config import FINETUNE, FinetuneConfig, llm_recipe
+from llm2clip_plugin.stages.llm.config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.stages.llm.run import finetune_llm, open_data, plan_stage, trained_parameters
-from llm2clip_plugin.stages.settings import plan_or_train, rank_and_world, read_settings
+from llm2clip_plugin.stages.settings import plan_or_train, rank_and_world
 from llm2clip_plugin.text.adapter import autocast_adapter
 from llm2clip_plugin.text.config import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.contrast import PairModule, equal_parts
@@ -31,23 +31,13 @@ TEXTS = 64  # of the passes that measure activations
 
 def main(argv: list[str]) -> int:
     """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
-    config = parse(argv)
+    config = FINETUNE_LLM.parse(argv)
     return plan_or_train(
         config.dry_run,
         lambda: llm_plan(config),
         lambda: finetune_llm(config, started_by("finetune-llm", argv)),
         "adapter",
     )
-
-
-def parse(argv: list[str]) -> FinetuneConfig:
-    """The configuration of a command line: a recipe's or the default, with the fields that options set."""
-
-    def default(extras: dict[str, str]) -> FinetuneConfig:
-        name = extras.get("recipe", "")
-        return llm_recipe(name) if name else FinetuneConfig()
-
-    return read_settings(FINETUNE, argv, default)
 
 
 def llm_plan(config: FinetuneConfig) -> str:

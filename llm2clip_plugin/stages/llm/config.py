@@ -1,13 +1,13 @@
 """FinetuneConfig: everything that decides an LLM's training. The sections are declared where they are read."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.evaluate.config import CaptionSetConfig
-from llm2clip_plugin.options import READ_NAMES, TRAINING_NAMES, Command, Extra, in_section, unknown
-from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig
+from llm2clip_plugin.options import Command, unknown
+from llm2clip_plugin.stages.settings import NEEDS, REPLACES, TEACHERS, PlanConfig, TrainingConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 
@@ -142,45 +142,44 @@ def llm_recipe(name: str) -> FinetuneConfig:
 
 # The options of ``llm2clip finetune-llm``.
 
-NAMES = {
-    **TRAINING_NAMES,
-    **in_section("pairs.read", READ_NAMES),
-    "pairs.data": "data",
-    "pairs.weights": "data-weights",
-    "evaluation.captions": "validation",
-    "lora": "lora-",
-    "lora.r": "lora-rank",
-    "plan.images": "assumed-samples",
-}
-FINETUNE = Command(
+
+def starting_point(extras: Mapping[str, str]) -> FinetuneConfig:
+    """The configuration of --recipe, or the default, which the other options override."""
+    return llm_recipe(extras["recipe"]) if extras.get("recipe") else FinetuneConfig()
+
+
+FINETUNE_LLM = Command(
     name="finetune-llm",
     example="llm2clip finetune-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/llm",
     about="Stage 1: fine-tune an LLM contrastively on captions, two of an image for each pair. Rerun the same command "
     "to resume.",
     settings=FinetuneConfig,
-    arguments=("pairs.data",),
-    everyday=(
-        "recipe",
-        "encoder.llm",
-        "pairs.pair_kinds",
-        "pairs.read.fields",
-        "output_dir",
-        "train.global_batch",
-        "train.micro_batch",
-        "optim.lr",
-        "train.num_train_epochs",
-        "train.max_steps",
-        "encoder.load_in_4bit",
-        "deepspeed",
-        "dry_run",
-    ),
-    shown=NAMES,
-    extras={
-        "recipe": Extra(
-            metavar="NAME",
-            help=f"the authors' settings: {', '.join(PAPERS)}; ours on the paper's LLMs: "
-            f"{', '.join(name for name in LLM_RECIPES if name not in PAPERS)}",
-        )
+    default=starting_point,
+    arguments="pairs.data",
+    everyday="recipe llm pair-kinds fields output global-batch micro-batch lr num-train-epochs max-steps load-in-4bit "
+    "deepspeed dry-run",
+    shown={
+        "pairs.weights": "data-weights",
+        "evaluation": "evaluation.",
+        "evaluation.captions": "validation",
+        "lora": "lora-",
+        "lora.r": "lora-rank",
+        "plan.images": "assumed-samples",
     },
-    hidden=("pairs.read.shuffle_window",),  # only the tower's training reads it
+    extras={
+        "recipe": f"the authors' settings: {', '.join(PAPERS)}; ours on the paper's LLMs: "
+        f"{', '.join(name for name in LLM_RECIPES if name not in PAPERS)}"
+    },
+    # the first is read by the tower's training alone, as are the others; an adapter has one learning rate
+    hidden="pairs.read.shuffle_window train.max_broken train.torch_compile train.dataloader_prefetch_mb "
+    "optim.layer_decay optim.full_lr optim.head_lr",
+    replaces=REPLACES,
+    needs={
+        **NEEDS,
+        "train.eval_steps": "evaluation.captions",
+        "evaluation": "evaluation.captions",
+        "lora.r": "not encoder.adapter",
+        "lora.alpha": "not encoder.adapter",
+        "lora.targets": "not encoder.adapter",
+    },
 )

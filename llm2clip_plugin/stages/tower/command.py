@@ -7,9 +7,7 @@ LLaVA's scripts keep their names.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,8 +17,8 @@ from llm2clip_plugin.data.workers import lacks_shared_memory
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import plan as plans
 from llm2clip_plugin.stages.run import find_cache, plan_engine
-from llm2clip_plugin.stages.settings import TEACHERS, from_plain, plan_or_train, rank_and_world, read_settings
-from llm2clip_plugin.stages.tower.config import COMMAND, DEFAULT, RunConfig, recipe
+from llm2clip_plugin.stages.settings import TEACHERS, plan_or_train, rank_and_world
+from llm2clip_plugin.stages.tower.config import DEFAULT, TRAIN_TOWER, RunConfig
 from llm2clip_plugin.stages.tower.run import check_data, check_patch_layers, load_plans, open_data, train_tower
 from llm2clip_plugin.train.config import local_world_size
 from llm2clip_plugin.train.losses.base import needs_reference, patch_layers
@@ -35,7 +33,7 @@ IMAGES = 16  # of the pass that measures activations
 
 def main(argv: list[str]) -> int:
     """Print the plan or train; exit status 0."""
-    config = read_command(argv)
+    config = TRAIN_TOWER.parse(argv)
     config.validate(needs_data=not config.dry_run)
     if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
         print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
@@ -45,30 +43,6 @@ def main(argv: list[str]) -> int:
         lambda: train_tower(config, command=started_by("train-tower", argv)),
         "tower",
     )
-
-
-def read_command(argv: list[str]) -> RunConfig:
-    """The configuration of a command line. Raises ValueError; prints --help and exits with status 0."""
-    return read_settings(COMMAND, argv, starting_point)
-
-
-def starting_point(extras: dict[str, str]) -> RunConfig:
-    """The configuration of --config or --recipe, which the other options override."""
-    name, file = extras.get("recipe", ""), extras.get("config", "")
-    if name and file:
-        raise ValueError(f"--recipe {name} and --config {file} are mutually exclusive; pass one")
-    return from_file(Path(file)) if file else recipe(name or DEFAULT)
-
-
-def from_file(path: Path) -> RunConfig:
-    """A configuration file, or the run.json of an earlier run."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration at {path}")
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=str(path))
 
 
 def tower_plan(config: RunConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,18 +14,9 @@ from llm2clip_plugin.data.samples import AugmentConfig
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig, parse_weights
 from llm2clip_plugin.data.workers import cores
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.options import (
-    READ_NAMES,
-    TRAINING_NAMES,
-    Command,
-    Extra,
-    Parser,
-    in_section,
-    joined,
-    nearest,
-    unknown,
-)
-from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig, flat_essentials
+from llm2clip_plugin.files import from_plain, read_json_value
+from llm2clip_plugin.options import Command, joined, nearest, unknown
+from llm2clip_plugin.stages.settings import NEEDS, REPLACES, TEACHERS, PlanConfig, TrainingConfig, flat_essentials
 from llm2clip_plugin.train.config import (
     DistillConfig,
     HeadsConfig,
@@ -35,7 +26,7 @@ from llm2clip_plugin.train.config import (
     TrainConfig,
     local_world_size,
 )
-from llm2clip_plugin.vision.convert.options import FORMATS
+from llm2clip_plugin.vision.convert import FORMATS
 from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig
 
 EXAMPLE = (
@@ -118,6 +109,11 @@ class RunConfig(TrainingConfig):
     def hash(self) -> str:
         """SHA-256 over the fields that decide what is learned."""
         return sha256_text(canonical_json(flat_essentials(dataclasses.asdict(self))))
+
+    @property
+    def trains_at_lr(self) -> bool:
+        """Whether anything is trained with ``optim.lr``; heads alone are with ``optim.head_lr``, where it is set."""
+        return not (self.tower.freeze and self.optim.head_lr)
 
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""
@@ -370,40 +366,34 @@ def recipe(name: str) -> RunConfig:
 
 # The options of ``llm2clip train-tower``.
 
-COMMAND = Command(
+
+def starting_point(extras: Mapping[str, str]) -> RunConfig:
+    """The configuration of --config or --recipe, which the other options override."""
+    name, file = extras.get("recipe", ""), extras.get("config", "")
+    if name and file:
+        raise ValueError(f"--recipe {name} and --config {file} are mutually exclusive; pass one")
+    if not file:
+        return recipe(name or DEFAULT)
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no configuration at {file}")
+    body = read_json_value(file)
+    return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=file)
+
+
+TRAIN_TOWER = Command(
     name="train-tower",
     example="llm2clip train-tower /data/photos --tower facebook/dinov2-base --output runs/photos",
     about="Stage 2: train a vision tower against the cached embeddings of an LLM. A recipe or a file gives the full "
     "configuration, options override single settings. Rerun the same command to resume.",
     settings=RunConfig,
-    default=RECIPES[DEFAULT],
-    arguments=("data.path",),
-    everyday=(
-        "recipe",
-        "tower.path",
-        "data.cache",
-        "data.read.images",
-        "data.validation",
-        "output_dir",
-        "train.global_batch",
-        "train.micro_batch",
-        "optim.lr",
-        "train.num_train_epochs",
-        "train.max_steps",
-        "train.precision",
-        "deepspeed",
-        "dry_run",
-    ),
+    default=starting_point,
+    arguments="data.path",
+    everyday="recipe tower cache image-folder validation output global-batch micro-batch lr num-train-epochs max-steps "
+    "precision deepspeed dry-run",
     shown={
-        **TRAINING_NAMES,
-        "data.path": "data",
-        "data.cache": "cache",
         "data.weight": "data-weights",
-        **in_section("data.read", READ_NAMES),
         "tower.path": "tower",
-        "optim.lr": "lr",
-        "optim.weight_decay": "weight-decay",
-        "heads.batch": "heads.batch-size",
+        "evaluation": "evaluation.",
         "heads": "heads.",
         "loss": "loss.",
         "distill": "distill.",
@@ -412,13 +402,21 @@ COMMAND = Command(
         "plan.images": "assumed-samples",
     },
     extras={
-        "recipe": Extra(
-            metavar="NAME",
-            help=f"{DEFAULT} (the default): any data and tower; quickstart: the built-in emoji alone; the paper's: "
-            f"{', '.join(name for name in RECIPES if name not in (DEFAULT, 'quickstart'))}; "
-            "NAME/TEACHER for caches of one of the paper's LLMs",
-        ),
-        "config": Extra(metavar="FILE", help="a configuration in JSON, for example the run.json of an earlier run"),
+        "recipe": f"{DEFAULT} (the default): any data and tower; quickstart: the built-in emoji alone; the paper's: "
+        f"{', '.join(name for name in RECIPES if name not in (DEFAULT, 'quickstart'))}; "
+        "NAME/TEACHER for caches of one of the paper's LLMs",
+        "config": "a configuration in JSON, for example the run.json of an earlier run",
+    },
+    replaces=REPLACES,
+    needs={
+        **NEEDS,
+        "train.eval_steps": "data.validation",
+        "evaluation": "data.validation",
+        "data.validation_cache": "data.validation",
+        "heads": "heads.steps",
+        "tower.lora_alpha": "tower.lora_rank",
+        "tower.architecture": "not tower.path",
+        "optim.lr": "trains_at_lr: with --freeze, which trains the heads alone, at --head-lr",
     },
 )
 
@@ -426,31 +424,31 @@ COMMAND = Command(
 # The options of ``llm2clip export``.
 
 
-def parser() -> Parser:
-    """The command line."""
-    made = Parser(
-        "export",
-        "llm2clip export runs/l14-336 --output towers/l14-336",
-        "Write a run as a tower directory, or a tower directory in another format.",
-    )
-    made.add_argument("source", metavar="SOURCE", help="folder of a training run, tower directory, or Hub id")
-    made.add_argument("--output", metavar="DIR", required=True, help="directory to write")
-    made.add_argument(
-        "--format",
-        default="tower",
-        choices=["tower", *FORMATS],
-        help="; ".join(
-            ["tower: a tower directory (the default)", *(f"{name}: {text}" for name, text in FORMATS.items())]
-        ),
-    )
-    made.add_argument(
-        "--with-adapter",
-        action="store_true",
-        help="copy the adapter of the teacher LLM into the directory, which then embeds texts with the base LLM alone",
-    )
-    made.add_argument("--checkpoint", default="", help="a run's checkpoint to export (default: the newest)")
-    made.add_argument("--ema", action="store_true", help="export a run's moving average instead of its weights")
-    made.add_argument("--push", metavar="OWNER/NAME", help="also upload the tower directory to the Hub")
-    made.add_argument("--public", action="store_true", help="make the uploaded repository public")
-    made.add_argument("--overwrite", action="store_true", help="replace an existing directory")
-    return made
+@dataclass(frozen=True, kw_only=True)
+class TowerExportConfig:
+    """A run or a tower directory to export."""
+
+    source: str  # folder of a training run, tower directory, or Hub id
+    output: str  # directory to write
+    format: str = "tower"  # tower: a tower directory; or another format
+    with_adapter: bool = False  # copy the teacher LLM's adapter, so that the directory embeds texts with the base LLM
+    checkpoint: str = ""  # a run's checkpoint to export; "": the newest
+    ema: bool = False  # export a run's moving average instead of its weights
+    push: str | None = None  # OWNER/NAME: also upload the tower directory to the Hub
+    public: bool = False  # make the uploaded repository public
+    overwrite: bool = False  # replace an existing directory
+
+    def __post_init__(self) -> None:
+        if self.format not in (known := ("tower", *FORMATS)):
+            raise ValueError(unknown("--format", self.format, known))
+
+
+EXPORT = Command(
+    name="export",
+    example="llm2clip export runs/l14-336 --output towers/l14-336",
+    about="Write a run as a tower directory, or a tower directory in another format: "
+    + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    + ".",
+    settings=TowerExportConfig,
+    arguments="source",
+)

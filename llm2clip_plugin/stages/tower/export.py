@@ -3,17 +3,15 @@
 A tower directory is exported with LLaVA's environment alone; a run needs the training environment.
 """
 
-import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import RunRecord, TowerCard
-from llm2clip_plugin.files import CHECKPOINTS, ContractError
+from llm2clip_plugin.files import CHECKPOINTS, ContractError, from_plain
 from llm2clip_plugin.options import command
-from llm2clip_plugin.stages.settings import from_plain
-from llm2clip_plugin.stages.tower.config import DEFAULT, parser
+from llm2clip_plugin.stages.tower.config import DEFAULT, EXPORT, TowerExportConfig
 from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
@@ -25,7 +23,7 @@ from llm2clip_plugin.vision.publish import BEFORE, check_repository, located, pu
 
 def main(argv: list[str]) -> int:
     """``llm2clip export SOURCE --output DIR [--format clip|openclip|onnx] [--push OWNER/NAME]``."""
-    options = parser().parse_args(argv)
+    options = EXPORT.parse(argv)
     check_repository(options.push)
     is_run = (Path(options.source) / RunRecord.FILE).is_file()
     if options.format != "tower":
@@ -57,7 +55,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def two_steps(options: argparse.Namespace) -> str:
+def two_steps(options: TowerExportConfig) -> str:
     """The commands that convert a run: its tower at the end of the training, or a new export of a checkpoint."""
     done = Path(options.source) / "tower"
     tower = str(done) if done.is_dir() and not options.checkpoint else f"{options.output}-tower"

@@ -15,9 +15,9 @@ from llm2clip_plugin.contracts import TowerCard, atomic_directory
 from llm2clip_plugin.files import load_tensors
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision.convert import FORMATS
 from llm2clip_plugin.vision.convert.importing import build_model, parse_checkpoint
 from llm2clip_plugin.vision.convert.layouts import layouts
-from llm2clip_plugin.vision.convert.options import FORMATS
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, fetch_directory, read_json, write_json
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import compare_features, probe_features, probe_images, save_tower

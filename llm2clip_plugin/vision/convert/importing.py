@@ -34,7 +34,6 @@ from llm2clip_plugin.vision.checkpoint import (
 from llm2clip_plugin.vision.convert.common import OWN_TEXT, ParsedCheckpoint
 from llm2clip_plugin.vision.convert.layouts import layouts
 from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
-from llm2clip_plugin.vision.convert.options import parser
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, fetch_directory, read_json, write_json
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state
 from llm2clip_plugin.vision.export import export_tower, reexport
@@ -45,7 +44,7 @@ from llm2clip_plugin.vision.towers import TIMM_PREFIX, load_tower
 
 def main(argv: list[str]) -> int:
     """Import a checkpoint, print what was matched and what was ignored."""
-    options = parser().parse_args(argv)
+    options = IMPORT.parse(argv)
     card, report = import_tower(
         options.source, options.output, config=options.config, image_size=options.image_size, replace=options.overwrite
     )
