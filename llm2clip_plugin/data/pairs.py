@@ -25,9 +25,10 @@ from llm2clip_plugin.data.samples import (
     BrokenSample,
     Caption,
     caption_hash,
+    choose_captions,
     select_captions,
 )
-from llm2clip_plugin.data.sources.base import Source, choose_captions
+from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.workers import row_bytes
 
 SUBSTITUTES = 20  # samples tried in place of a broken one
@@ -135,8 +136,6 @@ class PairDataset(Dataset):
         if sample is not None and self.transform is not None:
             try:
                 image = sample.read_image()
-                if cache is not None:
-                    cache.check_image(shard, within, key, image)
                 pixels = self.transform.pixels(image, rng)
             except BrokenImage as error:
                 raise BrokenSample(shard, key, str(error)) from error
@@ -238,11 +237,11 @@ class EvalDataset(Dataset):
         cache: EmbeddingCache | None,
         images: ImageConfig,
         indices: Sequence[int],
-        kinds: Sequence[str],
+        kinds: Sequence[str] | None,
         languages: Sequence[str],
     ) -> None:
         self.source, self.cache, self.indices = source, cache, list(indices)
-        self.kinds, self.languages = tuple(kinds), tuple(languages)
+        self.kinds, self.languages = kinds, tuple(languages)
         self.transform = EvalTransform(images)
 
     def __len__(self) -> int:
@@ -253,13 +252,11 @@ class EvalDataset(Dataset):
         shard, within = self.source.locate(index)
         try:
             sample = self.source.with_image(index)
-            captions = select_captions(sample.captions, self.kinds, self.languages)
-            if not captions:
+            captions = select_captions(sample.captions, self.kinds or (), self.languages)
+            if not captions and self.kinds is not None:
                 selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
                 return BrokenSample(shard, sample.key, f"no caption{selected}")
             image = sample.read_image()
-            if self.cache is not None:
-                self.cache.check_image(shard, within, sample.key, image)
             try:
                 pixels = self.transform.pixels(image)
             except BrokenImage as error:
@@ -311,7 +308,7 @@ def eval_pairs(
     images: ImageConfig,
     *,
     batch: int,  # images
-    kinds: Sequence[str] = (),  # only captions of these kinds; empty: all
+    kinds: Sequence[str] | None = (),  # only captions of these kinds; empty: all; None: also images without captions
     languages: Sequence[str] = (),  # only captions in these languages; empty: all
     indices: Sequence[int] | None = None,  # samples of the source; None: all
     rank: int = 0,

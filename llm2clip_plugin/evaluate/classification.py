@@ -18,7 +18,7 @@ from llm2clip_plugin.contracts import ScoreFile, TowerCard, atomic_file, canonic
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.evaluate.config import EVALUATE_PROBE, ProbeConfig, ZeroShotConfig
+from llm2clip_plugin.evaluate.config import EVALUATE_PROBE, EVALUATE_ZEROSHOT, ProbeConfig, ZeroShotConfig
 from llm2clip_plugin.evaluate.images import ImageFeatures, InMemorySource, Row, image_features, open_labeled_images
 from llm2clip_plugin.evaluate.opening import (
     Teacher,

@@ -131,7 +131,7 @@ FORECAST = Command(
     name="forecast",
     example=EXAMPLE,
     about="Before any LLaVA is trained: how well do a tower's patches agree with what an LLM makes of the images' "
-    "captions? Mutual neighbors (RAVEL), CKA and a linear probe, with intervals; of two or more towers the paired "
+    "captions? Mutual neighbors (RAVEL) and a linear probe, with intervals; of two or more towers the paired "
     "differences to the first. Without --data: the package's 200 validation drawings.",
     settings=ForecastConfig,
     arguments="towers",

@@ -9,20 +9,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+<<<<<<< HEAD
+from llm2clip_plugin.console import track
+from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.data.index import scan_tar, split_name
+from llm2clip_plugin.data.pairs import EvalPairs, eval_pairs
+from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample
+from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, world_size
+=======
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
-from llm2clip_plugin.data.index import scan_tar, split_name
 from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption, Sample
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.tars import scan_tar, split_name
 from llm2clip_plugin.train.distributed import gather_objects, group_of, rank, world_size
+>>>>>>> w-data
 
 NOT_A_CLASS = (".", "embeddings-")  # prefixes of other folders: hidden ones, the prompts' cache
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
@@ -175,62 +184,43 @@ class ImageFeatures:
         ]
 
 
-class _Pixels(Dataset):
-    """(number in the source, key, its pixels (S, S, 3) uint8 or the error)."""
-
-    def __init__(self, source: Source, config: ImageConfig, numbers: Sequence[int]) -> None:
-        self.source, self.numbers, self.transform = source, numbers, EvalTransform(config)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, str, np.ndarray | BrokenSample]:
-        number, key = self.numbers[index], ""
-        try:
-            record = self.source.record(number, image=True)
-            key = record.key
-            return number, key, self.transform.pixels(record.read_image())
-        except BrokenImage as error:
-            return number, key, BrokenSample(self.source.locate(number)[0], key, str(error))
-        except BrokenSample as error:
-            return number, key, error
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedImages:
+class EncodedImages(NamedTuple):
     """What ``encode_images`` returns: the readable images in order, and the others."""
 
     numbers: list[int]  # in the source
     keys: list[str]
-    vectors: list[Tensor]  # of each batch, float32, on the CPU
+    meta: list[dict[str, Any]]  # the JSON of each sample
+    vectors: list[Tensor]  # (b, D) of each batch, float32, on the CPU
     broken: list[BrokenSample]
 
 
 @torch.no_grad()
 def encode_images(
     encode: Callable[[Tensor], Tensor],
-    source: Source,
-    numbers: Sequence[int],
+    batches: EvalPairs,
     config: ImageConfig,
     device: torch.device,
+    group: Group,
     *,
-    batch: int,
-    workers: int,
-    bar: Any,
+    show: bool = True,
 ) -> EncodedImages:
-    """Some images of a source through ``encode``, (B, 3, S, S) on ``device`` -> (B, D)."""
-    loader = DataLoader(_Pixels(source, config, numbers), batch, num_workers=workers, collate_fn=list)
-    normalize, found = Normalize(config, device), EncodedImages(numbers=[], keys=[], vectors=[], broken=[])
-    for items in loader:
-        good = [item for item in items if isinstance(item[2], np.ndarray)]
-        found.broken.extend(error for *_, error in items if isinstance(error, BrokenSample))
-        if good:
-            pixels = normalize(torch.from_numpy(np.stack([pixels for *_, pixels in good])))
-            found.vectors.append(encode(pixels).float().cpu())
-            found.numbers.extend(number for number, *_ in good)
-            found.keys.extend(key for _, key, _ in good)
-        bar.update(len(items))
-    return found
+    """Every rank's batches through ``encode``, (B, 3, S, S) on ``device`` -> (B, D); the images of all ranks."""
+    normalize = Normalize(config, device)
+    # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
+    calls = max(gather_objects(len(batches), group))
+    own, remaining = EncodedImages([], [], [], [], []), iter(batches)
+    for _ in track(range(calls), total=calls, label="images", unit="batches", show=show and rank(group) == 0):
+        batch = next(remaining, None)
+        if batch is None:
+            encode(normalize(torch.zeros(1, config.size, config.size, 3, dtype=torch.uint8)))
+            continue
+        own.vectors.append(encode(normalize(batch["pixels"])).float().cpu())
+        own.numbers.extend(batch["image_ids"].tolist())
+        own.keys.extend(batch["keys"])
+        own.meta.extend(batch["meta"])
+    own.broken.extend(batches.broken)
+    ranks = gather_objects(own, group)
+    return EncodedImages(*([item for part in parts for item in part] for parts in zip(*ranks, strict=True)))
 
 
 def image_features(
@@ -249,18 +239,15 @@ def image_features(
     Raises ValueError if no image is readable.
     """
     group, source = group_of(all_ranks), images.source
-    own = np.array_split(np.arange(len(source)), world_size(group))[rank(group)].tolist()
-    with progress_bar(total=len(own), label="images", unit="images", show=rank(group) == 0) as bar:
-        part = encode_images(encode, source, own, config, device, batch=batch, workers=workers, bar=bar)
-    ranks = gather_objects(part, group)
-    numbers = [number for part in ranks for number in part.numbers]
-    broken = [error for part in ranks for error in part.broken]
-    if not numbers:
-        raise ValueError(f"{source.path} contains no readable images: {broken[0]}")
+    number, ranks = rank(group), world_size(group)
+    batches = eval_pairs(source, None, config, batch=batch, kinds=None, rank=number, world=ranks, workers=workers)
+    found = encode_images(encode, batches, config, device, group)
+    if not found.numbers:
+        raise ValueError(f"{source.path} contains no readable images: {found.broken[0]}")
     return ImageFeatures(
-        feature_ND=torch.cat([vector for part in ranks for vector in part.vectors]),
-        label_N=torch.tensor([images.labels[number] for number in numbers]),
-        keys=[key for part in ranks for key in part.keys],
-        clusters=[images.clusters[number] for number in numbers],
-        broken=broken,
+        feature_ND=torch.cat(found.vectors),
+        label_N=torch.tensor([images.labels[number] for number in found.numbers]),
+        keys=found.keys,
+        clusters=[images.clusters[number] for number in found.numbers],
+        broken=found.broken,
     )

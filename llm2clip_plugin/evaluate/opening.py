@@ -21,7 +21,6 @@ from llm2clip_plugin.data.samples import BrokenSample, Sample, select_captions
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.teacher import TeacherLLM, embed_command, load_dual_encoder, teacher_of
 from llm2clip_plugin.train.distributed import barrier, choose_device, gather_objects, group_of, rank, world_size
@@ -139,46 +138,30 @@ def open_teacher_cache(
 class Teacher(TeacherLLM):
     """Opens or creates the embedding cache of any data source, with the LLM that the tower's card names."""
 
-    def __init__(self, card: TowerCard, config: EncoderConfig, device: torch.device, dtype: str = "float16") -> None:
-        super().__init__(card, config, device)
-        self.dtype = dtype
-
     def cache(self, source: Source, directory: Path | None = None, *, all_ranks: bool = False) -> EmbeddingCache:
         """The cache of ``source``: opened if it is complete, otherwise embedded now, by all ranks together.
 
         ``directory``: by default ``embeddings-<fingerprint>`` in the source's folder. Raises ContractError if the LLM
         is not the tower's teacher or the directory belongs to another one; FileNotFoundError without the LLM.
         """
-        if directory is None:
-            directory = default_cache_folder(source.path, self.fingerprint)
-        group = group_of(all_ranks)
-        cache = self._open_complete(source, directory)
+        folder = directory or default_cache_folder(source.path, self.fingerprint)
+        group, cache = group_of(all_ranks), None
+        with suppress(FileNotFoundError, ContractError):  # embedding redoes what is incomplete, refuses another teacher
+            cache = self._open(source, folder)
         # decided together: a fast rank may have finished its part
         if any(gather_objects(cache is None, group)) or cache is None:
             number, ranks = rank(group), world_size(group)
-            embed_source(source, self.encoder, directory, self.dtype, number, ranks, quiet=number != 0)
+            embed_source(source, self.encoder, folder, rank=number, world=ranks, quiet=number != 0)
             if all_ranks:
                 barrier()
-            cache = self._open(source, directory)
-        if self.llm_width and cache.width != self.llm_width:
-            raise ContractError(
-                f"{directory} has width {cache.width}, but the tower's text adapter expects {self.llm_width}"
-            )
+            cache = self._open(source, folder)
         return cache
 
-    def _open(self, source: Source, directory: Path) -> EmbeddingCache:
-        cache = EmbeddingCache.open(directory, expect_fingerprint=self.fingerprint)
+    def _open(self, source: Source, folder: Path) -> EmbeddingCache:
+        width = self.llm_width or None
+        cache = EmbeddingCache.open(folder, expect_fingerprint=self.fingerprint, expect_width=width)
         cache.check(source)
         return cache
-
-    def _open_complete(self, source: Source, directory: Path) -> EmbeddingCache | None:
-        """The cache if it has every caption of ``source``, else None."""
-        if not (directory / CacheManifest.FILE).is_file():
-            return None
-        try:
-            return self._open(source, directory)
-        except ContractError:
-            return None  # embedding redoes incomplete shards, and refuses another teacher's directory
 
 
 def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.pairs import EvalPairs, eval_pairs
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.pairs import eval_pairs
 from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.config import KS, RetrievalConfig
+from llm2clip_plugin.evaluate.images import encode_images
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, sum_over_ranks, world_size
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
 
@@ -300,39 +300,22 @@ def embed_pairs(
         workers=config.workers,
     )
     with evaluating(dual) as encoders:
-        encoded = _encode_images(encoders, batches, images, group, show=not quiet and rank(group) == 0)
-        index, vectors, keys, meta, broken = encoded
-        if not index:
-            raise ValueError(f"{source.path} contains no usable images: {broken[0] if broken else 'it is empty'}")
-        teacher_UW, distinct_M, owner_M, captions = _teacher_rows(source, cache, index, config)
-        text_MD = encode_texts(encoders, teacher_UW, all_ranks)[distinct_M]
-    image_ND = torch.cat(vectors)
+        device = next(encoders.parameters()).device
+        found = encode_images(encoders.encode_image, batches, images, device, group, show=not quiet)
+        if not found.numbers:
+            reason = found.broken[0] if found.broken else "it is empty"
+            raise ValueError(f"{source.path} contains no usable images: {reason}")
+        teacher_UW, distinct_M, owner_M, captions = _teacher_rows(source, cache, found.numbers, config)
+        text_UD = encode_texts(encoders, teacher_UW, all_ranks)
     return EmbeddedPairs(
-        image_ND=image_ND, text_MD=text_MD, owner_M=owner_M, captions=captions, keys=keys, meta=meta, broken=broken
+        image_ND=torch.cat(found.vectors),
+        text_MD=text_UD[distinct_M],
+        owner_M=owner_M,
+        captions=captions,
+        keys=found.keys,
+        meta=found.meta,
+        broken=found.broken,
     )
-
-
-def _encode_images(
-    encoders: Dual, batches: EvalPairs, images: ImageConfig, group: Group, show: bool
-) -> tuple[list[int], list[Tensor], list[str], list[dict[str, Any]], list[BrokenSample]]:
-    """This rank's images through the tower; of all ranks: number in the source, (b, D) of each batch, keys, JSON, and
-    the samples left out."""
-    normalize = Normalize(images, next(encoders.parameters()).device)
-    # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
-    calls = max(gather_objects(len(batches), group))
-    index, vectors, keys, meta, remaining = [], [], [], [], iter(batches)
-    for _ in track(range(calls), total=calls, label="images", unit="batches", show=show):
-        batch = next(remaining, None)
-        if batch is None:
-            encoders.encode_image(normalize(torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)))
-            continue
-        vectors.append(encoders.encode_image(normalize(batch["pixels"])).float().cpu())
-        index += batch["image_ids"].tolist()
-        keys += batch["keys"]
-        meta += batch["meta"]
-    ranks = gather_objects((index, vectors, keys, meta, batches.broken), group)
-    joined: Any = tuple([item for part in parts for item in part] for parts in zip(*ranks, strict=True))
-    return joined
 
 
 def _teacher_rows(

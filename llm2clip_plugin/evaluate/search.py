@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
 from llm2clip_plugin.data.cache import source_digest
+from llm2clip_plugin.data.pairs import eval_pairs
 from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, Caption
 from llm2clip_plugin.data.sources.base import Source
@@ -157,26 +157,17 @@ def embed_images(
     starts = range(0, len(source), PART)
     parts = [folder / f"{part:05d}.safetensors" for part in range(len(starts))]
     missing = [(path, start) for path, start in zip(parts, starts, strict=True) if not path.is_file()]
-    own = missing[rank(group) :: world_size(group)]
-    total = sum(min(PART, len(source) - start) for _, start in own)
     broken: list[BrokenSample] = []
-    with progress_bar(total=total, label="images", unit="images", show=rank(group) == 0) as bar:
-        for path, start in own:
-            found = encode_images(
-                tower.dual.encode_image,
-                source,
-                range(start, min(start + PART, len(source))),
-                tower.images,
-                tower.device,
-                batch=batch,
-                workers=workers,
-                bar=bar,
-            )
-            broken += found.broken
-            vectors = [torch.empty(0, tower.dual.card.projection_dim), *found.vectors]
-            with atomic_file(path) as temporary:
-                tensors = {"image_ND": torch.cat(vectors).half(), "number_N": torch.tensor(found.numbers).long()}
-                save_file(tensors, str(temporary))
+    show, alone = rank(group) == 0, group_of(False)  # each rank has parts of its own
+    for path, start in missing[rank(group) :: world_size(group)]:
+        some = range(start, min(start + PART, len(source)))
+        batches = eval_pairs(source, None, tower.images, batch=batch, kinds=None, indices=some, workers=workers)
+        found = encode_images(tower.dual.encode_image, batches, tower.images, tower.device, alone, show=show)
+        broken += found.broken
+        vectors = [torch.empty(0, tower.dual.card.projection_dim), *found.vectors]
+        tensors = {"image_ND": torch.cat(vectors).half(), "number_N": torch.tensor(found.numbers).long()}
+        with atomic_file(path) as temporary:
+            save_file(tensors, str(temporary))
     if all_ranks:
         barrier()
     return parts, [error for of_rank in gather_objects(broken, group) for error in of_rank]

@@ -228,8 +228,7 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
     images = source.images_folder if isinstance(source, RowSource) else ""
     held_out = SourceConfig(**{**values, "path": str(outputs(source, out / "data")["validation"]), "images": images})
     pairs = {
-        side: measure_pairs(EvaluateConfig(tower=str(out / side / "tower"), data=held_out))[1].pairs
-        for side in SIDES
+        side: measure_pairs(EvaluateConfig(tower=str(out / side / "tower"), data=held_out))[1].pairs for side in SIDES
     }
     compared = [stage.result for stage in stages if stage.result.name == "compare.json"]
     queries = draw(open_source(held_out), pairs, config.queries)

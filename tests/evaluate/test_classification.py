@@ -175,20 +175,6 @@ def test_zero_shot_from_the_command_line(tmp_path, capsys):
     assert cli(words) == 0
 
 
-def test_zero_shot_twice_on_folders(tmp_path, capsys):
-    """The prompts' cache lies beside the folders of the classes and is not taken for one."""
-    llm = write_llm(tmp_path / "llm")
-    identity = CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu").identity()
-    tower, data = write_tower(tmp_path / "tower", identity), write_folders(tmp_path / "folders")
-    words = ["evaluate", "zeroshot", str(tower), "--data", str(data), "--json", str(tmp_path / "scores.json")]
-    metrics = []
-    for _ in range(2):
-        assert cli(words) == 0, capsys.readouterr().err
-        assert "12 images, 4 classes" in capsys.readouterr().out
-        metrics.append(ScoreFile.read(tmp_path / "scores.json").metrics)
-    assert list(data.glob("embeddings-*")) and metrics[0] == metrics[1]
-
-
 def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
     """It has no adapter: the CLIP's own features of prompts and images decide, as in transformers."""
     model, clip, imported = save_tiny_clip(tmp_path / "clip", "clip"), tmp_path / "clip", str(tmp_path / "imported")

@@ -6,17 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin import load_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision import families
 from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.family import DualConfig
-from llm2clip_plugin.vision.towers import freeze_tower, meta_tower, tower_blocks, tower_embeddings_parameters
-
-from .conftest import train_twenty_steps
+from llm2clip_plugin.vision.towers import meta_tower
 
 MEMBERS = Path(__file__).parent / "new_members"
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
@@ -43,24 +38,6 @@ def test_import_resize_and_heads_of_a_new_family(released, tmp_path, capsys):
     assert (card.family, card.projection_dim, card.num_patches) == ("chinese_clip", 20, 36)
     assert card.training == {"imported_as": "hub-chinese_clip", "resized_from": 28}
     assert "LLM2CLIP tower (chinese_clip)" in (tmp_path / "tower" / "README.md").read_text()
-
-
-def test_states_training_export_and_reload_of_a_new_family(released, tmp_path):
-    import_tower(released, tmp_path / "start")
-    tower = load_tower(tmp_path / "start", image_size=42)
-    pixels, inputs = torch.randn(2, 3, 42, 42), []
-    tower_blocks(tower)[-1].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.no_grad():
-        assert torch.equal(tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2], inputs[0])
-    dual = DualEncoder(tower, DualConfig(projection_dim=8, llm_width=12, pool="cls_mean")).train()
-    losses = train_twenty_steps(dual)
-    assert losses[-1] < 0.5 * losses[0]
-    assert all(p.grad is not None for p in tower_embeddings_parameters(tower))
-    freeze_tower(tower, first_blocks=2)
-    export_tower(dual, tmp_path / "trained", origin="tiny")
-    with torch.no_grad():
-        reloaded = load_dual_encoder(tmp_path / "trained").encode_image(pixels)
-        assert torch.equal(reloaded, dual.eval().encode_image(pixels))
 
 
 def test_a_new_family_is_planned_and_runs_in_llava(released, tmp_path):

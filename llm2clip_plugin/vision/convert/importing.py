@@ -31,6 +31,7 @@ from llm2clip_plugin.vision.checkpoint import (
     section,
     weight_files,
 )
+from llm2clip_plugin.vision.convert import IMPORT
 from llm2clip_plugin.vision.convert.common import OWN_TEXT, ParsedCheckpoint
 from llm2clip_plugin.vision.convert.layouts import layouts
 from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub

@@ -26,8 +26,6 @@ DAMAGED = {
         "text.text_adaptor.5.bias",
         "visual.cls_token",
         "visual.blocks.0.norm1.weight",
-        "visual.blocks.1.attn.rope.freqs_cos",
-        "visual.rope.freqs_sin",
         "logit_scale",
     ],
     "release": [
@@ -42,11 +40,8 @@ DAMAGED = {
     "clip": [
         "visual_projection.weight",
         "logit_scale",
-        "text_projection.weight",
-        "text_model.final_layer_norm.weight",
-        "text_model.encoder.layers.0.self_attn.q_proj.bias",
     ],
-    "siglip": ["logit_scale", "logit_bias", "vision_model.head.probe", "text_model.head.bias"],
+    "siglip": ["logit_scale", "logit_bias", "vision_model.head.probe"],
     "openclip": [
         "visual.class_embedding",
         "visual.conv1.weight",

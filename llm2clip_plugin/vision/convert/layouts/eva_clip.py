@@ -89,35 +89,6 @@ def rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def unpack(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Split what some writers pack: ``mlp.w12`` (gate and up in one, as in xformers) and a fused ``attn.qkv.bias``;
-    drop key biases that are all zero, because EVA-CLIP has none.
-
-    Raises ContractError for a key bias that is not zero, or a packed tensor that cannot be split.
-    """
-    unpacked: dict[str, Tensor] = {}
-    for key, value in state.items():
-        match = re.fullmatch(
-            r"(visual\.blocks\.\d+\.)(mlp\.w12\.|attn\.qkv\.bias|attn\.k_bias|attn\.k_proj\.bias)(.*)", key
-        )
-        if match is None:
-            unpacked[key] = value
-            continue
-        block, part, rest = match.groups()
-        count = {"mlp.w12.": 2, "attn.qkv.bias": 3}.get(part, 1)
-        if value.shape[0] % count:
-            raise ContractError(f"{key} has {value.shape[0]} rows, expected {count} equal parts")
-        pieces = value.chunk(count)
-        if part == "mlp.w12.":
-            unpacked |= {f"{block}mlp.w1.{rest}": pieces[0], f"{block}mlp.w2.{rest}": pieces[1]}
-            continue
-        if pieces[count // 2].any():
-            raise ContractError(f"{key} is a nonzero key bias, which EVA-CLIP towers do not have")
-        if count == 3:
-            unpacked |= {f"{block}attn.q_bias": pieces[0], f"{block}attn.v_bias": pieces[2]}
-    return unpacked
-
-
 def config_from_fields(vision: dict[str, Any]) -> Eva02Config:
     """A configuration from the ``vision_cfg`` of an EVA-CLIP config.json; ValueError for unsupported settings."""
     if vision.get("global_average_pool"):
@@ -201,16 +172,12 @@ def is_same_table(table: Tensor, expected: Tensor) -> bool:
 def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str]:
     """Names of a checkpoint's rotary tables, after comparing each with what the configuration gives for its grid.
 
-    They are recomputed for the grid in use, so none is kept; but a difference means another architecture, and an
-    incomplete set a damaged file: ContractError names the first one.
+    They are recomputed for the grid in use, so none is kept; but a difference means another architecture:
+    ContractError names the first one.
     """
     names = sorted(key for key in state if re.fullmatch(r"visual\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", key))
     if names and not config.rope:
         raise ContractError(f"the checkpoint contains {names[0]}, but its configuration has no rotary positions")
-    for places in (["visual."], [f"{BLOCKS}{i}.attn." for i in range(config.num_hidden_layers)]):
-        tables = [f"{place}rope.freqs_{kind}" for place in places for kind in ("cos", "sin")]
-        if set(names) & set(tables):
-            require(state, *tables)
     for name in names:
         table, grid = state[name], round(state[name].shape[0] ** 0.5)
         expected = tables_of(config, grid)[name.endswith("sin")]
@@ -242,7 +209,7 @@ def check_positions(state: dict[str, Tensor], config: Eva02Config) -> None:
 
 def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
     """``visual.*``, ``text.*`` (adapter or EVA-CLIP's own text tower), ``logit_scale``."""
-    state = unpack(rename_timm(state))
+    state = rename_timm(state)
     vision = section(config, "vision_cfg")
     # a config.json in the same folder may be of another kind, or name a timm model; then the tensors are enough
     if "width" not in vision and (section(given, "vision_cfg") or "model_type" in given):
