@@ -31,7 +31,7 @@ from llm2clip_plugin.data.samples import (
 )
 from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import printable
-from llm2clip_plugin.options import Command, command, nearest
+from llm2clip_plugin.options import Command, command
 
 COLORS = ("", "white", "gray", "black")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
