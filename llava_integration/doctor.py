@@ -4,8 +4,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from llava_integration import boot
-from llava_integration import towers as names
+from llava_integration import boot, towers
 from llava_integration.compat import runner
 from llava_integration.compat.runner import installed_version
 from llm2clip_plugin.console import Finding, numbers
@@ -34,7 +33,7 @@ def check_llava() -> Iterator[Finding]:
         active = boot.watching()
         yield _finding("start-up hook", fail=not active, found="active" if active else "not active", fix=fix)
     try:
-        location = names.locate_default()
+        location = towers.locate_default()
         yield _finding("--vision_tower llm2clip", found=f"{location.how}: {location.describe()}")
     except (FileNotFoundError, ContractError) as error:
         fix = "llm2clip use PATH_OR_HUB_ID (only needed for the bare name)"

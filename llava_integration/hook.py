@@ -11,10 +11,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from llava_integration import towers as checkpoint_name
-from llava_integration import towers as names
-from llava_integration import towers as provenance
-from llava_integration.towers import check_selection, option_value
+from llava_integration import towers
+from llava_integration.checkpoints import check_selection, config_of, option_value, refuse_name, warn_about
 from llm2clip_plugin.files import ContractError, errors_about
 
 # LLaVA reads them, but its argument parser does not define them
@@ -60,7 +58,7 @@ def wrap_build_vision_tower(original: Function) -> Function:
 
     def build_vision_tower(vision_tower_cfg: Any, **options: Any) -> Any:
         name: Any = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
-        if not names.is_ours(name):
+        if not towers.is_ours(name):
             return original(vision_tower_cfg, **options)
         return build(name, vision_tower_cfg, **options)
 
@@ -75,7 +73,7 @@ def build(name: str, config: Any, delay_load: bool = False) -> Any:
     from llava_integration.tower import LLM2CLIPVisionTower, MultiscaleVisionTower
 
     settings_from_environment(config)
-    location = provenance.find_tower(name, config)
+    location = towers.find_tower(name, config)
     tower_class = MultiscaleVisionTower if getattr(config, "s2", False) else LLM2CLIPVisionTower
     tower = tower_class(name, location, config, delay_load=True)
     check_projector(name, tower.hidden_size, config)
@@ -92,7 +90,7 @@ def check_projector(name: str, hidden_size: int, config: Any) -> None:
     """
     expected = {}
     if trained := getattr(config, "mm_hidden_size", None):
-        expected[provenance.checkpoint_of(config) or "the checkpoint"] = trained
+        expected[towers.checkpoint_of(config) or "the checkpoint"] = trained
     if adapter := getattr(config, "pretrain_mm_mlp_adapter", None):
         expected[adapter] = projector_width(adapter) or hidden_size
     for where, width in expected.items():
@@ -134,17 +132,17 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
     def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
         previous_tower = self.get_vision_tower()
         refuse_another_tower(previous_tower, model_args.vision_tower)
-        if not names.is_ours(model_args.vision_tower):
+        if not towers.is_ours(model_args.vision_tower):
             return original(self, model_args, fsdp=fsdp)
         for option in OWN_OPTIONS:  # from the base model's config.json
             if previous_tower is None and hasattr(self.config, option):
                 setattr(model_args, option, getattr(self.config, option))
         if previous_tower is None and os.environ.get("RANK", "0") == "0":
-            checkpoint_name.warn_about(option_value(sys.argv, "--output_dir"))
+            warn_about(option_value(sys.argv, "--output_dir"))
         original(self, model_args, fsdp=fsdp)
         tower = self.get_vision_tower()
-        record = provenance.tower_record(tower.location, model_args.vision_tower, tower.hidden_size)
-        setattr(self.config, provenance.KEY, record)
+        record = towers.tower_record(tower.location, model_args.vision_tower, tower.hidden_size)
+        setattr(self.config, towers.KEY, record)
         for option in OWN_OPTIONS:
             if hasattr(model_args, option):
                 setattr(self.config, option, getattr(model_args, option))
@@ -158,10 +156,10 @@ def refuse_selection() -> None:
     """End LLaVA's training with one line and status 2, before its model is loaded, if its command line selects a hidden
     state that our tower does not have. LLaVA would fail once the language model is there."""
     tower = option_value(sys.argv, "--vision_tower")
-    if not names.is_ours(tower):
+    if not towers.is_ours(tower):
         return
     try:
-        layers = names.locate(tower).card.num_layers
+        layers = towers.locate(tower).card.num_layers
     except (OSError, ValueError):
         return  # said once the model is there, whose config.json may know the tower
     try:
@@ -179,8 +177,8 @@ def refuse_another_tower(tower: Any, name: str) -> None:
     """
     if tower is None or tower.vision_tower_name == name:
         return
-    ours = [names.is_ours(name), names.is_ours(tower.vision_tower_name)]
-    if not any(ours) or (all(ours) and names.locate(name).sha256 == tower.location.sha256):
+    ours = [towers.is_ours(name), towers.is_ours(tower.vision_tower_name)]
+    if not any(ours) or (all(ours) and towers.locate(name).sha256 == tower.location.sha256):
         return
     raise ContractError(
         f"the model already has the vision tower {tower.vision_tower_name!r}, which LLaVA would train with despite "
@@ -196,9 +194,9 @@ def wrap_load_pretrained_model(original: Function) -> Function:
     def load_pretrained_model(model_path: str, *arguments: Any, **options: Any) -> Any:
         given = dict(zip(("base", "name"), arguments, strict=False))
         base, name = options.get("model_base", given.get("base")), options.get("model_name", given.get("name"))
-        if names.is_ours(checkpoint_name.config_of(model_path).get("mm_vision_tower")):
-            checkpoint_name.refuse_name(model_path, base=base, name=name)
-        with provenance.loading(model_path):
+        if towers.is_ours(config_of(model_path).get("mm_vision_tower")):
+            refuse_name(model_path, base=base, name=name)
+        with towers.loading(model_path):
             return original(model_path, *arguments, **options)
 
     return load_pretrained_model

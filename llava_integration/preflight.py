@@ -15,11 +15,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
-from llava_integration import towers as names
-from llava_integration.towers import LORA, OTHERS, WORD, check_selection, model_name, option_value
+from llava_integration import towers
+from llava_integration.checkpoints import HUB_ID, LORA, OTHERS, WORD, check_selection, model_name, option_value
+from llava_integration.hook import check_projector
 from llm2clip_plugin.files import ContractError, read_json_value
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
@@ -109,21 +111,12 @@ def check_model(model: str) -> Iterator[str]:
     path = Path(model)
     if MPT in model:
         yield f"--model {model}: LLaVA takes a path with {MPT!r} for an MPT, which it cannot train; rename the folder"
-    elif not path.is_dir() and not names.HUB_ID.match(model):
+    elif not path.is_dir() and not HUB_ID.match(model):
         yield f"--model {model} is neither a folder nor a name of the Hub, such as lmsys/vicuna-7b-v1.5"
     elif path.is_dir() and not (path / "config.json").is_file():
         yield f"--model {model}: the folder has no config.json; expected a model such as lmsys/vicuna-7b-v1.5"
     elif path.is_dir():
         yield from check_language(path)
-
-
-def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A JSON object of a model's folder; {} if there is none that can be read."""
-    try:
-        config = read_json_value(folder / name)
-    except (OSError, ContractError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def check_language(path: Path) -> Iterator[str]:
@@ -137,6 +130,15 @@ def check_language(path: Path) -> Iterator[str]:
             f"--model {path}: its tokenizer has no unk_token, with which LLaVA pads batches; set one in "
             "tokenizer_config.json, such as its pad token"
         )
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of a model's folder; {} if there is none that can be read."""
+    try:
+        config = read_json_value(folder / name)
+    except (OSError, ContractError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_output(stage: str, output: str) -> Iterator[str]:
@@ -217,7 +219,7 @@ def check_tower(tower: str, projector: str | None, words: Sequence[str]) -> Iter
     if projector is not None and not os.path.isfile(projector):
         yield f"--projector {projector} does not exist; expected the mm_projector.bin of pretrain.sh"
         projector = None
-    if not names.is_ours(tower):
+    if not towers.is_ours(tower):
         if os.path.isdir(tower) and not os.path.isfile(os.path.join(tower, "config.json")):
             yield f"--tower {tower}: the folder has no config.json; expected a tower directory or a CLIP vision model"
         elif not os.path.exists(tower) and not tower.startswith(LLAVAS_TOWERS) and "ShareGPT4V" not in tower:
@@ -227,26 +229,15 @@ def check_tower(tower: str, projector: str | None, words: Sequence[str]) -> Iter
             )
         return
     try:
-        location = names.locate(tower)
+        location = towers.locate(tower)
         check_selection(words, location.card.num_layers)
         location.check_weights()
         if projector is not None:
-            check_projector(tower, location.card.hidden_size, projector)
+            scales = len(re.findall(r"\d+", os.environ.get("LLM2CLIP_S2_SCALES", ""))) or 1
+            width = location.card.hidden_size * scales
+            check_projector(tower, width, SimpleNamespace(pretrain_mm_mlp_adapter=projector))
     except (ValueError, FileNotFoundError) as error:
         yield str(error).replace("--vision_tower", "--tower")
-
-
-def check_projector(tower: str, hidden_size: int, projector: str) -> None:
-    """Raise ContractError if the projector is not a file of weights for this tower's features."""
-    from llava_integration.hook import projector_width
-
-    scales = len(re.findall(r"\d+", os.environ.get("LLM2CLIP_S2_SCALES", ""))) or 1
-    width = projector_width(projector)
-    if width not in (None, hidden_size * scales):
-        raise ContractError(
-            f"the projector {projector} expects features of width {width}, but the tower {tower!r} has hidden_size "
-            f"{hidden_size}, x {scales} scales; use the tower that it was trained with, or pretrain a projector for it"
-        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from llava_integration.towers import TowerLocation, blocks_below, check_feature
+from llava_integration.checkpoints import blocks_below, check_feature
+from llava_integration.towers import TowerLocation
 from llm2clip_plugin.vision.checkpoint import check_crop
 from llm2clip_plugin.vision.families import read_config
 from llm2clip_plugin.vision.towers import load_tower, tower_blocks

@@ -1,17 +1,23 @@
-"""Which tower a LLaVA checkpoint was trained with: recorded in its config.json and enforced on load.
+"""The vision towers that LLaVA can be given: what a name means, which are registered, which one a checkpoint has.
 
-LLaVA records only the name of the tower, and a name can come to mean another tower.
+| name                        | tower                                                     |
+|-----------------------------|-----------------------------------------------------------|
+| ``llm2clip``                | ``LLM2CLIP_TOWER`` if set, else the ``llm2clip use`` tower |
+| ``llm2clip:PATH``           | a tower directory                                         |
+| ``llm2clip:NAME``           | a name listed by ``llm2clip towers``                      |
+| ``llm2clip:ORG/NAME[@REV]`` | a tower directory on the Hugging Face Hub                 |
+| ``PATH``                    | a tower directory, given as a plain path                  |
+
+LLaVA records only the name, which can come to mean another tower: a checkpoint's config.json also records the hash, and
+only that tower is loaded. The registry is ``towers.json`` in ``$LLM2CLIP_HOME``, else in ``~/.config/llm2clip``.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
@@ -19,13 +25,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from llava_integration.checkpoints import CONFIG, HUB_ID, checkpoint_config
 from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory, atomic_file
-from llm2clip_plugin.files import ContractError, errors_about, read_header
+from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.hub import hub_snapshot
-from llm2clip_plugin.options import Command, command, unknown
-from llm2clip_plugin.vision.directory import check_card, read_json
+from llm2clip_plugin.options import Command, command
+from llm2clip_plugin.vision.directory import check_card
 
-# A tower directory with its card: what every name of a tower resolves to.
+NAME = "llm2clip"
+KEY = "llm2clip_tower"  # in a checkpoint's config.json
+BUNDLE = "vision_tower"  # folder of a checkpoint with a copy of its tower
+HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # of a tower directory
+BUNDLED_FILES = (*HUB_FILES, "*.py")
 
 
 class TowerNotFoundError(FileNotFoundError):
@@ -75,12 +86,12 @@ class TowerLocation:
         )
 
 
-# The towers that the user registered by name, and the selected one.
+# The registry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Registry(VersionedRecord):
-    """The contents of ``towers.json``."""
+    """The contents of ``towers.json``: the towers that the user registered by name, and the selected one."""
 
     KIND: ClassVar[str] = "llm2clip-towers"
     FILE: ClassVar[str] = "towers.json"
@@ -91,18 +102,15 @@ class Registry(VersionedRecord):
     def check_values(self, *, where: str) -> None:
         """Raise ContractError for an entry without its two fields, or a selected tower that is not registered."""
         for name, entry in self.towers.items():
-            if missing := [key for key in ("spec", "weights_sha256") if not entry.get(key)]:
-                raise ContractError(f"{where}: tower {name!r} has no {' and no '.join(missing)}")
+            if not entry.get("spec") or not entry.get("weights_sha256"):
+                raise ContractError(f"{where}: tower {name!r} needs spec and weights_sha256, has {entry}")
         if self.chosen and self.chosen not in self.towers:
             raise ContractError(f"{where}: chosen is {self.chosen!r}, which is not one of {sorted(self.towers)}")
 
     def summary(self) -> str:
         """The registered towers in one line, for error messages."""
-        if not self.towers:
-            return f"no towers are registered in {registry_file()}"
-        return "registered towers: " + ", ".join(
-            f"{name} ({entry['spec']})" for name, entry in sorted(self.towers.items())
-        )
+        listed = ", ".join(f"{name} ({entry['spec']})" for name, entry in sorted(self.towers.items()))
+        return f"registered towers: {listed}" if listed else f"no towers are registered in {registry_file()}"
 
 
 def registry_file() -> Path:
@@ -111,46 +119,37 @@ def registry_file() -> Path:
     return Path(os.environ.get("LLM2CLIP_HOME") or f"{config}/llm2clip").expanduser() / Registry.FILE
 
 
-def read() -> Registry:
+def registry() -> Registry:
     """The registry, empty if there is no file. Raises ContractError for a damaged file."""
     path = registry_file()
     return Registry.read(path) if path.is_file() else Registry()
 
 
 def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
-    """Register a tower (``spec``: absolute path or Hub id), select it and return its name."""
-    known = read()
+    """Register a tower (``spec``: absolute path or Hub id), select it and return its name.
+
+    Without ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that is taken.
+    """
+    known = registry()
+    stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
+    names = [stem, *(f"{stem}-{number}" for number in range(2, len(known.towers) + 2))]
     name = name or next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
-    name = name or free_name(spec, known)
+    name = name or next(name for name in names if name not in known.towers)
     towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
     replace(known, chosen=name, towers=towers).write(registry_file())
     return name
 
 
-def free_name(spec: str, known: Registry) -> str:
-    """The last part of ``spec``, with a number appended if the name is in use."""
-    stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
-    return next(
-        name
-        for number in range(1, len(known.towers) + 2)
-        if (name := stem if number == 1 else f"{stem}-{number}") not in known.towers
-    )
-
-
 def forget(name: str) -> None:
     """Remove an entry; raises ValueError with the registered names if there is none called ``name``."""
-    known = read()
+    known = registry()
     if name not in known.towers:
         raise ValueError(f"unknown tower {name!r}; {known.summary()}")
     towers = {key: entry for key, entry in known.towers.items() if key != name}
     replace(known, chosen="" if known.chosen == name else known.chosen, towers=towers).write(registry_file())
 
 
-# From the name given to ``--vision_tower`` to a tower directory.
-
-NAME = "llm2clip"
-HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
-HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # of a tower directory
+# What a name means
 
 
 def is_ours(name: object) -> bool:
@@ -179,7 +178,7 @@ def locate_default() -> TowerLocation:
     """The tower of the bare name: ``LLM2CLIP_TOWER``, else the one selected with ``llm2clip use``."""
     if spec := os.environ.get("LLM2CLIP_TOWER"):
         return locate_spec(spec, how=f"LLM2CLIP_TOWER={spec}")
-    known = read()
+    known = registry()
     if known.chosen:
         return locate_spec(known.towers[known.chosen]["spec"], how=f"`llm2clip use {known.chosen}`")
     raise TowerNotFoundError(
@@ -193,7 +192,7 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
     path = Path(spec).expanduser()
     if spec.strip() and path.is_dir():
         return TowerLocation.of(path, how=how)
-    known = read()
+    known = registry()
     if spec in known.towers and known.towers[spec]["spec"] != spec:
         return locate_spec(known.towers[spec]["spec"], how=f"{how} (registered as {spec!r})")
     if HUB_ID.match(spec):
@@ -211,61 +210,12 @@ def locate_on_hub(spec: str, *, how: str) -> TowerLocation:
         raise TowerNotFoundError(
             f"{how}: no directory {repository!r}, and downloading it from the Hub failed "
             f"({type(error).__name__}: {reason}); download it on a machine with network access and pass "
-            f"{NAME}:PATH; {read().summary()}"
+            f"{NAME}:PATH; {registry().summary()}"
         ) from error
     return TowerLocation.of(directory, how=how, origin=spec)
 
 
-# Which hidden state and which features of a tower LLaVA takes, checked before anything is loaded; no torch.
-
-FEATURES = ("patch", "cls_patch")
-
-
-def option_value(words: Sequence[str], name: str) -> str:
-    """The value of an option of LLaVA on a command line, "" without one; as argparse reads it, the last counts.
-
-    >>> option_value(["--mm_vision_select_layer", "-2", "--mm-vision-select-layer=-1"], "--mm_vision_select_layer")
-    '-1'
-    """
-    value = ""
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
-        given, equals, own = word.partition("=")
-        if given.replace("-", "_") == name.replace("-", "_"):
-            value = own if equals else following
-    return value
-
-
-def check_selection(words: Sequence[str], num_layers: int) -> None:
-    """Raise ValueError if LLaVA's options select a hidden state that a tower does not have, or unknown features."""
-    layer, feature = (option_value(words, f"--mm_vision_select_{name}") for name in ("layer", "feature"))
-    if re.fullmatch(r"[+-]?\d+", layer):
-        blocks_below(int(layer), num_layers)
-    if feature:
-        check_feature(feature)
-
-
-def check_feature(feature: str) -> None:
-    """Raise ValueError for an unknown ``mm_vision_select_feature``."""
-    if feature not in FEATURES:
-        raise ValueError(unknown("mm_vision_select_feature", feature, FEATURES))
-
-
-def blocks_below(select_layer: int, num_layers: int) -> int:
-    """Blocks below the selected hidden state: 24 blocks have 25 states, so layer -2 is the state after block 23.
-
-    Raises ValueError if there is no such state.
-    """
-    states = num_layers + 1
-    if not -states <= select_layer < states:
-        raise ValueError(
-            f"mm_vision_select_layer {select_layer} is out of range: "
-            f"a tower of {num_layers} blocks has hidden states {-states} to {states - 1}"
-        )
-    return select_layer % states
-
-
-KEY = "llm2clip_tower"  # in the checkpoint's config.json
-BUNDLE = "vision_tower"  # folder of a checkpoint with a copy of its tower
+# Which tower a checkpoint was trained with
 
 # The path or Hub id given to load_pretrained_model. A LoRA or projector checkpoint needs it: the configuration that
 # reaches the tower has the base model's path.
@@ -307,16 +257,21 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     TowerNotFoundError if none is.
     """
     record = getattr(config, KEY, None)
-    if not record:
-        return find_unrecorded(name, config)
     checkpoint = checkpoint_of(config) or "the checkpoint"
+    if not record:
+        try:
+            return locate(name)
+        except FileNotFoundError:
+            if not (Path(checkpoint) / BUNDLE / TowerCard.FILE).is_file():
+                raise
+            return TowerLocation.of(Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}")
     with errors_about(f"{KEY} in config.json of {checkpoint}", fix="copy the checkpoint again"):
         wanted, origin = str(record["weights_sha256"]), str(record["origin"])
     failures: list[str] = []
     other_tower = False
-    for where, locate in candidates(name, wanted, origin, config):
+    for where, find in candidates(name, wanted, origin, config):
         try:
-            location = locate()
+            location = find()
         except (FileNotFoundError, ContractError) as error:
             failures.append(f"{where}: {error}")
             continue
@@ -337,17 +292,6 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     raise ContractError(message) if other_tower else TowerNotFoundError(message)
 
 
-def find_unrecorded(name: str, config: Any) -> TowerLocation:
-    """The tower by its name, or else the one bundled in the checkpoint."""
-    try:
-        return locate(name)
-    except FileNotFoundError:
-        checkpoint = checkpoint_of(config)
-        if not checkpoint or not (Path(checkpoint) / BUNDLE / TowerCard.FILE).is_file():
-            raise
-        return TowerLocation.of(Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}")
-
-
 def candidates(name: str, wanted: str, origin: str, config: Any) -> Iterator[tuple[str, Callable[[], TowerLocation]]]:
     """(label for messages, function that returns a location or raises), in the order of the search."""
     yield f"by name, {name!r}", lambda: locate(name)
@@ -355,7 +299,7 @@ def candidates(name: str, wanted: str, origin: str, config: Any) -> Iterator[tup
         yield f"in {checkpoint}/{BUNDLE}", lambda: locate_bundled(checkpoint, origin)
     if origin != name.partition(":")[2]:
         yield f"at its origin, {origin}", lambda: locate_spec(origin, how="origin")
-    for known, entry in sorted(read().towers.items()):
+    for known, entry in sorted(registry().towers.items()):
         if entry["weights_sha256"] == wanted:
             spec = entry["spec"]
             yield f"registered as {known!r}", lambda spec=spec: locate_spec(spec, how="registry")
@@ -375,102 +319,7 @@ def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
     return TowerLocation.of(directory / BUNDLE, how=f"bundled in {checkpoint}", origin=origin)
 
 
-# Whether a LLaVA checkpoint is complete, found out before a model is loaded: seconds instead of minutes, one error.
-
-CONFIG = "config.json"
-TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
-FIX = "copy the checkpoint again"
-
-
-def checkpoint_config(folder: Path) -> dict[str, Any]:
-    """config.json of a LLaVA checkpoint. Raises FileNotFoundError without one, ContractError for a damaged one."""
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} is not a LLaVA checkpoint: no {CONFIG} in it")
-    return read_json(folder / CONFIG)
-
-
-def check_checkpoint(path: str, base: str | None = None) -> None:
-    """Compare a checkpoint's folder with what LLaVA will read of it; ids of the Hub are left to LLaVA.
-
-    ``base``: the base model that is given with it. Raises FileNotFoundError or ContractError with the file.
-    """
-    for option, name in (("--model-path", path), ("--model-base", base)):
-        if name and not Path(name).expanduser().is_dir() and not HUB_ID.match(name):
-            raise FileNotFoundError(f"{option} {name} is neither a folder nor a Hub id; expected a LLaVA checkpoint")
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return
-    checkpoint_config(folder)
-    files = {file.name: file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")}
-    if not files:
-        raise FileNotFoundError(f"{folder} has no weights (.safetensors or .bin); {FIX}")
-    for index in sorted(folder.glob("*.index.json")):
-        if missing := sorted({*read_json(index).get("weight_map", {}).values()} - files.keys()):
-            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, listed in {index.name}; {FIX}")
-    for file in files.values():
-        if file.suffix == ".safetensors":
-            read_header(file, fix=FIX)
-    if not base and not any((folder / name).is_file() for name in TOKENIZERS):
-        raise FileNotFoundError(f"{path} has no tokenizer ({' or '.join(TOKENIZERS[:2])}); {FIX}")
-
-
-# LLaVA decides by words in a checkpoint's folder name how to load it; checked before anything is loaded.
-
-WORD, LORA, OTHERS = "llava", "lora", ("mpt", "mistral")
-
-
-def model_name(path: str) -> str:
-    """The name that LLaVA's get_model_name_from_path derives from a path: its last part, with that above checkpoint-N.
-
-    >>> model_name("runs/llava-7b/checkpoint-100/")
-    'llava-7b_checkpoint-100'
-    """
-    parts = path.strip("/").split("/")
-    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
-
-
-def refuse_name(path: str, *, base: str | None = None, name: str | None = None) -> None:
-    """Raise ValueError if LLaVA would load the checkpoint at ``path`` as another kind of model than it is.
-
-    ``base``: the base model that is given with it; ``name``: in place of the folder's. Paths without a LLaVA
-    checkpoint's config.json are left to LLaVA.
-    """
-    config = config_of(path)
-    if "mm_vision_tower" not in config and not str(config.get("model_type")).startswith(WORD):
-        return
-    given = model_name(str(path)) if name is None else name
-    has_lora = (Path(path).expanduser() / "adapter_config.json").is_file()
-    what = ""
-    if WORD not in given.lower():
-        what = f'without "{WORD}" in its name as a language model that sees no images'
-    elif has_lora and base and LORA not in given.lower():
-        what = f'without "{LORA}" in its name, given a base model, as a projector'
-    elif config.get("model_type") == "llava_llama":
-        what = next((f'with "{word}" in its name as a {word} model' for word in OTHERS if word in given.lower()), "")
-    if what:
-        better = "llava-lora-1" if has_lora else "llava-1"
-        raise ValueError(
-            f"LLaVA loads a folder {what}, but {path} ({given!r}) is a LLaVA checkpoint; rename it, such as to {better}"
-        )
-
-
-def warn_about(output: str) -> None:
-    """Print a line if LLaVA would not load the checkpoint that a training will write to ``output``."""
-    if output and WORD not in model_name(output).lower():
-        told = f"--output_dir {output} has no {WORD!r} in its name, by which LLaVA decides how to load a checkpoint"
-        print(f"llm2clip: warning: {told}; rename it before evaluating", file=sys.stderr)
-
-
-def config_of(path: str) -> dict[str, Any]:
-    """A checkpoint's config.json; {} without one, for a Hub id and for a damaged file, which loading will refuse."""
-    try:
-        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-# ``llm2clip use`` and ``llm2clip towers``: the towers registered for ``--vision_tower llm2clip``.
+# ``llm2clip use``, ``llm2clip towers``, ``llm2clip llava bundle``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -521,7 +370,7 @@ def main_towers(argv: list[str]) -> int:
     options = TOWERS.parse(argv)
     if options.forget:
         forget(options.forget)
-    known = read()
+    known = registry()
     rows = [listing(name, entry, chosen=name == known.chosen) for name, entry in sorted(known.towers.items())]
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -547,20 +396,6 @@ def listing(name: str, entry: dict[str, str], *, chosen: bool) -> dict[str, obje
     return {**row, "found": location.describe(), "card": asdict(location.card)}
 
 
-# ``llm2clip llava bundle CHECKPOINT``: copy the tower into a LLaVA checkpoint, so that they move together.
-
-FILES = (  # of a tower directory, as patterns
-    CONFIG,
-    TowerCard.FILE,
-    "checksums.json",
-    "model*.safetensors",
-    "text_adapter.safetensors",
-    "preprocessor_config.json",
-    "README.md",
-    "*.py",
-)
-
-
 def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Path:
     """Copy the checkpoint's tower to ``CHECKPOINT/vision_tower`` and return that folder.
 
@@ -577,10 +412,11 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
         )
     location = locate_tower(checkpoint, name, config, tower)
     target = checkpoint / BUNDLE
-    if already_bundled(target, location):
+    if (target / TowerCard.FILE).is_file() and TowerLocation.of(target, how="bundled").sha256 == location.sha256:
+        check_card(target, adapter=False)
         return target
     with atomic_directory(target, replace=overwrite) as temporary:
-        for source in [path for name in FILES for path in sorted(location.directory.glob(name))]:
+        for source in [path for name in BUNDLED_FILES for path in sorted(location.directory.glob(name))]:
             shutil.copyfile(source, temporary / source.name)
         replace(location, directory=temporary).check_weights()
     if KEY not in config:
@@ -607,17 +443,6 @@ def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str
     return location
 
 
-def already_bundled(target: Path, location: TowerLocation) -> bool:
-    """Whether ``target`` is that tower already; raises ContractError if so but its weights are damaged."""
-    if not (target / TowerCard.FILE).is_file():
-        return False
-    bundled = TowerLocation.of(target, how="bundled")
-    if bundled.sha256 != location.sha256:
-        return False
-    bundled.check_weights()
-    return True
-
-
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig:
     """Checkpoints that get their tower."""
@@ -637,7 +462,7 @@ LLAVA_BUNDLE = Command(
 )
 
 
-def main(argv: list[str]) -> int:
+def main_bundle(argv: list[str]) -> int:
     """Copy the vision tower into LLaVA checkpoints, so that they load on another machine."""
     options = LLAVA_BUNDLE.parse(argv)
     for checkpoint in options.checkpoints:

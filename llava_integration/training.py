@@ -1,7 +1,10 @@
-"""What LLaVA's trainer lacks on the libraries of today, and on a machine without a GPU.
+"""What LLaVA's trainer lacks on the libraries of today, on a machine without a GPU, and for ChatML.
 
 ``hook`` calls `complete_trainer` in processes that import ``llava.train.llava_trainer``, as LLaVA's training does.
 """
+
+# LLaVA may be in an environment of its own, not where types are checked.
+# pyright: reportMissingImports=false
 
 import atexit
 import contextlib
@@ -17,35 +20,119 @@ import numpy as np
 import torch
 import torch.distributed
 
+from llava_integration.compat.runner import replaces
 from llm2clip_plugin.console import quiet_llava
 
-# ``--version chatml_direct`` and ``mpt``: labels for LLaVA's training of language models that speak ChatML.
-
-# LLaVA may be in an environment of its own, not where types are checked.
-# pyright: reportMissingImports=false
-
-
 PROGRAMS = ("__main__", "llava.train.train")  # as a program, and imported by train_mem.py
+COLLECTIVES = (  # those that DeepSpeed starts several of and then waits for the last one only
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_reduce",
+    "reduce",
+    "broadcast",
+)
 Turns = list[dict[str, str]]
 
 
-def complete_trainer_of_chatml(module: ModuleType) -> None:
-    """Make ``LLaVATrainer(...)`` give the program that it is called by `preprocess`; no import hook sees ``__main__``.
-
-    The program has made its dataset by then, which prepares a sample when it is read.
-    """
+def complete_trainer(module: ModuleType) -> None:
+    """Complete ``llava.train.llava_trainer``; a second call does nothing."""
     trainer = module.LLaVATrainer
-    original = trainer.__init__
-    file = os.path.join(os.path.dirname(str(module.__file__)), "train.py")
+    if hasattr(trainer, "completed_by_llm2clip"):
+        return
+    trainer.completed_by_llm2clip = True
+    quiet_llava()
+    file = os.path.realpath(os.path.join(os.path.dirname(str(module.__file__)), "train.py"))
 
-    @functools.wraps(original)
-    def __init__(self: Any, *arguments: Any, **options: Any) -> None:  # noqa: N807 - is set as that method
+    # The program, which no import hook sees as __main__, has made its dataset by then; that prepares a sample when it
+    # is read.
+    @replaces(trainer, "__init__")
+    def init(original: Any, self: Any, *arguments: Any, **options: Any) -> None:
         for program in map(sys.modules.get, PROGRAMS):
-            if os.path.realpath(getattr(program, "__file__", None) or "") == os.path.realpath(file):
+            if os.path.realpath(getattr(program, "__file__", None) or "") == file:
                 setattr(program, "preprocess_mpt", preprocess)  # noqa: B010 - a name of LLaVA's module
         original(self, *arguments, **options)
 
-    trainer.__init__ = __init__
+    # DeepSpeed counts the micro-batches itself. accelerate before 1.2 enters its no_sync (since 0.15.4) for all but the
+    # last of a step, which ZeRO-2 and ZeRO-3 refuse, and in which no stage allows engine.step(), called after each.
+    @replaces(trainer, "create_accelerator_and_postprocess")
+    def create_accelerator_and_postprocess(original: Any, self: Any) -> None:
+        original(self)
+        if self.is_deepspeed_enabled:
+            self.accelerator.no_sync = lambda model: contextlib.nullcontext()
+
+    # LLaVA makes empty groups for LoRA, whose weights have no biases. ZeRO drops them after the scheduler is made, and
+    # the scheduler of newer torch then stops training at the first step.
+    @replaces(trainer, "create_optimizer")
+    def create_optimizer(original: Any, self: Any) -> torch.optim.Optimizer:
+        optimizer = original(self)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    trust_random_states()
+    sys.excepthook = functools.partial(end_by_error, sys.excepthook)
+    if not torch.cuda.is_available():
+        complete_for_cpu()
+
+
+def trust_random_states() -> None:
+    """Let torch 2.6 and newer load numpy's random state, without which the trainer of 4.37 cannot resume."""
+    if hasattr(torch.serialization, "add_safe_globals"):
+        reconstruct: Any = np.zeros(1).__reduce__()[0]  # its module's name depends on numpy's version
+        torch.serialization.add_safe_globals([reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))])
+
+
+def complete_for_cpu() -> None:
+    """Let LLaVA train without a GPU, with any number of ranks."""
+    torch.cuda.synchronize = lambda device=None: None  # LLaVA calls it before it saves a full finetune
+    for name in COLLECTIVES:
+        replaces(torch.distributed, name)(finished)
+    if find_spec("deepspeed"):
+        import deepspeed
+
+        # Only for tensor-parallel inference, but compiled for minutes, in silence, by the first run
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    atexit.register(leave_ranks)
+
+
+def finished(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A collective that is over when it returns.
+
+    DeepSpeed before 0.19.8 starts several gathers and waits for the last one: right on a GPU, whose stream keeps their
+    order, but gloo finishes them in any order, and ZeRO-3 would compute with parameters that have not arrived.
+    """
+    work = collective(*arguments, **options)
+    if work is not None:
+        work.wait()
+    return work
+
+
+failed = False  # whether an error that nobody caught ends this process
+
+
+def end_by_error(hook: Callable[..., None], kind: type[BaseException], *error: Any) -> None:
+    """`sys.excepthook` that remembers the error for `leave_ranks`; Ctrl-C is a line, not a traceback on each rank."""
+    global failed
+    failed = True
+    if not issubclass(kind, KeyboardInterrupt):
+        hook(kind, *error)
+    elif os.environ.get("RANK", "0") == "0":
+        print(
+            "interrupted; rerun the same command to resume from the newest checkpoint-* in --output_dir",
+            file=sys.stderr,
+        )
+
+
+def leave_ranks() -> None:
+    """End a rank without the interpreter's shutdown, which aborts one in ten: LLaVA leaves the process group open."""
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if failed else 0)
+
+
+# ``--version chatml_direct`` and ``mpt``: labels for language models that speak ChatML. LLaVA's ``preprocess_mpt``
+# counts a token too few in each round, takes that for a tokenization mismatch, and ignores all labels of the sample.
 
 
 def preprocess(sources: list[Turns], tokenizer: Any, has_image: bool = False) -> dict[str, list[torch.Tensor]]:
@@ -93,137 +180,3 @@ def shared(prefix: list[int], ids: list[int]) -> int:
     """How many of the first ids both have."""
     differ = (place for place, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b)
     return next(differ, min(len(prefix), len(ids)))
-
-
-# Those that DeepSpeed starts several of and then waits for the last one only
-COLLECTIVES = (
-    "all_gather",
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
-    "all_reduce",
-    "reduce",
-    "broadcast",
-)
-
-
-def complete_trainer(module: ModuleType) -> None:
-    """Complete ``llava.train.llava_trainer``; a second call does nothing."""
-    trainer = module.LLaVATrainer
-    original = trainer.create_accelerator_and_postprocess
-    if original.__module__ == __name__:
-        return
-    quiet_llava()
-    trainer.create_accelerator_and_postprocess = let_deepspeed_accumulate(original)
-    complete_trainer_of_chatml(module)
-    if schedulers_count_groups():
-        trainer.create_optimizer = without_empty_groups(trainer.create_optimizer)
-    trust_random_states()
-    sys.excepthook = functools.partial(end_by_error, sys.excepthook)
-    if not torch.cuda.is_available():
-        complete_for_cpu()
-
-
-def let_deepspeed_accumulate(original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Make accelerate leave gradient accumulation to DeepSpeed, which counts the micro-batches itself.
-
-    accelerate before 1.2 enters DeepSpeed's ``no_sync`` (since 0.15.4) for every micro-batch but the last of a step,
-    which ZeRO-2 and ZeRO-3 refuse, and in which no stage allows ``engine.step()``, called after each micro-batch.
-    """
-
-    @functools.wraps(original, assigned=("__name__", "__qualname__", "__doc__"))
-    def create_accelerator_and_postprocess(self: Any) -> None:
-        original(self)
-        if self.is_deepspeed_enabled:
-            self.accelerator.no_sync = lambda model: contextlib.nullcontext()
-
-    return create_accelerator_and_postprocess
-
-
-def schedulers_count_groups() -> bool:
-    """Whether this torch's schedulers refuse an optimizer that has lost a group; older ones don't notice."""
-    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    optimizer = torch.optim.SGD([{"params": [parameter]} for parameter in parameters], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    del optimizer.param_groups[1]
-    try:
-        optimizer.step()
-        scheduler.step()
-    except ValueError:
-        return True
-    return False
-
-
-def without_empty_groups(original: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], torch.optim.Optimizer]:
-    """An optimizer without the empty groups that LLaVA makes for LoRA, whose weights have no biases.
-
-    ZeRO drops them after the scheduler is made, and the scheduler then stops training at the first step.
-    """
-
-    @functools.wraps(original, assigned=("__name__", "__qualname__", "__doc__"))
-    def create_optimizer(self: Any) -> torch.optim.Optimizer:
-        optimizer = original(self)
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
-
-    return create_optimizer
-
-
-def trust_random_states() -> None:
-    """Let torch 2.6 and newer load numpy's random state, without which the trainer of 4.37 cannot resume."""
-    if hasattr(torch.serialization, "add_safe_globals"):
-        reconstruct: Any = np.zeros(1).__reduce__()[0]  # its module's name depends on numpy's version
-        torch.serialization.add_safe_globals([reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))])
-
-
-def complete_for_cpu() -> None:
-    """Let LLaVA train without a GPU, with any number of ranks."""
-    torch.cuda.synchronize = lambda device=None: None  # LLaVA calls it before it saves a full finetune
-    for name in COLLECTIVES:
-        setattr(torch.distributed, name, finish_at_once(getattr(torch.distributed, name)))
-    if find_spec("deepspeed"):
-        import deepspeed
-
-        # Only for tensor-parallel inference, but compiled for minutes, in silence, by the first run
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    atexit.register(leave_ranks)
-
-
-def finish_at_once(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective that is over when it returns.
-
-    DeepSpeed before 0.19.8 starts several gathers and waits for the last one: right on a GPU, whose stream keeps their
-    order, but gloo finishes them in any order, and ZeRO-3 would compute with parameters that have not arrived.
-    """
-
-    @functools.wraps(collective)
-    def finished(*arguments: Any, **options: Any) -> Any:
-        work = collective(*arguments, **options)
-        if work is not None:
-            work.wait()
-        return work
-
-    return finished
-
-
-failed = False  # whether an error that nobody caught ends this process
-
-
-def end_by_error(hook: Callable[..., None], kind: type[BaseException], *error: Any) -> None:
-    """`sys.excepthook` that remembers the error for `leave_ranks`; Ctrl-C is a line, not a traceback on each rank."""
-    global failed
-    failed = True
-    if not issubclass(kind, KeyboardInterrupt):
-        hook(kind, *error)
-    elif os.environ.get("RANK", "0") == "0":
-        print(
-            "interrupted; rerun the same command to resume from the newest checkpoint-* in --output_dir",
-            file=sys.stderr,
-        )
-
-
-def leave_ranks() -> None:
-    """End a rank without the interpreter's shutdown, which aborts one in ten: LLaVA leaves the process group open."""
-    if torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1 if failed else 0)

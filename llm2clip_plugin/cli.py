@@ -128,7 +128,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "score": ("llava_integration.benchmarks.score", "main", "score answers with a benchmark's official rule"),
     "llava bundle": (
         "llava_integration.towers",
-        "main",
+        "main_bundle",
         "copy the tower into a LLaVA checkpoint",
     ),
     "llava export": (

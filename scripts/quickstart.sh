@@ -179,7 +179,11 @@ say "report"
 more=()
 [ "$PRESET" != smoke ] || more+=(--must-learn)
 llava=llava llava_options=(--llm "$LLAVA_LLM")
-[ "$LLAVA_LLM" = tiny ] || llava=llava-smollm2
+if [ "$LLAVA_LLM" = smollm2 ]; then
+    llava=llava-smollm2
+    llava_options+=(--teacher "$LLM")
+    [ "$TEACHER" = raw ] || llava_options+=(--adapter "$DATA/llm/seed0/adapter")
+fi
 [ "$LLAVA" = no ] || more+=(--comparison "$llava/compare/compare.html")
 python scripts/quickstart/report.py --data "$DATA" --output "$OUT" ${more[@]+"${more[@]}"}
 # ------------------------------------------------------------------------------------------------------------ LLaVA

@@ -13,10 +13,9 @@ from typing import Any
 from llava_integration.answer.model import Answerer
 from llava_integration.answer.options import COMMAND, AnswerConfig
 from llava_integration.answer.questions import AnswersFile, Question, entry, read_questions
-from llava_integration.answer.served import Asking, Endpoint, EndpointError, ServedModel, answer_served
-from llava_integration.towers import check_checkpoint, refuse_name
+from llava_integration.answer.served import Endpoint, ServedModel, answer_served
+from llava_integration.checkpoints import check_checkpoint
 from llm2clip_plugin.contracts import sha256_file
-from llm2clip_plugin.hub import Retry
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +25,6 @@ def main(argv: list[str]) -> int:
     """
     options = COMMAND.parse(argv)
     if options.model_path:
-        refuse_name(options.model_path, base=options.model_base)
         check_checkpoint(options.model_path, options.model_base)
     rank, world = choose_device(options.device)
     questions = chunk(
@@ -53,7 +51,7 @@ def main(argv: list[str]) -> int:
     indices = [index for index in range(len(questions)) if index % world == rank and index not in done]
     refused: list[str] = []
     if indices and endpoint and served:
-        refused = ask_server(options, endpoint, served, questions, indices, answers)
+        refused = answer_served(endpoint, served.id, options, questions, indices, answers)
     elif indices:
         answer_questions(options, questions, indices, answers)
     missing = answers.finish()
@@ -130,35 +128,3 @@ def answer_questions(
                 }
             )
             bar.update(len(batch))
-
-
-def ask_server(
-    options: AnswerConfig,
-    endpoint: Endpoint,
-    served: ServedModel,
-    questions: list[Question],
-    indices: list[int],
-    answers: AnswersFile,
-) -> list[str]:
-    """Ask a server the questions of these indices; returns a line for each that it refused."""
-    sampling = {"temperature": options.temperature, "max_tokens": options.max_new_tokens}
-    if options.top_p is not None:
-        sampling["top_p"] = options.top_p
-    asking = Asking(
-        model=served.id,
-        image_folder=options.image_folder,
-        sampling=sampling,
-        concurrency=options.concurrency,
-        retry=Retry(tries=options.retries + 1, first_pause=1.0),
-    )
-    before = len(questions) - len(indices)
-    print(
-        f"asking {served.id!r} at {endpoint.url}: {len(indices)} questions, {before} answered before", file=sys.stderr
-    )
-    try:
-        return answer_served(endpoint, asking, questions, indices, answers)
-    except EndpointError as error:
-        kept = len(answers.done())
-        raise EndpointError(
-            f"{error}; {kept} of {len(questions)} answers are kept, rerun the same command to resume"
-        ) from error

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llava_integration.answer.served import KEY
 from llm2clip_plugin.options import Command
+
+KEY = "OPENAI_API_KEY"  # environment variable, as OpenAI's client reads it
 
 
 @dataclass(frozen=True, kw_only=True)

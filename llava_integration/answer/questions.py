@@ -1,4 +1,4 @@
-"""Question files of LLaVA's evaluation scripts, in their three formats.
+"""Question files of LLaVA's evaluation scripts, in their three formats, and the answers file.
 
 | suffix    | benchmark scripts                           | LLaVA's own program     |
 |-----------|---------------------------------------------|-------------------------|
@@ -22,17 +22,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from llm2clip_plugin.contracts import atomic_file, naming_full_disk
 from llm2clip_plugin.files import ContractError, check_image_size, errors_about, read_json_value
 from llm2clip_plugin.options import unknown
-
-if TYPE_CHECKING:
-    import torch
-
 
 BAD_IMAGE = (OSError, ValueError, SyntaxError, IndexError, struct.error, Image.DecompressionBombError)  # Pillow's
 LETTERS = ("A", "B", "C", "D")
@@ -185,89 +181,8 @@ def is_none(cell: str | None) -> bool:
     return cell is None or cell.strip().lower() in ("", "nan", "none")
 
 
-# From a question to token ids and pixels, as LLaVA's own evaluation prepares them.
-
-# LLaVA may be in an environment of its own, not where types are checked.
-# pyright: reportMissingImports=false
-
-
-# index in the question file, token ids (T,), pixels or None without image, (width, height) of the image
-Prepared = tuple[int, "torch.Tensor", "torch.Tensor | None", "tuple[int, int]"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepare:
-    """Questions as a dataset for torch's DataLoader; contains no weights, so that its worker processes stay small."""
-
-    questions: list[tuple[int, Question]]  # index in the question file, question
-    folder: str  # of images
-    conversation: Any  # LLaVA's conversation template
-    tokenizer: Any
-    image_processor: Any
-    model_config: Any
-
-    def __len__(self) -> int:
-        """Number of questions."""
-        return len(self.questions)
-
-    def __getitem__(self, item: int) -> Prepared:
-        """One question; pixels are (3, S, S), or (tiles, 3, S, S) for anyres."""
-        from llava.constants import IMAGE_TOKEN_INDEX
-        from llava.mm_utils import process_images, tokenizer_image_token
-
-        index, question = self.questions[item]
-        pixels, size = None, (0, 0)
-        if question.image:
-            image = question.open_image(self.folder)
-            pixels, size = process_images([image], self.image_processor, self.model_config)[0], image.size
-        words = self.prompt(question)
-        tokens: Any = tokenizer_image_token(words, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
-        return index, tokens, pixels, size
-
-    def prompt(self, question: Question) -> str:
-        """The text that the model reads: template, image token, question."""
-        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-
-        text = question.text
-        if question.image:
-            token = DEFAULT_IMAGE_TOKEN
-            if getattr(self.model_config, "mm_use_im_start_end", False):
-                token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
-            text = f"{token}\n{text}"
-        conversation = self.conversation.copy()
-        conversation.append_message(conversation.roles[0], text)
-        conversation.append_message(conversation.roles[1], None)
-        return conversation.get_prompt()
-
-
-def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token rows -> ids and attention mask, both (B, T), padded on the left with 0."""
-    import torch
-
-    width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        ids[row, width - len(tokens) :] = tokens
-        mask[row, width - len(tokens) :] = 1
-    return ids, mask
-
-
-def conversation_of(model_name: str, mode: str) -> Any:
-    """LLaVA's template of that name; its ``_mmtag`` form for models pretrained on plain captions, as in LLaVA.
-
-    Raises ValueError with the known names for an unknown one.
-    """
-    from llava.conversation import conv_templates
-
-    if "plain" in model_name and "finetune" not in model_name.lower() and "mmtag" not in mode:
-        mode = f"{mode}_mmtag"
-    if mode not in conv_templates:
-        raise ValueError(unknown("--conv-mode", mode, sorted(conv_templates)))
-    return conv_templates[mode]
-
-
-# An answers file that several ranks write and a killed run resumes.
+# The answers file. Several ranks write it and a killed run resumes it: until all answers exist, ANSWERS.partial/ has a
+# file per process; the rank that finds them complete merges them. No rank waits for another.
 
 OTHER_FILE = "choose another --answers-file or pass --overwrite"
 IGNORED_ON_RESUME = ("endpoint",)  # a server that is started again has another port; each answer names its own

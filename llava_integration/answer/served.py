@@ -12,13 +12,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
 
+from llava_integration.answer.options import KEY, AnswerConfig
 from llava_integration.answer.questions import AnswersFile, Question, entry
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.files import printable
@@ -26,7 +27,6 @@ from llm2clip_plugin.hub import TIMEOUT, Retry, seconds_of_retry_after, timeout
 
 # An OpenAI-compatible server: the models it serves, and chat completions about an image.
 
-KEY = "OPENAI_API_KEY"  # environment variable, as OpenAI's client reads it
 PASSING = (408, 425, 429)  # and 5xx: HTTP statuses of errors that may pass
 
 
@@ -214,24 +214,13 @@ SILENCE = 30.0  # seconds between two messages about retries
 ORIENTATION = 0x0112  # EXIF tag, which some servers apply and LLaVA does not
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asking:
-    """How a model is asked."""
-
-    model: str  # its name on the server
-    image_folder: str
-    sampling: dict[str, Any]  # of the request: temperature, max_tokens ...
-    concurrency: int  # requests at a time
-    retry: Retry = field(default_factory=Retry)  # of a request
-
-
-def chat_body(question: Question, asking: Asking) -> dict[str, Any]:
-    """The request of a question: image, then text, as in LLaVA's prompts; the server applies the chat template."""
+def chat_body(question: Question, image_folder: str) -> dict[str, Any]:
+    """The message of a question: image, then text, as in LLaVA's prompts; the server applies the chat template."""
     content: Any = question.text
     if question.image:
-        url = image_url(question, asking.image_folder)
+        url = image_url(question, image_folder)
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.text}]
-    return {"model": asking.model, "messages": [{"role": "user", "content": content}], **asking.sampling}
+    return {"messages": [{"role": "user", "content": content}]}
 
 
 def image_url(question: Question, folder: str) -> str:
@@ -253,20 +242,22 @@ def image_url(question: Question, folder: str) -> str:
 class Requests:
     """Threads that ask the server; their results in the order in which they come."""
 
-    def __init__(self, endpoint: Endpoint, asking: Asking, questions: list[Question], indices: list[int]) -> None:
-        """``indices``: of the questions to ask."""
-        self.endpoint, self.asking, self.questions = endpoint, asking, questions
+    def __init__(
+        self, endpoint: Endpoint, options: AnswerConfig, request: dict[str, Any], questions: list[Question]
+    ) -> None:
+        """``options``: of ``llava evaluate``; ``request``: model, temperature and what else all requests have."""
+        self.endpoint, self.options, self.request, self.questions = endpoint, options, request, questions
         self.todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in indices:
-            self.todo.put(index)
         self.results: queue.SimpleQueue[tuple[int, Reply | Exception]] = queue.SimpleQueue()
         self.stopped = threading.Event()
         self.answered = 0  # questions
         self._reported = -SILENCE  # time of the last message about a retry
 
-    def start(self) -> None:
-        """Start the threads; daemons, since an interrupted run does not wait for a server."""
-        for _ in range(min(self.asking.concurrency, self.todo.qsize())):
+    def start(self, indices: list[int]) -> None:
+        """Ask these questions, in threads; daemons, since an interrupted run does not wait for a server."""
+        for index in indices:
+            self.todo.put(index)
+        for _ in range(min(self.options.concurrency, len(indices))):
             threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
@@ -285,8 +276,8 @@ class Requests:
             self.results.put((index, result))
 
     def _ask(self, question: Question) -> Reply:
-        body = chat_body(question, self.asking)
-        retry, before = self.asking.retry, self.answered
+        body = {**self.request, **chat_body(question, self.options.image_folder)}
+        retry, before = Retry(tries=self.options.retries + 1, first_pause=1.0), self.answered
         for failures in itertools.count(1):
             try:
                 reply = self.endpoint.chat(body)
@@ -312,24 +303,34 @@ class Requests:
 
 
 def answer_served(
-    endpoint: Endpoint, asking: Asking, questions: list[Question], indices: list[int], answers: AnswersFile
+    endpoint: Endpoint,
+    model: str,
+    options: AnswerConfig,
+    questions: list[Question],
+    indices: list[int],
+    answers: AnswersFile,
 ) -> list[str]:
     """Ask the questions of these indices and write each answer as it comes; returns a line for each question refused.
 
-    Raises EndpointError if the server is gone or refuses request after request; the answers until then are written.
+    ``model``: its name on the server. Raises EndpointError if the server is gone or refuses request after request; the
+    answers until then are written.
     """
-    requests = Requests(endpoint, asking, questions, indices)
+    request = {"model": model, "temperature": options.temperature, "max_tokens": options.max_new_tokens}
+    if options.top_p is not None:
+        request["top_p"] = options.top_p
+    requests = Requests(endpoint, options, request, questions)
     refused: list[str] = []
     in_a_row = 0
     done = len(questions) - len(indices)
-    requests.start()
+    print(f"asking {model!r} at {endpoint.url}: {len(indices)} questions, {done} answered before", file=sys.stderr)
+    requests.start(indices)
     try:
         with progress_bar(total=len(questions), initial=done, label="answers", unit="questions") as bar:
             for _ in indices:
                 index, result = requests.results.get()
                 if isinstance(result, Reply):
                     metadata = {"endpoint": endpoint.url, "finish_reason": result.finish_reason}
-                    answers.write({index: entry(questions[index], result.text, asking.model, metadata)})
+                    answers.write({index: entry(questions[index], result.text, model, metadata)})
                     in_a_row = 0
                     bar.update()
                 elif isinstance(result, (RefusedError, PassingError)):
@@ -339,6 +340,9 @@ def answer_served(
                         raise EndpointError(f"no answer to {in_a_row} requests in a row, last {refused[-1]}")
                 else:
                     raise result
+    except EndpointError as error:
+        kept = f"{len(answers.done())} of {len(questions)} answers are kept, rerun the same command to resume"
+        raise EndpointError(f"{error}; {kept}") from error
     finally:
         requests.stopped.set()
     return refused

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.files import refuse_encoding
+from llm2clip_plugin.files import errors_about, refuse_encoding
 
 Row = dict[str, Any]
 
@@ -71,10 +71,8 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> Any:
     """Value of a JSON file. Raises ValueError with file and position for invalid JSON."""
     text = read_text(path)
-    try:
+    with errors_about(path, fix="download it again"):
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -82,15 +80,8 @@ def read_jsonl(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is not valid JSON ({error}); download the file again"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is a {type(row).__name__}, expected an object")
-            rows.append(row)
+            with errors_about(f"{path}, line {number}", fix="download it again"):
+                rows.append({**json.loads(line)})
     return rows
 
 
@@ -123,20 +114,13 @@ def _from_lines(path: Path, text: str) -> Answers:
     rows, lines, broken, first = [], [], 0, ""
     # not splitlines(): an answer may contain U+2028 and the like, which JSON leaves unescaped
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            row, reason = None, str(error)
-        else:
-            reason = "not an object"
-        if isinstance(row, dict):
-            rows.append(row)
-            lines.append(number)
-        else:
-            broken += 1
-            first = first or f"line {number} ({reason})"
+        if line.strip():
+            try:
+                rows.append({**json.loads(line)})
+                lines.append(number)
+            except (ValueError, TypeError, RecursionError) as error:
+                broken += 1
+                first = first or f"line {number} ({error})"
     if not rows:
         raise ValueError(f"{path} has no answers: none of its {broken} lines is a JSON object; {first}")
     return _from_rows(path, rows, lines=lines, unparsable=broken, first=first)

@@ -1,5 +1,7 @@
 """``llm2clip bench-mllm``: evaluate one LLaVA checkpoint on every benchmark whose files are found."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
@@ -7,22 +9,19 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from llava_integration.benchmarks.answers import read_answers, read_json
+from llava_integration.benchmarks.answers import read_answers, read_json, read_jsonl
 from llava_integration.benchmarks.benchmark import Benchmark, Options, first_file
 from llava_integration.benchmarks.rules import benchmark, benchmark_names, benchmarks
 from llava_integration.benchmarks.score import score_answers
-from llava_integration.compare import report as tables
-from llava_integration.towers import check_checkpoint, refuse_name
+from llava_integration.checkpoints import check_checkpoint, config_of
+from llava_integration.compare import report
 from llm2clip_plugin.contracts import atomic_file, sha256_file
 from llm2clip_plugin.files import errors_about
 from llm2clip_plugin.options import Command, command
-
-# The options of ``llm2clip bench-mllm``.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,29 +65,116 @@ COMMAND = Command(
 )
 
 
-# Which benchmarks have their files in LLaVA's evaluation folder, and which files those are.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result of one benchmark."""
+
+    name: str
+    status: str  # scored | answered (to be scored by a server or a judge) | no files | failed
+    detail: str = ""
+    value: float | None = None
+    seconds: float = 0.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmarks; 1 if one of them failed, 0 otherwise."""
+    args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
+    if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
+        raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
+    if args.model_path:
+        check_checkpoint(args.model_path, args.model_base)
+    tasks = plans(list(args.benchmarks), args.data, args.output / "questions")
+    print(describe_plan(tasks))
+    if all(task.missing for task in tasks):
+        raise FileNotFoundError(f"no benchmark can run with the files in {args.data}; the reasons are listed above")
+    if args.plan:
+        return 0
+    if args.engine == "llava" and not args.endpoint and find_spec("llava") is None:
+        raise ValueError("LLaVA is not installed here: pip install --no-deps llava-torch==1.2.2.post1")
+    outcomes = [run_one(task, args) for task in tasks]
+    table = [(one.name, one.status, f"{one.seconds:.0f} s" * bool(one.seconds), one.detail) for one in outcomes]
+    print("\n" + "\n".join(report.aligned(("benchmark", "status", "time", "result"), table)))
+    with atomic_file(args.output / "bench.json") as temporary:
+        temporary.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
+    compare = command("compare", "BASE/scores", args.output / "scores", "--output", "report")
+    print(f"\ncompare two towers: {compare}", file=sys.stderr)
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def describe_plan(tasks: list[Task]) -> str:
+    """The benchmarks that will run, and why the others will not."""
+    rows = []
+    for task in tasks:
+        remark = f"; answers only: {task.unscored}" if task.unscored else "; needs a judge" * bool(task.benchmark.judge)
+        state, about = ("no files", task.missing) if task.missing else ("will run", f"{task.question_file}{remark}")
+        rows.append((task.benchmark.name, state, about))
+    return "\n".join(report.aligned(("benchmark", "", "files"), rows))
+
+
+def run_one(task: Task, args: BenchConfig) -> Outcome:
+    """Evaluate and score one benchmark; an error of any kind is its outcome and does not stop the run."""
+    name = task.benchmark.name
+    if task.missing:
+        return Outcome(name=name, status="no files", detail=task.missing)
+    started = time.monotonic()
+    print(f"\n== {task.benchmark.title}", flush=True)
+    try:
+        answers, answered_by = make_answers(task, args)
+        outcome = score_task(task, args, answers, answered_by)
+    except Exception as error:
+        log = args.output / "logs" / f"{name}.error.txt"
+        with atomic_file(log) as temporary:
+            temporary.write_text(traceback.format_exc(), encoding="utf-8")
+        outcome = Outcome(name=name, status="failed", detail=f"{error} (traceback: {log})")
+    print(f"{outcome.status}: {outcome.detail}", flush=True)
+    return replace(outcome, seconds=round(time.monotonic() - started, 1))
+
+
+def score_task(task: Task, args: BenchConfig, path: Path, answered_by: list[str]) -> Outcome:
+    """Score the answers and write the score file; if only the server has the truth, write the server's file."""
+    member, name = task.benchmark, task.benchmark.name
+    answers = read_answers(path, tasks=member.lmms_eval_tasks)
+    if member.judge:
+        score = command("score", name, task.folder, "--answers", path, "--reviews", "FILE")
+        return Outcome(name=name, status="answered", detail=f"needs a judge: {score}")
+    if task.unscored:
+        upload = args.output / "submissions" / f"{name}.{member.submission_format}"
+        member.write_submission(task.folder, answers, upload)
+        return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
+    model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
+    record = score_answers(name, task.folder, answers, Options(), model=model)
+    record.provenance.update(command=answered_by, question_file_sha256=sha256_file(task.question_file))
+    if args.model_path:
+        config = config_of(args.model_path)
+        record.provenance.update(
+            checkpoint=args.model_path,
+            llm=config.get("_name_or_path", ""),
+            tower=config.get("mm_vision_tower", ""),
+            tower_sha256=(config.get("llm2clip_tower") or {}).get("weights_sha256", ""),
+        )
+    record.write(args.output / "scores" / f"{name}.scores.json")
+    value = record.metrics[member.headline] * member.scale
+    detail = f"{report.number(value, member.unit)} {member.unit}"
+    detail += f" ({'; '.join(record.notes)})" if record.notes else ""
+    return Outcome(name=name, status="scored", value=value, detail=detail)
+
+
+# Which benchmarks have their files in LLaVA's evaluation folder, and which files those are
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A benchmark whose files were found."""
+    """A benchmark and its files."""
 
     benchmark: Benchmark
-    folder: Path
-    question_file: Path
-    image_folder: Path | None  # None: the pictures are in the question file
+    folder: Path = Path()
+    question_file: Path = Path()
+    image_folder: Path | None = None  # None: the pictures are in the question file
     unscored: str = ""  # why it can't be scored here (its server has the truth); "": it can
+    missing: str = ""  # which files were not found, so that it can't run; "": it can
 
 
-@dataclass(frozen=True, kw_only=True)
-class Missing:
-    """A benchmark whose files were not found."""
-
-    benchmark: Benchmark
-    reason: str
-
-
-def plans(names: list[str], root: Path, generated: Path) -> list[Task | Missing]:
+def plans(names: list[str], root: Path, generated: Path) -> list[Task]:
     """The plan of every named benchmark, or of all; ``generated``: folder for generated question files.
 
     A file ``root`` holds own questions.
@@ -100,18 +186,15 @@ def plans(names: list[str], root: Path, generated: Path) -> list[Task | Missing]
     return [plan(member, root, generated) for name, member in benchmarks().items() if not names or name in names]
 
 
-def plan(member: Benchmark, root: Path, generated: Path) -> Task | Missing:
+def plan(member: Benchmark, root: Path, generated: Path) -> Task:
     """Look for a benchmark's files below LLaVA's evaluation folder."""
     folders = [root / folder for folder in member.folders if (root / folder).is_dir()]
-    if not folders:
-        return Missing(benchmark=member, reason=f"no folder {' or '.join(member.folders)} in {root}")
-    plans_of_folders = [plan_folder(member, folder, generated) for folder in folders]
-    tasks = [task for task in plans_of_folders if isinstance(task, Task)]
-    reasons = [task.reason for task in plans_of_folders if isinstance(task, Missing)]
-    return tasks[0] if tasks else Missing(benchmark=member, reason="; ".join(reasons))
+    found = [plan_folder(member, folder, generated) for folder in folders]
+    reasons = [task.missing for task in found] or [f"no folder {' or '.join(member.folders)} in {root}"]
+    return next((task for task in found if not task.missing), Task(benchmark=member, missing="; ".join(reasons)))
 
 
-def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task | Missing:
+def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
     """Look for a benchmark's files in one folder."""
     unscored = ""
     try:
@@ -120,17 +203,18 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task | Miss
     except (FileNotFoundError, ValueError) as error:
         unscored = str(error)
     questions = question_file(member, folder, generated, scored=not unscored)
+    if unscored and (questions is None or not member.submission_format):
+        return Task(benchmark=member, missing=unscored)
     if questions is None:
-        reason = unscored or f"{folder} has no question file {' or '.join(member.question_files)}"
-        return Missing(benchmark=member, reason=reason)
-    if unscored and not member.submission_format:
-        return Missing(benchmark=member, reason=unscored)
+        return Task(benchmark=member, missing=f"{folder} has no question file {' or '.join(member.question_files)}")
     images = None
     if questions.suffix != ".tsv":  # tables hold their pictures
-        images = image_folder(member, folder, questions)
+        names, above = first_images(questions), folder.parent if folder.is_file() else folder
+        places = [above / below for below in member.image_folders]
+        images = next((one for one in places if names and all((one / name).is_file() for name in names)), None)
         if images is None:
-            places = " or ".join(str(folder / below) for below in member.image_folders)
-            return Missing(benchmark=member, reason=f"the pictures of {questions.name} are not in {places}")
+            missing = f"the pictures of {questions.name} are not in {' or '.join(map(str, places))}"
+            return Task(benchmark=member, missing=missing)
     return Task(benchmark=member, folder=folder, question_file=questions, image_folder=images, unscored=unscored)
 
 
@@ -146,32 +230,14 @@ def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: b
     return path
 
 
-def image_folder(member: Benchmark, folder: Path, questions: Path) -> Path | None:
-    """The first of a benchmark's image folders that has the first pictures of a question file."""
-    names, folder = first_images(questions), folder.parent if folder.is_file() else folder
-    for below in member.image_folders:
-        if names and all((folder / below / name).is_file() for name in names):
-            return folder / below
-    return None
-
-
 def first_images(questions: Path, most: int = 3) -> list[str]:
     """Image names of the first questions that have one."""
-    if questions.suffix == ".json":
-        with errors_about(questions, fix="download it again"):
-            return [row["image"] for row in read_json(questions) if row.get("image")][:most]
-    names: list[str] = []
-    with errors_about(questions, fix="download it again"), questions.open(encoding="utf-8") as file:
-        for line in file:
-            name = json.loads(line).get("image") if line.strip() else None
-            if name:
-                names.append(name)
-            if len(names) == most:
-                break
-    return names
+    with errors_about(questions, fix="download it again"):
+        rows = read_json(questions) if questions.suffix == ".json" else read_jsonl(questions)
+        return [row["image"] for row in rows if row.get("image")][:most]
 
 
-# The programs that generate a benchmark's answers, run in a subprocess: llava_integration.evaluate and lmms-eval.
+# The programs that generate a benchmark's answers, run in a subprocess: llava_integration.evaluate and lmms-eval
 
 
 class EngineError(RuntimeError):
@@ -218,26 +284,18 @@ def run_logged(command: list[str], log: Path) -> tuple[int, str]:
 
 def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
     """The command line of llava_integration.evaluate, under torchrun with several GPUs."""
-    start = [sys.executable, "-m"]
+    words = [sys.executable, "-m"]
     if args.gpus > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus), "-m"]
-    words = [*start, "llava_integration.evaluate", *model_options(args), "--answers-file", str(output)]
-    words += ["--question-file", str(task.question_file), *task.benchmark.evaluate_options]
+        words += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus), "-m"]
+    words += ["llava_integration.evaluate", "--answers-file", str(output), "--question-file", str(task.question_file)]
+    words += task.benchmark.evaluate_options
+    names = "model_path model_base conv_mode device batch_size dtype".split()
+    for name in ("endpoint", "served_model_name") if args.endpoint else names:
+        if value := getattr(args, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
     if task.image_folder is not None:
         words += ["--image-folder", str(task.image_folder)]
     return [*words, *(["--overwrite"] if args.overwrite else []), *args.engine_options]
-
-
-def model_options(args: BenchConfig) -> list[str]:
-    """The options of llava_integration.evaluate that name the model and how it runs."""
-    if args.endpoint:
-        named = ["--served-model-name", args.served_model_name] if args.served_model_name else []
-        return ["--endpoint", args.endpoint, *named]
-    words = [
-        "--model-path", args.model_path, "--conv-mode", args.conv_mode, "--device", args.device,
-        "--batch-size", str(args.batch_size), "--dtype", args.dtype,
-    ]  # fmt: skip
-    return [*words, "--model-base", args.model_base] if args.model_base else words
 
 
 def lmms_eval_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
@@ -253,148 +311,6 @@ def lmms_eval_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
         "--batch_size", str(args.batch_size), "--log_samples", "--log_samples_suffix", task.benchmark.name,
         "--output_path", str(output), *args.engine_options,
     ]  # fmt: skip
-
-
-# What a score file of ``llm2clip bench-mllm`` records about the model and the run that its answers come from.
-
-LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy", "lmms-eval")
-
-
-def run_provenance(model_path: str, question_file: Path, command: list[str]) -> dict[str, Any]:
-    """What the answers were generated from: checkpoint, tower, LLM, questions, versions, command.
-
-    ``model_path`` is "" for a served model, which the answers' settings name (``score.provenance``).
-    """
-    record: dict[str, Any] = {
-        "question_file": str(question_file),
-        "question_file_sha256": sha256_file(question_file),
-        "command": command,
-        "versions": versions(),
-    }
-    config = Path(model_path) / "config.json"
-    if model_path:
-        record["checkpoint"] = model_path
-    if model_path and config.is_file():
-        body = json.loads(config.read_text(encoding="utf-8"))
-        record |= {
-            "checkpoint_config_sha256": sha256_file(config),
-            "llm": body.get("_name_or_path", ""),
-            "tower": body.get("mm_vision_tower", ""),
-            "tower_sha256": (body.get("llm2clip_tower") or {}).get("weights_sha256", ""),
-        }
-    return record
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the libraries that answers depend on."""
-    installed = {}
-    for name in LIBRARIES:
-        try:
-            installed[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return installed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """The result of one benchmark."""
-
-    name: str
-    status: str  # scored | answered (to be scored by a server or a judge) | no files | failed
-    detail: str = ""
-    value: float | None = None
-    seconds: float = 0.0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmarks; 1 if one of them failed, 0 otherwise."""
-    args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
-    if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
-        raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
-    if args.model_path:
-        refuse_name(args.model_path, base=args.model_base)
-        check_checkpoint(args.model_path, args.model_base)
-    tasks = plans(list(args.benchmarks), args.data, args.output / "questions")
-    print(describe_plan(tasks))
-    if not any(isinstance(task, Task) for task in tasks):
-        raise FileNotFoundError(f"no benchmark can run with the files in {args.data}; the reasons are listed above")
-    if args.plan:
-        return 0
-    if args.engine == "llava" and not args.endpoint and find_spec("llava") is None:
-        raise ValueError(
-            "LLaVA is not installed in this environment; to install it: pip install --no-deps llava-torch==1.2.2.post1 "
-            "(`llm2clip doctor` lists what else is missing), or run bench-mllm where it is installed"
-        )
-    outcomes = [run_one(task, args) for task in tasks]
-    print("\n" + describe(outcomes))
-    with atomic_file(args.output / "bench.json") as temporary:
-        temporary.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
-    compare = command("compare", "BASE/scores", args.output / "scores", "--output", "report")
-    print(f"\ncompare two towers: {compare}", file=sys.stderr)
-    return int(any(outcome.status == "failed" for outcome in outcomes))
-
-
-def describe_plan(tasks: list[Task | Missing]) -> str:
-    """The benchmarks that will run, and why the others will not."""
-    rows = []
-    for task in tasks:
-        if isinstance(task, Missing):
-            rows.append((task.benchmark.name, "no files", task.reason))
-            continue
-        remarks = [str(task.question_file)]
-        if task.unscored:
-            remarks.append(f"answers only: {task.unscored}")
-        elif task.benchmark.judge:
-            remarks.append("needs a judge")
-        rows.append((task.benchmark.name, "will run", "; ".join(remarks)))
-    return "\n".join(tables.aligned(("benchmark", "", "files"), rows))
-
-
-def run_one(task: Task | Missing, args: BenchConfig) -> Outcome:
-    """Evaluate and score one benchmark; an error of any kind is its outcome and does not stop the run."""
-    name = task.benchmark.name
-    if isinstance(task, Missing):
-        return Outcome(name=name, status="no files", detail=task.reason)
-    started = time.monotonic()
-    print(f"\n== {task.benchmark.title}", flush=True)
-    try:
-        answers, answered_by = make_answers(task, args)
-        outcome = score_task(task, args, answers, answered_by)
-    except Exception as error:
-        log = args.output / "logs" / f"{name}.error.txt"
-        with atomic_file(log) as temporary:
-            temporary.write_text(traceback.format_exc(), encoding="utf-8")
-        outcome = Outcome(name=name, status="failed", detail=f"{error} (traceback: {log})")
-    print(f"{outcome.status}: {outcome.detail}", flush=True)
-    return replace(outcome, seconds=round(time.monotonic() - started, 1))
-
-
-def score_task(task: Task, args: BenchConfig, path: Path, answered_by: list[str]) -> Outcome:
-    """Score the answers and write the score file; if only the server has the truth, write the server's file."""
-    member, name = task.benchmark, task.benchmark.name
-    answers = read_answers(path, tasks=member.lmms_eval_tasks)
-    if member.judge:
-        score = command("score", name, task.folder, "--answers", path, "--reviews", "FILE")
-        return Outcome(name=name, status="answered", detail=f"needs a judge: {score}")
-    if task.unscored:
-        upload = args.output / "submissions" / f"{name}.{member.submission_format}"
-        member.write_submission(task.folder, answers, upload)
-        return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
-    model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
-    record = score_answers(name, task.folder, answers, Options(), model=model)
-    record.provenance.update(run_provenance(args.model_path, task.question_file, answered_by))
-    record.write(args.output / "scores" / f"{name}.scores.json")
-    value = record.metrics[member.headline] * member.scale
-    detail = f"{tables.number(value, member.unit)} {member.unit}"
-    detail += f" ({'; '.join(record.notes)})" if record.notes else ""
-    return Outcome(name=name, status="scored", value=value, detail=detail)
-
-
-def describe(outcomes: list[Outcome]) -> str:
-    """The table at the end."""
-    rows = [(o.name, o.status, f"{o.seconds:.0f} s" if o.seconds else "", o.detail) for o in outcomes]
-    return "\n".join(tables.aligned(("benchmark", "status", "time", "result"), rows))
 
 
 if __name__ == "__main__":

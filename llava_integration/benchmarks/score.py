@@ -1,21 +1,19 @@
 """``llm2clip score``: score one answers file against a benchmark's annotations, by the official rule."""
 
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from llava_integration.answer.questions import settings_file
 from llava_integration.benchmarks.answers import Answers, read_answers, read_json
 from llava_integration.benchmarks.benchmark import Benchmark, Options
 from llava_integration.benchmarks.rules import benchmark, benchmark_names
+from llava_integration.compat.runner import installed_version
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
 from llm2clip_plugin.files import printable_lines
 from llm2clip_plugin.options import Command
 
-# The options of ``llm2clip score``.
+LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy", "lmms-eval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,7 @@ def provenance(member: Benchmark, data: Path, answers: Answers) -> dict:
         "answers": str(answers.path),
         "answers_sha256": files,
         "layout": answers.layout,
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "versions": {name: installed for name in LIBRARIES if (installed := installed_version(name))},
     }
 
 

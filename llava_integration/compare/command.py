@@ -5,16 +5,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_integration.compare import report as tables
-from llava_integration.compare.comparison import Comparison, Side, load_sides
-from llava_integration.compare.page import PageOptions, page
+from llava_integration.compare.comparison import build
 from llava_integration.compare.planning import lines, plan
-from llava_integration.compare.report import build
+from llava_integration.compare.report import markdown, page, terminal
+from llava_integration.compare.sides import Side, load_sides
 from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.files import printable_lines
 from llm2clip_plugin.options import Command
-
-# The options of ``llm2clip compare``.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,20 +82,6 @@ def outputs(args: CompareConfig) -> dict[str, Path]:
     return {kind: path for kind in endings if (path := getattr(args, kind) or below[kind])}
 
 
-def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], options: PageOptions) -> None:
-    """Write the chosen reports."""
-    for kind, path in files.items():
-        if kind == "json":
-            text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        elif kind == "markdown":
-            text = tables.markdown(comparison)
-        else:
-            text = page(comparison, sides, options)
-        with atomic_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        print(f"wrote {path}", file=sys.stderr)
-
-
 def planned(sides: list[Side], args: CompareConfig) -> list[str]:
     """The lines of --plan."""
     noises = plan(
@@ -115,9 +98,18 @@ def main(argv: list[str] | None = None) -> int:
         print(printable_lines("\n".join(planned(sides, args))))
         return 0
     comparison = build(sides, resamples=args.resamples, level=args.level, seed=args.seed, references=args.references)
-    options = PageOptions(images=args.image_folder, with_images=args.images, questions=args.questions)
-    write(comparison, sides, outputs(args), options)  # before printing, which `| head` may end
-    print(printable_lines(tables.terminal(comparison)))  # names in it come from score files
+    for kind, path in outputs(args).items():  # before printing, which `| head` may end
+        if kind == "json":
+            text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        elif kind == "markdown":
+            text = markdown(comparison)
+        else:
+            pictures = {"images": args.image_folder, "with_images": args.images}
+            text = page(comparison, sides, **pictures, questions=args.questions)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"wrote {path}", file=sys.stderr)
+    print(printable_lines(terminal(comparison)))  # names in it come from score files
     return 0
 
 

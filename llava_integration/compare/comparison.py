@@ -1,15 +1,20 @@
-"""The result of a comparison: one row per benchmark and pair of sides."""
+"""A comparison: score files paired by question id, statistics for each benchmark and pair of sides."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from llava_integration.benchmarks.benchmark import Item
-from llava_integration.compare.statistics import Difference
+from tqdm import tqdm
+
+from llava_integration.benchmarks.benchmark import Item, Statistic, mean_of_parts, mean_statistic
+from llava_integration.benchmarks.rules import benchmarks, published
+from llava_integration.compare.sides import Side
+from llava_integration.compare.statistics import Difference, compare, counted, holm, pair
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.files import ContractError, check_range
+from llm2clip_plugin.files import ContractError
+
+EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
+FEWEST_IN_COMMON = 0.9  # fraction of questions that both sides must have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,138 +93,209 @@ def _row_dict(row: Row) -> dict[str, Any]:
     }
 
 
-# Score files of ``llm2clip evaluate`` as rows of a comparison: recall in each direction, overall and by part.
-
-OVERALL = "all"  # the part with every caption
-DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
-MOST_PARTS = 8  # more would dominate the table, and Holm's correction costs every row power
-
-
-def expand(record: ScoreFile) -> list[ScoreFile]:
-    """One record for each part, direction and k if the items are queries in both directions; else the record itself."""
-    if record.benchmark == "retrieval:sugarcrepe":
-        return [replace(record, benchmark="sugarcrepe", items=[_equal(item) for item in record.items])]
-    if not record.items or any("side" not in item or "r1" not in item for item in record.items):
-        return [record]
-    if record.benchmark == "retrieval:xm3600":
-        items = [_equal(item) for item in record.items if item.get("part", OVERALL) != OVERALL]
-        return _rows(record, "xm3600", items or record.items, ("r1", "r10"))
-    parts = list(dict.fromkeys(str(item.get("part", OVERALL)) for item in record.items))
-    if len(parts) > MOST_PARTS + 1:
-        record = replace(record, notes=[*record.notes, f"{len(parts)} parts: only the overall number is compared"])
-        parts = [part for part in parts if part == OVERALL] or parts[:MOST_PARTS]
-    name, records = record.benchmark.removeprefix("retrieval:"), []
-    for part in parts:
-        items = [item for item in record.items if item.get("part", OVERALL) == part]
-        overall = part == OVERALL
-        records += _rows(record, name if overall else f"{name} {part}", items, ("r1", "r10") if overall else ("r1",))
-    return records
-
-
-def _rows(record: ScoreFile, name: str, items: Sequence[Item], ks: Sequence[str]) -> list[ScoreFile]:
-    """One record per direction and k."""
-    records = []
-    for side, arrow in DIRECTIONS.items():
-        chosen = [item for item in items if item["side"] == side]
-        for k in ks:
-            if chosen and all(k in item for item in chosen):
-                hits = [{**item, "score": item[k]} for item in chosen]
-                records.append(replace(record, benchmark=f"{name} {arrow} R@{k[1:]}", items=hits))
-    return records
-
-
-def _equal(item: Item) -> Item:
-    """An item of a benchmark whose number is the mean over its parts."""
-    return {**item, "category": item["part"], "equal_parts": item["part"]}
-
-
-# The sides of a comparison: the score files of one model, by benchmark; several files of one are its runs.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """One model: its name and the runs of each benchmark."""
-
-    name: str
-    path: Path
-    runs: dict[str, tuple[ScoreFile, ...]]
-    notes: tuple[str, ...] = ()
-
-
-def load_side(path: Path, name: str = "") -> Side:
-    """Read a score file, or every score file below a folder; files of one benchmark are its runs (seeds).
-
-    Raises FileNotFoundError, or ContractError for a score file that can't be compared.
-    """
-    if path.is_dir():
-        records = [(file, ScoreFile.read(file)) for file in sorted(path.rglob("*.json")) if _is_score_file(file)]
-        if not records:
-            raise FileNotFoundError(
-                f"{path} has no score files; `llm2clip score BENCHMARK DATA --answers FILE --output FILE` writes them"
+def build(
+    sides: Sequence[Side],
+    *,
+    resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+    references: bool = True,
+) -> Comparison:
+    """Compare every side with the first."""
+    base, *others = sides
+    notes = [note for side in sides for note in side.notes]
+    tasks = [(new, name) for new in others for name in ordered(set(base.runs) & set(new.runs))]
+    for new in others:
+        if not set(base.runs) & set(new.runs):
+            raise ValueError(
+                f"{base.name} ({', '.join(ordered(base.runs))}) and {new.name} ({', '.join(ordered(new.runs))}) have "
+                "no benchmark in common"
             )
-    elif path.is_file():
-        records = [(path, ScoreFile.read(path))]
-    else:
-        raise FileNotFoundError(f"no score file or folder {path}")
-    runs: dict[str, list[ScoreFile]] = {}
-    notes = []
-    for file, record in records:
-        _check(file, record)
-        for part in expand(record):
-            earlier = runs.setdefault(part.benchmark, [])
-            if any(part.items == other.items for other in earlier):
-                notes.append(f"{file} duplicates another file of {part.benchmark}: not counted as another run")
-            else:
-                earlier.append(part)
-    models = {record.model for _, record in records}
-    default = path.name if path.is_dir() else models.copy().pop() or path.stem
-    return Side(
-        name=name or default, path=path, runs={key: tuple(value) for key, value in runs.items()}, notes=tuple(notes)
+        for name in ordered(set(base.runs) ^ set(new.runs)):
+            notes.append(f"{name} is not compared: only {base.name if name in base.runs else new.name} has its scores")
+    bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
+    rows = [compare_benchmark(base, new, name, resamples=resamples, level=level, seed=seed) for new, name in bar]
+    rows = [row for new in others for row in _adjust([row for row in rows if row.new == new.name])]
+    titles, units, scores = _scores(sides)
+    shared = {row.benchmark for row in rows}
+    return Comparison(
+        names=tuple(side.name for side in sides),
+        rows=tuple(rows),
+        scores=scores,
+        titles=titles,
+        units=units,
+        references={
+            label: {name: value for name, value in values.items() if name in shared}
+            for label, values in published().items()
+            if references and shared & set(values)
+        },
+        settings={"resamples": resamples, "level": level, "seed": seed},
+        notes=tuple(dict.fromkeys(notes)),
+        warnings=tuple(warnings(sides, titles)),
     )
 
 
-def _is_score_file(path: Path) -> bool:
-    """Whether a JSON file is a score file; others below a folder are ignored."""
-    if path.name.endswith(".scores.json"):
-        return True
-    try:
-        head = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        return False
-    return isinstance(head, dict) and head.get("kind") == ScoreFile.KIND
+def warnings(sides: Sequence[Side], titles: dict[str, str]) -> Iterator[str]:
+    """Empty answers that are more than EMPTY of a side's, and sides in different precisions."""
+    for side in sides:
+        for name, records in side.runs.items():
+            empty = sum(record.counts.get("empty", 0) for record in records)
+            total = sum(record.counts.get("answered", 0) for record in records)
+            if empty > EMPTY * total:
+                yield f"{empty} of the {total} answers of {side.name} to {titles[name]} are empty"
+    for field in ("precision", "dtype"):
+        used = {
+            side.name: "/".join(sorted(values))
+            for side in sides
+            if (values := {str(r.provenance.get(field, "")) for records in side.runs.values() for r in records} - {""})
+        }
+        if len(set(used.values())) > 1:
+            listed = ", ".join(f"{name} in {value}" for name, value in used.items())
+            yield f"the sides differ in their {field}, which alone may move scores: {listed}"
 
 
-def _check(path: Path, record: ScoreFile) -> None:
-    """ContractError if a score file's items can't be compared."""
-    if not record.items:
-        raise ContractError(f"{path} has no items; a comparison needs one item per question")
-    for number, item in enumerate(record.items):
-        if "id" not in item or "score" not in item:
-            raise ContractError(f"{path}: item {number} has the fields {sorted(item)}; every item needs id and score")
-        if not isinstance(item["id"], (str, int)):
-            raise ContractError(f"{path}: item {number} has the id {item['id']!r}, expected a text or a whole number")
-        numbers = {key: value for key, value in item.items() if isinstance(value, float)}
-        for key, value in {**numbers, "score": item["score"]}.items():
-            number = int(value) if isinstance(value, bool) else value
-            check_range(number, -1e12, 1e12, name=f"{key} of item {item['id']!r}", where=str(path))
-    names = [str(item["id"]) for item in record.items]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ContractError(f"{path} has item {twice} twice; score the answers again")
+def _adjust(rows: Sequence[Row]) -> list[Row]:
+    """Rows with Holm's p over the benchmarks of one pair of sides."""
+    adjusted = holm([row.result.p for row in rows])
+    return [replace(row, p_holm=p) for row, p in zip(rows, adjusted, strict=True)]
 
 
-def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
-    """Read all sides; equal names get the parent folder's name or a number."""
-    if names and len(names) != len(paths):
-        raise ValueError(f"{len(names)} --names for {len(paths)} sides; pass one name per side, base first")
-    sides = [load_side(path, names[place] if names else "") for place, path in enumerate(paths)]
-    for rename in (
-        lambda place, side: f"{side.path.resolve().parent.name}/{side.path.stem}",
-        lambda place, side: f"{side.name} #{place}",
-    ):
-        shown = [side.name for side in sides]
-        sides = [
-            replace(side, name=rename(place, side)) if shown.count(side.name) > 1 else side
-            for place, side in enumerate(sides)
-        ]
-    return sides
+def _scores(sides: Sequence[Side]) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, float]]]:
+    """Titles, units and the headline numbers of every side, each over all of its own questions."""
+    titles, units, scores = {}, {}, {}
+    for name in ordered(name for side in sides for name in side.runs):
+        scores[name] = {}
+        for side in sides:
+            values = []
+            for record in side.runs.get(name, ()):
+                statistic, titles[name], units[name], _ = statistic_of(name, record.items)
+                values.append(statistic.full())
+            if values:
+                scores[name][side.name] = sum(values) / len(values)
+    return titles, units, scores
+
+
+def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level: float, seed: int) -> Row:
+    """One benchmark: pair the questions, resample, count wins."""
+    base_runs, new_runs = base.runs[name], new.runs[name]
+    common, notes = questions_in_common(name, base, new)
+    base_items, new_items = ([pick(record, common) for record in runs] for runs in (base_runs, new_runs))
+    statistics = [[statistic_of(name, items) for items in side] for side in (base_items, new_items)]
+    _, title, unit, note = statistics[0][0]
+    clusters = [str(item.get("cluster", item["id"])) for item in base_items[0]]
+    of_base, of_new = ([entry[0] for entry in side] for side in statistics)
+    result = compare(pair(of_base, of_new, clusters), resamples=resamples, level=level, seed=seed)
+    keep = [place for place, counts in enumerate(counted([*of_base, *of_new])) if counts]
+    old, now = ([scores[place] for place in keep] for scores in map(_mean_scores, (base_items, new_items)))
+    clusters = [clusters[place] for place in keep]
+    wins = sum(b > a for a, b in zip(old, now, strict=True))
+    losses = sum(b < a for a, b in zip(old, now, strict=True))
+    if len(set(clusters)) == 1 and len(clusters) > 1:
+        notes.append("all questions are about one image, so the interval is meaningless")
+    return Row(
+        benchmark=name,
+        title=title,
+        unit=unit,
+        base=base.name,
+        new=new.name,
+        result=result,
+        p_holm=result.p,
+        wins=wins,
+        losses=losses,
+        ties=len(old) - wins - losses,
+        questions=len(keep),
+        images=len(set(clusters)),
+        runs=(len(base_runs), len(new_runs)),
+        categories=_categories([base_items[0][place] for place in keep], old, now),
+        notes=tuple(dict.fromkeys([*notes, *([note] if note else []), *_fault_notes(base, new, name)])),
+    )
+
+
+def questions_in_common(name: str, base: Side, new: Side) -> tuple[list[str], list[str]]:
+    """Ids that every run of both sides has, in the base's order, and notes; ContractError for other questions."""
+    records = [*base.runs[name], *new.runs[name]]
+    shared = set.intersection(*({str(item["id"]) for item in record.items} for record in records))
+    largest = max(len(record.items) for record in records)
+    if len(shared) < FEWEST_IN_COMMON * largest:
+        sizes = ", ".join(str(len(record.items)) for record in records)
+        raise ContractError(
+            f"{name}: the score files of {base.name} and {new.name} share {len(shared)} questions of {sizes}; they "
+            "were scored with different data or splits. Score both with the same --data"
+        )
+    order = [str(item["id"]) for item in records[0].items if str(item["id"]) in shared]
+    truths = {str(item["id"]): item.get("truth") for item in records[0].items}
+    for record in records[1:]:
+        for item in record.items:
+            identifier = str(item["id"])
+            if identifier in shared and item.get("truth") != truths[identifier]:
+                raise ContractError(
+                    f"{name}: the truth of question {identifier} is {truths[identifier]!r} in {base.name} and "
+                    f"{item.get('truth')!r} in {record.model}; score both with the same --data"
+                )
+    notes = [] if len(shared) == largest else [f"{largest - len(shared)} questions are not in every file; ignored"]
+    if len({record.provenance.get("data_sha256", "") for record in records} - {""}) > 1:
+        notes.append("the sides were scored with different annotation files; truths in common are equal")
+    if len({record.provenance.get("layout", "") for record in records} & {"llava", "lmms_eval"}) > 1:
+        notes.append("one side was evaluated with lmms-eval, the other with LLaVA's scripts; their prompts differ")
+    return order, notes
+
+
+def pick(record: ScoreFile, common: Sequence[str]) -> list[Item]:
+    """The items of these ids, in their order."""
+    items = {str(item["id"]): item for item in record.items}
+    return [items[identifier] for identifier in common]
+
+
+def _mean_scores(runs: Sequence[Sequence[Item]]) -> list[float]:
+    """Each question's score, mean over runs."""
+    return [sum(float(item["score"]) for item in question) / len(question) for question in zip(*runs, strict=True)]
+
+
+def _categories(
+    items: Sequence[Item], old: Sequence[float], now: Sequence[float]
+) -> dict[str, tuple[float, float, int]]:
+    """Mean scores by category, largest first."""
+    groups: dict[str, list[int]] = {}
+    for place, item in enumerate(items):
+        groups.setdefault(str(item.get("category") or ""), []).append(place)
+    if len(groups) < 2:
+        return {}
+    return {
+        key: (sum(old[p] for p in places) / len(places), sum(now[p] for p in places) / len(places), len(places))
+        for key, places in sorted(groups.items(), key=lambda group: -len(group[1]))
+    }
+
+
+def _fault_notes(base: Side, new: Side, name: str) -> list[str]:
+    """The notes of the score files, with the side's name; notes of both sides once, without a name."""
+    base_notes, new_notes = (
+        list(dict.fromkeys(note for record in side.runs[name] for note in record.notes)) for side in (base, new)
+    )
+    return [
+        *(note if note in new_notes else f"{base.name}: {note}" for note in base_notes),
+        *(f"{new.name}: {note}" for note in new_notes if note not in base_notes),
+    ]
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Benchmarks in the order of tables, unknown ones last, by name."""
+    known = list(benchmarks())
+    return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def statistic_of(name: str, items: Sequence[Item]) -> tuple[Statistic, str, str, str]:
+    """Statistic, title, unit and a note for a score file's items.
+
+    An unknown benchmark, or items without what its composite needs, get the plain mean of their scores.
+    """
+    known = benchmarks().get(name)
+    missing = [field for field in known.item_fields if any(field not in item for item in items)] if known else []
+    if known and not missing:
+        return known.statistic(items), known.title, known.unit, ""
+    scores = [float(item["score"]) for item in items]
+    note = f"items have no {', '.join(missing)}; mean score instead of {known.headline}" if known else ""
+    scale, unit = (100.0, "%") if all(0 <= score <= 1 for score in scores) else (1.0, "score")
+    title = known.title if known else name
+    if items and all("equal_parts" in item for item in items):
+        return mean_of_parts([item["equal_parts"] for item in items], scores, scale), title, unit, note
+    return mean_statistic(scores, scale=scale), title, unit, note

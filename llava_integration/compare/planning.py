@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llava_integration.benchmarks.benchmark import Statistic
-from llava_integration.compare.comparison import Side
-from llava_integration.compare.report import ordered, pick, questions_in_common, statistic_of
+from llava_integration.compare.comparison import ordered, pick, questions_in_common, statistic_of
+from llava_integration.compare.sides import Side
 from llava_integration.compare.statistics import Paired, combine, pair, resampled_values
 from llm2clip_plugin.bootstrap import expansion, t_quantile
 

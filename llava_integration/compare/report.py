@@ -1,236 +1,31 @@
-"""From score files to a comparison: questions paired by id, statistics for each benchmark."""
+"""A comparison as text (terminal, Markdown) and as one HTML file.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+The page fetches nothing: style, script, drawings and pictures are in it, and its content security policy allows no
+request and no script but its own (by hash). The template escapes every text; the script inserts answers as text.
+Pictures are below ``--image-folder``, or in the folder that was scored, if its annotations are still those that were
+scored: a score file from elsewhere must not bring another picture of this machine into a page that is passed on.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from llava_integration.benchmarks.benchmark import Item, find_image
+from llava_integration.benchmarks.rules import benchmarks
+from llava_integration.compare.comparison import Comparison, Row
+from llava_integration.compare.sides import Side
+from llm2clip_plugin.contracts import sha256_text
+from llm2clip_plugin.pages import page_style, render, thumbnail
 
-from llava_integration.benchmarks.benchmark import Item, Statistic, find_image, mean_of_parts, mean_statistic
-from llava_integration.benchmarks.rules import benchmarks, published
-from llava_integration.compare.comparison import Comparison, Row, Side
-from llava_integration.compare.statistics import compare, counted, holm, pair
-from llm2clip_plugin.contracts import ScoreFile, sha256_text
-from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.pages import thumbnail
+HERE = Path(__file__).parent
+SIDES = 6  # colors of page.css, base first
+FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
+WIDTH, HEIGHT = 240, 18
 
-EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
-FEWEST_IN_COMMON = 0.9  # fraction of questions that both sides must have
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """Benchmarks in the order of tables, unknown ones last, by name."""
-    known = list(benchmarks())
-    return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
-
-
-def statistic_of(name: str, items: Sequence[Item]) -> tuple[Statistic, str, str, str]:
-    """Statistic, title, unit and a note for a score file's items.
-
-    An unknown benchmark, or items without what its composite needs, get the plain mean of their scores.
-    """
-    known = benchmarks().get(name)
-    missing = [field for field in known.item_fields if any(field not in item for item in items)] if known else []
-    if known and not missing:
-        return known.statistic(items), known.title, known.unit, ""
-    scores = [float(item["score"]) for item in items]
-    note = f"items have no {', '.join(missing)}; mean score instead of {known.headline}" if known else ""
-    scale, unit = (100.0, "%") if all(0 <= score <= 1 for score in scores) else (1.0, "score")
-    title = known.title if known else name
-    if items and all("equal_parts" in item for item in items):
-        return mean_of_parts([item["equal_parts"] for item in items], scores, scale), title, unit, note
-    return mean_statistic(scores, scale=scale), title, unit, note
-
-
-def build(
-    sides: Sequence[Side],
-    *,
-    resamples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
-    references: bool = True,
-) -> Comparison:
-    """Compare every side with the first."""
-    base, *others = sides
-    notes = [note for side in sides for note in side.notes]
-    tasks = [(new, name) for new in others for name in ordered(set(base.runs) & set(new.runs))]
-    for new in others:
-        if not set(base.runs) & set(new.runs):
-            raise ValueError(
-                f"{base.name} ({', '.join(ordered(base.runs))}) and {new.name} ({', '.join(ordered(new.runs))}) have "
-                "no benchmark in common"
-            )
-        for name in ordered(set(base.runs) ^ set(new.runs)):
-            notes.append(f"{name} is not compared: only {base.name if name in base.runs else new.name} has its scores")
-    bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
-    rows = [compare_benchmark(base, new, name, resamples=resamples, level=level, seed=seed) for new, name in bar]
-    rows = [row for new in others for row in _adjust([row for row in rows if row.new == new.name])]
-    titles, units, scores = _scores(sides)
-    shared = {row.benchmark for row in rows}
-    return Comparison(
-        names=tuple(side.name for side in sides),
-        rows=tuple(rows),
-        scores=scores,
-        titles=titles,
-        units=units,
-        references={
-            label: {name: value for name, value in values.items() if name in shared}
-            for label, values in published().items()
-            if references and shared & set(values)
-        },
-        settings={"resamples": resamples, "level": level, "seed": seed},
-        notes=tuple(dict.fromkeys(notes)),
-        warnings=tuple(warnings(sides, titles)),
-    )
-
-
-def warnings(sides: Sequence[Side], titles: dict[str, str]) -> Iterator[str]:
-    """Empty answers that are more than EMPTY of a side's, and sides in different precisions."""
-    for side in sides:
-        for name, records in side.runs.items():
-            empty = sum(record.counts.get("empty", 0) for record in records)
-            total = sum(record.counts.get("answered", 0) for record in records)
-            if empty > EMPTY * total:
-                yield f"{empty} of the {total} answers of {side.name} to {titles[name]} are empty"
-    for field in ("precision", "dtype"):
-        used = {
-            side.name: "/".join(sorted(values))
-            for side in sides
-            if (values := {str(r.provenance.get(field, "")) for records in side.runs.values() for r in records} - {""})
-        }
-        if len(set(used.values())) > 1:
-            listed = ", ".join(f"{name} in {value}" for name, value in used.items())
-            yield f"the sides differ in their {field}, which alone may move scores: {listed}"
-
-
-def _adjust(rows: Sequence[Row]) -> list[Row]:
-    """Rows with Holm's p over the benchmarks of one pair of sides."""
-    adjusted = holm([row.result.p for row in rows])
-    return [replace(row, p_holm=p) for row, p in zip(rows, adjusted, strict=True)]
-
-
-def _scores(sides: Sequence[Side]) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, float]]]:
-    """Titles, units and the headline numbers of every side, each over all of its own questions."""
-    titles, units, scores = {}, {}, {}
-    for name in ordered(name for side in sides for name in side.runs):
-        scores[name] = {}
-        for side in sides:
-            values = []
-            for record in side.runs.get(name, ()):
-                statistic, titles[name], units[name], _ = statistic_of(name, record.items)
-                values.append(statistic.full())
-            if values:
-                scores[name][side.name] = sum(values) / len(values)
-    return titles, units, scores
-
-
-def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level: float, seed: int) -> Row:
-    """One benchmark: pair the questions, resample, count wins."""
-    base_runs, new_runs = base.runs[name], new.runs[name]
-    common, notes = questions_in_common(name, base, new)
-    base_items, new_items = ([pick(record, common) for record in runs] for runs in (base_runs, new_runs))
-    statistics = [[statistic_of(name, items) for items in side] for side in (base_items, new_items)]
-    _, title, unit, note = statistics[0][0]
-    clusters = [str(item.get("cluster", item["id"])) for item in base_items[0]]
-    of_base, of_new = ([entry[0] for entry in side] for side in statistics)
-    result = compare(pair(of_base, of_new, clusters), resamples=resamples, level=level, seed=seed)
-    keep = [place for place, counts in enumerate(counted([*of_base, *of_new])) if counts]
-    old, now = ([scores[place] for place in keep] for scores in map(_mean_scores, (base_items, new_items)))
-    clusters = [clusters[place] for place in keep]
-    wins = sum(b > a for a, b in zip(old, now, strict=True))
-    losses = sum(b < a for a, b in zip(old, now, strict=True))
-    if len(set(clusters)) == 1 and len(clusters) > 1:
-        notes.append("all questions are about one image, so the interval is meaningless")
-    return Row(
-        benchmark=name,
-        title=title,
-        unit=unit,
-        base=base.name,
-        new=new.name,
-        result=result,
-        p_holm=result.p,
-        wins=wins,
-        losses=losses,
-        ties=len(old) - wins - losses,
-        questions=len(keep),
-        images=len(set(clusters)),
-        runs=(len(base_runs), len(new_runs)),
-        categories=_categories([base_items[0][place] for place in keep], old, now),
-        notes=tuple(dict.fromkeys([*notes, *([note] if note else []), *_fault_notes(base, new, name)])),
-    )
-
-
-def questions_in_common(name: str, base: Side, new: Side) -> tuple[list[str], list[str]]:
-    """Ids that every run of both sides has, in the base's order, and notes; ContractError for other questions."""
-    records = [*base.runs[name], *new.runs[name]]
-    shared = set.intersection(*({str(item["id"]) for item in record.items} for record in records))
-    largest = max(len(record.items) for record in records)
-    if len(shared) < FEWEST_IN_COMMON * largest:
-        sizes = ", ".join(str(len(record.items)) for record in records)
-        raise ContractError(
-            f"{name}: the score files of {base.name} and {new.name} share {len(shared)} questions of {sizes}; they "
-            "were scored with different data or splits. Score both with the same --data"
-        )
-    order = [str(item["id"]) for item in records[0].items if str(item["id"]) in shared]
-    truths = {str(item["id"]): item.get("truth") for item in records[0].items}
-    for record in records[1:]:
-        for item in record.items:
-            identifier = str(item["id"])
-            if identifier in shared and item.get("truth") != truths[identifier]:
-                raise ContractError(
-                    f"{name}: the truth of question {identifier} is {truths[identifier]!r} in {base.name} and "
-                    f"{item.get('truth')!r} in {record.model}; score both with the same --data"
-                )
-    notes = [] if len(shared) == largest else [f"{largest - len(shared)} questions are not in every file; ignored"]
-    layouts = {record.provenance.get("layout", "") for record in records} - {"", "submission", "judge"}
-    if len({record.provenance.get("data_sha256", "") for record in records} - {""}) > 1:
-        notes.append(
-            "the sides were scored with different annotation files (with equal truths for the questions in common)"
-        )
-    if len(layouts) > 1:
-        notes.append("one side was evaluated with lmms-eval, the other with LLaVA's scripts; their prompts differ")
-    return order, notes
-
-
-def pick(record: ScoreFile, common: Sequence[str]) -> list[Item]:
-    """The items of these ids, in their order."""
-    items = {str(item["id"]): item for item in record.items}
-    return [items[identifier] for identifier in common]
-
-
-def _mean_scores(runs: Sequence[Sequence[Item]]) -> list[float]:
-    """Each question's score, mean over runs."""
-    return [sum(float(item["score"]) for item in question) / len(question) for question in zip(*runs, strict=True)]
-
-
-def _categories(
-    items: Sequence[Item], old: Sequence[float], now: Sequence[float]
-) -> dict[str, tuple[float, float, int]]:
-    """Mean scores by category, largest first."""
-    groups: dict[str, list[int]] = {}
-    for place, item in enumerate(items):
-        groups.setdefault(str(item.get("category") or ""), []).append(place)
-    if len(groups) < 2:
-        return {}
-    return {
-        key: (sum(old[p] for p in places) / len(places), sum(now[p] for p in places) / len(places), len(places))
-        for key, places in sorted(groups.items(), key=lambda group: -len(group[1]))
-    }
-
-
-def _fault_notes(base: Side, new: Side, name: str) -> list[str]:
-    """The notes of the score files, with the side's name; notes of both sides once, without a name."""
-    base_notes, new_notes = (
-        list(dict.fromkeys(note for record in side.runs[name] for note in record.notes)) for side in (base, new)
-    )
-    return [
-        *(note if note in new_notes else f"{base.name}: {note}" for note in base_notes),
-        *(f"{new.name}: {note}" for note in new_notes if note not in base_notes),
-    ]
-
-
-# A comparison as text: terminal and Markdown.
+# Text
 
 NOTE = "reported by others, one run, no interval; VQAv2, VizWiz and MMBench on splits that a server scores"
 HEADER = ("benchmark", "base", "new", "difference", "interval", "p", "p (Holm)", "wins", "losses", "verdict")
@@ -251,10 +46,14 @@ def p_value(value: float) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     """A row's columns under HEADER."""
     result = row.result
+
+    def score(value: float, spread: float) -> str:
+        return number(value, row.unit) + (f" ±{number(spread, row.unit)}" if spread else "")
+
     return (
         row.title if row.unit == "%" else f"{row.title} ({row.unit})",
-        number(result.base, row.unit) + _spread(result.spread_base, row),
-        number(result.new, row.unit) + _spread(result.spread_new, row),
+        score(result.base, result.spread_base),
+        score(result.new, result.spread_new),
         number(result.difference, row.unit, signed=True),
         f"[{number(result.low, row.unit, signed=True)}, {number(result.high, row.unit, signed=True)}]",
         p_value(result.p),
@@ -263,10 +62,6 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.losses),
         row.verdict,
     )
-
-
-def _spread(spread: float, row: Row) -> str:
-    return f" ±{number(spread, row.unit)}" if spread else ""
 
 
 def method_lines(comparison: Comparison) -> list[str]:
@@ -361,7 +156,92 @@ def escape_markdown(text: str) -> str:
     return text.replace("\n", " ")
 
 
-# Pictures of the questions, read from the benchmarks' folders and embedded into the report as small JPEGs.
+# The page
+
+
+def page(
+    comparison: Comparison, sides: Sequence[Side], *, images: Path | None, with_images: bool, questions: int
+) -> str:
+    """The page's HTML.
+
+    ``images``: folder of evaluation folders, or of one benchmark; ``questions``: disagreements per benchmark and pair
+    of sides, wins and losses evenly.
+    """
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    pictures = Pictures(sides, images, enabled=with_images)
+    shown = [question for row in comparison.rows for question in disagreements(row, sides, pictures, questions)]
+    return render(
+        HERE / "page.html",
+        comparison=comparison,
+        title=f"{' · '.join(comparison.names[1:])} against {comparison.names[0]}",
+        policy="default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'",
+        style=page_style() + (HERE / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        verdicts=[(name, _verdict(rows)) for name, rows in comparison.pairs()],
+        notes=[*_notes(comparison), *pictures.notes()],
+        data={"names": comparison.names, "questions": shown, "images": pictures.encoded},
+        interval=lambda row: interval(row, comparison.rows, color(comparison.names.index(row.new))),
+        header=HEADER,
+        cells=cells,
+        number=number,
+        published=NOTE,
+        color=color,
+    )
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    """One sentence for a pair of sides."""
+    groups = {verdict: [row for row in rows if row.verdict == verdict] for verdict in ("better", "worse")}
+    parts = [
+        f"{verdict} on "
+        + ", ".join(f"{row.title} ({number(row.result.difference, row.unit, signed=True)})" for row in group)
+        for verdict, group in groups.items()
+        if group
+    ]
+    rest = len(rows) - sum(map(len, groups.values()))
+    return "; ".join([*parts, *([f"no difference shown on {rest} of {len(rows)}"] if rest else [])])
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """Methods, and the notes of every row."""
+    lines = [*method_lines(comparison), *comparison.notes]
+    if any(max(row.runs) > 1 for row in comparison.rows):
+        lines.append("With several runs, the browser shows the answers of the first.")
+    for row in comparison.rows:
+        name = f"{row.title}, {row.new}" if len(comparison.names) > 2 else row.title
+        lines += [f"{name}: {note}" for note in (row.power_line(), *row.notes)]
+    return lines
+
+
+def color(place: int) -> str:
+    """A side's color; page.css defines it for light and dark."""
+    return f"var(--side-{place % SIDES})"
+
+
+def _ends(row: Row) -> tuple[float, float, float]:
+    """Low end, estimate and high end of a row's difference, in percent."""
+    size = FULL_MME if row.unit == "points" else 1.0
+    return row.result.low / size, row.result.difference / size, row.result.high / size
+
+
+def interval(row: Row, rows: Sequence[Row], paint: str) -> str:
+    """The row's difference on the scale of all ``rows``; the mark is filled if the difference is significant."""
+    every = [value for one in rows for value in _ends(one)]
+    low, high = min(*every, 0.0), max(*every, 0.0)
+    span = (high - low) or 1.0
+    zero, left, middle, right = (8 + (value - low) / span * (WIDTH - 16) for value in (0.0, *_ends(row)))
+    fill = "var(--paper)" if row.verdict == "no difference shown" else paint
+    y = HEIGHT / 2
+    return (
+        f'<svg class="interval" role="img" viewBox="0 0 {WIDTH} {HEIGHT}" xmlns="http://www.w3.org/2000/svg">'
+        f"<title>{escape(f'{row.title}, {row.new}: {row.verdict}')}</title>"
+        f'<line x1="{zero:.1f}" y1="0" x2="{zero:.1f}" y2="{HEIGHT}" stroke="var(--ink)"/>'
+        f'<line x1="{left:.1f}" y1="{y}" x2="{right:.1f}" y2="{y}" stroke="{paint}" stroke-width="2.5"/>'
+        f'<circle cx="{middle:.1f}" cy="{y}" r="5" stroke="{paint}" stroke-width="2.5" fill="{fill}"/></svg>'
+    )
+
 
 IMAGE_FOLDERS = ("", "images")  # below the folder of a benchmark without a rule
 
@@ -433,8 +313,6 @@ def _folders(name: str, root: Path | None, scored: Sequence[Mapping[str, Any]]) 
     ]
 
 
-# The questions whose score differs between two sides, as the page's browser shows them.
-
 LONGEST = 600  # characters of a question or an answer that are shown
 
 
@@ -453,18 +331,13 @@ def disagreements(row: Row, sides: Sequence[Side], pictures: Pictures, most: int
         if key in new_items
         and "answer" in base_items[key]
         and "answer" in new_items[key]
-        and counts_for_headline(base_items[key], new_items[key])
+        and (base_items[key].get("is_multimodal", True) or new_items[key].get("is_multimodal", True))  # ScienceQA-IMG
     ]
     won = [place for place, (base, new) in enumerate(pairs) if new["score"] > base["score"]]
     lost = [place for place, (base, new) in enumerate(pairs) if new["score"] < base["score"]]
     losses = min(len(lost), max(most // 2, most - len(won)))
     chosen = sorted([*spread(lost, losses), *spread(won, most - losses)])  # in the benchmark's order
-    return [_question(row, number, *pairs[place], pictures, (len(won), len(lost))) for place in chosen]
-
-
-def counts_for_headline(base: Item, new: Item) -> bool:
-    """False for ScienceQA's questions without an image."""
-    return bool(base.get("is_multimodal", True) or new.get("is_multimodal", True))
+    return [_question(row, number, *pairs[place], pictures) for place in chosen]
 
 
 def spread(values: Sequence[int], most: int) -> list[int]:
@@ -474,10 +347,8 @@ def spread(values: Sequence[int], most: int) -> list[int]:
     return [values[number * len(values) // most] for number in range(most)] if most > 0 else []
 
 
-def _question(
-    row: Row, number: int, base: Item, new: Item, pictures: Pictures, totals: tuple[int, int]
-) -> dict[str, Any]:
-    """One entry of the page's data; ``number`` is the new side's, ``totals`` are the row's wins and losses."""
+def _question(row: Row, number: int, base: Item, new: Item, pictures: Pictures) -> dict[str, Any]:
+    """One entry of the page's data; ``number`` is the new side's."""
     return {
         "benchmark": row.title,
         "pair": number,
@@ -491,7 +362,6 @@ def _question(
         "scores": [round(float(base["score"]), 3), round(float(new["score"]), 3)],
         "rotations": [_rotations(base), _rotations(new)],
         "image": pictures.key(row.benchmark, base),
-        "of": totals,
     }
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_integration import towers as names
 from llava_integration.serve.checkpoint import FIX, LazyTensor, LazyTensors, LlavaCheckpoint, open_file, refuse_rest
-from llava_integration.towers import TowerLocation, loading, locate_tower
+from llava_integration.towers import TowerLocation, is_ours, loading, locate_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
@@ -293,7 +292,7 @@ def find(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
     """
     name = str(checkpoint.config["mm_vision_tower"])
     location = None
-    if names.is_ours(name) or tower:
+    if is_ours(name) or tower:
         with loading(str(checkpoint.directory)):
             location = locate_tower(checkpoint.directory, name, checkpoint.config, tower)
         location.check_weights()

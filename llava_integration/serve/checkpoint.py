@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_integration.checkpoints import checkpoint_config
 from llava_integration.compat.runner import adapters_stay_fp32
-from llava_integration.towers import checkpoint_config
 from llm2clip_plugin.files import DTYPE_BYTES, ContractError, errors_about, read_header
 from llm2clip_plugin.options import command
 from llm2clip_plugin.vision.checkpoint import read_tensors, weight_files
@@ -185,6 +185,8 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
     for name, pair in halves.items():
         if len(pair) != 2:
             raise ContractError(f"{path}: {name} has one half of its LoRA, expected lora_A and lora_B; {FIX}")
+        if pair["A"].shape[0] != config["r"]:  # another scale
+            raise ContractError(f"{path}: the LoRA of {name} has rank {pair['A'].shape[0]}, {LORA_FILE} {config['r']}")
         shape = (pair["B"].shape[0], pair["A"].shape[-1])
         if shape != tensors[name].shape:
             raise ContractError(

@@ -1,6 +1,7 @@
 """``llm2clip llava export``: LLaVA checkpoints as Hugging Face models."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         conv_mode=options.conv_mode,
         dtype=options.dtype,
     )
-    compares = options.compare and parity.has_llava()
+    compares = options.compare and find_spec("llava") is not None
 
     def verify(directory: Path) -> None:
         print(f"compared with LLaVA's own code: {parity.compare(made, directory)}", flush=True)

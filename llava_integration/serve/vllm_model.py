@@ -16,8 +16,8 @@ from vllm.model_executor.models import llava
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.vision import VisionEncoderInfo
 
+from llava_integration.checkpoints import blocks_below
 from llava_integration.serve.build import family_of_vision, of_tower_directories
-from llava_integration.towers import blocks_below
 from llm2clip_plugin.vision.towers import tower_blocks
 
 # vLLM is installed in an environment of its own, not where types are checked.

@@ -16,388 +16,53 @@ Tensors of a shard with N samples and R captions (blank captions have no row, eq
 | keys           | (K,)   | uint8        | the sample keys, UTF-8, one after the other                  |
 | key_starts     | (N+1,) | int64        | where each key starts                                        |
 | row_checks     | (R,)   | int64        | CRC-32 of number, scale and row; compared at every read   |
-| image_checks   | (N,)   | int64        | size and CRC-32 of the image file; 0: not recorded           |
-
-image_checks is absent where images were not read.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
 import os
-import struct
-import sys
-import time
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import (
     CACHE_DTYPES,
     VALUE_BYTES,
     CacheManifest,
-    EmbedRecord,
     TeacherIdentity,
     atomic_file,
     canonical_json,
     sha256_text,
     shard_file,
 )
+from llm2clip_plugin.data.cache_proof import check_captions
+from llm2clip_plugin.data.cache_shard import (
+    META,
+    REDO,
+    ShardFile,
+    row_check,
+    rows_digest,
+    tensors_digest,
+)
+from llm2clip_plugin.data.cache_shard import caption_rows as caption_rows  # for writers of caches
 from llm2clip_plugin.data.index import stamps_of
-from llm2clip_plugin.data.remote import RetryingFile
-from llm2clip_plugin.data.samples import BrokenSample, Caption, caption_hash, hash_hex
-from llm2clip_plugin.data.sources.base import Shard, Source
-from llm2clip_plugin.data.workers import cores, parallel
-from llm2clip_plugin.files import PROGRESS, ContractError, again, parse_header, tell_job
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.files import PROGRESS, ContractError, tell_job
 from llm2clip_plugin.options import unknown
 
-# What to do about a cache's file that is damaged or missing: the command that made the cache, as it was typed.
-
-
-def redo(path: Path) -> str:
-    """``rerun `...`, which embeds what is missing or damaged``, for the cache that holds ``path``."""
-    command = ""
-    for folder in (path, *path.parents):
-        if (folder / EmbedRecord.FILE).is_file():
-            try:
-                command = again(EmbedRecord.read(folder / EmbedRecord.FILE).command)
-            except (ContractError, OSError):
-                pass
-            break
-    return f"rerun `{command or 'llm2clip embed'}`, which embeds what is missing or damaged"
-
-
-# One shard of an embedding cache as a file; ``reader`` lists its tensors.
-
-TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
-CHECKS = ("image_checks", "row_checks")
-METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "checks_sha256", "truncated")
-META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as JSON
-DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
-
-
-def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
-    """Bytes of a cache's tensors.
-
-    A caption has a row, its scale (4), its hash and its checksum (8 each); a sample has a key of ``key_bytes``, the
-    starts of its key and of its rows, and the checksum of its image (8 each).
-    """
-    return captions * (width * VALUE_BYTES[dtype] + 20) + samples * (key_bytes + 24)
-
-
-def row_check(row_W: np.ndarray, scale: float, number: int) -> int:
-    """Checksum of a stored row with its scale and its number in the shard."""
-    return zlib.crc32(row_W.data, zlib.crc32(struct.pack("<fq", scale, number)))
-
-
-def image_check(data: bytes) -> int:
-    """Checksum of an image file: its size and CRC-32, as an integer below 2^63."""
-    return min(len(data), (1 << 31) - 1) << 32 | zlib.crc32(data)
-
-
-class ShardFile:
-    """One shard's file, read by position: one open file, and transient errors are retried (see data.retry).
-
-    Raises ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is none.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = RetryingFile(path)
-        try:
-            self.size = self._file.size()  # bytes
-            header = parse_header(self.size, self._file.read)
-            self._data_start, self._entries = header.data_start, header.entries
-            if wrong := {*TENSORS, "row_checks", "image_checks"} ^ {*header.entries, "image_checks"}:
-                raise ValueError(f"unknown or missing tensors: {', '.join(sorted(wrong))}")
-            self.meta: dict[str, str] = json.loads(header.metadata[META])
-            if missing := {*METADATA} - {*self.meta}:
-                raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
-            self.captions, self.width = self._entries["embeddings"].shape
-            self.samples = self._entries["row_starts"].shape[0] - 1
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ContractError(
-                f"{path} is truncated or not a shard of an embedding cache ({error}); {redo(path)}"
-            ) from error
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """An entire tensor of the file."""
-        return self._read(name, 0, self._entries[name].shape[0])
-
-    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """A tensor from one index of its first axis to another."""
-        entry = self._entries[name]
-        dtype, shape = np.dtype(DTYPES[entry.dtype]), (stop - start, *entry.shape[1:])
-        one = math.prod(shape[1:]) * dtype.itemsize
-        data = self._file.read(shape[0] * one, self._data_start + entry.start + start * one)
-        if len(data) != shape[0] * one:
-            raise ContractError(f"{self.path} was truncated while it was read; {redo(self.path)}")
-        return np.frombuffer(data, dtype).reshape(shape)
-
-    def key(self, index: int) -> str:
-        """The key of a sample."""
-        start, stop = self._read("key_starts", index, index + 2).tolist()
-        return self._read("keys", start, stop).tobytes().decode()
-
-    def row_numbers(self, index: int) -> dict[int, int]:
-        """Caption hash -> row number, for the captions of a sample."""
-        start, stop = self._read("row_starts", index, index + 2).tolist()
-        return {value: row for row, value in enumerate(self._read("caption_hashes", start, stop).tolist(), start)}
-
-    def image_check(self, index: int) -> int:
-        """Checksum of a sample's image when its captions were embedded; 0 if it was not recorded."""
-        return int(self._read("image_checks", index, index + 1)[0]) if "image_checks" in self._entries else 0
-
-    def changed_images(self, checks: Sequence[int]) -> list[int]:
-        """Samples whose image has another checksum than the recorded one; none if either was not recorded."""
-        if not len(checks) or "image_checks" not in self._entries:
-            return []
-        return np.flatnonzero(self["image_checks"] != np.asarray(checks, dtype=np.int64)).tolist()
-
-    def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
-        """(n, W) float32 of these rows, which should be near each other, as those of one sample are.
-
-        Raises ContractError for a row that is not finite or has another checksum.
-        """
-        first, stop = (min(rows), max(rows) + 1) if rows else (0, 0)
-        chosen = np.array(rows, dtype=np.int64) - first
-        stored_nW, scale_n = self._read("embeddings", first, stop)[chosen], self._read("scales", first, stop)[chosen]
-        checks = self._read("row_checks", first, stop)[chosen].tolist()
-        for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
-            if row_check(row_W, scale, number) != check:
-                raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {redo(self.path)}")
-        value_nW = stored_nW.astype(np.float32) * scale_n[:, None]
-        if not np.isfinite(value_nW).all():
-            raise ContractError(f"{self.path} is damaged: a row of {list(rows)} is not finite; {redo(self.path)}")
-        return torch.from_numpy(value_nW)
-
-    def damage(self) -> str:
-        """What is wrong with the file's contents, "" if nothing is; reads every byte."""
-        for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
-            digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._entries})
-            if digest != self.meta[name]:
-                return f"SHA-256 {digest}, expected {self.meta[name]}"
-        return ""
-
-
-def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over the tensors' bytes in order of name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(np.ascontiguousarray(tensors[name]).data)
-    return digest.hexdigest()
-
-
-# The rows of a shard: which captions have one, the digest of them all, and where a caption's row is.
-
-
-def has_text(caption: Caption) -> bool:
-    """Whether a caption gets an embedding: blank ones don't."""
-    return bool(caption.text.strip())
-
-
-def shard_contents(
-    source: Source, shard: Shard, *, images: bool = True
-) -> tuple[list[str], list[tuple[Caption, ...]], list[int] | None]:
-    """Keys, captions (none of a sample that can't be read) and checksums of the images (0 for one that can't be read).
-
-    None instead of the checksums without ``images``, and where images are at a URL: all would be downloaded.
-    """
-    images = images and source.images_at_hand
-    keys, captions, checks = [], [], []
-    for number in range(shard.start, shard.start + shard.size):
-        try:
-            sample = source.with_image(number) if images else source[number]
-        except BrokenSample as error:
-            keys.append(error.key)
-            captions.append(())
-            checks.append(0)
-            continue
-        keys.append(sample.key)
-        captions.append(sample.captions)
-        try:
-            checks.append(image_check(sample.read_image()) if images else 0)
-        except BrokenSample:
-            checks.append(0)
-    return keys, captions, checks if images else None
-
-
-def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]:
-    """The rows of a shard: (index of the sample, caption hash) for each distinct caption with text, in order."""
-    rows: list[tuple[int, int]] = []
-    for index, of_sample in enumerate(captions):
-        distinct = dict.fromkeys(caption_hash(caption.text) for caption in of_sample if has_text(caption))
-        rows.extend((index, value) for value in distinct)
-    return rows
-
-
-def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
-    """SHA-256 of the keys and caption hashes that a shard's rows belong to, in order."""
-    return sha256_text(canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]]))
-
-
-def row_numbers(file: ShardFile, index: int, captions: Sequence[Caption], key: str) -> list[int]:
-    """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption was not embedded."""
-    if not 0 <= index < file.samples:
-        raise ContractError(f"{file.path} has no sample {index} of {file.samples}; {redo(file.path)}")
-    if key and file.key(index) != key:
-        raise ContractError(
-            f"{file.path}: sample {index} has key {key!r} in the data, {file.key(index)!r} in the cache; "
-            f"{redo(file.path)}"
-        )
-    row_of = file.row_numbers(index)
-    hashes = [caption_hash(caption.text) for caption in captions]
-    for value, caption in zip(hashes, captions, strict=True):
-        if value not in row_of:
-            known = ", ".join(map(hash_hex, row_of)) or "none"
-            text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
-            raise ContractError(
-                f"{file.path}: sample {file.key(index)!r}: caption {text!r} (hash {hash_hex(value)}) was not embedded; "
-                f"cached caption hashes: {known}; if its data was changed and the file's time kept, `touch` that file; "
-                f"{redo(file.path)}"
-            )
-    return [row_of[value] for value in hashes]
-
-
-# That a cache holds the captions of a source: compared in full once, then by digests.
-
-SAVE_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not start over
-LISTED = 5  # samples and shards that a message names
-PROOF_FEW = 16384  # samples that this process compares alone, without a pool
-
-OpenShard = Callable[[str], ShardFile]
-
-
-def check_captions(
-    source: Source, entries: Mapping[str, Mapping[str, Any]], open_shard: OpenShard, *, full: bool = False
-) -> None:
-    """Compare a source with a cache's manifest entries: shard names, counts, and the digests of keys and captions.
-
-    Captions are read where no digest shows that the cache has them; all of them, and every image, with ``full``. Raises
-    ContractError at the first difference, with both values; warns of embedded shards that a folder has no longer.
-    """
-    _warn_of_lost_shards(source, entries)
-    for shard in source.shards:
-        entry = entries.get(shard.name)
-        if entry is None or entry["samples"] != shard.size:
-            file = open_shard(shard.name)  # raises for an unknown shard
-            raise ContractError(
-                f"{file.path}: shard {shard.name!r} has {shard.size} samples in {source.path}, {file.samples} "
-                f"when it was embedded; {redo(file.path)}"
-            )
-    if source.side_folder is None:
-        _compare_all(source, source.shards, open_shard, full=full)
-    elif full or _unproven(source, entries):
-        with source.side_folder.lock(f"compare {source.path} with its embeddings"):
-            _compare_all(source, source.shards if full else _unproven(source, entries), open_shard, full=full)
-
-
-def _warn_of_lost_shards(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Only of a folder, which means all of its shards; a pattern or file may be a part of what was embedded."""
-    here = {shard.name for shard in source.shards}
-    lost = [name for name in entries if name not in here]
-    if lost and os.path.isdir(source.path) and os.environ.get("RANK", "0") == "0":
-        print(
-            f"warning: {source.path} has {len(here)} shards, {len(entries)} were embedded; not there: "
-            f"{_some(lost)}; restore them unless they were removed on purpose",
-            file=sys.stderr,
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
-
-
-def kept_digests(source: Source) -> dict[str, str]:
-    """Digest of each shard of a source whose file is still the one that was read."""
-    return {name: fits[0] for name, fits in _known(source).items()}
-
-
-def keep_digests(source: Source, digests: Mapping[str, str]) -> None:
-    """Record the digests of some shards for the next start."""
-    if source.side_folder is not None and digests:
-        with source.side_folder.lock(f"record the digests of {source.path}"):
-            _record(source, {name: (digest, digest) for name, digest in digests.items()})
-
-
-def _known(source: Source) -> dict[str, list[str]]:
-    """For each shard whose file is the one that was read: its digest, and those of caches that hold its captions."""
-    recorded = source.side_folder.read_json(source.digests) if source.side_folder else {}
-    return {
-        shard.name: entry["fits"]
-        for shard, stamp in zip(source.shards, source.stamps, strict=bool(recorded))
-        if (entry := recorded.get(shard.name)) and entry["stamp"] == list(stamp) and "fits" in entry
-    }
-
-
-def _record(source: Source, results: Mapping[str, tuple[str, str]]) -> None:
-    """Add (digest, digest of a cache that has these captions) of some shards; the lock is held."""
-    if source.side_folder is None or not results:
-        return
-    known, stamps = _known(source), dict(zip((shard.name for shard in source.shards), source.stamps, strict=True))
-    entries = {}
-    for name, (digest, in_cache) in results.items():
-        others = known.get(name, [digest])
-        others = {*others, in_cache} if others[0] == digest else {in_cache}
-        entries[name] = {"stamp": list(stamps[name]), "fits": [digest, *sorted(others - {digest})]}
-    source.side_folder.add_json(source.digests, entries)
-
-
-def _unproven(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> list[Shard]:
-    """The shards without a recorded digest that says that the cache has their captions."""
-    known = _known(source)
-    return [shard for shard in source.shards if entries[shard.name]["rows_sha256"] not in known.get(shard.name, ())]
-
-
-def _compare_all(source: Source, shards: Sequence[Shard], open_shard: OpenShard, *, full: bool) -> None:
-    """Compare the captions of these shards with the cache, from all cores if there is much to read; record digests."""
-    results: dict[str, tuple[str, str]] = {}
-    written, total = time.monotonic(), sum(shard.size for shard in shards)
-    job = partial(_compare, source, open_shard, full)
-    compared = parallel(job, shards, processes=min(cores(), len(shards)) if total > PROOF_FEW else 1)
-    try:
-        with progress_bar(total=total, label="compare captions", unit="samples") as bar:
-            for shard, result in zip(shards, compared, strict=True):
-                results[shard.name] = result
-                bar.update(shard.size)
-                if time.monotonic() > written + SAVE_EVERY:
-                    _record(source, results)
-                    results, written = {}, time.monotonic()
-    finally:
-        _record(source, results)
-
-
-def _compare(source: Source, open_shard: OpenShard, full: bool, shard: Shard) -> tuple[str, str]:
-    """Digests of a shard's captions and of the cache's; ContractError at the first caption that the cache lacks."""
-    keys, captions, checks = shard_contents(source, shard, images=full)
-    file = open_shard(shard.name)
-    digest, in_cache = rows_digest(keys, caption_rows(captions)), file.meta["rows_sha256"]
-    if full or digest != in_cache:
-        for index, (key, texts) in enumerate(zip(keys, captions, strict=True)):
-            row_numbers(file, index, list(filter(has_text, texts)), key)
-    if changed := file.changed_images(checks or ()):
-        raise ContractError(
-            f"{source.path}: {len(changed)} images of shard {shard.name!r} were changed or exchanged after their "
-            f"captions were embedded: {_some([repr(file.key(index)) for index in changed])}; restore them, or delete "
-            f"{file.path} and {redo(file.path)}"
-        )
-    return digest, in_cache
-
+log = logging.getLogger(__name__)
 
 OPEN_SHARDS = 64  # files that one process keeps open
-READER_FEW = 16  # shards whose headers are read at every start
+FEW_SHARDS = 16  # shards whose headers are read at every start
 ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
+INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
+FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 
 
 class EmbeddingCache:
@@ -424,9 +89,7 @@ class EmbeddingCache:
         directory = Path(directory)
         path = directory / CacheManifest.FILE
         manifest = CacheManifest.read(path)
-        if not manifest.complete:
-            raise ContractError(f"{path} is incomplete: embedding has not finished; {redo(path)}")
-        _refuse_damaged(manifest, path)
+        _check_manifest(manifest, path)
         if expect_fingerprint is not None and manifest.fingerprint != expect_fingerprint:
             raise ContractError(
                 f"{directory} contains embeddings of {manifest.teacher['llm']} with fingerprint "
@@ -472,11 +135,11 @@ class EmbeddingCache:
         for (name, entry), stamp in zip(entries.items(), stamps, strict=True):
             path = self.directory / entry["file"]
             if stamp is None:
-                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(path)}")
-            if len(entries) <= READER_FEW or "bytes" not in entry:
+                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}")
+            if len(entries) <= FEW_SHARDS or "bytes" not in entry:
                 self.shard(name)
             elif stamp[0] != entry["bytes"]:
-                raise ContractError(f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {redo(path)}")
+                raise ContractError(f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {REDO}")
 
     def shard(self, name: str) -> ShardFile:
         """A shard's file; raises ContractError if it is missing or differs from the manifest."""
@@ -486,18 +149,18 @@ class EmbeddingCache:
         entry = self.manifest.shards.get(name)
         if entry is None:
             known = ", ".join([*self.manifest.shards][:5]) + ", ..." * (len(self.manifest.shards) > 5)
-            raise ContractError(f"{self.directory} has no shard {name!r}; known: {known}; {redo(self.directory)}")
+            raise ContractError(f"{self.directory} has no shard {name!r}; known: {known}; {REDO}")
         path = self.directory / entry["file"]
         try:
             file = ShardFile(path)
         except FileNotFoundError as error:
-            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(path)}") from error
+            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}") from error
         actual = {"width": file.width, "samples": file.samples, "captions": file.captions, **file.meta}
         expected = {"fingerprint": self.fingerprint, "width": self.width, "dtype": self.manifest.dtype, **entry}
         expected |= {"truncated": str(entry["truncated"])}
         if wrong := [name for name, value in expected.items() if name in actual and actual[name] != value]:
             both = "; ".join(f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong)
-            raise ContractError(f"{path} differs from the manifest: {both}; {redo(path)}")
+            raise ContractError(f"{path} differs from the manifest: {both}; {REDO}")
         self._files[name] = file
         if len(self._files) > OPEN_SHARDS:
             self._files.popitem(last=False)
@@ -510,19 +173,7 @@ class EmbeddingCache:
         the one that was embedded.
         """
         file = self.shard(shard_name)
-        return file.embeddings(row_numbers(file, index_in_shard, captions, key))
-
-    def check_image(self, shard_name: str, index_in_shard: int, key: str, data: bytes) -> None:
-        """Raises BrokenSample if a sample's image is not the one that it had when its captions were embedded."""
-        file = self.shard(shard_name)
-        recorded = file.image_check(index_in_shard)
-        if recorded and image_check(data) != recorded:
-            raise BrokenSample(
-                shard_name,
-                key,
-                f"its image was changed or exchanged after its captions were embedded ({len(data)} bytes, "
-                f"{recorded >> 32} then); restore it, or delete {file.path} and {redo(file.path)}",
-            )
+        return file.embeddings(file.row_numbers(index_in_shard, captions, key))
 
     def check(self, source: Source, *, full: bool = False) -> None:
         """Compare the cache with a source: shard names, counts, keys and the hash of every caption.
@@ -537,80 +188,29 @@ class EmbeddingCache:
         for name in self.manifest.shards:
             file = self.shard(name)
             if damage := file.damage():
-                raise ContractError(f"{file.path} is damaged: {damage}; {redo(file.path)}")
+                raise ContractError(f"{file.path} is damaged: {damage}; {REDO}")
 
 
-def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
-    """The settings that differ between two teachers, with both values."""
-    settings = [
-        f"{name} {stored.get(name)!r} != {value!r}"
-        for name, value in vars(yours).items()
-        if stored.get(name) != value and name != "adapter"  # adapter_sha256 says which one it is
-    ]
-    return "; ".join(settings) or "the same settings"
-
-
-def _refuse_damaged(manifest: CacheManifest, path: Path) -> None:
-    """ContractError unless a manifest agrees with itself: dtype, entries, and its teacher's fingerprint and width."""
+def _check_manifest(manifest: CacheManifest, path: Path) -> None:
+    """ContractError unless a manifest is complete and agrees with itself."""
+    if not manifest.complete:
+        raise ContractError(f"{path} is incomplete: embedding has not finished; {REDO}")
     for name, entry in manifest.shards.items():
-        file = str(entry.get("file", ""))
-        if os.path.isabs(file) or os.path.normpath(file).startswith(".."):
-            raise ContractError(f"{path.parent}: the file of shard {name!r}, {file!r}, is outside the cache")
         if missing := [value for value in ENTRY if value not in entry]:
-            raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {redo(path)}")
+            raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {REDO}")
+        if os.path.isabs(entry["file"]) or os.path.normpath(entry["file"]).startswith(".."):
+            raise ContractError(f"{path}: the file of shard {name!r}, {entry['file']!r}, is outside the cache")
     if manifest.dtype not in CACHE_DTYPES:
         raise ContractError(f"{path} has unknown dtype {manifest.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
     try:
         teacher = TeacherIdentity(**manifest.teacher)
     except TypeError as error:
-        raise ContractError(f"{path}: its teacher has unknown or missing settings ({error}); {redo(path)}") from error
+        raise ContractError(f"{path}: its teacher has unknown or missing settings ({error}); {REDO}") from error
     if teacher.fingerprint != manifest.fingerprint or teacher.width != manifest.width:
         raise ContractError(
             f"{path} was edited: it has fingerprint {manifest.fingerprint} and width {manifest.width}, its teacher's "
-            f"settings give {teacher.fingerprint} and {teacher.width}; {redo(path)}"
+            f"settings give {teacher.fingerprint} and {teacher.width}; {REDO}"
         )
-
-
-# What ranks compare of their data and caches: counts, and digests over what indexes and manifests say.
-
-
-def source_digest(source: Source) -> str:
-    """``3318333 samples in 332 shards (1f0c...)``: over the shards' names and numbers of samples."""
-    shards = [(shard.name, shard.size) for shard in source.shards]
-    return f"{len(source)} samples in {len(shards)} shards ({short_digest(shards)})"
-
-
-def cache_digest(cache: EmbeddingCache) -> str:
-    """``6636666 captions (1f0c...)``: over the manifest, which has a hash of each shard's rows."""
-    manifest = cache.manifest
-    shards = {  # caches of older versions have no "bytes"
-        name: {key: value for key, value in entry.items() if key != "bytes"} for name, entry in manifest.shards.items()
-    }
-    return f"{manifest.captions} captions ({short_digest([manifest.fingerprint, manifest.dtype, shards])})"
-
-
-def short_digest(value: object) -> str:
-    """The first digits of a JSON value's SHA-256."""
-    return sha256_text(canonical_json(value))[:12]
-
-
-# Write an embedding cache, from any number of ranks; ``reader`` lists what its files hold.
-
-log = logging.getLogger(__name__)
-
-SHOWN = 3  # samples whose image has changed that are named
-INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
-FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
-
-
-def quantize(embeddings: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, W) float32 -> stored rows (R, W) in ``dtype`` and scales (R,) float32, row x scale being the embedding."""
-    largest = embeddings.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    if dtype == "int8":
-        scales = largest / 127.0
-        return (embeddings / scales[:, None]).round_().to(torch.int8), scales
-    scales = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0))
-    return (embeddings / scales[:, None]).to(torch.float16), scales
 
 
 class CacheWriter:
@@ -660,11 +260,10 @@ class CacheWriter:
         """The file of a shard."""
         return self.directory / shard_file(shard)
 
-    def is_complete(self, shard: str, digest: str, image_checks: Sequence[int] | None = None) -> bool:
+    def is_complete(self, shard: str, digest: str) -> bool:
         """Whether the shard's file exists, is intact, and has this teacher and the rows of this digest.
 
-        image_checks: of the samples' images now; None: they are not compared. Reads every byte, and logs a warning if
-        the file is damaged or an image has changed.
+        Reads every byte, and logs a warning if the file is damaged.
         """
         path = self.path(shard)
         try:
@@ -679,11 +278,7 @@ class CacheWriter:
             return False
         if damage := file.damage():
             log.warning("%s is damaged: %s; its captions are embedded again", path, damage)
-            return False
-        if changed := file.changed_images(image_checks or ()):
-            names = ", ".join(map(file.key, changed[:SHOWN])) + ", ..." * (len(changed) > SHOWN)
-            log.warning("%s: %d images have changed (%s); its captions are embedded again", path, len(changed), names)
-        return not changed
+        return not damage
 
     def refuse_loss(self, shard: str, rows: Sequence[tuple[int, int]], read: str) -> None:
         """ContractError if the shard's file has more captions than ``rows``, or none of them; ``read``: from where.
@@ -710,13 +305,11 @@ class CacheWriter:
         embeddings: torch.Tensor,
         *,
         truncated: int = 0,
-        image_checks: Sequence[int] | None = None,
     ) -> None:
         """Write one shard; its file appears only when complete.
 
         shard: name, as the source gives it; keys: of its N samples; rows: R pairs (sample index, caption hash) in order
-        of sample; embeddings: (R, W) float; truncated: captions that were longer than the teacher's maximum;
-        image_checks: of the samples' images (shard_file.image_check), 0 for one that can't be read.
+        of sample; embeddings: (R, W) float; truncated: captions that were longer than the teacher's maximum.
         Raises ValueError for a wrong shape or a non-finite row, ContractError if int8 loses too much.
         """
         embeddings = embeddings.float()
@@ -744,8 +337,6 @@ class CacheWriter:
         scaled_rows = enumerate(zip(values, scales.tolist(), strict=True))
         row_checks = [row_check(row, scale, number) for number, (row, scale) in scaled_rows]
         checks = {"row_checks": np.array(row_checks, dtype=np.int64)}
-        if image_checks is not None:
-            checks["image_checks"] = np.array(image_checks, dtype=np.int64)
         metadata = {  # as one entry: safetensors writes entries in random order
             "shard": shard,
             "fingerprint": self.identity.fingerprint,
@@ -798,3 +389,52 @@ class CacheWriter:
         manifest = self._manifest(entries, complete=True)
         manifest.write(path)
         return manifest
+
+
+def quantize(embeddings: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, W) float32 -> stored rows (R, W) in ``dtype`` and scales (R,) float32, row x scale being the embedding."""
+    largest = embeddings.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    if dtype == "int8":
+        scales = largest / 127.0
+        return (embeddings / scales[:, None]).round_().to(torch.int8), scales
+    scales = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0))
+    return (embeddings / scales[:, None]).to(torch.float16), scales
+
+
+def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
+    """Bytes of a cache's tensors.
+
+    A caption has a row, its scale (4), its hash and its checksum (8 each); a sample has a key of ``key_bytes``, the
+    starts of its key and of its rows, and the checksum of its image (8 each).
+    """
+    return captions * (width * VALUE_BYTES[dtype] + 20) + samples * (key_bytes + 24)
+
+
+def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
+    """The settings that differ between two teachers, with both values."""
+    settings = [
+        f"{name} {stored.get(name)!r} != {value!r}"
+        for name, value in vars(yours).items()
+        if stored.get(name) != value and name != "adapter"  # adapter_sha256 says which one it is
+    ]
+    return "; ".join(settings) or "the same settings"
+
+
+def source_digest(source: Source) -> str:
+    """``3318333 samples in 332 shards (1f0c...)``: over the shards' names and numbers of samples."""
+    shards = [(shard.name, shard.size) for shard in source.shards]
+    return f"{len(source)} samples in {len(shards)} shards ({short_digest(shards)})"
+
+
+def cache_digest(cache: EmbeddingCache) -> str:
+    """``6636666 captions (1f0c...)``: over the manifest, which has a hash of each shard's rows."""
+    manifest = cache.manifest
+    shards = {  # caches of older versions have no "bytes"
+        name: {key: value for key, value in entry.items() if key != "bytes"} for name, entry in manifest.shards.items()
+    }
+    return f"{manifest.captions} captions ({short_digest([manifest.fingerprint, manifest.dtype, shards])})"
+
+
+def short_digest(value: object) -> str:
+    """The first digits of a JSON value's SHA-256."""
+    return sha256_text(canonical_json(value))[:12]

@@ -1,4 +1,4 @@
-"""The report of ``llm2clip data check``: one dictionary for machines, and the same as text."""
+"""``llm2clip data check DATA``: read a data set once, decode every image, and report statistics and broken samples."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ from llm2clip_plugin.files import printable
 from llm2clip_plugin.hub import check_hub_answers
 from llm2clip_plugin.options import Command
 
-# The options of ``llm2clip data check``.
+CHUNK = 64  # samples that a worker reads in one task
+WHERE_IMAGES_ARE = "set --image-folder to the folder that the paths in the file start from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,6 @@ COMMAND = Command(
     everyday="image-folder fields kinds languages validation tokenizer max-tokens max-broken show workers json",
     hidden="weight shuffle_window",
 )
-
-
-# Read every sample of a source once and decode its image at full size, in several processes.
-
-CHUNK = 64  # samples that a worker reads in one task
 
 
 @dataclass
@@ -101,12 +97,43 @@ class Reading:
         return np.concatenate([np.zeros((0, columns), dtype=np.int64), *getattr(self, name)])
 
 
-def read_all(source: Source, config: CheckConfig) -> Iterator[Reading]:
-    """A reading of each chunk of a source."""
+def main(argv: list[str]) -> int:
+    """Exit status 1 if training on this data would stop, else 0."""
+    config = COMMAND.parse(argv)
+    report = check_data(config)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if config.json else as_text(report, config.show))
+    return 0 if report["fit_for_training"] else 1
+
+
+def check_data(config: CheckConfig) -> dict[str, Any]:
+    """Read all of ``config.path`` and return the report that ``--json`` prints.
+
+    Raises FileNotFoundError if there is no data, ValueError for an unknown format or a tokenizer that can't be loaded.
+    """
+    load_counter(config.tokenizer)  # fail here, not in a worker
+    broken_shards: dict[str, str] = {}
+    source = open_source(config, broken_shards)
+    check_fields(source)
+    report = build_report(config, source, broken_shards, reading := _read(source, config))
+    if config.validation:
+        other = open_source(dataclasses.replace(config, path=config.validation), {})
+        report["validation"] = overlap(other, reading, _read(other, config))
+    return report
+
+
+def _read(source: Source, config: CheckConfig) -> Reading:
+    """A reading of a source, in several processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
     chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
-    processes = min(config.workers or cores(), len(chunks))
-    return parallel(partial(read_samples, source, config), chunks, processes=processes)
+    parts = parallel(
+        partial(read_samples, source, config), chunks, processes=min(config.workers or cores(), len(chunks))
+    )
+    reading = Reading()
+    with progress_bar(total=len(source), label="data check", unit="samples") as bar:
+        for part in parts:
+            reading.add(part)
+            bar.update(part.samples)
+    return reading
 
 
 @lru_cache
@@ -185,9 +212,6 @@ def _read_captions(
         reading.captions[caption.kind, caption.language] += 1
         reading.replaced_characters += "\ufffd" in caption.text
         yield caption_hash(caption.text), number, count(caption.text), caption_hash(text)
-
-
-WHERE_IMAGES_ARE = "set --image-folder to the folder that the paths in the file start from"
 
 
 def build_report(
@@ -311,10 +335,11 @@ def as_text(report: dict[str, Any], show: int) -> str:
             f"{width['median']} x {height['median']}, {images['mean_bytes'] / 1000:.1f} kB; "
             f"{images['small']} smaller than {images['small_side']} pixels"
         )
-    if "mean" in lengths:
+    if longest := lengths.get("longest"):
         lines.append(
             f"  {lengths['unit']:<11} mean {lengths['mean']}, median {lengths['median']}, 99 % to {lengths['p99']}, "
-            f"longest {lengths['max']} ({_label(lengths['longest'])}); {lengths['over_limit']} over {lengths['limit']}"
+            f"longest {lengths['max']} ({longest['shard']}: {longest['key']}); {lengths['over_limit']} over "
+            f"{lengths['limit']}"
         )
     lines += _problems(report, show) + [f"  note: {text}" for text in _notes(report)]
     verdict = "fit for training" if report["fit_for_training"] else "NOT fit for training"
@@ -324,10 +349,6 @@ def as_text(report: dict[str, Any], show: int) -> str:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in counts.items()) or "none"
-
-
-def _label(sample: dict[str, str]) -> str:
-    return f"{sample['shard']}: {sample['key']}"
 
 
 def _problems(report: dict[str, Any], show: int) -> list[str]:
@@ -355,7 +376,7 @@ def _problems(report: dict[str, Any], show: int) -> list[str]:
 
 
 def _reasons(samples: Sequence[dict[str, str]]) -> list[str]:
-    return [f"{_label(one)}: {one['reason']}" for one in samples]
+    return [f"{one['shard']}: {one['key']}: {one['reason']}" for one in samples]
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
@@ -379,39 +400,3 @@ def _notes(report: dict[str, Any]) -> list[str]:
             f"{other['captions_in_both']} of {other['captions']} captions are in the training data, too"
         )
     return notes
-
-
-# ``llm2clip data check DATA``: read a data set once, decode every image, and report statistics and broken samples.
-
-
-def main(argv: list[str]) -> int:
-    """Exit status 1 if training on this data would stop, else 0."""
-    config = COMMAND.parse(argv)
-    report = check_data(config)
-    print(json.dumps(report, indent=2, ensure_ascii=False) if config.json else as_text(report, config.show))
-    return 0 if report["fit_for_training"] else 1
-
-
-def check_data(config: CheckConfig) -> dict[str, Any]:
-    """Read all of ``config.path`` and return the report that ``--json`` prints.
-
-    Raises FileNotFoundError if there is no data, ValueError for an unknown format or a tokenizer that can't be loaded.
-    """
-    load_counter(config.tokenizer)  # fail here, not in a worker
-    broken_shards: dict[str, str] = {}
-    source = open_source(config, broken_shards)
-    check_fields(source)
-    report = build_report(config, source, broken_shards, reading := _read(source, config))
-    if config.validation:
-        other = open_source(dataclasses.replace(config, path=config.validation), {})
-        report["validation"] = overlap(other, reading, _read(other, config))
-    return report
-
-
-def _read(source: Source, config: CheckConfig) -> Reading:
-    reading = Reading()
-    with progress_bar(total=len(source), label="data check", unit="samples") as bar:
-        for part in read_all(source, config):
-            reading.add(part)
-            bar.update(part.samples)
-    return reading

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from llm2clip_plugin.data.samples import AugmentConfig, decode, load, open_header, shrink_factor
+from llm2clip_plugin.data.samples import AugmentConfig, load, open_header
 from llm2clip_plugin.options import unknown
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's own numbers
@@ -135,7 +135,7 @@ class EvalTransform:
 
     def pixels(self, data: bytes) -> np.ndarray:
         """(S, S, 3) uint8. Raises BrokenImage."""
-        image = decode(data)
+        image = load(open_header(data))  # EXIF orientation is ignored, as in the towers' own preprocessors
         side, resample = self.config.size, RESAMPLE[self.config.resample]
         if self.config.fit == "squash":
             return np.array(image.resize((side, side), resample))
@@ -173,7 +173,7 @@ class TrainTransform:
         mirrored = self.augment.flip and rng.random() < 0.5
         angle = rng.uniform(-self.augment.rotate, self.augment.rotate) if self.augment.rotate else 0.0
         needed = side * self.augment.decode_margin
-        factor = shrink_factor((width, height), (needed, needed))
+        factor = next((factor for factor in (8, 4, 2) if min(width, height) >= factor * needed), 1)
         image = load(image, factor)
         if image.size == full:
             factor = 1  # not a JPEG

@@ -11,11 +11,14 @@ The last two columns are start and size of the sample's text. One descriptor and
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
 import os
-import tarfile
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,15 +26,99 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.data.remote import RetryingFile, SideFolder, retried
+from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
+from llm2clip_plugin.data.remote import RetryingFile, is_url
 
 log = logging.getLogger(__name__)
 
 FORMAT = {"kind": "llm2clip-source-index", "format_version": 2}
 HEAD_BYTES = 256
+FOLDER = ".llm2clip"
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # of the file system of a folder
 
 Stamp = tuple[int, int]  # size in bytes and modification time in ns of the file that was indexed
+
+
+@dataclass(frozen=True)
+class SideFolder:
+    """Where files derived from the data of one folder or URL are."""
+
+    main: Path
+    spare: Path  # used if ``main`` can't be written
+
+    @classmethod
+    def of(cls, place: str, spare_folder: Path) -> SideFolder:
+        """For data in the local folder, or below the URL, ``place``."""
+        name = place if is_url(place) else os.path.abspath(place)
+        spare = spare_folder / f"kept-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return cls(spare if is_url(place) else Path(place) / FOLDER, spare)
+
+    def paths(self, name: str) -> tuple[Path, Path]:
+        """Where a file may be."""
+        return self.main / name, self.spare / name
+
+    def write(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Call ``write`` with a temporary path and rename it to ``name``; returns where. Raises OSError."""
+        main, spare = self.paths(name)
+        try:
+            with atomic_file(main) as temporary:
+                write(temporary)
+            return main
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+        with atomic_file(spare) as temporary:
+            write(temporary)
+        return spare
+
+    @contextmanager
+    def lock(self, doing: str) -> Iterator[None]:
+        """Hold the folder's lock, so that one process does ``doing`` and the others find it done.
+
+        Without a folder that can be written, or a file system with locks, nobody waits.
+        """
+        from filelock import FileLock, Timeout
+
+        for path in self.paths("lock"):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(path)
+                lock.acquire(timeout=0)
+            except Timeout:
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    print(f"waiting for another process to {doing} ({path})", file=sys.stderr)
+                lock.acquire(poll_interval=0.2)
+            except (OSError, NotImplementedError):
+                continue
+            try:
+                yield
+            finally:
+                lock.release()
+            return
+        yield
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The entries of a JSON file in both places, the newer file's first; {} for a damaged one."""
+        parts: list[tuple[float, dict[str, Any]]] = []
+        for path in self.paths(name):
+            try:
+                entries = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(entries, dict):
+                    raise ValueError(f"contains a {type(entries).__name__}")
+                parts.append((path.stat().st_mtime, entries))
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                log.warning("cannot read %s (%s); its contents are computed again", path, error)
+        return {name: value for _, part in sorted(parts, key=lambda part: part[0]) for name, value in part.items()}
+
+    def add_json(self, name: str, entries: dict[str, Any]) -> None:
+        """Add or replace entries of a JSON file. The caller holds the lock."""
+        text = canonical_json({**self.read_json(name), **entries})
+        try:
+            self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            log.warning("cannot write %s (%s); the next start computes it again", self.main / name, error)
 
 
 @dataclass
@@ -193,101 +280,3 @@ def stamp_of(file: Path | os.DirEntry[str]) -> Stamp:
     """Size and time of a file. Raises FileNotFoundError."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns
-
-
-# The samples of a tar, from its headers alone. Member names are labels: none is used as a path.
-
-BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples of it
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # gzip, zstd
-ABSENT = -1  # offset of a part that the sample does not have
-PARTS = ("image", "txt", "json")
-COLUMNS = 8  # offset and size of image, text and JSON; start and size of the key among all keys
-
-Part = tuple[int, int]  # of a sample: byte of its content in the tar, and size
-
-
-class BrokenShard(ValueError):  # noqa: N818
-    """A tar that can't be read to its end: which one, and why."""
-
-
-def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of an uncompressed tar.
-
-    Raises BrokenShard for another file, a damaged header, a truncated member, or a missing end-of-archive marker (a
-    writer that was killed between two members), which tarfile takes for the end.
-    """
-    try:
-        with open(path, "rb") as file:
-            if file.read(4).startswith(COMPRESSED):
-                raise BrokenShard(f"{path}: is compressed; decompress it to a plain .tar")
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
-                for member in tar:
-                    if member.issparse():
-                        raise BrokenShard(f"{path}: {member.name!r} is a sparse file; write the tar without --sparse")
-                    if member.size < 0:
-                        raise tarfile.ReadError(f"{member.name!r} has a size of {member.size}")
-                    if member.isreg():
-                        yield member
-                file.seek(tar.offset)
-                end = file.read(BLOCK)
-                if len(end) < BLOCK or any(end):
-                    raise tarfile.ReadError(f"no end-of-archive marker or member at byte {tar.offset}")
-                if tar.offset == 0 and file.seek(0, os.SEEK_END) > tarfile.RECORDSIZE:  # of a tar without members
-                    raise tarfile.ReadError("it begins with zeros")
-    except (tarfile.TarError, ValueError) as error:
-        if isinstance(error, BrokenShard):
-            raise
-        raise BrokenShard(f"{path}: no tar, truncated or damaged: {error}; copy or write it again") from error
-
-
-def index_tar(path: Path) -> tuple[np.ndarray, bytes]:
-    """The samples of a tar: (samples, COLUMNS) int64 and all keys. Raises BrokenShard.
-
-    Members with the same key are a sample, in order of first appearance. A key whose part repeats starts another
-    sample of the same key, so nothing is lost or overwritten; ``data check`` reports duplicate keys. Hidden files
-    (macOS's ``._x.jpg``) and members other than an image, .txt and .json are ignored.
-    """
-    return retried(lambda: _index(path), str(path))
-
-
-def _index(path: Path) -> tuple[np.ndarray, bytes]:
-    samples: list[tuple[str, dict[str, Part]]] = []
-    latest: dict[str, dict[str, Part]] = {}
-    for member in scan_tar(path):
-        key, extension = split_name(member.name)
-        part = "image" if extension in IMAGE_EXTENSIONS else extension
-        if part not in PARTS or key.rpartition("/")[2] == "":
-            continue
-        if key not in latest or part in latest[key]:
-            latest[key] = {}
-            samples.append((key, latest[key]))
-        latest[key][part] = (member.offset_data, member.size)
-    keys, rows, start = [key.encode() for key, _ in samples], [], 0
-    for key, (_, parts) in zip(keys, samples, strict=True):
-        offsets = [number for part in PARTS for number in parts.get(part, (ABSENT, 0))]
-        rows.append([*offsets, start, len(key)])
-        start += len(key)
-    return np.array(rows, dtype=np.int64).reshape(-1, COLUMNS), b"".join(keys)
-
-
-def is_header_of(header: bytes, key: str, size: int) -> bool:
-    """Whether the block before a member's content is the header of one of ``size`` bytes of the sample ``key``.
-
-    Only short ASCII names are compared: others are in a block of their own.
-    """
-    try:
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
-    except tarfile.TarError:
-        return False
-    if member.size not in (size, 0):  # 0: pax records may hold the size
-        return False
-    return not key.isascii() or len(key) >= 80 or split_name(member.name)[0] == key
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and lower-case extension, split as WebDataset does: at the first dot after the last slash."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()

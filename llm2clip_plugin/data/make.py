@@ -31,11 +31,14 @@ from llm2clip_plugin.data.samples import (
 )
 from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import printable
-from llm2clip_plugin.options import Command, command, nearest
-
-# The options of ``llm2clip data make``.
+from llm2clip_plugin.options import Command, command
 
 COLORS = ("", "white", "gray", "black")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+COLUMNS = ("image", "file_name", "filename", "file", "path", "filepath", "image_path", "image_file")
+STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # copied as they are; others become PNG
+LEFT_OUT = "left-out.jsonl"  # in the output: {"image", "reason"} of each picture that is in no tar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +84,6 @@ COMMAND = Command(
 )
 
 
-# The pictures of a folder or a table, with their captions; nothing of a picture is read yet.
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
-COLUMNS = ("image", "file_name", "filename", "file", "path", "filepath", "image_path", "image_file")
-
-
 @dataclass
 class Item:
     """A picture that may become a sample."""
@@ -105,6 +101,56 @@ class Item:
         return "/".join(parts).replace(".", "_")
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture as it goes into a tar."""
+
+    data: bytes
+    extension: str
+    sha256: str  # of the file
+    transparent: bool
+
+
+@dataclass
+class Made:
+    """What was written."""
+
+    samples: int = 0
+    captions: int = 0
+    size: int = 0  # bytes of pictures
+    transparent: int = 0
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # (image, reason)
+
+
+def main(argv: list[str]) -> int:
+    """Write the tars and print what is in them; exit status 0."""
+    config = COMMAND.parse(argv)
+    made = make_data(config)
+    print("\n".join(_report(config, made)), flush=True)
+    return 0
+
+
+def make_data(config: MakeConfig) -> Made:
+    """Write ``config.output``: tars, and a list of what was left out.
+
+    Raises FileExistsError if it exists, FileNotFoundError without data, ValueError if nothing can be used.
+    """
+    output = Path(config.output)
+    if not config.overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not empty; choose another --output or pass --overwrite")
+    items = list_items(config)
+    with atomic_directory(output, replace=config.overwrite) as folder:
+        made = _write(config, items, folder)
+        if not made.samples:
+            image, reason = made.left_out[0]
+            if reason == "no caption":
+                reason += "; write captions to .txt files of the same names, or add --file-names"
+            raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {image}: {reason}")
+        lines = [json.dumps({"image": image, "reason": reason}, ensure_ascii=False) for image, reason in made.left_out]
+        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
+    return made
+
+
 def list_items(config: MakeConfig) -> list[Item]:
     """Every picture of ``config.path``, in order of name or row.
 
@@ -113,20 +159,18 @@ def list_items(config: MakeConfig) -> list[Item]:
     path = Path(config.path)
     if path.is_dir():
         items = list(_in_folder(path, config))
-        if not any(not item.problem for item in items):
-            tars = any(path.rglob("*.tar"))
-            hint = "it holds .tar files, which all commands read as they are" if tars else f"read: {' '.join(PICTURES)}"
-            raise ValueError(f"no pictures in {path}; {hint}")
+        if all(item.problem for item in items):
+            raise ValueError(f"no pictures in {path} ({' '.join(PICTURES)}); tars are read by all commands as they are")
     elif path.suffix.lower() in TABLES and path.is_file():
         items = _in_table(path, config)
     else:
         raise ValueError(f"{path} is neither a folder of pictures nor a table ({' '.join(TABLES)})")
     for item in items:
         if not item.problem and not item.captions:
-            if config.file_names:
-                text = _from_name(item.name)
-                item.captions = [{"text": text, "kind": "short", "language": config.language}] if text else []
-            item.problem = "" if item.captions else "no caption"
+            if config.file_names and (text := words_of_name(item.name)):
+                item.captions = [{"text": text, "kind": "short", "language": config.language}]
+            else:
+                item.problem = "no caption"
     return items
 
 
@@ -136,10 +180,10 @@ def _in_folder(folder: Path, config: MakeConfig) -> Iterator[Item]:
         if not path.is_file() or path.suffix.lower() in (".txt", ".json") or re.search(r"(^|/)(\.|__MACOSX/)", name):
             continue
         item = Item(name, path)
-        if path.suffix.lower() not in PICTURES:
-            item.problem = "not a picture"
-        else:
+        if path.suffix.lower() in PICTURES:
             _read_neighbors(item, config)
+        else:
+            item.problem = "not a picture"
         yield item
 
 
@@ -168,17 +212,16 @@ def _add_captions(item: Item, values: dict[str, Any], config: MakeConfig) -> Non
 def _in_table(path: Path, config: MakeConfig) -> list[Item]:
     """The items of a table; rows of the same image are one."""
     items: dict[str, Item] = {}
-    column = config.image_field
-    folder = Path(config.images or path.parent)
+    column, folder = config.image_field, Path(config.images or path.parent)
     captions = {one.name for one in parse_fields(config.fields, config.language)}
     for number, row in enumerate(_rows(path)):
         if number == 0:
             column = column or next((name for name in COLUMNS if name in row), "")
+            columns = f"columns: {', '.join(map(repr, row))}"
             if column not in row:
-                near = nearest(column, row)
-                raise ValueError(f"{path} has no image column {column!r}{near}; set --image-field; {_columns(row)}")
+                raise ValueError(f"{path} has no image column {column!r}; set --image-field; {columns}")
             if not captions & row.keys() and not config.file_names:
-                raise ValueError(f"{path} has no caption column; set --fields NAME=short; {_columns(row)}")
+                raise ValueError(f"{path} has no caption column; set --fields NAME=short; {columns}")
             if is_url(str(row[column])):
                 raise ValueError(f"{column!r} of {path} holds URLs; img2dataset downloads them as tars")
         name = str(row.pop(column, None) or "").replace("\\", "/")
@@ -190,10 +233,6 @@ def _in_table(path: Path, config: MakeConfig) -> list[Item]:
     if not items:
         raise ValueError(f"{path} has no rows")
     return list(items.values())
-
-
-def _columns(row: dict[str, Any]) -> str:
-    return f"columns: {', '.join(map(repr, row))}"
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -230,10 +269,10 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _from_name(name: str) -> str:
+def words_of_name(name: str) -> str:
     """Words of a file's name without numbers, or of its folder's if none are left.
 
-    >>> _from_name("animals/red-fox_2.jpg"), _from_name("red fox/0017.jpg")
+    >>> words_of_name("animals/red-fox_2.jpg"), words_of_name("red fox/0017.jpg")
     ('red fox', 'red fox')
     """
     path = PurePosixPath(name)
@@ -241,95 +280,6 @@ def _from_name(name: str) -> str:
         if words := " ".join(re.sub(r"[\W_]+|(?<![^\W_])\d+(?![^\W_])", " ", text).split()):
             return words
     return ""
-
-
-STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # copied as they are; others become PNG
-LEFT_OUT = "left-out.jsonl"  # in the output: {"image", "reason"} of each picture that is in no tar
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture as it goes into a tar."""
-
-    data: bytes
-    extension: str
-    sha256: str  # of the file
-    transparent: bool
-
-
-@dataclass
-class Made:
-    """What was written."""
-
-    samples: int = 0
-    captions: int = 0
-    size: int = 0  # bytes of pictures
-    transparent: int = 0
-    left_out: list[tuple[str, str]] = field(default_factory=list)  # (image, reason)
-    keys: set[str] = field(default_factory=set)
-    copies: dict[str, str] = field(default_factory=dict)  # SHA-256 of a picture -> its name
-
-
-def main(argv: list[str]) -> int:
-    """Write the tars and print what is in them; exit status 0."""
-    config = COMMAND.parse(argv)
-    made = make_data(config)
-    print("\n".join(_report(config, made)), flush=True)
-    return 0
-
-
-def make_data(config: MakeConfig) -> Made:
-    """Write ``config.output``: tars, and a list of what was left out.
-
-    Raises FileExistsError if it exists, FileNotFoundError without data, ValueError if nothing can be used.
-    """
-    output = Path(config.output)
-    if not config.overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not empty; choose another --output or pass --overwrite")
-    items = list_items(config)
-    with atomic_directory(output, replace=config.overwrite) as folder:
-        made = _write(config, items, folder)
-        if not made.samples:
-            first, reason = made.left_out[0]
-            fix = "; write captions to .txt files of the same names, or add --file-names"
-            reason += fix * (reason == "no caption")
-            raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {first}: {reason}")
-        lines = [json.dumps({"image": image, "reason": reason}, ensure_ascii=False) for image, reason in made.left_out]
-        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
-    return made
-
-
-def _write(config: MakeConfig, items: list[Item], folder: Path) -> Made:
-    made, tar, shard = Made(), None, 0
-    try:
-        for item, picture in zip(items, _pictures(config, items), strict=True):
-            if isinstance(picture, Picture) and picture.sha256 in made.copies:
-                picture = f"copy: of {made.copies[picture.sha256]}"
-            if isinstance(picture, str):
-                made.left_out.append((item.name, picture))
-                continue
-            if tar is None or tar.offset > config.shard_mb * 1_000_000:
-                if tar is not None:
-                    tar.close()
-                tar, shard = tarfile.open(folder / f"{shard:05d}.tar", "w"), shard + 1
-            made.copies[picture.sha256] = item.name
-            _add(tar, _unique(item.key, made.keys), picture, item)
-            made.samples += 1
-            made.captions += len(item.captions)
-            made.size += len(picture.data)
-            made.transparent += picture.transparent
-    finally:
-        if tar is not None:
-            tar.close()
-    return made
-
-
-def _pictures(config: MakeConfig, items: list[Item]) -> Iterator[Picture | str]:
-    """Each item's picture, or why it has none."""
-    job = partial(read_picture, config.background)
-    processes = min(config.workers or cores(), len(items) // 64)
-    pictures = parallel(job, items, processes=processes)
-    yield from track(pictures, total=len(items), label="data make", unit="pictures")
 
 
 def read_picture(background: str, item: Item) -> Picture | str:
@@ -349,12 +299,43 @@ def read_picture(background: str, item: Item) -> Picture | str:
     if transparent and background:
         flat = Image.new("RGBA", image.size, background)
         flat.alpha_composite(image.convert("RGBA"))
-        flat, kind = flat.convert("RGB"), None
+        flat, kind, transparent = flat.convert("RGB"), None, False
     if kind is None:
         buffer = io.BytesIO()
-        (image.convert("RGBA") if transparent and not background else flat).save(buffer, "PNG")
+        (image.convert("RGBA") if transparent else flat).save(buffer, "PNG")
         data = buffer.getvalue()
-    return Picture(data, kind or "png", sha256, transparent and not background)
+    return Picture(data, kind or "png", sha256, transparent)
+
+
+def _write(config: MakeConfig, items: list[Item], folder: Path) -> Made:
+    made, tar, shard = Made(), None, 0
+    names: dict[str, str] = {}  # SHA-256 of a picture -> its name
+    keys: set[str] = set()
+    processes = min(config.workers or cores(), len(items) // 64)
+    pictures = parallel(partial(read_picture, config.background), items, processes=processes)
+    try:
+        shown = track(pictures, total=len(items), label="data make", unit="pictures")
+        for item, picture in zip(items, shown, strict=True):
+            if isinstance(picture, Picture) and picture.sha256 in names:
+                picture = f"copy: of {names[picture.sha256]}"
+            if isinstance(picture, str):
+                made.left_out.append((item.name, picture))
+                continue
+            if tar is not None and tar.offset > config.shard_mb * 1_000_000:
+                tar.close()
+                tar = None
+            if tar is None:
+                tar, shard = tarfile.open(folder / f"{shard:05d}.tar", "w"), shard + 1
+            names[picture.sha256] = item.name
+            _add(tar, _unique(item.key, keys), picture, item)
+            made.samples += 1
+            made.captions += len(item.captions)
+            made.size += len(picture.data)
+            made.transparent += picture.transparent
+    finally:
+        if tar is not None:
+            tar.close()
+    return made
 
 
 def _unique(key: str, keys: set[str]) -> str:
@@ -377,18 +358,16 @@ def _add(tar: tarfile.TarFile, key: str, picture: Picture, item: Item) -> None:
 
 def _report(config: MakeConfig, made: Made) -> list[str]:
     lines = [f"{config.output}: {made.samples:,} samples, {made.captions:,} captions, {size_text(made.size)}"]
-    reasons: dict[str, list[str]] = {}
+    images: dict[str, list[str]] = {}  # by kind of reason
     for image, reason in made.left_out:
         kind, _, detail = reason.partition(": ")
-        reasons.setdefault(kind, []).append(f"{image} ({detail})" if detail else image)
+        images.setdefault(kind, []).append(f"{image} ({detail})" if detail else image)
     if made.left_out:
         lines.append(f"left out: {len(made.left_out):,}, all in {os.path.join(config.output, LEFT_OUT)}")
-    for reason, images in reasons.items():
-        more = f" and {len(images) - config.show:,} more" if len(images) > config.show else ""
-        lines.append(f"  {reason}: {len(images):,}: {printable(', '.join(images[: config.show]))}{more}")
+    lines += [f"  {kind}: {len(of_kind):,}: {', '.join(of_kind[: config.show])}" for kind, of_kind in images.items()]
     if made.transparent:
         lines.append(
             f"note: {made.transparent:,} pictures are transparent, which training shows on black; --background white "
             "puts them on white"
         )
-    return [*lines, command("data", "check", config.output)]
+    return [*map(printable, lines), command("data", "check", config.output)]

@@ -25,9 +25,10 @@ from llm2clip_plugin.data.samples import (
     BrokenSample,
     Caption,
     caption_hash,
+    choose_captions,
     select_captions,
 )
-from llm2clip_plugin.data.sources.base import Source, choose_captions
+from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.workers import row_bytes
 
 SUBSTITUTES = 20  # samples tried in place of a broken one
@@ -135,8 +136,6 @@ class PairDataset(Dataset):
         if sample is not None and self.transform is not None:
             try:
                 image = sample.read_image()
-                if cache is not None:
-                    cache.check_image(shard, within, key, image)
                 pixels = self.transform.pixels(image, rng)
             except BrokenImage as error:
                 raise BrokenSample(shard, key, str(error)) from error
@@ -258,8 +257,6 @@ class EvalDataset(Dataset):
                 selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
                 return BrokenSample(shard, sample.key, f"no caption{selected}")
             image = sample.read_image()
-            if self.cache is not None:
-                self.cache.check_image(shard, within, sample.key, image)
             try:
                 pixels = self.transform.pixels(image)
             except BrokenImage as error:

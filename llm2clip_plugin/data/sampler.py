@@ -5,11 +5,8 @@ number of ranks, batches or workers (``rank_rows`` cuts it), so one integer resu
 """
 
 import hashlib
-import os
 import random
-from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -73,18 +70,14 @@ def _mix(values: np.ndarray, spare: np.ndarray) -> None:
 # Which source each draw of an epoch, or each global batch, comes from: computed where it is needed, never stored.
 
 BLOCK = 1 << 16  # draws computed at once: fewer calls, and arrays that a processor's cache still holds
-LONG = 1 << 20  # draws from which on several threads count
-THREADS = 8
-REMEMBERED = 64  # positions whose counts are kept
 
 
 class SourceOrder:
     """The sources of an epoch's draws, in mixed order: draw i is of the source that owns number permutation(i).
 
     Source s owns as many of the numbers 0 .. length-1 as it has draws. How many draws of each source come before a
-    position has no closed form, so the counts at recent positions are kept, and the draws from the nearest one to the
-    position are counted. An epoch's beginning and end are known, so at most half an epoch is counted, and while a run
-    reads on only the draws between its batches.
+    position has no closed form: they are counted from the last position, or from the epoch's beginning or end, if that
+    is nearer. So while a run reads on, only the draws between its batches are counted.
     """
 
     def __init__(self, draws: Sequence[int], key: int) -> None:
@@ -92,52 +85,33 @@ class SourceOrder:
         self.length = int(self.stops[-1])
         self.permute = Permutation(self.length, key)
         self._ends = {0: np.zeros(len(draws), dtype=np.int64), self.length: np.asarray(draws, dtype=np.int64)}
-        self._recent: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._last = dict(self._ends)
 
     def __call__(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of each of ``count`` draws from ``offset`` on, and how many of that source's come before it."""
         before = self.counts(offset)
-        labels = np.concatenate(
-            [self._labels(start, min(start + BLOCK, offset + count)) for start in range(offset, offset + count, BLOCK)]
-        )
+        labels = np.concatenate([*self._labels(offset, offset + count)])
         ranks = np.empty(count, dtype=np.int64)
-        after = before.copy()
         for source in np.unique(labels).tolist():
             here = labels == source
-            number = int(np.count_nonzero(here))
-            ranks[here] = before[source] + np.arange(number)
-            after[source] += number
-        self._remember(offset + count, after)
+            ranks[here] = before[source] + np.arange(int(np.count_nonzero(here)))
+        self._last = {offset + count: before + np.bincount(labels, minlength=len(before))}
         return labels, ranks
 
     def counts(self, offset: int) -> np.ndarray:
         """(sources,) int64: draws of each source before ``offset``."""
-        known = {**self._ends, **self._recent}
+        known = self._ends | self._last
         nearest = min(known, key=lambda place: abs(place - offset))
-        between = self._count(min(nearest, offset), max(nearest, offset))
-        counts = known[nearest] + (between if nearest <= offset else -between)
-        self._remember(offset, counts)
+        counts = known[nearest].copy()
+        for labels in self._labels(min(nearest, offset), max(nearest, offset)):
+            counts += np.bincount(labels, minlength=len(counts)) * (1 if nearest < offset else -1)
+        self._last = {offset: counts}
         return counts
 
-    def _remember(self, offset: int, counts: np.ndarray) -> None:
-        self._recent[offset] = counts
-        self._recent.move_to_end(offset)
-        if len(self._recent) > REMEMBERED:
-            self._recent.popitem(last=False)
-
-    def _count(self, start: int, stop: int) -> np.ndarray:
-        """Draws of each source within start .. stop-1."""
-        blocks = range(start, stop, BLOCK)
-        if stop - start < LONG:
-            return sum((self._count_block(block, stop) for block in blocks), self._ends[0])
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:  # numpy computes without Python's lock
-            return sum(pool.map(lambda block: self._count_block(block, stop), blocks), self._ends[0])
-
-    def _count_block(self, start: int, stop: int) -> np.ndarray:
-        return np.bincount(self._labels(start, min(start + BLOCK, stop)), minlength=len(self.stops))
-
-    def _labels(self, start: int, stop: int) -> np.ndarray:
-        return np.searchsorted(self.stops, self.permute(np.arange(start, stop)), side="right")
+    def _labels(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Sources of the draws start .. stop-1, in blocks."""
+        for first in range(start, stop, BLOCK):
+            yield np.searchsorted(self.stops, self.permute(np.arange(first, min(first + BLOCK, stop))), side="right")
 
 
 class BatchOrder:

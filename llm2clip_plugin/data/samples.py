@@ -1,13 +1,15 @@
-"""Which fields of a sample are captions: ``caption=short``, ``long_caption=long``, ``de=short:de``."""
+"""What a sample is: a key, an image, and captions that each have a kind and a language."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import random
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +17,29 @@ from PIL import Image, UnidentifiedImageError
 
 from llm2clip_plugin.files import check_image_size
 
-# What a sample is: a key, an image, and captions that each have a kind and a language.
-
+# "txt" is a tar's .txt member, "gpt" the answer in LLaVA's JSON, every other name a field of the sample's JSON.
+DEFAULT_FIELDS = (
+    "txt=short",
+    "caption=short",
+    "short_caption=short",
+    "long_caption=long",
+    "captions=short",
+    "gpt=short",
+)
 WORDS = re.compile(r"\w+")
+# What PIL raises for damaged files: its own errors, and those that its decoders let through.
+DAMAGE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+)
+# Palette images with partial transparency are read as they should be; PIL advises RGBA once a process.
+warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
 
 
 @dataclass(frozen=True)
@@ -52,43 +74,6 @@ class BrokenSample(ValueError):  # noqa: N818 - an event of the data, as StopIte
 
     def __reduce__(self) -> tuple[type[BrokenSample], tuple[str, str, str]]:
         return BrokenSample, (self.shard, self.key, self.reason)  # an exception pickles its message alone
-
-
-def select_captions(
-    captions: Iterable[Caption], kinds: Sequence[str] = (), languages: Sequence[str] = ()
-) -> tuple[Caption, ...]:
-    """The captions of these kinds and languages, in order; an empty sequence allows all."""
-    return tuple(
-        caption
-        for caption in captions
-        if (not kinds or caption.kind in kinds) and (not languages or caption.language in languages)
-    )
-
-
-def caption_hash(text: str) -> int:
-    """The first 64 bits of the text's SHA-256, as a signed integer that fits a torch.int64 tensor."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
-
-
-def words_of(text: str) -> str:
-    """The words of a text, so that texts are compared without case and punctuation."""
-    return " ".join(WORDS.findall(text.casefold()))
-
-
-def hash_hex(value: int) -> str:
-    """A caption hash as the 16 hexadecimal characters that manifests and messages show."""
-    return value.to_bytes(8, "big", signed=True).hex()
-
-
-# "txt" is a tar's .txt member, "gpt" the answer in LLaVA's JSON, every other name a field of the sample's JSON.
-DEFAULT_FIELDS = (
-    "txt=short",
-    "caption=short",
-    "short_caption=short",
-    "long_caption=long",
-    "captions=short",
-    "gpt=short",
-)
 
 
 @dataclass(frozen=True)
@@ -128,37 +113,29 @@ def read_captions(values: dict[str, Any], fields: Sequence[CaptionField]) -> tup
     ``{"text": ..., "kind": ..., "language": ...}``, whose kind and language take precedence over the field's. Texts are
     stripped, repetitions within the sample dropped. Raises ValueError for another shape.
     """
-    captions = [caption for field in fields for caption in _expand(values.get(field.name), field)]
+    captions = [caption for field in fields for caption in _captions(values.get(field.name), field)]
     distinct = dict.fromkeys(caption for caption in captions if caption.text)
     return tuple(distinct), sum(not caption.text for caption in captions)
 
 
-def _expand(value: Any, field: CaptionField) -> Iterator[Caption]:
+def _captions(value: Any, field: CaptionField) -> Iterator[Caption]:
     """Captions of one field's value, blank ones included."""
-    if value is None:
-        return
     if isinstance(value, str):
-        yield Caption(_clean(value), field.kind, field.language)
+        yield Caption(well_formed(value.strip()), field.kind, field.language)
     elif isinstance(value, list):
         for item in value:
-            yield from _expand(item, field)
-    elif isinstance(value, dict) and "text" in value:
-        if not isinstance(value["text"], str):
-            raise ValueError(f"caption field {field.name!r} has text of type {type(value['text']).__name__}")
+            yield from _captions(item, field)
+    elif isinstance(value, dict) and isinstance(value.get("text"), str):
         kind, language = value.get("kind") or field.kind, value.get("language") or field.language
-        yield Caption(_clean(value["text"]), well_formed(str(kind)), well_formed(str(language)))
+        yield Caption(well_formed(value["text"].strip()), well_formed(str(kind)), well_formed(str(language)))
     elif isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
         for language, text in value.items():
-            yield Caption(_clean(text), field.kind, well_formed(language))
-    else:
+            yield Caption(well_formed(text.strip()), field.kind, well_formed(language))
+    elif value is not None:
         raise ValueError(
             f"caption field {field.name!r} has type {type(value).__name__}; expected a text, a list of "
             "texts, {language: text}, or objects with a text"
         )
-
-
-def _clean(text: str) -> str:
-    return well_formed(text.strip())
 
 
 def well_formed(text: str) -> str:
@@ -166,7 +143,84 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# The settings of augmentation; read without torch.
+def select_captions(
+    captions: Iterable[Caption], kinds: Sequence[str] = (), languages: Sequence[str] = ()
+) -> tuple[Caption, ...]:
+    """The captions of these kinds and languages, in order; an empty sequence allows all."""
+    return tuple(
+        caption
+        for caption in captions
+        if (not kinds or caption.kind in kinds) and (not languages or caption.language in languages)
+    )
+
+
+def caption_hash(text: str) -> int:
+    """The first 64 bits of the text's SHA-256, as a signed integer that fits a torch.int64 tensor."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+
+
+def hash_hex(value: int) -> str:
+    """A caption hash as the 16 hexadecimal characters that manifests and messages show."""
+    return value.to_bytes(8, "big", signed=True).hex()
+
+
+def words_of(text: str) -> str:
+    """The words of a text, so that texts are compared without case and punctuation."""
+    return " ".join(WORDS.findall(text.casefold()))
+
+
+def parse_weights(specifications: Sequence[str]) -> dict[str, float]:
+    """``KIND=WEIGHT`` as in ``short=1``. Raises ValueError for another form, a duplicate, or a weight not above 0."""
+    weights: dict[str, float] = {}
+    for text in specifications:
+        kind, equals, number = text.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not (kind and equals and 0 < weight < float("inf")):
+            raise ValueError(f"caption weight {text!r} is not KIND=WEIGHT with a number above 0, as in short=1 long=1")
+        if kind in weights:
+            raise ValueError(f"caption weights {' '.join(specifications)} name {kind!r} twice")
+        weights[kind] = weight
+    return weights
+
+
+def caption_shares(captions: Sequence[Caption], weights: Mapping[str, float]) -> list[float]:
+    """(m) probabilities: a kind's is its weight among the kinds that the sample has, shared by its captions.
+
+    Without ``weights`` all are equal. Raises KeyError for a caption of a kind without a weight.
+    """
+    if not weights:
+        return [1 / len(captions)] * len(captions)
+    counts = Counter(caption.kind for caption in captions)
+    total = sum(weights[kind] for kind in counts)
+    return [weights[caption.kind] / counts[caption.kind] / total for caption in captions]
+
+
+def choose_caption(captions: Sequence[Caption], weights: Mapping[str, float], rng: random.Random) -> Caption:
+    """One caption, drawn with one number of ``rng``."""
+    if not weights:
+        return captions[rng.randrange(len(captions))]
+    draw = rng.random()
+    for caption, share in zip(captions, caption_shares(captions, weights), strict=True):
+        draw -= share
+        if draw < 0:
+            return caption
+    return captions[-1]  # the shares add up to 1 but for rounding
+
+
+def choose_captions(
+    captions: Sequence[Caption], weights: Mapping[str, float], count: int, rng: random.Random
+) -> tuple[Caption, ...]:
+    """``count`` captions, drawn without replacement until none is left, then again from all."""
+    chosen: list[Caption] = []
+    left: list[Caption] = []
+    while len(chosen) < count:
+        left = left or list(captions)
+        chosen.append(choose_caption(left, weights, rng))
+        left.remove(chosen[-1])
+    return tuple(chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,36 +245,8 @@ class AugmentConfig:
             raise ValueError(f"rotate is {self.rotate}, expected degrees within 0 .. 180")
 
 
-# Decode image files with PIL, JPEGs at a fraction of their size where that is enough.
-
-# Palette images with partial transparency are read as they should be; PIL advises RGBA once a process.
-warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
-
-
 class BrokenImage(ValueError):  # noqa: N818
     """Bytes that are not an image, or a damaged one."""
-
-
-# What PIL raises for damaged files: its own errors, and those that its decoders let through.
-DAMAGE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-)
-
-
-def decode(data: bytes, min_side: int = 0) -> Image.Image:
-    """The image as RGB; a JPEG at 1/2, 1/4 or 1/8 if both sides stay at least ``min_side`` pixels (0: full size).
-
-    EXIF orientation is ignored, as in the towers' own preprocessors. Raises BrokenImage.
-    """
-    image = open_header(data)
-    return load(image, shrink_factor(image.size, (min_side, min_side)) if min_side else 1)
 
 
 def open_header(data: bytes) -> Image.Image:
@@ -240,10 +266,15 @@ def open_header(data: bytes) -> Image.Image:
     return image
 
 
-def shrink_factor(size: tuple[float, float], needed: tuple[float, float]) -> int:
-    """The largest of 1, 2, 4, 8 that divides ``size`` (width, height) into no less than ``needed``."""
-    ratio = min(size[0] / needed[0], size[1] / needed[1])
-    return next((factor for factor in (8, 4, 2) if ratio >= factor), 1)
+def load(image: Image.Image, factor: int = 1) -> Image.Image:
+    """Decode to RGB, a JPEG at 1/``factor`` of its size by its own transform. Raises BrokenImage."""
+    try:
+        if factor > 1 and image.format in ("JPEG", "MPO"):
+            image.draft("RGB", (image.width // factor, image.height // factor))
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except DAMAGE as error:
+        raise BrokenImage(f"cannot decode the image: {error}") from error
 
 
 def has_transparency(image: Image.Image) -> bool:
@@ -252,16 +283,5 @@ def has_transparency(image: Image.Image) -> bool:
         return False
     try:
         return image.convert("RGBA").getextrema()[3][0] < 255  # type: ignore[index]
-    except DAMAGE as error:
-        raise BrokenImage(f"cannot decode the image: {error}") from error
-
-
-def load(image: Image.Image, factor: int = 1) -> Image.Image:
-    """Decode to RGB, a JPEG at 1/``factor`` of its size by its own transform. Raises BrokenImage."""
-    try:
-        if factor > 1 and image.format in ("JPEG", "MPO"):
-            image.draft("RGB", (image.width // factor, image.height // factor))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
     except DAMAGE as error:
         raise BrokenImage(f"cannot decode the image: {error}") from error

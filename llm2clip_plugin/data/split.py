@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -16,18 +14,20 @@ import numpy as np
 
 from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
-from llm2clip_plugin.data.index import split_name
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, words_of
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.rows import RowSource
-from llm2clip_plugin.data.sources.tars import TarSource
+from llm2clip_plugin.data.sources.tars import TarSource, split_name
 from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.options import Command, command
 
-# The options of ``llm2clip data split``.
+SUMMARY = "split.json"  # in the output: settings and counts
+SIDES = ("train", "validation")
+SALT = "llm2clip data split\0"  # of the hash, so that it is independent of other uses of the same keys
+FEW = 4  # shards that are read in this process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,32 +60,71 @@ COMMAND = Command(
 )
 
 
-# On which side of a split a sample is: a function of its key, or of one field of its JSON, and of nothing else.
-
-SALT = "llm2clip data split\0"  # of the hash, so that it is independent of other uses of the same keys
-FEW = 4  # shards that are read in this process
-
-
 @dataclass(frozen=True, kw_only=True)
-class ShardSides:
-    """The sides of one shard's samples, and what is compared across the split."""
+class Sides:
+    """The sides of some samples, and what is compared across the split."""
 
-    held_out_N: np.ndarray  # bool, one a sample
+    held_out_N: np.ndarray  # bool, one a sample: True for validation
     group_N: np.ndarray  # int64, hash of the value that decided
     caption_M: np.ndarray  # int64, hash of a caption's words
     owner_M: np.ndarray  # int64, number in the source of a caption's sample
 
+    def samples(self) -> dict[str, int]:
+        """Samples of each side."""
+        return {"train": int((~self.held_out_N).sum()), "validation": int(self.held_out_N.sum())}
 
-@dataclass(frozen=True, kw_only=True)
-class Sides:
-    """The sides of all samples, by shard."""
+    def captions(self) -> dict[str, int]:
+        """Captions of each side."""
+        held_out_M = self.held_out_N[self.owner_M]
+        return {"train": int((~held_out_M).sum()), "validation": int(held_out_M.sum())}
 
-    shards: list[np.ndarray]  # bool, one a sample: True for validation
-    samples: dict[str, int] = field(default_factory=dict)  # side -> samples
-    groups: dict[str, int] = field(default_factory=dict)  # side -> distinct values that decided
-    captions: dict[str, int] = field(default_factory=dict)  # side -> captions
-    shared: int = 0  # captions of validation whose words are those of one in training
-    shared_owners: tuple[int, ...] = ()  # some of their samples
+    def shared_M(self) -> np.ndarray:  # noqa: N802 - a shape
+        """Captions of validation whose words are those of one in training."""
+        held_out_M = self.held_out_N[self.owner_M]
+        return held_out_M & np.isin(self.caption_M, self.caption_M[~held_out_M])
+
+
+def main(argv: list[str]) -> int:
+    """Print the counts and write the split; exit status 0."""
+    config = COMMAND.parse(argv)
+    print("\n".join(split_data(config)), flush=True)
+    return 0
+
+
+def split_data(config: SplitConfig) -> list[str]:
+    """Split ``config.path`` and return the report.
+
+    The output appears when it is complete; what a killed call left in a hidden folder next to it is used by the same
+    call again. Raises FileExistsError if the output is there and not of this split, ValueError for a sample without
+    the field, a side without samples or a source that cannot be split.
+    """
+    output, source = Path(config.output), open_source(config)
+    check_fields(source)
+    if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
+        raise ValueError(
+            f"--output {output} is inside the data at {source.path}, whose subfolders are read too: validation would "
+            "be trained on; choose a folder elsewhere"
+        )
+    partial_output, settings = output.with_name(f".{output.name}.partial"), _settings(config, source)
+    for folder in (output, partial_output):
+        if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not _same(folder, settings):
+            raise FileExistsError(
+                f"{folder} exists and is not this split of {config.path}; choose another --output, or delete it"
+            )
+    if (output / SUMMARY).exists():
+        return [f"{output} is complete already", *_how_to_read(source, output)]
+    sides = decide(source, config.validation, config.by, config.workers)
+    if config.dry_run:
+        return _report(source, sides, config)
+    partial_output.mkdir(parents=True, exist_ok=True)
+    _write_summary(partial_output, settings)
+    write_sides(source, sides, partial_output, config.workers)
+    _verify(config, source, sides, partial_output)
+    _write_summary(partial_output, settings | {"samples": sides.samples(), "captions": sides.captions()})
+    if output.is_dir():
+        output.rmdir()  # it is empty
+    os.replace(partial_output, output)
+    return [*_report(source, sides, config), *_how_to_read(source, output)]
 
 
 def is_held_out(value: str, validation: float) -> bool:
@@ -95,28 +134,36 @@ def is_held_out(value: str, validation: float) -> bool:
 
 
 def decide(source: Source, validation: float, by: str, workers: int = 0) -> Sides:
-    """Read every sample's JSON once and decide its side.
+    """Read every sample's JSON once and decide its side: by its key, or by one field, and by nothing else.
+
+    So a sample stays on its side whatever the order and number of shards, and when others come or go.
 
     by: field of a sample's JSON, all samples with one value being on one side; "": by key. Raises ValueError for a
     sample without that field, and if one side would be empty.
     """
-    job: Callable[[int], ShardSides] = partial(_read_shard, source, validation, by)
-    numbers = range(len(source.shards))
-    parts = parallel(job, numbers, processes=min(workers or cores(), len(numbers)) if len(numbers) > FEW else 1)
-    return _join(list(track(parts, total=len(numbers), label="data split: reading", unit="shards")), validation, by)
+    job = partial(_read_shard, source, validation, by)
+    few = len(source.shards) <= FEW
+    read = parallel(job, source.shards, processes=1 if few else min(workers or cores(), len(source.shards)))
+    parts = list(track(read, total=len(source.shards), label="data split: reading", unit="shards"))
+    sides = Sides(**{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Sides)})
+    if empty := [side for side, count in sides.samples().items() if not count]:
+        what = f"values of {by!r}" if by else "keys"
+        raise ValueError(
+            f"--validation {validation:g} of {len(np.unique(sides.group_N))} distinct {what} leaves nothing for "
+            f"{empty[0]}; choose a {'larger' if empty[0] == 'validation' else 'smaller'} fraction"
+        )
+    return sides
 
 
-def _read_shard(source: Source, validation: float, by: str, number: int) -> ShardSides:
-    shard = source.shards[number]
+def _read_shard(source: Source, validation: float, by: str, shard: Shard) -> Sides:
     values, captions, owners = [], [], []
     for sample in range(shard.start, shard.start + shard.size):
         value = _field(source, sample, by) if by else source.key(sample)
         values.append((is_held_out(value, validation), caption_hash(value)))
-        for caption in source.captions(sample)[1]:
-            if words := words_of(caption.text):
-                captions.append(caption_hash(words))
-                owners.append(sample)
-    return ShardSides(
+        words = [words_of(caption.text) for caption in source.captions(sample)[1]]
+        captions += [caption_hash(text) for text in words if text]
+        owners += [sample for text in words if text]
+    return Sides(
         held_out_N=np.array([side for side, _ in values], dtype=bool),
         group_N=np.array([group for _, group in values], dtype=np.int64),
         caption_M=np.array(captions, dtype=np.int64),
@@ -131,43 +178,9 @@ def _field(source: Source, sample: int, by: str) -> str:
         raise ValueError(f"cannot read the field {by!r} of {error}; llm2clip data check lists all of these") from error
     if record.meta.get(by) in (None, ""):
         known = ", ".join(sorted(record.meta)) or "none"
-        raise ValueError(
-            f"sample {record.key!r} of shard {source.locate(sample)[0]!r} has no field {by!r} (--by); its fields: "
-            f"{known}"
-        )
+        where = f"sample {record.key!r} of shard {source.locate(sample)[0]!r}"
+        raise ValueError(f"{where} has no field {by!r} (--by); its fields: {known}")
     return canonical_json(record.meta[by])
-
-
-def _join(parts: list[ShardSides], validation: float, by: str) -> Sides:
-    held_out_N = np.concatenate([part.held_out_N for part in parts])
-    group_N = np.concatenate([part.group_N for part in parts])
-    caption_M = np.concatenate([part.caption_M for part in parts])
-    owner_M = np.concatenate([part.owner_M for part in parts])
-    samples = {"train": int((~held_out_N).sum()), "validation": int(held_out_N.sum())}
-    if empty := [side for side, count in samples.items() if not count]:
-        what = f"values of {by!r}" if by else "keys"
-        raise ValueError(
-            f"--validation {validation:g} of {len(np.unique(group_N))} distinct {what} leaves nothing for {empty[0]}; "
-            f"choose a {'larger' if empty[0] == 'validation' else 'smaller'} fraction{' or another field' * bool(by)}"
-        )
-    held_out_M = held_out_N[owner_M] if len(owner_M) else np.zeros(0, dtype=bool)
-    shared_M = held_out_M & np.isin(caption_M, caption_M[~held_out_M])
-    return Sides(
-        shards=[part.held_out_N for part in parts],
-        samples=samples,
-        groups={
-            "train": len(np.unique(group_N[~held_out_N])),
-            "validation": len(np.unique(group_N[held_out_N])),
-        },
-        captions={"train": int((~held_out_M).sum()), "validation": int(held_out_M.sum())},
-        shared=int(shared_M.sum()),
-        shared_owners=tuple(owner_M[shared_M][:3].tolist()),
-    )
-
-
-# Write the two sides of a split: tars are copied member by member, lists of rows refer to the same images.
-
-SIDES = ("train", "validation")
 
 
 def outputs(source: Source, folder: Path) -> dict[str, Path]:
@@ -184,16 +197,14 @@ def write_sides(source: Source, sides: Sides, folder: Path, workers: int = 0) ->
     Raises ValueError for another kind of source.
     """
     if isinstance(source, TarSource):
-        jobs = list(enumerate(sides.shards))
+        jobs = [(n, sides.held_out_N[one.start : one.start + one.size]) for n, one in enumerate(source.shards)]
         done = parallel(partial(_copy_shard, source, folder), jobs, processes=min(workers or cores(), len(jobs)))
         for _ in track(done, total=len(jobs), label="data split: writing", unit="shards"):
             pass
     elif isinstance(source, RowSource):
-        _write_rows(source, sides, outputs(source, folder))
+        _write_rows(source, sides.held_out_N, outputs(source, folder))
     else:
-        raise ValueError(
-            f"{source.path} is read by {type(source).__name__}, which cannot be split; use tars or a .jsonl"
-        )
+        raise ValueError(f"{source.path} is a {type(source).__name__}, which cannot be split; use tars or a .jsonl")
 
 
 def _copy_shard(source: TarSource, folder: Path, job: tuple[int, np.ndarray]) -> None:
@@ -221,65 +232,17 @@ def _copy_members(path: Path, *, wanted: set[str], target: Path) -> None:
                 new.addfile(member, old.extractfile(member))
 
 
-def _write_rows(source: RowSource, sides: Sides, targets: dict[str, Path]) -> None:
+def _write_rows(source: RowSource, held_out_N: np.ndarray, targets: dict[str, Path]) -> None:
     """Each row as it is stored, in its order; a .json stays one list."""
-    held_out_N = np.concatenate(sides.shards)
     for side, held_out in zip(SIDES, (False, True), strict=True):
         numbers = np.flatnonzero(held_out_N == held_out).tolist()
-        label, is_list = f"data split: {side}", targets[side].suffix.lower() == ".json"
+        is_list = targets[side].suffix == ".json"
+        before, between, after = (b"[\n", b",\n", b"\n]\n") if is_list else (b"", b"\n", b"\n")
+        shown = track(numbers, total=len(numbers), label=f"data split: {side}", unit="rows")
         with atomic_file(targets[side]) as temporary, temporary.open("wb") as file:
-            file.write(b"[\n" if is_list else b"")
-            for place, number in enumerate(track(numbers, total=len(numbers), label=label, unit="rows")):
-                file.write((b",\n" if is_list and place else b"") + source.row(number).strip())
-                file.write(b"" if is_list else b"\n")
-            file.write(b"\n]\n" if is_list else b"")
-
-
-SUMMARY = "split.json"  # in the output: settings and counts
-
-
-def main(argv: list[str]) -> int:
-    """Print the counts and write the split; exit status 0."""
-    config = COMMAND.parse(argv)
-    print("\n".join(split_data(config)), flush=True)
-    return 0
-
-
-def split_data(config: SplitConfig) -> list[str]:
-    """Split ``config.path`` and return the report.
-
-    The output appears when it is complete; what a killed call left in a hidden folder next to it is used by the same
-    call again. Raises FileExistsError if the output is there and not of this split, ValueError for a sample without
-    the field, a side without samples or a source that cannot be split.
-    """
-    output, source = Path(config.output), open_source(config)
-    check_fields(source)
-    if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
-        raise ValueError(
-            f"--output {output} is inside the data at {source.path}, whose subfolders are read too: validation would "
-            "be trained on; choose a folder elsewhere"
-        )
-    partial, settings = output.with_name(f".{output.name}.partial"), _settings(config, source)
-    for folder in (output, partial):
-        if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not _same(folder, settings):
-            raise FileExistsError(
-                f"{folder} exists and is not this split of {config.path}; choose another --output, or delete it"
-            )
-    if (output / SUMMARY).exists():
-        return [f"{output} is complete already", *_how_to_read(source, output)]
-    sides = decide(source, config.validation, config.by, config.workers)
-    lines = _report(source, sides, config)
-    if config.dry_run:
-        return lines
-    partial.mkdir(parents=True, exist_ok=True)
-    _write_summary(partial, settings)
-    write_sides(source, sides, partial, config.workers)
-    _verify(config, source, sides, partial)
-    _write_summary(partial, settings | {"samples": sides.samples, "captions": sides.captions})
-    if output.is_dir():
-        output.rmdir()  # it is empty
-    os.replace(partial, output)
-    return [*lines, *_how_to_read(source, output)]
+            for place, number in enumerate(shown):
+                file.write((between if place else before) + source.row(number).strip())
+            file.write(after)
 
 
 def _settings(config: SplitConfig, source: Source) -> dict[str, object]:
@@ -304,18 +267,14 @@ def _write_summary(folder: Path, body: dict[str, object]) -> None:
 
 def _verify(config: SplitConfig, source: Source, sides: Sides, folder: Path) -> None:
     """Open both sides and compare their numbers of samples."""
+    values = {each.name: getattr(config, each.name) for each in fields(SourceConfig)}
     for side, path in outputs(source, folder).items():
-        written = open_source(_reading(config, source, path))
-        if len(written) != sides.samples[side]:
+        written = open_source(SourceConfig(**{**values, "path": str(path), "images": _images(source)}))
+        if len(written) != sides.samples()[side]:
             raise ContractError(
-                f"{path} has {len(written)} samples, expected {sides.samples[side]}: the data changed while it was "
+                f"{path} has {len(written)} samples, expected {sides.samples()[side]}: the data changed while it was "
                 f"read, or the disk is damaged; delete {folder} and rerun"
             )
-
-
-def _reading(config: SplitConfig, source: Source, path: Path) -> SourceConfig:
-    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(SourceConfig)}
-    return SourceConfig(**{**values, "path": str(path), "images": _images(source)})
 
 
 def _images(source: Source) -> str:
@@ -323,19 +282,17 @@ def _images(source: Source) -> str:
 
 
 def _report(source: Source, sides: Sides, config: SplitConfig) -> list[str]:
-    total, lines = sum(sides.samples.values()), []
-    for side in SIDES:
-        share = f" ({100 * sides.samples[side] / total:.2f} %)" if side == "validation" else ""
-        groups = f", {sides.groups[side]:,} values of {config.by!r}" if config.by else ""
-        lines.append(f"{side}: {sides.samples[side]:,} samples{share}, {sides.captions[side]:,} captions{groups}")
-    if not config.by and sum(sides.groups.values()) < total:
-        repeated = total - sum(sides.groups.values())
-        lines.append(f"note: {repeated:,} samples share their key with another sample and are on the same side")
-    if sides.shared:
-        examples = [source.captions(owner) for owner in sides.shared_owners]
-        shown = "; ".join(f"{key}: {captions[0].text[:60]!r}" for key, captions in examples)
+    samples, captions, lines = sides.samples(), sides.captions(), []
+    for side, held_out in zip(SIDES, (False, True), strict=True):
+        share = f" ({100 * samples[side] / sum(samples.values()):.2f} %)" if held_out else ""
+        groups = len(np.unique(sides.group_N[sides.held_out_N == held_out]))
+        values = f", {groups:,} values of {config.by!r}" if config.by else ""
+        lines.append(f"{side}: {samples[side]:,} samples{share}, {captions[side]:,} captions{values}")
+    if (shared_M := sides.shared_M()).any():
+        examples = [source.captions(owner) for owner in sides.owner_M[shared_M][:3].tolist()]
+        shown = "; ".join(f"{key}: {texts[0].text[:60]!r}" for key, texts in examples)
         lines.append(
-            f"warning: {sides.shared:,} of the {sides.captions['validation']:,} validation captions also occur in "
+            f"warning: {int(shared_M.sum()):,} of the {captions['validation']:,} validation captions also occur in "
             f"training (compared without case and punctuation), in samples such as {shown}. To keep "
             "samples that share a field on one side, add --by FIELD"
         )
@@ -343,7 +300,7 @@ def _report(source: Source, sides: Sides, config: SplitConfig) -> list[str]:
 
 
 def _how_to_read(source: Source, output: Path) -> list[str]:
-    """The paths, and the images' folder where these are not copied."""
+    """The next commands, with the images' folder where these are not copied."""
     paths = outputs(source, output)
     images = ("--image-folder", _images(source)) if _images(source) else ()
     return [command("embed", path, *images, "--llm", "LLM") for path in paths.values()] + [

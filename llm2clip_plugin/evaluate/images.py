@@ -16,11 +16,11 @@ from torch import Tensor
 
 from llm2clip_plugin.console import track
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.index import scan_tar, split_name
 from llm2clip_plugin.data.pairs import EvalPairs, eval_pairs
 from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.tars import scan_tar, split_name
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, world_size
 
 NOT_A_CLASS = (".", "embeddings-")  # prefixes of other folders: hidden ones, the prompts' cache

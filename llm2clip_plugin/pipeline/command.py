@@ -29,46 +29,56 @@ from llm2clip_plugin.options import changed_options, command
 from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.pipeline.config import COMMAND, PRETRAIN, PipelineConfig
 
-# What some samples of the data say about all: how many captions an image has, and which pairs stage 1 can form.
-
 SURVEYED = 1000  # samples that are read
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What some samples say about all."""
-
-    samples: int
-    captions: float  # of a sample
-    pairs: str  # how stage 1 pairs captions, QUERY:POSITIVE; "": it can't
-    note: str  # why it can't
-
-
-def survey(source: Source) -> Survey:
-    """Read up to SURVEYED samples, evenly spaced."""
-    step = max(1, len(source) // SURVEYED)
-    texts = [source.captions(number)[1] for number in range(0, len(source), step)]
-    flat = [caption for captions in texts for caption in captions]
-    if not flat:
-        raise ValueError(f"no captions in {source.path}; llm2clip data check shows its fields")
-    kinds = [{caption.kind for caption in captions} for captions in texts]
-    words = [[f" {words_of(caption.text)} " for caption in captions] for captions in texts if len(captions) > 1]
-    nested = sum(any(one != other and one in other for one in each for other in each) for each in words)
-    pairs = "short:long" if sum({"short", "long"} <= one for one in kinds) > len(texts) / 2 else "short:same"
-    note = ""
-    if len(words) <= len(texts) / 2:
-        note = "stage 1 is left out: it needs images with several captions (--fields)"
-    elif nested > len(words) / 2:
-        note = "stage 1 is left out: most captions contain another one of their image, so it learns nothing"
-    return Survey(samples=len(source), captions=len(flat) / len(texts), pairs="" if note else pairs, note=note)
-
-
-# The stages of a run: the command of each, and what it must leave.
-
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
 READ = ("format", "fields", "language", "image_field", "key_field", "cache_folder", "cache_gb")
 LLAVA_STEPS = 300  # of the projector, at least; LLaVA 1.5's own are 2,180
 ON_ALL_GPUS = ("finetune-llm", "embed", "train-tower")
+SHOWN = 5  # pictures that each tower finds first
+RECORD = "pipeline.json"  # in the output: stage -> its words and seconds, of those that are complete
+
+
+def main(argv: list[str]) -> int:
+    """Run what is not complete yet; the exit status of the stage that failed, 128 + N after signal N, else 0."""
+    config = COMMAND.parse(argv)
+    source, out = open_source(config), Path(config.output)
+    found = survey(source)
+    stages = plan(config, source, found)
+    record = complete(stages, out / RECORD)
+    print(f"{config.path}: {found.samples:,} images, {found.captions:.3g} captions each")
+    if found.note and config.stage1 and not config.adapter:
+        print(f"note: {found.note}")
+    for number, stage in enumerate(stages, 1):
+        state = "complete" if stage.name in record else ""
+        print(f"{number:3} {state:>8}  {stage.name}: {shlex.join(stage.words)}")
+    todo = [stage for stage in stages if stage.name not in record]
+    print(f"{len(todo)} of {len(stages)} stages to run")
+    if config.dry_run:
+        return 0
+    for stage in todo:
+        print(f"\n[{stages.index(stage) + 1}/{len(stages)}] {stage.name}: {shlex.join(stage.words)}", flush=True)
+        begin = time.monotonic()
+        status = attend(stage.argv)
+        if status or not stage.result.exists():
+            print(f"stopped in {stage.name!r}; rerun the same command to resume", file=sys.stderr)
+            return status or 1
+        record[stage.name] = {"words": list(stage.words), "seconds": round(time.monotonic() - begin, 1)}
+        with atomic_file(out / RECORD) as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    page = write_page(config, source, stages, {name: saved["seconds"] for name, saved in record.items()})
+    print(f"\n{page}: scores, queries won and lost, with pictures")
+    print(f"tower: {out / 'tower'}; in LLaVA: {command('use', out / 'tower', '--name', out.name)}")
+    return 0
+
+
+def complete(stages: list[Stage], path: Path) -> dict[str, dict]:
+    """The record of the stages that are complete: all before it are, its words are the same, its result exists."""
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def is_complete(stage: Stage) -> bool:
+        return saved.get(stage.name, {}).get("words") == list(stage.words) and stage.result.exists()
+
+    return {stage.name: saved[stage.name] for stage in itertools.takewhile(is_complete, stages)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +182,33 @@ def ask(config: PipelineConfig, data: list[str], batch: int, train: int) -> list
     return [*stages, stage(config, "compare answers", *words, result=compared / "compare.json")]
 
 
-# The page about a run: scores with their intervals, and validation captions drawn at random.
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What some samples say about all."""
 
-SHOWN = 5  # pictures that each tower finds first
+    samples: int
+    captions: float  # of a sample
+    pairs: str  # how stage 1 pairs captions, QUERY:POSITIVE; "": it can't
+    note: str  # why it can't
+
+
+def survey(source: Source) -> Survey:
+    """Read up to SURVEYED samples, evenly spaced."""
+    step = max(1, len(source) // SURVEYED)
+    texts = [source.captions(number)[1] for number in range(0, len(source), step)]
+    flat = [caption for captions in texts for caption in captions]
+    if not flat:
+        raise ValueError(f"no captions in {source.path}; llm2clip data check shows its fields")
+    kinds = [{caption.kind for caption in captions} for captions in texts]
+    words = [[f" {words_of(caption.text)} " for caption in captions] for captions in texts if len(captions) > 1]
+    nested = sum(any(one != other and one in other for one in each for other in each) for each in words)
+    pairs = "short:long" if sum({"short", "long"} <= one for one in kinds) > len(texts) / 2 else "short:same"
+    note = ""
+    if len(words) <= len(texts) / 2:
+        note = "stage 1 is left out: it needs images with several captions (--fields)"
+    elif nested > len(words) / 2:
+        note = "stage 1 is left out: most captions contain another one of their image, so it learns nothing"
+    return Survey(samples=len(source), captions=len(flat) / len(texts), pairs="" if note else pairs, note=note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,49 +282,3 @@ def ranked(pairs: EmbeddedPairs, captions: list[int]) -> torch.Tensor:
     """(Q, N) int64: the images for each of these captions, the most similar first."""
     image_ND, text_QD = (torch.nn.functional.normalize(x, dim=1) for x in (pairs.image_ND, pairs.text_MD[captions]))
     return (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)
-
-
-RECORD = "pipeline.json"  # in the output: stage -> its words and seconds, of those that are complete
-
-
-def main(argv: list[str]) -> int:
-    """Run what is not complete yet; the exit status of the stage that failed, 128 + N after signal N, else 0."""
-    config = COMMAND.parse(argv)
-    source, out = open_source(config), Path(config.output)
-    found = survey(source)
-    stages = plan(config, source, found)
-    record = complete(stages, out / RECORD)
-    print(f"{config.path}: {found.samples:,} images, {found.captions:.3g} captions each")
-    if found.note and config.stage1 and not config.adapter:
-        print(f"note: {found.note}")
-    for number, stage in enumerate(stages, 1):
-        state = "complete" if stage.name in record else ""
-        print(f"{number:3} {state:>8}  {stage.name}: {shlex.join(stage.words)}")
-    todo = [stage for stage in stages if stage.name not in record]
-    print(f"{len(todo)} of {len(stages)} stages to run")
-    if config.dry_run:
-        return 0
-    for stage in todo:
-        print(f"\n[{stages.index(stage) + 1}/{len(stages)}] {stage.name}: {shlex.join(stage.words)}", flush=True)
-        begin = time.monotonic()
-        status = attend(stage.argv)
-        if status or not stage.result.exists():
-            print(f"stopped in {stage.name!r}; rerun the same command to resume", file=sys.stderr)
-            return status or 1
-        record[stage.name] = {"words": list(stage.words), "seconds": round(time.monotonic() - begin, 1)}
-        with atomic_file(out / RECORD) as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    page = write_page(config, source, stages, {name: saved["seconds"] for name, saved in record.items()})
-    print(f"\n{page}: scores, queries won and lost, with pictures")
-    print(f"tower: {out / 'tower'}; in LLaVA: {command('use', out / 'tower', '--name', out.name)}")
-    return 0
-
-
-def complete(stages: list[Stage], path: Path) -> dict[str, dict]:
-    """The record of the stages that are complete: all before it are, its words are the same, its result exists."""
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-    def is_complete(stage: Stage) -> bool:
-        return saved.get(stage.name, {}).get("words") == list(stage.words) and stage.result.exists()
-
-    return {stage.name: saved[stage.name] for stage in itertools.takewhile(is_complete, stages)}

@@ -1,5 +1,7 @@
 """A run of either training stage: DeepSpeed's configuration, the checkpoint to resume from, run.json, the end."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -28,7 +30,7 @@ from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_full_determinism, set_tf32
 from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
-from llm2clip_plugin.train.errors import FirstRankError, StoppedError, StopRequest
+from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.optim import Trained, parameter_groups
@@ -37,33 +39,14 @@ from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions
 
-# What the ranks of a training run must have in common before its first step.
-
 # Settings that may differ between hosts: where things are (what is there is compared instead), and how many processes
 # load, which follows a host's cores.
-PLACES = (
-    "output_dir",
-    "resume",
-    "deepspeed",
-    "plan",
-    "data.path",
-    "data.cache",
-    "data.validation",
-    "data.validation_cache",
-    "data.clip_cache",
-    "data.read.images",
-    "data.read.cache_folder",
-    "data.read.cache_gb",
-    "pairs.data",
-    "pairs.read.images",
-    "pairs.read.cache_folder",
-    "pairs.read.cache_gb",
-    "tower.path",
-    "encoder.llm",
-    "encoder.adapter",
-    "start_adapters",
-    "train.dataloader_num_workers",
-)
+PLACES = """
+output_dir resume deepspeed plan tower.path encoder.llm encoder.adapter start_adapters train.dataloader_num_workers
+data.path data.cache data.validation data.validation_cache data.clip_cache
+data.read.images data.read.cache_folder data.read.cache_gb
+pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb
+""".split()
 ADVICE = {  # first word of a fact -> what to do
     "output_dir": "output_dir must be a folder that all hosts share: set --output to one on NFS or Lustre",
     "checkpoint": "every host must see the same checkpoints: set --output (or --resume) to a shared folder",
@@ -72,82 +55,6 @@ ADVICE = {  # first word of a fact -> what to do
     "DeepSpeed": "every host must read the same DeepSpeed configuration",
     "version": "install the same environment on every host",
 }
-
-
-def run_facts(
-    settings: Mapping[str, Any], deepspeed: Mapping[str, Any], data: Mapping[str, str], *, total_steps: int
-) -> dict[str, str]:
-    """This rank's settings, DeepSpeed configuration, digests of its data, and versions."""
-    own = {f"data {name}": digest for name, digest in data.items()}
-    own["setting total steps"] = str(total_steps)
-    for name, value in flat(dict(settings)):
-        if not any(name == place or name.startswith(f"{place}.") for place in PLACES):
-            own[f"setting {name}"] = json.dumps(value)
-    own |= {f"DeepSpeed {name}": json.dumps(value) for name, value in flat(dict(deepspeed))}
-    return own | {f"version of {name}": version for name, version in versions().items()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that train, and a digest of this package's files: its version may lag behind them."""
-    own = {"deepspeed": importlib.metadata.version("deepspeed"), **library_versions()}
-    own["llm2clip-plugin"] += f" ({_code_digest()})"
-    return own
-
-
-@lru_cache
-def _code_digest() -> str:
-    digest = hashlib.sha256()
-    folder = Path(llm2clip_plugin.__file__).parent
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-RERUN = "rerun the same command"
-
-
-@contextmanager
-def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
-    """This rank's device, inside a block in which the ranks form a group and watch each other; TF32 and determinism as
-    the run sets them."""
-    if train.full_determinism:
-        set_full_determinism()
-    device = start_ranks(train.ddp_timeout)
-    if train.precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
-    set_tf32(train.tf32, train.precision, device)
-    with watched(straggler_seconds=train.straggler_seconds, timeout=train.ddp_timeout):
-        yield device
-
-
-def plan_engine(
-    config: TrainingConfig, train: TrainConfig, optim: OptimConfig, *, samples: int, world: int, hidden_size: int
-) -> tuple[EnginePlan, dict[str, Any]]:
-    """The run in DeepSpeed's terms, and the configuration that DeepSpeed gets.
-
-    ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that the ranks can't share
-    equally, or a DeepSpeed JSON that contradicts the run.
-    """
-    _, micro, accumulation = train.rows(world)
-    steps = train.steps(samples)
-    plan = EnginePlan(
-        global_batch=train.global_batch,
-        micro_batch=micro,
-        accumulation=accumulation,
-        precision=train.precision,
-        optim=optim,
-        warmup_steps=optim.warmup(steps),
-        total_steps=steps,
-        hidden_size=hidden_size,
-        communication_data_type=train.communication_data_type,
-        report_to=train.report_to,
-        output_dir=config.output_dir,
-        run_name=Path(config.output_dir).name,
-    )
-    where = config.deepspeed or "the run"
-    deepspeed = complete(read_deepspeed_json(config.deepspeed), plan, where=where)
-    check_deepspeed(deepspeed, where)
-    return plan, deepspeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,21 +88,17 @@ class TrainingRun:
         Raises ValueError if it was saved with other settings, DisagreementError if the ranks don't see the same.
         """
         path = on_first_rank(lambda: self.checkpoints.find(self.config.resume))
-        self._agree(path)
+        start = {"output_dir": shared_folder(self.folder), "checkpoint": "none"}
+        if path is not None:
+            start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
+        facts = run_facts(self.run_settings, self.deepspeed, self.data, total_steps=self.total_steps)
+        refuse_disagreement(start | facts, ADVICE)
         if path is None:
             return None
         loaded = load(path)
         refuse_changes(loaded.state.config, self.run_settings, self.config.allow_changed, where=str(path))
         state = dataclasses.replace(loaded.state, config=self.run_settings, config_hash=self.config_hash)
         return dataclasses.replace(loaded, state=state)
-
-    def _agree(self, path: Path | None) -> None:
-        """Compare with the other ranks what this one is about to train from."""
-        facts = run_facts(self.run_settings, self.deepspeed, self.data, total_steps=self.total_steps)
-        start = {"output_dir": shared_folder(self.folder), "checkpoint": "none"}
-        if path is not None:
-            start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
-        refuse_disagreement(start | facts, ADVICE)
 
     def make_engine(
         self, module: nn.Module, trained: Iterable[Trained], resumed: Loaded | None, *, keep_frozen: bool = True
@@ -245,7 +148,7 @@ class TrainingRun:
         self.record(state)
         if rank() == 0 and (note := warmup_note(self.optim, self.total_steps)):
             print(f"note: {note}", file=sys.stderr)
-        state = self._run_loop(
+        state = run_loop(
             LoopParts(
                 step=in_phase("forward and backward", step),
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
@@ -271,36 +174,10 @@ class TrainingRun:
             print(line)
         return state
 
-    def _run_loop(self, parts: LoopParts) -> TrainState:
-        """``run_loop``, whose errors say what is kept."""
-        try:
-            return run_loop(parts)
-        except FirstRankError:
-            raise
-        except (ValueError, OSError) as error:
-            if RERUN in str(error):
-                raise
-            newest = self.checkpoints.latest()
-            kept = f"the checkpoint {newest} is kept" if newest else "no checkpoint has been saved yet"
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"{error}\n{kept}; when this is fixed, {RERUN} to resume") from error
-
     def write_result(self, write: Callable[[], object]) -> None:
-        """Call ``write`` on rank 0; all ranks wait.
-
-        Raises OSError or ValueError from ``write`` on every rank; the run's last checkpoint stays.
-        """
+        """Call ``write`` on rank 0; all ranks wait. The run's last checkpoint stays if it fails, on every rank."""
         with phase("export"):
-            on_first_rank(lambda: self._write_result(write))
-
-    def _write_result(self, write: Callable[[], object]) -> None:
-        try:
-            write()
-        except OSError as error:
-            raise OSError(
-                f"the run is complete, but its result could not be written: {error}. Its last checkpoint is in "
-                f"{self.checkpoints.folder}; rerun the same command to write the result"
-            ) from error
+            on_first_rank(write)
 
     def record(self, state: TrainState) -> None:
         """Write run.json, on rank 0. Every rank must call this."""
@@ -319,6 +196,107 @@ class TrainingRun:
             versions=library_versions(),
         )
         on_first_rank(lambda: record.write(self.folder / RunRecord.FILE))
+
+
+@contextmanager
+def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
+    """This rank's device, inside a block in which the ranks form a group and watch each other; TF32 and determinism as
+    the run sets them."""
+    if train.full_determinism:
+        set_full_determinism()
+    device = start_ranks(train.ddp_timeout)
+    if train.precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
+    set_tf32(train.tf32, train.precision, device)
+    with watched(straggler_seconds=train.straggler_seconds, timeout=train.ddp_timeout):
+        yield device
+
+
+def plan_engine(
+    config: TrainingConfig, train: TrainConfig, optim: OptimConfig, *, samples: int, world: int, hidden_size: int
+) -> tuple[EnginePlan, dict[str, Any]]:
+    """The run in DeepSpeed's terms, and the configuration that DeepSpeed gets.
+
+    ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that the ranks can't share
+    equally, or a DeepSpeed JSON that contradicts the run.
+    """
+    _, micro, accumulation = train.rows(world)
+    steps = train.steps(samples)
+    plan = EnginePlan(
+        global_batch=train.global_batch,
+        micro_batch=micro,
+        accumulation=accumulation,
+        precision=train.precision,
+        optim=optim,
+        warmup_steps=optim.warmup(steps),
+        total_steps=steps,
+        hidden_size=hidden_size,
+        communication_data_type=train.communication_data_type,
+        report_to=train.report_to,
+        output_dir=config.output_dir,
+        run_name=Path(config.output_dir).name,
+    )
+    where = config.deepspeed or "the run"
+    deepspeed = complete(read_deepspeed_json(config.deepspeed), plan, where=where)
+    check_deepspeed(deepspeed, where)
+    return plan, deepspeed
+
+
+def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None, *, of_clip: bool = False) -> str:
+    """The only ``embeddings-*`` folder of an LLM, or of a CLIP's text tower, next to the data.
+
+    ``teacher``: for the message, if it is known. Raises FileNotFoundError if there is none, ValueError if there are
+    several.
+    """
+    folder = data_folder(source.path)
+    caches = caches_next_to(folder, of_clip=of_clip)
+    option, kind = ("--clip-cache", "of a CLIP's text features") if of_clip else ("--cache", "of an LLM")
+    if not caches:
+        create = embed_command(source.path, None if of_clip else teacher)
+        raise FileNotFoundError(f"no embedding cache {kind} (embeddings-*) in {folder}; create it: {create}")
+    if len(caches) > 1:
+        raise ValueError(f"{folder} contains the caches {', '.join(caches)} {kind}; choose one with {option}")
+    return caches[0]
+
+
+def caches_next_to(folder: Path, *, of_clip: bool) -> list[str]:
+    """The ``embeddings-*`` folders in the folder of the data: those of LLMs, or those of the text towers of CLIPs."""
+    found = []
+    for path in sorted(folder.glob(f"embeddings-*/{CacheManifest.FILE}")):
+        body = read_json_value(path)
+        teacher = body.get("teacher") if isinstance(body, dict) else None
+        if (isinstance(teacher, dict) and teacher.get("pooling") == PROJECTED) is of_clip:
+            found.append(str(path.parent))
+    return found
+
+
+def run_facts(
+    settings: Mapping[str, Any], deepspeed: Mapping[str, Any], data: Mapping[str, str], *, total_steps: int
+) -> dict[str, str]:
+    """This rank's settings, DeepSpeed configuration, digests of its data, and versions."""
+    own = {f"data {name}": digest for name, digest in data.items()}
+    own["setting total steps"] = str(total_steps)
+    for name, value in flat(dict(settings)):
+        if not any(name == place or name.startswith(f"{place}.") for place in PLACES):
+            own[f"setting {name}"] = json.dumps(value)
+    own |= {f"DeepSpeed {name}": json.dumps(value) for name, value in flat(dict(deepspeed))}
+    return own | {f"version of {name}": version for name, version in versions().items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that train, and a digest of this package's files: its version may lag behind them."""
+    own = {"deepspeed": importlib.metadata.version("deepspeed"), **library_versions()}
+    own["llm2clip-plugin"] += f" ({_code_digest()})"
+    return own
+
+
+@lru_cache
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    folder = Path(llm2clip_plugin.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def warmup_note(optim: OptimConfig, total_steps: int) -> str:
@@ -341,34 +319,3 @@ def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) ->
         return f"held-out scores: {', '.join(values)}" if values else ""
     changes = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in names]
     return f"held-out scores, before -> after: {', '.join(changes)}" if changes else ""
-
-
-# The embedding caches next to data: those of LLMs, and those of the text towers of CLIPs.
-
-
-def caches_next_to(folder: Path, *, of_clip: bool) -> list[str]:
-    """The ``embeddings-*`` folders in the folder of the data: those of LLMs, or those of the text towers of CLIPs."""
-    found = []
-    for path in sorted(folder.glob(f"embeddings-*/{CacheManifest.FILE}")):
-        body = read_json_value(path)
-        teacher = body.get("teacher") if isinstance(body, dict) else None
-        if (isinstance(teacher, dict) and teacher.get("pooling") == PROJECTED) is of_clip:
-            found.append(str(path.parent))
-    return found
-
-
-def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None, *, of_clip: bool = False) -> str:
-    """The only ``embeddings-*`` folder of an LLM, or of a CLIP's text tower, next to the data.
-
-    ``teacher``: for the message, if it is known. Raises FileNotFoundError if there is none, ValueError if there are
-    several.
-    """
-    folder = data_folder(source.path)
-    caches = caches_next_to(folder, of_clip=of_clip)
-    option, kind = ("--clip-cache", "of a CLIP's text features") if of_clip else ("--cache", "of an LLM")
-    if not caches:
-        create = embed_command(source.path, None if of_clip else teacher)
-        raise FileNotFoundError(f"no embedding cache {kind} (embeddings-*) in {folder}; create it: {create}")
-    if len(caches) > 1:
-        raise ValueError(f"{folder} contains the caches {', '.join(caches)} {kind}; choose one with {option}")
-    return caches[0]

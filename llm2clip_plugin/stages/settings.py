@@ -151,7 +151,7 @@ def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Pa
 class PlanConfig:
     """What --dry-run assumes while there is no data."""
 
-    images: int = 15_000_000  # captioned images; the size of the paper's smaller set
+    images: int = 15_000_000  # captioned images, or pairs of texts; the size of the paper's smaller set
     gpu_gib: float = 80.0  # a GPU's memory in GiB: the plan has the largest micro-batches that fit
 
     def __post_init__(self) -> None:

@@ -189,16 +189,11 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
             expected = get_peft_model_state_dict(wrapped)
     except ContractError as error:
         raise ContractError(f"{folder} does not fit {model.name_or_path}: {error}") from error
-    missing, unexpected = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
-    shapes = [
-        f"{name} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-        for name, tensor in saved.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if missing or unexpected or shapes:
+    ours, theirs = ({(name, tuple(x.shape)) for name, x in each.items()} for each in (expected, saved))
+    if ours != theirs:
         raise ContractError(
-            f"{folder} does not fit {model.name_or_path}: {len(missing)} missing tensors {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} with the wrong shape {shapes[:3]}"
+            f"{folder} does not fit {model.name_or_path}: expected {sorted(ours - theirs)[:3]}, it has "
+            f"{sorted(theirs - ours)[:3]}"
         )
     set_peft_model_state_dict(wrapped, saved)
     for name, parameter in wrapped.named_parameters():

@@ -1,7 +1,6 @@
-"""The settings of stage 1: pairs, adapter, loss; read without torch."""
+"""The settings of stage 1 (pairs, adapter, loss) and of an LLM as caption encoder; read without torch."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal
 
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.data.sources.base import ReadConfig
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.files import ContractError, read_json_value
 from llm2clip_plugin.options import Command, unknown
 
 PostKind = Literal["none", "centre", "whiten"]
@@ -273,7 +272,7 @@ COMMAND = Command(
 )
 
 
-# sentence-transformers directories: their pooling and prompts read as encoder settings, and the files of an export.
+# sentence-transformers directories: their pooling and prompts read as encoder settings.
 
 MODULES = "modules.json"
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # Normalize changes no direction
@@ -310,10 +309,8 @@ def _pooling_folder(folder: Path) -> Path:
     """Folder of the pooling module; raises ContractError for unsupported modules."""
     modules = _read(folder / MODULES)
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    if unknown := [kind for kind in kinds if kind not in KNOWN_MODULES]:
-        raise ContractError(f"{folder} has unsupported modules {unknown}; supported: {', '.join(KNOWN_MODULES)}")
-    if "Pooling" not in kinds:
-        raise ContractError(f"{folder} has no pooling module; its modules are {kinds}")
+    if "Pooling" not in kinds or set(kinds) - set(KNOWN_MODULES):
+        raise ContractError(f"{folder} has the modules {kinds}; supported: {', '.join(KNOWN_MODULES)}")
     return folder / modules[kinds.index("Pooling")]["path"]
 
 
@@ -330,68 +327,11 @@ def _pooling(settings: dict[str, Any], folder: Path) -> str:
 
 def _attention(settings: dict[str, Any]) -> str:
     """Decoders are causal unless their configuration has is_causal false; encoders never are."""
-    causal = (
-        any("ForCausalLM" in name for name in settings.get("architectures") or []) or "num_key_value_heads" in settings
-    )
-    return "causal" if settings.get("is_causal", causal) else "bidirectional"
+    decoder = any("ForCausalLM" in name for name in settings.get("architectures") or [])
+    causal = settings.get("is_causal", decoder or "num_key_value_heads" in settings)
+    return "causal" if causal else "bidirectional"
 
 
 def _read(path: Path) -> Any:
     """A JSON file; {} if it is missing."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ContractError(f"{path} is not valid JSON ({error})") from error
-
-
-def refuse_unsupported(config: EncoderConfig, *, has_bos: bool, post: bool) -> None:
-    """Raise ValueError for settings that sentence-transformers does not support.
-
-    It pools the last layer, over all tokens or all but prompt and BOS, without a template. has_bos: the tokenizer
-    puts a BOS first; post: embeddings are centered or whitened.
-    """
-    reasons = ["centering or whitening"] if post else []
-    if config.chat_template:
-        reasons.append("a chat template")
-    if config.layer != -1:
-        reasons.append(f"layer {config.layer}")
-    prompts = [prompt for prompt in (config.prompt, config.query_prompt) if prompt]
-    if config.pooling == "mean" and has_bos and (config.include_bos is bool(prompts)):
-        reasons.append("pooling BOS but not the prompt" if prompts else "leaving BOS out without a prompt")
-    if config.pooling == "mean" and has_bos and len(prompts) == 1:
-        reasons.append("a prompt for queries or captions only (BOS would be pooled for the others)")
-    if any(prompt.endswith(" ") for prompt in prompts):
-        reasons.append("a prompt that ends in a space (it counts the caption's first token as the prompt's)")
-    if reasons:
-        raise ValueError(f"sentence-transformers does not support {' and '.join(reasons)}; use --format merged")
-
-
-def write_sentence_transformers(config: EncoderConfig, width: int, folder: Path) -> None:
-    """Add the files of sentence-transformers to a folder of merged weights; ``width``: of an embedding."""
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    ]
-    pooling = {
-        "word_embedding_dimension": width,
-        "pooling_mode_mean_tokens": config.pooling == "mean",
-        "pooling_mode_lasttoken": config.pooling == "last",
-        "pooling_mode_cls_token": False,
-        "pooling_mode_max_tokens": False,
-        "include_prompt": False,
-    }
-    files = {
-        MODULES: modules,
-        "sentence_bert_config.json": {"max_seq_length": config.max_tokens, "do_lower_case": False},
-        "config_sentence_transformers.json": {
-            "prompts": {"query": config.query_prompt, "document": config.prompt},
-            "default_prompt_name": "document" if config.prompt else None,
-            "similarity_fn_name": "cosine",
-        },
-        "1_Pooling/config.json": pooling,
-    }
-    for name, body in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    return read_json_value(path) if path.is_file() else {}

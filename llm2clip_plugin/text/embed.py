@@ -18,17 +18,9 @@ from tqdm import tqdm
 
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import CacheManifest
-from llm2clip_plugin.data.cache import (
-    CacheWriter,
-    EmbeddingCache,
-    caption_rows,
-    differences,
-    has_text,
-    keep_digests,
-    kept_digests,
-    rows_digest,
-    shard_contents,
-)
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, differences
+from llm2clip_plugin.data.cache_proof import keep_digests, kept_digests, shard_captions
+from llm2clip_plugin.data.cache_shard import caption_rows, has_text, rows_digest
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.samples import caption_hash
 from llm2clip_plugin.data.sources.base import Shard, Source
@@ -147,14 +139,7 @@ def embed_source(
                 on_batch = partial(_move_bar, bar, start, shard.size)
                 embeddings = memory.embed([content.text_of[value] for _, value in content.rows], on_batch)
                 truncated = encoder.count_truncated - before
-                writer.write_shard(
-                    shard.name,
-                    content.keys,
-                    content.rows,
-                    embeddings,
-                    truncated=truncated,
-                    image_checks=content.image_checks,
-                )
+                writer.write_shard(shard.name, content.keys, content.rows, embeddings, truncated=truncated)
                 summary.shards += 1
                 summary.captions += len(content.rows)
                 summary.truncated += truncated
@@ -173,7 +158,6 @@ class _ShardContent:
     keys: Sequence[str] = ()
     rows: Sequence[tuple[int, int]] = ()  # (sample, caption hash)
     text_of: Mapping[int, str] = field(default_factory=dict)  # caption hash -> caption
-    image_checks: Sequence[int] | None = None
     empty: Sequence[str] = ()  # keys of samples without a readable caption
 
 
@@ -183,10 +167,10 @@ def _read_shard(
     """Compare a shard with its file in the cache, and read what is to be embedded; ``known``: kept digests."""
     if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
         return _ShardContent(complete=True)
-    keys, captions, checks = shard_contents(source, shard)
+    keys, captions = shard_captions(source, shard)
     rows = caption_rows(captions)
     digest = rows_digest(keys, rows)
-    complete = digest != known.get(shard.name) and writer.is_complete(shard.name, digest, checks)
+    complete = digest != known.get(shard.name) and writer.is_complete(shard.name, digest)
     if not complete and not overwrite:
         writer.refuse_loss(shard.name, rows, f"{source.path} with the fields {', '.join(source.config.fields)}")
     return _ShardContent(
@@ -195,7 +179,6 @@ def _read_shard(
         keys=keys,
         rows=rows,
         text_of={caption_hash(caption.text): caption.text for sample in captions for caption in sample},
-        image_checks=checks,
         empty=[key for key, texts in zip(keys, captions, strict=True) if not any(map(has_text, texts))],
     )
 

@@ -3,6 +3,8 @@
 Shape letters: N captions, B captions of a batch, T tokens, W embedding width.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -39,112 +41,6 @@ from llm2clip_plugin.text.tokens import (
     tokenize,
     tokenizer_identity,
 )
-
-# Centering, whitening and removed components of embeddings after pooling, fitted on captions and saved as a file.
-
-POST_FILE = "llm2clip_post.safetensors"
-# fraction of the mean variance that is added to every variance, so that nearly constant directions are not blown up
-SHRINKAGE = 0.01
-
-
-@dataclass(frozen=True)
-class Post:
-    """embedding -> (embedding - mean) @ matrix, or without its part along the removed directions."""
-
-    mean_W: Tensor
-    matrix_WW: Tensor | None = None  # None: only centering
-    removed_WK: Tensor | None = None  # orthonormal columns
-
-    def __call__(self, embeddings_NW: Tensor) -> Tensor:
-        """(N, W) float32 -> (N, W)."""
-        centered_NW = embeddings_NW - self.mean_W
-        if self.removed_WK is not None:
-            centered_NW = centered_NW - centered_NW @ self.removed_WK @ self.removed_WK.T
-        return centered_NW if self.matrix_WW is None else centered_NW @ self.matrix_WW
-
-    def save(self, folder: Path) -> str:
-        """Write POST_FILE into ``folder``; returns its hash, which the card records."""
-        tensors = {"mean": self.mean_W, "matrix": self.matrix_WW, "removed": self.removed_WK}
-        present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-        save_file(present, str(folder / POST_FILE))
-        return sha256_weights(folder / POST_FILE)
-
-
-def fit_post(embeddings_NW: Tensor, kind: PostKind) -> Post | None:
-    """The mean and, to whiten, the symmetric matrix (ZCA) that gives (N, W) embeddings equal variance everywhere.
-
-    None for kind "none". Raises ValueError for too few captions: whitening needs 2 W.
-    """
-    if kind == "none":
-        return None
-    count, width = embeddings_NW.shape
-    least = 2 * width if kind == "whiten" else 2
-    if count < least:
-        raise ValueError(f"{kind} needs at least {least} distinct captions, but the data has {count}")
-    mean_W = embeddings_NW.double().mean(dim=0)
-    if kind == "centre":
-        return Post(mean_W.float())
-    variances_W, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))
-    scale_W = (variances_W.clamp_min(0) + SHRINKAGE * variances_W.mean()).rsqrt()
-    return Post(mean_W.float(), (directions_WW * scale_W @ directions_WW.T).float())
-
-
-def remove_components(embeddings_NW: Tensor, counts: Sequence[int]) -> list[Post]:
-    """Centering, then without the ``count`` largest principal components of (N, W), for each of ``counts``.
-
-    All-but-the-top (Mu & Viswanath 2018, arXiv 1702.01417). Raises ValueError if there are too few captions or
-    directions for a count.
-    """
-    captions, width = embeddings_NW.shape
-    if not 0 <= max(counts) < min(captions, width):
-        raise ValueError(
-            f"cannot remove {max(counts)} components, fitted on {captions} captions, of a width of {width}"
-        )
-    mean_W = embeddings_NW.double().mean(dim=0)
-    _, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))  # ascending
-    removed = [directions_WW[:, width - count :].float() if count else None for count in counts]
-    return [Post(mean_W.float(), removed_WK=removed_WK) for removed_WK in removed]
-
-
-def first_captions(data: str, limit: int) -> list[str]:
-    """The first ``limit`` distinct captions of a data set, of any kind and language."""
-    source, texts = open_source(SourceConfig(path=data)), dict[str, None]()
-    for number in range(len(source)):
-        texts |= dict.fromkeys(caption.text for caption in source.captions(number)[1])
-        if len(texts) >= limit:
-            break
-    return list(texts)[:limit]
-
-
-def open_post(path: Path, width: int) -> tuple[Post, str]:
-    """A saved file for embeddings ``width`` wide, and its hash. Raises FileNotFoundError, or ContractError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no post-processing at {path}; `llm2clip evaluate captions --search` writes one")
-    post, sha256 = _read(path), sha256_weights(path)
-    if len(post.mean_W) != width:
-        raise ContractError(f"{path} is for embeddings of width {len(post.mean_W)}, but the LLM's have {width}")
-    return post, sha256
-
-
-def load_post(folder: Path, card: EncoderCard | None) -> Post | None:
-    """The centering or whitening that the card names; raises ContractError if its file is missing or another one."""
-    if card is None or not card.post_sha256:
-        return None
-    path = folder / POST_FILE
-    if not path.is_file():
-        raise ContractError(f"{path} is missing, but {EncoderCard.FILE} refers to it; copy the complete folder")
-    if (actual := sha256_weights(path)) != card.post_sha256:
-        raise ContractError(
-            f"{path} has SHA-256 {actual}, but {EncoderCard.FILE} records {card.post_sha256}; copy the folder again"
-        )
-    return _read(path)
-
-
-def _read(path: Path) -> Post:
-    with errors_about(path, fix="write it again"):
-        tensors = load_file(path)
-        return Post(tensors["mean"], tensors.get("matrix"), tensors.get("removed"))
-
 
 # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
 CPU_TOKENS = 1024
@@ -239,8 +135,11 @@ class CaptionEncoder(TextEncoder):
         llm.requires_grad_(False)
         self.width: int = llm.config.get_text_config().hidden_size
         wrapped = self._with_adapter(llm, adapter, trainable_adapter)
-        self.post = load_post(adapter or self.folder, card)
-        self._post_sha256 = card.post_sha256 if card is not None else ""
+        self.post: Post | None = None
+        self._post_sha256 = ""
+        if card is not None and card.post_sha256:
+            path = (adapter or self.folder) / POST_FILE
+            self.post, self._post_sha256 = open_post(path, self.width, card.post_sha256)
         if config.post_file and self.post is not None:
             raise ContractError(f"{config.adapter or config.llm} has post-processing of its own; omit post_file")
         if config.post_file:
@@ -316,3 +215,99 @@ class CaptionEncoder(TextEncoder):
 def _place(name: str) -> str:
     """A local folder as an absolute path, so that it is found from any other; a Hub id as it is."""
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+
+
+# Centering, whitening and removed components of embeddings after pooling, fitted on captions and saved as a file.
+
+POST_FILE = "llm2clip_post.safetensors"
+# fraction of the mean variance that is added to every variance, so that nearly constant directions are not blown up
+SHRINKAGE = 0.01
+
+
+@dataclass(frozen=True)
+class Post:
+    """embedding -> (embedding - mean) @ matrix, or without its part along the removed directions."""
+
+    mean_W: Tensor
+    matrix_WW: Tensor | None = None  # None: only centering
+    removed_WK: Tensor | None = None  # orthonormal columns
+
+    def __call__(self, embeddings_NW: Tensor) -> Tensor:
+        """(N, W) float32 -> (N, W)."""
+        centered_NW = embeddings_NW - self.mean_W
+        if self.removed_WK is not None:
+            centered_NW = centered_NW - centered_NW @ self.removed_WK @ self.removed_WK.T
+        return centered_NW if self.matrix_WW is None else centered_NW @ self.matrix_WW
+
+    def save(self, folder: Path) -> str:
+        """Write POST_FILE into ``folder``; returns its hash, which the card records."""
+        tensors = {"mean": self.mean_W, "matrix": self.matrix_WW, "removed": self.removed_WK}
+        present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        save_file(present, str(folder / POST_FILE))
+        return sha256_weights(folder / POST_FILE)
+
+
+def fit_post(embeddings_NW: Tensor, kind: PostKind) -> Post | None:
+    """The mean and, to whiten, the symmetric matrix (ZCA) that gives (N, W) embeddings equal variance everywhere.
+
+    None for kind "none". Raises ValueError for too few captions: whitening needs 2 W.
+    """
+    if kind == "none":
+        return None
+    count, width = embeddings_NW.shape
+    least = 2 * width if kind == "whiten" else 2
+    if count < least:
+        raise ValueError(f"{kind} needs at least {least} distinct captions, but the data has {count}")
+    mean_W = embeddings_NW.double().mean(dim=0)
+    if kind == "centre":
+        return Post(mean_W.float())
+    variances_W, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))
+    scale_W = (variances_W.clamp_min(0) + SHRINKAGE * variances_W.mean()).rsqrt()
+    return Post(mean_W.float(), (directions_WW * scale_W @ directions_WW.T).float())
+
+
+def remove_components(embeddings_NW: Tensor, counts: Sequence[int]) -> list[Post]:
+    """Centering, then without the ``count`` largest principal components of (N, W), for each of ``counts``.
+
+    All-but-the-top (Mu & Viswanath 2018, arXiv 1702.01417). Raises ValueError if there are too few captions or
+    directions for a count.
+    """
+    captions, width = embeddings_NW.shape
+    if not 0 <= max(counts) < min(captions, width):
+        raise ValueError(
+            f"cannot remove {max(counts)} components, fitted on {captions} captions, of a width of {width}"
+        )
+    mean_W = embeddings_NW.double().mean(dim=0)
+    _, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))  # ascending
+    removed = [directions_WW[:, width - count :].float() if count else None for count in counts]
+    return [Post(mean_W.float(), removed_WK=removed_WK) for removed_WK in removed]
+
+
+def first_captions(data: str, limit: int) -> list[str]:
+    """The first ``limit`` distinct captions of a data set, of any kind and language."""
+    source, texts = open_source(SourceConfig(path=data)), dict[str, None]()
+    for number in range(len(source)):
+        texts |= dict.fromkeys(caption.text for caption in source.captions(number)[1])
+        if len(texts) >= limit:
+            break
+    return list(texts)[:limit]
+
+
+def open_post(path: Path, width: int, sha256: str = "") -> tuple[Post, str]:
+    """A saved file for embeddings ``width`` wide, and its hash.
+
+    Raises FileNotFoundError, or ContractError for another width or another hash than ``sha256``.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no post-processing at {path}; `llm2clip evaluate captions --search` writes one")
+    with errors_about(path, fix="write it again"):
+        tensors = load_file(path)
+        post = Post(tensors["mean"], tensors.get("matrix"), tensors.get("removed"))
+    if len(post.mean_W) != width:
+        raise ContractError(f"{path} is for embeddings of width {len(post.mean_W)}, but the LLM's have {width}")
+    actual = sha256_weights(path)
+    if sha256 not in ("", actual):
+        raise ContractError(
+            f"{path} has SHA-256 {actual}, but {EncoderCard.FILE} records {sha256}; copy the folder again"
+        )
+    return post, actual

@@ -1,6 +1,7 @@
 """``llm2clip export-llm``: a fine-tuned LLM as merged weights, adapter or sentence-transformers folder."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -12,14 +13,7 @@ from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import EncoderCard, atomic_directory
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter, merge
-from llm2clip_plugin.text.config import (
-    CARD_SETTINGS,
-    COMMAND,
-    EncoderConfig,
-    ExportConfig,
-    refuse_unsupported,
-    write_sentence_transformers,
-)
+from llm2clip_plugin.text.config import CARD_SETTINGS, COMMAND, MODULES, EncoderConfig, ExportConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions, fit_post
 from llm2clip_plugin.text.llm import keep_layers, load_backbone
 
@@ -99,6 +93,57 @@ def merge_into_all_blocks(model: PreTrainedModel, config: EncoderConfig) -> PreT
     merged.set_submodule("norm", norm)
     merged.config.num_hidden_layers = depth
     return merged
+
+
+def refuse_unsupported(config: EncoderConfig, *, has_bos: bool, post: bool) -> None:
+    """Raise ValueError for settings that sentence-transformers does not support.
+
+    It pools the last layer, over all tokens or all but prompt and BOS, without a template. has_bos: the tokenizer
+    puts a BOS first; post: embeddings are centered or whitened.
+    """
+    reasons = ["centering or whitening"] if post else []
+    if config.chat_template:
+        reasons.append("a chat template")
+    if config.layer != -1:
+        reasons.append(f"layer {config.layer}")
+    prompts = [prompt for prompt in (config.prompt, config.query_prompt) if prompt]
+    if config.pooling == "mean" and has_bos and (config.include_bos is bool(prompts)):
+        reasons.append("pooling BOS but not the prompt" if prompts else "leaving BOS out without a prompt")
+    if config.pooling == "mean" and has_bos and len(prompts) == 1:
+        reasons.append("a prompt for queries or captions only (BOS would be pooled for the others)")
+    if any(prompt.endswith(" ") for prompt in prompts):
+        reasons.append("a prompt that ends in a space (it counts the caption's first token as the prompt's)")
+    if reasons:
+        raise ValueError(f"sentence-transformers does not support {' and '.join(reasons)}; use --format merged")
+
+
+def write_sentence_transformers(config: EncoderConfig, width: int, folder: Path) -> None:
+    """Add the files of sentence-transformers to a folder of merged weights; ``width``: of an embedding."""
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    pooling = {
+        "word_embedding_dimension": width,
+        "pooling_mode_mean_tokens": config.pooling == "mean",
+        "pooling_mode_lasttoken": config.pooling == "last",
+        "pooling_mode_cls_token": False,
+        "pooling_mode_max_tokens": False,
+        "include_prompt": False,
+    }
+    files = {
+        MODULES: modules,
+        "sentence_bert_config.json": {"max_seq_length": config.max_tokens, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": {"query": config.query_prompt, "document": config.prompt},
+            "default_prompt_name": "document" if config.prompt else None,
+            "similarity_fn_name": "cosine",
+        },
+        "1_Pooling/config.json": pooling,
+    }
+    for name, body in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:

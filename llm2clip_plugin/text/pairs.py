@@ -243,7 +243,7 @@ class Survey:
             yield f"{self.path}: {usable} of the first {self.samples} samples have a pair {kind}"
 
 
-def survey(source: PairSource, config: PairsConfig) -> Survey:
+def survey(source: PairSource) -> Survey:
     """Read the first samples of a source. Raises ValueError if none of them has a pair of some kind."""
     samples = min(len(source), SURVEYED)
     usable: dict[str, int] = {}

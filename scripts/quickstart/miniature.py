@@ -8,9 +8,9 @@ Questions are about the group of an emoji (nine answers) and, from easy-vqa, a c
 of them yes or no); with --open, also about the name of an emoji, answered in words. Emoji of unseen families and
 easy-vqa's test pictures are held out; --held-out validation: emoji of the validation families, to choose settings on.
 
-Closed questions are right or wrong. An open answer is right if it has a word of the emoji's name or keywords; what is
-compared is how many points that is above the same answer against the pictures of all other emoji: what comes from the
-picture.
+Closed questions are right or wrong. An open answer is scored twice: whether it has a word of the emoji's name or
+keywords, and by the cosine of answer and name in the embeddings of a teacher. What is compared is how many points that
+is above the same answer against the pictures of all other emoji: what comes from the picture.
 """
 
 # easy-vqa is installed by miniature.sh:
@@ -23,7 +23,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ TURNS = 4  # of a conversation, at most
 CLOSED, OPEN = ("emoji group", "easy-vqa"), "emoji name"
 EMPTY = frozenset("a an and at by for from in into it of off on or over the to up with without".split())
 Row = dict[str, Any]  # a question; of held-out ones with its "answer"
+Similarity = Callable[[Sequence[str], Sequence[str]], list[list[float]]]  # answers x names
 
 
 # --------------------------------------------------------------------------------------------------- data
@@ -183,7 +184,7 @@ def refuse_other_stages(output: Path, after: str) -> None:
             raise ValueError(f"{files[0]} and {files[1]} differ: the two sides were not trained alike; delete {output}")
 
 
-def score(output: Path, name: str, note: str) -> None:
+def score(output: Path, name: str, note: str, similarity: Similarity | None) -> None:
     """Write a file for each kind of question to ``DIR/scores/NAME``, and print a line of each.
 
     ``side-seedN`` goes to ``DIR/scores/side/seedN``: ``llm2clip compare`` takes the files below ``side`` for its runs.
@@ -194,7 +195,9 @@ def score(output: Path, name: str, note: str) -> None:
     rows = [{**row, "answer": answer_to[row["question_id"]]} for row in map(json.loads, path.read_text().splitlines())]
     of_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in (*CLOSED, OPEN)}
     results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if of_kind[kind]]
-    results += [by_keyword(of_kind[OPEN])] if of_kind[OPEN] else []
+    if of_kind[OPEN]:
+        results.append(by_keyword(of_kind[OPEN]))
+        results += [by_similarity(of_kind[OPEN], similarity)] if similarity else []
     side, _, seed = name.partition("-")
     provenance = {"data": str(output / "data" / "images"), "data_sha256": sha256_file(path)}
     for result in results:
@@ -229,22 +232,48 @@ def words_of(text: str) -> set[str]:
 
 
 def by_keyword(rows: list[Row]) -> ScoreFile:
-    """An answer scores the points that it has for its own picture above those that it has for pictures of other emoji.
+    """Whether an answer has a word of the emoji's name or keywords."""
+    truths = [words_of(" ".join([row["truth"], *row["keywords"]])) for row in rows]
+    hits = [[float(not truth.isdisjoint(words_of(row["answer"]))) for truth in truths] for row in rows]
+    return against_exchanged("word of the name or a keyword", f"{OPEN}, keyword", rows, hits)
+
+
+def by_similarity(rows: list[Row], similarity: Similarity) -> ScoreFile:
+    """The cosine of answer and name; 0 for an empty answer and for less."""
+    cosines = similarity([row["answer"] or "?" for row in rows], [row["truth"] for row in rows])
+    scores = [[max(0.0, c) if row["answer"] else 0.0 for c in cs] for row, cs in zip(rows, cosines, strict=True)]
+    return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, scores)
+
+
+def teacher_similarity(llm: Path, adapter: Path | None) -> Similarity:
+    """Cosines in the embeddings of a teacher, which is loaded now."""
+    import torch
+
+    from llm2clip_plugin.text.config import EncoderConfig
+    from llm2clip_plugin.text.encoder import CaptionEncoder
+
+    encoder = CaptionEncoder(EncoderConfig(llm=str(llm), adapter=str(adapter or "")))
+
+    def cosines(answers: Sequence[str], names: Sequence[str]) -> list[list[float]]:
+        left, right = (torch.nn.functional.normalize(encoder.encode(texts), dim=-1) for texts in (answers, names))
+        return (left @ right.T).tolist()
+
+    return cosines
+
+
+def against_exchanged(metric: str, kind: str, rows: list[Row], scores: list[list[float]]) -> ScoreFile:
+    """``scores``: answers x pictures. An answer scores the points that its own picture is above those of other emoji.
 
     So a model that always says the same scores 0, however often it happens to be right.
     """
-    truths = [words_of(" ".join([row["truth"], *row["keywords"]])) for row in rows]
-    own, exchanged = [], []
-    for row, truth in zip(rows, truths, strict=True):
-        said = words_of(row["answer"])
-        others = [t for other, t in zip(rows, truths, strict=True) if other["cluster"] != row["cluster"]]
-        own.append(100.0 * (not truth.isdisjoint(said)))
-        exchanged.append(100 * sum(not other.isdisjoint(said) for other in others) / max(1, len(others)))
+    own, exchanged = [100 * scores[place][place] for place in range(len(rows))], []
+    for row, values in zip(rows, scores, strict=True):
+        others = [value for other, value in zip(rows, values, strict=True) if other["cluster"] != row["cluster"]]
+        exchanged.append(100 * sum(others) / max(1, len(others)))
     above = [a - b for a, b in zip(own, exchanged, strict=True)]
     reached, by_chance = (sum(values) / len(values) for values in (own, exchanged))
-    metrics = {"word_of_the_name_or_a_keyword": reached, "pictures_exchanged": by_chance, "above": reached - by_chance}
-    note = f"word of the name or a keyword; with the pictures exchanged: {by_chance:.1f} %"
-    return record(f"{OPEN}, keyword", rows, above, metrics, note)
+    metrics = {metric.replace(" ", "_"): reached, "pictures_exchanged": by_chance, "above": reached - by_chance}
+    return record(kind, rows, above, metrics, f"{metric}; with the pictures exchanged: {by_chance:.1f} %")
 
 
 def record(kind: str, rows: list[Row], scores: list[float], metrics: dict[str, float], note: str) -> ScoreFile:
@@ -268,11 +297,14 @@ def main() -> None:
     parser.add_argument("--llm", default="tiny", help="language model: tiny, smollm2 or a directory")
     parser.add_argument("--open", action="store_true", help="ask for names, too")
     parser.add_argument("--held-out", choices=("test", "validation"), default="test", help="emoji of the evaluation")
+    parser.add_argument("--teacher", type=Path, help="an LLM that scores open answers")
+    parser.add_argument("--adapter", type=Path, help="adapter of the teacher")
     args = parser.parse_args()
     if args.part == "prepare":
         merged = args.llm != "tiny"  # a step of a larger model costs by its tokens
         make_data(args.output / "data", args.concepts, open_questions=args.open, merged=merged, split=args.held_out)
         make_llava_llm(args.llm, args.output)
+    similarity = teacher_similarity(args.teacher, args.adapter) if args.teacher else None
     model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
     note = f"a miniature: the language model is {model}, finetuned for minutes"
     if args.llm == "tiny":
@@ -280,7 +312,7 @@ def main() -> None:
     for name in args.names:
         if name.startswith("after"):
             refuse_other_stages(args.output, name)
-        score(args.output, name, note)
+        score(args.output, name, note, similarity)
 
 
 if __name__ == "__main__":

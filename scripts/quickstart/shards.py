@@ -159,7 +159,8 @@ def write_control(data: Path, cache: Path, output: Path, seed: int | None = None
     import torch
 
     from llm2clip_plugin.contracts import shard_file
-    from llm2clip_plugin.data.cache import CacheWriter, ShardFile, caption_rows, rows_digest, shard_contents
+    from llm2clip_plugin.data.cache import CacheWriter, ShardFile, caption_rows, rows_digest
+    from llm2clip_plugin.data.cache_proof import shard_captions
     from llm2clip_plugin.data.sources.base import SourceConfig
     from llm2clip_plugin.data.sources.open import open_source
 
@@ -172,7 +173,7 @@ def write_control(data: Path, cache: Path, output: Path, seed: int | None = None
     with atomic_directory(output, replace=True) as temporary:
         writer = CacheWriter(temporary, TeacherIdentity(**teacher), manifest.dtype)
         for shard in source.shards:
-            keys, captions, image_checks = shard_contents(source, shard)
+            keys, captions = shard_captions(source, shard)
             rows = caption_rows(captions)
             if seed is None:
                 file = ShardFile(cache / shard_file(shard.name))
@@ -181,7 +182,7 @@ def write_control(data: Path, cache: Path, output: Path, seed: int | None = None
                 embeddings = torch.from_numpy(file["embeddings"]).float() * torch.from_numpy(file["scales"])[:, None]
             else:
                 embeddings = torch.stack([random_vector(text, seed, teacher["width"]) for _, text in rows])
-            writer.write_shard(shard.name, keys, rows, embeddings, image_checks=image_checks)
+            writer.write_shard(shard.name, keys, rows, embeddings)
         writer.finish()
 
 

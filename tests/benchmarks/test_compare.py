@@ -9,8 +9,8 @@ from golden_mllm import MODELS, ROOT, answers
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.benchmarks.score import main as score
 from llava_integration.compare.command import main
-from llava_integration.compare.comparison import load_side, load_sides
-from llava_integration.compare.report import build
+from llava_integration.compare.comparison import build
+from llava_integration.compare.sides import load_side, load_sides
 from llava_integration.compare.statistics import holm
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError

@@ -51,9 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses between retries; no key, no proxy."""
-    monkeypatch.setattr(
-        evaluate, "Retry", lambda tries, first_pause: Retry(tries=tries, first_pause=first_pause / 1000)
-    )
+    monkeypatch.setattr(served, "Retry", lambda tries, first_pause: Retry(tries=tries, first_pause=first_pause / 1000))
     for name in ("OPENAI_API_KEY", "http_proxy", "HTTP_PROXY", "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
 

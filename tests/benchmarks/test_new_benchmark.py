@@ -9,7 +9,7 @@ from PIL import Image
 
 from llava_integration.benchmarks import bench, rules, score
 from llava_integration.benchmarks import bench as engine
-from llava_integration.benchmarks.bench import Task, plans
+from llava_integration.benchmarks.bench import plans
 from llava_integration.compare import command as compare
 from llm2clip_plugin.contracts import ScoreFile
 
@@ -49,7 +49,7 @@ def test_planned_by_bench_mllm(data, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "shapes" in shown and "will run" in shown and "no folder pope" in shown
     (task,) = plans(["shapes"], data, tmp_path)
-    assert isinstance(task, Task) and task.image_folder == data / "shapes" / "images" and not task.unscored
+    assert not task.missing and task.image_folder == data / "shapes" / "images" and not task.unscored
     words = engine.evaluate_command(task, bench.COMMAND.parse(start), tmp_path / "answers.jsonl")
     assert words[words.index("--max-new-tokens") + 1] == "8"
     assert words[words.index("--question-file") + 1] == str(data / "shapes" / "shapes.jsonl")

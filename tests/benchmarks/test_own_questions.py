@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_integration.benchmarks.bench import Task, plans
+from llava_integration.benchmarks.bench import plans
 from llm2clip_plugin.cli import main
 
 ROWS = [
@@ -30,7 +30,7 @@ def own(tmp_path: Path) -> Path:
 
 def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
     (task,) = plans([], own, tmp_path / "generated")
-    assert isinstance(task, Task) and task.image_folder == tmp_path
+    assert not task.missing and task.image_folder == tmp_path
     asked = [json.loads(line) for line in task.question_file.read_text().splitlines()]
     assert asked[0]["text"].startswith("Which shape?\nAnswer") and asked[0]["image"] == "photos/a.png"
     answers = {"old": ("circles", "No", "blue"), "new": ("A Circle.", "no, yes", "it is a dark red one")}

@@ -8,7 +8,7 @@ from data_world import encoded, jpeg, picture
 from PIL import Image
 
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize, TrainTransform, random_crop, resize_box
-from llm2clip_plugin.data.samples import AugmentConfig, BrokenImage, decode, shrink_factor
+from llm2clip_plugin.data.samples import AugmentConfig, BrokenImage
 
 
 def hf_processors() -> dict[str, type]:
@@ -87,20 +87,6 @@ def test_palettes_and_transparency_are_read_as_llava_does() -> None:
 def test_preprocessors_that_are_not_understood_are_refused(values: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         ImageConfig.from_preprocessor(values)
-
-
-def test_shrink_factor_keeps_enough_pixels() -> None:
-    assert [shrink_factor((side, side), (224, 224)) for side in (223, 447, 448, 895, 896, 1791, 1792, 9000)] == [
-        1, 1, 2, 2, 4, 4, 8, 8,
-    ]  # fmt: skip
-    assert shrink_factor((4000, 448), (224, 224)) == 2
-
-
-def test_a_jpeg_is_decoded_small_and_nothing_else_is() -> None:
-    assert decode(jpeg(0, (512, 400)), min_side=190).size == (256, 200)
-    assert decode(jpeg(0, (513, 401)), min_side=190).size == (257, 201)
-    assert decode(encoded(picture(0, (512, 400)), "PNG"), min_side=190).size == (512, 400)
-    assert decode(jpeg(0, (512, 400))).size == (512, 400)
 
 
 def centre(image: Image.Image, size: int) -> np.ndarray:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from data_world import img2dataset_members, jpeg, write_shards, write_tar
+from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
-from llm2clip_plugin.data.pairs import SOURCE_BITS, PairDataset, eval_pairs
+from llm2clip_plugin.data.pairs import SOURCE_BITS, CollatedDataset, PairDataset, as_it_is, eval_pairs, raised
 from llm2clip_plugin.data.samples import AugmentConfig, caption_hash
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
@@ -295,3 +296,22 @@ def test_evaluation_leaves_out_what_is_broken_and_says_so(tmp_path: Path) -> Non
     assert [error.key for error in pairs.broken] == ["cut", "noimage", "mute"]
     few = list(eval_pairs(broken_source(tmp_path, 3), None, IMAGES, batch=2, indices=[2, 0]))
     assert few[0]["image_ids"].tolist() == [2, 0]
+
+
+class Damaged(Dataset):
+    """Two samples, of which the second is not readable."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: int) -> int:
+        if number:
+            raise ContractError("a file is damaged")
+        return number
+
+
+def test_a_loader_process_hands_over_its_error() -> None:
+    """The message without the traceback of that process."""
+    loader = DataLoader(CollatedDataset(Damaged(), list), 2, collate_fn=as_it_is, num_workers=1)
+    with pytest.raises(ContractError, match=r"^a file is damaged$"):
+        list(raised(loader))

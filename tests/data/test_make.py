@@ -12,7 +12,7 @@ from data_world import jpeg, picture
 from PIL import Image
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data.make import _from_name
+from llm2clip_plugin.data.make import words_of_name
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 
@@ -137,5 +137,5 @@ def test_transparent_pictures_get_a_background(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_words_of_a_file_name():
-    assert _from_name("animals/red-fox_2.jpg") == _from_name("red fox/0017.jpg") == "red fox"
-    assert _from_name("mp3 player.png") == "mp3 player" and _from_name("0017.jpg") == ""
+    assert words_of_name("animals/red-fox_2.jpg") == words_of_name("red fox/0017.jpg") == "red fox"
+    assert words_of_name("mp3 player.png") == "mp3 player" and words_of_name("0017.jpg") == ""

@@ -19,16 +19,15 @@ import pytest
 from data_world import LengthEncoder, jpeg, write_tar
 
 from llm2clip_plugin.console import raise_open_files, remedy_open_files
-from llm2clip_plugin.data import cache as proof
-from llm2clip_plugin.data import cache as reader
-from llm2clip_plugin.data import remote as kept
+from llm2clip_plugin.data import cache as cache_module
+from llm2clip_plugin.data import cache_proof
+from llm2clip_plugin.data import index as index_module
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.check import CheckConfig, check_data
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sources import tars as tar_set
-from llm2clip_plugin.data.sources import tars as webdataset
+from llm2clip_plugin.data.sources import tars
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.tars import TarSource
@@ -84,7 +83,7 @@ def use_everything(folder: Path) -> tuple[int, int]:
     assert len({key for batch in batches for key in batch["keys"]}) == len(source)
     config = PairsConfig(data=(str(folder),))
     (pairs,) = open_pairs(config)
-    assert survey(pairs, config).usable == {"short:long": len(source)}
+    assert survey(pairs).usable == {"short:long": len(source)}
     descriptors = maps = 0
     for number in range(len(source)):
         key, captions = source.captions(number)
@@ -95,8 +94,8 @@ def use_everything(folder: Path) -> tuple[int, int]:
 
 
 def test_open_files_and_maps_do_not_grow_with_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webdataset, "OPEN_FILES", 8)
-    monkeypatch.setattr(reader, "OPEN_SHARDS", 8)
+    monkeypatch.setattr(tars, "OPEN_FILES", 8)
+    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 8)
     use_everything(write_tiny_tars(tmp_path / "warm", 10))
     few = use_everything(write_tiny_tars(tmp_path / "few", 30))
     with open_files_limit(120):  # torch sends a tensor from a worker as a descriptor
@@ -113,7 +112,7 @@ def test_a_later_start_reads_no_captions(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Source, "record", refuse)
     monkeypatch.setattr(TarSource, "record", refuse)
-    monkeypatch.setattr(tar_set, "index_tar", refuse)
+    monkeypatch.setattr(tars, "index_tar", refuse)
     opened, open_shard = set(), EmbeddingCache.shard
     monkeypatch.setattr(EmbeddingCache, "shard", lambda cache, name: opened.add(name) or open_shard(cache, name))
     again = open_source(SourceConfig(path=str(tmp_path)))
@@ -124,7 +123,7 @@ def test_a_later_start_reads_no_captions(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_digests_of_other_fields_are_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of all captions also fits a run that reads one field: compared in full once, then kept."""
+    """A cache of all captions also fits a run that reads one field: compared in full once, then index_module."""
     read: list[int] = []
     get = Source.__getitem__
     monkeypatch.setattr(Source, "__getitem__", lambda source, number: read.append(number) or get(source, number))
@@ -162,7 +161,7 @@ def test_damaged_digests_are_computed_again(tmp_path: Path, damage: str) -> None
 
 
 def test_a_folder_that_became_read_only_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, write = kept.SideFolder.of(str(tmp_path / "data"), tmp_path / "spare"), kept.atomic_file
+    folder, write = index_module.SideFolder.of(str(tmp_path / "data"), tmp_path / "spare"), index_module.atomic_file
     folder.add_json("x.json", {"a": 1, "b": 1})
 
     def refuse(target: Path) -> Any:
@@ -170,7 +169,7 @@ def test_a_folder_that_became_read_only_keeps_what_it_has(tmp_path: Path, monkey
             raise OSError(30, "Read-only file system", str(target))
         return write(target)
 
-    monkeypatch.setattr(kept, "atomic_file", refuse)
+    monkeypatch.setattr(index_module, "atomic_file", refuse)
     folder.add_json("x.json", {"b": 2})
     folder.add_json("x.json", {"c": 3})
     assert folder.read_json("x.json") == {"a": 1, "b": 2, "c": 3}
@@ -179,7 +178,7 @@ def test_a_folder_that_became_read_only_keeps_what_it_has(tmp_path: Path, monkey
 def start(folder: str) -> tuple[int, int, str]:
     """A start, in its own process: how many tars it indexed, how many captions it read, and what it said."""
     counts = {"scans": 0, "captions": 0}
-    index, get = tar_set.index_tar, Source.__getitem__
+    index, get = tars.index_tar, Source.__getitem__
 
     def counted_index(path: Any) -> Any:
         counts["scans"] += 1
@@ -190,7 +189,7 @@ def start(folder: str) -> tuple[int, int, str]:
         counts["captions"] += 1
         return get(source, number)
 
-    tar_set.index_tar, tar_set.FEW, Source.__getitem__ = counted_index, 1000, counted_get
+    tars.index_tar, tars.FEW, Source.__getitem__ = counted_index, 1000, counted_get
     said = io.StringIO()
     with redirect_stderr(said):
         source = open_source(SourceConfig(path=folder, fields=("caption=short",)))
@@ -276,8 +275,8 @@ def test_what_was_compared_is_kept_when_a_later_shard_differs(tmp_path: Path, mo
         (tmp_path / "other" / name).replace(folder / name)
     for path in (folder / ".llm2clip").glob("captions-*.json"):
         path.unlink()
-    monkeypatch.setattr(proof, "PROOF_FEW", 1)
+    monkeypatch.setattr(cache_proof, "FEW_SAMPLES", 1)
     source = open_source(SourceConfig(path=str(folder)))
     with pytest.raises(ContractError, match=r"00003\.safetensors: sample '000030000'"):
         EmbeddingCache.open(tmp_path / "cache").check(source)
-    assert list(proof.kept_digests(source)) == ["00000", "00001", "00002"]
+    assert list(cache_proof.kept_digests(source)) == ["00000", "00001", "00002"]

@@ -23,11 +23,6 @@ def test_parts_are_joined_in_order_into_memory_of_their_own() -> None:
     assert batches[1]["pixels"].data_ptr() != parts[2]["pixels"].data_ptr()
 
 
-def test_a_part_of_two_batches_is_refused() -> None:
-    with pytest.raises(ValueError, match="a part of 3 rows does not fit into a batch of 5 that has 3"):
-        list(join_parts([part(0, 3), part(3, 3)], 5, pin_memory=False))
-
-
 def test_one_item_is_made_ahead_and_no_more() -> None:
     made = threading.Semaphore(0)
 

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llm2clip_plugin.data import sampler as source_order
+from llm2clip_plugin.data import sampler
 from llm2clip_plugin.data.sampler import Mixture, PassOrder, Permutation, hash_words, rank_rows, sample_rng
 
 
@@ -163,15 +163,13 @@ def test_large_sources_cost_nothing() -> None:
     assert len(set(draws)) == 4096
 
 
-@pytest.mark.parametrize("long", [10, 1 << 20])
-def test_sources_are_those_of_the_whole_epoch(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted from any side, in one thread or several, what a stored order would say."""
-    monkeypatch.setattr(source_order, "LONG", long)
-    monkeypatch.setattr(source_order, "BLOCK", 64)
+def test_sources_are_those_of_the_whole_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from any side what a stored order would say."""
+    monkeypatch.setattr(sampler, "BLOCK", 64)
     draws = [700, 3, 400]
     expected = np.searchsorted(np.cumsum(draws), Permutation(1103, 5)(np.arange(1103)), side="right")
     before = {source: np.cumsum(expected == source) - 1 for source in range(3)}
-    order = source_order.SourceOrder(draws, 5)
+    order = sampler.SourceOrder(draws, 5)
     for offset in (0, 100, 1000, 999, 30, 1102, 552, 551, 400):
         count = min(103, 1103 - offset)
         labels, ranks = order(offset, count)
@@ -195,7 +193,6 @@ def test_an_epoch_of_two_large_sources_begins_without_a_stall(monkeypatch: pytes
             computed[0] = 0
             assert len(set(mixture.batch_indices(*rank_rows(position, rank, 512)))) == 512
             assert computed[0] <= (50 * 4096 + 2 * 512 if not step else 4096 + 2 * 512)
-        assert len(mixture._source_order(1)._recent) <= source_order.REMEMBERED
 
 
 def test_a_samples_randomness_is_its_own() -> None:

@@ -19,15 +19,13 @@ from fuzzing import Format, run_cases
 from PIL import Image
 from tiny_data import make_cache, make_shards
 
-from llava_integration import towers as names
-from llava_integration import towers as provenance
-from llava_integration import towers as registry
+from llava_integration import towers
 from llava_integration.answer.questions import read_questions
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.benchmark import Options
 from llava_integration.benchmarks.score import score_answers
-from llava_integration.compare.comparison import load_sides
-from llava_integration.compare.report import build
+from llava_integration.compare.comparison import build
+from llava_integration.compare.sides import load_sides
 from llm2clip_plugin.contracts import RunRecord, ScoreFile, TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import SourceConfig
@@ -156,9 +154,9 @@ def make_registry(folder: Path) -> None:
 
 def load_registry(folder: Path) -> str:
     """As every process of LLaVA does."""
-    location = names.locate("llm2clip")
+    location = towers.locate("llm2clip")
     record = json.loads((folder / "config.json").read_text())
-    found = provenance.find_tower("llm2clip", SimpleNamespace(**record))
+    found = towers.find_tower("llm2clip", SimpleNamespace(**record))
     return f"{location.sha256} {location.directory.name} {found.sha256} {found.directory.name}"
 
 
@@ -212,8 +210,7 @@ def test_a_damaged_registry_or_record_of_the_tower(tmp_path: Path, monkeypatch: 
     def make(folder: Path) -> None:
         monkeypatch.setenv("LLM2CLIP_HOME", str(folder))
         for name in ("b", "a"):
-            registry.select(str(tmp_path / "towers" / name), name * 64, name=name)
-        (folder / "towers.lock").unlink(missing_ok=True)
+            towers.select(str(tmp_path / "towers" / name), name * 64, name=name)
         record = {
             "mm_vision_tower": "llm2clip",
             "llm2clip_tower": {

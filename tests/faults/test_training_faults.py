@@ -64,9 +64,9 @@ NO_KIND = "--data.caption-weights lng=1 --data.read.kinds lng"
 
 
 @rows(
-    Fault("field that the data lacks", f"{HELD_OUT} --evaluation.group concept", "--evaluation.group concept: ..."),
-    Fault("kind that no caption has", f"{HELD_OUT} --evaluation.kinds lng", "--evaluation.kinds lng: ..."),
-    Fault("language that no caption has", f"{HELD_OUT} --evaluation.languages de", "--evaluation.languages de: ..."),
+    Fault("field that the data lacks", f"{HELD_OUT} --evaluation.group concept", "...--evaluation.group concept..."),
+    Fault("kind that no caption has", f"{HELD_OUT} --evaluation.kinds lng", "...--evaluation.kinds lng ..."),
+    Fault("language that no caption has", f"{HELD_OUT} --evaluation.languages de", "...--evaluation.languages de..."),
     Fault("validation without a cache", "--data.validation {w}/other", "...llm2clip embed {w}/other...", without_cache),
     Fault("another teacher", "--data.validation {w}/other", "{w}/other/...fingerprint...", another_teacher),
     Fault("kind without captions to train on", NO_KIND, "...lng...known: long, short"),
@@ -104,18 +104,13 @@ def remove_shard(world: World) -> None:
 
 
 @rows(
-    Fault(
-        "fewer images than k", f"{HELD_OUT} --evaluation.limit 5", "--evaluation.ks 1 5 10: ...recall@10 ...", status=0
-    ),
-    Fault("unknown kind", f"{HELD_OUT} --evaluation.kinds short lng", "--evaluation.kinds short lng: ...", status=0),
     Fault("batch larger than the data", "--global-batch 999", "global_batch 999 is more than the 48 ...", status=0),
     Fault("validation on training data", HELD_OUT, "--validation {w}/data: ...also in the training data...", status=0),
     Fault("shard that is gone", "", "{w}/data has 1 shards, 2 were embedded; ...00001...", remove_shard, status=0),
 )
 def test_warned_about_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     told = meet(fault, world, world.train(f"{fault.words} --dry-run"), capsys)
-    others = told.count("is also in the training data") if "also in" not in fault.says else 0  # validation is all of it
-    assert told.count("warning: ") == 1 + others
+    assert told.count("warning: ") == 1
 
 
 def test_ranks_without_an_address(

@@ -1,6 +1,7 @@
 """The house keeps its arrows: who may import whom, and which heavy package has which home."""
 
 import ast
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -11,24 +12,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "llm2clip_plugin"
 # Floors from the bottom up: a room may import from the floors below its own, never beside or above.
 FLOORS = (
-    ("outside", "phases"),
-    ("options",),
-    (
-        "bootstrap",
-        "commands",
-        "contracts",
-        "curves",
-        "discovery",
-        "finding",
-        "interrupt",
-        "limits",
-        "paths",
-        "progress",
-        "run_files",
-        "quiet",
-        "templates",
-        "thumbnails",
-    ),
+    ("bootstrap", "console", "files", "hub", "pages"),
+    ("contracts", "options"),
+    ("status",),
     ("data", "vision"),
     ("train",),
     ("text",),
@@ -178,13 +164,10 @@ def test_heavy_packages_have_one_home(package: str, homes: set[str]) -> None:
         )
 
 
-def test_contracts_are_standard_library_only() -> None:
-    import sys
-
-    own = (f"{PACKAGE}.outside", f"{PACKAGE}.contracts")  # the floor below
-    for path in sorted(path for room in ("contracts", "outside") for path in (ROOT / PACKAGE / room).glob("*.py")):
-        names = {name for name in imported(path) if not name.startswith((*own, "huggingface_hub"))}
-        assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
+def test_what_reads_files_and_options_is_standard_library_only() -> None:
+    for name in ("contracts", "files", "options"):
+        names = imported(ROOT / PACKAGE / f"{name}.py", top_level_only=True)
+        assert {name.split(".")[0] for name in names} <= {PACKAGE, *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("folder", ["llm2clip_plugin/vision", "llava_integration"])

@@ -10,10 +10,10 @@ import pytest
 from llm2clip_plugin import cli, doctor
 
 
-def test_help_and_import_load_neither_torch_nor_typing() -> None:
+def test_help_loads_no_torch() -> None:
     code = (
-        "import sys; before = set(sys.modules); import llm2clip_plugin.cli as c; c.main(['--help'])\n"
-        "assert not {'torch', 'typing'} & (set(sys.modules) - before)"
+        "import sys, llm2clip_plugin.cli as c; c.main(['--help'])\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -53,8 +53,6 @@ def test_the_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[st
     ("line", "hint"),
     [
         ("train-tower x --recipe openai_l14_36", "unknown recipe 'openai_l14_36'; did you mean 'openai_l14_336'?"),
-        ("train-tower x --optimizer adam", "unknown optimizer 'adam'; did you mean 'adamw'?"),
-        ("train-tower x --loss.terms infonc", "unknown loss term 'infonc'; did you mean 'infonce'?"),
         ("train-tower x --precision bf61", "--precision: invalid choice: 'bf61' (choose from 'fp32', 'bf16', 'fp16')"),
         ("data check x --format jsnl", "unknown data format 'jsnl'; did you mean 'jsonl'?"),
         ("evaluate t d --sutie flickr30k", "unknown option --sutie; did you mean --suite?"),

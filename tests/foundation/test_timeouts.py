@@ -11,15 +11,14 @@ from pathlib import Path
 
 ASK = """
 import json, sys
-from llava_integration.towers import names
-from llava_integration.towers import locate_bundled
+from llava_integration.towers import locate, locate_bundled
 from llm2clip_plugin.text.adapter import adapter_folder, local_folder
 from llm2clip_plugin.vision.directory import fetch_directory
 
 said = {}
 for function, argument in (
     (fetch_directory, "someone/tower"),
-    (names.locate, "llm2clip:someone/tower"),
+    (locate, "llm2clip:someone/tower"),
     (lambda checkpoint: locate_bundled(checkpoint, ""), "someone/llava"),
     (local_folder, "someone/llm"),
     (adapter_folder, "someone/adapter"),

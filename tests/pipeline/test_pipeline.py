@@ -111,10 +111,7 @@ def test_a_stage_counts_while_it_and_all_before_it_are_as_they_were(tmp_path: Pa
 
 def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
     """A stage that saves and ends well is no complete one."""
-    (tmp_path / "sleeper.py").write_text(
-        "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(0))\n"
-        f"open({str(tmp_path / 'up')!r}, 'w')\ntime.sleep(60)\n"
-    )
+    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); open(sys.argv[1], 'w'); time.sleep(60)"
 
     def kill() -> None:
         while not (tmp_path / "up").exists():
@@ -122,4 +119,4 @@ def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # it waits for the stage
 
     threading.Thread(target=kill, daemon=True).start()
-    assert attend([sys.executable, str(tmp_path / "sleeper.py")]) == 128 + signal.SIGTERM
+    assert attend([sys.executable, "-c", code, str(tmp_path / "up")]) == 128 + signal.SIGTERM

@@ -29,10 +29,3 @@ def test_the_size_is_that_of_the_tensors_written(llama, tmp_path, capsys):
     head = int.from_bytes(file.read_bytes()[:8], "little")
     written = file.stat().st_size - 8 - head - 16  # two tables have an entry more than there are samples
     assert float(re.search(r"float16 ([\d.]+) kB", told)[1]) == round(written / 1e3, 1)
-
-
-def test_an_llm_without_config_is_planned_with_the_papers_widths(tmp_path, capsys):
-    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "1", "image": "x.png", "caption": "a"}) + "\n")
-    assert embed.main([str(tmp_path / "c.jsonl"), "--llm", "somebody/not-here", "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "no local config.json for" in told and "1 captions x 2048" in told and "1 captions x 4096" in told

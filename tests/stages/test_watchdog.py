@@ -134,30 +134,3 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Pat
         run.end()
     steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
     assert steps == sorted(set(steps))
-
-
-@pytest.mark.slow
-def test_slurm_saves_and_requeues_before_the_time_limit(tiny: Path, tmp_path: Path) -> None:
-    """The batch script under a real torchrun; srun and scontrol are stand-ins. SIGUSR1 goes to the script alone."""
-    programs, port = tmp_path / "bin", free_port()
-    programs.mkdir()
-    (programs / "srun").write_text('#!/bin/sh\nexec "$@"\n')
-    (programs / "scontrol").write_text(f'#!/bin/sh\necho localhost\necho "$@" >> {tmp_path}/scontrol\n')
-    for program in programs.iterdir():
-        program.chmod(0o755)
-    script = (ROOT / "scripts/slurm/torchrun.sbatch").read_text()
-    (tmp_path / "job").write_text(script.replace("$((20000 + SLURM_JOB_ID % 20000))", str(port)))
-    argv = options(tiny, tmp_path / "run", "--heads.steps", "1", "--max_steps", "4000", "--train.save-steps", "0")
-    slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost", "GPUS": "2"}
-    path = f"{programs}:{os.environ['PATH']}"
-    command = ["bash", str(tmp_path / "job"), "scripts/train_tower.py", *argv]
-    run = Run(command, [], tmp_path / "log", PYTHON=sys.executable, PATH=path, **slurm)
-    try:
-        run.wait_for(lambda: len(losses(tmp_path / "run")) > 2)
-        run.process.send_signal(signal.SIGUSR1)
-        assert run.process.wait(timeout=600) == 75, run.said
-    finally:
-        run.end()
-    assert "requeue 17" in (tmp_path / "scontrol").read_text()
-    assert "SIGUSR1: saved step" in run.said and "rerun the same command" in run.said
-    assert list((tmp_path / "run/checkpoints").glob("step-*"))

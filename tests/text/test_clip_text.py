@@ -13,8 +13,8 @@ from tiny_clip import save_tiny_clip
 from tiny_llm import save_tiny_llm, tiny_tokenizer
 
 from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.clip_text import ClipTextEncoder, clip_folder
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.teacher import ClipTextEncoder, clip_folder
 
 TEXTS = ["a red bird", "seven grey stones in the rain, and a very long sentence that goes on", "blue", "a red bird"]
 
@@ -79,7 +79,7 @@ def test_features_of_open_clip_are_open_clips(tmp_path: Path, nested: bool):
 def test_what_is_no_clip_and_what_does_not_apply(tmp_path: Path):
     assert clip_folder(str(save_tiny_llm(tmp_path / "llm", "llama"))) is None
     save_tiny_clip(tmp_path / "clip", "clip")
-    with pytest.raises(ValueError, match="--pooling last"):
+    with pytest.raises(ValueError, match="omit pooling"):
         encoder(tmp_path / "clip", pooling="last")
     save_open_clip(tmp_path / "open", nested=False)
     config = json.loads((tmp_path / "open/open_clip_config.json").read_text())

@@ -15,7 +15,6 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.data.sources import row_index as row_sources
 from llm2clip_plugin.data.sources.base import Shard, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.files import ContractError
@@ -107,27 +106,6 @@ def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: 
     _, summary = embed_source(changed, teacher, tmp_path / "cache", quiet=True)
     assert (summary.shards, summary.skipped) == (1, 1)
     EmbeddingCache.open(tmp_path / "cache").check(changed)
-
-
-def test_long_file_of_rows_is_shared_too(
-    teacher: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(row_sources, "ROWS_PER_SHARD", 4)
-    rows = [{"id": f"k{i}", "image": f"{i}.png", "caption": f"{WORDS[i]} {i}"} for i in range(10)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = open_source(SourceConfig(path=str(tmp_path / "pairs.jsonl")))
-    assert [(shard.name, shard.size) for shard in source.shards] == [
-        ("pairs-00000", 4),
-        ("pairs-00001", 4),
-        ("pairs-00002", 2),
-    ]
-    for rank in range(2):
-        manifest, _ = embed_source(source, teacher, tmp_path / "cache", rank=rank, world=2, quiet=True)
-    assert manifest is not None and len(manifest.shards) == 3
-    cache = EmbeddingCache.open(tmp_path / "cache")
-    cache.check(source)
-    stored = cache.rows(*source.locate(9), source.captions(9)[1])
-    assert torch.nn.functional.cosine_similarity(stored, teacher.encode([f"{WORDS[9]} 9"])).min() > 0.9999
 
 
 def test_command_embeds_reports_and_verifies(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,9 +52,9 @@ def test_preset_of_released_llms(llama: Path) -> None:
     config = CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2clip-llama3"), "cpu").config
     assert config.chat_template == "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
     assert not config.include_bos and config.preset == ""
-    with pytest.raises(ContractError, match="pooling is 'last', but preset llm2vec sets 'mean'"):
+    with pytest.raises(ContractError, match="preset llm2vec"):
         CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2vec", pooling="last"), "cpu")
-    with pytest.raises(ValueError, match="unknown preset 'gpt'; known: llm2clip-llama3, llm2vec"):
+    with pytest.raises(ValueError, match="'gpt'"):
         EncoderConfig(preset="gpt")
 
 
@@ -121,7 +121,7 @@ def test_what_cannot_be_reproduced_is_refused(tokenizer, tmp_path: Path) -> None
     with pytest.raises(ContractError, match=r"unsupported pooling .* supported: mean, last token"):
         CaptionEncoder(EncoderConfig(llm=str(by_cls)), "cpu")
     dense = write_bert(tmp_path / "dense", tokenizer, more=("Dense",))
-    with pytest.raises(ContractError, match=r"unsupported modules \['Dense'\]"):
+    with pytest.raises(ContractError, match="'Dense'"):
         CaptionEncoder(EncoderConfig(llm=str(dense)), "cpu")
     mean = write_bert(tmp_path / "mean", tokenizer)
     with pytest.raises(ContractError, match="pooling is 'last', but the files of mean specify 'mean'"):

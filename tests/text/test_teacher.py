@@ -139,3 +139,7 @@ def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, caps
     assert published(card).teacher["adapter"] == card.teacher["adapter"] == "./teacher-adapter"
     inside = (tmp_path / "far" / "tower" / "teacher-adapter").iterdir()
     assert not [path.name for path in inside if str(world).encode() in path.read_bytes()]
+    settings = tmp_path / "far" / "tower" / "teacher-adapter" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"lora_alpha": 32', '"lora_alpha": 16'))
+    words = ["export", str(tmp_path / "far" / "tower"), "--output", str(tmp_path / "changed"), "--with-adapter"]
+    assert cli(words) == 2 and "--with-adapter" in capsys.readouterr().err

@@ -10,19 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json
-from llava_integration.benchmarks.benchmark import (
-    Benchmark,
-    Item,
-    Question,
-    by_group,
-    flatten,
-    item_of,
-    mean,
-    mean_of,
-    published_scores,
-    text_of,
-)
 
 NOT_A_STEP = ("exist", "query: name", "choose name")  # operations that ask rather than reason
 BREAKDOWNS = {  # metric -> field of the items
@@ -33,14 +22,14 @@ BREAKDOWNS = {  # metric -> field of the items
 }
 
 
-class GQA(Benchmark):
+class GQA(base.Benchmark):
     """Exact match over the balanced questions."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """The balanced questions, in the file's order."""
         where = "questions1.2.zip at https://cs.stanford.edu/people/dorarad/gqa/download.html, into data/"
         return [
-            Question(
+            base.Question(
                 id=identifier,
                 text=entry["question"],
                 cluster=str(entry["imageId"]),
@@ -58,11 +47,11 @@ class GQA(Benchmark):
             if entry.get("isBalanced", True)
         ]
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """A missing answer is wrong (the official script rejects the file)."""
-        text = text_of(answer)
+        text = base.text_of(answer)
         prediction = text if answer and answer.layout == "submission" else convert(text)
-        return item_of(
+        return base.item_of(
             question,
             answer,
             score=int(answer is not None and prediction == question.truth),
@@ -70,23 +59,23 @@ class GQA(Benchmark):
             **question.extra,
         )
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """The official script's numbers: percent, and the counts of each part."""
         query = [item for item in items if item["category"] == "query"]
         binary = [item for item in items if item["category"] != "query"]
         tree: dict[str, Any] = {
-            "accuracy_percent": 100 * mean_of(items),
-            "binary_percent": 100 * mean_of(binary),
-            "open_percent": 100 * mean_of(query),
+            "accuracy_percent": 100 * base.mean_of(items),
+            "binary_percent": 100 * base.mean_of(binary),
+            "open_percent": 100 * base.mean_of(query),
             "distribution": chi_square(items) / 100,
             "validity": 0.0,
             "plausibility": 0.0,
         }
         for name, part in BREAKDOWNS.items():
-            groups = by_group(items, part)
-            tree[name] = {key: 100 * mean(values) for key, values in groups.items()}
+            groups = base.by_group(items, part)
+            tree[name] = {key: 100 * base.mean(values) for key, values in groups.items()}
             tree[f"{name}_count"] = {key: len(values) for key, values in groups.items()}
-        return flatten(tree)
+        return base.flatten(tree)
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """The predictions file of GQA's own ``eval.py``."""
@@ -104,7 +93,7 @@ def convert(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def chi_square(items: Sequence[Item]) -> float:
+def chi_square(items: Sequence[base.Item]) -> float:
     """Distance of predicted from true answers within each global group, averaged by the group's size.
 
     sum over groups of n_g x sum over true answers a of (predicted_a - true_a)^2 / true_a, over sum of n_g.
@@ -138,5 +127,5 @@ BENCHMARK = GQA(
     image_folders=("data/images", "images", ""),
     lmms_eval_tasks=("gqa", "gqa_lite"),
     submission_format="json",
-    published=published_scores(llava_7b=62.0, llava_13b=63.3, reproduced_7b=62.86, llm2clip_7b=63.15),
+    published=base.published_scores(llava_7b=62.0, llava_13b=63.3, reproduced_7b=62.86, llm2clip_7b=63.15),
 )

@@ -11,30 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Answers, read_jsonl
-from llava_integration.benchmarks.benchmark import (
-    LONG_ANSWERS,
-    Benchmark,
-    Item,
-    Options,
-    Question,
-    Scored,
-    Statistic,
-    item_of,
-    published_scores,
-    ratio,
-    text_of,
-)
 
 
-class LLaVABench(Benchmark):
+class LLaVABench(base.Benchmark):
     """The judge's score relative to the reference's, overall and by category."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """The questions, in the file's order."""
         where = "from https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
         return [
-            Question(
+            base.Question(
                 id=row["question_id"],
                 text=row["text"],
                 cluster=row["image"],
@@ -45,18 +33,18 @@ class LLaVABench(Benchmark):
             for row in read_jsonl(self.require(folder, *self.annotations, where=where))
         ]
 
-    def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
+    def score(self, folder: Path, answers: Answers, options: base.Options) -> base.Scored:
         """Notes the failed reviews."""
         scored = super().score(folder, answers, options)
         if failed := scored.counts["failed_reviews"]:
             scored.notes.append(f"{failed} reviews have no scores; the official script averages them in as -1")
         return scored
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """``answer`` is the review; the model's score out of 10 is the item's."""
         row = answer.row if answer else {}
         reference, model = _marks(answer)
-        return item_of(
+        return base.item_of(
             question,
             answer,
             score=model / 10,
@@ -64,22 +52,22 @@ class LLaVABench(Benchmark):
             mark_model=model,
             failed=answer is not None and (reference < 0 or model < 0),
             answer=row.get("model_answer", ""),
-            review=text_of(answer),
+            review=base.text_of(answer),
             category=str(row.get("category", question.category)),
         )
 
-    def counts(self, items: Sequence[Item]) -> dict[str, int]:
+    def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
         """Reviews that could not be parsed."""
         return {"failed_reviews": sum(item["failed"] for item in items)}
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """See ``numbers``."""
         return numbers([item for item in items if not item["missing"]])
 
-    def statistic(self, items: Sequence[Item]) -> Statistic:
+    def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """100 x sum of the model's scores / sum of the reference's."""
         sums = np.array([[item["mark_model"], item["mark_reference"]] for item in items], dtype=float)
-        return Statistic(sums, lambda totals: 100 * ratio(totals[..., 0], totals[..., 1]))
+        return base.Statistic(sums, lambda totals: 100 * base.ratio(totals[..., 0], totals[..., 1]))
 
 
 def _marks(review: Answer | None) -> tuple[float, float]:
@@ -92,7 +80,7 @@ def _marks(review: Answer | None) -> tuple[float, float]:
     return float(marks[0]), float(marks[1])
 
 
-def numbers(items: Sequence[Item]) -> dict[str, float]:
+def numbers(items: Sequence[base.Item]) -> dict[str, float]:
     """``<category>``: relative score; ``.reference`` and ``.model``: mean scores x 10, all rounded as printed."""
     metrics = {}
     for name in ("all", *sorted({item["category"] for item in items})):
@@ -117,9 +105,9 @@ BENCHMARK = LLaVABench(
     annotations=("questions.jsonl",),
     question_files=("questions.jsonl",),
     image_folders=("images", ""),
-    evaluate_options=LONG_ANSWERS,
+    evaluate_options=base.LONG_ANSWERS,
     lmms_eval_tasks=("llava_in_the_wild",),
     judge="LLaVA's eval_gpt_review_bench.py",
     item_fields=("mark_model", "mark_reference"),
-    published=published_scores(llava_7b=65.4, llava_13b=72.5, reproduced_7b=58.0, llm2clip_7b=62.7),
+    published=base.published_scores(llava_7b=65.4, llava_13b=72.5, reproduced_7b=58.0, llm2clip_7b=62.7),
 )

@@ -16,64 +16,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_text
-from llava_integration.benchmarks.benchmark import (
-    LONG_ANSWERS,
-    Benchmark,
-    Item,
-    Options,
-    Question,
-    Scored,
-    by_group,
-    flatten,
-    item_of,
-    mean,
-    mean_of,
-    published_scores,
-    text_of,
-)
-
-# The option in a free answer, as VLMEvalKit's exact matching reads it (at e8e78f0; golden answers pin it).
-
-API_FAILED = "Failed to obtain answer via API"
-REFUSALS = (
-    "Sorry, I can't help with images of people yet.",
-    "I can't process this file.",
-    "I'm sorry, but without the image provided",
-    "Cannot determine the answer",
-)
-MARKS_AS_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
-LAST_WORDS = 4  # a letter counts only among the last words
-
-
-def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
-    """The option by its letter, else by its text; None if neither. 'Z' stands for a refusal: no option, so wrong."""
-    return _by_letter(answer, options) or _by_text(answer, options)
-
-
-def _by_letter(answer: str, options: Mapping[str, str]) -> str | None:
-    if API_FAILED in answer:
-        return None
-    if any(refusal in answer for refusal in REFUSALS):
-        return "Z"
-    words = answer.translate(MARKS_AS_SPACES).split()
-    named = [letter for letter in options if letter in words]
-    if len(named) == 1 and words.index(named[0]) >= len(words) - LAST_WORDS:
-        return named[0]
-    if not named and "Z" in words:
-        return "Z"
-    named_after = ANSWER_IS.search(answer)
-    return named_after[1].upper() if named_after and named_after[1].upper() in options else None
-
-
-def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
-    """The only option whose text the answer, if not much longer than all options, contains in any case."""
-    if len(answer) > 2 * sum(map(len, options.values())):
-        return None
-    contained = [letter for letter, text in options.items() if text.lower() in answer.lower()]
-    return contained[0] if len(contained) == 1 else None
-
 
 WHERE = "https://github.com/open-compass/MMBench"
 ROTATION = 1_000_000  # index = group + rotation x this
@@ -93,11 +37,23 @@ SHORT_NAMES = {
 NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category", "prediction"}
 PREDICTION_COLUMN = 6  # where the official converter puts it
 
+# of VLMEvalKit's exact matching, at e8e78f0; golden answers in the tests pin it
+API_FAILED = "Failed to obtain answer via API"
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+MARKS_AS_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
+LAST_WORDS = 4  # a letter counts only among the last words
 
-class MMBench(Benchmark):
+
+class MMBench(base.Benchmark):
     """Circular accuracy, by category. Items are groups of rotations, questions single rotations."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """One question per row of the table (a rotation), in its order."""
         table = self.require(folder, *self.question_files, where=WHERE)
         rows = read_table(table)
@@ -116,7 +72,7 @@ class MMBench(Benchmark):
                 )
             pictured = image and with_images
             questions.append(
-                Question(
+                base.Question(
                     id=int(row["index"]),
                     text=row["question"],
                     cluster=hashlib.sha256(image.encode()).hexdigest()[:16] if pictured else f"group {group}",
@@ -128,26 +84,18 @@ class MMBench(Benchmark):
             )
         return questions
 
-    def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
+    def score(self, folder: Path, answers: Answers, options: base.Options) -> base.Scored:
         """Scores every rotation, then the groups."""
         questions, matched = self.join(folder, answers, options)
         rows = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
         items = group_items(questions, rows)
-        rotations = {
-            "vanilla.all_rows": mean_of(rows, "correct"),
-            "vanilla.index_lt_1e6": mean_of([row for row in rows if row["index"] < ROTATION], "correct"),
-        }
         unread = sum(row["inferred"] is None and not row["missing"] for row in rows)
-        return Scored(
-            metrics={**self.metrics(items), **rotations},
-            items=items,
-            counts={**matched.counts, "unread": unread},
-            notes=matched.notes,
-        )
+        counts = {**matched.counts, "unread": unread}
+        return base.Scored(metrics=self.metrics(items), items=items, counts=counts, notes=matched.notes)
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """One rotation: the letter that the rule reads."""
-        said = text_of(answer)
+        said = base.text_of(answer)
         text = "nan" if said in PANDAS_MISSING else said  # through a spreadsheet and back
         letter = letter_of(text, choices_of(question.extra["row"]))
         return {
@@ -159,18 +107,20 @@ class MMBench(Benchmark):
             "missing": answer is None,
         }
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """Circular accuracy, overall and by ability and category."""
-        groups = {**by_group(items, "l2_category"), **by_group(items, "category")}
+        groups = {**base.by_group(items, "l2_category"), **base.by_group(items, "category")}
         numbers = {
-            "overall": mean_of(items),
-            "by_l2_and_category": {SHORT_NAMES.get(key, key): mean(values) for key, values in groups.items() if key},
+            "overall": base.mean_of(items),
+            "by_l2_and_category": {
+                SHORT_NAMES.get(key, key): base.mean(values) for key, values in groups.items() if key
+            },
             "n_groups": len(items),
             "hits": sum(item["score"] for item in items),
         }
-        return flatten({"vlmevalkit_exact_matching": numbers})
+        return base.flatten({"vlmevalkit_exact_matching": numbers})
 
-    def image_bytes(self, folder: Path, item: Item) -> bytes | None:
+    def image_bytes(self, folder: Path, item: base.Item) -> bytes | None:
         """The picture of a group, from the table's base64 column."""
         for pattern in self.question_files:
             for table in sorted(folder.glob(pattern)):
@@ -211,9 +161,35 @@ def choices_of(row: dict[str, str]) -> dict[str, str]:
     return {letter: text for letter, text in cells.items() if text is not None and text not in PANDAS_MISSING}
 
 
-def group_items(questions: Sequence[Question], rows: Sequence[Item]) -> list[Item]:
+def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
+    """The option by its letter, else by its text; None if neither. 'Z' stands for a refusal: no option, so wrong."""
+    if API_FAILED in answer:
+        return _by_text(answer, options)
+    if any(refusal in answer for refusal in REFUSALS):
+        return "Z"
+    words = answer.translate(MARKS_AS_SPACES).split()
+    named = [letter for letter in options if letter in words]
+    if len(named) == 1 and words.index(named[0]) >= len(words) - LAST_WORDS:
+        return named[0]
+    if not named and "Z" in words:
+        return "Z"
+    named_after = ANSWER_IS.search(answer)
+    if named_after and named_after[1].upper() in options:
+        return named_after[1].upper()
+    return _by_text(answer, options)
+
+
+def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
+    """The only option whose text the answer, if not much longer than all options, contains in any case."""
+    if len(answer) > 2 * sum(map(len, options.values())):
+        return None
+    contained = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    return contained[0] if len(contained) == 1 else None
+
+
+def group_items(questions: Sequence[base.Question], rows: Sequence[base.Item]) -> list[base.Item]:
     """One item for each group of rotations whose first rotation is in the table; the official rule ignores others."""
-    groups: dict[int, list[tuple[Question, Item]]] = {}
+    groups: dict[int, list[tuple[base.Question, base.Item]]] = {}
     for question, row in zip(questions, rows, strict=True):
         groups.setdefault(int(question.id) % ROTATION, []).append((question, row))
     items = []
@@ -224,7 +200,7 @@ def group_items(questions: Sequence[Question], rows: Sequence[Item]) -> list[Ite
         question, row = first
         table_row, rotations = question.extra["row"], [member for _, member in members]
         items.append(
-            item_of(
+            base.item_of(
                 question,
                 None,
                 score=int(all(rotation["correct"] for rotation in rotations)),
@@ -255,9 +231,9 @@ BENCHMARK = MMBench(
     folders=("mmbench",),
     annotations=PATTERNS,
     question_files=PATTERNS,
-    evaluate_options=("--single-pred-prompt", *LONG_ANSWERS),
+    evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
     lmms_eval_tasks=("mmbench_en_dev", "mmbench_en_dev_static", "mmbench_en_dev_lite", "mmbench_en"),
     logged_id=("index", "gpt_eval_score", "submission", "doc"),
     submission_format="jsonl",  # its server takes the same rows as .xlsx: docs/mllm.md
-    published=published_scores(llava_7b=64.3, llava_13b=67.7, reproduced_7b=66.66, llm2clip_7b=68.29),
+    published=base.published_scores(llava_7b=64.3, llava_13b=67.7, reproduced_7b=66.66, llm2clip_7b=68.29),
 )

@@ -12,22 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, read_jsonl, read_text
-from llava_integration.benchmarks.benchmark import (
-    Benchmark,
-    Item,
-    Question,
-    Statistic,
-    first_file,
-    flatten,
-    item_of,
-    logged_field,
-    precision_recall_f1,
-    published_scores,
-    ratio,
-    squeeze,
-    text_of,
-)
 
 RELEASE = "MME_Benchmark_release_version"
 PERCEPTION = (
@@ -38,10 +24,10 @@ SUFFIXES = ("answer the question using a single word or phrase.", "please answer
 LOGGED_SCORES = ("mme_perception_score", "mme_percetion_score", "mme_cognition_score")  # percetion: up to v0.2.4
 
 
-class MME(Benchmark):
+class MME(base.Benchmark):
     """Scores of the subtasks and their sums."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """The questions of all subtasks there, in the tool's order and LLaVA's within a subtask; two per file."""
         root = folder / RELEASE
         if not root.is_dir():
@@ -63,11 +49,11 @@ class MME(Benchmark):
 
     def _images(self, folder: Path) -> dict[tuple[str, str], str]:
         """Image paths by (subtask, file stem), from LLaVA's question file if the folder has one."""
-        path = first_file(folder, *self.question_files)
+        path = base.first_file(folder, *self.question_files)
         rows = read_jsonl(path) if path else []
         return {(row["category"], Path(row["image"]).stem): row["image"] for row in rows}
 
-    def question_keys(self, question: Question) -> tuple[Hashable, ...]:
+    def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
         """(subtask/stem, question)."""
         return ((question.cluster, question.text),)
 
@@ -77,13 +63,13 @@ class MME(Benchmark):
 
     def logged_key(self, answer: Answer) -> Hashable | None:
         """lmms-eval's id is like LLaVA's."""
-        identifier = logged_field(answer, "question_id", *LOGGED_SCORES)
+        identifier = base.logged_field(answer, "question_id", *LOGGED_SCORES)
         return None if identifier is None else _key(identifier, answer.prompt)
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """A missing answer is 'other', so wrong."""
-        text = text_of(answer)
-        return item_of(
+        text = base.text_of(answer)
+        return base.item_of(
             question,
             answer,
             score=int(parse(text) == question.truth),
@@ -93,11 +79,11 @@ class MME(Benchmark):
             **question.extra,
         )
 
-    def counts(self, items: Sequence[Item]) -> dict[str, int]:
+    def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
         """Answers that are neither yes nor no."""
         return {"other": sum(item["parsed"] == "other" and not item["missing"] for item in items)}
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """Each subtask's numbers and the sums."""
         categories = {}
         for category in (*PERCEPTION, *COGNITION):
@@ -107,9 +93,9 @@ class MME(Benchmark):
             sum(categories[name]["score"] for name in names if name in categories) for names in (PERCEPTION, COGNITION)
         )
         sums = {"perception": perception, "cognition": cognition, "total": perception + cognition}
-        return flatten({"categories": categories, **sums})
+        return base.flatten({"categories": categories, **sums})
 
-    def statistic(self, items: Sequence[Item]) -> Statistic:
+    def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """Perception, of 2000, which LLaVA's table calls MME; images are resampled within a subtask.
 
         Sum over subtasks of 100 x right / questions + 100 x complete pairs / images.
@@ -126,12 +112,12 @@ class MME(Benchmark):
                     sums[row, column + 2 : column + 4] = complete[item["cluster"]], 1
 
         def value(totals: np.ndarray) -> np.ndarray:
-            accuracy = ratio(totals[..., 0::4], totals[..., 1::4])
-            accuracy_plus = ratio(totals[..., 2::4], totals[..., 3::4])
+            accuracy = base.ratio(totals[..., 0::4], totals[..., 1::4])
+            accuracy_plus = base.ratio(totals[..., 2::4], totals[..., 3::4])
             return 100 * (accuracy + accuracy_plus).sum(axis=-1)
 
         names = sorted({item["category"] for item in items})
-        return Statistic(
+        return base.Statistic(
             sums,
             value,
             strata=np.array([names.index(item["category"]) for item in items]),
@@ -141,13 +127,13 @@ class MME(Benchmark):
 
 def plain(question: str) -> str:
     """A question without LLaVA's and MME's suffixes, squeezed."""
-    text = squeeze(question)
+    text = base.squeeze(question)
     for suffix in SUFFIXES:
         text = text.replace(suffix, "")
     return text.strip()
 
 
-def _pair(path: Path, category: str, images: dict[tuple[str, str], str]) -> list[Question]:
+def _pair(path: Path, category: str, images: dict[tuple[str, str], str]) -> list[base.Question]:
     """The questions of one image's file: one ``question<TAB>Yes|No`` per line."""
     questions = []
     for nth, line in enumerate(line for line in read_text(path).split("\n") if line.strip()):
@@ -155,7 +141,7 @@ def _pair(path: Path, category: str, images: dict[tuple[str, str], str]) -> list
         if len(fields) != 2 or fields[1].lower() not in ("yes", "no"):
             raise ValueError(f"{path}, line {nth + 1}: expected 'question<TAB>Yes' or No, got {line!r}")
         questions.append(
-            Question(
+            base.Question(
                 id=f"{category}/{path.stem}/{nth}",
                 text=plain(fields[0]),
                 cluster=f"{category}/{path.stem}",
@@ -183,7 +169,7 @@ def parse(text: str) -> str:
     return "yes" if "yes" in head else "no" if "no" in head else "other"
 
 
-def complete_pairs(items: Sequence[Item]) -> dict[str, bool]:
+def complete_pairs(items: Sequence[base.Item]) -> dict[str, bool]:
     """Whether all questions of an image are right, by image."""
     complete: dict[str, bool] = {}
     for item in items:
@@ -191,12 +177,12 @@ def complete_pairs(items: Sequence[Item]) -> dict[str, bool]:
     return complete
 
 
-def subtask(items: Sequence[Item]) -> dict[str, float]:
+def subtask(items: Sequence[base.Item]) -> dict[str, float]:
     """One subtask: confusion counts, accuracy, accuracy of complete pairs, score; 'other' is in no confusion count."""
     counts = Counter((item["parsed"], item["gt"]) for item in items)
     true_yes, false_no = counts["yes", "yes"], counts["no", "yes"]
     true_no, false_yes = counts["no", "no"], counts["yes", "no"]
-    precision, recall, _ = precision_recall_f1(true_yes, false_yes, false_no)
+    precision, recall, _ = base.precision_recall_f1(true_yes, false_yes, false_no)
     complete = complete_pairs(items)
     accuracy = (true_yes + true_no) / len(items)
     accuracy_plus = sum(complete.values()) / len(complete)
@@ -226,5 +212,5 @@ BENCHMARK = MME(
     image_folders=(RELEASE, ""),
     lmms_eval_tasks=("mme",),
     item_fields=("category", "cluster"),
-    published=published_scores(llava_7b=1510.7, llava_13b=1531.3, reproduced_7b=1476.69, llm2clip_7b=1505.82),
+    published=base.published_scores(llava_7b=1510.7, llava_13b=1531.3, reproduced_7b=1476.69, llm2clip_7b=1505.82),
 )

@@ -11,29 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, read_json
-from llava_integration.benchmarks.benchmark import (
-    LONG_ANSWERS,
-    Benchmark,
-    Item,
-    Question,
-    Statistic,
-    answered_statistic,
-    item_of,
-    mean,
-    mean_of,
-    published_scores,
-)
 
 
-class MMVet(Benchmark):
+class MMVet(base.Benchmark):
     """The judge's mean score, overall and by capability."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """The questions with their capabilities."""
         path = self.require(folder, *self.annotations, where="from https://github.com/yuweihao/MM-Vet (mm-vet.zip)")
         return [
-            Question(
+            base.Question(
                 id=identifier,
                 text=entry["question"],
                 cluster=entry["imagename"],
@@ -45,7 +34,7 @@ class MMVet(Benchmark):
             for identifier, entry in read_json(path).items()
         ]
 
-    def question_keys(self, question: Question) -> tuple[str, ...]:
+    def question_keys(self, question: base.Question) -> tuple[str, ...]:
         """MM-Vet's id."""
         return (_mmvet_id(question.id),)
 
@@ -53,36 +42,38 @@ class MMVet(Benchmark):
         """MM-Vet's id."""
         return _mmvet_id(answer.id)
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """``answer`` is the judge's grade; the item's score is its mean over runs."""
         runs = [float(mark) for mark in answer.row["score"]] if answer else []
         if answer and not runs:
             raise ValueError(f"{question.id} has no scores in the judge's file; finish the evaluator's run")
-        return item_of(
+        return base.item_of(
             question,
             answer,
-            score=mean(runs),
+            score=base.mean(runs),
             runs=runs,
             answer=answer.row.get("model_answer", "") if answer else "",
             **question.extra,
         )
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """Total, capabilities, and the total's standard deviation over the judge's runs, percent."""
         graded = [item for item in items if not item["missing"]]
-        metrics = {"total": 100 * mean_of(graded)}
+        metrics = {"total": 100 * base.mean_of(graded)}
         for name in sorted({name for item in graded for name in item["capabilities"]}):
-            metrics[f"capability.{name}"] = 100 * mean_of([item for item in graded if name in item["capabilities"]])
+            metrics[f"capability.{name}"] = 100 * base.mean_of(
+                [item for item in graded if name in item["capabilities"]]
+            )
         runs = min((len(item["runs"]) for item in graded), default=0)
-        totals = [100 * mean([item["runs"][run] for item in graded]) for run in range(runs)]
+        totals = [100 * base.mean([item["runs"][run] for item in graded]) for run in range(runs)]
         metrics["runs"] = float(runs)
         if runs > 1:
             metrics["std_over_runs"] = float(np.std(totals, ddof=1))
         return metrics
 
-    def statistic(self, items: Sequence[Item]) -> Statistic:
+    def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """Mean score of the answered questions, percent."""
-        return answered_statistic(items)
+        return base.answered_statistic(items)
 
 
 def _mmvet_id(identifier: object) -> str:
@@ -99,8 +90,8 @@ BENCHMARK = MMVet(
     annotations=("mm-vet.json",),
     question_files=("llava-mm-vet.jsonl",),
     image_folders=("images", ""),
-    evaluate_options=LONG_ANSWERS,
+    evaluate_options=base.LONG_ANSWERS,
     lmms_eval_tasks=("mmvet",),
     judge="MM-Vet's evaluator",
-    published=published_scores(llava_7b=31.1, llava_13b=36.1, reproduced_7b=34.3, llm2clip_7b=34.8),
+    published=base.published_scores(llava_7b=31.1, llava_13b=36.1, reproduced_7b=34.3, llm2clip_7b=34.8),
 )

@@ -11,40 +11,26 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Row, read_jsonl
-from llava_integration.benchmarks.benchmark import (
-    Benchmark,
-    Item,
-    Question,
-    Statistic,
-    flatten,
-    item_of,
-    logged_field,
-    mean,
-    precision_recall_f1,
-    published_scores,
-    ratio,
-    squeeze,
-    text_of,
-)
 
 AVERAGED = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
-class POPE(Benchmark):
+class POPE(base.Benchmark):
     """Accuracy, precision, recall and F1 of each category and their plain means."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """LLaVA's questions with the label of (category, image, question), in the question file's order."""
         path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
         labels: dict[tuple[str, str, str], list[Row]] = {}
         for category, rows in read_labels(folder).items():
             for row in rows:
-                labels.setdefault((category, row["image"], squeeze(row["text"])), []).append(row)
+                labels.setdefault((category, row["image"], base.squeeze(row["text"])), []).append(row)
         questions, used = [], Counter()
         for row in read_jsonl(path):
             text = row["text"].split("\n")[0]
-            key = (row["category"], row["image"], squeeze(text))
+            key = (row["category"], row["image"], base.squeeze(text))
             known = labels.get(key)
             if not known:
                 raise ValueError(
@@ -54,7 +40,7 @@ class POPE(Benchmark):
             label = known[min(used[key], len(known) - 1)]
             used[key] += 1
             questions.append(
-                Question(
+                base.Question(
                     id=row["question_id"],
                     text=text,
                     cluster=row["image"],
@@ -66,34 +52,34 @@ class POPE(Benchmark):
             )
         return questions
 
-    def question_keys(self, question: Question) -> tuple[Hashable, ...]:
+    def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
         """LLaVA's id; for lmms-eval's rows the label file's id, question and label.
 
         Where these are equal in two categories, the same was asked about the same image.
         """
-        return str(question.id), (question.extra["label_id"], squeeze(question.text), question.truth)
+        return str(question.id), (question.extra["label_id"], base.squeeze(question.text), question.truth)
 
     def logged_key(self, answer: Answer) -> Hashable | None:
         """See ``question_keys``."""
-        question = squeeze(answer.prompt.split("\n")[0])
-        return logged_field(answer, "question_id", "pope_accuracy"), question, answer.row.get("target")
+        question = base.squeeze(answer.prompt.split("\n")[0])
+        return base.logged_field(answer, "question_id", "pope_accuracy"), question, answer.row.get("target")
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """``parsed``: yes, no or missing."""
-        parsed = parse(text_of(answer)) if answer else "missing"
-        return item_of(question, answer, score=int(parsed == question.truth), parsed=parsed, label=question.truth)
+        parsed = parse(base.text_of(answer)) if answer else "missing"
+        return base.item_of(question, answer, score=int(parsed == question.truth), parsed=parsed, label=question.truth)
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """Each category's numbers and the plain mean of the categories'."""
         pairs: dict[str, list[tuple[str, str]]] = {item["category"]: [] for item in items}
         for item in items:
             if not item["missing"]:
                 pairs[item["category"]].append((item["parsed"], item["label"]))
         categories = {category: confusion(part) for category, part in pairs.items()}
-        means = {name: mean([values[name] for values in categories.values()]) for name in AVERAGED}
-        return flatten({"categories": categories, "average_over_categories": means})
+        means = {name: base.mean([values[name] for values in categories.values()]) for name in AVERAGED}
+        return base.flatten({"categories": categories, "average_over_categories": means})
 
-    def statistic(self, items: Sequence[Item]) -> Statistic:
+    def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """Mean over the categories of F1, percent."""
         categories = sorted({item["category"] for item in items})
         sums = np.zeros((len(items), 3 * len(categories)))
@@ -105,9 +91,9 @@ class POPE(Benchmark):
 
         def value(totals: np.ndarray) -> np.ndarray:
             # F1 = 2 TP / (predicted + actual)
-            return 100 * ratio(2 * totals[..., 0::3], totals[..., 1::3] + totals[..., 2::3]).mean(axis=-1)
+            return 100 * base.ratio(2 * totals[..., 0::3], totals[..., 1::3] + totals[..., 2::3]).mean(axis=-1)
 
-        return Statistic(sums, value)
+        return base.Statistic(sums, value)
 
 
 def read_labels(folder: Path) -> dict[str, list[Row]]:
@@ -131,7 +117,7 @@ def confusion(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     counts = Counter(pairs)
     true_yes, false_yes = counts["yes", "yes"], counts["yes", "no"]
     true_no, false_no = counts["no", "no"], counts["no", "yes"]
-    precision, recall, f1 = precision_recall_f1(true_yes, false_yes, false_no)
+    precision, recall, f1 = base.precision_recall_f1(true_yes, false_yes, false_no)
     return {
         "n": len(pairs),
         "TP": true_yes,
@@ -159,5 +145,5 @@ BENCHMARK = POPE(
     image_folders=("val2014", "images", ""),
     lmms_eval_tasks=("pope", "pope_full"),
     item_fields=("category", "parsed", "label"),
-    published=published_scores(llava_7b=85.9, llava_13b=85.9),
+    published=base.published_scores(llava_7b=85.9, llava_13b=85.9),
 )

@@ -10,31 +10,20 @@ first word. ``id`` and ``category`` are optional.
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Row, read_jsonl
-from llava_integration.benchmarks.benchmark import (
-    SHORT_ANSWER,
-    Benchmark,
-    Item,
-    Question,
-    flatten,
-    item_of,
-    m4c,
-    mean_of,
-    percents,
-    question_row,
-    text_of,
-)
+from llava_integration.benchmarks.vqa_text import m4c
 from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.files import ContractError
 
 
-class Questions(Benchmark):
+class Questions(base.Benchmark):
     """Accuracy over the questions."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """The questions, in the file's order. Raises ContractError for a row without one of the three fields."""
         path = self.file(folder)
-        questions: list[Question] = []
+        questions: list[base.Question] = []
         for number, row in enumerate(read_jsonl(path), 1):
             answer = row.get("answer")
             truths = answer if isinstance(answer, list) else [answer]
@@ -44,7 +33,7 @@ class Questions(Benchmark):
                     f"{path}, question {number}: expected texts in image, question and answer, got {row}"
                 )
             questions.append(
-                Question(
+                base.Question(
                     id=row.get("id", number),
                     text=row["question"],
                     cluster=row["image"],
@@ -66,23 +55,23 @@ class Questions(Benchmark):
         """The SHA-256 of the file."""
         return sha256_file(folder) if folder.is_file() else super().data_digest(folder)
 
-    def image_bytes(self, folder: Path, item: Item) -> bytes | None:
+    def image_bytes(self, folder: Path, item: base.Item) -> bytes | None:
         """Images are relative to the file."""
         return super().image_bytes(self.file(folder).parent, item)
 
     def question_rows(self, folder: Path) -> list[Row]:
         """LLaVA's question file, with its request for a short answer."""
-        return [question_row(one.id, one.image, f"{one.text}\n{SHORT_ANSWER}") for one in self.load(folder)]
+        return [base.question_row(one.id, one.image, f"{one.text}\n{base.SHORT_ANSWER}") for one in self.load(folder)]
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """Right or wrong; a missing answer is wrong."""
-        text = text_of(answer)
-        return item_of(question, answer, score=int(any(is_right(text, truth) for truth in question.truth)))
+        text = base.text_of(answer)
+        return base.item_of(question, answer, score=int(any(is_right(text, truth) for truth in question.truth)))
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """Percent right, of all and of each category."""
-        parts = percents([item for item in items if item["category"]], "category")
-        return flatten({"accuracy_percent": 100 * mean_of(items), "categories": parts})
+        parts = base.percents([item for item in items if item["category"]], "category")
+        return base.flatten({"accuracy_percent": 100 * base.mean_of(items), "categories": parts})
 
 
 def is_right(answer: str, truth: str) -> bool:

@@ -10,34 +10,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Answers, read_json
-from llava_integration.benchmarks.benchmark import (
-    LONG_ANSWERS,
-    Benchmark,
-    Item,
-    Options,
-    Question,
-    Scored,
-    Statistic,
-    item_of,
-    mean_of,
-    mean_statistic,
-    published_scores,
-)
 
 LETTERS = ("A", "B", "C", "D", "E")
 ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
-class ScienceQA(Benchmark):
+class ScienceQA(base.Benchmark):
     """Accuracy over all questions of the test split and over those with an image."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """The questions of the test split, in its order."""
         where = "from https://github.com/lupantech/ScienceQA (data/scienceqa)"
         problems, splits = (read_json(self.require(folder, name, where=where)) for name in self.annotations)
         return [
-            Question(
+            base.Question(
                 id=identifier,
                 text=problems[identifier]["question"],
                 cluster=identifier,  # no two questions share a picture
@@ -49,7 +37,7 @@ class ScienceQA(Benchmark):
             for identifier in splits["test"]
         ]
 
-    def arrange(self, questions: list[Question], answers: Answers) -> list[Question]:
+    def arrange(self, questions: list[base.Question], answers: Answers) -> list[base.Question]:
         """lmms-eval's prompts have no ``<image>``, and its scienceqa_img has the questions with an image only."""
         if answers.layout == "lmms_eval":
             questions = [replace(q, extra={**q.extra, "img": bool(q.image)}) for q in questions]
@@ -57,7 +45,7 @@ class ScienceQA(Benchmark):
             questions = pictured if len(answers.rows) <= len(pictured) else questions
         return questions
 
-    def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
+    def score(self, folder: Path, answers: Answers, options: base.Options) -> base.Scored:
         """Raises ValueError if the model answered without the images."""
         scored = super().score(folder, answers, options)
         if not any(item["is_multimodal"] for item in scored.items):
@@ -70,13 +58,13 @@ class ScienceQA(Benchmark):
                 del scored.metrics[name]
         return scored
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """``is_multimodal``: in the official IMG part; ``pred_idx``: -1 where no choice is recognized."""
         text = answer.text or "" if answer else "FAILED"
         letter = parse(text)
         choices = question.extra["choices"]
         index = LETTERS.index(letter) if letter in LETTERS[: len(choices)] else -1
-        return item_of(
+        return base.item_of(
             question,
             answer,
             score=int(index == LETTERS.index(question.truth)),
@@ -88,28 +76,28 @@ class ScienceQA(Benchmark):
             choices=choices,
         )
 
-    def counts(self, items: Sequence[Item]) -> dict[str, int]:
+    def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
         """Answers without a letter."""
         return {"no_letter": sum(item["parsed"] == "FAILED" and not item["missing"] for item in items)}
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """The official script's numbers."""
         img = [item for item in items if item["is_multimodal"]]
         return {
             "total": float(len(items)),
             "correct": float(sum(item["score"] for item in items)),
-            "accuracy_percent": 100 * mean_of(items),
+            "accuracy_percent": 100 * base.mean_of(items),
             "img_total": float(len(img)),
             "img_correct": float(sum(item["score"] for item in img)),
-            "img_accuracy_percent": 100 * mean_of(img),
-            "img_accuracy_printed": round(100 * mean_of(img), 2),
+            "img_accuracy_percent": 100 * base.mean_of(img),
+            "img_accuracy_printed": round(100 * base.mean_of(img), 2),
             "problems_with_image_in_split": float(sum(item["has_image"] for item in items)),
         }
 
-    def statistic(self, items: Sequence[Item]) -> Statistic:
+    def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """IMG accuracy, percent; over all questions if none has an image."""
         img = [bool(item.get("is_multimodal", True)) for item in items]
-        return mean_statistic([item["score"] for item in items], img if any(img) else None)
+        return base.mean_statistic([item["score"] for item in items], img if any(img) else None)
 
 
 def parse(text: str) -> str:
@@ -131,7 +119,7 @@ BENCHMARK = ScienceQA(
     annotations=("problems.json", "pid_splits.json"),
     question_files=("llava_test_CQM-A.json", "llava_test_*.json"),
     image_folders=("images/test", "images", "test", ""),
-    evaluate_options=("--single-pred-prompt", *LONG_ANSWERS),
+    evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
     lmms_eval_tasks=("scienceqa_img", "scienceqa"),
-    published=published_scores(llava_7b=66.8, llava_13b=71.6, reproduced_7b=67.97, llm2clip_7b=69.92),
+    published=base.published_scores(llava_7b=66.8, llava_13b=71.6, reproduced_7b=67.97, llm2clip_7b=69.92),
 )

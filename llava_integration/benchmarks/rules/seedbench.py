@@ -8,37 +8,25 @@ question is wrong.
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json
-from llava_integration.benchmarks.benchmark import (
-    Benchmark,
-    Item,
-    Question,
-    by_group,
-    flatten,
-    item_of,
-    mean_of,
-    percents,
-    published_scores,
-    text_of,
-    texts_by_id,
-)
 
 PRINTED = {"all": "Total accuracy", "image": "image accuracy", "video": "video accuracy"}  # the official script's
 
 
-class SEEDBench(Benchmark):
+class SEEDBench(base.Benchmark):
     """Accuracy per question type, over all, over images and over videos."""
 
     def _annotations(self, folder: Path) -> dict:
         where = "from https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
         return read_json(self.require(folder, *self.annotations, where=where))
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """All questions, in the file's order."""
         data = self._annotations(folder)
         names = {number: name for name, number in data["question_type"].items()}
         return [
-            Question(
+            base.Question(
                 id=entry["question_id"],
                 text=entry["question"],
                 cluster=_media(entry),
@@ -54,26 +42,26 @@ class SEEDBench(Benchmark):
             for entry in data["questions"]
         ]
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """The letter, exactly."""
-        return item_of(question, answer, score=int(text_of(answer) == question.truth), **question.extra)
+        return base.item_of(question, answer, score=int(base.text_of(answer) == question.truth), **question.extra)
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """The official script's printed percentages, and the same unrounded."""
-        types = by_group(items, "category")
-        printed = percents(items, "category")
+        types = base.by_group(items, "category")
+        printed = base.percents(items, "category")
         metrics = {}
         for part, name in PRINTED.items():
             if chosen := [item for item in items if part in ("all", item["data_type"])]:
-                metrics[f"{part}_accuracy_percent"] = 100 * mean_of(chosen)
+                metrics[f"{part}_accuracy_percent"] = 100 * base.mean_of(chosen)
                 printed[name] = round(metrics[f"{part}_accuracy_percent"], 2)
         counts = {name: {"correct": sum(values), "count": len(values)} for name, values in types.items()}
-        return flatten({**metrics, "printed_percent": printed, "correct_and_count_per_type": counts})
+        return base.flatten({**metrics, "printed_percent": printed, "correct_and_count_per_type": counts})
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """The leaderboard's file: one ``{question_id, prediction}`` per line, in the annotations' order."""
         identifiers = [entry["question_id"] for entry in self._annotations(folder)["questions"]]
-        texts = texts_by_id(answers, identifiers)
+        texts = base.texts_by_id(answers, identifiers)
         return [{"question_id": name, "prediction": texts[str(name)]} for name in identifiers]
 
 
@@ -93,5 +81,5 @@ BENCHMARK = SEEDBench(
     lmms_eval_tasks=("seedbench", "seedbench_lite"),
     logged_id=("question_id", "seed_all", "doc"),
     submission_format="jsonl",
-    published=published_scores(llava_7b=58.6, llava_13b=61.6),
+    published=base.published_scores(llava_7b=58.6, llava_13b=61.6),
 )

@@ -9,28 +9,17 @@ import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, read_json
-from llava_integration.benchmarks.benchmark import (
-    Benchmark,
-    Item,
-    Question,
-    Statistic,
-    answered_statistic,
-    item_of,
-    m4c,
-    m4c_accuracy,
-    mean_of,
-    published_scores,
-    text_of,
-)
+from llava_integration.benchmarks.vqa_text import m4c, m4c_accuracy
 
 TOKENS_FIRST = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
-class TextVQA(Benchmark):
+class TextVQA(base.Benchmark):
     """M4C accuracy over the answered questions."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """The annotated questions, in the file's order; ``extra`` has the truth that the official script uses."""
         path = self.require(
             folder,
@@ -41,7 +30,7 @@ class TextVQA(Benchmark):
         entries = read_json(path)["data"]
         official = {(entry["image_id"], entry["question"].lower()): entry for entry in entries}  # the last one
         return [
-            Question(
+            base.Question(
                 id=entry["question_id"],
                 text=entry["question"],
                 cluster=entry["image_id"],
@@ -53,7 +42,7 @@ class TextVQA(Benchmark):
             for entry in entries
         ]
 
-    def question_keys(self, question: Question) -> tuple[Hashable, ...]:
+    def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
         """The annotation's id, and its image with the question."""
         return str(question.id), (question.cluster, question.text.lower())
 
@@ -64,10 +53,10 @@ class TextVQA(Benchmark):
         text = question_in(answer.prompt)
         return None if text is None else (str(answer.id), text)
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """``line``: the answer's line in the file, from 0; -1 for none."""
-        text, official = text_of(answer), question.extra["official"]
-        return item_of(
+        text, official = base.text_of(answer), question.extra["official"]
+        return base.item_of(
             question,
             answer,
             score=m4c_accuracy(text, official["answers"]) if answer else 0.0,
@@ -78,18 +67,18 @@ class TextVQA(Benchmark):
             truth=official["answers"],
         )
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """Mean accuracy over the answers, also rounded as printed."""
         given = [item for item in items if not item["missing"]]
         return {
             "samples": float(len(given)),
-            "accuracy_percent": 100 * mean_of(given),
-            "accuracy_printed": round(100 * mean_of(given), 2),
+            "accuracy_percent": 100 * base.mean_of(given),
+            "accuracy_printed": round(100 * base.mean_of(given), 2),
         }
 
-    def statistic(self, items: Sequence[Item]) -> Statistic:
+    def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """Mean score of the answered questions, percent."""
-        return answered_statistic(items)
+        return base.answered_statistic(items)
 
 
 def question_in(prompt: str) -> str | None:
@@ -113,5 +102,5 @@ BENCHMARK = TextVQA(
     image_folders=("train_images", "train_val_images/train_images", "images", ""),
     lmms_eval_tasks=("textvqa_val", "textvqa_val_lite", "textvqa"),
     logged_id=("question_id", "submission", "doc"),
-    published=published_scores(llava_7b=58.2, llava_13b=61.3, reproduced_7b=57.48, llm2clip_7b=58.35),
+    published=base.published_scores(llava_7b=58.2, llava_13b=61.3, reproduced_7b=57.48, llm2clip_7b=58.35),
 )

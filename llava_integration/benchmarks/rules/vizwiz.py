@@ -7,33 +7,17 @@ that API).
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json, read_jsonl
-from llava_integration.benchmarks.benchmark import (
-    SHORT_ANSWER,
-    Benchmark,
-    Item,
-    Question,
-    first_file,
-    flatten,
-    item_of,
-    logged_field,
-    m4c,
-    mean_of,
-    percents,
-    published_scores,
-    question_row,
-    text_of,
-    texts_by_id,
-    vqa_api_accuracy,
-)
+from llava_integration.benchmarks.vqa_text import m4c, vqa_api_accuracy, vqa_api_numbers
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
-class VizWiz(Benchmark):
+class VizWiz(base.Benchmark):
     """Accuracy against ten human answers on val; test answers are converted for the server."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """Questions of val.json, with the ids of LLaVA's question file of val, or else their positions in val.json."""
         annotations = self.require(
             folder,
@@ -43,7 +27,7 @@ class VizWiz(Benchmark):
             "scored by the server: write --submission FILE",
         )
         entries = read_json(annotations)
-        path = first_file(folder, *self.scored_question_files)
+        path = base.first_file(folder, *self.scored_question_files)
         ids = {row["image"]: row["question_id"] for row in read_jsonl(path)} if path else {}
         if path and (unknown := [entry["image"] for entry in entries if entry["image"] not in ids]):
             raise ValueError(
@@ -51,18 +35,19 @@ class VizWiz(Benchmark):
                 "splits"
             )
         return [
-            Question(
+            base.Question(
                 id=ids.get(entry["image"], place),
                 text=entry["question"],
                 cluster=entry["image"],
                 truth=[answer["answer"] for answer in entry["answers"]],
                 image=entry["image"],
                 category=entry.get("answer_type", ""),
+                extra={"answer_type": entry.get("answer_type", "")},
             )
             for place, entry in enumerate(entries)
         ]
 
-    def question_keys(self, question: Question) -> tuple[Hashable, ...]:
+    def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
         """LLaVA's id, and the image's name, which submissions and logs have."""
         return ("id", str(question.id)), ("image", Path(question.image).stem)
 
@@ -72,28 +57,23 @@ class VizWiz(Benchmark):
 
     def logged_key(self, answer: Answer) -> Hashable | None:
         """The image's name."""
-        image = logged_field(answer, "image", "submission")
+        image = base.logged_field(answer, "image", "submission")
         return None if image is None else ("image", Path(image).stem)
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """A missing answer scores 0."""
-        submission = m4c(text_of(answer))
+        submission = m4c(base.text_of(answer))
         score = vqa_api_accuracy(submission, question.truth) if answer else 0.0
-        return item_of(question, answer, score=score, submission=submission)
+        return base.item_of(question, answer, score=score, submission=submission, **question.extra)
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """The VQA API's numbers: percent, rounded to 2 places as it does, and the overall number unrounded."""
-        numbers = {
-            "overall": round(100 * mean_of(items), 2),
-            "overall_unrounded": 100 * mean_of(items),
-            "per_answer_type": percents(items, "category"),
-        }
-        return flatten({"vqa_api": numbers})
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
+        """The VQA API's numbers."""
+        return base.flatten({"vqa_api": vqa_api_numbers(items, "answer_type")})
 
     def question_rows(self, folder: Path) -> list[Row]:
         """VizWiz val with LLaVA's prompt of the test split."""
         return [
-            question_row(place, entry["image"], f"{entry['question']}\n{UNANSWERABLE}\n{SHORT_ANSWER}")
+            base.question_row(place, entry["image"], f"{entry['question']}\n{UNANSWERABLE}\n{base.SHORT_ANSWER}")
             for place, entry in enumerate(read_json(folder / "val.json"))
         ]
 
@@ -101,7 +81,7 @@ class VizWiz(Benchmark):
         """The server's file: an answer to every question."""
         where = "LLaVA's questions, in its eval.zip: question_id, image, text"
         rows = read_jsonl(self.require(folder, *self.question_files, where=where))
-        texts = texts_by_id(answers, [row["question_id"] for row in rows])
+        texts = base.texts_by_id(answers, [row["question_id"] for row in rows])
         return [{"image": row["image"], "answer": m4c(texts[str(row["question_id"])])} for row in rows]
 
 
@@ -117,5 +97,5 @@ BENCHMARK = VizWiz(
     image_folders=("val", "test", "images", ""),
     lmms_eval_tasks=("vizwiz_vqa_val", "vizwiz_vqa_val_lite"),
     submission_format="json",
-    published=published_scores(llava_7b=50.0, llava_13b=53.6, reproduced_7b=50.57, llm2clip_7b=52.37),
+    published=base.published_scores(llava_7b=50.0, llava_13b=53.6, reproduced_7b=50.57, llm2clip_7b=52.37),
 )

@@ -8,31 +8,17 @@ which no human answer has, so possessives score 0 through it; unanimous answers 
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json, read_jsonl
-from llava_integration.benchmarks.benchmark import (
-    SHORT_ANSWER,
-    Benchmark,
-    Item,
-    Question,
-    first_file,
-    flatten,
-    item_of,
-    m4c,
-    mean_of,
-    percents,
-    published_scores,
-    question_row,
-    text_of,
-    vqa_api_accuracy,
-)
+from llava_integration.benchmarks.vqa_text import m4c, vqa_api_accuracy, vqa_api_numbers
 
 VAL_QUESTIONS = ("*OpenEnded*val2014_questions*.json", "*OpenEnded*questions*.json")
 
 
-class VQAv2(Benchmark):
+class VQAv2(base.Benchmark):
     """The VQA API's accuracy on val2014; test-dev answers are converted for the server."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """Questions with their human answers, in the order of the question file."""
         annotations = self.require(
             folder,
@@ -53,45 +39,39 @@ class VQAv2(Benchmark):
                     "splits"
                 )
             questions.append(
-                Question(
+                base.Question(
                     id=entry["question_id"],
                     text=entry["question"],
                     cluster=str(entry["image_id"]),
                     truth=[answer["answer"] for answer in truth["answers"]],
                     image=images.get(str(entry["question_id"]), _val_image(entry)),
                     category=truth["answer_type"],
-                    extra={"question_type": truth["question_type"]},
+                    extra={"answer_type": truth["answer_type"], "question_type": truth["question_type"]},
                 )
             )
         return questions
 
     def _images(self, folder: Path) -> dict[str, str]:
         """Image files by question id, from LLaVA's question file if the folder has one."""
-        path = first_file(folder, *self.question_files)
+        path = base.first_file(folder, *self.question_files)
         return {str(row["question_id"]): str(row.get("image", "")) for row in read_jsonl(path)} if path else {}
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """A missing answer is submitted as '' by the converter."""
-        text = text_of(answer)
+        text = base.text_of(answer)
         submission = text if answer and answer.layout == "submission" else m4c(text)
         score = vqa_api_accuracy(submission, question.truth)
-        return item_of(question, answer, score=score, submission=submission, **question.extra)
+        return base.item_of(question, answer, score=score, submission=submission, **question.extra)
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """The VQA API's numbers: percent, rounded to 2 places as it does, and the overall number unrounded."""
-        numbers = {
-            "overall": round(100 * mean_of(items), 2),
-            "overall_unrounded": 100 * mean_of(items),
-            "per_answer_type": percents(items, "category"),
-            "per_question_type": percents(items, "question_type"),
-        }
-        return flatten({"converted_submission": numbers})
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
+        """The VQA API's numbers."""
+        return base.flatten({"converted_submission": vqa_api_numbers(items, "answer_type", "question_type")})
 
     def question_rows(self, folder: Path) -> list[Row]:
         """VQAv2 val with LLaVA's prompt."""
-        path = first_file(folder, *VAL_QUESTIONS)
+        path = base.first_file(folder, *VAL_QUESTIONS)
         return [
-            question_row(entry["question_id"], _val_image(entry), f"{entry['question']}\n{SHORT_ANSWER}")
+            base.question_row(entry["question_id"], _val_image(entry), f"{entry['question']}\n{base.SHORT_ANSWER}")
             for entry in (read_json(path)["questions"] if path else [])
         ]
 
@@ -121,5 +101,5 @@ BENCHMARK = VQAv2(
     image_folders=("val2014", "test2015", "images", ""),
     lmms_eval_tasks=("vqav2_val", "vqav2_val_lite", "vqav2"),
     submission_format="json",
-    published=published_scores(llava_7b=78.5, llava_13b=80.0, reproduced_7b=79.04, llm2clip_7b=79.80),
+    published=base.published_scores(llava_7b=78.5, llava_13b=80.0, reproduced_7b=79.04, llm2clip_7b=79.80),
 )

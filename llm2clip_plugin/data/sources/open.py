@@ -1,19 +1,23 @@
-"""Open captioned images of any format."""
+"""Open captioned images of any format, and check that they have the captions that a run will read."""
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import llm2clip_plugin
 from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Sample
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, format_help, formats
-from llm2clip_plugin.data.sources.tars import instead_of_tars
+from llm2clip_plugin.data.sources.tars import how_to_make_tars
 from llm2clip_plugin.options import joined, nearest
 
-__all__ = ["Shard", "Source", "SourceConfig", "check_fields", "detect_format", "open_source"]
+__all__ = ["Shard", "Source", "SourceConfig", "check_fields", "check_kinds", "detect_format", "open_source"]
+
+log = logging.getLogger(__name__)
 
 EMOJI = Path(llm2clip_plugin.__file__).parent / "data" / "emoji"  # its tars are not part of a wheel
 PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur
+KIND_PROBES = 64  # samples in which kinds of captions are looked for
 
 
 def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = None) -> Source:
@@ -35,8 +39,8 @@ def detect_format(path: str) -> str:
             return known.name
     if not os.path.exists(path):
         raise FileNotFoundError(f"no data at {path}")
-    instead = instead_of_tars(path) or f"; choose one with --format ({format_help()})"
-    raise ValueError(f"cannot determine the format of {path}{instead}")
+    choose = f"choose one with --format ({format_help()})"
+    raise ValueError(f"cannot determine the format of {path}; {choose}, or {how_to_make_tars(path)}")
 
 
 def check_fields(*sources: Source, needed: bool = False) -> None:
@@ -47,33 +51,50 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
     fields = sources[0].config.fields if sources else ()
     missing = {} if fields == DEFAULT_FIELDS else {field.partition("=")[0]: field for field in fields}
     known, broken, captions = set[str](), None, not needed
-    where = ", ".join(source.path for source in sources)
-    for record in (record for source in sources for record in _probe(source)):
+    for sample in (sample for source in sources for sample in _probe(source, PROBES)):
         if captions and not missing:
             return
-        if isinstance(record, BrokenSample):
-            broken = broken or record
+        if isinstance(sample, BrokenSample):
+            broken = broken or sample
             continue
-        known |= record.values.keys()
-        filled = {name for name, value in record.values.items() if value}
+        known |= sample.values.keys()
+        filled = {name for name, value in sample.values.items() if value}
         missing = {name: field for name, field in missing.items() if name not in filled}
-        captions = captions or any(field.name in filled for field in sources[0].fields)
-    if missing or not captions:
-        if broken is not None and not known:
-            raise ValueError(f"{where}: no sample can be read; the first: {broken}")
-        name, field = next(iter(missing.items()), ("", ""))
-        what = (
-            f"field {name!r} (--fields {field})"
-            if name
-            else f"caption in {', '.join(f.name for f in sources[0].fields)}"
+        captions = captions or bool(sample.captions)
+    if captions and not missing:
+        return
+    where = ", ".join(source.path for source in sources)
+    if broken is not None and not known:
+        raise ValueError(f"{where}: no sample can be read; the first: {broken}")
+    if missing:
+        name, field = next(iter(missing.items()))
+        problem = f"no sample of {where} has a field {name!r} (--fields {field}){nearest(name, known)}"
+    else:
+        problem = f"no sample of {where} has a caption in {', '.join(field.name for field in sources[0].fields)}"
+    raise ValueError(joined(problem, f"known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND"))
+
+
+def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:
+    """Raise ValueError if ``weights`` names a kind that no source declares and none of its first captions has.
+
+    A kind that a source's fields declare may be rare; if no checked sample has one, it is logged as a warning.
+    """
+    declared = {field.kind for source in sources for field in source.fields}
+    samples = [sample for source in sources for sample in _probe(source, KIND_PROBES)] if weights else []
+    present = {caption.kind for sample in samples if isinstance(sample, Sample) for caption in sample.captions}
+    if unknown := sorted(set(weights) - declared - present):
+        known = ", ".join(sorted(declared | present))
+        raise ValueError(
+            f"caption weights name the kinds {', '.join(unknown)}, which the data does not have; known: {known}"
         )
-        problem = f"no sample of {where} has a {what}{nearest(name, known) if name else ''}"
-        raise ValueError(joined(problem, f"known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND"))
+    if absent := sorted(set(weights) - present):
+        log.warning("caption weights name the kinds %s, which no checked sample has", ", ".join(absent))
 
 
-def _probe(source: Source) -> Iterator[Sample | BrokenSample]:
-    for number in range(0, len(source), len(source) // PROBES + 1):
+def _probe(source: Source, count: int) -> Iterator[Sample | BrokenSample]:
+    """About ``count`` evenly spaced samples."""
+    for number in range(0, len(source), len(source) // count + 1):
         try:
-            yield source.record(number)
+            yield source[number]
         except BrokenSample as error:
             yield error

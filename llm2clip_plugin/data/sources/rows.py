@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_plugin.data.index import IndexFile, ShardRows, open_index, stamp_of
-from llm2clip_plugin.data.remote import RetryingFile, SideFolder, is_url, read_file
+from llm2clip_plugin.data.index import IndexFile, ShardRows, SideFolder, open_index, stamp_of
+from llm2clip_plugin.data.remote import RetryingFile, is_url, read_file
 from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, shards_of
 
@@ -42,8 +42,7 @@ class RowSource(Source):
         self._opened = opened or self._open_rows(config)
         path, self.side_folder, self._index = self._opened
         self._file = RetryingFile(path)
-        self.images_at_hand = not is_url(self.images_folder)
-        if self.images_at_hand and not os.path.isdir(self.images_folder):
+        if not is_url(self.images_folder) and not os.path.isdir(self.images_folder):
             raise FileNotFoundError(
                 f"image folder {self.images_folder} does not exist; --image-folder must be that of {config.path}"
             )

@@ -1,4 +1,7 @@
-"""WebDataset tars as img2dataset writes them: KEY.jpg with KEY.txt and/or KEY.json, read in any order."""
+"""WebDataset tars as img2dataset writes them: KEY.jpg with KEY.txt and/or KEY.json, read in any order.
+
+Samples are found by the tars' headers alone. Member names are labels: none is used as a path.
+"""
 
 from __future__ import annotations
 
@@ -7,151 +10,189 @@ import hashlib
 import itertools
 import json
 import os
-import re
+import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm2clip_plugin.console import track
-from llm2clip_plugin.data.index import (
-    ABSENT,
-    BLOCK,
-    COLUMNS,
-    IMAGE_EXTENSIONS,
-    BrokenShard,
-    IndexFile,
-    Part,
-    ShardRows,
-    Table,
-    index_tar,
-    is_header_of,
-    open_index,
-    stamp_of,
-    stamps_of,
-)
+from llm2clip_plugin.data.index import IndexFile, ShardRows, SideFolder, Table, open_index, stamp_of, stamps_of
 from llm2clip_plugin.data.remote import (
     Downloads,
     Result,
     RetryingFile,
-    SideFolder,
     expand_braces,
     has_suffix,
     is_network,
     is_url,
     list_urls,
+    retried,
 )
 from llm2clip_plugin.data.samples import BrokenSample, Sample
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, SourceFormat, shards_of
 from llm2clip_plugin.data.workers import cores, map_in_order, parallel
 from llm2clip_plugin.options import command
 
-# The tars of a path or URL, and the folder that they are in.
-
-LOOKED_AT = 10_000  # files of a folder without tars
-
-
-def list_tars(path: str) -> list[tuple[str, str]]:
-    """(shard name, path or URL) of each tar of ``path``, in order of name.
-
-    A shard's name is its path relative to the longest folder that all tars share, without ``.tar``. Raises
-    FileNotFoundError if there is none, ValueError for a duplicate name.
-    """
-    if is_url(path):
-        tars = list_urls(path, ".tar")
-    elif os.path.isdir(path):
-        tars = sorted(str(file) for file in Path(path).rglob("*.tar") if not file.name.startswith("."))
-    else:
-        tars = _expand(path)
-    if not tars:
-        raise FileNotFoundError(f"no .tar files in {path}{instead_of_tars(path)}")
-    base = base_folder(path, tars)
-    names = [
-        (tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".")).removesuffix(".tar")
-        for tar in tars
-    ]
-    if len(set(names)) < len(names):
-        duplicates = [name for name, count in sorted(Counter(names).items()) if count > 1]
-        raise ValueError(f"{path} lists shards more than once: {', '.join(duplicates)}")
-    return list(zip(names, tars, strict=True))
-
-
-def base_folder(path: str, tars: Sequence[str]) -> str:
-    """The folder or URL that shard names are relative to: ``path`` itself, or the longest one that all tars share."""
-    return path if os.path.isdir(path) else _common_folder(tars)
-
-
-def data_folder(path: str) -> Path:
-    """The local folder of the data at ``path``, which shard names are relative to and caches are kept in.
-
-    For braces and wildcards that match several folders it is their longest common one. Raises ValueError for a URL.
-    """
-    if is_url(path):
-        raise ValueError(f"{path} is not a local folder")
-    if os.path.isdir(path):
-        return Path(path)
-    return Path(_common_folder(_expand(path)) or path[: path.startswith("/")])
-
-
-def _expand(pattern: str) -> list[str]:
-    """Local paths that match braces and wildcards; a pattern without a match is returned unchanged."""
-    return [
-        path
-        for one in expand_braces(pattern)
-        for path in (glob.has_magic(one) and sorted(glob.glob(one, recursive=True))) or [one]
-    ]
-
-
-def _common_folder(files: Sequence[str]) -> str:
-    """The longest folder that all ``files`` are below; "" if they share none."""
-    folders = [file.rpartition("/")[0].split("/") for file in files]
-    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
-    return "/".join(parts[0] for parts in same)
-
-
-def instead_of_tars(path: str) -> str:
-    """What to do with the files that a folder, or a path itself, has instead of tars; "" if that is not known."""
-    root = Path(path)
-    files = [root] if root.is_file() else itertools.islice(root.rglob("*"), LOOKED_AT) if root.is_dir() else []
-    found = {file.suffix.lower(): file for file in files if not file.name.startswith(".")}
-    for ending, file in found.items():
-        if re.search(r"\.(tgz|tar\.\w+)$", file.name.lower()):
-            return f"; {file.name} is compressed: decompress it to a .tar, its images are compressed already"
-        if ending in (".csv", ".tsv", ".parquet"):
-            return f"; make a data set of the table: {command('data', 'make', file, '--output', 'DIR')}"
-        if ending == ".jsonl":
-            return f"; give the file itself: {file}"
-    if any(ending.lstrip(".") in IMAGE_EXTENSIONS for ending in found):
-        return f"; make a data set of the pictures: {command('data', 'make', path, '--output', 'DIR')}"
-    return ""
-
-
-# The tars of a source with the one index of all of them.
-
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+PARTS = ("image", "txt", "json")
+COLUMNS = 8  # offset and size of image, text and JSON; start and size of the key among all keys
+ABSENT = -1  # offset of a part that the sample does not have
+BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples of it
+COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # gzip, zstd
+OPEN_FILES = 64  # tars held open by one process
+PIECE = 4 << 20  # bytes of one read of an entire shard
+GAP = 64 << 10  # bytes between two parts of a sample that are read too: a second read of a network disk costs more
 DOWNLOADS_AT_ONCE = 4
 FEW = 16  # tars that are indexed in this process, without a pool
 
-
-@dataclass(frozen=True)
-class TarSet:
-    """Tars and their index, in the same order."""
-
-    tars: tuple[str, ...]  # paths or URLs
-    side_folder: SideFolder
-    index: IndexFile
+OpenedTars = tuple[tuple[str, ...], SideFolder, IndexFile]  # paths or URLs, and the index of all, in the same order
+Part = tuple[int, int]  # of a sample: byte of its content in the tar, and size
 
 
-def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) -> TarSet:
-    """The tars of ``path``, downloaded if they are at a URL and indexed, by one process of those that open them.
+class BrokenShard(ValueError):  # noqa: N818
+    """A tar that can't be read to its end: which one, and why."""
 
-    Raises FileNotFoundError without tars, BrokenShard for a broken one; with ``broken``, these are noted there
-    (name -> reason) and left out.
+
+class TarSource(Source):
+    """Samples of tars in a folder, or of the local copies of tars at a URL.
+
+    A broken shard raises BrokenShard, or, if ``broken_shards`` is given, is noted there (name -> reason) and left out.
+    """
+
+    def __init__(
+        self, config: SourceConfig, broken_shards: dict[str, str] | None = None, opened: OpenedTars | None = None
+    ) -> None:
+        self._files: OrderedDict[int, RetryingFile] = OrderedDict()  # shard number -> its tar, last used last
+        self._downloads = config.downloads
+        self._opened = opened or open_tars(config.path, self._downloads, broken_shards)
+        self._tars, self.side_folder, self._index = self._opened
+        table = self._index.table
+        super().__init__(config, shards_of(table.names, table.samples))
+        self.stamps = table.stamps
+        if not len(self) and not broken_shards:
+            raise ValueError(
+                f"{config.path}: none of the {len(self.shards)} tars has an image, .txt or .json member; a member's "
+                "key ends at its first dot (WebDataset's rule), so 'a.b.jpg' is no .jpg: rename such members"
+            )
+
+    def __reduce__(self) -> tuple[type[TarSource], tuple[object, ...]]:
+        return TarSource, (self.config, None, self._opened)
+
+    def fetch(self, shard: int) -> None:
+        tar = self._tars[shard]
+        if is_url(tar):
+            self._downloads.fetch(tar)
+        elif self._on_network:
+            file = RetryingFile(tar)
+            for start in range(0, self.stamps[shard][0], PIECE):
+                file.read(PIECE, start)
+
+    def bytes_to_fetch(self, shards: Iterable[int]) -> int:
+        return sum(self.stamps[shard][0] for shard in shards if self._on_network)
+
+    @cached_property
+    def _on_network(self) -> bool:
+        return is_network(self.path)
+
+    def key(self, number: int) -> str:
+        return self._index.row(*self.place(number))[1].decode()
+
+    def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
+        """``action`` on the tar of a shard as a local file, downloaded if it is at a URL."""
+        return use_tar(self._downloads, self._tars[shard], action)
+
+    def record(self, number: int, *, image: bool = False) -> Sample:
+        shard, within = self.place(number)
+        columns, text = self._index.row(shard, within)
+        key, name = text.decode(), self.shards[shard].name
+        picture, caption, fields = zip(columns[0:6:2], columns[1:6:2], strict=True)  # (offset, size) of each part
+        wanted = [part for part in (fields, caption, *[picture] * image) if part[0] != ABSENT]
+        contents = self._read(shard, key, wanted)
+        meta: dict[str, Any] = {}
+        if fields in contents:
+            try:
+                meta = json.loads(contents[fields])
+            except (ValueError, RecursionError) as error:
+                raise BrokenSample(name, key, f"its .json is not valid JSON: {error}") from error
+            if not isinstance(meta, dict):
+                raise BrokenSample(name, key, f"its .json contains a {type(meta).__name__}, expected an object")
+        values = meta
+        if caption in contents:
+            values = {**meta, "txt": contents[caption].decode("utf-8", "replace")}
+        return Sample(key, values, meta, partial(self._image, shard, key, picture, contents.get(picture)))
+
+    def _image(self, shard: int, key: str, part: Part, data: bytes | None) -> bytes:
+        """The image, which ``data`` is if it was read with the sample."""
+        if part[0] == ABSENT:
+            raise BrokenSample(self.shards[shard].name, key, "no .jpg, .png or .webp in the tar")
+        return self._read(shard, key, [part])[part] if data is None else data
+
+    def _read(self, shard: int, key: str, parts: Sequence[Part]) -> dict[Part, bytes]:
+        """Parts of a sample, neighbors in one read. BrokenSample unless their headers in the tar are the sample's."""
+        contents: dict[Part, bytes] = {}
+        for span in join_parts(parts):
+            start, stop = span[0][0] - BLOCK, sum(span[-1])
+            data = self._file(shard).read(stop - start, start)
+            if len(data) != stop - start:
+                raise ValueError(f"{self._tars[shard]} was truncated while being read")
+            for offset, size in span:
+                at = offset - start
+                if not is_header_of(data[at - BLOCK : at], key, size):
+                    raise BrokenSample(
+                        self.shards[shard].name,
+                        key,
+                        f"the tar has another member at byte {offset}: it was changed after it was indexed; delete "
+                        f"{self._index.path} and restart",
+                    )
+                contents[offset, size] = data[at : at + size]
+        return contents
+
+    def _file(self, shard: int) -> RetryingFile:
+        if shard not in self._files:
+            self._files[shard] = RetryingFile(self._tars[shard], partial(self._open, shard))
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _open(self, shard: int) -> int:
+        """A descriptor of the tar, whose size must be the indexed one."""
+        tar, expected = self._tars[shard], self.stamps[shard][0]
+        descriptor = use_tar(self._downloads, tar, lambda path: os.open(path, os.O_RDONLY))
+        size = os.fstat(descriptor).st_size
+        if size != expected:
+            os.close(descriptor)
+            copy = f"delete {self._downloads.local_path(tar)} and " if is_url(tar) else ""
+            raise ValueError(f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {copy}restart")
+        return descriptor
+
+
+def join_parts(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts by offset, those with at most GAP bytes between them together."""
+    spans: list[list[Part]] = []
+    for part in sorted(parts):
+        if spans and part[0] - sum(spans[-1][-1]) <= GAP:
+            spans[-1].append(part)
+        else:
+            spans.append([part])
+    return spans
+
+
+def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) -> OpenedTars:
+    """The tars (paths or URLs) at ``path`` and the index of all of them, in the same order.
+
+    They are downloaded if they are at a URL, and indexed, by one process of those that open them. Raises
+    FileNotFoundError without tars, BrokenShard for a broken one; with ``broken``, these are noted there (name ->
+    reason) and left out.
     """
     listed = list_tars(path)
-    tars, base = dict(listed), base_folder(path, [tar for _, tar in listed])
+    tars, base = dict(listed), _base_folder(path, [tar for _, tar in listed])
     pattern = path[len(base) :] if is_url(path) else os.path.relpath(path, base or ".")
     folder = SideFolder.of(base or ".", downloads.folder)
     index = open_index(
@@ -162,7 +203,7 @@ def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) ->
         build=partial(_build, tars, downloads, broken),
         doing=f"index {path}",
     )
-    return TarSet(tuple(tars[shard] for shard in index.table.names), folder, index)
+    return tuple(tars[shard] for shard in index.table.names), folder, index
 
 
 def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> set[str]:
@@ -234,133 +275,149 @@ def use_tar(downloads: Downloads, tar: str, action: Callable[[Path], Result]) ->
     return action(Path(tar))
 
 
-OPEN_FILES = 64  # tars held open by one process
-PIECE = 4 << 20  # bytes of one read of an entire shard
-GAP = 64 << 10  # bytes between two parts of a sample that are read too: a second read of a network disk costs more
+def list_tars(path: str) -> list[tuple[str, str]]:
+    """(shard name, path or URL) of each tar of ``path``, in order of name.
 
-
-class TarSource(Source):
-    """Samples of tars in a folder, or of the local copies of tars at a URL.
-
-    A broken shard raises BrokenShard, or, if ``broken_shards`` is given, is noted there (name -> reason) and left out.
+    A shard's name is its path relative to the longest folder that all tars share, without ``.tar``. Raises
+    FileNotFoundError if there is none, ValueError for a duplicate name.
     """
-
-    def __init__(
-        self, config: SourceConfig, broken_shards: dict[str, str] | None = None, opened: TarSet | None = None
-    ) -> None:
-        self._files: OrderedDict[int, RetryingFile] = OrderedDict()  # shard number -> its tar, last used last
-        self._downloads = config.downloads
-        self._set = opened or open_tars(config.path, self._downloads, broken_shards)
-        table = self._set.index.table
-        super().__init__(config, shards_of(table.names, table.samples))
-        self.side_folder, self.stamps = self._set.side_folder, table.stamps
-        if not len(self) and not broken_shards:
-            raise ValueError(
-                f"{config.path}: none of the {len(self.shards)} tars has an image, .txt or .json member; a member's "
-                "key ends at its first dot (WebDataset's rule), so 'a.b.jpg' is no .jpg: rename such members"
-            )
-
-    def __reduce__(self) -> tuple[type[TarSource], tuple[SourceConfig, None, TarSet]]:
-        return TarSource, (self.config, None, self._set)
-
-    def fetch(self, shard: int) -> None:
-        tar = self._set.tars[shard]
-        if is_url(tar):
-            self._downloads.fetch(tar)
-        elif self._on_network:
-            file = RetryingFile(tar)
-            for start in range(0, self.stamps[shard][0], PIECE):
-                file.read(PIECE, start)
-
-    def bytes_to_fetch(self, shards: Iterable[int]) -> int:
-        return sum(self.stamps[shard][0] for shard in shards if self._on_network)
-
-    @cached_property
-    def _on_network(self) -> bool:
-        return is_network(self.path)
-
-    def key(self, number: int) -> str:
-        return self._set.index.row(*self.place(number))[1].decode()
-
-    def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
-        """``action`` on the tar of a shard as a local file, downloaded if it is at a URL."""
-        return use_tar(self._downloads, self._set.tars[shard], action)
-
-    def record(self, number: int, *, image: bool = False) -> Sample:
-        shard, within = self.place(number)
-        columns, text = self._set.index.row(shard, within)
-        key, name = text.decode(), self.shards[shard].name
-        picture, caption, fields = zip(columns[0:6:2], columns[1:6:2], strict=True)  # (offset, size) of each part
-        wanted = [part for part in (fields, caption, *[picture] * image) if part[0] != ABSENT]
-        contents = self._read(shard, key, wanted)
-        meta: dict[str, Any] = {}
-        if fields in contents:
-            try:
-                meta = json.loads(contents[fields])
-            except (ValueError, RecursionError) as error:
-                raise BrokenSample(name, key, f"its .json is not valid JSON: {error}") from error
-            if not isinstance(meta, dict):
-                raise BrokenSample(name, key, f"its .json contains a {type(meta).__name__}, expected an object")
-        values = meta
-        if caption in contents:
-            values = {**meta, "txt": contents[caption].decode("utf-8", "replace")}
-        return Sample(key, values, meta, partial(self._image, shard, key, picture, contents.get(picture)))
-
-    def _image(self, shard: int, key: str, part: Part, data: bytes | None) -> bytes:
-        """The image, which ``data`` is if it was read with the sample."""
-        if part[0] == ABSENT:
-            raise BrokenSample(self.shards[shard].name, key, "no .jpg, .png or .webp in the tar")
-        return self._read(shard, key, [part])[part] if data is None else data
-
-    def _read(self, shard: int, key: str, parts: Sequence[Part]) -> dict[Part, bytes]:
-        """Parts of a sample, neighbors in one read. BrokenSample unless their headers in the tar are the sample's."""
-        contents: dict[Part, bytes] = {}
-        for span in join_parts(parts):
-            start, stop = span[0][0] - BLOCK, sum(span[-1])
-            data = self._file(shard).read(stop - start, start)
-            if len(data) != stop - start:
-                raise ValueError(f"{self._set.tars[shard]} was truncated while being read")
-            for offset, size in span:
-                at = offset - start
-                if not is_header_of(data[at - BLOCK : at], key, size):
-                    raise BrokenSample(
-                        self.shards[shard].name,
-                        key,
-                        f"the tar has another member at byte {offset}: it was changed after it was indexed; delete "
-                        f"{self._set.index.path} and restart",
-                    )
-                contents[offset, size] = data[at : at + size]
-        return contents
-
-    def _file(self, shard: int) -> RetryingFile:
-        if shard not in self._files:
-            self._files[shard] = RetryingFile(self._set.tars[shard], partial(self._open, shard))
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def _open(self, shard: int) -> int:
-        """A descriptor of the tar, whose size must be the indexed one."""
-        tar, expected = self._set.tars[shard], self.stamps[shard][0]
-        descriptor = use_tar(self._downloads, tar, lambda path: os.open(path, os.O_RDONLY))
-        size = os.fstat(descriptor).st_size
-        if size != expected:
-            os.close(descriptor)
-            copy = f"delete {self._downloads.local_path(tar)} and " if is_url(tar) else ""
-            raise ValueError(f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {copy}restart")
-        return descriptor
+    if is_url(path):
+        tars = list_urls(path, ".tar")
+    elif os.path.isdir(path):
+        tars = sorted(str(file) for file in Path(path).rglob("*.tar") if not file.name.startswith("."))
+    else:
+        tars = _expand(path)
+    if not tars:
+        raise FileNotFoundError(f"no .tar files in {path}; {how_to_make_tars(path)}")
+    base = _base_folder(path, tars)
+    names = [
+        (tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".")).removesuffix(".tar")
+        for tar in tars
+    ]
+    if len(set(names)) < len(names):
+        duplicates = [name for name, count in sorted(Counter(names).items()) if count > 1]
+        raise ValueError(f"{path} lists shards more than once: {', '.join(duplicates)}")
+    return list(zip(names, tars, strict=True))
 
 
-def join_parts(parts: Sequence[Part]) -> list[list[Part]]:
-    """Parts by offset, those with at most GAP bytes between them together."""
-    spans: list[list[Part]] = []
-    for part in sorted(parts):
-        if spans and part[0] - sum(spans[-1][-1]) <= GAP:
-            spans[-1].append(part)
-        else:
-            spans.append([part])
-    return spans
+def _base_folder(path: str, tars: Sequence[str]) -> str:
+    """The folder or URL that shard names are relative to: ``path`` itself, or the longest one that all tars share."""
+    return path if os.path.isdir(path) else _common_folder(tars)
+
+
+def how_to_make_tars(path: str) -> str:
+    """What to do with pictures or a table."""
+    return f"make some of pictures or a table: {command('data', 'make', path, '--output', 'DIR')}"
+
+
+def data_folder(path: str) -> Path:
+    """The local folder of the data at ``path``, which shard names are relative to and caches are kept in.
+
+    For braces and wildcards that match several folders it is their longest common one. Raises ValueError for a URL.
+    """
+    if is_url(path):
+        raise ValueError(f"{path} is not a local folder")
+    if os.path.isdir(path):
+        return Path(path)
+    return Path(_common_folder(_expand(path)) or path[: path.startswith("/")])
+
+
+def _expand(pattern: str) -> list[str]:
+    """Local paths that match braces and wildcards; a pattern without a match is returned unchanged."""
+    return [
+        path
+        for one in expand_braces(pattern)
+        for path in (glob.has_magic(one) and sorted(glob.glob(one, recursive=True))) or [one]
+    ]
+
+
+def _common_folder(files: Sequence[str]) -> str:
+    """The longest folder that all ``files`` are below; "" if they share none."""
+    folders = [file.rpartition("/")[0].split("/") for file in files]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "/".join(parts[0] for parts in same)
+
+
+def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular files of an uncompressed tar.
+
+    Raises BrokenShard for another file, a damaged header, a truncated member, or a missing end-of-archive marker (a
+    writer that was killed between two members), which tarfile takes for the end.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(4).startswith(COMPRESSED):
+                raise BrokenShard(f"{path}: is compressed; decompress it to a plain .tar")
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
+                for member in tar:
+                    if member.issparse():
+                        raise BrokenShard(f"{path}: {member.name!r} is a sparse file; write the tar without --sparse")
+                    if member.size < 0:
+                        raise tarfile.ReadError(f"{member.name!r} has a size of {member.size}")
+                    if member.isreg():
+                        yield member
+                file.seek(tar.offset)
+                end = file.read(BLOCK)
+                if len(end) < BLOCK or any(end):
+                    raise tarfile.ReadError(f"no end-of-archive marker or member at byte {tar.offset}")
+                if tar.offset == 0 and file.seek(0, os.SEEK_END) > tarfile.RECORDSIZE:  # of a tar without members
+                    raise tarfile.ReadError("it begins with zeros")
+    except (tarfile.TarError, ValueError) as error:
+        if isinstance(error, BrokenShard):
+            raise
+        raise BrokenShard(f"{path}: no tar, truncated or damaged: {error}; copy or write it again") from error
+
+
+def index_tar(path: Path) -> tuple[np.ndarray, bytes]:
+    """The samples of a tar: (samples, COLUMNS) int64 and all keys. Raises BrokenShard.
+
+    Members with the same key are a sample, in order of first appearance. A key whose part repeats starts another
+    sample of the same key, so nothing is lost or overwritten; ``data check`` reports duplicate keys. Hidden files
+    (macOS's ``._x.jpg``) and members other than an image, .txt and .json are ignored.
+    """
+    return retried(lambda: _group_members(path), str(path))
+
+
+def _group_members(path: Path) -> tuple[np.ndarray, bytes]:
+    samples: list[tuple[str, dict[str, Part]]] = []
+    latest: dict[str, dict[str, Part]] = {}
+    for member in scan_tar(path):
+        key, extension = split_name(member.name)
+        part = "image" if extension in IMAGE_EXTENSIONS else extension
+        if part not in PARTS or key.rpartition("/")[2] == "":
+            continue
+        if key not in latest or part in latest[key]:
+            latest[key] = {}
+            samples.append((key, latest[key]))
+        latest[key][part] = (member.offset_data, member.size)
+    keys, rows, start = [key.encode() for key, _ in samples], [], 0
+    for key, (_, parts) in zip(keys, samples, strict=True):
+        offsets = [number for part in PARTS for number in parts.get(part, (ABSENT, 0))]
+        rows.append([*offsets, start, len(key)])
+        start += len(key)
+    return np.array(rows, dtype=np.int64).reshape(-1, COLUMNS), b"".join(keys)
+
+
+def is_header_of(header: bytes, key: str, size: int) -> bool:
+    """Whether the block before a member's content is the header of one of ``size`` bytes of the sample ``key``.
+
+    Only short ASCII names are compared: others are in a block of their own.
+    """
+    try:
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
+    except tarfile.TarError:
+        return False
+    if member.size not in (size, 0):  # 0: pax records may hold the size
+        return False
+    return not key.isascii() or len(key) >= 80 or split_name(member.name)[0] == key
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and lower-case extension, split as WebDataset does: at the first dot after the last slash."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
 
 
 def _holds_tars(path: str) -> bool:

@@ -1,4 +1,7 @@
-"""The command line of stage 1.5: ``llm2clip embed``, in one process or under a launcher."""
+"""``llm2clip embed``, stage 1.5: captions and a frozen LLM in, a cache of embeddings out; in one process or under a
+launcher."""
+
+from __future__ import annotations
 
 import os
 import sys
@@ -16,71 +19,28 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages.embed.config import COMMAND, EmbedConfig
-from llm2clip_plugin.stages.settings import TEACHERS, rank_and_world
+from llm2clip_plugin.stages.settings import rank_and_world
+from llm2clip_plugin.text.clip_text import open_encoder
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
 from llm2clip_plugin.text.encoder import TextEncoder
-from llm2clip_plugin.text.teacher import open_encoder
+from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
 
-# ``llm2clip embed ... --dry-run``: the cache's size, from the captions and the LLM's config.json alone.
 
-
-def cache_plan(config: EmbedConfig) -> str:
-    """The number of captions and the cache's size in both formats; reads every caption, but no weights.
-
-    Raises ValueError for data at a URL without ``cache``.
-    """
-    if not config.cache:
-        default_cache_folder(config.source.path, "")  # raises for a URL, before anything is downloaded
-    source = open_source(config.source)
-    check_fields(source, needed=True)
-    rows = key_bytes = 0
-    for number in track(range(len(source)), total=len(source), label="captions", unit="samples"):
-        key, captions = source.captions(number)
-        key_bytes += len(key.encode())
-        rows += len(caption_rows([captions]))
-    width = width_of(config.encoder)
-    lines = [f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}"]
-    if not width:
-        lines.append(f"no local config.json for {config.encoder.llm}; sizes for the paper's LLMs:")
-    for size in (width,) if width else [teacher.width for teacher in TEACHERS.values()]:
-        listed = (
-            f"{dtype} {readable(shard_bytes(len(source), rows, size, dtype, key_bytes=0) + key_bytes)}"
-            for dtype in CACHE_DTYPES
-        )
-        lines.append(f"cache on disk: {rows:,} captions x {size}: {', '.join(listed)}")
-    return "\n".join(lines)
-
-
-def readable(size: float) -> str:
-    """A number of bytes in the unit that gives 1 to 999."""
-    units = ("kB", "MB", "GB", "TB")
-    step = next((n for n in range(len(units)) if size < 1000 ** (n + 2)), len(units) - 1)
-    return f"{size / 1000 ** (step + 1):.1f} {units[step]}"
-
-
-def width_of(config: EncoderConfig) -> int:
-    """Width of the LLM's states, from the config.json in its folder or in the local Hub cache; 0 if there is none."""
-    from huggingface_hub import try_to_load_from_cache
-    from transformers import AutoConfig
-
-    folder = Path(config.llm)
-    if not folder.is_dir():
-        if config.llm.count("/") != 1:
-            return 0
-        found = try_to_load_from_cache(config.llm, "config.json", revision=config.revision or None)
-        folder = Path(found).parent if isinstance(found, str) else folder
-    if not (folder / "config.json").is_file():
-        return 0
-    settings = AutoConfig.from_pretrained(folder)
-    if hasattr(settings, "vision_config") and hasattr(settings, "projection_dim"):
-        return int(settings.projection_dim)  # a CLIP
-    return int(settings.get_text_config().hidden_size)
-
-
-# Stage 1.5 assembled: captions and a frozen LLM in, a cache of embeddings out.
+def main(argv: list[str]) -> int:
+    """``llm2clip embed DATA --llm PATH_OR_HUB_ID [--cache DIR] [--dtype int8] [--verify]``."""
+    config = COMMAND.parse(argv)
+    if config.dry_run:
+        if rank_and_world()[0] == 0:
+            print(cache_plan(config))
+    elif config.verify:
+        print(verify_cache(config))
+    else:
+        for line in embed_captions(config, started_by("embed", argv)):
+            print(line)
+    return 0
 
 
 def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -> list[str]:
@@ -149,15 +109,39 @@ def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
     return source, encoder, folder
 
 
-def main(argv: list[str]) -> int:
-    """``llm2clip embed DATA --llm PATH_OR_HUB_ID [--cache DIR] [--dtype int8] [--verify]``."""
-    config = COMMAND.parse(argv)
-    if config.dry_run:
-        if rank_and_world()[0] == 0:
-            print(cache_plan(config))
-    elif config.verify:
-        print(verify_cache(config))
-    else:
-        for line in embed_captions(config, started_by("embed", argv)):
-            print(line)
-    return 0
+def cache_plan(config: EmbedConfig) -> str:
+    """The number of captions and the cache's size in both formats; reads every caption, but no weights.
+
+    Raises ValueError for data at a URL without ``cache``.
+    """
+    if not config.cache:
+        default_cache_folder(config.source.path, "")  # raises for a URL, before anything is downloaded
+    source = open_source(config.source)
+    check_fields(source, needed=True)
+    rows = key_bytes = 0
+    for number in track(range(len(source)), total=len(source), label="captions", unit="samples"):
+        key, captions = source.captions(number)
+        key_bytes += len(key.encode())
+        rows += len(caption_rows([captions]))
+    width = width_of(config.encoder)
+    sizes = {dtype: shard_bytes(len(source), rows, width, dtype, key_bytes=0) + key_bytes for dtype in CACHE_DTYPES}
+    listed = ", ".join(f"{dtype} {readable(size)}" for dtype, size in sizes.items())
+    return (
+        f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}\n"
+        f"cache on disk: {rows:,} captions x {width}: {listed}"
+    )
+
+
+def readable(size: float) -> str:
+    """A number of bytes in the unit that gives 1 to 999."""
+    units = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    unit = next((name for name, factor in units.items() if size < 1000 * factor), "TB")
+    return f"{size / units[unit]:.1f} {unit}"
+
+
+def width_of(config: EncoderConfig) -> int:
+    """Width of the embeddings, from the model's config.json. Raises FileNotFoundError if there is none."""
+    settings = llm_config(config)
+    if hasattr(settings, "vision_config") and hasattr(settings, "projection_dim"):
+        return int(settings.projection_dim)  # a CLIP
+    return int(settings.get_text_config().hidden_size)

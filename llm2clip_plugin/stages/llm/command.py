@@ -1,5 +1,7 @@
 """The command line of stage 1: ``llm2clip finetune-llm``."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,26 +25,19 @@ from llm2clip_plugin.train.memory import StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import chosen_optimizer
 
-# ``llm2clip finetune-llm ... --dry-run``: what a stage 1 run does and costs, from shapes alone.
-
 ASSUMED_TOKENS = 64  # of a text, template and prompt included
 TEXTS = 64  # of the passes that measure activations
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSize:
-    """Size of the data and length of its texts."""
-
-    pairs: int
-    texts: int  # of a pair: query and positive, and a hard negative if the data has them
-    lengths: tuple[int, ...]  # tokens of texts, truncated to max_tokens
-    found: tuple[str, ...]  # what the surveys of the data say
-    assumed: tuple[str, ...]
-
-    @property
-    def tokens(self) -> float:
-        """Of a text, on average."""
-        return sum(self.lengths) / len(self.lengths)
+def main(argv: list[str]) -> int:
+    """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
+    config = FINETUNE_LLM.parse(argv)
+    return plan_or_train(
+        config.dry_run,
+        lambda: llm_plan(config),
+        lambda: finetune_llm(config, started_by("finetune-llm", argv)),
+        "adapter",
+    )
 
 
 def llm_plan(config: FinetuneConfig) -> str:
@@ -85,6 +80,22 @@ def llm_plan(config: FinetuneConfig) -> str:
     return "\n".join(parts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """Size of the data and length of its texts."""
+
+    pairs: int
+    texts: int  # of a pair: query and positive, and a hard negative if the data has them
+    lengths: tuple[int, ...]  # tokens of texts, truncated to max_tokens
+    found: tuple[str, ...]  # what the surveys of the data say
+    assumed: tuple[str, ...]
+
+    @property
+    def tokens(self) -> float:
+        """Of a text, on average."""
+        return sum(self.lengths) / len(self.lengths)
+
+
 def measure_data(config: FinetuneConfig) -> DataSize:
     """Size of the data and length of its texts; what is missing is assumed."""
     encoder, assumed = config.encoder, []
@@ -98,7 +109,7 @@ def measure_data(config: FinetuneConfig) -> DataSize:
         lengths, missing = token_counts(encoder, pairs), "the LLM's tokenizer is not on this machine"
     else:
         texts = 3 if config.pairs.random_negatives else 2
-        samples, found = config.plan.assumed_pairs, []
+        samples, found = config.plan.images, []
         lengths, missing = [], "no DATA"
         assumed.append(f"{samples:,} pairs of a query and a positive (--assumed-samples, or DATA)")
     if not lengths:
@@ -191,15 +202,4 @@ def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
         f"parameters without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}{starts}\n"
         f"LoRA: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}\n"
         + plans.describe_parameters(trained, config.optim)
-    )
-
-
-def main(argv: list[str]) -> int:
-    """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
-    config = FINETUNE_LLM.parse(argv)
-    return plan_or_train(
-        config.dry_run,
-        lambda: llm_plan(config),
-        lambda: finetune_llm(config, started_by("finetune-llm", argv)),
-        "adapter",
     )

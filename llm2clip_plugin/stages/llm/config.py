@@ -13,18 +13,6 @@ from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlmPlanConfig:
-    """What --dry-run assumes where there is no data yet."""
-
-    assumed_pairs: int = PlanConfig.images  # pairs of texts; default: one per image of the paper's smaller tower data
-    gpu_gib: float = PlanConfig.gpu_gib  # a GPU's memory in GiB: the plan proposes micro-batches that fit
-
-    def __post_init__(self) -> None:
-        if self.assumed_pairs < 1 or self.gpu_gib <= 0:
-            raise ValueError(f"assumed_pairs {self.assumed_pairs} and gpu_gib {self.gpu_gib} must both be above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig):
     """One training run of an LLM's adapter (stage 1)."""
 
@@ -42,7 +30,7 @@ class FinetuneConfig(TrainingConfig):
     )
     train: TrainConfig = field(default_factory=lambda: TrainConfig(global_batch=512, num_train_epochs=1.0))
     evaluation: CaptionSetConfig = field(default_factory=CaptionSetConfig)
-    plan: LlmPlanConfig = field(default_factory=LlmPlanConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         if self.encoder.post_file:

@@ -4,6 +4,8 @@ A recipe or a file gives the full configuration, options override fields. Option
 LLaVA's scripts keep their names.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from dataclasses import dataclass
 
@@ -25,19 +27,22 @@ from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dua
 from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.vision.dual import DualEncoder
 
-# ``llm2clip train-tower ... --dry-run``: what a run does and costs, from shapes alone.
-
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
 IMAGES = 16  # of the pass that measures activations
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSize:
-    """Size of the data and width of the teacher's embeddings."""
-
-    samples: int
-    width: int
-    assumed: tuple[str, ...]
+def main(argv: list[str]) -> int:
+    """Print the plan or train; exit status 0."""
+    config = TRAIN_TOWER.parse(argv)
+    config.validate(needs_data=not config.dry_run)
+    if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
+        print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
+    return plan_or_train(
+        config.dry_run,
+        lambda: tower_plan(config),
+        lambda: train_tower(config, command=started_by("train-tower", argv)),
+        "tower",
+    )
 
 
 def tower_plan(config: RunConfig) -> str:
@@ -50,7 +55,7 @@ def tower_plan(config: RunConfig) -> str:
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, size.width))
     dual = shape_dual(config.tower, config.dual)
     check_patch_layers(dual, config.loss)
-    train, gpu_gib, tower = config.train, config.plan.gpu_gib, dual.tower.config
+    train, heads, gpu_gib, tower = config.train, config.heads, config.plan.gpu_gib, dual.tower.config
     plan, deepspeed = plan_engine(
         config, train, config.optim, samples=size.samples, world=world, hidden_size=tower.hidden_size
     )
@@ -62,6 +67,7 @@ def tower_plan(config: RunConfig) -> str:
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
         f"{config.dual.projection_dim}, LLM embeddings {size.width} wide",
+        *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
         plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
         parameters,
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
@@ -69,6 +75,15 @@ def tower_plan(config: RunConfig) -> str:
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
     return "\n".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """Size of the data and width of the teacher's embeddings."""
+
+    samples: int
+    width: int
+    assumed: tuple[str, ...]
 
 
 def measure_data(config: RunConfig) -> DataSize:
@@ -130,18 +145,4 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         averages=bool(config.train.ema_decay) + needs_reference(config.loss),
         frozen_tower_bytes=needs_reference(config.loss) * tower_parameters * dtype.itemsize,
         patches=grid**2 * sum(of_patch[reads] for reads in layers),
-    )
-
-
-def main(argv: list[str]) -> int:
-    """Print the plan or train; exit status 0."""
-    config = TRAIN_TOWER.parse(argv)
-    config.validate(needs_data=not config.dry_run)
-    if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
-        print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
-    return plan_or_train(
-        config.dry_run,
-        lambda: tower_plan(config),
-        lambda: train_tower(config, command=started_by("train-tower", argv)),
-        "tower",
     )

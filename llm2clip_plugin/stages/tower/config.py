@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import llm2clip_plugin
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.data.samples import AugmentConfig
-from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig, parse_weights
+from llm2clip_plugin.data.samples import AugmentConfig, parse_weights
+from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
 from llm2clip_plugin.data.workers import cores
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import from_plain, read_json_value
@@ -214,21 +215,6 @@ def quickstart() -> RunConfig:
     )
 
 
-def openai_l14_336() -> RunConfig:
-    """OpenAI's CLIP ViT-L/14 at 336 px, LLaVA 1.5's own tower, with the paper's settings."""
-    return _openai("openai-l14-336", "openai/clip-vit-large-patch14-336")
-
-
-def openai_l14_224() -> RunConfig:
-    """OpenAI's CLIP ViT-L/14 at 224 px."""
-    return _openai("openai-l14-224", "openai/clip-vit-large-patch14")
-
-
-def openai_b16() -> RunConfig:
-    """OpenAI's CLIP ViT-B/16."""
-    return _openai("openai-b16", "openai/clip-vit-base-patch16")
-
-
 def _openai(name: str, hub_id: str) -> RunConfig:
     """The authors' layer-wise decay misses two of an OpenAI tower's names, class_embedding and ln_pre (optim.py:15-46).
 
@@ -239,28 +225,11 @@ def _openai(name: str, hub_id: str) -> RunConfig:
     return dataclasses.replace(paper, optim=dataclasses.replace(paper.optim, full_lr=full_lr))
 
 
-def eva02_l14_336() -> RunConfig:
-    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then --tower the result."""
-    return _eva02("eva02-l14-336")
-
-
-def eva02_l14_224() -> RunConfig:
-    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then --tower the result."""
-    return _eva02("eva02-l14-224")
-
-
-def eva02_b16() -> RunConfig:
-    """EVA02-CLIP B/16: `llm2clip import` its .pt, then --tower the result."""
-    return _eva02("eva02-b16")
-
-
-def eva02_bige14() -> RunConfig:
-    """EVA02-CLIP bigE/14 (4.3 G parameters) with the settings of the smaller ones; the paper did not train it."""
-    return _eva02("eva02-bige14")
-
-
 def _eva02(name: str) -> RunConfig:
-    """The authors' head of an EVA02: with bias, its weights 0.02 x 0.001 (eva_vit_model.py:446-449)."""
+    """The authors' head of an EVA02: with bias, its weights 0.02 x 0.001 (eva_vit_model.py:446-449).
+
+    `llm2clip import` its .pt, then --tower the result. The paper did not train bigE/14 (4.3 G parameters).
+    """
     heads = DualConfig(projection_dim=1280, projection_bias=True, projection_init_std=2e-5)
     return dataclasses.replace(_paper(name, TowerConfig(architecture=name)), dual=heads)
 
@@ -308,23 +277,7 @@ def lift_b16() -> RunConfig:
     )
 
 
-def proclip_l14_224() -> RunConfig:
-    """ProCLIP over CLIP ViT-L/14: `llm2clip import` it, then --tower the result."""
-    return _proclip("proclip-l14-224", TowerConfig(architecture="openai/clip-vit-large-patch14"), projection_dim=768)
-
-
-def proclip_l14_336() -> RunConfig:
-    """ProCLIP over CLIP ViT-L/14 at 336 px."""
-    tower = TowerConfig(architecture="openai/clip-vit-large-patch14-336")
-    return _proclip("proclip-l14-336", tower, projection_dim=768)
-
-
-def proclip_b16() -> RunConfig:
-    """ProCLIP over CLIP ViT-B/16."""
-    return _proclip("proclip-b16", TowerConfig(architecture="openai/clip-vit-base-patch16"), projection_dim=512)
-
-
-def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig:
+def _proclip(name: str, hub_id: str, projection_dim: int) -> RunConfig:
     """ProCLIP's published settings (arXiv 2510.18795): the text adapter learns CLIP's text space from captions, then
     InfoNCE and the distance to an EMA of the tower train both sides.
 
@@ -332,7 +285,7 @@ def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig
     512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay is .2 in the text and .05 in the
     table, which is taken.
     """
-    paper = _paper(name, tower, projection_dim=projection_dim)
+    paper = _paper(name, TowerConfig(architecture=hub_id), projection_dim=projection_dim)
     return dataclasses.replace(
         paper,
         heads=HeadsConfig(target="clip_text", steps=117_188, batch=1024, lr=1e-5),
@@ -370,24 +323,22 @@ def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunC
     )
 
 
+CLIP = "openai/clip-vit-"
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    function.__name__: function
-    for function in (
-        base,
-        quickstart,
-        openai_l14_336,
-        openai_l14_224,
-        openai_b16,
-        eva02_l14_336,
-        eva02_l14_224,
-        eva02_b16,
-        eva02_bige14,
-        siglip2_so400m_224,
-        proclip_l14_224,
-        proclip_l14_336,
-        proclip_b16,
-        lift_b16,
-    )
+    "base": base,
+    "quickstart": quickstart,
+    "openai_l14_336": partial(_openai, "openai-l14-336", f"{CLIP}large-patch14-336"),  # LLaVA 1.5's own tower
+    "openai_l14_224": partial(_openai, "openai-l14-224", f"{CLIP}large-patch14"),
+    "openai_b16": partial(_openai, "openai-b16", f"{CLIP}base-patch16"),
+    "eva02_l14_336": partial(_eva02, "eva02-l14-336"),
+    "eva02_l14_224": partial(_eva02, "eva02-l14-224"),
+    "eva02_b16": partial(_eva02, "eva02-b16"),
+    "eva02_bige14": partial(_eva02, "eva02-bige14"),
+    "siglip2_so400m_224": siglip2_so400m_224,
+    "proclip_l14_224": partial(_proclip, "proclip-l14-224", f"{CLIP}large-patch14", 768),
+    "proclip_l14_336": partial(_proclip, "proclip-l14-336", f"{CLIP}large-patch14-336", 768),
+    "proclip_b16": partial(_proclip, "proclip-b16", f"{CLIP}base-patch16", 512),
+    "lift_b16": lift_b16,
 }
 
 

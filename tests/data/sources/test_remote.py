@@ -15,15 +15,13 @@ import torch
 from data_world import TEACHER, DroppingServer, img2dataset_members, jpeg, serving, write_shards, write_tar
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data import remote as downloads_module
-from llm2clip_plugin.data import remote as file_system
-from llm2clip_plugin.data import remote as retry
+from llm2clip_plugin.data import remote
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import Downloads, RetryingFile, expand_braces, read_file, take_retries
-from llm2clip_plugin.data.sources import tars as webdataset
+from llm2clip_plugin.data.sources import tars
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.hub import timeout
@@ -36,8 +34,8 @@ pread = os.pread
 def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """The pauses between retries, which take no time."""
     waited: list[float] = []
-    monkeypatch.setattr(retry.time, "sleep", waited.append)
-    monkeypatch.setattr(retry, "_warned", [-1e9])
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    monkeypatch.setattr(remote, "_warned", [-1e9])
     take_retries()
     yield waited
 
@@ -54,7 +52,7 @@ def test_braces() -> None:
 
 
 def test_a_dropped_download_resumes_by_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads_module, "RANGE", 100_000)
+    monkeypatch.setattr(remote, "RANGE", 100_000)
     server = DroppingServer({"/a.tar": BODY}, drop_after=50_000, drops=3)
     with serving(server) as address:
         path = Downloads(tmp_path).fetch(f"{address}/a.tar")
@@ -66,7 +64,7 @@ def test_a_dropped_download_resumes_by_range(tmp_path: Path, monkeypatch: pytest
 
 
 def fetch_slowly(arguments: tuple[Path, str]) -> None:
-    downloads_module.RANGE = 1000
+    remote.RANGE = 1000
     Downloads(arguments[0]).fetch(arguments[1])
 
 
@@ -94,7 +92,7 @@ def test_a_killed_download_resumes_unless_the_file_has_changed(tmp_path: Path) -
 
 
 def test_a_server_without_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads_module, "RANGE", 100_000)
+    monkeypatch.setattr(remote, "RANGE", 100_000)
     with serving(DroppingServer({"/a.tar": BODY}, ranges=False)) as address:
         assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
 
@@ -344,8 +342,8 @@ def test_distant_parts_are_read_apart(tmp_path: Path, disk: Disk) -> None:
     sample = source.with_image(0)
     assert sample.read_image() == jpeg(0) and sample.captions
     assert len(disk.reads) == 2 and sum(size for _, size, _ in disk.reads) < 20_000
-    gap = webdataset.GAP
-    assert webdataset.join_parts([(900, 10), (0, 100), (910 + gap, 5), (916 + 2 * gap, 5)]) == [
+    gap = tars.GAP
+    assert tars.join_parts([(900, 10), (0, 100), (910 + gap, 5), (916 + 2 * gap, 5)]) == [
         [(0, 100), (900, 10), (910 + gap, 5)],
         [(916 + 2 * gap, 5)],
     ]
@@ -424,10 +422,10 @@ def test_data_on_the_network_is_read_in_windows(tmp_path: Path) -> None:
     on_network = ("/data/cc3m/{00000..00331}.tar", "/lustre/a/b", "/mnt/my bucket/x", "https://host/{00..99}.tar")
     local = ("/data/other/00000.tar", "/data/cc3m-copy", "/mnt/stick", "/twice", "/elsewhere")
     for path in on_network + local:
-        assert file_system.is_network(path, str(mounts)) == (path in on_network), path
-    window = file_system.NETWORK_WINDOW
-    assert file_system.shuffle_window(-1, ["/data/a", "/lustre/b"], str(mounts)) == window
-    assert file_system.shuffle_window(-1, ["/data/a"], str(mounts)) == 0
-    assert file_system.shuffle_window(5, ["/lustre/b"], str(mounts)) == 5
+        assert remote.is_network(path, str(mounts)) == (path in on_network), path
+    window = remote.NETWORK_WINDOW
+    assert remote.shuffle_window(-1, ["/data/a", "/lustre/b"], str(mounts)) == window
+    assert remote.shuffle_window(-1, ["/data/a"], str(mounts)) == 0
+    assert remote.shuffle_window(5, ["/lustre/b"], str(mounts)) == 5
     with pytest.raises(ValueError, match="shuffle_window is -2"):
         SourceConfig(path="x", shuffle_window=-2)

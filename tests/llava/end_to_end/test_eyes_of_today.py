@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_integration.compat.completion import installed_version
+from llava_integration.compat.runner import installed_version
 from llm2clip_plugin.console import numbers
 from llm2clip_plugin.vision.convert.importing import import_tower
 

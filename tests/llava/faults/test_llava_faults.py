@@ -106,9 +106,6 @@ def test_without_a_fault(planted, capsys):
     assert len(planted.path("answers.jsonl").read_text().splitlines()) == 3
 
 
-CONFIG, COPY = "{w}/llava-1/config.json", "copy or export the tower again"
-
-
 def fields(name, says, **values):
     """Other fields in the checkpoint's config.json."""
     return Fault(name, "", says, lambda w: edit(w.path(f"{LLAVA}/config.json"), **values))
@@ -116,111 +113,45 @@ def fields(name, says, **values):
 
 @rows(
     Fault("tower removed", "", GONE, lambda w: shutil.rmtree(w.path(TOWER))),
-    Fault("tower moved", "", GONE, lambda w: w.path(TOWER).rename(w.path("towers/moved"))),
     Fault("another tower under its name", "", OTHER, swapped),
-    Fault("tower without its card", "", GONE, lambda w: w.path(f"{TOWER}/{TowerCard.FILE}").unlink()),
     Fault("half-copied card", "", GONE, cut(f"{TOWER}/{TowerCard.FILE}")),
     Fault(
         "tower without its weights",
         "",
-        "no model.safetensors in {w}/towers/mine; the directory was modified or only partly copied; " + COPY,
+        "no model.safetensors in {w}/towers/mine;...",
         lambda w: w.path(f"{TOWER}/model.safetensors").unlink(),
-    ),
-    Fault(
-        "tower without its config.json",
-        "",
-        "no config.json in {w}/towers/mine; ...",
-        lambda w: w.path(f"{TOWER}/config.json").unlink(),
-    ),
-    Fault(
-        "half-copied weights of the tower",
-        "",
-        "{w}/towers/mine/model.safetensors is not a complete safetensors file: ...",
-        cut(f"{TOWER}/model.safetensors"),
     ),
     Fault(
         "flipped byte in the tower",
         "",
-        "{w}/towers/mine/model.safetensors has SHA-256 ..., but llm2clip.json records ...; " + COPY,
+        "{w}/towers/mine/model.safetensors has SHA-256 ..., but llm2clip.json records ...",
         lambda w: flip(w.path(f"{TOWER}/model.safetensors")),
     ),
-    fields(
-        "layer that the tower has not",
-        "mm_vision_select_layer 9 is out of range: a tower of 3 blocks has hidden states -4 to 3",
-        mm_vision_select_layer=9,
-    ),
-    fields(
-        "layer as a text",
-        CONFIG + ": mm_vision_select_layer is '-2', expected int; copy the checkpoint again",
-        mm_vision_select_layer="-2",
-    ),
-    fields(
-        "unknown feature",
-        "unknown mm_vision_select_feature 'pach'; did you mean 'patch'? known: patch, cls_patch",
-        mm_vision_select_feature="pach",
-    ),
+    fields("layer that the tower has not", "mm_vision_select_layer 9 is out of range...", mm_vision_select_layer=9),
+    fields("unknown feature", "unknown mm_vision_select_feature 'pach'...", mm_vision_select_feature="pach"),
     Fault("tower of another width", "", "the projector of {w}/llava-1 expects features of width 32, but the...", wider),
     fields(
-        "record of the tower as a text",
-        "llm2clip_tower in config.json of {w}/llava-1 is 'mine', expected an object; copy the checkpoint again",
-        llm2clip_tower="mine",
+        "record without its hash", "llm2clip_tower in config.json of {w}/llava-1...", llm2clip_tower={"origin": "x"}
     ),
-    fields(
-        "record without its hash",
-        "llm2clip_tower in config.json of {w}/llava-1: weights_sha256 is None, expected str; copy the checkpoint again",
-        llm2clip_tower={"origin": "x"},
-    ),
-    fields(
-        "no tower",
-        CONFIG + ": mm_vision_tower is None, expected str; copy the checkpoint again",
-        mm_vision_tower=None,
-        llm2clip_tower=None,
-    ),
-    Fault(
-        "no checkpoint",
-        "--model-path {w}/llava-2",
-        "--model-path {w}/llava-2 is neither a folder nor a Hub id; expected a LLaVA checkpoint",
-    ),
-    Fault(
-        "empty checkpoint",
-        "--model-path {w}/llava-2",
-        "{w}/llava-2 is not a LLaVA checkpoint: no config.json in it",
-        lambda w: w.path("llava-2").mkdir(),
-    ),
+    Fault("no checkpoint", "--model-path {w}/llava-2", "--model-path {w}/llava-2 is neither a folder nor a Hub id..."),
     Fault(
         "name without llava",
         "--model-path {w}/run-1",
-        'LLaVA loads a folder without "llava" in its name as a language model that sees no images, but {w}/run-1 '
-        "('run-1') is a LLaVA checkpoint; rename it, for example to llava-run-1",
+        'LLaVA loads a folder without "llava" in its name...',
         lambda w: w.path(LLAVA).rename(w.path("run-1")),
     ),
-    Fault("half-copied config.json", "", CONFIG + " is not valid JSON (...)", cut(f"{LLAVA}/config.json")),
-    Fault(
-        "half-copied weights",
-        "",
-        "{w}/llava-1/model.safetensors...copy the checkpoint again",
-        cut(f"{LLAVA}/model.safetensors"),
-    ),
-    Fault(
-        "no weights",
-        "",
-        "{w}/llava-1 has no weights (*.safetensors or *.bin); copy the checkpoint again",
-        lambda w: w.path(f"{LLAVA}/model.safetensors").unlink(),
-    ),
+    Fault("half-copied config.json", "", "{w}/llava-1/config.json is not valid JSON...", cut(f"{LLAVA}/config.json")),
+    Fault("half-copied weights", "", "{w}/llava-1/model.safetensors...", cut(f"{LLAVA}/model.safetensors")),
     Fault(
         "a file of the weights is missing", "", "{w}/llava-1 lacks model-00002-of-00002.safetensors, listed...", sharded
     ),
     Fault(
         "no tokenizer",
         "",
-        "{w}/llava-1 has no tokenizer (tokenizer.model or tokenizer.json); copy the checkpoint again",
+        "{w}/llava-1 has no tokenizer...",
         lambda w: [path.unlink() for path in w.folder.glob("llava-1/tokenizer*")],
     ),
-    Fault(
-        "unknown conversation",
-        "--conv-mode vicuna",
-        "unknown --conv-mode 'vicuna'; did you mean 'vicuna_v1'? known: ...",
-    ),
+    Fault("unknown conversation", "--conv-mode vicuna", "unknown --conv-mode 'vicuna'..."),
 )
 def test_checkpoint_and_tower(fault, planted, capsys):
     told = meet(fault, planted, answering(planted, fault.words), capsys)
@@ -267,48 +198,27 @@ def questions(name, text, says):
     return Fault(name, "", says, lambda w: w.path("questions.jsonl").write_text(text))
 
 
-FOLDER = " is a folder, or below a file; choose a file to write"
 AGAIN = "; choose another --answers-file or pass --overwrite"
 ROW = '{"question_id": 1, "text": "What?", "image": "%s"}\n'
-ONE = "{w}/questions.jsonl, line 1: expected an object with question_id, text and image (...)"
 
 
 @rows(
     Fault("no question file", "--question-file {w}/nowhere.jsonl", "no question file at {w}/nowhere.jsonl"),
-    Fault("question file of another kind", "--question-file {w}/images", "no question file at {w}/images"),
-    questions("not JSON", "{", ONE),
-    questions("a list", "[]\n", ONE),
-    questions("no text", '{"question_id": 1}\n', ONE),
-    questions("text of another type", '{"question_id": 1, "text": 3}\n', ONE[:-5] + "(text is 3, expected a text)"),
-    questions("no question", "", "{w}/questions.jsonl has no questions; download it again"),
-    Fault(
-        "not UTF-8",
-        "",
-        "{w}/questions.jsonl cannot be used ('utf-8' ...); download it again",
-        lambda w: w.path("questions.jsonl").write_bytes(b"\xff\xfe"),
-    ),
+    questions("no text", '{"question_id": 1}\n', "{w}/questions.jsonl, line 1: ..."),
+    questions("no question", "", "{w}/questions.jsonl has no questions..."),
     questions("no such image", ROW % "nowhere.png", "question 1: cannot read {w}/images/nowhere.png: ..."),
     questions("an image that is none", ROW % "text.png", "question 1: cannot read {w}/images/text.png..."),
     questions(
         "an image elsewhere", ROW % "../questions.jsonl", "question 1: image '../questions.jsonl' is outside ..."
     ),
-    Fault(
-        "no image folder",
-        "--image-folder {w}/pictures",
-        "--image-folder {w}/pictures is not a folder; expected that of the questions' images",
-    ),
+    Fault("no image folder", "--image-folder {w}/pictures", "--image-folder {w}/pictures is not a folder..."),
     Fault(
         "answers of another program",
         "",
         "{w}/answers.jsonl was written by another program" + AGAIN,
         lambda w: w.path("answers.jsonl").write_text("{}\n"),
     ),
-    Fault("answers into a folder", "--answers-file {w}/images", "--answers-file {w}/images" + FOLDER),
-    Fault(
-        "answers below a file",
-        "--answers-file {w}/questions.jsonl/a.jsonl",
-        "--answers-file {w}/questions.jsonl/a.jsonl" + FOLDER,
-    ),
+    Fault("answers into a folder", "--answers-file {w}/images", "--answers-file {w}/images is a folder..."),
 )
 def test_questions(fault, planted, capsys):
     meet(fault, planted, answering(planted, fault.words), capsys)
@@ -317,21 +227,14 @@ def test_questions(fault, planted, capsys):
 
 
 @rows(
-    Fault("edited", "", "{w}/answers.jsonl was changed after it was written...", lambda w: edit_answer(w)),
-    Fault("cut", "", "{w}/answers.jsonl was changed after it was written...", cut("answers.jsonl")),
     Fault("other settings", "--max-new-tokens 3", "{w}/answers.jsonl was started with other settings (...)" + AGAIN),
     Fault(
         "settings cut",
         "",
-        "{w}/answers.jsonl.settings.json is not valid JSON (...)" + AGAIN,
+        "{w}/answers.jsonl.settings.json is not valid JSON (...)",
         cut("answers.jsonl.settings.json"),
     ),
 )
 def test_answers_of_an_earlier_run(fault, planted, capsys):
     assert main(answering(planted)) == 0
     meet(fault, planted, answering(planted, fault.words), capsys)
-
-
-def edit_answer(world):
-    path = world.path("answers.jsonl")
-    path.write_text(path.read_text().replace('"question_id": 0', '"question_id": 9'))

@@ -51,7 +51,7 @@ def test_the_miniature(world, tmp_path):
 
 @pytest.mark.both_stacks
 def test_a_language_model_that_speaks_chatml(world, tmp_path):
-    """From a GGUF file, if it can be read, to open answers that are scored by keyword."""
+    """From a GGUF file, if it can be read, to open answers that are scored by keyword and by a teacher."""
     output, packages = tmp_path / "miniature", tmp_path / "packages"
     directory = tiny_chatml.make_directory(tmp_path / "tiny-chatml")
     llm = "smollm2" if TODAY and find_spec("gguf") else str(directory)
@@ -61,6 +61,7 @@ def test_a_language_model_that_speaks_chatml(world, tmp_path):
     path = ":".join(map(str, (ROOT / "tests" / "llava" / "on_cpu", packages, ROOT)))
     variables = {"LLAVA_PYTHON": str(world.programs / "python"), "PYTHONPATH": path}
     words = ["--before", world.towers["clip"], "--after", world.towers["other"], "--output", output, "--llm", llm]
+    words += ["--teacher", directory] if TODAY else []  # transformers 4.37 has no bidirectional Llama
     steps = ["--smoke", "--steps", "0", "2", "2"]
     told = world.run("bash", SCRIPT, *words, *steps, **variables)
     assert "finetuned for minutes" in told and (output / "compare" / "compare.html").is_file()
@@ -72,6 +73,7 @@ def test_a_language_model_that_speaks_chatml(world, tmp_path):
         assert learned and all(math.isfinite(loss) and loss > 0 for loss in learned), "no label was learned"
         by_keyword = ScoreFile.read(output / "scores" / side / "emoji-name-keyword.scores.json")
         assert {item["cluster"] for item in by_keyword.items} and "pictures_exchanged" in by_keyword.metrics
+        assert (output / "scores" / side / "emoji-name-teacher.scores.json").is_file() == TODAY
     refused = world.run("bash", SCRIPT, *words, "--smoke", fails=True, **variables)
     assert "was made with" in refused and "choose another --output" in refused
 

@@ -1,0 +1,149 @@
+"""What LLaVA makes of a checkpoint's folder, its name and its files, and of the options of a training; no torch.
+
+LLaVA decides by words in the folder's name how to load it: one without "llava" is a language model without images, one
+without "lora" a projector, one with "mpt" or "mistral" a model of that kind. All is checked before anything is loaded.
+"""
+
+import itertools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.files import read_header
+from llm2clip_plugin.options import unknown
+from llm2clip_plugin.vision.directory import read_json
+
+HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
+CONFIG = "config.json"
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
+WORD, LORA, OTHERS = "llava", "lora", ("mpt", "mistral")
+FEATURES = ("patch", "cls_patch")
+FIX = "copy the checkpoint again"
+
+
+def checkpoint_config(folder: Path) -> dict[str, Any]:
+    """config.json of a LLaVA checkpoint. Raises FileNotFoundError without one, ContractError for a damaged one."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is not a LLaVA checkpoint: no {CONFIG} in it")
+    return read_json(folder / CONFIG)
+
+
+def check_checkpoint(path: str, base: str | None = None) -> None:
+    """Compare a checkpoint's name and files with what LLaVA will make of them; ids of the Hub are left to LLaVA.
+
+    ``base``: the base model that is given with it. Raises FileNotFoundError, ValueError or ContractError with the file.
+    """
+    refuse_name(path, base=base)
+    for option, name in (("--model-path", path), ("--model-base", base)):
+        if name and not Path(name).expanduser().is_dir() and not HUB_ID.match(name):
+            raise FileNotFoundError(f"{option} {name} is neither a folder nor a Hub id; expected a LLaVA checkpoint")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return
+    checkpoint_config(folder)
+    files = {file.name: file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")}
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights (.safetensors or .bin); {FIX}")
+    for index in sorted(folder.glob("*.index.json")):
+        if missing := sorted({*read_json(index).get("weight_map", {}).values()} - files.keys()):
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, listed in {index.name}; {FIX}")
+    for file in files.values():
+        if file.suffix == ".safetensors":
+            read_header(file, fix=FIX)
+    if not base and not any((folder / name).is_file() for name in TOKENIZERS):
+        raise FileNotFoundError(f"{path} has no tokenizer ({' or '.join(TOKENIZERS[:2])}); {FIX}")
+
+
+def model_name(path: str) -> str:
+    """The name that LLaVA's get_model_name_from_path derives from a path: its last part, with that above checkpoint-N.
+
+    >>> model_name("runs/llava-7b/checkpoint-100/")
+    'llava-7b_checkpoint-100'
+    """
+    parts = path.strip("/").split("/")
+    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+def refuse_name(path: str, *, base: str | None = None, name: str | None = None) -> None:
+    """Raise ValueError if LLaVA would load the checkpoint at ``path`` as another kind of model than it is.
+
+    ``base``: the base model that is given with it; ``name``: in place of the folder's. Paths without a LLaVA
+    checkpoint's config.json are left to LLaVA.
+    """
+    config = config_of(path)
+    if "mm_vision_tower" not in config and not str(config.get("model_type")).startswith(WORD):
+        return
+    given = (model_name(str(path)) if name is None else name).lower()
+    has_lora = (Path(path).expanduser() / "adapter_config.json").is_file()
+    what = ""
+    if WORD not in given:
+        what = f'without "{WORD}" in its name as a language model that sees no images'
+    elif has_lora and base and LORA not in given:
+        what = f'without "{LORA}" in its name, given a base model, as a projector'
+    elif config.get("model_type") == "llava_llama":
+        what = next((f'with "{word}" in its name as a {word} model' for word in OTHERS if word in given), "")
+    if what:
+        better = "llava-lora-1" if has_lora else "llava-1"
+        raise ValueError(f"LLaVA loads a folder {what}; {path} is a LLaVA checkpoint: rename it, such as to {better}")
+
+
+def config_of(path: str) -> dict[str, Any]:
+    """A checkpoint's config.json; {} without one, for a Hub id and for a damaged file, which loading will refuse."""
+    try:
+        config = json.loads((Path(path).expanduser() / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def warn_about(output: str) -> None:
+    """Print a line if LLaVA would not load the checkpoint that a training will write to ``output``."""
+    if output and WORD not in model_name(output).lower():
+        told = f"--output_dir {output} has no {WORD!r} in its name, by which LLaVA decides how to load a checkpoint"
+        print(f"llm2clip: warning: {told}; rename it before evaluating", file=sys.stderr)
+
+
+def option_value(words: Sequence[str], name: str) -> str:
+    """The value of an option of LLaVA on a command line, "" without one; as argparse reads it, the last counts.
+
+    >>> option_value(["--mm_vision_select_layer", "-2", "--mm-vision-select-layer=-1"], "--mm_vision_select_layer")
+    '-1'
+    """
+    value = ""
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        given, equals, own = word.partition("=")
+        if given.replace("-", "_") == name.replace("-", "_"):
+            value = own if equals else following
+    return value
+
+
+def check_selection(words: Sequence[str], num_layers: int) -> None:
+    """Raise ValueError if LLaVA's options select a hidden state that a tower does not have, or unknown features."""
+    layer, feature = (option_value(words, f"--mm_vision_select_{name}") for name in ("layer", "feature"))
+    if re.fullmatch(r"[+-]?\d+", layer):
+        blocks_below(int(layer), num_layers)
+    if feature:
+        check_feature(feature)
+
+
+def check_feature(feature: str) -> None:
+    """Raise ValueError for an unknown ``mm_vision_select_feature``."""
+    if feature not in FEATURES:
+        raise ValueError(unknown("mm_vision_select_feature", feature, FEATURES))
+
+
+def blocks_below(select_layer: int, num_layers: int) -> int:
+    """Blocks below the selected hidden state: 24 blocks have 25 states, so layer -2 is the state after block 23.
+
+    Raises ValueError if there is no such state.
+    """
+    states = num_layers + 1
+    if not -states <= select_layer < states:
+        raise ValueError(
+            f"mm_vision_select_layer {select_layer} is out of range: "
+            f"a tower of {num_layers} blocks has hidden states {-states} to {states - 1}"
+        )
+    return select_layer % states
