@@ -22,7 +22,7 @@ TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "
 CHECKS = ("image_checks", "row_checks")  # caches of older versions have image_checks, which are ignored
 METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "checks_sha256", "truncated")
 META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as JSON
-REDO = "rerun the `llm2clip embed` that made it, which embeds what is missing or damaged"
+REDO = "rerun `llm2clip embed` with the options that made it: it embeds what is missing or damaged"
 DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
 
 

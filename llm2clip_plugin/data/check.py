@@ -285,8 +285,8 @@ def _duplicate_keys(source: Source, keys: np.ndarray, show: int) -> dict[str, An
     most = []
     for value in duplicates[:show]:
         numbers = keys[keys[:, 0] == value, 1].tolist()
-        shards = sorted({source.locate(number)[0] for number in numbers})
-        most.append({"key": source.key(numbers[0]), "samples": len(numbers), "shards": shards[:show]})
+        shards = sorted({source.locate(number)[0] for number in numbers})[:show]
+        most.append({"key": source.key(numbers[0]), "samples": len(numbers), "shards": shards})
     return {"keys": len(duplicates), "samples": int(counts[counts > 1].sum()), "examples": most}
 
 

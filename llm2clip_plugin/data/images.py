@@ -55,34 +55,36 @@ class ImageConfig:
 
         Raises ValueError for settings that this class does not support.
         """
-        crop = bool(values.get("do_center_crop", "crop_size" in values and values["crop_size"] is not None))
+        crop = bool(values.get("do_center_crop", values.get("crop_size") is not None))
         edge, height, width = _sides(values.get("size"), "size")
+        problem = ""
         if values.get("do_resize", True) is False or values.get("do_pad"):
-            raise ValueError(
-                "preprocessor has do_resize false or do_pad true, so its images have no fixed size; not supported"
-            )
-        if not math.isclose(float(values.get("rescale_factor", 1 / 255)), 1 / 255, rel_tol=1e-6):
-            raise ValueError(f"preprocessor has rescale_factor {values['rescale_factor']}; expected 1/255")
-        if height != width:
-            raise ValueError(f"preprocessor has size {height} x {width}; expected a square")
-        normalize = values.get("do_normalize", True)
-        common = {
-            "resample": _resample_name(values.get("resample", 3)),
-            "mean": _triple(values.get("image_mean", cls.mean)) if normalize else (0.0, 0.0, 0.0),
-            "std": _triple(values.get("image_std", cls.std)) if normalize else (1.0, 1.0, 1.0),
-        }
-        if edge and not crop:
-            raise ValueError(f"preprocessor keeps the aspect ratio (shortest_edge {edge}) but has no center crop")
-        if not crop:
-            return cls(size=height, fit="squash", **common)
-        _, crop_height, crop_width = _sides(values.get("crop_size"), "crop_size")
+            problem = "do_resize false or do_pad true, so its images have no fixed size"
+        elif not math.isclose(float(values.get("rescale_factor", 1 / 255)), 1 / 255, rel_tol=1e-6):
+            problem = f"rescale_factor {values['rescale_factor']}; expected 1/255"
+        elif height != width:
+            problem = f"size {height} x {width}; expected a square"
+        elif edge and not crop:
+            problem = f"shortest_edge {edge}, which keeps the aspect ratio, but no center crop"
+        resample = {number: name for name, number in RESAMPLE.items()}.get(int(values.get("resample", 3)), "")
+        if not resample:
+            problem = f"resample {values['resample']!r}; known: {RESAMPLE}"
+        _, crop_height, crop_width = _sides(values.get("crop_size"), "crop_size") if crop else (0, height, height)
         if crop_height != crop_width:
-            raise ValueError(f"preprocessor has crop_size {crop_height} x {crop_width}; expected a square")
-        if not edge and height != crop_height:
-            raise ValueError(f"preprocessor stretches to {height} and crops to {crop_height}, which is not supported")
-        if not edge:
-            return cls(size=crop_height, fit="squash", **common)
-        return cls(size=crop_height, resize=0 if edge == crop_height else edge, **common)
+            problem = f"crop_size {crop_height} x {crop_width}; expected a square"
+        elif not edge and height != crop_height:
+            problem = f"size {height} and crop_size {crop_height}, so it stretches and crops"
+        if problem:
+            raise ValueError(f"preprocessor has {problem}; not supported")
+        normalize = values.get("do_normalize", True)
+        return cls(
+            size=crop_height,
+            resize=0 if edge == crop_height else edge,
+            fit="shortest" if edge else "squash",
+            resample=resample,
+            mean=_triple(values.get("image_mean", cls.mean)) if normalize else (0.0, 0.0, 0.0),
+            std=_triple(values.get("image_std", cls.std)) if normalize else (1.0, 1.0, 1.0),
+        )
 
 
 def _sides(value: Any, name: str) -> tuple[int, int, int]:
@@ -94,13 +96,6 @@ def _sides(value: Any, name: str) -> tuple[int, int, int]:
     if isinstance(value, dict) and {"height", "width"} <= value.keys():
         return (0, value["height"], value["width"])
     raise ValueError(f"preprocessor has {name} {value!r}; expected a number, shortest_edge, or height and width")
-
-
-def _resample_name(number: Any) -> str:
-    for name, known in RESAMPLE.items():
-        if known == int(number):
-            return name
-    raise ValueError(f"preprocessor has resample {number!r}; known: {RESAMPLE}")
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

@@ -95,11 +95,6 @@ class LoadPlan:
         """Most bytes in shared memory: the parts prepared ahead, and the one that the rank copies out."""
         return (self.workers * self.prefetch + 1) * self.part * self.row_bytes if self.workers else 0
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the rank's own memory: the batch in use, and the next one if processes load it meanwhile."""
-        return self.rows * self.row_bytes * (2 if self.workers else 1)
-
 
 def row_bytes(side: int, width: int) -> int:
     """Bytes of a row: an RGB image of ``side`` pixels a side, and an embedding of ``width`` float32 values."""
@@ -131,15 +126,9 @@ def lacks_shared_memory(plans: Sequence[LoadPlan], ranks: int, folder: str = SHA
     need, free = ranks * sum(plan.shared_bytes for plan in plans), free_shared_memory(folder)
     if free is None or need <= free:
         return ""
-    parts = "; ".join(
-        f"{plan.workers} processes x {plan.prefetch} parts of {plan.part} x {plan.row_bytes:,} bytes"
-        for plan in plans
-        if plan.workers
-    )
     return (
-        f"{folder} has {free:,} bytes free, the loader processes of {ranks} rank{'s' * (ranks > 1)} on this machine "
-        f"need {need:,} (each rank: {parts}); {remedy(need)}, or lower --dataloader-prefetch-mb or "
-        "--workers (0 needs none)"
+        f"{folder} has {free:,} bytes free, the loader processes of {ranks} ranks on this machine need {need:,}; "
+        f"{remedy(need)}, or lower --dataloader-prefetch-mb or --workers (0 needs none)"
     )
 
 

@@ -12,7 +12,6 @@ from data_world import jpeg, picture
 from PIL import Image
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data.make import words_of_name
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 
@@ -134,8 +133,3 @@ def test_transparent_pictures_get_a_background(tmp_path: Path, capsys: pytest.Ca
     assert main([*words, "--background", "white"]) == 0 and "are transparent" not in capsys.readouterr().out
     with tarfile.open(tmp_path / "made" / "00000.tar") as tar:
         assert Image.open(tar.extractfile("fox.png")).getextrema() == ((255, 255),) * 3
-
-
-def test_words_of_a_file_name():
-    assert words_of_name("animals/red-fox_2.jpg") == words_of_name("red fox/0017.jpg") == "red fox"
-    assert words_of_name("mp3 player.png") == "mp3 player" and words_of_name("0017.jpg") == ""

@@ -54,11 +54,3 @@ def test_an_error_of_the_thread_is_raised_in_its_place() -> None:
     assert list(Ahead(iter([1, 2]), threading.Event())) == [1, 2]
     with pytest.raises((AssertionError, AttributeError, RuntimeError)):  # no such GPU
         next(Ahead(iter([1, 2]), threading.Event(), device=99))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory belongs to a GPU")
-def test_batches_are_pinned_on_the_ranks_own_gpu() -> None:
-    device = torch.cuda.current_device()
-    batches = Ahead(join_parts([part(0, 5), part(5, 5)], 5, pin_memory=True), threading.Event(), device=device)
-    assert all(batch["pixels"].is_pinned() for batch in batches)

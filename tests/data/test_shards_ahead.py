@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from data_world import DroppingServer, serving, write_shards
 
-from llm2clip_plugin.data import loader as shards_ahead
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
@@ -95,12 +94,3 @@ def test_the_next_window_of_a_network_disk_is_read_by_a_machine_that_needs_all_o
         wait_for(lambda: read >= set(order[1:]))
     else:
         assert not read
-
-
-def test_two_windows_that_memory_does_not_hold_are_mentioned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    dataset, read = network_set(tmp_path, monkeypatch)
-    monkeypatch.setattr(shards_ahead, "MEMORY_SHARE", 0.0)
-    assert len(list(islice(make_loader(dataset, local_batch=4, whole_shards=True), 8))) == 8
-    assert len(caplog.records) == 1 and "half of the available memory (" in caplog.text and not read

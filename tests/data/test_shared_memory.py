@@ -23,11 +23,10 @@ def test_what_is_prepared_ahead_is_bounded(rows: int, micro_batch: int, workers:
 def test_the_usual_run_and_the_smallest_memory() -> None:
     plan = plan_loading(rows=512, micro_batch=512, workers=8, row_bytes=L14_336, prefetch_mb=PREFETCH_MB)
     assert (plan.part, plan.prefetch) == (42, 2)  # 17 parts of 42 x 355 kB: 254 MB
-    assert plan.host_bytes == 2 * 512 * L14_336
     tiny = dataclasses.replace(plan, part=1, prefetch=1)
     assert plan_loading(rows=512, micro_batch=512, workers=8, row_bytes=L14_336, prefetch_mb=1) == tiny
     alone = plan_loading(rows=512, micro_batch=64, workers=0, row_bytes=L14_336, prefetch_mb=1)
-    assert (alone.part, alone.shared_bytes, alone.host_bytes) == (64, 0, 512 * L14_336)
+    assert (alone.part, alone.shared_bytes) == (64, 0)
 
 
 def test_too_little_shared_memory_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

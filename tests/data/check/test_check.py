@@ -1,7 +1,4 @@
 import json
-import struct
-import zlib
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,11 +6,6 @@ from data_world import encoded, img2dataset_members, jpeg, picture, write_tar
 from PIL import Image
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import make_loader
-from llm2clip_plugin.data.pairs import PairDataset, eval_pairs
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
 
 
 @pytest.fixture
@@ -84,50 +76,6 @@ def test_the_text_names_shard_and_key(messy: Path, capsys: pytest.CaptureFixture
         assert part in text
 
 
-def test_what_training_refuses_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    members = [
-        ("five.jpg", jpeg(0)),
-        ("five.json", b'{"caption": 5}'),
-        ("list.jpg", jpeg(1)[:-300]),  # broken twice over
-        ("list.json", b'{"caption": ["x", 7]}'),
-        ("deep.jpg", jpeg(2)),
-        ("deep.json", b"[" * 200_000),
-        ("cut.jpg", jpeg(3)[:-300]),  # no caption either
-    ]
-    path = write_tar(tmp_path / "x.tar", [*img2dataset_members(0, 80), *members])
-    status, report = checked(capsys, str(path))
-    assert status == 1 and not report["fit_for_training"] and report["broken_share"] == 4 / 84
-    assert [(one["shard"], one["key"], one["reason"].split(";")[0]) for one in report["broken"][:2]] == [
-        ("x", "five", "caption field 'caption' has type int"),
-        ("x", "list", "caption field 'caption' has type int"),
-    ]
-    assert [(one["shard"], one["key"]) for one in report["broken"][2:]] == [("x", "deep"), ("x", "cut")]
-    assert "recursion" in report["broken"][2]["reason"] and "cannot decode the image" in report["broken"][3]["reason"]
-    assert report["without_captions"] == [] and report["images"]["whole"] == report["captions"] / 2 == 80
-    source = open_source(SourceConfig(path=str(path)))
-    with pytest.raises(ValueError, match=r"[1-4] of 84 samples are broken"):  # as training would say
-        list(islice(make_loader(PairDataset([source], [None], ImageConfig(size=32), seed=0), local_batch=21), 4))
-
-
-def test_broken_samples_of_one_key_all_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.jpg").write_bytes(jpeg(0))
-    rows = [{"id": "same\ud800", "image": "a.jpg", "caption": caption} for caption in ("x", 1, "", 2)]
-    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    status, report = checked(capsys, str(tmp_path / "x.jsonl"))
-    assert status == 1 and report["broken_share"] == 0.75 and len(report["broken"]) == 2
-    assert {one["key"] for one in report["broken"] + report["without_captions"]} == {"same\ufffd"}
-    assert report["duplicate_keys"]["samples"] == 4
-
-
-def test_clean_data_is_fit_for_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_tar(tmp_path / "x.tar", img2dataset_members(0, 5))
-    status, report = checked(capsys, str(tmp_path), "--fields", "long_caption=dense:en-GB")
-    assert status == 0 and report["fit_for_training"]
-    assert report["captions_by_kind"] == {"dense": 5} and report["captions_by_language"] == {"en-GB": 5}
-    assert main(["data", "check", str(tmp_path)]) == 0
-    assert "fit for training: 0.00% broken" in capsys.readouterr().out
-
-
 def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -144,32 +92,6 @@ def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert report["caption_lengths"]["unit"] == "tokens" and report["caption_lengths"]["max"] == 4  # <s>, three words
     assert main(["data", "check", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "none")]) == 2
     assert "cannot load the tokenizer" in capsys.readouterr().err
-
-
-def png_of(width: int, height: int) -> bytes:
-    """The header of a PNG that claims a size, as a bomb of a few kilobytes does."""
-    data = encoded(picture(0), "PNG")
-    size = struct.pack(">II", width, height)
-    return data[:16] + size + data[24:29] + struct.pack(">I", zlib.crc32(b"IHDR" + size + data[24:29])) + data[33:]
-
-
-@pytest.mark.parametrize("width, height", [(13_300, 13_300), (9_000, 30)])
-def test_an_image_too_large_is_named_and_replaced(
-    width: int, height: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In the check, in training and in evaluation, before its pixels are decoded; a key can't reach the terminal."""
-    key = "bomb\x1b[2J"
-    bomb = [(f"{key}.png", png_of(width, height)), (f"{key}.txt", b"a bomb")]
-    write_tar(tmp_path / "0.tar", [*img2dataset_members(0, 3), *bomb])
-    assert main(["data", "check", str(tmp_path), "--max-broken", "0.5", "--workers", "1"]) == 0
-    text = capsys.readouterr().out
-    assert f"0: bomb\\x1b[2J: the image has {width} x {height} pixels; the limits are" in text and "\x1b" not in text
-    source = open_source(SourceConfig(path=str(tmp_path)))
-    images = ImageConfig(size=8)
-    pairs = eval_pairs(source, None, images, batch=4)
-    assert [len(batch["keys"]) for batch in pairs] == [3] and [error.key for error in pairs.broken] == [key]
-    loader = make_loader(PairDataset([source], [None], images, seed=0), local_batch=4, max_broken=0.5)
-    assert key not in next(iter(loader))["keys"] and loader.broken[("0", key)].startswith("the image has")
 
 
 def test_images_that_are_elsewhere_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

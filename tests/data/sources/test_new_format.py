@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from data_world import LengthEncoder, jpeg
 
-from llm2clip_plugin.cli import main
 from llm2clip_plugin.data import sources
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
@@ -65,11 +64,6 @@ def test_it_is_recognized_and_listed(table: Path) -> None:
     (table.parent / "x.txt").write_text("x")
     with pytest.raises(ValueError, match=r"choose one with --format \(jsonl: .*; csv: a \.csv file\)"):
         detect_format(str(table.parent / "x.txt"))
-
-
-def test_it_is_checked(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "check", str(table), "--workers", "2"]) == 0
-    assert "4 samples in 1 shards, 4 captions" in capsys.readouterr().out
 
 
 def test_it_is_embedded_and_trained_on(table: Path) -> None:
