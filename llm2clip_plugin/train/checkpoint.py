@@ -32,7 +32,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llm2clip_plugin.console import CHECKPOINT, phase
-from llm2clip_plugin.contracts import DiskFullError, VersionedRecord, atomic_directory, atomic_file, sha256_file
+from llm2clip_plugin.contracts import (
+    DiskFullError,
+    RunRecord,
+    VersionedRecord,
+    atomic_directory,
+    atomic_file,
+    sha256_file,
+)
 from llm2clip_plugin.files import (
     CHECKPOINTS,
     LATEST,
@@ -236,11 +243,17 @@ class Checkpoints:
         """The checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), or a path.
 
         It is verified; ``auto``, and the path of a run, fall back to an older one with a warning on stderr. Raises
-        FileNotFoundError for a path without a checkpoint, which is the value of ``option``, ContractError if all are
-        damaged or the named one is, FileExistsError for ``never`` if any exist.
+        FileNotFoundError for a path without a checkpoint, which is the value of ``option``, or a run that has lost its
+        checkpoints, ContractError if all are damaged or the named one is, FileExistsError for ``never`` if any exist.
         """
         if resume == RESUME_AUTO:
-            return self._newest_intact(moments)
+            found, record = self._newest_intact(moments), self.run_folder / RunRecord.FILE
+            if found is None and record.is_file() and (step := RunRecord.read(record).step):
+                raise FileNotFoundError(
+                    f"{self.folder} has no checkpoint, but the run had reached step {step}: restore the checkpoints, "
+                    "choose another --output, or start over with --resume never"
+                )
+            return found
         if resume == RESUME_NEVER:
             if self.names():
                 raise FileExistsError(
