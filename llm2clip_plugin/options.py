@@ -458,11 +458,6 @@ INPUTS = {  # field -> what is there
     **dict.fromkeys(("encoder.llm", "teacher.llm", "llm", "tokenizer"), LLM),
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), ADAPTER),
 }
-EXPECTED = {
-    DATA: "a folder of .tar shards, a .tar, .jsonl or LLaVA's .json",
-    LLM: "a Hugging Face model folder, or a Hub id (owner/name)",
-    ADAPTER: "the folder of a PEFT adapter, or a Hub id",
-}
 FOLDERS = ("output_dir", "cache")  # fields with a folder to write
 FILES = ("output", "json", "html", "markdown")  # fields with a file to write, in some commands
 NEVER_WRITTEN = (".tar", ".jsonl", ".csv", ".tsv", ".txt", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".parquet")
@@ -475,16 +470,18 @@ def check_paths(command: Command[Any], values: Mapping[str, Any]) -> None:
 
     values: of the options that were given, by field.
     """
+
+    def wanted(name: str) -> str:
+        return command.leaves[name].help
+
     for name in values:
         for path in _texts(values[name]):
             if INPUTS.get(name) and is_missing(path, INPUTS[name]):
                 folder, last = os.path.split(path.rstrip("/"))
                 near = nearest(last, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else ""
-                raise FileNotFoundError(
-                    joined(f"no {INPUTS[name]} at {path}{near}", f"expected {EXPECTED[INPUTS[name]]}")
-                )
+                raise FileNotFoundError(joined(f"no {INPUTS[name]} at {path}{near}", f"expected {wanted(name)}"))
             if INPUTS.get(name) == LLM and os.path.isfile(f"{path}/config.json") and not _has_tokenizer(Path(path)):
-                raise FileNotFoundError(f"{command.written(name)} {path} has no tokenizer; expected {EXPECTED[LLM]}")
+                raise FileNotFoundError(f"{command.written(name)} {path} has no tokenizer; expected {wanted(name)}")
             if name in FOLDERS and os.path.isfile(path):
                 raise FileExistsError(f"{command.written(name)} {path} is a file; expected a folder")
             suffixes = (*NEVER_WRITTEN, ".json") if name in ("html", "markdown") else NEVER_WRITTEN

@@ -159,7 +159,8 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.zeros(np.broadcast(above, below).shape), where=below != 0)
 
 
-# Joining answers to questions by key, never by order; missing, duplicate, unknown and unreadable answers are counted.
+# Answers are joined to questions by key, never by order. Of two answers to a question the last counts, as in LLaVA's
+# own conversion scripts.
 
 SUFFIXES = (" answer the question using", " answer with the option", " please answer")  # lmms-eval's, behind a question
 
@@ -292,21 +293,18 @@ def _refuse_other_benchmark(
     answered = [(question, answer) for question, answer in zip(questions, joined, strict=True) if answer is not None]
     if not answered or len(unknown) > max(allow, 1 / len(answers.rows)) * len(answers.rows):
         example = unknown[0] if unknown else answers.rows[0]
-        shown = f"id {example.id!r}" if example.id is not None else f"doc_id {example.row.get('doc_id')!r}"
         raise ValueError(
-            f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name} "
-            f"({len(questions)} questions, first id {questions[0].id!r}; line {example.line} has {shown}, prompt "
-            f"{example.prompt[:80]!r}). Check BENCHMARK, --data and --answers; if --data is a subset of what was "
-            "answered, pass --allow-missing"
+            f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name} (line "
+            f"{example.line}: id {example.id!r}, prompt {example.prompt[:80]!r}; first question: id "
+            f"{questions[0].id!r}). Check BENCHMARK, --data and --answers; for a subset pass --allow-missing"
         )
     prompted = [(question, answer) for question, answer in answered if answer.prompt]
     wrong = [pair for pair in prompted if squeeze(pair[0].text) not in squeeze(pair[1].prompt)]
     if len(wrong) > 0.5 * len(prompted):
         question, answer = wrong[0]
         raise ValueError(
-            f"{answers.path} has ids of {name}, but other questions: line {answer.line}, id {question.id!r}, has the "
-            f"prompt {answer.prompt[:80]!r}, and the question is {question.text[:80]!r}. Check BENCHMARK, --data and "
-            "--answers"
+            f"{answers.path} has ids of {name}, but other questions: line {answer.line} has the prompt "
+            f"{answer.prompt[:80]!r}, question {question.id!r} is {question.text[:80]!r}. Check BENCHMARK and --data"
         )
 
 

@@ -1,7 +1,8 @@
-"""The vision tower of a checkpoint, as ``vision_config``, tensors and image processor of the exported model."""
+"""The parts of an exported model: language model and projector, vision tower, and the code of towers that are ours."""
 
 import importlib
 import inspect
+import operator
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_integration.checkpoints import blocks_below, check_feature
 from llava_integration.serve.checkpoint import FIX, LazyTensor, LazyTensors, LlavaCheckpoint, open_file, refuse_rest
 from llava_integration.towers import TowerLocation, is_ours, loading, locate_tower
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory
 from llm2clip_plugin.vision.families import families, family_named, family_of_type, read_config
@@ -22,7 +24,7 @@ from llm2clip_plugin.vision.family import Family, remove_tokens
 from llm2clip_plugin.vision.positions import check_pixels
 from llm2clip_plugin.vision.publish import published
 
-# The language model and the projector: their settings and tensors, from LLaVA's names to Hugging Face's.
+# The language model and the projector: settings and tensors, from LLaVA's names to Hugging Face's
 
 # fields of a Llama's config.json, of transformers 4 and 5; the others are LLaVA's or of a file
 FIELDS = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
@@ -32,12 +34,8 @@ PROJECTOR = {"mm_projector.0": "multi_modal_projector.linear_1", "mm_projector.2
 TOWER = "model.vision_tower."
 BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # computed; old versions saved it
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LANGUAGE_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)  # there is no Llama without
+# there is no Llama without
+LANGUAGE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 BLOCK = """self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj
     input_layernorm post_attention_layernorm""".split()
 
@@ -122,7 +120,8 @@ def with_image_row(rows: LazyTensor, tokens: int) -> LazyTensor:
     return LazyTensor(shape=(tokens + 1, rows.shape[1]), read=read, where=rows.where)
 
 
-# The code of towers that transformers does not have, saved with a model: ``trust_remote_code`` runs it anywhere.
+# The code of towers that transformers does not have, saved with a model: ``trust_remote_code`` runs it anywhere. Where
+# this package is installed, ``register`` is enough, and no code of the model's is run.
 
 MODELING = "modeling_llava_tower"
 # what the package shares between towers becomes part of the file
@@ -305,34 +304,18 @@ def find(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
     sizes |= {name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)}
     dropped = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures"}
     fields = {key: value for key, value in fields.items() if key not in dropped}
-    found = ExportedTower(
-        directory=directory,
-        family=family,
-        config={**fields, **sizes},
-        location=location,
-    )
-    check_state(checkpoint.config, "mm_vision_select_layer", sizes["num_hidden_layers"], checkpoint.directory)
-    feature = checkpoint.config.get("mm_vision_select_feature", "patch")
-    if feature not in ("patch", "cls_patch"):
-        raise ContractError(
-            f"{checkpoint.directory}: mm_vision_select_feature is {feature!r}, expected 'patch' or 'cls_patch'; {FIX}"
-        )
+    layer: Any = checkpoint.config.get("mm_vision_select_layer")
+    with errors_about(f"{checkpoint.directory}: mm_vision_select_layer {layer!r}", fix=FIX):
+        blocks_below(operator.index(layer), sizes["num_hidden_layers"])
+    with errors_about(checkpoint.directory, fix=FIX):
+        check_feature(checkpoint.config.get("mm_vision_select_feature", "patch"))
     width = checkpoint.config.get("mm_hidden_size")
     if width != sizes["hidden_size"]:
         raise ContractError(
             f"the projector of {checkpoint.directory} expects features of width {width}, but the tower in {directory} "
             f"has hidden_size {sizes['hidden_size']}; pass the tower that it was trained with as --tower"
         )
-    return found
-
-
-def check_state(config: dict[str, Any], name: str, blocks: int, where: Path) -> None:
-    """Raise ContractError unless the setting ``name`` is a hidden state of a tower of so many blocks."""
-    state = config.get(name)
-    if type(state) is not int or not -blocks - 1 <= state <= blocks:
-        raise ContractError(
-            f"{where}: {name} is {state!r}, expected a hidden state of the tower, {-blocks - 1} to {blocks}; {FIX}"
-        )
+    return ExportedTower(directory=directory, family=family, config={**fields, **sizes}, location=location)
 
 
 def tower_tensors(tower: ExportedTower, trained: LazyTensors, *, unfrozen: bool, files: ExitStack) -> LazyTensors:

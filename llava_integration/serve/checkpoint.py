@@ -18,7 +18,8 @@ from llm2clip_plugin.options import command
 from llm2clip_plugin.vision.checkpoint import read_tensors, weight_files
 from llm2clip_plugin.vision.directory import read_json
 
-# Tensors of checkpoints, read one by one when they are needed, and written in shards.
+# Tensors of checkpoints are read one by one when they are needed, and written in shards: a model of any size passes
+# through the memory of one shard.
 
 SHARD_BYTES = 2 << 30
 INDEX = "model.safetensors.index.json"

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported model: one tokenizer.json that gives the ids of LLaVA's own tokenizing.
+"""What an exported model reads: LLaVA's conversation as a Jinja chat template, and its tokenizer as a tokenizer.json.
 
 LLaVA splits a prompt at ``<image>`` and tokenizes each piece by itself with Llama's sentencepiece model, so that each
 piece begins with the space that sentencepiece puts before a text. Here ``<image>`` is a token, and the same spaces come
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.options import nearest
+from llm2clip_plugin.options import unknown
 from llm2clip_plugin.vision.directory import read_json
 
-# LLaVA's conversation templates as Jinja chat templates, which servers and transformers read.
+# Conversations
 
 DEFAULT = "vicuna_v1"  # of LLaVA 1.5, in LLaVA's evaluation scripts
 IMAGE = "<image>"
@@ -153,9 +153,7 @@ CONVERSATIONS: dict[str, Conversation] = {
 def conversation_named(name: str) -> Conversation:
     """LLaVA's conversation of that name; ValueError lists the known ones."""
     if name not in CONVERSATIONS:
-        raise ValueError(
-            f"unknown conversation {name!r}{nearest(name, list(CONVERSATIONS))}; known: {', '.join(CONVERSATIONS)}"
-        )
+        raise ValueError(unknown("conversation", name, CONVERSATIONS))
     return CONVERSATIONS[name]
 
 
@@ -172,6 +170,8 @@ def choose(given: str, recorded: str, *, where: object) -> str:
         )
     return name
 
+
+# The tokenizer
 
 MODEL, FAST, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 USER_DEFINED = 4  # sentencepiece's ModelProto.SentencePiece.Type

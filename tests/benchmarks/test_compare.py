@@ -63,14 +63,6 @@ def test_golden_models(scored, tmp_path, capsys):
     assert len({line.count("|") - line.count("\\|") for line in table[:11]}) == 1  # as many cells in each row
 
 
-def test_identical_files_show_nothing(scored, tmp_path):
-    main([str(scored / "model-a"), str(scored / "model-a"), "--json", str(tmp_path / "x.json"), "--resamples", "200"])
-    for row in json.loads((tmp_path / "x.json").read_text())["rows"]:
-        assert (row["difference"], row["low"], row["high"]) == (0.0, 0.0, 0.0)
-        assert (row["p"], row["p_holm"], row["wins"], row["losses"]) == (1.0, 1.0, 0, 0)
-        assert row["verdict"] == "no difference shown"
-
-
 def test_composites_are_resampled_as_composites(scored):
     """The bootstrap of MME and POPE recomputes the published number, here by scoring resampled images naively."""
     rng = np.random.default_rng(0)

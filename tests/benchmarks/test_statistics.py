@@ -7,7 +7,7 @@ import pytest
 
 from llava_integration.benchmarks.benchmark import Statistic, mean_statistic, ratio
 from llava_integration.compare.statistics import Paired, compare, holm, pair
-from llm2clip_plugin.bootstrap import bootstrap_mean, resample, t_cdf, t_quantile
+from llm2clip_plugin.bootstrap import bootstrap_mean, resample
 
 SIMULATIONS = 1000  # standard error of a coverage of 95 %: 0.7 %
 RESAMPLES = 400
@@ -184,16 +184,6 @@ def test_bootstrap_is_the_naive_loop():
 def test_holm():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (5, 2.5706), (30, 2.0423), (199, 1.9720), (1000, 1.96234)]
-)
-def test_student(freedom, quantile):
-    """Tables of Student's distribution at 97.5 %."""
-    assert t_quantile(0.975, freedom) == pytest.approx(quantile, abs=6e-4)
-    assert t_cdf(quantile, freedom) == pytest.approx(0.975, abs=2e-5)
-    assert t_quantile(0.975, 10**6) == pytest.approx(1.959964, abs=1e-6)
 
 
 def test_one_image_gives_an_empty_interval_not_a_crash():

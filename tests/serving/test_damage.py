@@ -62,15 +62,15 @@ def nan(state: dict[str, Tensor]) -> dict[str, Tensor]:
 TENSORS: dict[str, tuple[Damage, str]] = {
     "empty": (written(WEIGHTS, ""), "is not a complete safetensors file"),
     "index without map": (lambda folder: (written(f"{WEIGHTS}.index.json", "{}")(folder), (folder / WEIGHTS).unlink()),
-                          '"weight_map"'),
+                          "tensors are missing"),
     "nan": (tensor("0.self_attn.q_proj.weight", torch.full((32, 32), torch.nan)), "q_proj.weight is nan"),
     "int8": (tensor("0.self_attn.q_proj.weight", torch.zeros(32, 32, dtype=torch.int8)), "quantized checkpoints"),
 }  # fmt: skip
 SETTINGS: dict[str, tuple[Damage, str]] = {
     "no tower": (settings(mm_vision_tower=None), "there is no mm_vision_tower"),
-    "no layer": (settings(mm_vision_select_layer=None), "mm_vision_select_layer is None"),
-    "layer as text": (settings(mm_vision_select_layer="-2"), "mm_vision_select_layer is '-2'"),
-    "far layer": (settings(mm_vision_select_layer=-40), "mm_vision_select_layer is -40"),
+    "no layer": (settings(mm_vision_select_layer=None), "mm_vision_select_layer None"),
+    "layer as text": (settings(mm_vision_select_layer="-2"), "mm_vision_select_layer '-2'"),
+    "far layer": (settings(mm_vision_select_layer=-40), "mm_vision_select_layer -40"),
     "feature": (settings(mm_vision_select_feature="class"), "mm_vision_select_feature"),
     "quantized": (settings(quantization_config={"quant_method": "bitsandbytes"}), "is quantized (bitsandbytes)"),
     "float": (settings(num_hidden_layers=2.0), "num_hidden_layers is 2.0"),

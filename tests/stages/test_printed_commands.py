@@ -48,7 +48,7 @@ def write_pairs(path: Path, images: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """An LLM, an adapter with settings of its own, and a tower that names them, in a folder that a shell splits."""
+    """An LLM, an adapter with its own settings, and a tower that names them, in a folder that a shell would split."""
     folder = tmp_path_factory.mktemp("a place") / "it's 1 & 2"
     save_tiny_llm(folder / "llm", "llama")
     write_moved(folder / "llm", folder / "adapter", prompt="Describe: ", chat_template="user")

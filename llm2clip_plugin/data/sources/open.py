@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import llm2clip_plugin
 from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Sample
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, format_help, formats
 from llm2clip_plugin.data.sources.tars import how_to_make_tars
@@ -15,7 +14,7 @@ __all__ = ["Shard", "Source", "SourceConfig", "check_fields", "check_kinds", "de
 
 log = logging.getLogger(__name__)
 
-EMOJI = Path(llm2clip_plugin.__file__).parent / "data" / "emoji"  # its tars are not part of a wheel
+EMOJI = Path(__file__).parents[1] / "emoji"  # its tars are not part of a wheel
 PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur
 KIND_PROBES = 64  # samples in which kinds of captions are looked for
 

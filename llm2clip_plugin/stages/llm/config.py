@@ -164,9 +164,8 @@ FINETUNE_LLM = Command(
         "evaluation.captions": "validation",
         "lora": "lora-",
         "lora.r": "lora-rank",
-        "plan.assumed_pairs": "assumed-samples",
+        "plan.images": "assumed-samples",
     },
-    also={"plan.images": "plan.assumed_pairs"},  # train-tower's name
     extras={
         "recipe": f"the authors' settings: {', '.join(PAPERS)}; ours on the paper's LLMs: "
         f"{', '.join(name for name in LLM_RECIPES if name not in PAPERS)}"

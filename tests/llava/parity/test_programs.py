@@ -91,7 +91,7 @@ def expected(checkpoint, image, prompt=PROMPT):
     from llava.model.builder import load_pretrained_model
 
     tokenizer, model, processor, _ = load_pretrained_model(str(checkpoint), None, checkpoint.name, device="cpu")
-    assert type(model.get_vision_tower()).__module__.startswith("llava_integration.towers.")
+    assert type(model.get_vision_tower()).__module__.startswith("llava_integration.tower")
     ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
     pixels = process_images([image], processor, model.config).to(torch.float16)
     with torch.inference_mode():

@@ -54,11 +54,6 @@ def mine(world, tmp_path):
     return tower, train(world, f"llm2clip:{tower}", tmp_path / "llava-mine")
 
 
-def test_found_as_named(mine):
-    tower, checkpoint = mine
-    assert load(checkpoint).location.directory == tower
-
-
 def test_moved_without_its_tower(mine, tmp_path):
     """The message says which tower, where it was looked for, and both ways out."""
     tower, checkpoint = mine
@@ -118,13 +113,6 @@ def test_another_choice_for_the_bare_name_is_refused(world, tmp_path, monkeypatc
         load(checkpoint)
     towers.bundle(checkpoint, tower=str(world.towers["clip"]))
     assert load(checkpoint).location.directory == checkpoint / "vision_tower"
-
-
-def test_nothing_chosen_for_the_bare_name(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("LLM2CLIP_TOWER", str(world.towers["clip"]))
-    checkpoint = train(world, "llm2clip", tmp_path / "llava-bare")
-    monkeypatch.delenv("LLM2CLIP_TOWER")
-    assert load(checkpoint).location.directory == world.towers["clip"]
 
 
 def test_hub_unreachable(world, tmp_path, monkeypatch):

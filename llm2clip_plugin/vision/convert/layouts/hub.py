@@ -49,6 +49,9 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpo
     is_projected = "CLIPVisionModelWithProjection" in (config.get("architectures") or [])
     if "visual_projection.weight" in family.image_text_tensors and (is_projected or parsed.is_image_text):
         require(state, projection)
+        rows, stated = state[projection].shape[0], config.get("projection_dim")
+        if parsed.adapter is None and stated not in (None, rows):
+            raise ContractError(f"{projection} has {rows} rows, but config.json specifies projection_dim {stated}")
     return parsed
 
 
