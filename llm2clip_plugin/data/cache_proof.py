@@ -74,11 +74,12 @@ def keep_digests(source: Source, digests: Mapping[str, str]) -> None:
 def _known(source: Source) -> dict[str, list[str]]:
     """For each shard whose file is the one that was read: its digest, and those of caches that hold its captions."""
     recorded = source.side_folder.read_json(source.digests) if source.side_folder else {}
-    return {
-        shard.name: entry["fits"]
-        for shard, stamp in zip(source.shards, source.stamps, strict=bool(recorded))
-        if (entry := recorded.get(shard.name)) and entry["stamp"] == list(stamp) and "fits" in entry
-    }
+    known: dict[str, list[str]] = {}
+    for shard, stamp in zip(source.shards, source.stamps, strict=bool(recorded)):
+        entry = recorded.get(shard.name)
+        if isinstance(entry, dict) and entry.get("stamp") == list(stamp) and isinstance(entry.get("fits"), list):
+            known[shard.name] = [str(digest) for digest in entry["fits"]]
+    return {name: fits for name, fits in known.items() if fits}
 
 
 def _record(source: Source, results: Mapping[str, tuple[str, str]]) -> None:

@@ -188,10 +188,12 @@ class IndexFile:
         return head["columns"], table
 
     def row(self, shard: int, number: int) -> tuple[list[int], bytes]:
-        """The columns of a sample of a shard, and its text."""
-        start, row_bytes = self.table.starts[shard], 8 * self.columns
+        """The columns of a sample of a shard, and its text. Raises ValueError for values that no file can have."""
+        start, row_bytes, text_bytes = self.table.starts[shard], 8 * self.columns, self.table.text_bytes[shard]
         row = self._file.read(row_bytes, start + number * row_bytes)
-        values = np.frombuffer(row, dtype="<i8").tolist()
+        values = np.frombuffer(row, dtype="<i8").tolist() if len(row) == row_bytes else [-2]
+        if min(values) < -1 or max(values) > max(self.table.stamps[shard][0], text_bytes) or values[-1] > text_bytes:
+            raise ValueError(f"{self.path} is damaged (row {number} of shard {shard}); delete it and restart")
         text_start, text_size = values[-2:]
         if not text_size:
             return values, b""

@@ -141,6 +141,17 @@ def test_a_damaged_index_is_built_again(tmp_path: Path, caplog: pytest.LogCaptur
     assert "built again" in caplog.text
 
 
+def test_a_damaged_row_of_an_index_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, [2])
+    open_source(SourceConfig(path=str(tmp_path)))
+    (index,) = (tmp_path / ".llm2clip").glob("shards-*.index")
+    whole = index.read_bytes()
+    for at in (256 + 7, 256 + 8 + 6, 256 + 7 * 8 + 5):  # the highest bytes of an offset, a size and a key's size
+        index.write_bytes(whole[:at] + b"\x7f" + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"index is damaged \(row 0"):
+            open_source(SourceConfig(path=str(tmp_path)))[0]
+
+
 def test_in_a_read_only_folder_the_index_goes_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexed: list[str]
 ) -> None:
