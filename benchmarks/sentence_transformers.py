@@ -28,8 +28,8 @@ from benchmarks.common import (
     random_llama,
     write_lines,
 )
-from llm2clip_plugin.stages.llm.config import FinetuneConfig
-from llm2clip_plugin.stages.llm.run import trained_module
+from llm2clip_plugin.stages.llm import trained_module
+from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.text.contrast import CaptionStep, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder

@@ -35,9 +35,9 @@ from PIL import Image
 from benchmarks.common import WORDS, alternate, parser, print_table, write_lines
 from benchmarks.llava import SHAPES, make_llava, make_tower
 from llava_integration.answer import command as evaluate
-from llava_integration.answer.model import Answerer
-from llava_integration.answer.options import AnswerConfig
-from llava_integration.serve import parity
+from llava_integration.answer.command import Answerer
+from llava_integration.answer.questions import AnswerConfig
+from llava_integration.serve import export as parity
 from llava_integration.serve.export import Export, export
 
 PATIENCE = 900  # seconds until the server is there

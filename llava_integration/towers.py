@@ -27,8 +27,7 @@ from typing import Any, ClassVar
 
 from llava_integration.checkpoints import CONFIG, HUB_ID, checkpoint_config
 from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory, atomic_file
-from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.hub import hub_snapshot
+from llm2clip_plugin.files import ContractError, errors_about, hub_snapshot
 from llm2clip_plugin.options import Command, command
 from llm2clip_plugin.vision.directory import check_card
 

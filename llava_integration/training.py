@@ -3,9 +3,6 @@
 ``hook`` calls `complete_trainer` in processes that import ``llava.train.llava_trainer``, as LLaVA's training does.
 """
 
-# LLaVA may be in an environment of its own, not where types are checked.
-# pyright: reportMissingImports=false
-
 import atexit
 import contextlib
 import functools
@@ -22,6 +19,10 @@ import torch.distributed
 
 from llava_integration.compat.runner import replaces
 from llm2clip_plugin.console import quiet_llava
+
+# LLaVA may be in an environment of its own, not where types are checked.
+# pyright: reportMissingImports=false
+
 
 PROGRAMS = ("__main__", "llava.train.train")  # as a program, and imported by train_mem.py
 COLLECTIVES = (  # those that DeepSpeed starts several of and then waits for the last one only

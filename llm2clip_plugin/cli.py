@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module, function, one line of help)
     "doctor": ("llm2clip_plugin.doctor", "main", "check this environment and show how to fix problems"),
-    "run": ("llm2clip_plugin.pipeline.command", "main", "all stages in order, from checked data to a tower and a page"),
+    "run": ("llm2clip_plugin.stages.pipeline", "main", "all stages in order, from checked data to a tower and a page"),
     "data make": (
         "llm2clip_plugin.data.make",
         "main",
@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "hold out a part of a data set for validation",
     ),
     "finetune-llm": (
-        "llm2clip_plugin.stages.llm.command",
+        "llm2clip_plugin.stages.llm",
         "main",
         "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)",
     ),
@@ -49,12 +49,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "export a fine-tuned LLM: merged weights or sentence-transformers",
     ),
     "embed": (
-        "llm2clip_plugin.stages.embed.command",
+        "llm2clip_plugin.stages.embed",
         "main",
         "stage 1.5: cache the caption embeddings of the teacher LLM",
     ),
     "train-tower": (
-        "llm2clip_plugin.stages.tower.command",
+        "llm2clip_plugin.stages.tower",
         "main",
         "stage 2: train a vision tower against the cache",
     ),
@@ -90,7 +90,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "find the images that are nearest to a text; a page with pictures",
     ),
     "export": (
-        "llm2clip_plugin.stages.tower.export",
+        "llm2clip_plugin.stages.tower_export",
         "main",
         "export a training run as a tower directory or in another format",
     ),
@@ -106,8 +106,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "list known towers: location, hash, sizes",
     ),
     "llava data": (
-        "llm2clip_plugin.data.llava_files",
-        "main",
+        "llm2clip_plugin.data.make",
+        "main_llava_data",
         "write a data set as LLaVA's pretraining reads it",
     ),
     "llava evaluate": (
@@ -142,15 +142,15 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 # nor a misspelled option needs more.
 OPTIONS: dict[str, tuple[str, str]] = {
     "doctor": ("llm2clip_plugin.doctor", "COMMAND"),
-    "run": ("llm2clip_plugin.pipeline.config", "COMMAND"),
+    "run": ("llm2clip_plugin.stages.settings", "RUN"),
     "data make": ("llm2clip_plugin.data.make", "COMMAND"),
     "data check": ("llm2clip_plugin.data.check", "COMMAND"),
     "data split": ("llm2clip_plugin.data.split", "COMMAND"),
-    "llava data": ("llm2clip_plugin.data.llava_files", "COMMAND"),
-    "finetune-llm": ("llm2clip_plugin.stages.llm.config", "FINETUNE_LLM"),
+    "llava data": ("llm2clip_plugin.data.make", "LLAVA_DATA"),
+    "finetune-llm": ("llm2clip_plugin.stages.llm_config", "FINETUNE_LLM"),
     "export-llm": ("llm2clip_plugin.text.config", "COMMAND"),
-    "embed": ("llm2clip_plugin.stages.embed.config", "COMMAND"),
-    "train-tower": ("llm2clip_plugin.stages.tower.config", "TRAIN_TOWER"),
+    "embed": ("llm2clip_plugin.stages.settings", "EMBED"),
+    "train-tower": ("llm2clip_plugin.stages.tower_config", "TRAIN_TOWER"),
     "status": ("llm2clip_plugin.status", "COMMAND"),
     "evaluate": ("llm2clip_plugin.evaluate.config", "EVALUATE"),
     "evaluate captions": ("llm2clip_plugin.evaluate.config", "EVALUATE_CAPTIONS"),
@@ -158,11 +158,11 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "evaluate probe": ("llm2clip_plugin.evaluate.config", "EVALUATE_PROBE"),
     "forecast": ("llm2clip_plugin.evaluate.config", "FORECAST"),
     "search": ("llm2clip_plugin.evaluate.config", "SEARCH"),
-    "export": ("llm2clip_plugin.stages.tower.config", "EXPORT"),
+    "export": ("llm2clip_plugin.stages.tower_config", "EXPORT"),
     "import": ("llm2clip_plugin.vision.convert", "IMPORT"),
     "use": ("llava_integration.towers", "USE"),
     "towers": ("llava_integration.towers", "TOWERS"),
-    "llava evaluate": ("llava_integration.answer.options", "COMMAND"),
+    "llava evaluate": ("llava_integration.answer.questions", "COMMAND"),
     "compare": ("llava_integration.compare.command", "COMMAND"),
     "bench-mllm": ("llava_integration.benchmarks.bench", "COMMAND"),
     "score": ("llava_integration.benchmarks.score", "COMMAND"),

@@ -254,7 +254,7 @@ def checks(options: DoctorConfig) -> list[Callable[[], Iterator[Finding]]]:
     if training and not llava_installed():
         listed.append(suggest_llava)
     else:
-        from llava_integration.doctor import check_llava
+        from llava_integration.preflight import check_llava
 
         listed.append(check_llava)
     return listed

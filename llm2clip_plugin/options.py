@@ -31,8 +31,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
-from llm2clip_plugin.files import default_of, from_plain
-from llm2clip_plugin.hub import can_only_be_a_path
+from llm2clip_plugin.files import can_only_be_a_path, default_of, from_plain
 
 Settings = TypeVar("Settings")
 

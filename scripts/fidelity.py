@@ -14,8 +14,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.stages.llm.config import LLM_RECIPES
-from llm2clip_plugin.stages.tower.config import RECIPES
+from llm2clip_plugin.stages.llm_config import LLM_RECIPES
+from llm2clip_plugin.stages.tower_config import RECIPES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "fidelity.md"
 NAMES = re.compile(r"<!-- recipes: (.+) -->")

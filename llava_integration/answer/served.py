@@ -19,11 +19,9 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from llava_integration.answer.options import KEY, AnswerConfig
-from llava_integration.answer.questions import AnswersFile, Question, entry
+from llava_integration.answer.questions import KEY, AnswerConfig, AnswersFile, Question, entry
 from llm2clip_plugin.console import progress_bar
-from llm2clip_plugin.files import printable
-from llm2clip_plugin.hub import TIMEOUT, Retry, seconds_of_retry_after, timeout
+from llm2clip_plugin.files import TIMEOUT, Retry, printable, seconds_of_retry_after, timeout
 
 # An OpenAI-compatible server: the models it serves, and chat completions about an image.
 

@@ -5,8 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_integration.compare.comparison import build
-from llava_integration.compare.planning import lines, plan
+from llava_integration.compare.comparison import build, lines, plan
 from llava_integration.compare.report import markdown, page, terminal
 from llava_integration.compare.sides import Side, load_sides
 from llm2clip_plugin.contracts import atomic_file

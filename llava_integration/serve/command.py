@@ -40,7 +40,7 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """Convert a LLaVA 1.5 checkpoint into a Hugging Face model."""
     options = COMMAND.parse(argv)
-    from llava_integration.serve import parity
+    from llava_integration.serve import export as parity
     from llava_integration.serve.export import Export, export
     from llm2clip_plugin.vision.publish import check_repository, upload
 

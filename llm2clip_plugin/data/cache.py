@@ -41,15 +41,7 @@ from llm2clip_plugin.contracts import (
     shard_file,
 )
 from llm2clip_plugin.data.cache_proof import check_captions
-from llm2clip_plugin.data.cache_shard import (
-    META,
-    REDO,
-    ShardFile,
-    row_check,
-    rows_digest,
-    tensors_digest,
-)
-from llm2clip_plugin.data.cache_shard import caption_rows as caption_rows  # for writers of caches
+from llm2clip_plugin.data.cache_shard import META, REDO, ShardFile, row_check, rows_digest, tensors_digest
 from llm2clip_plugin.data.index import stamps_of
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources.base import Source

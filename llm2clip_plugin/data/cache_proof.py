@@ -14,13 +14,7 @@ from functools import partial
 from typing import Any
 
 from llm2clip_plugin.console import progress_bar
-from llm2clip_plugin.data.cache_shard import (
-    REDO,
-    ShardFile,
-    caption_rows,
-    has_text,
-    rows_digest,
-)
+from llm2clip_plugin.data.cache_shard import REDO, ShardFile, caption_rows, has_text, rows_digest
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources.base import Shard, Source
 from llm2clip_plugin.data.workers import cores, parallel

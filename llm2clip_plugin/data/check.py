@@ -32,8 +32,7 @@ from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.rows import NO_IMAGE
 from llm2clip_plugin.data.workers import cores, parallel
-from llm2clip_plugin.files import printable
-from llm2clip_plugin.hub import check_hub_answers
+from llm2clip_plugin.files import check_hub_answers, printable
 from llm2clip_plugin.options import Command
 
 CHUNK = 64  # samples that a worker reads in one task

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from llm2clip_plugin.contracts import canonical_json
-from llm2clip_plugin.hub import TIMEOUT, Retry, seconds_of_retry_after, timeout
+from llm2clip_plugin.files import TIMEOUT, Retry, seconds_of_retry_after, timeout
 
 log = logging.getLogger(__name__)
 

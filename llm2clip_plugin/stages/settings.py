@@ -3,13 +3,19 @@
 Standard library only.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from llm2clip_plugin.options import nearest
+from llm2clip_plugin.contracts import CACHE_DTYPES
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.options import Command, nearest, unknown
+from llm2clip_plugin.text.config import EncoderConfig
 
 # Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
 # learns.
@@ -186,3 +192,111 @@ TEACHERS = {
         width=4096,
     ),
 }
+
+
+# The options of ``llm2clip run``.
+
+PRETRAIN = Path(__file__).parents[2] / "scripts" / "llava" / "pretrain.sh"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig(SourceConfig):
+    """One training, from checked data to an exported tower."""
+
+    llm: str  # folder or Hub id of the teacher LLM
+    tower: str  # vision tower to start from: a folder, a Hub id, or whatever `llm2clip import` reads
+    output: str  # folder for everything that the run makes
+    validation: float = 0.1  # fraction of the data that is held out and measured with
+    by: str = ""  # field of the samples' JSON: samples with one value are on one side of the split
+    adapter: str = ""  # of an LLM that is fine-tuned already; stage 1 is then left out
+    stage1: bool = True  # fine-tune the LLM, if the images have several captions; --no-stage1: take it as it is
+    num_train_epochs: float = 4.0  # passes over the data in stage 2
+    global_batch: int = 0  # pairs per step of both stages; 0: 256, fewer for less than 4096 images
+    micro_batch: int = 0  # pairs per forward pass on one GPU; 0: its share of the batch
+    precision: Literal["", "fp32", "bf16", "fp16"] = ""  # of stage 2; "": bf16 on GPUs, fp32 without
+    tower_options: str = ""  # more options of train-tower, as one text: --tower-options="--freeze-first-blocks 8"
+    num_gpus: int = 1  # processes of the training stages
+    questions: str = ""  # .jsonl of image, question and answer: what a LLaVA of each tower, before and after, is asked
+    llava_llm: str = ""  # language model of these two LLaVAs, whose projectors are trained on the captions
+    llava_options: str = ""  # more options of LLaVA's pretraining, as one text: --llava-options="--learning_rate 2e-3"
+    queries: int = 24  # validation captions that the page shows, drawn at random
+    dry_run: bool = False  # print the stages with their commands, and run none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.questions or self.llava_llm:
+            self._check_llava()
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.1")
+        if self.num_train_epochs <= 0 or self.num_gpus < 1 or self.global_batch < 0 or self.queries < 1:
+            raise ValueError(
+                f"num_train_epochs {self.num_train_epochs:g} must be above 0, num_gpus {self.num_gpus} and queries "
+                f"{self.queries} at least 1, global_batch {self.global_batch} not negative"
+            )
+
+    def _check_llava(self) -> None:
+        """What would stop LLaVA's stages, hours later."""
+        from llava_integration.benchmarks.rules import benchmark
+        from llava_integration.preflight import check_model
+
+        if not self.questions or not self.llava_llm:
+            raise ValueError("--questions and --llava-llm need each other: the questions, and LLaVA's language model")
+        if not PRETRAIN.is_file():
+            raise ValueError(f"--questions needs a checkout of this project: {PRETRAIN} is missing")
+        if find_spec("llava") is None:
+            raise ValueError("--questions needs LLaVA: pip install --no-deps llava-torch==1.2.2.post1")
+        benchmark("questions").load(Path(self.questions))
+        for problem in check_model(self.llava_llm):
+            raise ValueError(problem.replace("--model", "--llava-llm"))
+
+
+RUN = Command(
+    name="run",
+    example="llm2clip run photos-tars --llm meta-llama/Llama-3.2-1B-Instruct --tower openai/clip-vit-base-patch16 "
+    "--output runs/photos",
+    about="All stages in order: check the data, hold out a part, fine-tune the LLM on captions, embed, train the "
+    "tower, measure it against the start tower, export it, and write a page about the run. Each stage is a command, "
+    "which is printed. Rerun the same command to resume.",
+    settings=PipelineConfig,
+    arguments="path",
+    everyday="llm tower output image-folder fields validation by adapter stage1 num-train-epochs questions llava-llm "
+    "num-gpus dry-run",
+    hidden="weight shuffle_window kinds languages",
+)
+
+
+# EmbedConfig: the captions, the LLM and the cache of ``llm2clip embed``.
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """One pass of a data set's captions through a frozen LLM (stage 1.5)."""
+
+    source: SourceConfig  # the captioned images
+    encoder: EncoderConfig  # the LLM
+    cache: str = ""  # folder of the cache; "": embeddings-<fingerprint> in the data's folder
+    dtype: str = "float16"  # storage: float16, or int8 with a scale for each row (half the size)
+    tokens_per_batch: int = 0  # tokens of a batch, padding included; 0: chosen by device
+    dry_run: bool = False  # print the number of captions and the size of the cache, then exit
+    overwrite: bool = False  # replace cached captions that the data, as it is read now, does not have
+    verify: bool = False  # write nothing: read the full cache, compare it with the data, embed a sample again
+
+    def __post_init__(self) -> None:
+        if self.dtype not in CACHE_DTYPES:
+            raise ValueError(unknown("cache dtype", self.dtype, CACHE_DTYPES))
+        if self.tokens_per_batch < 0:
+            raise ValueError(f"tokens_per_batch {self.tokens_per_batch} must not be negative")
+
+
+# The options of ``llm2clip embed``.
+
+EMBED = Command(
+    name="embed",
+    example="llm2clip embed /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter",
+    about="Stage 1.5: embed the captions of DATA with a frozen LLM and cache the embeddings. Rerun the same command to "
+    "resume; shards that are complete are skipped.",
+    settings=EmbedConfig,
+    arguments="source.path",
+    everyday="llm adapter preset cache fields image-folder dtype load-in-4bit overwrite verify dry-run",
+    hidden="source.weight source.shuffle_window source.kinds source.languages",
+)

@@ -20,8 +20,7 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     sha256_weights,
 )
-from llm2clip_plugin.files import ContractError, errors_about, read_json_value
-from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
+from llm2clip_plugin.files import ContractError, can_only_be_a_path, errors_about, hub_snapshot, read_json_value
 from llm2clip_plugin.text.config import ALL_LINEAR, LoraSettings
 
 # The files of an LLM or adapter: found or downloaded, and hashed.

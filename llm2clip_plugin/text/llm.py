@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.files import errors_about
-from llm2clip_plugin.hub import check_hub_answers
+from llm2clip_plugin.files import check_hub_answers, errors_about
 from llm2clip_plugin.text.adapter import add_lora
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings, is_sentence_transformers
 from llm2clip_plugin.text.tokens import Batch
-from llm2clip_plugin.train.memory import DTYPES
+from llm2clip_plugin.train.model import DTYPES
 
 TOKENS = 6  # of the probe; below every sliding window
 PADDING = 3  # padding tokens of its second pass

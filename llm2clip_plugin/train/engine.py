@@ -11,13 +11,9 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the import below
-
-import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -26,6 +22,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_deepspeed
 from llm2clip_plugin.train.checkpoint import HostCopies
@@ -41,6 +38,9 @@ from llm2clip_plugin.train.distributed import (
 )
 from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.timing import timed
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the import below
+
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import TowerCard, sha256_weights
-from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
+from llm2clip_plugin.files import ContractError, can_only_be_a_path, hub_snapshot
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "text_adapter.safetensors"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.hub import check_hub_answers
+from llm2clip_plugin.files import check_hub_answers
 from llm2clip_plugin.vision.directory import check_card
 from llm2clip_plugin.vision.families import families
 

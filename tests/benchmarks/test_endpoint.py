@@ -17,8 +17,7 @@ from llava_integration.answer.questions import read_questions
 from llava_integration.benchmarks import bench
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.hub import Retry
+from llm2clip_plugin.files import ContractError, Retry
 
 
 @pytest.fixture(scope="module")

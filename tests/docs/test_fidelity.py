@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from llm2clip_plugin.stages.tower.config import RECIPES
+from llm2clip_plugin.stages.tower_config import RECIPES
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("fidelity", ROOT / "scripts" / "fidelity.py")

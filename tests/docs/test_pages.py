@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm2clip_plugin.stages.settings import TEACHERS
-from llm2clip_plugin.stages.tower.config import RECIPES
+from llm2clip_plugin.stages.tower_config import RECIPES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,7 +8,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "house.py"
 FILES = {
     "llm2clip_plugin/__init__.py": "",
     "llm2clip_plugin/cli.py": "def main():\n    from llm2clip_plugin.stages.tower import command\n",
-    "llm2clip_plugin/stages/tower/command.py": "from llm2clip_plugin.train import loop\n",
+    "llm2clip_plugin/stages/tower.py": "from llm2clip_plugin.train import loop\n",
     "llm2clip_plugin/train/loop.py": "import llm2clip_plugin.train.step\n",
     "llm2clip_plugin/train/step.py": "from llm2clip_plugin.train import loop\nfrom llm2clip_plugin.stages import x\n",
     "llm2clip_plugin/stages/__init__.py": "x = 1\n",

@@ -15,7 +15,7 @@ import pytest
 
 from llm2clip_plugin import cli
 from llm2clip_plugin.options import ALSO, Command
-from llm2clip_plugin.stages.tower import config as tower_options
+from llm2clip_plugin.stages import tower_config as tower_options
 
 
 @dataclass(frozen=True, kw_only=True)

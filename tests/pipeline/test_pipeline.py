@@ -19,8 +19,8 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.console import attend
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.pipeline.command import Stage, complete, plan, survey
-from llm2clip_plugin.pipeline.config import PipelineConfig
+from llm2clip_plugin.stages.pipeline import Stage, complete, plan, survey
+from llm2clip_plugin.stages.settings import PipelineConfig
 
 
 @pytest.fixture(scope="module")

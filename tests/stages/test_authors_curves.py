@@ -17,7 +17,7 @@ from tower_runs import ROOT, finish, lines, start
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llm2clip_plugin.data.sampler import Mixture
-from llm2clip_plugin.stages.tower.config import recipe
+from llm2clip_plugin.stages.tower_config import recipe
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 

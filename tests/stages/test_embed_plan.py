@@ -7,7 +7,7 @@ import torch
 
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.stages.embed import command as embed
+from llm2clip_plugin.stages import embed
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder

@@ -18,9 +18,8 @@ from tensor_memory import peak_bytes
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from llm2clip_plugin.cli import run
-from llm2clip_plugin.stages.llm.command import DataSize, step_memory
-from llm2clip_plugin.stages.llm.config import LLM_RECIPES, FinetuneConfig
-from llm2clip_plugin.stages.llm.run import trained_module
+from llm2clip_plugin.stages.llm import DataSize, step_memory, trained_module
+from llm2clip_plugin.stages.llm_config import LLM_RECIPES, FinetuneConfig
 from llm2clip_plugin.text.adapter import add_lora
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
 from llm2clip_plugin.text.contrast import equal_parts

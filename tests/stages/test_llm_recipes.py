@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from llm2clip_plugin.contracts import EncoderCard
-from llm2clip_plugin.stages.llm.config import FINETUNE_LLM, INSTRUCTION, LLM_RECIPES, OF_LONG, OF_SHORT, llm_recipe
-from llm2clip_plugin.stages.llm.run import finetune_llm, open_data
+from llm2clip_plugin.stages.llm import finetune_llm, open_data
+from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, INSTRUCTION, LLM_RECIPES, OF_LONG, OF_SHORT, llm_recipe
 from llm2clip_plugin.stages.settings import TEACHERS
 from llm2clip_plugin.text.encoder import CaptionEncoder
 

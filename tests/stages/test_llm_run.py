@@ -19,8 +19,8 @@ from tower_runs import ROOT, finish, lines, start
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import EncoderCard, RunRecord
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.stages.llm.config import FINETUNE_LLM, FinetuneConfig
-from llm2clip_plugin.stages.llm.run import finetune_llm
+from llm2clip_plugin.stages.llm import finetune_llm
+from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.checkpoint import TrainState

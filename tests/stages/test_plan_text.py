@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from llm2clip_plugin.stages.plan import GIB, Column, columns
-from llm2clip_plugin.stages.run import warmup_note
+from llm2clip_plugin.stages.run import GIB, Column, columns, warmup_note
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
-from llm2clip_plugin.train.memory import StepMemory
+from llm2clip_plugin.train.model import StepMemory
 
 
 def planned(global_batch: int, gpu_gib: float, micro_batch: int = 0) -> list[Column]:

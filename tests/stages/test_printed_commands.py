@@ -19,8 +19,8 @@ from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import COMMANDS, OPTIONS
 from llm2clip_plugin.cli import main as cli
-from llm2clip_plugin.stages.tower.config import TRAIN_TOWER
-from llm2clip_plugin.stages.tower.run import open_data
+from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
+from llm2clip_plugin.stages.tower_run import open_data
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.vision.dual import DualEncoder

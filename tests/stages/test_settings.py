@@ -10,10 +10,10 @@ import pytest
 
 from llm2clip_plugin.files import from_plain
 from llm2clip_plugin.options import Command, leaves_of
-from llm2clip_plugin.stages.llm.config import FINETUNE_LLM
+from llm2clip_plugin.stages import tower_config as recipes
+from llm2clip_plugin.stages.llm_config import FINETUNE_LLM
 from llm2clip_plugin.stages.settings import refuse_changes
-from llm2clip_plugin.stages.tower import config as recipes
-from llm2clip_plugin.stages.tower.config import RECIPES, TRAIN_TOWER, RunConfig, recipe
+from llm2clip_plugin.stages.tower_config import RECIPES, TRAIN_TOWER, RunConfig, recipe
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from tiny_data import make_tower
 
 from llm2clip_plugin import cli
 from llm2clip_plugin.data.sources.base import ReadConfig
-from llm2clip_plugin.stages.tower import config as recipes
-from llm2clip_plugin.stages.tower.config import TRAIN_TOWER, DataConfig
+from llm2clip_plugin.stages import tower_config as recipes
+from llm2clip_plugin.stages.tower_config import TRAIN_TOWER, DataConfig
 from llm2clip_plugin.train.config import TowerConfig
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny_data import make_cache, make_shards, make_tower
 
+from llm2clip_plugin.stages import tower as tower_command
 from llm2clip_plugin.stages.settings import TEACHERS
-from llm2clip_plugin.stages.tower import command as tower_command
-from llm2clip_plugin.stages.tower.command import tower_plan
-from llm2clip_plugin.stages.tower.config import RECIPES, DataConfig, recipe
+from llm2clip_plugin.stages.tower import tower_plan
+from llm2clip_plugin.stages.tower_config import RECIPES, DataConfig, recipe
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
 from llm2clip_plugin.train.model import build_dual, shape_dual, trained_parameters
 from llm2clip_plugin.vision.family import DualConfig

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
+from llm2clip_plugin.stages.tower_config import DataConfig, RunConfig
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TowerConfig, TrainConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.distributed import set_tf32

@@ -7,8 +7,7 @@ import torch
 from tensor_memory import peak_bytes
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llm2clip_plugin.train.memory import StepMemory, activation_bytes, rank_bytes
-from llm2clip_plugin.train.model import enable_gradient_checkpointing
+from llm2clip_plugin.train.model import StepMemory, activation_bytes, enable_gradient_checkpointing, rank_bytes
 from llm2clip_plugin.train.optim import AdamW, AdamW8bit
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.towers import add_lora, freeze_tower, use_quick_gelu

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.stages.tower.run import check_patch_layers
+from llm2clip_plugin.stages.tower_run import check_patch_layers
 from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.config import LossConfig
 from llm2clip_plugin.train.model import enable_gradient_checkpointing

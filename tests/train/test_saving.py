@@ -25,15 +25,7 @@ from train_helpers import (
     tiny_engine,
 )
 
-from llm2clip_plugin.train.checkpoint import (
-    AVERAGES,
-    MODEL,
-    OPTIMIZER,
-    Checkpoints,
-    Saver,
-    TrainState,
-    load,
-)
+from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, Saver, TrainState, load
 
 STEPS = 8
 

@@ -9,7 +9,7 @@ from tiny_clip import save_tiny_clip
 from tiny_data import make_tower
 from train_helpers import trainable_names
 
-from llm2clip_plugin.stages.tower.config import recipe
+from llm2clip_plugin.stages.tower_config import recipe
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
 from llm2clip_plugin.train.model import build_dual, trained_parameters
 from llm2clip_plugin.vision.convert.importing import import_tower

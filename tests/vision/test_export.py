@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import TowerCard, sha256_weights
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.stages.tower import export as export_command
+from llm2clip_plugin.stages import tower_export as export_command
 from llm2clip_plugin.vision import export
 from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual

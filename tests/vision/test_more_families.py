@@ -33,7 +33,7 @@ def timm():
 @pytest.fixture(params=TIMM_MODELS)
 def tower(timm, request):
     """The model of that name cut to two blocks, so that the tests stay short."""
-    from llm2clip_plugin.vision.timm_tower import timm_tower
+    from llm2clip_plugin.vision.towers import timm_tower
 
     return timm_tower(request.param, pretrained=False, arguments={"depth": 2, "embed_dim": 64, "num_heads": 4})
 
@@ -101,7 +101,7 @@ def test_a_timm_tower_refuses_other_sizes_and_names_a_misshapen_tensor(tower, tm
 
 
 def test_timm_names(timm, monkeypatch):
-    from llm2clip_plugin.vision import timm_tower
+    from llm2clip_plugin.vision import towers as timm_tower
 
     with pytest.raises(ValueError, match=r"unknown timm model 'vit_huge_patch7_9' .*similar names: .*vit_"):
         load_tower("timm:vit_huge_patch7_9")

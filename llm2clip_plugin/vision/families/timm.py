@@ -4,7 +4,7 @@ from llm2clip_plugin.vision.family import Family
 
 
 def _vision_class() -> type:
-    from llm2clip_plugin.vision.timm_tower import TimmTower
+    from llm2clip_plugin.vision.towers import TimmTower
 
     return TimmTower
 

@@ -13,7 +13,8 @@ import torch
 
 from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, shard_file
 from llm2clip_plugin.data import cache as reader
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, cache_digest, caption_rows, rows_digest
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, cache_digest
+from llm2clip_plugin.data.cache_shard import caption_rows, rows_digest
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source

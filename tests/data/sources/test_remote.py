@@ -21,7 +21,7 @@ from llm2clip_plugin.data.remote import Downloads, RetryingFile, expand_braces, 
 from llm2clip_plugin.data.sources import tars
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.hub import timeout
+from llm2clip_plugin.files import timeout
 
 BODY = os.urandom(300_000)
 pread = os.pread

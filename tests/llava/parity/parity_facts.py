@@ -135,7 +135,7 @@ def answers(root: Path, name: str) -> dict[str, Any]:
     """Generated ids: greedy, in a batch, with beams, without a picture, streamed; logits after the prompt."""
     from llava.mm_utils import KeywordsStoppingCriteria, process_images
 
-    from llava_integration.answer.model import padded
+    from llava_integration.answer.command import padded
 
     tokenizer, model, processor = load(root / name)
     images = [Image.open(path).convert("RGB") for path in sorted((root / "images").iterdir())[:6:3]]

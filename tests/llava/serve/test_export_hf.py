@@ -23,7 +23,7 @@ from serve_checkpoints import (
 )
 from transformers import LlavaForConditionalGeneration
 
-from llava_integration.serve import parity
+from llava_integration.serve import export as parity
 from llava_integration.serve.build import register
 from llava_integration.serve.export import Export, export
 from llava_integration.serve.prompt import CONVERSATIONS, IMAGE

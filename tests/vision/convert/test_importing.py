@@ -16,7 +16,7 @@ from .checkpoints import RELEASE, SOURCES
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_import_export_import_is_identical(name, tmp_path):
-    from llm2clip_plugin.stages.tower.export import main as export_main
+    from llm2clip_plugin.stages.tower_export import main as export_main
 
     source, config = SOURCES[name]
     import_tower(source, tmp_path / "one", config=config)
@@ -55,7 +55,7 @@ def test_preprocessor_of_the_source_survives(tmp_path):
 
 def test_a_timm_model_by_name(tmp_path, monkeypatch, capsys):
     pytest.importorskip("timm", minversion="1.0", reason="LLaVA's environment has timm 0.6")
-    from llm2clip_plugin.vision import timm_tower
+    from llm2clip_plugin.vision import towers as timm_tower
 
     named = timm_tower.timm_tower
     monkeypatch.setattr(timm_tower, "timm_tower", lambda name: named(name, pretrained=False))  # no Hub in tests

@@ -110,7 +110,7 @@ def side_of(size: Any) -> int | None:
 
 def tower_config(name: str, image_size: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the tower that a timm model makes; ValueError for an unknown model or argument."""
-    from llm2clip_plugin.vision.timm_tower import make_timm, timm_config
+    from llm2clip_plugin.vision.towers import make_timm, timm_config
 
     config = timm_config(make_timm(name, image_size, pretrained=False, arguments=arguments), name, arguments)
     config.architectures = ["TimmTower"]

@@ -1,5 +1,6 @@
 """``llm2clip embed``, stage 1.5: captions and a frozen LLM in, a cache of embeddings out; in one process or under a
-launcher."""
+launcher.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ import torch
 
 from llm2clip_plugin.console import phase, track
 from llm2clip_plugin.contracts import CACHE_DTYPES, EmbedRecord
-from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_bytes
+from llm2clip_plugin.data.cache import CacheWriter, shard_bytes
+from llm2clip_plugin.data.cache_shard import caption_rows
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.files import started_by
-from llm2clip_plugin.stages.embed.config import COMMAND, EmbedConfig
-from llm2clip_plugin.stages.settings import rank_and_world
+from llm2clip_plugin.stages.settings import EMBED, EmbedConfig, rank_and_world
 from llm2clip_plugin.text.clip_text import open_encoder
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
@@ -31,7 +32,7 @@ from llm2clip_plugin.train.guard import watched_group
 
 def main(argv: list[str]) -> int:
     """``llm2clip embed DATA --llm PATH_OR_HUB_ID [--cache DIR] [--dtype int8] [--verify]``."""
-    config = COMMAND.parse(argv)
+    config = EMBED.parse(argv)
     if config.dry_run:
         if rank_and_world()[0] == 0:
             print(cache_plan(config))

@@ -11,11 +11,11 @@ from typing import Any
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.files import CHECKPOINTS, ContractError, from_plain
 from llm2clip_plugin.options import command
-from llm2clip_plugin.stages.tower.config import DEFAULT, EXPORT, TowerExportConfig
+from llm2clip_plugin.stages.tower_config import DEFAULT, EXPORT, TowerExportConfig
 from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
-from llm2clip_plugin.vision.convert.formats import convert
+from llm2clip_plugin.vision.convert.importing import convert
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.publish import BEFORE, check_repository, located, push_to_hub, summary
@@ -101,7 +101,7 @@ def export_run(
 ) -> None:
     """Write a run's checkpoint (the newest, unless ``checkpoint`` is the name or path of one) as a tower directory."""
     # imports DeepSpeed, which LLaVA's environment may lack and the export of a tower directory doesn't need
-    from llm2clip_plugin.stages.tower.config import RunConfig
+    from llm2clip_plugin.stages.tower_config import RunConfig
 
     record = RunRecord.read(run / RunRecord.FILE)
     adapter = teacher_adapter(record.teacher) if with_adapter else None

@@ -1,4 +1,4 @@
-"""``llm2clip run DATA --llm LLM --tower TOWER --output DIR``: every stage in order, resumed by the same command."""
+"""``llm2clip run``: all stages of one training in order, and a page about it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
 from llm2clip_plugin.pages import page_style, render, thumbnail
-from llm2clip_plugin.pipeline.config import COMMAND, PRETRAIN, PipelineConfig
+from llm2clip_plugin.stages.settings import PRETRAIN, RUN, PipelineConfig
+
+# ``llm2clip run DATA --llm LLM --tower TOWER --output DIR``: every stage in order, resumed by the same command.
 
 SURVEYED = 1000  # samples that are read
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
@@ -40,7 +42,7 @@ RECORD = "pipeline.json"  # in the output: stage -> its words and seconds, of th
 
 def main(argv: list[str]) -> int:
     """Run what is not complete yet; the exit status of the stage that failed, 128 + N after signal N, else 0."""
-    config = COMMAND.parse(argv)
+    config = RUN.parse(argv)
     source, out = open_source(config), Path(config.output)
     found = survey(source)
     stages = plan(config, source, found)

@@ -15,15 +15,22 @@ from torch import Tensor
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.workers import lacks_shared_memory
 from llm2clip_plugin.files import started_by
-from llm2clip_plugin.stages import plan as plans
+from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import find_cache, plan_engine
 from llm2clip_plugin.stages.settings import TEACHERS, plan_or_train, rank_and_world
-from llm2clip_plugin.stages.tower.config import DEFAULT, TRAIN_TOWER, RunConfig
-from llm2clip_plugin.stages.tower.run import check_data, check_patch_layers, load_plans, open_data, train_tower
+from llm2clip_plugin.stages.tower_config import DEFAULT, TRAIN_TOWER, RunConfig
+from llm2clip_plugin.stages.tower_run import check_data, check_patch_layers, load_plans, open_data, train_tower
 from llm2clip_plugin.train.config import local_world_size
 from llm2clip_plugin.train.losses.base import needs_reference, patch_layers
-from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
-from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual, trained_parameters, with_llm_width
+from llm2clip_plugin.train.model import (
+    DTYPES,
+    StepMemory,
+    activation_bytes,
+    enable_gradient_checkpointing,
+    shape_dual,
+    trained_parameters,
+    with_llm_width,
+)
 from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.vision.dual import DualEncoder
 

@@ -25,8 +25,8 @@ from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
 from llm2clip_plugin.files import UNFINISHED_HEADS
 from llm2clip_plugin.stages.run import TrainingRun, find_cache, plan_engine, training_ranks
-from llm2clip_plugin.stages.tower.config import RunConfig
-from llm2clip_plugin.stages.tower.export import export_run
+from llm2clip_plugin.stages.tower_config import RunConfig
+from llm2clip_plugin.stages.tower_export import export_run
 from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Checkpoints, load_weights
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
