@@ -70,11 +70,8 @@ def test_the_heads_of_its_scores_change_nothing_in_a_run_that_fits_none(tiny: Pa
 def test_heads_alone_are_a_baseline_that_can_be_evaluated(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """As the error of evaluating a plain vision tower says."""
     tower = str(tiny / "tower")
-    assert run("evaluate", [tower, str(tiny / "data")]) == 2
-    said = capsys.readouterr().err
-    assert f"llm2clip train-tower TRAINING_DATA --tower {tower} --num-train-epochs 0" in said
+    assert run("evaluate", [tower, str(tiny / "data")]) == 2 and tower in capsys.readouterr().err
     heads = ("--heads.steps", "5", "--heads.batch-size", "16", "--num-train-epochs", "0")
     (scores,) = train(tiny, tmp_path / "baseline", *heads)
     assert f"held-out scores: i2t_r1 {scores['i2t_r1']:.3f}" in capsys.readouterr().out
