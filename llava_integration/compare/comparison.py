@@ -187,6 +187,11 @@ def _scores(sides: Sequence[Side]) -> tuple[dict[str, str], dict[str, str], dict
     return titles, units, scores
 
 
+def clusters_of(items: list[dict[str, Any]]) -> list[str]:
+    """What is resampled together: the questions of an image, where a benchmark says so."""
+    return [str(item.get("cluster", item["id"])) for item in items]
+
+
 def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level: float, seed: int) -> Row:
     """One benchmark: pair the questions, resample, count wins."""
     base_runs, new_runs = base.runs[name], new.runs[name]
@@ -194,7 +199,7 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
     base_items, new_items = ([pick(record, common) for record in runs] for runs in (base_runs, new_runs))
     statistics = [[statistic_of(name, items) for items in side] for side in (base_items, new_items)]
     _, title, unit, note = statistics[0][0]
-    clusters = [str(item.get("cluster", item["id"])) for item in base_items[0]]
+    clusters = clusters_of(base_items[0])
     of_base, of_new = ([entry[0] for entry in side] for side in statistics)
     result = compare(pair(of_base, of_new, clusters), resamples=resamples, level=level, seed=seed)
     keep = [place for place, counts in enumerate(counted([*of_base, *of_new])) if counts]
@@ -398,7 +403,7 @@ def _measure(
     picked = [[pick(record, common) for record in side.runs[name]] for side in (base, new)]
     _, title, unit, _ = statistic_of(name, picked[0][0])
     statistics = [[statistic_of(name, items)[0] for items in runs] for runs in picked]
-    clusters = [str(item.get("cluster", item["id"])) for item in picked[0][0]]
+    clusters = clusters_of(picked[0][0])
     paired = pair(statistics[0], statistics[1], clusters)
     image, answer = _image_errors(paired, resamples, seed, times_one_side)
     strata = len(np.unique(paired.strata))

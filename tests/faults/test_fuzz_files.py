@@ -182,7 +182,7 @@ def load_scores(folder: Path) -> str:
 
 
 FORMATS = [
-    (Format("checkpoints", make_run, load_run, files=("checkpoints/**/*",)), 60),
+    (Format("checkpoints", make_run, load_run, files=("checkpoints/**/*.safetensors",)), 60),
     (Format("run.json", make_run, load_record, files=("run.json",), free_text=True), 25),
     (
         Format("tar index", make_data, lambda folder: read_source(folder / "data"), files=("data/.*/*",)),

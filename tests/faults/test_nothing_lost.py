@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from tiny_data import make_shards
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.contracts import CacheManifest, ScoreFile
+from llm2clip_plugin.contracts import CacheManifest
 
 LINES = [
     {"id": f"k{i}", "image": "x.png", "caption": f"short {i}", "long_caption": f"a long one {i}"} for i in range(8)
@@ -144,28 +143,3 @@ def test_a_split_inside_its_data(output: str, world: World, capsys: pytest.Captu
     fault = Fault("", "", f"--output {output} is inside the data at {{w}}/data, ...")
     meet(fault, world, ["data", "split", str(world.path("data")), "--output", output, "--validation", "0.3"], capsys)
     assert not list(world.path("data").rglob("split.json"))
-
-
-def scores(items: int, benchmark: str = "pope") -> ScoreFile:
-    return ScoreFile(benchmark=benchmark, metrics={"a": 1.0}, items=[{"id": i, "score": 1} for i in range(items)])
-
-
-@pytest.mark.parametrize(
-    "there",
-    [lambda path: scores(9).write(path), lambda path: scores(2, "gqa").write(path), Path.touch],
-    ids=["more", "other", "none"],
-)
-def test_scores_are_not_replaced_by_fewer(there: Callable[[Path], object], tmp_path: Path) -> None:
-    path = tmp_path / "x.scores.json"
-    there(path)
-    before = path.read_bytes()
-    with pytest.raises(FileExistsError, match=r"x\.scores\.json"):
-        scores(3).write(path)
-    assert path.read_bytes() == before
-    path.unlink()
-    assert scores(3).write(path) == scores(3).write(path)
-
-
-def test_scores_with_as_many_items_are_replaced(tmp_path: Path) -> None:
-    scores(2).write(tmp_path / "x.json")
-    assert len(ScoreFile.read(scores(3).write(tmp_path / "x.json")).items) == 3

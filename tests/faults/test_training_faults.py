@@ -99,14 +99,9 @@ def test_deepspeed_json(body: str, dry: str, world: World, capsys: pytest.Captur
     meet(Fault("", "", JSONS[body]), world, world.train("--deepspeed {w}/zero.json" + dry), capsys)
 
 
-def remove_shard(world: World) -> None:
-    world.path("data/00001.tar").unlink()
-
-
 @rows(
     Fault("batch larger than the data", "--global-batch 999", "global_batch 999 is more than the 48 ...", status=0),
     Fault("validation on training data", HELD_OUT, "--validation {w}/data: ...also in the training data...", status=0),
-    Fault("shard that is gone", "", "{w}/data has 1 shards, 2 were embedded; ...00001...", remove_shard, status=0),
 )
 def test_warned_about_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     told = meet(fault, world, world.train(f"{fault.words} --dry-run"), capsys)

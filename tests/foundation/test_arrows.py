@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "llm2clip_plugin"
 # Floors from the bottom up: a room may import from the floors below its own, never beside or above.
 FLOORS = (
-    ("bootstrap", "console", "files", "hub", "pages"),
+    ("bootstrap", "console", "files", "pages"),
     ("contracts", "options"),
     ("status",),
     ("data", "vision"),
@@ -21,12 +21,14 @@ FLOORS = (
     ("evaluate",),
     ("stages",),
     ("doctor", "cli"),
-    ("pipeline",),
 )
 FLOOR_OF = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LLAVA = "llava_integration"
 LLAVA_MAY_IMPORT = {f"{PACKAGE}.vision", *(f"{PACKAGE}.{room}" for floor in FLOORS[:3] for room in floor)}
-MAY_IMPORT_LLAVA = {f"{PACKAGE}.doctor", f"{PACKAGE}.pipeline"}  # ask about LLaVA where LLaVA is installed
+MAY_IMPORT_LLAVA = {
+    f"{PACKAGE}.doctor",
+    f"{PACKAGE}.stages",
+}  # `doctor` and `run` ask about LLaVA where LLaVA is installed
 
 HOMES = {  # heavy package -> the only places that may import it
     "deepspeed": {"llm2clip_plugin/train/engine.py", "llava_integration/training.py"},
