@@ -396,10 +396,10 @@ def quantize(embeddings: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.
 def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
     """Bytes of a cache's tensors.
 
-    A caption has a row, its scale (4), its hash and its checksum (8 each); a sample has a key of ``key_bytes``, the
-    starts of its key and of its rows, and the checksum of its image (8 each).
+    A caption has a row, its scale (4), its hash and its checksum (8 each); a sample has a key of ``key_bytes``, and the
+    starts of its key and of its rows (8 each).
     """
-    return captions * (width * VALUE_BYTES[dtype] + 20) + samples * (key_bytes + 24)
+    return captions * (width * VALUE_BYTES[dtype] + 20) + samples * (key_bytes + 16)
 
 
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:

@@ -227,7 +227,8 @@ def upload(
         files = [CommitOperationAdd(name, replaced.get(name, directory / name)) for name in sorted(_files(directory))]
         return str(api.create_commit(repository, files, commit_message=message).commit_url)
     except Exception as error:  # an LFS error is a ValueError or RuntimeError, others by the client's version
-        reason = " ".join(str(error).split()) or type(error).__name__
+        said = ": ".join(str(each) for each in (error, error.__cause__) if each is not None)  # the cause has the status
+        reason = " ".join(said.split()) or type(error).__name__
         raise OSError(
             f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the directory is complete: "
             f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `hf upload {repository} {directory}`"

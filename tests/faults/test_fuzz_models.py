@@ -45,7 +45,7 @@ def load_tower_directory(folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         features = dual(pixels, texts)
     return {
-        "features": [part.tolist() for part in features],
+        "features": [part.tolist() for part in features if part is not None],
         "card": vars(card),
         "preprocessor": preprocessor_config(folder / "tower"),
     }

@@ -61,7 +61,7 @@ def test_a_rank_that_waits_for_another_ends_in_a_line(
 LOADING = """
 import signal, sys, time
 from llm2clip_plugin.cli import leave, run
-from llm2clip_plugin.stages.tower import run as stage
+from llm2clip_plugin.stages import tower_run as stage
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, whose SIGHUP stays ignored
 def slow(*args):
     print("loading", flush=True)

@@ -91,7 +91,7 @@ def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
     assert report["caption_lengths"]["unit"] == "tokens" and report["caption_lengths"]["max"] == 4  # <s>, three words
     assert main(["data", "check", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "none")]) == 2
-    assert "cannot load the tokenizer" in capsys.readouterr().err
+    assert str(tmp_path / "none") in capsys.readouterr().err
 
 
 def test_images_that_are_elsewhere_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
