@@ -1,15 +1,16 @@
 """What the commands that measure share: the tower and its teacher, checks of the data, ranks, provenance, output."""
 
+from __future__ import annotations
+
 import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import torch
-from rich.console import Console
 
 from llm2clip_plugin import __version__
 from llm2clip_plugin.bootstrap import bootstrap_mean
@@ -28,6 +29,9 @@ from llm2clip_plugin.train.guard import watched_group
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Result = TypeVar("Result")
 
@@ -107,6 +111,8 @@ def write_scores(scores: ScoreFile, path: str, *, file: TextIO | None = None) ->
 
 def wide_console() -> Console:
     """Standard output; in a log or a pipe with lines that are long enough for any table."""
+    from rich.console import Console  # train-tower evaluates, too, in LLaVA's environment, which has no rich
+
     return Console(width=None if sys.stdout.isatty() else 200)
 
 

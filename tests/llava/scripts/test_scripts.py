@@ -114,7 +114,7 @@ def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tm
     words = [*given(world, tmp_path, "finetune"), "--output", tmp_path / "run-1", "--tower", "llm2clip:/nowhere", *dry]
     told = script(world, "llava/finetune.sh", *words, fails=True).splitlines()
     assert len(told) == 2 and all(line.startswith("error: --") for line in told), told
-    assert "choose another name, such as 'llava-run-1'" in told[0] and "'/nowhere' is not a directory" in told[1]
+    assert "choose another name, such as llava-run-1" in told[0] and "'/nowhere' is not a directory" in told[1]
 
 
 def test_nothing_starts_with_a_layer_that_the_tower_has_not(world, tmp_path):
