@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.stages.llm import finetune_llm, open_data
-from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, INSTRUCTION, LLM_RECIPES, OF_LONG, OF_SHORT, llm_recipe
+from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, INSTRUCTION, LLM_RECIPES, OF_LONG, OF_SHORT
 from llm2clip_plugin.stages.settings import TEACHERS
 from llm2clip_plugin.text.encoder import CaptionEncoder
 
@@ -31,16 +31,6 @@ def test_the_settings_that_ours_and_the_papers_have_in_common(name):
     assert config.pairs.random_negatives is config.pairs.mix_kinds is not ours
     assert (config.encoder.query_prompt == INSTRUCTION) is ours
     assert bool(config.start_adapters) is (name == "paper-llama-8b")
-
-
-def test_options_override_a_recipe_and_unknown_names_list_the_known_ones():
-    config = FINETUNE_LLM.parse(
-        ["/data/cc3m", "--recipe", "llama-1b", "--lr", "1e-4", "--r", "8", "--llm", "/models/mine"]
-    )
-    assert (config.optim.lr, config.lora.r, config.encoder.llm) == (1e-4, 8, "/models/mine")
-    assert config.lora.alpha == llm_recipe("llama-1b").lora.alpha
-    with pytest.raises(ValueError, match="llama-70b"):
-        FINETUNE_LLM.parse(["--recipe", "llama-70b"])
 
 
 def test_the_papers_recipe_trains_a_tiny_llm(llama, tmp_path):

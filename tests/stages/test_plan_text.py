@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llm2clip_plugin.stages.run import GIB, Column, columns, warmup_note
-from llm2clip_plugin.train.config import OptimConfig, TrainConfig
+from llm2clip_plugin.stages.run import GIB, Column, columns
+from llm2clip_plugin.train.config import TrainConfig
 from llm2clip_plugin.train.model import StepMemory
 
 
@@ -28,11 +28,3 @@ def test_the_proposed_micro_batch_fits_and_the_next_does_not():
             assert next(c.total[1] for c in more if c.world == column.world) > 0.9 * 40 * GIB
     assert [c.micro_batch for c in planned(100, 40)][2] == 0  # 100 on 64
     assert [c.micro_batch for c in planned(4096, 1)] == [0, 0, 0]
-
-
-def test_a_warmup_that_never_ends_is_said():
-    optim = OptimConfig(lr=2e-4, warmup_steps=300)
-    assert warmup_note(optim, 301) == "" == warmup_note(optim, 0) == warmup_note(OptimConfig(), 1)
-    assert warmup_note(optim, 30).startswith(
-        "all 30 steps are warm-up (300 steps): the learning rate ends at 2e-05, below"
-    )

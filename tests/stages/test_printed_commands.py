@@ -8,7 +8,6 @@ import importlib
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -81,16 +80,6 @@ def test_evaluate_and_training_say_how_to_create_the_cache(place, tmp_path, caps
         capsys.readouterr().err
     )  # with the training data's teacher
     assert open_data(TRAIN_TOWER.parse(words)).validation_cache is not None
-
-
-def test_zero_shot_finds_its_prompts_again_without_the_teacher(place, tmp_path, capsys):
-    data = write_pairs(tmp_path / "data" / "pairs.jsonl", tmp_path / "data")
-    shutil.copytree(place, tmp_path / "moved")
-    words = ["evaluate", "zeroshot", str(tmp_path / "moved" / "tower"), str(data), "--label", "id"]
-    assert cli(words) == 0, capsys.readouterr().err
-    for name in ("llm", "adapter"):
-        (tmp_path / "moved" / name).rename(tmp_path / "moved" / f"{name}-gone")
-    assert cli(words) == 0, capsys.readouterr().err
 
 
 def known_options(name: str) -> set[str]:

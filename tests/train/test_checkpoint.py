@@ -146,14 +146,3 @@ def test_kept_to_a_number_and_leftovers_of_a_kill_are_removed(tmp_path: Path):
     save_now(tmp_path, new_state(4), Engineless(), {AVERAGES: Averages()}, keep=2)
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-00000003", "step-00000004"]
     assert load(checkpoints.folder / "step-00000004").averages["w"].tolist() == [0.0] * 3
-
-
-def test_resume_of_something_that_is_not_there_is_an_error(tmp_path: Path):
-    checkpoints = Checkpoints(tmp_path / "run", keep=2)
-    assert checkpoints.find("auto") is None and checkpoints.find("never") is None
-    save_now(tmp_path / "run", new_state(1), Engineless())
-    with pytest.raises(FileNotFoundError, match=r"--resume /nowhere"):
-        checkpoints.find("/nowhere")
-    assert checkpoints.find(str(tmp_path / "run")) == checkpoints.find("auto")
-    with pytest.raises(FileExistsError, match="--resume never"):
-        checkpoints.find("never")

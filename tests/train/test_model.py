@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import math
-import shutil
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,6 @@ from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, T
 from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
 from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.train.optim import parameter_groups, set_lr
-from llm2clip_plugin.train.reports import MetricsFile, Progress
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.family import DualConfig
 
@@ -126,61 +121,6 @@ def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
     assert half["loss"] != exact["loss"] and half["loss"] == pytest.approx(exact["loss"], rel=0.1)
     assert {value.dtype for value in half["heads"].values()} == {torch.float32}
     assert half["tower untouched"]
-
-
-def test_heads_name_broken_pictures(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """If some pictures can't be used, the fit says how many it leaves out; if none can, that is the error."""
-    shutil.copytree(tiny, tmp_path / "tiny")
-    first, *others = sorted((tmp_path / "tiny" / "data").glob("*.tar"))
-    break_pictures(first)
-    assert fit(0, 1, str(tmp_path / "tiny"), 1)["steps"] == [1]
-    assert "without some samples" in caplog.text
-    for shard in others:
-        break_pictures(shard)
-    with pytest.raises(ValueError, match="broken"):
-        fit(0, 1, str(tmp_path / "tiny"), 1)
-
-
-def break_pictures(shard: Path) -> None:
-    with tarfile.open(shard) as tar:
-        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-    with tarfile.open(shard, "w") as tar:
-        for member, body in members:
-            body = body if member.name.endswith((".json", ".txt")) else b"no picture"
-            member.size = len(body)
-            tar.addfile(member, io.BytesIO(body))
-
-
-def test_metrics_of_steps_past_the_checkpoint_are_dropped(tmp_path: Path):
-    path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, from_step=0)
-    for step in (1, 2, 3):
-        first.write({"step": step, "loss": 1.0 / step})
-    first.close()
-    with path.open("a") as file:
-        file.write('{"step": 4, "lo')  # a kill in the middle of a line
-    second = MetricsFile(path, from_step=2)
-    second.write({"step": 3, "loss": 0.5})
-    second.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 0.5},
-        {"step": 3, "loss": 0.5},
-    ]
-
-
-def test_progress_shows_rate_recall_memory_and_time_left(capsys: pytest.CaptureFixture[str]):
-    progress = Progress(6, start=4, show=True)
-    progress.advance(64, 2.0, {"loss": 1.5, "peak_gib": 3.25})
-    progress.advance(64, 2.0, {"i2t_r1": 0.25, "t2i_r1": 0.5})
-    progress.close()
-    first, *_, last = capsys.readouterr().err.splitlines()
-    assert "4/6 steps" in first and "6/6 steps" in last
-    assert last.endswith("loss 1.5  32 samples/s  R@1 image->text 0.250, text->image 0.500  3.25 GiB memory")
-    silent = Progress(6, start=4, show=False)
-    silent.advance(64, 2.0, {"loss": 1.5})
-    silent.note("saved")
-    assert capsys.readouterr().err == ""
 
 
 def test_heads_draw_captions_by_their_shares():
