@@ -10,15 +10,9 @@ from pathlib import Path
 
 import pytest
 from forked import Script
-from tiny_data import make_all
 from tower_runs import ROOT, environment, options
 
 from llm2clip_plugin.train.distributed import free_port
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_all(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize(

@@ -228,16 +228,6 @@ def test_how_a_batch_with_hard_negatives_is_cut_changes_nothing(llama: Path, tmp
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=SAME)
 
 
-def test_plain_texts_and_learned_scale(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts.txt").write_text("\n".join(f"{WORDS[i % 16]} {WORDS[i * 5 % 16]} {i}" for i in range(32)))
-    arguments = options(tmp_path / "texts.txt", llama, tmp_path / "run", "--learn-scale")
-    with pytest.raises(ValueError, match=r"differs only by dropout, but lora\.dropout is 0"):
-        finetune_llm(FINETUNE_LLM.parse(arguments))
-    finetune_llm(FINETUNE_LLM.parse([*arguments, "--dropout", "0.2", "--precision", "fp32"]))
-    lines = step_lines(tmp_path / "run")
-    assert lines[-1]["logit_scale"] != lines[0]["logit_scale"] == pytest.approx(20.0)
-
-
 def test_training_continues_from_an_adapter(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
     arguments = options(captions, llama, tmp_path)
     words = arguments.index("--query-prompt")
@@ -285,17 +275,3 @@ def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None
     (adapter / EncoderCard.FILE).unlink()
     with pytest.raises(ContractError, match="does not fit"):
         opened(make_llm(tmp_path / "phi3", "phi3"), adapter)
-
-
-def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
-    base = ["finetune-llm", *options(captions, llama, tmp_path / "run")]
-    zero3 = ("--load-in-4bit", "--deepspeed", zero_file(3))
-    for more, said in (
-        (zero3, "ZeRO-3"),
-        (("--precision", "bf16"), "train.precision bf16"),
-        (("--max-tokens", "36", "--pair-kinds", "long:short"), "max_tokens 36"),
-        (("--start-adapters", str(tmp_path / "none"), "--load-in-4bit"), "start_adapters"),
-    ):
-        assert main([*base, *more]) == 2, more
-        assert said in capsys.readouterr().err
-    assert not (tmp_path / "run" / "adapter").exists()

@@ -11,17 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_data import make_all
 
 from llm2clip_plugin.cli import run
-from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, RunRecord
-from llm2clip_plugin.files import started_by
-from llm2clip_plugin.status import cache_status, run_status
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_all(tmp_path_factory.mktemp("status"))
+from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.status import run_status
 
 
 def words(tiny: Path, output: Path) -> list[str]:
@@ -107,17 +100,3 @@ def test_running_here_and_elsewhere(folder: Path):
     assert run_status(folder).state == "killed"
     (folder / "run.lock").write_text(json.dumps(lock | {"host": "node-7"}))
     assert run_status(folder).state == "running elsewhere" and "node-7, or killed" in run_status(folder).reason
-
-
-def test_a_cache(tiny: Path, tmp_path: Path):
-    (cache,) = (tiny / "data").glob("embeddings-*")
-    copy = tmp_path / "cache"
-    shutil.copytree(cache, copy)
-    assert cache_status(copy).complete and cache_status(copy).done == 2
-    record = EmbedRecord(data="d", shards=["00000", "00001", "00002"], command=started_by("embed", ["d", "--llm", "l"]))
-    record.write(copy / EmbedRecord.FILE)
-    status = cache_status(copy)
-    assert (status.complete, status.done, status.shards, status.data) == (False, 2, 3, "d")
-    assert status.go_on == "llm2clip embed d --llm l"
-    (copy / CacheManifest.FILE).write_text("{")
-    assert "not valid JSON" in cache_status(copy).problems[0]

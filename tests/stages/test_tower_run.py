@@ -18,7 +18,6 @@ import pytest
 import torch
 from forked import Script
 from small_disk import mounted
-from tiny_data import make_all
 from tower_runs import ROOT, STEPS, environment, finish, killed_at, lines, losses, options, start
 
 from llm2clip_plugin import load_dual_encoder, load_tower
@@ -26,11 +25,6 @@ from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.train.errors import StoppedError
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_all(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.slow

@@ -75,15 +75,6 @@ def test_contradictions_and_misspellings_are_refused(user: dict[str, Any], named
         complete(user, PLAN, where="zero.json")
 
 
-def test_8_bit_adamw_is_set_up_and_refused_where_it_cannot_run():
-    plan = dataclasses.replace(PLAN, optim=OptimConfig(name="adamw_8bit"))
-    assert complete({}, plan)["zero_allow_untested_optimizer"] is True
-    assert "zero_allow_untested_optimizer" not in complete({}, PLAN)
-    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    with pytest.raises(ValueError, match="adamw_8bit"):
-        complete(offload, plan, where="zero.json")
-
-
 def test_gradients_are_reduced_in_the_type_of_the_option():
     assert "communication_data_type" not in complete({}, PLAN)
     assert complete({}, REDUCED)["communication_data_type"] == "fp32"
