@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP while a run is still loading."""
+"""Ctrl-C and SIGHUP while a rank waits for another."""
 
 from __future__ import annotations
 

@@ -228,6 +228,18 @@ def test_how_a_batch_with_hard_negatives_is_cut_changes_nothing(llama: Path, tmp
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=SAME)
 
 
+def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+    base = ["finetune-llm", *options(captions, llama, tmp_path / "run")]
+    for more, said in (
+        (("--load-in-4bit", "--deepspeed", zero_file(3)), "ZeRO-3"),
+        (("--max-tokens", "36", "--pair-kinds", "long:short"), "max_tokens 36"),
+        (("--start-adapters", str(tmp_path / "none"), "--load-in-4bit"), "start_adapters"),
+    ):
+        assert main([*base, *more]) == 2, more
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 def test_training_continues_from_an_adapter(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
     arguments = options(captions, llama, tmp_path)
     words = arguments.index("--query-prompt")

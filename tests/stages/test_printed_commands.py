@@ -1,4 +1,4 @@
-"""Commands that messages and documentation show: they run as printed, and their options exist."""
+"""Commands that documentation and messages show: their options exist."""
 
 from __future__ import annotations
 

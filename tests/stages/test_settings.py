@@ -1,4 +1,4 @@
-"""Settings from JSON: misspelt and mistyped fields, hashes, what may change on resume."""
+"""Settings: recipes through JSON, hashes, what may change on resume, options without effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llm2clip status: a run that is running, finished, stopped, failed, killed, damaged; a cache; without torch."""
+"""llm2clip status: a run that is running, finished, stopped, failed, killed."""
 
 from __future__ import annotations
 

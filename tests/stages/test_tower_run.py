@@ -1,4 +1,4 @@
-"""Whole runs of the command: under the DeepSpeed launcher, killed and started again, stopped, refused."""
+"""Whole runs of the command: under the launcher, killed and started again, stopped, non-finite, on a full disk."""
 
 from __future__ import annotations
 

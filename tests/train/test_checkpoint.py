@@ -9,15 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_helpers import (
-    allow_fp16,
-    new_state,
-    run_ranks,
-    save_now,
-    tiny_batch,
-    tiny_engine,
-    tiny_step,
-)
+from train_helpers import allow_fp16, new_state, run_ranks, save_now, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.optim import set_lr

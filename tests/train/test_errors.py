@@ -1,4 +1,4 @@
-"""Failures that are not input: the message names the rank and the reason; ranks without a launcher are refused."""
+"""Ranks without a launcher are refused."""
 
 from __future__ import annotations
 

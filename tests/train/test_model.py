@@ -1,9 +1,10 @@
-"""Parameter groups, freezing, the first phase, moving averages, and what a run writes about itself."""
+"""Parameter groups, freezing, and the fit of the heads."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig
+from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
 from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.train.optim import parameter_groups, set_lr
@@ -121,6 +123,25 @@ def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
     assert half["loss"] != exact["loss"] and half["loss"] == pytest.approx(exact["loss"], rel=0.1)
     assert {value.dtype for value in half["heads"].values()} == {torch.float32}
     assert half["tower untouched"]
+
+
+def test_a_stopped_fit_goes_on_to_the_same_heads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, unfinished = fit(0, 1, str(tiny), 5), tmp_path / "unfinished"
+    stop, draw, calls = StopRequest(), heads.ImageBatches.draw, []
+
+    def stopped_at_2(self: heads.ImageBatches) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            stop.signals.append(signal.SIGTERM)
+        return draw(self)
+
+    monkeypatch.setattr(heads.ImageBatches, "draw", stopped_at_2)
+    with pytest.raises(StoppedError, match="step 2 of 5"):
+        fit(0, 1, str(tiny), 5, stop=stop, unfinished=unfinished)
+    resumed = fit(0, 1, str(tiny), 5, unfinished=unfinished)
+    assert len(calls) == 5
+    for name, value in whole["heads"].items():
+        torch.testing.assert_close(resumed["heads"][name], value, atol=1e-6, rtol=1e-5)
 
 
 def test_heads_draw_captions_by_their_shares():

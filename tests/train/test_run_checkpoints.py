@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from: hashes, fallback, what is kept, and one run at a time in a folder."""
+"""A run's checkpoints: their files, going back, and one run at a time in a folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ from safetensors.torch import load_file
 from train_helpers import Averages, Engineless, new_state, save_now
 
 from llm2clip_plugin.files import LOCK
-from llm2clip_plugin.train.checkpoint import (
-    AVERAGES,
-    Checkpoints,
-    TensorFile,
-    verify,
-    write_tensors,
-)
+from llm2clip_plugin.train.checkpoint import AVERAGES, Checkpoints, TensorFile, verify, write_tensors
 from llm2clip_plugin.train.guard import acquire, locked
 
 

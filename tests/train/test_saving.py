@@ -1,24 +1,18 @@
-"""Checkpoints in the background: killed while they are written, on a full disk, before the evaluation."""
+"""Checkpoints in the background: killed while they are written, before the evaluation."""
 
 from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from tower_runs import losses, wait_for
-from train_helpers import (
-    new_state,
-    parts_of,
-    run_ranks,
-    start_ranks,
-    tiny_batch,
-    tiny_engine,
-)
+from tower_runs import lines, losses, wait_for
+from train_helpers import new_state, parts_of, run_ranks, start_ranks, tiny_batch, tiny_engine
 
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, load
 
@@ -74,6 +68,39 @@ def test_killed_while_a_checkpoint_is_written_it_ends_bit_by_bit_the_same(tmp_pa
     first, second = (load(run / f"checkpoints/step-{STEPS:08d}").state for run in (straight, killed))
     assert first.files == second.files and len(first.files) == 3  # the same SHA-256 of every file
     assert not list((killed / "checkpoints").glob(".*"))
+
+
+def evaluated(rank: int, world: int, folder: str) -> None:
+    """Every evaluation waits for the checkpoint of its step, which is written meanwhile."""
+    from llm2clip_plugin.train.loop import run_loop
+
+    run, calls = Path(folder), []
+
+    def evaluate() -> dict[str, float]:
+        calls.append(0)
+        step = 4 if len(calls) == 1 else STEPS
+        wait_for((run / f"checkpoints/step-{step:08d}/state.json").is_file)
+        return {"i2t_r1": float(len(calls)), "t2i_r1": 0.0}
+
+    engine = tiny_engine(stage=0, micro=32)
+    config = {"eval_steps": 4, "save_total_limit": 0}
+    parts = parts_of(run, engine, new_state(), iter(()), evaluate=evaluate, train=config)
+    state = new_state()
+    for steps in (4, STEPS):  # the last step of a run is always saved
+        batches = (tiny_batch(i) for i in range(state.step, steps))
+        state = run_loop(replace(parts, batches=batches, state=state, total_steps=steps))
+    # as after a kill between the last checkpoint and its evaluation
+    run_loop(replace(parts, state=replace(state, evaluated=4)))
+
+
+def test_a_checkpoint_is_written_while_its_step_is_evaluated(tmp_path: Path):
+    """A kill in an evaluation loses neither; the scores enter the checkpoint that was written before."""
+    run_ranks(evaluated, 1, str(tmp_path))
+    saved = load(tmp_path / f"checkpoints/step-{STEPS:08d}").state
+    assert saved.evaluated == STEPS and saved.metrics == {"i2t_r1": 3.0, "t2i_r1": 0.0}
+    assert [line["step"] for line in lines(tmp_path) if "i2t_r1" in line] == [4, STEPS, STEPS]
+    events = [line for line in lines(tmp_path) if line.get("event") == "checkpoint"]
+    assert events[-1]["step"] == STEPS and {"waited_seconds", "write_seconds"} <= events[-1].keys()
 
 
 def wait_for_rank_0(rank: int, world: int, folder: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -52,13 +53,17 @@ def train(rank: int, world: int, folder: str) -> None:
         engine = tiny_engine(stage=stage, micro=micro, world=world)
         batches = (tiny_batch(i, rank=rank, world=world) for i in range(STEPS))
         parts = parts_of(Path(folder) / name, engine, new_state(), batches, queue=lambda: (0.5, 3.0), total_steps=STEPS)
-        run_loop(replace(parts, train=TrainConfig(global_batch=32, save_minutes=0)))
+        profile = 2 if name == "zero0" else 0
+        run_loop(replace(parts, train=TrainConfig(global_batch=32, save_minutes=0, profile_steps=profile)))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("timing")
     run_ranks(train, 2, str(folder))
+    (trace,) = (folder / "zero0/profile").glob("*-rank0.*.pt.trace.json")
+    names = {str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#5", "ProfilerStep#6"}
     return {name: [line for line in lines(folder / name) if "loss" in line] for name in RUNS}
 
 
