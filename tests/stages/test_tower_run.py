@@ -118,9 +118,9 @@ def _ranks_of(pid: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def refusals(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A short run, one whose weights overflow, and one whose checkpoints are lost; in one process."""
-    folder = tmp_path_factory.mktemp("refused")
+    folder = tmp_path_factory.mktemp("runs")
     forward = options(tiny, folder / "lost", "--max_steps", "4")
     commands = {
         "good": options(tiny, folder / "run", "--max_steps", "2"),
@@ -161,9 +161,9 @@ Path(out).write_text(json.dumps(results))
 """
 
 
-def test_the_runs_average_follows_its_weights(refusals: dict[str, Any], tiny: Path):
+def test_the_runs_average_follows_its_weights(runs: dict[str, Any], tiny: Path):
     """After two updates the start has a share of 2/11 x 3/12, the last weights one of 9/12."""
-    (path,) = (refusals["folder"] / "run" / "checkpoints").glob("step-*")
+    (path,) = (runs["folder"] / "run" / "checkpoints").glob("step-*")
     loaded, start = (
         load(path),
         {f"tower.{name}": value for name, value in load_tower(tiny / "tower").state_dict().items()},
@@ -178,23 +178,23 @@ def test_the_runs_average_follows_its_weights(refusals: dict[str, Any], tiny: Pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile builds C++ on a CPU")
-def test_compiled_it_has_the_same_losses(tiny: Path, refusals: dict[str, Any], tmp_path: Path):
+def test_compiled_it_has_the_same_losses(tiny: Path, runs: dict[str, Any], tmp_path: Path):
     argv = options(tiny, tmp_path / "run", "--max_steps", "2", "--torch_compile", "True")
     command = [sys.executable, "-m", "llm2clip_plugin.cli", "train-tower", *argv]
     done = subprocess.run(command, cwd=ROOT, env=environment(TORCH_LOGS="graph_code"), capture_output=True, text=True)
     assert done.returncode == 0 and "TRACED GRAPH" in done.stderr, done.stderr[-3000:]
-    assert losses(tmp_path / "run") == pytest.approx(losses(refusals["folder"] / "run"), abs=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs["folder"] / "run"), abs=1e-5)
 
 
-def test_lost_checkpoints_are_an_error(refusals: dict[str, Any]):
-    lost = refusals["lost checkpoints"]
-    assert refusals["forward"]["status"] == 0 and lost["status"] == 2 and "step 4" in lost["error"]
-    assert not (refusals["folder"] / "lost/run.lock").exists()
+def test_lost_checkpoints_are_an_error(runs: dict[str, Any]):
+    lost = runs["lost checkpoints"]
+    assert runs["forward"]["status"] == 0 and lost["status"] == 2 and "step 4" in lost["error"]
+    assert not (runs["folder"] / "lost/run.lock").exists()
 
 
-def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(refusals: dict[str, Any]):
-    result, run = refusals["non-finite"], refusals["folder"] / "nan"
-    assert refusals["before"]["status"] == 0 and result["status"] == 3
+def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(runs: dict[str, Any]):
+    result, run = runs["non-finite"], runs["folder"] / "nan"
+    assert runs["before"]["status"] == 0 and result["status"] == 3
     assert (
         "error: the loss is not finite" in result["error"] and "16 samples have non-finite features" in result["error"]
     )
