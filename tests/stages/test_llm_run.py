@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,13 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_pa
         assert main([*base, *more]) == 2, more
         assert said in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_long_texts_are_counted_and_queries_cut_on_request(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+    more = ("--max-tokens", "36", "--pair-kinds", "long:short", "--cut-queries", "--max-steps", "1")
+    assert main(["finetune-llm", *options(captions, llama, tmp_path / "run", *more)]) == 0
+    found = re.search(r"(\d+) of the first (\d+) queries are longer than max_tokens 36", capsys.readouterr().out)
+    assert found and 0 < int(found[1]) < int(found[2])
 
 
 def test_training_continues_from_an_adapter(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
