@@ -132,24 +132,3 @@ def test_torchrun_goes_on_by_itself(cluster: Cluster, tmp_path: Path):
     assert re.search(rf"SIGTERM: saved step \d+ of {STEPS}", first.read_text())
     (last,) = run.glob(f"checkpoints/step-{STEPS:08d}")
     assert TrainState.read(last / TrainState.FILE).world_size == 2 and (run / "adapter").is_dir()
-
-
-def test_a_folder_on_a_disk_of_one_host_is_refused(cluster: Cluster, tmp_path: Path):
-    """Before the first step, with both hosts in the message."""
-    two = cluster.nodes[1]
-    tiny, run = make_all(tmp_path / "tiny"), tmp_path / "run"
-    run.mkdir()
-    two.check("mount", "-t", "tmpfs", "tmpfs", str(run))
-    agents = ("torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint")
-    agents += ("node-1:29401", "--rdzv_id", "2", "scripts/train_tower.py", *options(tiny, run))
-    logs = [tmp_path / f"{node.name}.log" for node in cluster.nodes]
-    both = [launch(node, log, *agents) for node, log in zip(cluster.nodes, logs, strict=True)]
-    assert all(process.wait(PATIENCE) != 0 for process in both)
-    two.check("umount", str(run))
-    said = "".join(log.read_text() for log in logs)
-    assert re.search(
-        r"output_dir: shared with rank 0 on node-\d \(ranks 0\); .* lacks a file .* on node-\d \(ranks 1\)", said
-    )
-    assert said.count("output_dir must be a folder that all hosts share") == 1
-    assert not re.search(r'File ".*(llm2clip_plugin|train_tower)', said)  # torchrun itself prints tracebacks
-    assert not losses(run)

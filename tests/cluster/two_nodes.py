@@ -104,10 +104,6 @@ class Node:
         """Run a program to its end; returns what it printed."""
         return subprocess.run(self.enter(words), check=True, capture_output=True, text=True).stdout
 
-    def plug(self, on: bool) -> None:
-        """Connect or cut the host's cable: what was sent to it is lost, and nobody is told."""
-        self.cluster.on_switch("ip", "link", "set", f"port{self.number}", "up" if on else "down")
-
     def kill(self) -> None:
         """As if its power failed, but that the kernel closes its connections: SIGKILL to every process at once."""
         if self._process is not None:

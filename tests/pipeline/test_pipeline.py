@@ -11,11 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from own_photos import make_photos
 from tiny_data import make_shards, make_tower
 from tiny_llm import save_tiny_llm
 
-from llm2clip_plugin.cli import main
 from llm2clip_plugin.console import attend
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
@@ -67,31 +65,6 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     two = plan(dataclasses.replace(config, num_gpus=2), source, found)
     assert [stage.ranks for stage in two] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 1]
     assert "--nproc_per_node=2" in two[2].argv and "torch.distributed.run" not in two[1].argv
-
-
-@pytest.mark.parametrize(
-    "fields, told",
-    [({"caption": "a fox", "long_caption": "A fox, standing"}, "contain"), ({"caption": "a fox"}, "several")],
-)
-def test_captions_that_teach_nothing_leave_stage_1_out(tmp_path: Path, fields: dict[str, str], told: str):
-    make_photos(tmp_path)
-    rows = [{"image": f"{number:04d}.jpg", **fields} for number in range(20)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config, source = opened(tmp_path, path=str(tmp_path / "data.jsonl"), images=str(tmp_path / "photos"))
-    found = survey(source)
-    assert found.pairs == "" and told in found.note
-    stages = plan(config, source, found)
-    assert "finetune-llm" not in names(stages)
-    reading = [stage for stage in stages if stage.words[1] in ("data", "embed", "train-tower", "evaluate")]
-    assert all(str(tmp_path / "photos") in stage.words for stage in reading)
-
-
-def test_dry_run_prints_the_stages_and_writes_nothing(tiny: Path, capsys: pytest.CaptureFixture[str]):
-    words = ["run", str(tiny / "data"), "--llm", str(tiny / "llm"), "--tower", str(tiny / "tower")]
-    assert main([*words, "--output", str(tiny / "none"), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "11 of 11 stages" in said and said.count(": llm2clip ") == 11
-    assert not (tiny / "none").exists() and not list(tiny.glob(".none*"))
 
 
 def test_a_stage_counts_while_it_and_all_before_it_are_as_they_were(tmp_path: Path):

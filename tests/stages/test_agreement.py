@@ -8,8 +8,6 @@ from pathlib import Path
 from tiny_data import make_all
 from tower_runs import ROOT, finish, options, start
 
-from llm2clip_plugin.train.guard import disagreement
-
 # every rank in a folder of its own, as with an output_dir on a node's own disk; rank 1 also has other settings
 APART = """
 import os, sys
@@ -38,15 +36,3 @@ def test_ranks_that_differ_are_refused_in_one_message(tmp_path: Path) -> None:
     assert "DeepSpeed zero_optimization.stage: 1.0 on " in said
     assert "output_dir must be a folder that all hosts share" in said
     assert not list(tmp_path.glob("*/run/.shared-*"))
-
-
-def test_one_message_names_values_hosts_and_ranks() -> None:
-    facts = {"checkpoint": "step-4", "version of torch": "2.13"}
-    ranks = [("node-1", facts)] * 2 + [("node-2", facts | {"checkpoint": "none"})] * 2
-    ranks[3] = ("node-2", {"checkpoint": "none"})
-    assert disagreement(ranks, {"checkpoint": "share it", "data": "unused"}).splitlines() == [
-        "the ranks disagree before the first step:",
-        "  checkpoint: step-4 on node-1 (ranks 0, 1); none on node-2 (ranks 2, 3)",
-        "  version of torch: 2.13 on node-1 (ranks 0, 1), node-2 (ranks 2); absent on node-2 (ranks 3)",
-        "share it",
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -65,22 +64,3 @@ def test_the_heads_of_its_scores_change_nothing_in_a_run_that_fits_none(tiny: Pa
     cards = [TowerCard.read(tmp_path / name / "tower" / TowerCard.FILE) for name in ("with", "without")]
     assert cards[0].weights_sha256 == cards[1].weights_sha256
     assert cards[0].adapter_sha256 == cards[1].adapter_sha256
-
-
-def test_heads_alone_are_a_baseline_that_can_be_evaluated(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    tower = str(tiny / "tower")
-    assert run("evaluate", [tower, str(tiny / "data")]) == 2 and tower in capsys.readouterr().err
-    heads = ("--heads.steps", "5", "--heads.batch-size", "16", "--num-train-epochs", "0")
-    (scores,) = train(tiny, tmp_path / "baseline", *heads)
-    assert f"held-out scores: i2t_r1 {scores['i2t_r1']:.3f}" in capsys.readouterr().out
-    trained = tmp_path / "baseline" / "tower"
-    card = TowerCard.read(trained / TowerCard.FILE)
-    assert card.training["steps"] == 0 and card.metrics["i2t_r1"] == scores["i2t_r1"]
-    unscored = [str(tiny / "data"), "--tower", tower, *SMALL, *heads, "--output", str(tmp_path / "unscored")]
-    for _ in range(2):  # a rerun keeps the curve, also of a run that has neither steps nor scores
-        assert run("train-tower", unscored) == 0 and len(heads_lines(tmp_path / "unscored")) == 5
-    found = tmp_path / "scores.json"
-    assert run("evaluate", [str(trained), str(tiny / "data"), "--json", str(found)]) == 0
-    assert json.loads(found.read_text())["metrics"]["i2t_r1"] == pytest.approx(scores["i2t_r1"], abs=1e-6)

@@ -1,96 +1,15 @@
-"""Commands that messages and documentation show: they run as printed, and their options exist."""
+"""Commands that documentation and messages show: their options exist."""
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib
-import json
 import re
-import shlex
-import shutil
 from pathlib import Path
 
-import pytest
-import torch
-from text_helpers import write_moved
-from tiny_data import make_tower
-from tiny_llm import save_tiny_llm
-
 from llm2clip_plugin.cli import COMMANDS, OPTIONS
-from llm2clip_plugin.cli import main as cli
-from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
-from llm2clip_plugin.stages.tower_run import open_data
-from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.family import DualConfig
-from llm2clip_plugin.vision.towers import load_tower
 
 ROOT = Path(__file__).parents[2]
-COLOURS = ("red", "green", "blue", "white")
-
-
-def write_pairs(path: Path, images: Path) -> Path:
-    """Four images in a folder of their own, and a .jsonl that names them; captions under a field of another name."""
-    from PIL import Image
-
-    images.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for colour in COLOURS:
-        Image.new("RGB", (20, 20), colour).save(images / f"{colour}.png")
-        rows.append({"id": colour, "image": f"{colour}.png", "says": f"it is {colour} in {path.stem}"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """An LLM, an adapter with its own settings, and a tower that names them, in a folder that a shell would split."""
-    folder = tmp_path_factory.mktemp("a place") / "it's 1 & 2"
-    save_tiny_llm(folder / "llm", "llama")
-    write_moved(folder / "llm", folder / "adapter", prompt="Describe: ", chat_template="user")
-    teacher = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), adapter=str(folder / "adapter")), "cpu").identity()
-    torch.manual_seed(0)
-    start = make_tower(folder / "start-tower")
-    dual = DualEncoder(load_tower(start), DualConfig(projection_dim=16, llm_width=teacher.width, adapter_blocks=1))
-    export_tower(dual, folder / "tower", origin=str(start), teacher=dataclasses.asdict(teacher))
-    return folder
-
-
-def command_in(message: str) -> list[str]:
-    """The words of the command that a message ends with."""
-    found = re.search(r"llm2clip (.+)", message)
-    assert found, message
-    return shlex.split(found[1])
-
-
-def test_evaluate_and_training_say_how_to_create_the_cache(place, tmp_path, capsys):
-    data = write_pairs(tmp_path / "some data" / "pairs.jsonl", tmp_path / "images")
-    held_out = write_pairs(tmp_path / "held out" / "pairs.jsonl", tmp_path / "images")
-    read = ["--image-folder", str(tmp_path / "images"), "--fields", "says=short"]
-    words = ["evaluate", str(place / "tower"), str(data), "--resamples", "0", *read]
-    assert cli(words) == 2
-    assert cli([*command_in(capsys.readouterr().err), *read]) == 0 and cli(words) == 0, capsys.readouterr().err
-    words = [str(data), "--tower", str(place / "start-tower"), "--validation", str(held_out), *read]
-    with pytest.raises(FileNotFoundError) as caught:
-        open_data(TRAIN_TOWER.parse(words))
-    assert cli([*command_in(str(caught.value)), *read]) == 0, (
-        capsys.readouterr().err
-    )  # with the training data's teacher
-    assert open_data(TRAIN_TOWER.parse(words)).validation_cache is not None
-
-
-def test_zero_shot_finds_its_prompts_again_without_the_teacher(place, tmp_path, capsys):
-    data = write_pairs(tmp_path / "data" / "pairs.jsonl", tmp_path / "data")
-    shutil.copytree(place, tmp_path / "moved")
-    words = ["evaluate", "zeroshot", str(tmp_path / "moved" / "tower"), str(data), "--label", "id"]
-    assert cli(words) == 0, capsys.readouterr().err
-    for name in ("llm", "adapter"):
-        (tmp_path / "moved" / name).rename(tmp_path / "moved" / f"{name}-gone")
-    assert cli(words) == 0, capsys.readouterr().err
 
 
 def known_options(name: str) -> set[str]:

@@ -1,7 +1,4 @@
-"""The Slurm job's decision to come back: with progress alone, and never after an error that a rerun would meet again.
-
-srun and scontrol are stand-ins on PATH; a real torchrun under the same script is in test_watchdog.py.
-"""
+"""The Slurm job comes back with progress alone, and never after an error that a rerun would meet again."""
 
 from __future__ import annotations
 

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-
-import pytest
-from tiny_data import make_tower
-
-from llm2clip_plugin import cli
-from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.stages import tower_config as recipes
-from llm2clip_plugin.stages.tower_config import TRAIN_TOWER, DataConfig
-from llm2clip_plugin.train.config import TowerConfig
+from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 
 
 def test_the_command_line_overrides_a_recipe():
@@ -29,26 +20,3 @@ def test_the_command_line_overrides_a_recipe():
     assert TRAIN_TOWER.parse(["--bf16", "False", "--fp16=True"]).train.precision == "fp16"
     assert TRAIN_TOWER.parse(["--recipe", "openai_b16", "--bf16", "False"]).train.precision == "bf16"  # the recipe's
     assert TRAIN_TOWER.parse(["--report_to", "none"]).train.report_to == ()
-
-
-def test_caption_weights_name_the_kinds_that_are_read():
-    words = ["--recipe", "quickstart", "--data.caption-weights", "short=1", "long=2"]
-    config = TRAIN_TOWER.parse([*words, "--data.path", "a", "b"])
-    assert config.data.kind_weights == {"short": 1.0, "long": 2.0}
-    assert [source.kinds for source in config.data.sources] == [("short", "long")] * 2
-    alone = dataclasses.replace(config.data, read=ReadConfig())
-    assert [source.kinds for source in alone.sources] == [("short", "long")] * 2  # other kinds are not drawn
-    for weights in (("short=1",), ("short=1", "keywords=1")):
-        with pytest.raises(ValueError, match="caption_weights"):
-            dataclasses.replace(config.data, caption_weights=weights)
-
-
-def test_without_a_recipe_it_is_base_for_any_data_and_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config = TRAIN_TOWER.parse(["--data.path", "x", "--tower.path", "y"])
-    assert config == dataclasses.replace(recipes.base(), data=DataConfig(path=("x",)), tower=TowerConfig(path="y"))
-    assert config.heads.steps and not config.data.augment.flip and not config.evaluation.group
-    for words, missing in ((["--data.path", "docs"], "--tower"), (["--recipe", "eva02_b16"], "add DATA")):
-        assert cli.main(["train-tower", *words]) == 2
-        assert missing in capsys.readouterr().err
-    words = ["train-tower", "--tower.path", str(make_tower(tmp_path / "tower")), "--dry-run"]
-    assert cli.main(words) == 0 and capsys.readouterr().out.startswith("recipe: base")

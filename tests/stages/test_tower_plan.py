@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_data import make_cache, make_shards, make_tower
+from tiny_data import make_tower
 
 from llm2clip_plugin.stages import tower as tower_command
 from llm2clip_plugin.stages.settings import TEACHERS
-from llm2clip_plugin.stages.tower import tower_plan
-from llm2clip_plugin.stages.tower_config import RECIPES, DataConfig, recipe
+from llm2clip_plugin.stages.tower_config import RECIPES, recipe
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
 from llm2clip_plugin.train.model import build_dual, shape_dual, trained_parameters
 from llm2clip_plugin.vision.family import DualConfig
@@ -68,22 +66,6 @@ def test_recipes_have_the_papers_settings(name: str, teacher: str):
     assert config.output_dir.endswith(teacher)
 
 
-@pytest.mark.parametrize("name", AFTER)
-def test_recipes_of_later_methods_are_planned(name: str, capsys: pytest.CaptureFixture[str]):
-    """Without weights: ProCLIP's weight, with a frozen tower on every rank, and LIFT's tower from scratch."""
-    config = recipe(name)
-    told = planned(capsys, "--recipe", f"{name}/llama-8b")
-    joint = 4096 if name == "lift_b16" else 768 if "l14" in name else 512
-    assert f"projection_dim {joint}, LLM embeddings 4096 wide" in told
-    if name == "lift_b16":
-        assert "frozen tower" not in told and config.tower.from_scratch
-        assert "peak learning rates 0.001" in told
-    else:
-        assert config.loss.terms == ("infonce=1", "distill=0.2048") and config.distill.decay == 0.999
-        assert ", frozen tower " in told
-        assert (config.heads.target, config.heads.batch, config.heads.lr) == ("clip_text", 1024, 1e-5)
-
-
 @pytest.mark.parametrize("name", PAPER)
 def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest.CaptureFixture[str]):
     told = planned(capsys, "--recipe", f"{name}/llama-8b")
@@ -99,44 +81,6 @@ def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest
         assert int(share) % int(micro) == 0 and float(stages[1]) <= 72  # nine tenths of 80 GiB
         assert float(stages[0]) == float(stages[1]) >= float(stages[2])  # bf16 under stage 0 runs as stage 1
     assert len(rows) == (2 if "bige" in name else 3)  # the states of 4.3 G parameters don't fit one GPU
-
-
-def test_memory_shrinks_by_checkpointing_and_micro_batches(capsys: pytest.CaptureFixture[str]):
-    def activations(*options: str) -> float:
-        told = planned(capsys, "--recipe", "openai-b16/llama-1b", *options)
-        return float(re.search(r"activations ([\d.]+)", told)[1])
-
-    plain = activations("--gradient_checkpointing", "False", "--train.micro-batch", "64")
-    assert activations("--train.micro-batch", "64") < 0.35 * plain
-    assert activations("--train.micro-batch", "32") == pytest.approx(
-        activations("--train.micro-batch", "64") / 2, abs=0.01
-    )
-
-
-def test_existing_data_and_caches_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    tower, data = make_tower(tmp_path / "tower"), make_shards(tmp_path / "data")
-    options = ["--recipe", "openai-b16", "--tower.path", str(tower), "--data.path", str(data)]
-    options += ["--train.global-batch", "16"]
-    told = planned(capsys, *options)
-    assert "assumed: an embedding cache that fits the data" in told
-    assert "steps: 12 of 16 pairs, 4.00 epochs of 48 samples" in told
-    make_cache(data)
-    told = planned(capsys, *options)
-    assert "assumed" not in told and "LLM embeddings 24 wide" in told
-    other = dataclasses.replace(recipe("openai-b16/llama-1b"), data=DataConfig(path=(str(data),)))
-    with pytest.raises(ValueError, match="embedding cache has width 24"):
-        tower_plan(other)
-
-
-def test_what_has_no_shape_is_named():
-    for wrong, named in (
-        (lambda: meta_tower("somebody/else"), "somebody/else"),
-        (lambda: recipe("openai-b16/llama-7b"), "llama-7b"),
-        (lambda: meta_tower("eva02-b16", image_size=100), "image_size 100"),
-        (lambda: build_dual(recipe("eva02_l14_336").tower, DualConfig(), seed=0), "eva02-l14-336"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            wrong()
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"freeze_first_blocks": 1}, {"image_size": 24}])

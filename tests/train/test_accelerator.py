@@ -1,7 +1,4 @@
-"""The same numbers on a GPU as on a CPU in float64; without a GPU, on a CPU in float32.
-
-scripts/check_gpu.sh runs these on a GPU.
-"""
+"""The same numbers on a GPU (scripts/check_gpu.sh) as on a CPU in float64; without a GPU, on a CPU in float32."""
 
 from __future__ import annotations
 

@@ -9,19 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_helpers import (
-    Averages,
-    Engineless,
-    allow_fp16,
-    new_state,
-    run_ranks,
-    save_now,
-    tiny_batch,
-    tiny_engine,
-    tiny_step,
-)
+from train_helpers import allow_fp16, new_state, run_ranks, save_now, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.checkpoint import AVERAGES, Checkpoints, load
+from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.optim import set_lr
 
 EIGHT: dict[str, Any] = {"name": "adamw_8bit", "args": ("min_8bit_size=1",)}
@@ -134,26 +124,3 @@ def test_what_a_checkpoint_holds(saved: tuple[Path, dict[str, list[float]]], tmp
     loaded, full = load(tmp_path / "copy", moments=False), load(path)
     assert loaded.moments == {} and full.moments and loaded.weights.keys() == full.weights.keys()
     assert all(torch.equal(value, full.weights[name]) for name, value in loaded.weights.items())
-
-
-def test_kept_to_a_number_and_leftovers_of_a_kill_are_removed(tmp_path: Path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (1, 2, 3):
-        save_now(tmp_path, new_state(step), Engineless(), keep=2)
-    assert checkpoints.names() == ["step-00000002", "step-00000003"]
-    (checkpoints.folder / ".step-00000004.abc.tmp").mkdir()  # as a kill while writing leaves it
-    assert checkpoints.latest() == checkpoints.folder / "step-00000003"
-    save_now(tmp_path, new_state(4), Engineless(), {AVERAGES: Averages()}, keep=2)
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-00000003", "step-00000004"]
-    assert load(checkpoints.folder / "step-00000004").averages["w"].tolist() == [0.0] * 3
-
-
-def test_resume_of_something_that_is_not_there_is_an_error(tmp_path: Path):
-    checkpoints = Checkpoints(tmp_path / "run", keep=2)
-    assert checkpoints.find("auto") is None and checkpoints.find("never") is None
-    save_now(tmp_path / "run", new_state(1), Engineless())
-    with pytest.raises(FileNotFoundError, match=r"--resume /nowhere"):
-        checkpoints.find("/nowhere")
-    assert checkpoints.find(str(tmp_path / "run")) == checkpoints.find("auto")
-    with pytest.raises(FileExistsError, match="--resume never"):
-        checkpoints.find("never")

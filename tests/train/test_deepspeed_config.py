@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip_plugin.stages.tower_config import DataConfig, RunConfig
-from llm2clip_plugin.train.config import LossConfig, OptimConfig, TowerConfig, TrainConfig
+from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.distributed import set_tf32
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
-from llm2clip_plugin.train.optim import AdamW, lr_factor
+from llm2clip_plugin.train.optim import chosen_optimizer, lr_factor
 from llm2clip_plugin.vision.family import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -66,29 +65,14 @@ def test_auto_values_are_filled():
     ("user", "named"),
     [
         ({"train_batch_size": 256}, r"256.* 512 \(--global-batch\)"),
-        ({"fp16": {"enabled": True}}, "fp16.enabled"),
-        ({"optimizer": {"type": "Lamb"}}, "Lamb"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001.* 1e-05"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps"),
-        ({"aio": {"block_size": "auto"}}, "aio.block_size"),
-        ({"zero_optimizaton": {"stage": 1}}, "did you mean 'zero_optimization'"),
-        ({"zero_optimization": 3}, "zero_optimization is 3"),
         ({"zero_optimization": {"stage": 7}}, "stage is 7"),
-        ({"zero_optimization": {"stage": "two"}}, "stage is 'two'"),
     ],
 )
 def test_contradictions_and_misspellings_are_refused(user: dict[str, Any], named: str):
     with pytest.raises(ValueError, match=named):
         complete(user, PLAN, where="zero.json")
-
-
-def test_8_bit_adamw_is_set_up_and_refused_where_it_cannot_run():
-    plan = dataclasses.replace(PLAN, optim=OptimConfig(name="adamw_8bit"))
-    assert complete({}, plan)["zero_allow_untested_optimizer"] is True
-    assert "zero_allow_untested_optimizer" not in complete({}, PLAN)
-    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    with pytest.raises(ValueError, match="adamw_8bit"):
-        complete(offload, plan, where="zero.json")
 
 
 def test_gradients_are_reduced_in_the_type_of_the_option():
@@ -121,14 +105,6 @@ def test_tf32_is_for_half_precision_unless_asked_for(monkeypatch, tf32: Any, pre
         torch.set_float32_matmul_precision(before)
 
 
-def test_adamw_is_fused_on_gpus(monkeypatch):
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
-    for gpu in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        made = AdamW().make(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
-        assert made.defaults["fused"] is gpu
-
-
 def test_equal_values_and_a_scheduler_without_values_are_accepted():
     user = {"train_batch_size": 512, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}
     assert "scheduler" not in complete(user, PLAN)
@@ -143,44 +119,18 @@ def test_our_own_files_are_complete(path: Path):
     assert str(config["zero_optimization"]["stage"]) in path.name.replace("zero0", "zero1")
 
 
-def test_files_that_are_not_a_configuration(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"/nowhere\.json"):
-        read_deepspeed_json("/nowhere.json")
-    for body in ("{,", "[1]"):
-        (tmp_path / "x.json").write_text(body)
-        with pytest.raises(ValueError, match=r"x\.json"):
-            read_deepspeed_json(str(tmp_path / "x.json"))
-
-
 @pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda: OptimConfig(schedule="cosin"), "optim.schedule 'cosin'"),  # type: ignore[arg-type]
-        (lambda: OptimConfig(lr=-1), "optim.lr -1"),
         (lambda: OptimConfig(warmup_steps=5, warmup_ratio=0.1), "warmup_ratio 0.1"),
-        (lambda: TrainConfig(precision="fp8"), "train.precision 'fp8'"),  # type: ignore[arg-type]
-        (lambda: TrainConfig(report_to=("mlflow",)), "train.report_to"),  # type: ignore[arg-type]
         (lambda: TrainConfig(max_steps=0, num_train_epochs=-1), "num_train_epochs"),
-        (lambda: TrainConfig(skip_bad_batches=-1), "skip_bad_batches"),
-        (lambda: TrainConfig(global_batch=100, micro_batch=16).rows(4), "--global-batch 64"),
-        (lambda: chosen_terms(LossConfig(terms=("infonse",))), "infonse"),
+        (lambda: chosen_optimizer(OptimConfig(name="lamb")), "lamb"),
         (lambda: chosen_terms(LossConfig(args=("margin=1",))), "margin"),
-        (lambda: chosen_terms(LossConfig(terms=("infonce", "distill"), args=("structure=1",))), "TERM.structure=1"),
         (lambda: LossConfig(terms=("infonce=1", "infonce")), "infonce twice"),
-        (lambda: LossConfig(terms=("infonce=0",)), "infonce=0"),
         (lambda: LossConfig(terms=("infonce=1:0",)), "100%"),
-        (lambda: LossConfig(terms=("infonce=1@0.5",)), "infonce=1@0.5"),
-        (lambda: LossConfig(terms=("infonce=-1",)), "infonce=-1"),
-        (lambda: LossConfig(terms=()), "loss.terms"),
         (lambda: check_terms(LossConfig(terms=("sigmoid",)), DualConfig()), "--dual.logit-bias-init"),
         (lambda: check_terms(LossConfig(), DualConfig(logit_bias_init=-10.0)), "logit_bias_init"),
-        (lambda: RunConfig().validate(), "no training data.*no tower to train"),
-        (
-            lambda: RunConfig(
-                data=DataConfig(path=("x",)), tower=TowerConfig(path="y"), train=TrainConfig(num_train_epochs=0)
-            ).validate(),
-            "nothing to train",
-        ),
     ],
 )
 def test_settings_that_cannot_be_are_named(make: Any, named: str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -128,17 +127,8 @@ def test_the_step_is_proclips(clip: Path):
     torch.testing.assert_close(heads.CLIP_TEXT_LOSS(batch), expected)
 
 
-def test_wrong_input_is_one_error(clip: Path, tmp_path: Path):
+def test_the_cache_of_another_teacher_is_refused(clip: Path, tmp_path: Path):
     caches = {EmbeddingCache.open(path).teacher.llm: str(path) for path in (clip / "data").glob("embeddings-*")}
-    for more, named in (
-        (("--data.clip-cache", caches["made-up"]), "--clip-cache .*made-up"),
-        (("--dual.projection-dim", "32"), "dual.projection_dim 32"),
-        (("--tower.keep-heads",), "tower.keep_heads"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            open_data(TRAIN_TOWER.parse(options(clip, tmp_path / "run", *more)).validate())
-    (tmp_path / "data").mkdir()
-    shutil.copy(clip / "data/00000.tar", tmp_path / "data")
-    make_cache(tmp_path / "data")
-    with pytest.raises(FileNotFoundError, match="CLIP"):
-        open_data(TRAIN_TOWER.parse([str(tmp_path / "data"), *options(clip, tmp_path / "run")[1:]]).validate())
+    more = ("--data.clip-cache", caches["made-up"])
+    with pytest.raises(ValueError, match=r"--clip-cache .*made-up"):
+        open_data(TRAIN_TOWER.parse(options(clip, tmp_path / "run", *more)).validate())

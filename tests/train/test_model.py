@@ -1,13 +1,10 @@
-"""Parameter groups, freezing, the first phase, moving averages, and what a run writes about itself."""
+"""Parameter groups, freezing, and the fit of the heads."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import math
-import shutil
-import tarfile
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,10 @@ from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig
+from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
 from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.train.optim import parameter_groups, set_lr
-from llm2clip_plugin.train.reports import MetricsFile, Progress
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.family import DualConfig
 
@@ -128,59 +125,23 @@ def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
     assert half["tower untouched"]
 
 
-def test_heads_name_broken_pictures(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """If some pictures can't be used, the fit says how many it leaves out; if none can, that is the error."""
-    shutil.copytree(tiny, tmp_path / "tiny")
-    first, *others = sorted((tmp_path / "tiny" / "data").glob("*.tar"))
-    break_pictures(first)
-    assert fit(0, 1, str(tmp_path / "tiny"), 1)["steps"] == [1]
-    assert "without some samples" in caplog.text
-    for shard in others:
-        break_pictures(shard)
-    with pytest.raises(ValueError, match="broken"):
-        fit(0, 1, str(tmp_path / "tiny"), 1)
+def test_a_stopped_fit_goes_on_to_the_same_heads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, unfinished = fit(0, 1, str(tiny), 5), tmp_path / "unfinished"
+    stop, draw, calls = StopRequest(), heads.ImageBatches.draw, []
 
+    def stopped_at_2(self: heads.ImageBatches) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            stop.signals.append(signal.SIGTERM)
+        return draw(self)
 
-def break_pictures(shard: Path) -> None:
-    with tarfile.open(shard) as tar:
-        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-    with tarfile.open(shard, "w") as tar:
-        for member, body in members:
-            body = body if member.name.endswith((".json", ".txt")) else b"no picture"
-            member.size = len(body)
-            tar.addfile(member, io.BytesIO(body))
-
-
-def test_metrics_of_steps_past_the_checkpoint_are_dropped(tmp_path: Path):
-    path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, from_step=0)
-    for step in (1, 2, 3):
-        first.write({"step": step, "loss": 1.0 / step})
-    first.close()
-    with path.open("a") as file:
-        file.write('{"step": 4, "lo')  # a kill in the middle of a line
-    second = MetricsFile(path, from_step=2)
-    second.write({"step": 3, "loss": 0.5})
-    second.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 0.5},
-        {"step": 3, "loss": 0.5},
-    ]
-
-
-def test_progress_shows_rate_recall_memory_and_time_left(capsys: pytest.CaptureFixture[str]):
-    progress = Progress(6, start=4, show=True)
-    progress.advance(64, 2.0, {"loss": 1.5, "peak_gib": 3.25})
-    progress.advance(64, 2.0, {"i2t_r1": 0.25, "t2i_r1": 0.5})
-    progress.close()
-    first, *_, last = capsys.readouterr().err.splitlines()
-    assert "4/6 steps" in first and "6/6 steps" in last
-    assert last.endswith("loss 1.5  32 samples/s  R@1 image->text 0.250, text->image 0.500  3.25 GiB memory")
-    silent = Progress(6, start=4, show=False)
-    silent.advance(64, 2.0, {"loss": 1.5})
-    silent.note("saved")
-    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(heads.ImageBatches, "draw", stopped_at_2)
+    with pytest.raises(StoppedError, match="step 2 of 5"):
+        fit(0, 1, str(tiny), 5, stop=stop, unfinished=unfinished)
+    resumed = fit(0, 1, str(tiny), 5, unfinished=unfinished)
+    assert len(calls) == 5
+    for name, value in whole["heads"].items():
+        torch.testing.assert_close(resumed["heads"][name], value, atol=1e-6, rtol=1e-5)
 
 
 def test_heads_draw_captions_by_their_shares():

@@ -9,8 +9,7 @@ import torch
 from tiny_data import make_all
 from tower_runs import STEPS, finish, killed_at, losses, options, start
 
-from llm2clip_plugin.train.config import OptimConfig
-from llm2clip_plugin.train.optim import AdamW, Trained, chosen_optimizer, parameter_groups
+from llm2clip_plugin.train.optim import AdamW, Trained, parameter_groups
 
 
 def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
@@ -35,19 +34,6 @@ def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
         adamw.step()
     for parameter, (value, _, _) in zip((matrix, vector), expected, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-5, atol=1e-6)  # fp32, other order of products
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"name": "lamb"}, "lamb"),
-        ({"name": "adamw_8bit", "args": ("min_8bit_size=a",)}, "min_8bit_size"),
-        ({"args": ("beta3=1",)}, "beta3"),
-    ],
-)
-def test_unknown_optimizers_and_settings_are_named(settings: dict, named: str):
-    with pytest.raises(ValueError, match=named):
-        chosen_optimizer(OptimConfig(**settings))
 
 
 @pytest.mark.slow

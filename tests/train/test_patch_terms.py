@@ -9,9 +9,7 @@ import torch
 import transformers as hf
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.stages.tower_run import check_patch_layers
 from llm2clip_plugin.train.checkpoint import HostCopies
-from llm2clip_plugin.train.config import LossConfig
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.reference import Reference, frozen_copy
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -101,11 +99,3 @@ def test_patches_leave_the_reference_and_learn_captions(one: dict[str, Any], fam
     first, *_, last = one[family]["values"]
     assert abs(first["loss_patch_reference"]) < 1e-5 < 1e-3 < last["loss_patch_reference"]
     assert last["loss_patch_captions"] < first["loss_patch_captions"]
-
-
-def test_a_hidden_state_that_the_tower_lacks_is_refused():
-    for layer in (-5, 4):
-        loss = LossConfig(terms=("infonce", "patch_captions"), args=(f"patch_captions.layer={layer}",))
-        with pytest.raises(ValueError, match=f"layer {layer} "):
-            check_patch_layers(tiny_dual("clip"), loss)
-    check_patch_layers(tiny_dual("clip"), LossConfig(terms=("infonce", "patch_captions")))

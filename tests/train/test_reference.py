@@ -103,14 +103,6 @@ def test_any_stage_ranks_and_micro_batches_are_one_run(saved: Runs):
     assert all(value.dtype == torch.float32 for value in half["values"].values())
 
 
-def test_the_reference_is_an_average_of_the_tower_or_the_tower_as_it_was(saved: Runs):
-    _, runs = saved
-    start, moved = runs[1]["start zero1"], runs[1]["zero0"]
-    assert all(torch.equal(value, start["first"][key]) for key, value in start["values"].items())
-    assert sum(not torch.equal(value, moved["first"][key]) for key, value in moved["values"].items()) > 5
-    assert not any(key.startswith("text_adapter") for key in moved["values"])
-
-
 def test_a_resumed_run_is_the_same_bit_for_bit_and_under_another_stage(saved: Runs):
     folder, runs = saved
     pairs = [(f"2 {name}", name) for name in WAYS] + [("2 zero3", "zero1"), ("1 zero0", "zero2")]

@@ -10,7 +10,6 @@ import torch
 from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.checkpoint import HostCopies
-from llm2clip_plugin.train.errors import NonFiniteLossError
 
 STEPS = 4
 
@@ -128,11 +127,6 @@ def test_half_precision_follows_fp32(one: dict[str, Any], name: str):
     assert one[name]["losses"] != one["plain"]["losses"]
 
 
-@pytest.mark.parametrize("name", ["bf16 zero1", "bf16 zero2"])
-def test_half_precision_on_two_ranks(one: dict[str, Any], two: list[dict[str, Any]], name: str):
-    same(two[0][name], one["bf16 zero1"], 0.05)
-
-
 def test_any_terms_are_one_run_over_ranks_and_micro_batches(one: dict[str, Any], two: list[dict[str, Any]]):
     """Weights that change, several captions an image with noise, a term that leaves the logit scale untouched."""
     same(one["sigmoid cached"], one["sigmoid"], 1e-5)
@@ -151,24 +145,6 @@ def test_random_draws_belong_to_samples(one: dict[str, Any], two: list[dict[str,
     assert one["dropout"]["losses"][0] != pytest.approx(one["noise"]["losses"][0], abs=1e-3)
 
 
-def stop_on_nan(rank: int, world: int) -> dict[str, Any]:
-    """One good step, then a batch with a NaN pixel on the last rank alone."""
-    engine = tiny_engine(stage=1, micro=8, world=world, lr=0.01)
-    step = tiny_step(engine)
-    step(tiny_batch(0, rank=rank, world=world))
-    before = engine.weights(HostCopies())
-    batch = tiny_batch(1, rank=rank, world=world)
-    if rank == world - 1:
-        batch["pixels"][5, 0, 0, 0] = math.nan
-    try:
-        step(batch)
-        message = ""
-    except NonFiniteLossError as error:
-        message = str(error)
-    after = engine.weights(HostCopies())
-    return {"message": message, "same": all(torch.equal(before[key], after[key]) for key in before)}
-
-
 def clamp(rank: int, world: int) -> tuple[float, float]:
     """A logit scale pushed over its bound comes back to ln 100: master, working copy, and scale of the next loss."""
     dual = TinyDual()
@@ -182,14 +158,6 @@ def clamp(rank: int, world: int) -> tuple[float, float]:
     return float(masters["logit_scale"][0]), step(tiny_batch(1, rank=rank, world=world))[1]["logit_scale"]
 
 
-def edges(rank: int, world: int) -> dict[str, Any]:
-    return {"nan": stop_on_nan(rank, world), "clamp": clamp(rank, world)}
-
-
-def test_all_ranks_stop_before_a_non_finite_update_and_the_scale_stays_bounded():
-    results = run_ranks(edges, 2)
-    for result in results:
-        assert "sample-53" in result["nan"]["message"] and "rank 1" in result["nan"]["message"]
-        assert "1 samples" in result["nan"]["message"] and "rank 0" not in result["nan"]["message"]
-        assert result["nan"]["same"]
-        assert result["clamp"] == pytest.approx((math.log(100), 100.0), rel=1e-6)  # 98.86 in bf16
+def test_the_scale_stays_bounded_on_all_ranks():
+    for result in run_ranks(clamp, 2):
+        assert result == pytest.approx((math.log(100), 100.0), rel=1e-6)  # 98.86 in bf16

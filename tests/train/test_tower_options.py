@@ -9,7 +9,6 @@ from tiny_clip import save_tiny_clip
 from tiny_data import make_tower
 from train_helpers import trainable_names
 
-from llm2clip_plugin.stages.tower_config import recipe
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
 from llm2clip_plugin.train.model import build_dual, trained_parameters
 from llm2clip_plugin.vision.convert.importing import import_tower
@@ -77,26 +76,3 @@ def test_the_pretrained_logit_scale_stays(source, tmp_path):
     assert first_scale(resized) == 4.25
     scratch = TowerConfig(architecture=str(path), from_scratch=True)
     assert first_scale(scratch) == pytest.approx(math.log(1 / 0.07))
-
-
-def test_a_tower_without_a_logit_scale_starts_at_clips(tower):
-    assert first_scale(TowerConfig(path=tower)) == pytest.approx(math.log(1 / 0.07))
-
-
-def test_what_the_authors_name_list_misses_trains_at_the_full_rate(tower):
-    """OpenAI's CLIP: class_embedding and ln_pre; conv1 and the positions are depth 0 (optim.py:15-46)."""
-    model = build_dual(TowerConfig(path=tower), DUAL, seed=1)
-    optim = OptimConfig(lr=1.0, full_lr=recipe("openai_l14_336").optim.full_lr)
-    rates = {t.name.partition("embeddings.")[2] or t.name: t.lr for t in trained_parameters(model, optim)}
-    depth_0 = OptimConfig().layer_decay ** (len(tower_blocks(model.tower)) + 1)
-    assert rates["patch_embedding.weight"] == rates["position_embedding.weight"] == pytest.approx(depth_0)
-    assert rates["class_embedding"] == 1.0
-    assert {rate for name, rate in rates.items() if "layrnorm" in name or "post_layernorm" in name} == {1.0}
-
-
-def test_the_projection_starts_as_configured(tower):
-    eva02 = dataclasses.replace(DUAL, projection_dim=64, projection_bias=True, projection_init_std=2e-5)
-    head = build_dual(TowerConfig(path=tower), eva02, seed=1).visual_projection
-    assert head.weight.std().item() == pytest.approx(2e-5, rel=0.05) and not head.bias.any()
-    plain = build_dual(TowerConfig(path=tower), dataclasses.replace(DUAL, projection_dim=64), seed=1).visual_projection
-    assert plain.weight.std().item() == pytest.approx(32**-0.5, rel=0.05) and plain.bias is None
