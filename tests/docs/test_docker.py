@@ -81,15 +81,3 @@ def test_the_test_image_has_both_and_runs_what_ci_runs(build):
     assert "-e ROOT[train,dev]" in called and "llava-torch==1.2.2.post1" in called
     assert ("CMD", '["scripts/test.sh"]') in stages()["test"]
     assert "exec scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_no_registry_but_the_defaults():
-    images = {rest for instructions in stages().values() for word, rest in instructions if word == "FROM"}
-    assert images == {"python:3.11-slim-bookworm"}
-    text = (ROOT / "Dockerfile").read_text()
-    assert not re.search(r"https?://|--index-url|--extra-index-url|--mount=type=secret", text)
-
-
-def test_an_image_holds_no_environment_of_the_machine():
-    ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    assert {".git", ".venv*", "runs", "quickstart-output"} <= set(ignored)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
-import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import Fault, World, copied, flip, meet, rows
+from faults import Fault, World, copied, meet, rows
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small_disk import mounted
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord
@@ -194,38 +191,6 @@ def nan_in_cache(world: World) -> None:
     save_file(tensors, path, metadata)
 
 
-def kept(name: str) -> Callable[[World], Path]:
-    return lambda world: next(world.folder.glob(f"data/.llm2clip/{name}"))
-
-
-@pytest.mark.parametrize(
-    ("path", "damage", "says"),
-    [
-        (kept("shards-*.index"), lambda path: flip(path, 5), "shards-"),
-        (kept("shards-*.index"), lambda path: flip(path, -10), "shards-"),
-        (kept("shards-*.index"), lambda path: path.write_bytes(path.read_bytes()[:700]), "shards-"),
-        (kept("shards-*.index"), lambda path: path.write_bytes(b""), "shards-"),
-        (kept("captions-*.json"), lambda path: path.write_text('{"a"'), ""),
-        (kept("captions-*.json"), lambda path: path.write_text("[1]"), ""),
-    ],
-    ids=["head", "table", "cut", "empty", "digests cut", "digests of another type"],
-)
-def test_a_damaged_index_is_built_again(
-    path: Callable[[World], Path],
-    damage: Callable[[Path], object],
-    says: str,
-    read_before: World,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    before = path(read_before).read_bytes()
-    damage(path(read_before))
-    assert path(read_before).read_bytes() != before
-    assert main(read_before.train("--dry-run")) == 0
-    assert path(read_before).read_bytes() == before
-    lines = [record.getMessage() for record in caplog.records if "again" in record.getMessage()]
-    assert any(says in line for line in lines) if says else True
-
-
 def test_a_broken_sample_is_named_and_replaced(read_before: World, caplog: pytest.LogCaptureFixture) -> None:
     def break_one(found: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
         return [(name, data[:40] if name == "0-003.png" else data) for name, data in found]
@@ -235,23 +200,3 @@ def test_a_broken_sample_is_named_and_replaced(read_before: World, caplog: pytes
     assert main(read_before.train("--max_steps 12 --heads.steps 0 --train.max-broken 0.1")) == 0
     assert "broken: sample '0-003' of shard '00000': " in caplog.text
     assert RunRecord.read(read_before.path("new") / RunRecord.FILE).finished
-
-
-@pytest.mark.parametrize("content", [b"\x1f\x8b" + bytes(20000), None], ids=["gzip", "cut"])
-def test_data_check_of_tars_that_are_all_broken(
-    content: bytes | None, world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for path in (world.path(TAR), world.path(OTHER)):
-        path.write_bytes(content or path.read_bytes()[:20000])
-    assert main(["data", "check", str(world.path("data"))]) == 1
-    assert ("compressed" if content else "truncated") in capsys.readouterr().out
-
-
-def test_data_on_a_disk_that_cannot_be_written(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with mounted(tmp_path / "disk", "4m") as disk:
-        shutil.copytree(world.path("data"), disk / "data")
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        fault = Fault("", "", f"{disk}/data is read-only, so the cache cannot be next to the data; set --cache DIR")
-        meet(fault, world, ["embed", f"{disk}/data", "--llm", "owner/name"], capsys)

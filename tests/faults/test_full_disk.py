@@ -3,12 +3,10 @@ intact, and the same command completes once there is space."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chat_server import ChatServer, serving
 from faults import Fault, World, copied, meet, rows
 from small_disk import FILLER, fill, mounted
 from tiny_llm import save_tiny_llm
@@ -86,22 +84,3 @@ def test_written_whole_or_not_at_all(fault: Fault, small: World, capsys: pytest.
     for manifest in disk.glob("cache/manifest.json"):
         assert CacheManifest.read(manifest).complete
     assert contents(disk) != before or "cache" in fault.words
-
-
-def test_answers_until_the_disk_was_full_are_kept(small: World, capsys: pytest.CaptureFixture[str]) -> None:
-    disk, questions, output = small.path("disk"), small.path("questions.jsonl"), small.path("disk/answers.jsonl")
-    rows = [{"question_id": number, "text": f"What is {number}?"} for number in range(60)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    server = ChatServer(["tiny"])
-    with serving(server) as url:
-        command = ["llava", "evaluate", "--endpoint", url, "--question-file", str(questions)]
-        command += ["--answers-file", str(output), "--concurrency", "1"]
-        before = contents(disk)
-        fault = full("", "", "answers.jsonl", 3 * 4096)
-        assert meet(fault, small, command, capsys).count("error: ") == 1
-        assert {name for name in contents(disk) if not name.startswith("answers.jsonl.")} == {*before}
-        (disk / FILLER).unlink()
-        server.bodies.clear()
-        assert main(command) == 0
-    assert 0 < len(server.bodies) < len(rows)
-    assert [json.loads(line)["question_id"] for line in output.read_text().splitlines()] == [*range(60)]

@@ -7,9 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,14 +17,9 @@ from fuzzing import Format, run_cases
 from PIL import Image
 from tiny_data import make_cache, make_shards
 
-from llava_integration import towers
-from llava_integration.answer.questions import read_questions
-from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.benchmark import Options
-from llava_integration.benchmarks.score import score_answers
 from llava_integration.compare.comparison import build
 from llava_integration.compare.sides import load_sides
-from llm2clip_plugin.contracts import RunRecord, ScoreFile, TowerCard
+from llm2clip_plugin.contracts import RunRecord, ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
@@ -136,30 +129,6 @@ def load_cache(folder: Path) -> str:
 # LLaVA's side
 
 
-def make_registry(folder: Path) -> None:
-    for name in ("a", "b"):
-        tower = folder / "towers" / name
-        tower.mkdir(parents=True)
-        TowerCard(
-            family="clip",
-            origin=name,
-            hidden_size=32,
-            num_layers=2,
-            patch_size=14,
-            image_size=28,
-            has_cls=True,
-            weights_sha256=name * 64,
-        ).write(tower / TowerCard.FILE)
-
-
-def load_registry(folder: Path) -> str:
-    """As every process of LLaVA does."""
-    location = towers.locate("llm2clip")
-    record = json.loads((folder / "config.json").read_text())
-    found = towers.find_tower("llm2clip", SimpleNamespace(**record))
-    return f"{location.sha256} {location.directory.name} {found.sha256} {found.directory.name}"
-
-
 def make_scores(folder: Path) -> None:
     for model, shift in (("old", 0), ("new", 1)):
         items = [
@@ -199,57 +168,3 @@ FORMATS = [
 def test_damaged(form: Format, cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run_cases(form, tmp_path, cases=cases)
-
-
-def test_a_damaged_registry_or_record_of_the_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("LLM2CLIP_TOWER", raising=False)
-    make_registry(tmp_path)
-    home = tmp_path / "damaged" / "x"
-    monkeypatch.setenv("LLM2CLIP_HOME", str(home))
-
-    def make(folder: Path) -> None:
-        monkeypatch.setenv("LLM2CLIP_HOME", str(folder))
-        for name in ("b", "a"):
-            towers.select(str(tmp_path / "towers" / name), name * 64, name=name)
-        record = {
-            "mm_vision_tower": "llm2clip",
-            "llm2clip_tower": {
-                "weights_sha256": "a" * 64,
-                "origin": str(tmp_path / "towers" / "a"),
-                "name": "llm2clip",
-                "family": "clip",
-                "image_size": 28,
-                "mm_hidden_size": 32,
-            },
-        }
-        (folder / "config.json").write_text(json.dumps(record, indent=2))
-        monkeypatch.setenv("LLM2CLIP_HOME", str(home))
-
-    run_cases(Format("registry", make, load_registry), tmp_path, cases=40)
-
-
-READERS = ["gqa", "mmbench", "mme", "pope", "scienceqa", "seedbench", "textvqa", "vizwiz", "vqav2"]
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_damaged_files_of_a_benchmark_are_no_traceback(name: str, tmp_path: Path):
-    """Texts of other programs: a changed answer cannot be seen, but nothing ends in a traceback or a hang."""
-    small = ("*.json", "*.jsonl", "*.tsv", "*.csv", "answers/**/*.jsonl")
-
-    def make(folder: Path) -> None:
-        shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
-
-    def read(folder: Path) -> None:
-        for path in sorted(folder.glob("*.*")):
-            if path.suffix in (".jsonl", ".tsv") or path.name.startswith("llava_test"):
-                read_questions(path)
-        paths = [
-            path
-            for pattern in ("answers/model-a.jsonl", "answers/*/model-a.jsonl", "answers/**/model-a/merge.jsonl")
-            for path in folder.glob(pattern)
-        ]
-        if not paths:
-            raise FileNotFoundError("no answers")
-        score_answers(name, folder, read_answers(paths[0]), Options())
-
-    run_cases(Format(name, make, read, files=small, without=("expected.json",), free_text=True), tmp_path, cases=8)

@@ -116,23 +116,6 @@ TYPO = (
 )
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "data check {w}/data",
-        "data split {w}/data --output {w}/new",
-        "embed {w}/data --llm {w}/llm --dry-run",
-        "evaluate {w}/tower {w}/data",
-        "finetune-llm {w}/data --llm {w}/llm --output {w}/new --global-batch 8",
-    ],
-    ids=lambda words: words.split(" {w}")[0],
-)
-def test_a_field_that_no_sample_has(words: str, complete: World, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*words.replace("{w}", str(complete.folder)).split(), "--fields", "captoin=short"]
-    meet(Fault("", "", TYPO), complete, command, capsys)
-    assert not complete.path("new").exists()
-
-
 def test_a_field_that_no_sample_has_in_training(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     meet(Fault("", "", TYPO), world, world.train("--dry-run --fields caption=short captoin=short"), capsys)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import shlex
 import subprocess
@@ -14,8 +13,7 @@ from typing import Literal
 import pytest
 
 from llm2clip_plugin import cli
-from llm2clip_plugin.options import ALSO, Command
-from llm2clip_plugin.stages import tower_config as tower_options
+from llm2clip_plugin.options import Command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +109,6 @@ def test_extras_and_the_words_after_two_dashes_are_kept_apart() -> None:
     assert config == Required(llm="y", path=Path("x"), more=("--help", "--other"))
 
 
-def test_help_shows_the_values_of_a_plain_run(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        cli.main(["train-tower", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    plain = tower_options.TRAIN_TOWER.parse(["x", "--tower", "y"])
-    assert (plain.train.global_batch, plain.train.precision) == (256, "bf16")
-    assert f"(default: {plain.train.global_batch})" in text and f"(default: {plain.train.precision})" in text
-    assert f"(default: {plain.optim.lr:g})" in text and "4096" not in text
-
-
 @pytest.mark.parametrize(
     ("line", "named"),
     [
@@ -165,39 +153,6 @@ def test_help_shows_an_example_and_the_options_of_every_day(capsys: pytest.Captu
         assert f"\n  {line}\n" in text
     assert "--lr NUMBER                 peak learning rate (default: 0.1)" in text and "--kind" not in text
     assert "`llm2clip do --help-all` lists 8 more options." in text
-
-
-def test_all_options_are_listed_by_section_with_their_comments() -> None:
-    text = COMMAND.help_text(everything=True)
-    for line in (
-        "How it learns:",
-        "--flip, --no-flip           above the field, in two lines",
-        "--kind fp32|bf16            (default: fp32)",
-        "--betas NUMBER NUMBER       two numbers (default: 0.9 0.99)",
-        '--bias NUMBER               "none": no bias',
-        "--save                      keep it",
-    ):
-        assert line in text, text
-
-
-def test_names_are_the_last_part_unless_two_fields_end_in_it() -> None:
-    assert COMMAND.options == {
-        "path": "data",
-        "output_dir": "output",
-        "name": "name",
-        "steps": "steps",
-        "save": "save",
-        "inner.lr": "lr",
-        "inner.kind": "kind",
-        "inner.name": "inner.name",
-        "inner.flip": "flip",
-        "inner.bias": "bias",
-        "inner.betas": "betas",
-    }
-    in_section = dataclasses.replace(COMMAND, shown={"inner": "see.", "inner.lr": "rate"})
-    assert in_section.options["inner.flip"] == "see.flip" and in_section.options["inner.lr"] == "rate"
-    assert {"rate", "inner.lr", "lr", "see.flip", "inner.flip", "flip"} <= set(in_section.understood)
-    assert not set(ALSO) & set(ALSO.values())
 
 
 @pytest.mark.parametrize("name", cli.OPTIONS)

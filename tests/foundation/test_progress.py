@@ -20,17 +20,6 @@ def test_a_job_off_a_terminal_prints_lines_with_rate_and_time_left(capsys, monke
     assert not any("\r" in line or "\x1b" in line or not line.strip() for line in lines)
 
 
-def test_a_short_job_off_a_terminal_prints_nothing(capsys):
-    assert list(track(range(3), total=3, label="index", unit="shards")) == [0, 1, 2]
-    assert capsys.readouterr().err == ""
-
-
-def test_an_unknown_total_is_a_question_mark(capsys):
-    with progress_bar(total=None, label="read", unit="samples", delay=0) as bar:
-        bar.update(5)
-    assert capsys.readouterr().err.splitlines()[-1].startswith("read: 5/? samples")
-
-
 def test_a_terminal_gets_one_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert sum(track(range(100), total=100, label="heads", unit="steps")) == 4950

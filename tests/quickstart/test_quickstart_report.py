@@ -14,10 +14,9 @@ import report
 import scores
 import shards
 import torch
-from quickstart_folders import IDENTITY, WIDTH, write_adapter, write_cache, write_run
+from quickstart_folders import IDENTITY, WIDTH, write_cache, write_run
 from transformers import Dinov2Config, Dinov2Model
 
-from llm2clip_plugin.data.cache import CacheWriter
 from llm2clip_plugin.evaluate.retrieval import rank_both
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -209,31 +208,9 @@ def test_families_are_drawn_not_concepts(raw) -> None:
     assert found.clusters == [family[concept] for concept in rows["short", "en"]]
 
 
-def test_the_teachers_alone_are_the_first_result(folder, tmp_path) -> None:
-    (tmp_path / "all").symlink_to(folder / "data" / "all")
-    write_cache(folder / "data" / "all", tmp_path / "cache" / "raw")
-    assert report.first_result(tmp_path) == []
-    write_cache(folder / "data" / "all", tmp_path / "cache" / "tuned-seed0", write_adapter(tmp_path))
-    (both,) = report.first_result(tmp_path)
-    assert len(both.rows) == 3 and both.rows[0][0] == report.HEADLINE[1]
-    assert {row[4] for row in both.rows} == {"+.000 [+.000, +.000]"}  # the same embeddings under two names
-
-
 def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
     other = dataclasses.replace(IDENTITY, weights_sha256="1")
     write_cache(folder / "data" / "all", tmp_path / "cache" / "raw", other)
     sets = scores.open_sets(folder / "data" / "all")
     with pytest.raises(ContractError, match=other.fingerprint):
         report.measure(folder / "out" / "towers" / "raw-seed0", sets, report.open_caches(tmp_path))
-
-
-def test_what_is_missing_or_incomplete_is_named(folder, tmp_path, capsys) -> None:
-    with pytest.raises(FileNotFoundError, match="no complete embedding cache in"):
-        report.make_report(tmp_path, folder / "out")
-    with pytest.raises(FileNotFoundError, match="no exported towers"):
-        report.make_report(folder / "data", tmp_path)
-    write_cache(folder / "data" / "all", tmp_path / "cache" / "raw")
-    killed = tmp_path / "cache" / "tuned-seed1"
-    CacheWriter(killed, dataclasses.replace(IDENTITY, weights_sha256="1"))  # began, never finished
-    assert list(report.open_caches(tmp_path)) == ["raw"]
-    assert str(killed) in capsys.readouterr().err

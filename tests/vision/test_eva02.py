@@ -124,17 +124,6 @@ def test_trains_twenty_steps_and_comes_back(variant, tmp_path):
         assert torch.equal(load_dual_encoder(tmp_path / "tower").encode_image(pixels), dual.eval().encode_image(pixels))
 
 
-def test_rotation_keeps_length_and_depends_on_distance_alone():
-    cos, sin = rope_tables(grid=4, pretrained_grid=4, head_width=8)
-    sin[:, 0::2] *= -1
-    q, k = torch.randn(8), torch.randn(8)
-    turned_q, turned_k = (rotate(x.expand(1, 16, 1, 8), cos, sin).squeeze() for x in (q, k))
-    assert torch.allclose(turned_q.norm(dim=-1), q.norm().expand(16), atol=1e-5)
-    products = (turned_q @ turned_k.T).reshape(4, 4, 4, 4)  # row, column of q; row, column of k
-    assert torch.allclose(products[0, 0, 1, 2], products[2, 1, 3, 3], atol=1e-5)
-    assert not torch.allclose(products[0, 0, 1, 2], products[0, 0, 2, 1], atol=1e-3)
-
-
 def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
     cos, sin = rope_tables(grid=4, pretrained_grid=7, head_width=8)
     sin[:, 0::2] *= -1

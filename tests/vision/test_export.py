@@ -13,7 +13,6 @@ from llm2clip_plugin.contracts import TowerCard, sha256_weights
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.stages import tower_export as export_command
 from llm2clip_plugin.vision import export
-from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import compare_features, export_tower, probe_features
 from llm2clip_plugin.vision.family import DualConfig
@@ -89,17 +88,6 @@ def test_dual_encoder_comes_back(name, tmp_path):
         assert torch.equal(loaded.encode_text(embeddings), dual.encode_text(embeddings))
     text = (tmp_path / "tower" / "README.md").read_text()
     assert "some/llm" in text and "0.5000" in text and card.weights_sha256 in text
-
-
-def test_export_of_an_export_is_identical(tmp_path):
-    export_tower(tiny_dual("dinov2", 36), tmp_path / "one", origin="a/b", training={"steps": 3})
-    assert export_command.main([str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 0
-    assert command.main([str(tmp_path / "two"), "--output", str(tmp_path / "three")]) == 0
-    first = (tmp_path / "one" / "llm2clip.json").read_text()
-    for name in ("two", "three"):
-        assert (tmp_path / name / "llm2clip.json").read_text() == first
-        for file in ("model.safetensors", "text_adapter.safetensors", "preprocessor_config.json", "config.json"):
-            assert (tmp_path / name / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), file
 
 
 def test_export_leaves_training_mode_and_gradients_alone(tmp_path):

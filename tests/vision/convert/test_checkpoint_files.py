@@ -60,26 +60,6 @@ def test_pickles_are_refused_where_torch_cannot_read_them_safely(monkeypatch):
         checkpoint_files.read_tensors(CHECKPOINT / "checkpoint.pt")
 
 
-def test_other_files_are_refused(tmp_path):
-    torch.save({"a": torch.zeros(1), "b": 3}, tmp_path / "mixed.pt")
-    torch.save(torch.zeros(1), tmp_path / "one.pt")
-    torch.save({}, tmp_path / "empty.pt")
-    (tmp_path / "notes.txt").write_text("x")
-    for name, message in [
-        ("mixed.pt", "dict of tensors"),
-        ("one.pt", "dict of tensors"),
-        ("empty.pt", "dict of tensors"),
-        ("notes.txt", "is not a checkpoint; supported: .safetensors"),
-    ]:
-        with pytest.raises(ContractError, match=message):
-            import_tower(tmp_path / name, tmp_path / "tower")
-    with pytest.raises(ContractError, match=r"several checkpoints; choose one of empty.pt"):
-        import_tower(tmp_path, tmp_path / "tower")
-    (tmp_path / "none").mkdir()
-    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        import_tower(tmp_path / "none", tmp_path / "tower")
-
-
 @pytest.mark.parametrize("wrapper", ["plain", "state_dict", "model", "module prefix", "state_dict, module prefix"])
 def test_wrappers_of_a_training_checkpoint(wrapper, tmp_path):
     state = read(REFERENCE / "C_checkpoint", "checkpoint.safetensors")

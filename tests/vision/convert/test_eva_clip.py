@@ -36,13 +36,6 @@ def test_complete_eva02_checkpoint(file, tmp_path, capsys):
     assert largest_difference(dual.logit_scale * image @ text.T, golden["logits_per_image"]) < LOGITS
 
 
-def test_eva02_checkpoint_needs_no_config(tmp_path):
-    told, _ = import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "told", config=CHECKPOINT / "config.json")
-    found, _ = import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "found")
-    assert (found.weights_sha256, found.adapter_sha256) == (told.weights_sha256, told.adapter_sha256)
-    assert (tmp_path / "found" / "config.json").read_text() == (tmp_path / "told" / "config.json").read_text()
-
-
 def test_rotary_tables_of_another_architecture_are_refused(tmp_path):
     config = json.loads((CHECKPOINT / "config.json").read_text())
     config["vision_cfg"]["pt_hw_seq_len"] = 16

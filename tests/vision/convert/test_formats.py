@@ -138,13 +138,6 @@ def test_onnx_at_another_batch_size(name, tmp_path, request):
     assert largest_difference(found, expected) < 2e-5
 
 
-def test_onnx_without_its_packages_says_what_to_install(clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "ONNX_PACKAGES", ("onnx_of_another_world",))
-    with pytest.raises(ValueError, match="pip install onnx_of_another_world"):
-        convert(clip, tmp_path / "out", "onnx")
-    assert not (tmp_path / "out").exists()
-
-
 def dual_with(**options) -> DualEncoder:
     tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision")
     return DualEncoder(tower, DualConfig(**{"projection_dim": 8, "llm_width": 12, **options}))
@@ -167,23 +160,6 @@ def test_what_a_format_cannot_hold_is_refused(options, format_name, message, tmp
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "tower", tmp_path / "out", format_name)
     assert not (tmp_path / "out").exists()
-
-
-def test_families_and_towers_alone_are_refused(tmp_path):
-    export_tower(load_tower(TRANSFORMERS_TOWERS / "clip_vision"), tmp_path / "alone", origin="x")
-    with pytest.raises(ValueError, match="only a tower"):
-        convert(tmp_path / "alone", tmp_path / "out", "clip")
-    tower = load_tower(TRANSFORMERS_TOWERS / "dinov2")
-    export_tower(DualEncoder(tower, DualConfig(projection_dim=8)), tmp_path / "dino", origin="x")
-    with pytest.raises(ValueError, match="supports clip towers, not dinov2"):
-        convert(tmp_path / "dino", tmp_path / "out", "clip")
-
-
-def test_what_only_a_run_has_is_refused_for_a_tower(clip, tmp_path):
-    with pytest.raises(ValueError, match="--ema and --checkpoint require a training run"):
-        export_command.main([str(clip), "--output", str(tmp_path / "out"), "--ema"])
-    with pytest.raises(ValueError, match="--push uploads a tower directory; leave out --format clip, or --push"):
-        export_command.main([str(clip), "--output", str(tmp_path / "out"), "--format", "clip", "--push", "o/n"])
 
 
 @pytest.fixture

@@ -48,29 +48,6 @@ def test_plain_hugging_face_models(name, tmp_path):
     assert written and all(torch.equal(value, original[key]) for key, value in written.items())
 
 
-def test_a_file_takes_its_config_from_the_option(tmp_path):
-    source = TRANSFORMERS_TOWERS / "clip_vision"
-    one, _ = import_tower(source / "model.safetensors", tmp_path / "one", config=source / "config.json")
-    assert one.weights_sha256 == import_tower(source, tmp_path / "two")[0].weights_sha256
-    with pytest.raises(ValueError, match=r"needs its config.json, in the same folder or as --config"):
-        import_tower(source / "model.safetensors", tmp_path / "three")
-
-
-def test_a_users_config_overrides_the_one_next_to_the_checkpoint(tmp_path):
-    """Keys inside objects too; a whole model's config.json stands alone."""
-    shutil.copytree(TRANSFORMERS_TOWERS / "clip_vision", tmp_path / "model")
-    (tmp_path / "part.json").write_text('{"hidden_act": "gelu"}')
-    import_tower(tmp_path / "model", tmp_path / "one", config=tmp_path / "part.json")
-    written = json.loads((tmp_path / "one" / "config.json").read_text())
-    beside = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert written["hidden_act"] == "gelu" and written["hidden_size"] == beside["hidden_size"]
-    (tmp_path / "whole.json").write_text(json.dumps(beside | {"vision_config": None}))
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "clip", "hidden_act": "gelu"}')
-    import_tower(tmp_path / "model", tmp_path / "two", config=tmp_path / "whole.json")
-    written = json.loads((tmp_path / "two" / "config.json").read_text())
-    assert written["hidden_act"] == beside.get("hidden_act", "quick_gelu")
-
-
 @pytest.mark.parametrize("model_type", ["siglip2", "llm2clip_siglip"])
 def test_fixed_resolution_siglip_under_other_names(model_type, tmp_path):
     """A release may name its model type as it likes: the vision part and the tensors decide."""

@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-import torch
 
-from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin import load_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
@@ -28,19 +27,6 @@ def test_import_export_import_is_identical(name, tmp_path):
         assert (tmp_path / again / "model.safetensors").read_bytes() == (
             tmp_path / "one" / "model.safetensors"
         ).read_bytes()
-
-
-def test_own_directory_resized_on_import(tmp_path):
-    import_tower(RELEASE, tmp_path / "one")
-    card, _ = import_tower(tmp_path / "one", tmp_path / "two", image_size=42)
-    assert (card.image_size, card.training["resized_from"]) == (42, 28)
-    assert load_dual_encoder(tmp_path / "two").encode_image(torch.randn(1, 3, 42, 42)).shape == (1, 20)
-
-
-def test_an_imported_source_that_is_resized_records_it(tmp_path):
-    card, report = import_tower(RELEASE, tmp_path / "one", image_size=42)
-    assert card.training["resized_from"] == 28 and report[-1] == "positions interpolated from 28 to 42 px"
-    assert not any("interpolated" in line for line in import_tower(RELEASE, tmp_path / "two")[1])
 
 
 def test_preprocessor_of_the_source_survives(tmp_path):
