@@ -99,23 +99,6 @@ def test_numbers_that_moved_are_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(f"{model}: fraction of the gains" in moved for model in check_claims.LANGUAGE_MODELS.values())
 
 
-def test_recording_changes_the_tables_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = (*PAGES, "CLAIMS", "CLAIMS_LLAVA")
-    whole = {name: getattr(check_claims, name).read_text(encoding="utf-8") for name in names}
-    claims, of_llava = (json.loads(whole[name]) for name in names[2:])
-    for name, text in whole.items():
-        path = tmp_path / getattr(check_claims, name).name
-        begin = text.index(check_claims.BEGIN) if name in PAGES else len(text)
-        path.write_text(text[:begin] + text[begin:].replace(" [+.", " [+.9", 1), encoding="utf-8")
-        assert (path.read_text(encoding="utf-8") != text) == (name in PAGES)
-        monkeypatch.setattr(check_claims, name, path)
-    check_claims.record(claims)
-    measured = {name: {k: v for k, v in one.items() if k != "control"} for name, one in of_llava.items()}
-    assert measured != of_llava
-    check_claims.record_llava(measured)  # the control, which no run measures, stays
-    assert {name: getattr(check_claims, name).read_text(encoding="utf-8") for name in names} == whole
-
-
 def test_intervals_are_students_and_widen_with_fewer_seeds() -> None:
     """By hand: variances 2.9167e-4 of 4 and 2.3333e-4 of 3, pooled 2.6833e-4 with 5 degrees of freedom, t 2.5706."""
     stated, new, deviation = [0.50, 0.52, 0.48, 0.51], [0.5, 0.49, 0.52], math.sqrt(2.6833e-4 * 7 / 12)

@@ -58,20 +58,6 @@ def rewrite(path: Path, change: Callable[[list[tuple[str, bytes]]], list[tuple[s
     write(path, body.getvalue())
 
 
-def retype(path: Path, kind: bytes) -> None:
-    """Another type of the first member, with the checksum of that."""
-    data = bytearray(path.read_bytes())
-    data[156:157] = kind
-    data[148:156] = b" " * 8
-    data[148:156] = b"%06o\0 " % sum(data[:512])
-    path.write_bytes(data)
-
-
-def renamed_with_dots(path: Path) -> None:
-    rewrite(path, lambda found: [(f"a.b.{name}", data) for name, data in found])
-    os.utime(path)
-
-
 def reversed_samples(found: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
     pairs = [found[start : start + 2] for start in range(0, len(found), 2)]
     return [member for pair in reversed(pairs) for member in pair]
@@ -92,49 +78,11 @@ def exchanged_captions(world: World) -> None:
         "{w}/data/00001.tar: no tar, truncated or damaged: ...; copy or write it again",
         lambda w: w.path(OTHER).write_bytes(w.path(OTHER).read_bytes()[:20000]),
     ),
-    Fault("empty tar", "", "{w}/data/00001.tar: ...empty...", lambda w: w.path(OTHER).write_bytes(b"")),
-    Fault(
-        "no tar",
-        "",
-        "{w}/data/00001.tar: no tar, truncated or damaged: ...; copy or write it again",
-        lambda w: w.path(OTHER).write_bytes(b"x" * 51200),
-    ),
-    Fault(
-        "sparse member",
-        "",
-        "{w}/data/00001.tar: ...",
-        lambda w: retype(w.path(OTHER), b"S"),
-    ),
-    Fault(
-        "names with dots",
-        "--data.path {w}/data/00001.tar",
-        "{w}/data/00001.tar: none of the 1 tars has an image, .txt or .json member; ...first dot...",
-        lambda w: renamed_with_dots(w.path(OTHER)),
-    ),
-    Fault("no data", "--data.path {w}/nowhere", "no ...{w}/nowhere..."),
-    Fault(
-        "cache file that is cut",
-        "",
-        "{w}/data/embeddings-.../00000.safetensors is truncated or not a shard of an embedding cache...",
-        lambda w: (w.cache / "00000.safetensors").write_bytes((w.cache / "00000.safetensors").read_bytes()[:500]),
-    ),
     Fault(
         "cache file that is missing",
         "",
         "{w}/data/embeddings-.../00000.safetensors is missing, but the manifest lists shard '00000'; ...",
         lambda w: (w.cache / "00000.safetensors").unlink(),
-    ),
-    Fault(
-        "manifest complete: no",
-        "",
-        ".../manifest.json: complete is 'no', expected bool",
-        lambda w: edit(w, complete="no"),
-    ),
-    Fault(
-        "manifest with a list of shards",
-        "",
-        ".../manifest.json: shards is [1], expected dict",
-        lambda w: edit(w, shards=[1]),
     ),
     Fault(
         "manifest of another width",

@@ -1,4 +1,4 @@
-"""Damaged files that need no model to be read: checkpoints, data, caches, scores, answers, registry."""
+"""Damaged files that need no model to be read: checkpoints, data, caches, scores."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 from fuzzing import Format, run_cases
-from PIL import Image
 from tiny_data import make_cache, make_shards
 
 from llava_integration.compare.comparison import build
 from llava_integration.compare.sides import load_sides
-from llm2clip_plugin.contracts import RunRecord, ScoreFile
+from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
@@ -57,8 +56,6 @@ def make_run(folder: Path) -> None:
         checkpoints.write(state, {"model.safetensors": weights, "optimizer.safetensors": moments})
         truth[f"step-{step:08d}"] = content_of(load(checkpoints.path(step)))
     (folder / "truth.json").write_text(json.dumps(truth))
-    record = RunRecord(config={"tower": {"path": "x"}}, config_hash="h", step=2, samples=16, metrics={"r": 0.5})
-    record.write(folder / RunRecord.FILE)
 
 
 def content_of(loaded: Loaded) -> str:
@@ -77,10 +74,6 @@ def load_run(folder: Path) -> str:
     return "the checkpoint that was written" if same else "another one"
 
 
-def load_record(folder: Path) -> Any:
-    return dataclasses.asdict(RunRecord.read(folder / RunRecord.FILE))
-
-
 # data and caches
 
 
@@ -96,15 +89,6 @@ def read_source(path: Path) -> str:
         sample = source[number]
         parts += [sample.key, [caption.text for caption in sample.captions], sample.read_image()]
     return digest(*parts)
-
-
-def make_rows(folder: Path) -> None:
-    rows = []
-    for number in range(6):
-        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(folder / f"{number}.png")
-        rows.append({"id": f"r{number}", "image": f"{number}.png", "caption": f"caption {number}"})
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read_source(folder / "pairs.jsonl")
 
 
 def make_cached(folder: Path) -> None:
@@ -152,12 +136,7 @@ def load_scores(folder: Path) -> str:
 
 FORMATS = [
     (Format("checkpoints", make_run, load_run, files=("checkpoints/**/*.safetensors",)), 60),
-    (Format("run.json", make_run, load_record, files=("run.json",), free_text=True), 25),
-    (
-        Format("tar index", make_data, lambda folder: read_source(folder / "data"), files=("data/.*/*",)),
-        40,
-    ),
-    (Format("JSONL index", make_rows, lambda folder: read_source(folder / "pairs.jsonl"), files=(".*/*",)), 40),
+    (Format("tar index", make_data, lambda folder: read_source(folder / "data"), files=("data/.*/*",)), 40),
     (Format("cache", make_cached, load_cache, files=("data/embeddings-*/**/*",)), 50),
     (Format("proof", make_cached, load_cache, files=("data/.llm2clip/*",)), 25),
     (Format("scores", make_scores, load_scores, free_text=True), 40),

@@ -31,7 +31,6 @@ def nan(world: World) -> None:
         "{w}/short.jsonl: no image has captions of both kinds for short->long; available kinds: short",
         short_captions_alone,
     ),
-    Fault("evaluation on captions that are not there", "--captions {w}/nowhere.jsonl", "...{w}/nowhere.jsonl..."),
     Fault("batch larger than the data", "--global-batch 64", "global_batch 64 is larger than {w}/data (48); ..."),
     Fault(
         "batch that the micro-batch does not divide",

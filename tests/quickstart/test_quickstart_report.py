@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -53,28 +51,6 @@ def raw(folder) -> list[scores.Tower]:
     return [report.measure(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
 
 
-class Reader(HTMLParser):
-    """Collects tags and text; notes what is left open."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_report_measures_every_tower_on_every_test(folder) -> None:
     found = report.make_report(folder / "data", folder / "out", 'a.html"><script>')
     body = json.loads((folder / "out" / "headline.json").read_text(encoding="utf-8"))
@@ -89,8 +65,7 @@ def test_report_measures_every_tower_on_every_test(folder) -> None:
     assert len({line.count("|") for line in lines[:-2]}) == 1 and lines[-1] == retrieval.below
 
     page = (folder / "out" / "index.html").read_text(encoding="utf-8")
-    reader = Reader(page)
-    assert reader.open == [] and not reader.tags & {"script", "link", "iframe"}  # what comes from data is text
+    assert not re.search(r"<(script|link|iframe)", page)  # what comes from data is text
     assert not re.search(r"https?://|url\(|@import", page)  # loads nothing from a network
     assert page.count('<div class="query">') == 13  # a long caption, a name, a name in eleven languages
     assert page.count("data:image/png;base64,") == 13 * report.PICTURES
@@ -103,16 +78,6 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
         write_run(tmp_path, f"{name}-seed1")
     (line,) = report.make_report(folder / "data", tmp_path).failures()
     assert line.startswith("'raw LLM, read well' reaches")
-
-
-def test_page_pictures_are_the_best_and_the_right_ones_are_marked(folder, raw) -> None:
-    pairs, source = raw[0].pairs, scores.open_sets(folder / "data" / "all")["test"][0]
-    query = report.choose_captions(pairs)[1]
-    shown = report.best_pictures(pairs, source, query)
-    order = (pairs.image_ND @ pairs.text_MD[query]).argsort(descending=True)[: len(shown)].tolist()
-    assert [base64.b64decode(p["base64"]) for p in shown] == [source[place].read_image() for place in order]
-    wanted = pairs.meta[int(pairs.owner_M[query])]["concept"]
-    assert [p["right"] for p in shown] == [pairs.meta[place]["concept"] == wanted for place in order]
 
 
 def test_every_style_is_a_gallery_of_its_own(raw) -> None:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.vision.convert.importing import import_tower
@@ -42,15 +41,6 @@ def test_every_state_equals_the_reference(name, tmp_path):
         embedding = dual.dual.visual_projection(dual.dual.pool(golden["pixels"]))
         assert largest_difference(embedding, golden["embedding"]) < TOLERANCE
         assert largest_difference(dual.encode_image(golden["pixels"]), golden["embedding_normalized"]) < TOLERANCE
-
-
-def test_original_eva_clip_names_give_the_same_tower(tmp_path):
-    folder, golden = TOWERS / "eva02_l14", read(TOWERS / "eva02_l14")
-    config = folder / "config.json"
-    one, _ = import_tower(folder / "weights.safetensors", tmp_path / "one", config=config)
-    two, _ = import_tower(folder / "weights_eva_clip_names.safetensors", tmp_path / "two", config=config)
-    assert one.weights_sha256 == two.weights_sha256 and one.adapter_sha256 == two.adapter_sha256
-    check_states(load_tower(tmp_path / "two"), golden)
 
 
 def test_224_to_336(tmp_path):
@@ -103,11 +93,6 @@ def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(variant, t
     for (name, one), (_, other) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
         assert one.grad.any() and largest_difference(one.grad, other.grad) < 1e-7, name
     assert Eva02VisionModel(tiny_config()).config._attn_implementation == "sdpa"  # where nothing is said
-
-
-def test_transformers_own_loaders_open_a_tower(tmp_path):
-    Eva02VisionModel(tiny_config()).save_pretrained(tmp_path)
-    assert isinstance(AutoModel.from_pretrained(tmp_path), Eva02VisionModel)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import (
@@ -121,14 +120,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         gradients.append({n: p.grad for n, p in tower.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.allclose(gradients[0][n], gradients[1][n], atol=1e-6) for n in gradients[0])
-
-
-@pytest.mark.parametrize("name", ["clip_full", "siglip_vision", "dinov2"])
-def test_preprocessor_has_the_fields_that_llava_reads(name):
-    found, tower = preprocessor_config(TRANSFORMERS_TOWERS / name), load_tower(TRANSFORMERS_TOWERS / name)
-    size = tower.config.image_size
-    assert found["crop_size"] == {"height": size, "width": size} and found["size"] == {"shortest_edge": size}
-    assert found["image_mean"] == list(family_of(tower).mean)
 
 
 @pytest.mark.parametrize("damage", ["missing", "renamed", "transposed", "cut"])

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 
-from llm2clip_plugin import load_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
@@ -37,20 +36,3 @@ def test_preprocessor_of_the_source_survives(tmp_path):
     written = json.loads((tmp_path / "tower" / "preprocessor_config.json").read_text())
     assert written["image_mean"] == [0.4, 0.5, 0.6] and written["resample"] == 2
     assert written["size"] == {"shortest_edge": 28}
-
-
-def test_a_timm_model_by_name(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("timm", minversion="1.0", reason="LLaVA's environment has timm 0.6")
-    from llm2clip_plugin.vision import towers as timm_tower
-
-    named = timm_tower.timm_tower
-    monkeypatch.setattr(timm_tower, "timm_tower", lambda name: named(name, pretrained=False))  # no Hub in tests
-    argv = ["timm:vit_tiny_patch16_224", "--output", str(tmp_path / "tower"), "--image-size", "32"]
-    assert command.main(argv) == 0
-    assert "positions interpolated from 224 to 32 px" in capsys.readouterr().out
-    card = TowerCard.read(tmp_path / "tower" / "llm2clip.json")
-    assert (card.family, card.image_size, card.origin) == ("timm", 32, "timm:vit_tiny_patch16_224")
-    assert load_tower(tmp_path / "tower").config.timm_name == "vit_tiny_patch16_224"
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="remove --config"):
-        command.main([*argv, "--overwrite", "--config", str(tmp_path / "config.json")])
