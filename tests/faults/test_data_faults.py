@@ -119,12 +119,7 @@ NOT_ONE = "--max_steps 12 --train.max-broken 0 --heads.steps 0"
         "... of 48 samples are broken, more than max_broken 0 allows:",
         lambda w: rewrite(w.path(TAR), reversed_samples),
     ),
-    Fault(
-        "NaN in the cache",
-        "--global-batch 48 --heads.steps 0",
-        "...embeddings-...",
-        lambda w: nan_in_cache(w),
-    ),
+    Fault("NaN in the cache", "--global-batch 48 --heads.steps 0", "...embeddings-...", lambda w: nan_in_cache(w)),
 )
 def test_named_while_it_is_read(fault: Fault, read_before: World, capsys: pytest.CaptureFixture[str]) -> None:
     meet(fault, read_before, read_before.train(fault.words), capsys)

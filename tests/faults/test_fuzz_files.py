@@ -24,8 +24,6 @@ from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, TrainState, load
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mllm"
-
 
 def digest(*parts: Any) -> str:
     """One hash of texts, bytes and tensors."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,11 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm", "llama")
 
 
-def short_captions_alone(world: World) -> None:
-    lines = [json.dumps({"id": f"k{i}", "image": "x.png", "caption": f"a red bicycle {i}"}) for i in range(9)]
-    world.path("short.jsonl").write_text("\n".join(lines))
-
-
 def nan(world: World) -> None:
     set_weight(world.path("llm/model.safetensors"), "down_proj", float("nan"))
 
 
 @rows(
-    Fault(
-        "evaluation on captions of one kind",
-        "--captions {w}/short.jsonl",
-        "{w}/short.jsonl: no image has captions of both kinds for short->long; available kinds: short",
-        short_captions_alone,
-    ),
     Fault("batch larger than the data", "--global-batch 64", "global_batch 64 is larger than {w}/data (48); ..."),
     Fault(
         "batch that the micro-batch does not divide",

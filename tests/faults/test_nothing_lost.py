@@ -95,15 +95,6 @@ def test_embed_replaces_with_overwrite_and_grows_without(complete: World) -> Non
     assert CacheManifest.read(manifest).captions == 96
 
 
-TYPO = (
-    "no sample of {w}/data has a field 'captoin' (--fields captoin=short); did you mean 'caption'? known: caption, ..."
-)
-
-
-def test_a_field_that_no_sample_has_in_training(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    meet(Fault("", "", TYPO), world, world.train("--dry-run --fields caption=short captoin=short"), capsys)
-
-
 def test_a_split_inside_its_data(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     output = f"{world.folder}/data/held-out"
     fault = Fault("", "", f"--output {output} is inside the data at {{w}}/data, ...")

@@ -1,5 +1,4 @@
-"""Faults of a training's settings, weights, checkpoints and folders: refused before step 1, or resumed from what is
-whole."""
+"""Faults of settings, weights, checkpoints and folders: refused before step 1, or resumed from what is whole."""
 
 from __future__ import annotations
 
@@ -54,12 +53,14 @@ def nan_in_tower(world: World) -> None:
 
 ONE_SOURCE = "--data.path {w}/data {w}/data --one-source-per-batch --global-batch 64"
 OWN_NEGATIVES = "--global-batch 999 --loss.no-mask-same-image"
+NO_KIND = "--data.caption-weights lng=1 --data.read.kinds lng"
 
 
 @rows(
     Fault("field that the data lacks", f"{HELD_OUT} --evaluation.group concept", "...--evaluation.group concept..."),
     Fault("validation without a cache", "--data.validation {w}/other", "...llm2clip embed {w}/other...", without_cache),
     Fault("another teacher", "--data.validation {w}/other", "{w}/other/...fingerprint...", another_teacher),
+    Fault("kind without captions to train on", NO_KIND, "...lng...known: long, short"),
     Fault("samples as their own negatives", OWN_NEGATIVES, "global_batch 999 ...48 samples...mask_same_image..."),
     Fault("source smaller than its batches", ONE_SOURCE, "global_batch 64 ...--no-one-source-per-batch"),
     Fault("micro-batch larger than the batch", "--train.micro-batch 99", "...micro_batch 99; try --micro-batch 8"),
@@ -68,15 +69,6 @@ OWN_NEGATIVES = "--global-batch 999 --loss.no-mask-same-image"
 def test_refused_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     meet(fault, world, world.train(fault.words), capsys)
     assert not list(world.folder.glob("new/checkpoints/step-*")) and not world.path("new/metrics.jsonl").exists()
-
-
-@rows(
-    Fault("batch larger than the data", "--global-batch 999", "global_batch 999 is more than the 48 ...", status=0),
-    Fault("validation on training data", HELD_OUT, "--validation {w}/data: ...also in the training data...", status=0),
-)
-def test_warned_about_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    told = meet(fault, world, world.train(f"{fault.words} --dry-run"), capsys)
-    assert told.count("warning: ") == 1
 
 
 def nan_in_checkpoint(world: World) -> None:

@@ -5,13 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_plugin.contracts import (
-    TeacherIdentity,
-    TowerCard,
-    atomic_directory,
-    atomic_file,
-    sha256_weights,
-)
+from llm2clip_plugin.contracts import TeacherIdentity, TowerCard, atomic_directory, atomic_file, sha256_weights
 from llm2clip_plugin.files import ContractError
 
 

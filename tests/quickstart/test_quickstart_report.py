@@ -117,10 +117,6 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
     assert each == pytest.approx({0: by_hand, 1: -by_hand}) and first.difference.difference == pytest.approx(0)
     assert not first.significant and "NOT significant" in report.sentence(first)
     assert report.claims_table(made, "raw", "").rows[0][-2].endswith("not significant")
-    plain = [dataclasses.replace(tower, name="plain") for tower in raw]
-    over = scores.make_claims(scores.tower_tests([*raw, *tuned, *plain], "plain"))  # the same towers under its name
-    assert {one.name: one.difference for one in over} == {one.name: one.difference for one in made}
-    assert scores.tower_tests([*raw, *tuned], "plain") == scores.tower_tests(raw) == {}
     assert scores.make_claims(scores.tower_tests([raw[0], tuned[0]])) == []  # no seed in common
 
 

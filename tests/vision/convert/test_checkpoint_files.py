@@ -11,10 +11,7 @@ from llm2clip_plugin.vision import checkpoint as checkpoint_files
 from llm2clip_plugin.vision.convert.importing import import_tower
 
 from ..conftest import REFERENCE, read
-from .checkpoints import (
-    CHECKPOINT,
-    EVA_FILES,
-)
+from .checkpoints import CHECKPOINT, EVA_FILES
 
 
 @pytest.mark.parametrize("file", EVA_FILES)

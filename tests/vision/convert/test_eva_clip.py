@@ -1,7 +1,4 @@
-"""EVA-CLIP's layout: the reference's checkpoints, every combination of its switches, other packings, timm's names.
-
-The reference of the switches is plain arithmetic on the checkpoint's own tensors, independent of the package.
-"""
+"""EVA-CLIP's layout: the reference's checkpoints, other packings, timm's names."""
 
 import json
 

@@ -35,14 +35,6 @@ def test_clip_release(tmp_path):
 )
 def test_plain_hugging_face_models(name, tmp_path):
     import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "tower")
-    golden, tower = read(TRANSFORMERS_TOWERS / name), load_tower(tmp_path / "tower")
-    with torch.no_grad():
-        output = tower(pixel_values=golden["pixels"], output_hidden_states=True)
-    assert (
-        largest_difference(output.hidden_states[-2], golden[f"hidden_states_{len(output.hidden_states) - 2:02d}"])
-        < TOLERANCE
-    )
-    assert largest_difference(output.pooler_output, golden["pooler_output"]) < TOLERANCE
     original = read(TRANSFORMERS_TOWERS / name, "model.safetensors")
     written = read(tmp_path / "tower", "model.safetensors")
     assert written and all(torch.equal(value, original[key]) for key, value in written.items())
