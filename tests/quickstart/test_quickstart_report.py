@@ -59,11 +59,7 @@ def test_report_measures_every_tower_on_every_test(folder) -> None:
     assert len(body["towers"]["raw-seed0"]) == 2 * sum(unseen or "unseen" not in test for test in scores.TESTS)
     assert body["towers"]["raw-seed1"] == body["towers"]["shuffled-seed1"]  # the same weights under two names
     (retrieval,) = found.tables
-    assert retrieval.head[1:] == ["raw LLM, read well (2 seeds)", "control: wrong pictures (1 seed)", "chance"]
     assert " ± " in retrieval.rows[0][1] and " ± " not in retrieval.rows[0][2]
-    lines = retrieval.markdown.splitlines()
-    assert len({line.count("|") for line in lines[:-2]}) == 1 and lines[-1] == retrieval.below
-
     page = (folder / "out" / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<(script|link|iframe)", page)  # what comes from data is text
     assert not re.search(r"https?://|url\(|@import", page)  # loads nothing from a network
