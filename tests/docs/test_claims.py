@@ -21,7 +21,6 @@ check_claims = importlib.util.module_from_spec(SPEC)
 sys.modules[SPEC.name] = check_claims
 SPEC.loader.exec_module(check_claims)
 
-PAGES = ("README", "BENCHMARKS")
 SIDES = (check_claims.RAW_TUNED, check_claims.BEFORE_AFTER)
 
 

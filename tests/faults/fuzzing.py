@@ -174,27 +174,26 @@ def change_header(content: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 def change_field(content: bytes, draw: random.Random) -> tuple[bytes, str]:
     """A JSON value, changed, exchanged, doubled or left out, in one of the lines that hold JSON."""
-    lines = content.split(b"\n")
-    bodies = {}
-    for number, line in enumerate(lines):
-        try:
-            bodies[number] = json.loads(line)
-        except ValueError:
-            continue
-    try:
-        whole = json.loads(content)
-    except ValueError:
-        whole = None
-    if isinstance(whole, (dict, list)):
+    if (whole := _container(content)) is not None:
         body, what = change_value(whole, draw)
         return json.dumps(body, indent=2).encode() + b"\n", what
-    bodies = {number: body for number, body in bodies.items() if isinstance(body, (dict, list))}
+    lines = content.split(b"\n")
+    bodies = {number: body for number, line in enumerate(lines) if (body := _container(line)) is not None}
     if not bodies:
         return flip(content, draw)
     number = draw.choice(sorted(bodies))
     body, what = change_value(bodies[number], draw)
     lines[number] = json.dumps(body).encode()
     return b"\n".join(lines), f"line {number + 1}: {what}"
+
+
+def _container(content: bytes) -> Any:
+    """The JSON object or list in these bytes, else None."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return None
+    return value if isinstance(value, (dict, list)) else None
 
 
 def change_value(body: Any, draw: random.Random) -> tuple[Any, str]:

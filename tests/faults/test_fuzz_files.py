@@ -29,13 +29,9 @@ def digest(*parts: Any) -> str:
     """One hash of texts, bytes and tensors."""
     total = hashlib.sha256()
     for part in parts:
-        total.update(
-            part
-            if isinstance(part, bytes)
-            else np.asarray(part).tobytes()
-            if isinstance(part, torch.Tensor)
-            else str(part).encode()
-        )
+        if isinstance(part, torch.Tensor):
+            part = np.asarray(part).tobytes()
+        total.update(part if isinstance(part, bytes) else str(part).encode())
     return total.hexdigest()
 
 

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from faults import Fault, World, meet, rows, set_weight
 from tiny_llm import save_tiny_llm
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm", "llama")
 
 
 def nan(world: World) -> None:
@@ -32,11 +25,8 @@ def nan(world: World) -> None:
         nan,
     ),
 )
-def test_refused_before_step_1(fault: Fault, world: World, llm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    world.path("llm").symlink_to(llm)
-    if fault.plant is nan:
-        world.path("llm").unlink()
-        save_tiny_llm(world.path("llm"), "llama")
+def test_refused_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_llm(world.path("llm"), "llama")
     words = ["finetune-llm", f"{world.folder}/data", "--llm", f"{world.folder}/llm", "--output", f"{world.folder}/new"]
     words += ["--global-batch", "8", "--max-steps", "2", "--warmup-steps", "0", "--r", "4"]
     meet(fault, world, [*words, *fault.words.replace("{w}", str(world.folder)).split()], capsys)

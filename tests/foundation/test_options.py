@@ -81,7 +81,6 @@ REQUIRED = Command(
         ("--steps=5 a --lr 1e-2 b", Outer(path=("a", "b"), steps=5, inner=Inner(lr=0.01))),
         ("--data a b --inner.lr 2", Outer(path=("a", "b"), steps=0, inner=Inner(lr=2))),
         ("--data_path a --output-dir x --old-lr 3", Outer(path=("a",), steps=0, output_dir="x", inner=Inner(lr=3))),
-        ("--output_dir x --learning_rate 3", Outer(output_dir="x", steps=0, inner=Inner(lr=3))),
         ("--steps -1 --name x --inner.name y", Outer(steps=-1, name="x", inner=Inner(name="y"))),
         ("a --steps --no-flip --save", Outer(path=("a",), steps=8, save=True, inner=Inner(flip=False))),
         ("--inner.no-flip --save False", Outer(inner=Inner(flip=False))),
@@ -108,7 +107,6 @@ def test_extras_and_the_words_after_two_dashes_are_kept_apart() -> None:
     [
         ("--lr -1", "lr -1.0"),
         ("--steps 1.5", "--steps: ... '1.5'"),
-        ("--lrr 1", "unknown option --lrr; did you mean --lr?"),
         ("--inner.no-flop", "unknown option --inner.no-flop; did you mean --inner.no-flip?"),
         ("--kind fp23", "--kind: ... 'fp23' ... 'fp32', 'bf16'"),
         ("--name --lr 1", "--name: "),

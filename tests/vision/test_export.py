@@ -28,10 +28,8 @@ def tiny_dual(name: str = "clip_vision", image_size: int | None = None) -> DualE
 def test_files_carry_the_names_that_4_37_2_wrote(name, tmp_path):
     """The golden file was written by 4.37.2; whatever version runs this writes the same names and values."""
     export_tower(load_tower(TRANSFORMERS_TOWERS / name), tmp_path / "tower", origin=name)
-    written, golden = (
-        load_file(tmp_path / "tower" / "model.safetensors"),
-        read(TRANSFORMERS_TOWERS / name, "model.safetensors"),
-    )
+    written = load_file(tmp_path / "tower" / "model.safetensors")
+    golden = read(TRANSFORMERS_TOWERS / name, "model.safetensors")
     assert written.keys() == golden.keys()
     assert all(torch.equal(written[key], golden[key]) for key in golden)
 
@@ -73,11 +71,8 @@ def test_dual_encoder_comes_back(name, tmp_path):
         metrics={"i2t_r1": 0.5},
     )
     assert card == TowerCard.read(tmp_path / "tower" / "llm2clip.json")
-    assert (card.num_layers, card.projection_dim, card.teacher["llm"]) == (
-        len(probe_features(dual.tower)) - 3,
-        8,
-        "some/llm",
-    )
+    layers = len(probe_features(dual.tower)) - 3
+    assert (card.num_layers, card.projection_dim, card.teacher["llm"]) == (layers, 8, "some/llm")
     loaded = load_dual_encoder(tmp_path / "tower")
     assert math.isclose(loaded.logit_scale.item(), 20, rel_tol=1e-6)
     pixels, embeddings = torch.randn(2, 3, card.image_size, card.image_size), torch.randn(3, 12)

@@ -1,4 +1,4 @@
-"""timm models by name, and DINOv3: tiny ones, in the training environment."""
+"""timm models by name: tiny ones, in the training environment."""
 
 import pytest
 import torch

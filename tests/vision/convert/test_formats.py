@@ -52,10 +52,8 @@ def test_clip_with_projection(clip, tmp_path):
 
 def test_eva_checkpoint_comes_back_tensor_for_tensor(eva, tmp_path):
     convert(eva, tmp_path / "out", "openclip")
-    written, original = (
-        read(tmp_path / "out", "open_clip_model.safetensors"),
-        read(CHECKPOINT, "checkpoint.safetensors"),
-    )
+    written = read(tmp_path / "out", "open_clip_model.safetensors")
+    original = read(CHECKPOINT, "checkpoint.safetensors")
     assert written.keys() == original.keys()
     for name in original:
         assert torch.allclose(written[name], original[name], atol=1e-6 if "rope" in name else 0), name
