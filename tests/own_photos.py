@@ -1,14 +1,10 @@
-"""What the first-day page starts from: a folder of pictures with captions, and tiny models under the Hub's names.
-
-``python tests/own_photos.py FOLDER`` makes it, for running the page by hand.
-"""
+"""What the first-day page starts from: a folder of pictures with captions, and tiny models under the Hub's names."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -60,8 +56,3 @@ def make_models(folder: Path) -> None:
     torch.manual_seed(0)
     (folder / TOWER).mkdir(parents=True)
     save_tower(CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **sizes)), folder / TOWER)
-
-
-if __name__ == "__main__":
-    make_photos(Path(sys.argv[1]))
-    make_models(Path(sys.argv[1]))

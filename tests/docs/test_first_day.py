@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 from forked_python import programs
@@ -63,22 +62,6 @@ def test_the_page_runs_as_printed_and_again(run):
     assert status == 0 and "0 of 11 stages to run" in said
     status, said = run(f"{command} --num-train-epochs 5 --dry-run")
     assert status == 0 and "5 of 11 stages to run" in said
-
-
-def test_the_page_is_read_as_it_is_meant(tmp_path: Path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "## One\n```bash\n# a comment\nfirst \\\n    --more\nsecond\n```\ntext\n```text\nloss 3.1 ...\n```\n"
-        "```sh\nnever\n```\n## Two\n```bash\nthird\n```\n"
-    )
-    one, two = blocks(page)
-    assert (one.heading, one.commands, one.printed) == ("One", ("first --more", "second"), "loss 3.1 ...\n")
-    assert (two.heading, two.commands) == ("Two", ("third",))
-    assert run_block(one, lambda command: (0, "loss 2.7 and more\n"))
-    with pytest.raises(AssertionError, match="did not print"):
-        run_block(one, lambda command: (0, "accuracy 2.7\n"))
-    with pytest.raises(AssertionError, match="second"):
-        run_block(one, lambda command: (int(command == "second"), "loss 1\n"))
 
 
 def test_messages_of_the_page_are_those_of_the_code():

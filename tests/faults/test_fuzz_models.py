@@ -11,7 +11,7 @@ import pytest
 import torch
 from fuzzing import Format, run_cases
 from tiny_llm import save_tiny_llm
-from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModel
 
 from llava_integration.tower import LLM2CLIPVisionTower
 from llava_integration.towers import TowerLocation
@@ -28,12 +28,9 @@ from llm2clip_plugin.vision.family import DualConfig
 SHAPE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 
 
-def make_tower(folder: Path, *, family: str = "clip") -> None:
+def make_tower(folder: Path) -> None:
     torch.manual_seed(0)
-    if family == "clip":
-        tower: Any = CLIPVisionModel(CLIPVisionConfig(intermediate_size=16, **SHAPE))
-    else:
-        tower = Dinov2Model(Dinov2Config(mlp_ratio=2, **SHAPE))
+    tower = CLIPVisionModel(CLIPVisionConfig(intermediate_size=16, **SHAPE))
     dual = DualEncoder(tower, DualConfig(projection_dim=4, llm_width=6, adapter_blocks=1))
     export_tower(dual, folder / "tower", origin="x", metrics={"recall": 0.5})
 
@@ -66,10 +63,8 @@ def load_in_llava(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("load", [load_tower_directory, load_in_llava], ids=["python", "llava"])
-@pytest.mark.parametrize("family", ["clip", "dinov2"])
-def test_a_damaged_tower(family: str, load, tmp_path: Path):
-    name, make = f"tower {family} {load.__name__}", lambda folder: make_tower(folder, family=family)
-    form = Format(name, make, load, files=("**/*.safetensors",))
+def test_a_damaged_tower(load, tmp_path: Path):
+    form = Format(f"tower clip {load.__name__}", make_tower, load, files=("**/*.safetensors",))
     with contextlib.redirect_stderr(io.StringIO()):
         run_cases(form, tmp_path, cases=30)
 

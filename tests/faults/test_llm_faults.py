@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 from faults import Fault, World, meet, rows, set_weight
 from tiny_llm import save_tiny_llm
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm", "llama")
-
-
-def short_captions_alone(world: World) -> None:
-    lines = [json.dumps({"id": f"k{i}", "image": "x.png", "caption": f"a red bicycle {i}"}) for i in range(9)]
-    world.path("short.jsonl").write_text("\n".join(lines))
 
 
 def nan(world: World) -> None:
@@ -25,13 +12,6 @@ def nan(world: World) -> None:
 
 
 @rows(
-    Fault(
-        "evaluation on captions of one kind",
-        "--captions {w}/short.jsonl",
-        "{w}/short.jsonl: no image has captions of both kinds for short->long; available kinds: short",
-        short_captions_alone,
-    ),
-    Fault("evaluation on captions that are not there", "--captions {w}/nowhere.jsonl", "...{w}/nowhere.jsonl..."),
     Fault("batch larger than the data", "--global-batch 64", "global_batch 64 is larger than {w}/data (48); ..."),
     Fault(
         "batch that the micro-batch does not divide",
@@ -45,11 +25,8 @@ def nan(world: World) -> None:
         nan,
     ),
 )
-def test_refused_before_step_1(fault: Fault, world: World, llm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    world.path("llm").symlink_to(llm)
-    if fault.plant is nan:
-        world.path("llm").unlink()
-        save_tiny_llm(world.path("llm"), "llama")
+def test_refused_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_llm(world.path("llm"), "llama")
     words = ["finetune-llm", f"{world.folder}/data", "--llm", f"{world.folder}/llm", "--output", f"{world.folder}/new"]
     words += ["--global-batch", "8", "--max-steps", "2", "--warmup-steps", "0", "--r", "4"]
     meet(fault, world, [*words, *fault.words.replace("{w}", str(world.folder)).split()], capsys)

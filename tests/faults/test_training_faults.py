@@ -1,25 +1,18 @@
-"""Faults of a training's settings, weights, checkpoints and folders: refused before step 1, or resumed from what is
-whole."""
+"""Faults of settings, weights, checkpoints and folders: refused before step 1, or resumed from what is whole."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-import socket
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from faults import Fault, World, copied, flip, meet, rows, set_weight
-from forked import Script
 from tiny_data import make_cache
-from tower_runs import ROOT, environment
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord
-from llm2clip_plugin.train import distributed
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, load, write_checkpoint
 
 LAST, BEFORE = "run/checkpoints/step-00000004", "run/checkpoints/step-00000002"
@@ -65,71 +58,17 @@ NO_KIND = "--data.caption-weights lng=1 --data.read.kinds lng"
 
 @rows(
     Fault("field that the data lacks", f"{HELD_OUT} --evaluation.group concept", "...--evaluation.group concept..."),
-    Fault("kind that no caption has", f"{HELD_OUT} --evaluation.kinds lng", "...--evaluation.kinds lng ..."),
-    Fault("language that no caption has", f"{HELD_OUT} --evaluation.languages de", "...--evaluation.languages de..."),
     Fault("validation without a cache", "--data.validation {w}/other", "...llm2clip embed {w}/other...", without_cache),
     Fault("another teacher", "--data.validation {w}/other", "{w}/other/...fingerprint...", another_teacher),
     Fault("kind without captions to train on", NO_KIND, "...lng...known: long, short"),
     Fault("samples as their own negatives", OWN_NEGATIVES, "global_batch 999 ...48 samples...mask_same_image..."),
     Fault("source smaller than its batches", ONE_SOURCE, "global_batch 64 ...--no-one-source-per-batch"),
     Fault("micro-batch larger than the batch", "--train.micro-batch 99", "...micro_batch 99; try --micro-batch 8"),
-    Fault("negative learning rate", "--optim.lr -1", "optim.lr -1.0 ..."),
-    Fault("misspelled option", "--optim.lrr 1", "...--optim.lrr...--lr..."),
     Fault("NaN in a start weight", "", "{w}/tower: 1 of the 2048 values of tower...fc1.weight ...", nan_in_tower),
-    Fault("output_dir is a file", "--output_dir {w}/tower/config.json", "--output {w}/tower/config.json is a file..."),
-    Fault("no tower", "--tower.path {w}/nowhere", "{w}/nowhere..."),
 )
 def test_refused_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     meet(fault, world, world.train(fault.words), capsys)
     assert not list(world.folder.glob("new/checkpoints/step-*")) and not world.path("new/metrics.jsonl").exists()
-
-
-JSONS = {  # the body of a DeepSpeed JSON -> what the error says
-    '{"zero': "{w}/zero.json is not valid JSON: ...",
-    '{"zero_optimizaton": {"stage": 1}}': "{w}/zero.json: unknown key 'zero_optimizaton'...'zero_optimization'...",
-    '{"zero_optimization": {"stage": 1, "reduce_bucket_sze": 5}}': "{w}/zero.json: ...reduce_bucket_sze...",
-    '{"fp16": {"enabled": false, "hysteresis": "big"}}': "{w}/zero.json: ...hysteresis...",
-}
-
-
-@pytest.mark.parametrize("dry", ["", " --dry-run"], ids=["run", "dry run"])
-@pytest.mark.parametrize("body", JSONS)
-def test_deepspeed_json(body: str, dry: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    world.path("zero.json").write_text(body)
-    meet(Fault("", "", JSONS[body]), world, world.train("--deepspeed {w}/zero.json" + dry), capsys)
-
-
-@rows(
-    Fault("batch larger than the data", "--global-batch 999", "global_batch 999 is more than the 48 ...", status=0),
-    Fault("validation on training data", HELD_OUT, "--validation {w}/data: ...also in the training data...", status=0),
-)
-def test_warned_about_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    told = meet(fault, world, world.train(f"{fault.words} --dry-run"), capsys)
-    assert told.count("warning: ") == 1
-
-
-def test_ranks_without_an_address(
-    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever ran in this process before
-    fault = Fault("", "", "RANK=0 and WORLD_SIZE=2 are set, MASTER_ADDR is not; start the ranks with ...")
-    meet(fault, world, world.train(), capsys)
-
-
-def test_a_rank_that_waits_for_others_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(distributed, "MISSING_SECONDS", 0.01)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    told = ""
-    with distributed.joining():
-        while not told:
-            time.sleep(0.01)
-            told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "WORLD_SIZE=2" in told and "unset these variables" in told
 
 
 def nan_in_checkpoint(world: World) -> None:
@@ -187,16 +126,3 @@ def test_not_resumed(fault: Fault, trained: World, capsys: pytest.CaptureFixture
     before = {path: path.read_bytes() for path in world.path("run/tower").iterdir()}
     meet(fault, world, world.train(fault.words), capsys)
     assert before == {path: path.read_bytes() for path in world.path("run/tower").iterdir()}
-
-
-def test_a_port_in_use_is_one_line(world: World) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        script = Script(ROOT / "scripts/train_tower.py", world.train()[1:], environment(**place), ROOT)
-        assert script.wait(timeout=300) == 2 and "Traceback" not in script.output, script.output
-    (line,) = [line for line in script.output.splitlines() if line.startswith("error: ")]
-    assert f"port {port} " in line and "--master_port" in line

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import Fault, World, copied, matches, meet, rows
+from faults import Fault, World, copied, meet, rows
 from PIL import Image
 from tiny_llm import save_tiny_llm
 
-from llm2clip_plugin.cli import COMMANDS, main
+from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import ScoreFile
 
 TABLE = (Path(__file__).parent / "wrong_arguments.txt").read_text(encoding="utf-8").splitlines()
@@ -68,12 +68,3 @@ def test_refused(
     told = meet(fault, furnished, fault.words.replace("{w}", str(furnished.folder)).split(), capsys)
     assert told.count("error: ") == 1 and time.monotonic() < started + 10
     assert contents(furnished) == before and not [*(tmp_path / "here").iterdir()]
-
-
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("status", "use", "towers", "doctor")])
-def test_every_command_names_the_option_that_was_meant(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    others = {"llava bundle": "--overwrite", "data check": "--workers", "llava evaluate": "--answers-file"}
-    meant = {**others, "embed": "--cache"}.get(name, "--output")
-    assert main([*name.split(), meant[:-2] + meant[-1] + meant[-2], "1"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert matches(f"error: unknown option ...; did you mean {meant}? ...", line, World(Path("/")))

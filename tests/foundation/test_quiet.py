@@ -25,10 +25,8 @@ TOWER = "'model.vision_tower.vision_tower.a', 'model.vision_tower.vision_tower.b
     [
         (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(TOWER), False),
         (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(f"{TOWER}, 'lm_head.weight'"), True),
-        (quiet_llava_loading, "transformers.modeling_utils", "Some weights were not initialized from x", True),
         (quiet_llava_loading, "transformers.modeling_utils", REPORT.format(""), False),
         (quiet_llava_loading, "transformers.modeling_utils", REPORT.format("lm_head.weight | UNEXPECTED | |"), True),
-        (quiet_llava_loading, "transformers.modeling_utils", REPORT.format("lm_head.weight | MISSING | |"), True),
         (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `llava_llama`.", False),
         (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `clip`.", True),
         (quiet_libraries, "DeepSpeed", "Setting accelerator to CPU. If you have GPU", False),

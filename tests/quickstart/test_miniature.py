@@ -72,17 +72,7 @@ def question(number: int, image: str, text: str, answer: str) -> dict:
     return {"id": f"q{number}", "image": image, "conversations": miniature.talk(text, answer, picture=True)}
 
 
-def test_questions_about_a_picture_are_one_conversation_and_each_turn_counts_as_a_guess(tmp_path: Path) -> None:
-    asked = [question(n, f"{n % 2}.png", f"What is {n}?", str(n)) for n in range(2 * miniature.TURNS + 2)]
-    made = miniature.conversations(asked)
-    assert [(row["id"], row["image"], len(row["conversations"]) // 2) for row in made] == [
-        ("q0", "0.png", miniature.TURNS),
-        ("q8", "0.png", 1),
-        ("q1", "1.png", miniature.TURNS),
-        ("q9", "1.png", 1),
-    ]
-    said = [turn["value"] for turn in made[0]["conversations"]]
-    assert said[0].startswith("<image>\nWhat") and not any("<image>" in text for text in said[1:])
+def test_each_turn_of_a_conversation_counts_as_a_guess(tmp_path: Path) -> None:
     asked = [question(n, f"{n // 2}.png", "Which?", answer) for n, answer in enumerate(("a", "b", "b", "a", "b", "b"))]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "finetune.json").write_text(json.dumps(miniature.conversations(asked)))
@@ -114,28 +104,3 @@ def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None
     assert points(same) == [0, 0, 0, 0] and same.metrics["pictures_exchanged"] == 100
     twice = [row("1", "cat", "cat"), {**row("1", "cat", "cat"), "question_id": "fluent-1"}, row("2", "dog", "cow")]
     assert points(miniature.by_keyword(twice)) == [100, 100, 0]  # pictures of the same emoji are not exchanged
-
-
-def test_a_teacher_compares_answers_with_names() -> None:
-    def alike(answers, names):  # cosine of two texts: 1 if they begin alike, else -1
-        return [[1.0 if answer[0] == name[0] else -1.0 for name in names] for answer in answers]
-
-    made = miniature.by_similarity([row("1", "cat", "cow"), row("2", "cow", "dog"), row("3", "", "?")], alike)
-    assert points(made) == [100, -50, 0]  # "cow" is the cow of 1; empty is 0 whatever stands for it
-
-
-def test_files_are_written_by_side_and_seed(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    group = {"question_id": "q", "cluster": "1", "category": "c", "text": "Which?", "truth": "Food", "image": "1.png"}
-    questions = [row("1", "", "black cat"), {**group, "kind": miniature.CLOSED[0]}]
-    (tmp_path / "data" / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
-    turns = miniature.talk("Which?", "Food", picture=True)
-    (tmp_path / "data" / "finetune.json").write_text(json.dumps([{"conversations": turns}]))
-    answers = [{"question_id": "noto-1", "text": "cat"}, {"question_id": "q", "text": "food "}]
-    (tmp_path / "after-seed2.answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
-    miniature.score(tmp_path, "after-seed2", "a miniature", None)
-    made = {path.name: ScoreFile.read(path) for path in (tmp_path / "scores" / "after" / "seed2").iterdir()}
-    assert set(made) == {"emoji-group.scores.json", "emoji-name-keyword.scores.json"}  # no easy-vqa, no teacher
-    scored = made["emoji-group.scores.json"]
-    assert (scored.model, scored.notes[0]) == ("after", "a miniature")
-    assert scored.metrics == {"accuracy": 100, "without_looking": 100}

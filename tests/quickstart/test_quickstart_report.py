@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -14,10 +12,9 @@ import report
 import scores
 import shards
 import torch
-from quickstart_folders import IDENTITY, WIDTH, write_adapter, write_cache, write_run
+from quickstart_folders import IDENTITY, WIDTH, write_cache, write_run
 from transformers import Dinov2Config, Dinov2Model
 
-from llm2clip_plugin.data.cache import CacheWriter
 from llm2clip_plugin.evaluate.retrieval import rank_both
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -54,28 +51,6 @@ def raw(folder) -> list[scores.Tower]:
     return [report.measure(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
 
 
-class Reader(HTMLParser):
-    """Collects tags and text; notes what is left open."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_report_measures_every_tower_on_every_test(folder) -> None:
     found = report.make_report(folder / "data", folder / "out", 'a.html"><script>')
     body = json.loads((folder / "out" / "headline.json").read_text(encoding="utf-8"))
@@ -84,14 +59,9 @@ def test_report_measures_every_tower_on_every_test(folder) -> None:
     assert len(body["towers"]["raw-seed0"]) == 2 * sum(unseen or "unseen" not in test for test in scores.TESTS)
     assert body["towers"]["raw-seed1"] == body["towers"]["shuffled-seed1"]  # the same weights under two names
     (retrieval,) = found.tables
-    assert retrieval.head[1:] == ["raw LLM, read well (2 seeds)", "control: wrong pictures (1 seed)", "chance"]
     assert " ± " in retrieval.rows[0][1] and " ± " not in retrieval.rows[0][2]
-    lines = retrieval.markdown.splitlines()
-    assert len({line.count("|") for line in lines[:-2]}) == 1 and lines[-1] == retrieval.below
-
     page = (folder / "out" / "index.html").read_text(encoding="utf-8")
-    reader = Reader(page)
-    assert reader.open == [] and not reader.tags & {"script", "link", "iframe"}  # what comes from data is text
+    assert not re.search(r"<(script|link|iframe)", page)  # what comes from data is text
     assert not re.search(r"https?://|url\(|@import", page)  # loads nothing from a network
     assert page.count('<div class="query">') == 13  # a long caption, a name, a name in eleven languages
     assert page.count("data:image/png;base64,") == 13 * report.PICTURES
@@ -104,16 +74,6 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
         write_run(tmp_path, f"{name}-seed1")
     (line,) = report.make_report(folder / "data", tmp_path).failures()
     assert line.startswith("'raw LLM, read well' reaches")
-
-
-def test_page_pictures_are_the_best_and_the_right_ones_are_marked(folder, raw) -> None:
-    pairs, source = raw[0].pairs, scores.open_sets(folder / "data" / "all")["test"][0]
-    query = report.choose_captions(pairs)[1]
-    shown = report.best_pictures(pairs, source, query)
-    order = (pairs.image_ND @ pairs.text_MD[query]).argsort(descending=True)[: len(shown)].tolist()
-    assert [base64.b64decode(p["base64"]) for p in shown] == [source[place].read_image() for place in order]
-    wanted = pairs.meta[int(pairs.owner_M[query])]["concept"]
-    assert [p["right"] for p in shown] == [pairs.meta[place]["concept"] == wanted for place in order]
 
 
 def test_every_style_is_a_gallery_of_its_own(raw) -> None:
@@ -153,10 +113,6 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
     assert each == pytest.approx({0: by_hand, 1: -by_hand}) and first.difference.difference == pytest.approx(0)
     assert not first.significant and "NOT significant" in report.sentence(first)
     assert report.claims_table(made, "raw", "").rows[0][-2].endswith("not significant")
-    plain = [dataclasses.replace(tower, name="plain") for tower in raw]
-    over = scores.make_claims(scores.tower_tests([*raw, *tuned, *plain], "plain"))  # the same towers under its name
-    assert {one.name: one.difference for one in over} == {one.name: one.difference for one in made}
-    assert scores.tower_tests([*raw, *tuned], "plain") == scores.tower_tests(raw) == {}
     assert scores.make_claims(scores.tower_tests([raw[0], tuned[0]])) == []  # no seed in common
 
 
@@ -209,31 +165,9 @@ def test_families_are_drawn_not_concepts(raw) -> None:
     assert found.clusters == [family[concept] for concept in rows["short", "en"]]
 
 
-def test_the_teachers_alone_are_the_first_result(folder, tmp_path) -> None:
-    (tmp_path / "all").symlink_to(folder / "data" / "all")
-    write_cache(folder / "data" / "all", tmp_path / "cache" / "raw")
-    assert report.first_result(tmp_path) == []
-    write_cache(folder / "data" / "all", tmp_path / "cache" / "tuned-seed0", write_adapter(tmp_path))
-    (both,) = report.first_result(tmp_path)
-    assert len(both.rows) == 3 and both.rows[0][0] == report.HEADLINE[1]
-    assert {row[4] for row in both.rows} == {"+.000 [+.000, +.000]"}  # the same embeddings under two names
-
-
 def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
     other = dataclasses.replace(IDENTITY, weights_sha256="1")
     write_cache(folder / "data" / "all", tmp_path / "cache" / "raw", other)
     sets = scores.open_sets(folder / "data" / "all")
     with pytest.raises(ContractError, match=other.fingerprint):
         report.measure(folder / "out" / "towers" / "raw-seed0", sets, report.open_caches(tmp_path))
-
-
-def test_what_is_missing_or_incomplete_is_named(folder, tmp_path, capsys) -> None:
-    with pytest.raises(FileNotFoundError, match="no complete embedding cache in"):
-        report.make_report(tmp_path, folder / "out")
-    with pytest.raises(FileNotFoundError, match="no exported towers"):
-        report.make_report(folder / "data", tmp_path)
-    write_cache(folder / "data" / "all", tmp_path / "cache" / "raw")
-    killed = tmp_path / "cache" / "tuned-seed1"
-    CacheWriter(killed, dataclasses.replace(IDENTITY, weights_sha256="1"))  # began, never finished
-    assert list(report.open_caches(tmp_path)) == ["raw"]
-    assert str(killed) in capsys.readouterr().err

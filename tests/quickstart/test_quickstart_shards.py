@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections import defaultdict
 
 import pytest
@@ -37,12 +36,6 @@ def test_subset_has_the_same_concepts_in_every_style(folder) -> None:
     assert ("train", "openmoji") not in concepts
 
 
-def test_subset_keeps_english_and_the_selected_languages(folder) -> None:
-    source = open_source(SourceConfig(path=str(folder / "all" / "test-noto.tar")))
-    languages = {caption.language for number in range(len(source)) for caption in source.captions(number)[1]}
-    assert languages == {"en", "de", "zh"}
-
-
 def test_other_languages_and_keywords_are_for_the_test_alone(folder) -> None:
     for split in ("train", "validation"):
         source = open_source(SourceConfig(path=str(folder / "all" / f"{split}-noto.tar")))
@@ -67,15 +60,3 @@ def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
         shown[meta["concept"]].add(picture)
     assert all(len(pictures) == 1 for pictures in shown.values())  # the same wrong concept in every style
     assert len({next(iter(pictures)) for pictures in shown.values()}) == 30
-
-
-def test_existing_data_is_kept_and_another_subset_is_rebuilt(tmp_path) -> None:
-    shards.prepare(tmp_path, shards.Part(concepts=(6, 3, 3)))
-    path = tmp_path / "shuffled" / "train-noto.tar"
-    before = path.stat().st_mtime_ns
-    if (tmp_path / "all" / "test-openmoji.tar").is_file():
-        shards.prepare(tmp_path, shards.Part(concepts=(6, 3, 3)))
-        assert path.stat().st_mtime_ns == before
-    shards.prepare(tmp_path, shards.Part(concepts=(7, 3, 3)))
-    assert json.loads((tmp_path / "made-for.json").read_text())["concepts"] == [7, 3, 3]
-    assert len(open_source(SourceConfig(path=str(path)))) == 7

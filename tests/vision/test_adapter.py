@@ -65,19 +65,9 @@ def test_input_scale_and_noise():
 
 
 def test_kinds():
-    assert [n for n, _ in TextAdapter(8, 6, kind="linear").named_parameters()] == [
-        "norm.weight",
-        "norm.bias",
-        "projection.weight",
-        "projection.bias",
-    ]
+    linear = [name for name, _ in TextAdapter(8, 6, kind="linear").named_parameters()]
+    assert linear == ["norm.weight", "norm.bias", "projection.weight", "projection.bias"]
     assert not list(TextAdapter(8, 8, kind="none").parameters())
-    with pytest.raises(ValueError, match="unknown adapter kind 'conv'; known: mlp, linear, none"):
-        TextAdapter(8, 6, kind="conv")
-    with pytest.raises(ValueError, match="unknown input_scale"):
-        TextAdapter(8, 6, input_scale="log")
-    with pytest.raises(ValueError, match="needs llm_width == projection_dim"):
-        TextAdapter(8, 6, kind="none")
     with pytest.raises(ValueError, match="embeddings have width 9, but the text adapter expects 8"):
         TextAdapter(8, 6)(torch.zeros(1, 9))
 

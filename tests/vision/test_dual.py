@@ -90,29 +90,6 @@ def test_scale_is_a_vector_of_one_and_clamped():
     assert model.scale.item() == 100
 
 
-def test_without_a_text_side():
-    model = dual("clip_vision", llm_width=0)
-    assert model.text_adapter is None
-    with pytest.raises(ValueError, match="no text adapter"):
-        model.encode_text(torch.zeros(1, 12))
-
-
-def test_choices_are_checked():
-    for options, message in [
-        ({"pool": "max"}, "unknown pool 'max'; known: pooled, cls, mean, cls_mean"),
-        ({"projection": "mpl"}, "unknown projection 'mpl'; did you mean 'mlp'"),
-        ({"projection": "none"}, "projection 'none' requires projection_dim 32"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            dual("clip_vision", **options)
-
-
-def test_half_precision_towers_give_float32_features():
-    model = dual("dinov2").to(torch.bfloat16)
-    image, text, *_ = model(read(TRANSFORMERS_TOWERS / "dinov2")["pixels"], torch.randn(3, 12))
-    assert image.dtype == text.dtype == torch.float32
-
-
 def test_training_continues_from_the_heads_of_a_directory(tmp_path):
     first = dual("clip_vision", pool="mean", input_noise=0.5)
     first.logit_scale.data.fill_(3.0)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.vision.convert.importing import import_tower
@@ -44,15 +43,6 @@ def test_every_state_equals_the_reference(name, tmp_path):
         assert largest_difference(dual.encode_image(golden["pixels"]), golden["embedding_normalized"]) < TOLERANCE
 
 
-def test_original_eva_clip_names_give_the_same_tower(tmp_path):
-    folder, golden = TOWERS / "eva02_l14", read(TOWERS / "eva02_l14")
-    config = folder / "config.json"
-    one, _ = import_tower(folder / "weights.safetensors", tmp_path / "one", config=config)
-    two, _ = import_tower(folder / "weights_eva_clip_names.safetensors", tmp_path / "two", config=config)
-    assert one.weights_sha256 == two.weights_sha256 and one.adapter_sha256 == two.adapter_sha256
-    check_states(load_tower(tmp_path / "two"), golden)
-
-
 def test_224_to_336(tmp_path):
     folder, golden = TOWERS / "eva02_l14_224_to_336", read(TOWERS / "eva02_l14_224_to_336")
     card, _ = import_tower(folder / "weights.safetensors", tmp_path / "tower", image_size=42)
@@ -61,12 +51,8 @@ def test_224_to_336(tmp_path):
     assert torch.equal(tower.embeddings.position_embedding, golden["resized_pos_embed"])
     check_states(tower, golden)
     with torch.no_grad():
-        assert (
-            largest_difference(
-                load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"]), golden["embedding_normalized"]
-            )
-            < TOLERANCE
-        )
+        found = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
+    assert largest_difference(found, golden["embedding_normalized"]) < TOLERANCE
 
 
 def tiny_config(**changes) -> Eva02Config:
@@ -105,11 +91,6 @@ def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(variant, t
     assert Eva02VisionModel(tiny_config()).config._attn_implementation == "sdpa"  # where nothing is said
 
 
-def test_transformers_own_loaders_open_a_tower(tmp_path):
-    Eva02VisionModel(tiny_config()).save_pretrained(tmp_path)
-    assert isinstance(AutoModel.from_pretrained(tmp_path), Eva02VisionModel)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trains_twenty_steps_and_comes_back(variant, tmp_path):
     dual = DualEncoder(
@@ -122,17 +103,6 @@ def test_trains_twenty_steps_and_comes_back(variant, tmp_path):
     export_tower(dual, tmp_path / "tower", origin="tiny")
     with torch.no_grad():
         assert torch.equal(load_dual_encoder(tmp_path / "tower").encode_image(pixels), dual.eval().encode_image(pixels))
-
-
-def test_rotation_keeps_length_and_depends_on_distance_alone():
-    cos, sin = rope_tables(grid=4, pretrained_grid=4, head_width=8)
-    sin[:, 0::2] *= -1
-    q, k = torch.randn(8), torch.randn(8)
-    turned_q, turned_k = (rotate(x.expand(1, 16, 1, 8), cos, sin).squeeze() for x in (q, k))
-    assert torch.allclose(turned_q.norm(dim=-1), q.norm().expand(16), atol=1e-5)
-    products = (turned_q @ turned_k.T).reshape(4, 4, 4, 4)  # row, column of q; row, column of k
-    assert torch.allclose(products[0, 0, 1, 2], products[2, 1, 3, 3], atol=1e-5)
-    assert not torch.allclose(products[0, 0, 1, 2], products[0, 0, 2, 1], atol=1e-3)
 
 
 def test_rotation_of_complex_pairs_is_the_rotation_of_channels():

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from llm2clip_plugin import load_tower
-from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision import families
-from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.towers import meta_tower
 
@@ -28,16 +26,6 @@ def released(monkeypatch, tmp_path) -> Path:
     model = transformers.ChineseCLIPModel(config).eval()
     model.save_pretrained(tmp_path / "released", safe_serialization=True)
     return tmp_path / "released"
-
-
-def test_import_resize_and_heads_of_a_new_family(released, tmp_path, capsys):
-    argv = [str(released), "--output", str(tmp_path / "tower"), "--image-size", "42"]
-    assert command.main(argv) == 0
-    assert "left out (text tower, replaced by the LLM)" in capsys.readouterr().out
-    card = TowerCard.read(tmp_path / "tower" / TowerCard.FILE)
-    assert (card.family, card.projection_dim, card.num_patches) == ("chinese_clip", 20, 36)
-    assert card.training == {"imported_as": "hub-chinese_clip", "resized_from": 28}
-    assert "LLM2CLIP tower (chinese_clip)" in (tmp_path / "tower" / "README.md").read_text()
 
 
 def test_a_new_family_is_planned_and_runs_in_llava(released, tmp_path):

@@ -11,10 +11,7 @@ from llm2clip_plugin.vision import checkpoint as checkpoint_files
 from llm2clip_plugin.vision.convert.importing import import_tower
 
 from ..conftest import REFERENCE, read
-from .checkpoints import (
-    CHECKPOINT,
-    EVA_FILES,
-)
+from .checkpoints import CHECKPOINT, EVA_FILES
 
 
 @pytest.mark.parametrize("file", EVA_FILES)
@@ -58,26 +55,6 @@ def test_pickles_are_refused_where_torch_cannot_read_them_safely(monkeypatch):
     monkeypatch.setattr(checkpoint_files.torch, "__version__", "2.1.2+cu121")
     with pytest.raises(ContractError, match="CVE-2025-32434"):
         checkpoint_files.read_tensors(CHECKPOINT / "checkpoint.pt")
-
-
-def test_other_files_are_refused(tmp_path):
-    torch.save({"a": torch.zeros(1), "b": 3}, tmp_path / "mixed.pt")
-    torch.save(torch.zeros(1), tmp_path / "one.pt")
-    torch.save({}, tmp_path / "empty.pt")
-    (tmp_path / "notes.txt").write_text("x")
-    for name, message in [
-        ("mixed.pt", "dict of tensors"),
-        ("one.pt", "dict of tensors"),
-        ("empty.pt", "dict of tensors"),
-        ("notes.txt", "is not a checkpoint; supported: .safetensors"),
-    ]:
-        with pytest.raises(ContractError, match=message):
-            import_tower(tmp_path / name, tmp_path / "tower")
-    with pytest.raises(ContractError, match=r"several checkpoints; choose one of empty.pt"):
-        import_tower(tmp_path, tmp_path / "tower")
-    (tmp_path / "none").mkdir()
-    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        import_tower(tmp_path / "none", tmp_path / "tower")
 
 
 @pytest.mark.parametrize("wrapper", ["plain", "state_dict", "model", "module prefix", "state_dict, module prefix"])

@@ -1,4 +1,4 @@
-"""One damaged tensor of every role in each layout is refused, and the advice in the message works."""
+"""One damaged tensor of every role in each layout is refused."""
 
 import json
 import re
@@ -7,46 +7,33 @@ import shutil
 import pytest
 from safetensors.torch import save_file
 
-from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 
-from .checkpoints import RELEASE, SOURCES, damaged, open_clip_vision, whole_state
+from .checkpoints import SOURCES, damaged, open_clip_vision, whole_state
 
 # one tensor of every role in each layout
 DAMAGED = {
     "eva02": [
-        "visual.blocks.1.mlp.w1.weight",
         "visual.blocks.0.attn.inner_attn_ln.bias",
         "visual.pos_embed",
         "visual.head.weight",
         "text.text_adaptor.2.fn.0.weight",
-        "text.text_adaptor.4.weight",
         "text.text_adaptor.5.bias",
-        "visual.cls_token",
-        "visual.blocks.0.norm1.weight",
         "logit_scale",
     ],
     "release": [
         "vision_model.encoder.layers.1.mlp.fc1.weight",
-        "vision_model.post_layernorm.weight",
         "visual_projection.weight",
         "text_adapter.adaptor.3.fn.3.weight",
-        "text_adapter.adaptor.5.weight",
         "text_adapter.adaptor.5.bias",
         "logit_scale",
     ],
-    "clip": [
-        "visual_projection.weight",
-        "logit_scale",
-    ],
+    "clip": ["visual_projection.weight", "logit_scale"],
     "siglip": ["logit_scale", "logit_bias", "vision_model.head.probe"],
     "openclip": [
-        "visual.class_embedding",
         "visual.conv1.weight",
         "visual.positional_embedding",
-        "visual.transformer.resblocks.0.mlp.c_fc.weight",
         "visual.transformer.resblocks.1.attn.in_proj_bias",
         "visual.proj",
         "text.text_adaptor.5.bias",
@@ -86,29 +73,3 @@ def test_one_damaged_tensor_is_refused(layout, key, how, tmp_path):
         str(refusal.value),
     )
     assert not (tmp_path / "tower").exists() and not list(tmp_path.glob(".import-*"))
-
-
-@pytest.mark.parametrize("layout, lost", [("release", "adaptor.5.bias"), ("eva02", "text_adaptor.5.bias")])
-def test_what_an_error_says_to_do_helps(layout, lost, tmp_path):
-    """The JSON that each refusal prints, written to a file and given as --config, and nothing else."""
-    state = {k: v for k, v in whole_state(layout).items() if k != "logit_scale" and not k.endswith(lost)}
-    (tmp_path / "source").mkdir()
-    save_file(state, tmp_path / "source" / "model.safetensors")
-    if layout == "release":
-        shutil.copy(RELEASE / "config.json", tmp_path / "source")
-    told, refusals = {}, 0
-    while True:
-        (tmp_path / "told.json").write_text(json.dumps(told))
-        try:
-            import_tower(tmp_path / "source", tmp_path / "tower", config=tmp_path / "told.json" if told else None)
-            break
-        except ContractError as error:
-            advice = re.search(r"--config with (\{.*\})", str(error))
-            assert advice and refusals < 2, str(error)
-            told, refusals = told | json.loads(advice[1]), refusals + 1
-    assert refusals == 2
-    dual = load_dual_encoder(tmp_path / "tower")
-    assert dual.logit_scale.log().item() == pytest.approx(2.6592, abs=1e-4)
-    assert not dual.dual.text_adapter.projection.bias.any()
-    whole, _ = import_tower(SOURCES[layout][0], tmp_path / "whole", config=SOURCES[layout][1])
-    assert whole.weights_sha256 == TowerCard.read(tmp_path / "tower" / "llm2clip.json").weights_sha256

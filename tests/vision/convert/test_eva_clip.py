@@ -1,7 +1,4 @@
-"""EVA-CLIP's layout: the reference's checkpoints, every combination of its switches, other packings, timm's names.
-
-The reference of the switches is plain arithmetic on the checkpoint's own tensors, independent of the package.
-"""
+"""EVA-CLIP's layout: the reference's checkpoints, other packings, timm's names."""
 
 import json
 
@@ -13,10 +10,10 @@ from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.convert.layouts.eva_clip import config_from_tensors, eva_state
+from llm2clip_plugin.vision.convert.layouts.eva_clip import eva_state
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 
-from ..conftest import REFERENCE, golden_config, largest_difference, read
+from ..conftest import REFERENCE, largest_difference, read
 from .checkpoints import CHECKPOINT, EVA_FILES, LOGITS, TOLERANCE
 
 TOWERS = REFERENCE / "A_vision_towers"
@@ -36,29 +33,12 @@ def test_complete_eva02_checkpoint(file, tmp_path, capsys):
     assert largest_difference(dual.logit_scale * image @ text.T, golden["logits_per_image"]) < LOGITS
 
 
-def test_eva02_checkpoint_needs_no_config(tmp_path):
-    told, _ = import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "told", config=CHECKPOINT / "config.json")
-    found, _ = import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "found")
-    assert (found.weights_sha256, found.adapter_sha256) == (told.weights_sha256, told.adapter_sha256)
-    assert (tmp_path / "found" / "config.json").read_text() == (tmp_path / "told" / "config.json").read_text()
-
-
 def test_rotary_tables_of_another_architecture_are_refused(tmp_path):
     config = json.loads((CHECKPOINT / "config.json").read_text())
     config["vision_cfg"]["pt_hw_seq_len"] = 16
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ContractError, match=r"freqs_cos .* differs from the table .* for grid 5, pt_hw_seq_len 16"):
         import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "tower", config=tmp_path / "config.json")
-
-
-@pytest.mark.parametrize("name", ["eva02_b16", "eva02_l14", "eva02_l14_336"])
-def test_rotary_tables_tell_the_architecture(name):
-    """With tables in the checkpoint not even a tiny tower needs a config.json."""
-    found = config_from_tensors(read(TOWERS / name, "weights.safetensors"))
-    vision = golden_config(TOWERS / name)["vision_cfg"]
-    assert found.rope_pretrained_grid == vision["pt_hw_seq_len"]
-    assert found.hidden_size // found.num_attention_heads == vision["head_width"]
-    assert (found.image_size, found.patch_size) == (vision["image_size"], vision["patch_size"])
 
 
 def test_released_sizes_are_read_off_the_tensors(tmp_path):
@@ -139,22 +119,3 @@ def test_eva02_under_timms_names(tmp_path):
     with torch.no_grad():
         embedding = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
     assert largest_difference(embedding, golden["embedding_normalized"]) < TOLERANCE
-
-
-def test_big_e_under_timms_names(tmp_path):
-    """timm keeps EVA-CLIP's names where q, k, v are fused; on the hub its config.json names a timm model."""
-    folder = REFERENCE / "A_vision_towers" / "eva02_bige14"
-    golden, state = read(folder), read(folder, "weights.safetensors")
-    trunk = {key.replace("visual.", "visual.trunk.", 1): value for key, value in state.items()}
-    save_file(trunk, tmp_path / "timm.safetensors")
-    import_tower(tmp_path / "timm.safetensors", tmp_path / "tower", config=folder / "config.json")
-    with torch.no_grad():
-        embedding = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
-    assert largest_difference(embedding, golden["embedding_normalized"]) < TOLERANCE
-    (tmp_path / "hub").mkdir()
-    save_file(
-        read(REFERENCE / "C_checkpoint", "checkpoint.safetensors"), tmp_path / "hub" / "open_clip_model.safetensors"
-    )
-    fields = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"timm_model_name": "eva02_large_patch14_clip_336"}}}
-    (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps(fields))
-    assert import_tower(tmp_path / "hub", tmp_path / "other")[0].family == "eva02"

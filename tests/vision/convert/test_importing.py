@@ -4,9 +4,7 @@ import json
 import shutil
 
 import pytest
-import torch
 
-from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
@@ -30,19 +28,6 @@ def test_import_export_import_is_identical(name, tmp_path):
         ).read_bytes()
 
 
-def test_own_directory_resized_on_import(tmp_path):
-    import_tower(RELEASE, tmp_path / "one")
-    card, _ = import_tower(tmp_path / "one", tmp_path / "two", image_size=42)
-    assert (card.image_size, card.training["resized_from"]) == (42, 28)
-    assert load_dual_encoder(tmp_path / "two").encode_image(torch.randn(1, 3, 42, 42)).shape == (1, 20)
-
-
-def test_an_imported_source_that_is_resized_records_it(tmp_path):
-    card, report = import_tower(RELEASE, tmp_path / "one", image_size=42)
-    assert card.training["resized_from"] == 28 and report[-1] == "positions interpolated from 28 to 42 px"
-    assert not any("interpolated" in line for line in import_tower(RELEASE, tmp_path / "two")[1])
-
-
 def test_preprocessor_of_the_source_survives(tmp_path):
     shutil.copytree(RELEASE, tmp_path / "release")
     own = {"image_mean": [0.4, 0.5, 0.6], "resample": 2, "size": {"shortest_edge": 30}, "crop_size": 30}
@@ -51,20 +36,3 @@ def test_preprocessor_of_the_source_survives(tmp_path):
     written = json.loads((tmp_path / "tower" / "preprocessor_config.json").read_text())
     assert written["image_mean"] == [0.4, 0.5, 0.6] and written["resample"] == 2
     assert written["size"] == {"shortest_edge": 28}
-
-
-def test_a_timm_model_by_name(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("timm", minversion="1.0", reason="LLaVA's environment has timm 0.6")
-    from llm2clip_plugin.vision import towers as timm_tower
-
-    named = timm_tower.timm_tower
-    monkeypatch.setattr(timm_tower, "timm_tower", lambda name: named(name, pretrained=False))  # no Hub in tests
-    argv = ["timm:vit_tiny_patch16_224", "--output", str(tmp_path / "tower"), "--image-size", "32"]
-    assert command.main(argv) == 0
-    assert "positions interpolated from 224 to 32 px" in capsys.readouterr().out
-    card = TowerCard.read(tmp_path / "tower" / "llm2clip.json")
-    assert (card.family, card.image_size, card.origin) == ("timm", 32, "timm:vit_tiny_patch16_224")
-    assert load_tower(tmp_path / "tower").config.timm_name == "vit_tiny_patch16_224"
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="remove --config"):
-        command.main([*argv, "--overwrite", "--config", str(tmp_path / "config.json")])

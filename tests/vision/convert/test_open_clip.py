@@ -1,18 +1,16 @@
 """OpenCLIP's layouts: checkpoints made by OpenCLIP and timm (training environment), and the release under its names."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 
 from ..conftest import largest_difference
-from .checkpoints import RELEASE, TOLERANCE, open_clip_state_of_the_release, open_clip_vision
+from .checkpoints import TOLERANCE, open_clip_state_of_the_release, open_clip_vision
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
 
@@ -54,30 +52,12 @@ def test_clip(open_clip, quick_gelu, tmp_path):
     assert written["image_mean"] == [0.1, 0.2, 0.3]
 
 
-def test_a_clip_with_its_own_text_tower_needs_its_projection(open_clip, tmp_path):
-    vision = {"image_size": 28, "patch_size": 7, "width": 64, "layers": 1, "head_width": 16}
-    model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT)
-    save_as_on_the_hub(model, {"vision_cfg": vision}, tmp_path / "hub")
-    import_tower(tmp_path / "hub", tmp_path / "whole")
-    del model.visual.proj
-    (tmp_path / "hub" / "open_clip_model.safetensors").unlink()
-    save_file(dict(model.state_dict()), tmp_path / "hub" / "open_clip_model.safetensors")
-    with pytest.raises(ContractError, match=r"is missing \['visual.proj'\]"):
-        import_tower(tmp_path / "hub", tmp_path / "tower")
-
-
 def test_clip_without_its_activation_is_refused(open_clip, tmp_path):
     vision = {"image_size": 28, "patch_size": 7, "width": 64, "layers": 1}
     model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT)
     torch.save(model.state_dict(), tmp_path / "clip.pt")
     with pytest.raises(ValueError, match="does not record its activation"):
         import_tower(tmp_path / "clip.pt", tmp_path / "tower")
-    (tmp_path / "config.json").write_text('{"vision_cfg": {"head_width": 16}}')
-    with pytest.raises(ValueError, match="does not record its activation"):
-        import_tower(tmp_path / "clip.pt", tmp_path / "tower", config=tmp_path / "config.json")
-    (tmp_path / "config.json").write_text('{"quick_gelu": true}')
-    with pytest.raises(ValueError, match="no known CLIP tower has width 64"):
-        import_tower(tmp_path / "clip.pt", tmp_path / "tower", config=tmp_path / "config.json")
 
 
 def test_siglip_through_timm(tmp_path):
@@ -102,10 +82,8 @@ def test_siglip_through_timm(tmp_path):
     assert (card.family, card.dual["projection"], card.dual["logit_bias_init"]) == ("siglip", "none", -9.0)
     pixels = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
-        assert (
-            largest_difference(load_tower(tmp_path / "tower")(pixel_values=pixels).pooler_output, trunk(pixels))
-            < TOLERANCE
-        )
+        found = load_tower(tmp_path / "tower")(pixel_values=pixels).pooler_output
+        assert largest_difference(found, trunk(pixels)) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -125,19 +103,3 @@ def test_an_open_clip_configuration_of_another_tower_is_refused(fields, message,
     with pytest.raises(ValueError, match=message):
         import_tower(source, tmp_path / "tower", config=tmp_path / "wrong.json")
     import_tower(source, tmp_path / "tower", config=tmp_path / "right.json")
-
-
-def test_a_repository_that_contains_a_model_twice(tmp_path):
-    """As OpenCLIP's and as Hugging Face's, each with its configuration: that of the tensors that are read counts."""
-    shutil.copytree(RELEASE, tmp_path / "hub")
-    save_file(open_clip_state_of_the_release(), tmp_path / "hub" / "open_clip_model.safetensors")
-    fields = {"model_cfg": {"vision_cfg": open_clip_vision(), "quick_gelu": True}}
-    (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps(fields))
-    card, _ = import_tower(tmp_path / "hub", tmp_path / "tower")
-    assert card.training["imported_as"] == "hub-clip"
-    (tmp_path / "hub" / "model.safetensors").unlink()
-    again, _ = import_tower(tmp_path / "hub", tmp_path / "again")
-    assert again.training["imported_as"] == "open_clip" and again.adapter_sha256 == card.adapter_sha256
-    (tmp_path / "hub" / "open_clip_config.json").unlink()  # Hugging Face's own doesn't say OpenCLIP's activation
-    with pytest.raises(ValueError, match="does not record its activation"):
-        import_tower(tmp_path / "hub", tmp_path / "other")
