@@ -174,12 +174,6 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
         compare([*arguments, "--image-folder", str(tmp_path / "nowhere")])
 
 
-def test_the_browser_begins_with_wins_and_losses_mixed(tmp_path):
-    compare(own_benchmark(tmp_path, tmp_path / "pictures"))
-    gains = [q["scores"][1] - q["scores"][0] for q in embedded(tmp_path / "x.html")["questions"]]
-    assert gains == [1.0, -1.0] * 6
-
-
 def test_hostile_names_and_ids_stay_text(tmp_path):
     """Markup in a model's name, a category, an id or a question reaches neither HTML nor the script element's end."""
     for name, value in (("base", 1), ("new", 0)):

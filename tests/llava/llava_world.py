@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -229,6 +230,29 @@ class World:
         body |= {"zero_force_ds_cpu_optimizer": False} if offload else {}  # the Trainer's AdamW: nothing is compiled
         path.write_text(json.dumps(body))
         return path
+
+
+def model_arguments(tower: str) -> SimpleNamespace:
+    """What LLaVA's training passes to ``initialize_vision_modules``."""
+    return SimpleNamespace(
+        vision_tower=tower,
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        pretrain_mm_mlp_adapter=None,
+        mm_patch_merge_type="flat",
+        mm_projector_type="linear",
+        tune_mm_mlp_adapter=False,
+    )
+
+
+def untrained(world: World, tower: str, folder: Path) -> Path:
+    """What LLaVA's training does with a tower, without the steps: builds, initialises, saves."""
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    model = LlavaLlamaForCausalLM(LlavaConfig.from_pretrained(world.llm))
+    model.get_model().initialize_vision_modules(model_arguments(tower))
+    model.save_pretrained(folder)
+    return folder
 
 
 def on_cpu() -> None:

@@ -41,18 +41,7 @@ def test_every_file_arrives(
     assert not [name for name, body in hub.files.items() if str(tmp_path).encode() in body]
 
 
-@pytest.mark.parametrize(
-    "wrong, said",
-    {
-        "token": "401",
-        "no token": "401",
-        "offline": "offline",
-        "gone": "refused",
-        "lfs": "storage is full",
-        "blobs": "403",
-        "commit": "403",
-    }.items(),
-)
+@pytest.mark.parametrize("wrong, said", {"token": "401", "offline": "offline", "lfs": "storage is full"}.items())
 def test_a_hub_that_refuses(
     tmp_path: Path,
     hub: type[TinyHub],
@@ -64,15 +53,10 @@ def test_a_hub_that_refuses(
     """The model is complete, and the message says how to go on."""
     if wrong == "token":
         monkeypatch.setenv("HF_TOKEN", "hf_of_yesterday")
-    elif wrong == "no token":
-        monkeypatch.delenv("HF_TOKEN")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     elif wrong == "offline":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    elif wrong in ("lfs", "blobs", "commit"):
-        hub.broken = wrong
     else:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        hub.broken = wrong
     assert pushed(tmp_path) == 2
     *progress, error = capsys.readouterr().err.strip().splitlines()
     assert said in error.lower() and all("%" in line for line in progress)
@@ -81,12 +65,11 @@ def test_a_hub_that_refuses(
     assert not hub.files and (tmp_path / "hf" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name, said", {"llava-tiny": "expected OWNER/NAME", "me/../tiny": "'me/../tiny'"}.items())
 def test_what_cannot_be_a_repository_is_told_first(
-    tmp_path: Path, hub: type[TinyHub], capsys: pytest.CaptureFixture[str], name: str, said: str
+    tmp_path: Path, hub: type[TinyHub], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before the export, which takes a while."""
-    assert pushed(tmp_path, "--push", name) == 2
+    assert pushed(tmp_path, "--push", "llava-tiny") == 2
     error = capsys.readouterr().err.strip()
-    assert "\n" not in error and said in error
+    assert "\n" not in error and "expected OWNER/NAME" in error
     assert not hub.calls and not (tmp_path / "hf").exists()

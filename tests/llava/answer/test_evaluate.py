@@ -117,18 +117,6 @@ def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, che
     assert "is complete" in run(output, "--batch-size", "2")
 
 
-def test_ranks_share_the_questions(theirs, run, tmp_path, monkeypatch):
-    output = tmp_path / "answers.jsonl"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    told = []
-    for rank in (2, 0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        told.append(run(output))
-    assert ["other ranks are still running" in line for line in told] == [True, True, False]
-    assert texts(output) == texts(theirs)
-
-
 def test_two_processes_at_once(world, checkpoint, theirs, tmp_path):
     """Under torchrun, as on a node."""
     output = tmp_path / "answers.jsonl"

@@ -110,13 +110,3 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(world, ch
     scores, report = output / "scores", tmp_path / "report"
     world.forked("-m", "llava_integration.compare.command", scores, scores, "--output", report, "--resamples", "100")
     assert (report / "compare.html").stat().st_size > 10_000
-
-
-def test_plan_and_nothing_to_run(world, root, tmp_path):
-    start = ("-m", "llava_integration.benchmarks.bench", "--model-path", "org/llava", "--output", tmp_path / "out")
-    printed = world.forked(*start, "--data", root, "--plan")
-    assert "pope" in printed and "will run" in printed and "no folder MME or mme" in printed
-    printed = world.forked(*start, "--data", root, "--benchmarks", "mme", fails=True)
-    assert "no benchmark can run with the files in" in printed
-    printed = world.forked(*start, "--data", root, "--benchmarks", "mmee", fails=True)
-    assert "unknown benchmark 'mmee'" in printed

@@ -44,11 +44,6 @@ def test_a_file_in_the_folder_is_found(fresh, monkeypatch, tmp_path):
     assert vars(module)["mine"] == 1
 
 
-def test_the_folder_costs_no_import_of_torch(world):
-    code = "from llava_integration.compat import runner; runner.watched(); import sys; print('torch' in sys.modules)"
-    assert world.python("-c", code, PYTHONPATH="").strip() == "False"
-
-
 def member(module, complete, when="after"):
     return Completion(module=module, when=when, libraries={"transformers": ">=4"}, complete=complete)
 
@@ -127,21 +122,6 @@ def installed(monkeypatch):
     runner.warn_if_untried.cache_clear()
 
 
-def test_a_version_never_tried_gets_one_line_from_the_first_rank(installed, monkeypatch, capsys):
-    installed(transformers="5.24.1", deepspeed="0.19.8")
-    runner.warn_if_untried()
-    assert capsys.readouterr().err == ""
-    installed(transformers="6.1.0", deepspeed="0.30.0")
-    monkeypatch.setenv("RANK", "1")
-    runner.warn_if_untried()
-    runner.warn_if_untried.cache_clear()
-    monkeypatch.setenv("RANK", "0")
-    runner.warn_if_untried()
-    runner.warn_if_untried()
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "transformers 6.1.0 (tried: 5.24)" in told and "deepspeed 0.30.0" in told
-
-
 def test_a_version_that_cannot_work_is_an_error_with_one_that_does(installed):
     installed(transformers="4.50.0")
     assert {*runner.problems()} == {"llava.train.llava_trainer"}
@@ -154,12 +134,3 @@ def test_a_version_that_cannot_work_is_an_error_with_one_that_does(installed):
     with pytest.raises(ImportError, match=r"train with train\.py or train_mem\.py"):
         runner.run(ModuleType("llava.train.llama_xformers_attn_monkey_patch"), "before")
     assert {*runner.problems()} == {"llava.train.llama_xformers_attn_monkey_patch"}
-
-
-def test_modules_that_are_imported_where_a_completion_failed(monkeypatch):
-    package = ModuleType("llava.model")
-    monkeypatch.setitem(sys.modules, "llava.model", package)
-    runner.tell_importers(package, ImportError("what happened"))
-    assert not hasattr(package, "__path__")
-    with pytest.raises(ImportError, match="what happened"):
-        from llava.model import LlavaLlamaForCausalLM  # noqa: F401

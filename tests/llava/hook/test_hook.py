@@ -94,17 +94,3 @@ def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
     finders = "import sys; print([type(finder).__name__ for finder in sys.meta_path])"
     assert boot.WATCHER in world.python("-c", finders)
     assert boot.WATCHER not in world.python("-S", "-c", finders, PYTHONPATH=":".join(paths))
-
-
-def test_other_names_are_left_to_llava(world):
-    code = (
-        "from types import SimpleNamespace as N\n"
-        "from llava.model.llava_arch import build_vision_tower as b\n"
-        "import sys\n"
-        "for name in sys.argv[1:]:\n"
-        "    try: b(N(mm_vision_tower=name, mm_vision_select_layer=-2), delay_load=True)\n"
-        "    except ValueError as error: print(error)"
-    )
-    names = ("llm2clipx", "my-llm2clip", "LLM2CLIP", "llm2clip/x")
-    told = world.forked("-c", code, *names)
-    assert all(f"Unknown vision tower: {name}\n" in told for name in names)

@@ -41,23 +41,10 @@ def test_the_rule(tmp_path: Path, name: str, files: tuple[str, ...], base: str |
         checkpoints.refuse_name(str(path), base=base)
 
 
-def test_other_models_are_left_to_llava(tmp_path: Path):
-    path = checkpoint(tmp_path / "vicuna", model_type="llama")
-    (path / "config.json").write_text('{"model_type": "llama"}')
-    checkpoints.refuse_name(str(path))
-    checkpoints.refuse_name("someone/some-model")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("llava", "evaluate", "--question-file", "q.jsonl", "--answers-file", "a.jsonl"),
-        ("bench-mllm", "--data", ".", "--output", "out"),
-    ],
-)
-def test_the_commands_tell_it_first(tmp_path: Path, monkeypatch, capsys, words: tuple[str, ...]):
+def test_the_command_tells_it_first(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = checkpoint(tmp_path / "mine")
+    words = ("llava", "evaluate", "--question-file", "q.jsonl", "--answers-file", "a.jsonl")
     assert cli.main([*words, "--model-path", str(path)]) == 2
     assert capsys.readouterr().err.startswith('error: LLaVA loads a folder without "llava" in its name')
     assert [one.name for one in tmp_path.iterdir()] == ["mine"]

@@ -7,7 +7,6 @@ import pytest
 from llava_integration import towers
 from llava_integration.towers import TowerNotFoundError
 from llm2clip_plugin import cli
-from llm2clip_plugin.files import ContractError
 
 
 def test_exact_match(world, tmp_path, monkeypatch):
@@ -25,17 +24,6 @@ def test_environment_before_choice(world, home, monkeypatch):
     assert towers.locate("llm2clip").directory == world.towers["clip"]
     assert towers.locate(f"llm2clip:{world.towers['siglip']}").card.family == "siglip"
     assert towers.locate(str(world.towers["dinov2"])).card.family == "dinov2"
-
-
-def test_a_stray_folder_changes_nothing(world, home, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "llm2clip").mkdir()
-    (tmp_path / "llm2clip" / "llm2clip.json").write_text("{}")
-    monkeypatch.setenv("LLM2CLIP_TOWER", str(world.towers["clip"]))
-    assert towers.locate("llm2clip").directory == world.towers["clip"]
-    monkeypatch.delenv("LLM2CLIP_TOWER")
-    with pytest.raises(TowerNotFoundError, match="LLM2CLIP_TOWER"):
-        towers.locate("llm2clip")
 
 
 def test_known_names(world, home, tmp_path, capsys):
@@ -59,17 +47,7 @@ def test_known_names(world, home, tmp_path, capsys):
     assert towers.select("/elsewhere/clip", "0" * 64) == "clip-2"
 
 
-def test_no_tower_directory(home, tmp_path):
-    with pytest.raises(ContractError, match=str(tmp_path)):
-        towers.locate(f"llm2clip:{tmp_path}")
-    for name in ("/nowhere", "", " "):
-        with pytest.raises(TowerNotFoundError, match=f"'{name}'"):
-            towers.locate(f"llm2clip:{name}")
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[]", {"towers": []}, {"towers": {"a": {"spec": 1}}}, {"towers": {"a": {}}}, {"chosen": "b"}]
-)
+@pytest.mark.parametrize("content", ["{", {"towers": {"a": {}}}])
 def test_a_damaged_registry_is_named_and_kept(home, capsys, content):
     towers.select("/towers/a", "0" * 64)
     file = towers.registry_file()
@@ -79,14 +57,6 @@ def test_a_damaged_registry_is_named_and_kept(home, capsys, content):
         assert cli.main(words) == 2
         assert str(file) in capsys.readouterr().err
     assert file.read_text() == body
-
-
-def test_hub_unreachable(home, monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(TowerNotFoundError, match=r"downloading it from the Hub failed .*pass llm2clip:PATH"):
-        towers.locate("llm2clip:someone/some-tower")
 
 
 def test_hub_tower_with_revision(world, home, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The surface of a tower, for every backbone, against LLaVA's own CLIPVisionTower and the plain Hugging Face model."""
 
-import json
 import shutil
 from types import SimpleNamespace
 
@@ -111,23 +110,10 @@ def test_blocks_above_the_selected_state_are_dropped(world):
 
 
 def test_bad_arguments_are_refused(world):
-    with pytest.raises(ValueError, match="-4 to 3"):
-        build_vision_tower(arguments(world.towers["clip"], 7))
-    with pytest.raises(ValueError, match="known: patch, cls_patch"):
-        build_vision_tower(arguments(world.towers["clip"], feature="cls"))
     with pytest.raises(ValueError, match="28,56,84"):
         build_vision_tower(arguments(world.towers["clip"], s2=True, s2_scales="336,672"))
     with pytest.raises(ValueError, match="cannot be split over devices"):
         device_of_map({"vision_tower": 0, "lm_head": 1})
-
-
-def test_damaged_weights_are_refused(world, tmp_path):
-    copy = tmp_path / "tower"
-    shutil.copytree(world.towers["clip"], copy)
-    shutil.copy(world.towers["other"] / "model.safetensors", copy)
-    card = json.loads((copy / "llm2clip.json").read_text())
-    with pytest.raises(ValueError, match=card["weights_sha256"]):
-        build_vision_tower(arguments(copy))
 
 
 @pytest.mark.parametrize("unfrozen", [False, True])
