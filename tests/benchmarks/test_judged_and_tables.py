@@ -49,12 +49,6 @@ def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
     assert alone.metrics["all"] == record.metrics["all"]
 
 
-def test_answers_are_not_reviews(llava_bench):
-    folder, said, _ = llava_bench
-    with pytest.raises(ValueError, match="--reviews"):
-        score_answers("llava_bench", folder, read_answers(said), Options(reviews=said))
-
-
 def test_mmvet_over_runs_and_capabilities(tmp_path):
     """Marks of two runs: totals 100 x (1 + .5 + 0)/3 and 100 x (.8 + .5 + .2)/3, both 50."""
     folder = tmp_path / "mm-vet"

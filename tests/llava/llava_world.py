@@ -7,6 +7,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -168,8 +169,7 @@ class World:
             self.run(launcher, *map(str, given), *words, **environment)
         else:
             self.train(words, environment, ranks)
-        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-        return [entry["loss"] for entry in history if "loss" in entry]
+        return losses(output)
 
     def train(self, words: list[str], variables: dict[str, str], ranks: int = 0) -> None:
         """``python -m llava.train.train WORDS``, by each of the ranks, forked from a process that has its libraries."""
@@ -230,6 +230,25 @@ class World:
         body |= {"zero_force_ds_cpu_optimizer": False} if offload else {}  # the Trainer's AdamW: nothing is compiled
         path.write_text(json.dumps(body))
         return path
+
+
+def losses(checkpoint: Path) -> list[float]:
+    """The loss of each step of a stage."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def pope_folder(folder: Path) -> Path:
+    """POPE's files with one question in 13, and a picture for each."""
+    golden = Path(__file__).parents[1] / "golden" / "mllm" / "pope"
+    shutil.copytree(golden / "coco", folder / "coco")
+    rows = [json.loads(line) for line in (golden / "llava_pope_test.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["question_id"] % 13 == 0]
+    (folder / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "val2014").mkdir()
+    for row in rows:
+        Image.new("RGB", (32, 24), (len(row["image"]) * 7 % 255, 90, 160)).save(folder / "val2014" / row["image"])
+    return folder
 
 
 def model_arguments(tower: str) -> SimpleNamespace:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from llava_world import losses
 
 from llava_integration.compat.runner import installed_version
 from llm2clip_plugin.console import numbers
@@ -34,11 +35,6 @@ for folder in folders:
     tower = model.get_vision_tower()
     print("ANSWER", json.dumps([type(tower).__name__, tower.num_patches, tower.hidden_size, output.shape[1]]))
 """
-
-
-def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def test_llava_trains_and_answers_with_towers_that_its_pins_cannot_run(world):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from llava_world import TODAY
+from llava_world import TODAY, losses
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 # From LLaVA 1.5's own scripts: what must not differ but for the batch that each GPU takes.
@@ -143,12 +143,6 @@ def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava
     )
     assert [line for line in lines if any(word in line for word in FOREIGN)] == []
     return losses(tmp_path / name)
-
-
-def losses(folder):
-    """Of each step."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def one_batch(world, tmp_path):
