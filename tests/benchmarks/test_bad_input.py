@@ -75,9 +75,8 @@ def test_faults_that_are_counted(tmp_path):
 
 def test_encodings_and_what_editors_and_tables_change(tmp_path):
     text = "".join(lines_of("vqav2"))
-    for encoding in ("latin-1", "utf-16"):
-        with pytest.raises(ValueError, match="UTF-8"):
-            command("vqav2", written(tmp_path, text.replace('"text": "', '"text": "á', 1), encoding), tmp_path)
+    with pytest.raises(ValueError, match="UTF-8"):
+        command("vqav2", written(tmp_path, text.replace('"text": "', '"text": "á', 1), "latin-1"), tmp_path)
     plain = command("vqav2", answers("vqav2", "model-a"), tmp_path)["metrics"]
     windows = written(tmp_path, text.replace("\n", "\r\n"), "utf-8-sig")
     assert command("vqav2", windows, tmp_path)["metrics"] == plain

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from golden_mllm import MODELS, ROOT, answers
+from golden_mllm import BENCHMARKS, MODELS, ROOT, answers
 
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.benchmarks.score import main as score
@@ -15,15 +15,13 @@ from llava_integration.compare.statistics import holm
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError
 
-NAMES = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "seedbench")
-
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     """Score files of both golden models, a folder each."""
     folder = tmp_path_factory.mktemp("scores")
     for model in MODELS:
-        for name in NAMES:
+        for name in BENCHMARKS:
             score([name, "--data", str(ROOT / name), "--answers", str(answers(name, model)),
                    "--json", str(folder / model / f"{name}.scores.json")])  # fmt: skip
     return folder
@@ -44,7 +42,7 @@ def test_golden_models(scored, tmp_path, capsys):
     shown = capsys.readouterr().out
     data = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
     rows = {row["benchmark"]: row for row in data["rows"]}
-    assert list(rows) == list(NAMES)
+    assert list(rows) == list(BENCHMARKS)
     for name, row in rows.items():
         record = ScoreFile.read(scored / "model-b" / f"{name}.scores.json")
         assert row["difference"] == pytest.approx(row["new_score"] - row["base_score"])

@@ -43,18 +43,6 @@ def test_intervals_cover_the_known_difference(images, questions, spread):
     assert 0.93 <= covered / SIMULATIONS <= 0.97
 
 
-def test_ignoring_images_would_not_cover():
-    """The clustered simulation is one on which questions taken as independent fail: so the test above can fail."""
-    rng = np.random.default_rng(7)
-    covered = 0
-    for number in range(200):
-        base, new, names = simulate(rng, 40, 12, 0.25)
-        paired = pair([mean_statistic(base)], [mean_statistic(new)], [str(place) for place in range(len(names))])
-        result = compare(paired, resamples=300, seed=number)
-        covered += result.low <= 8.0 <= result.high
-    assert covered / 200 < 0.92
-
-
 def f1_statistic(said, truth):
     sums = np.stack([said * truth, said, truth], axis=1)
     return Statistic(sums, lambda totals: 100 * ratio(2 * totals[..., 0], totals[..., 1] + totals[..., 2]))
@@ -149,15 +137,6 @@ def test_detectable_difference_is_found_four_times_in_five():
         result = compare(pair([mean_statistic(base)], [mean_statistic(new)], names), resamples=300, seed=number)
         found += not result.low <= 0 <= result.high
     assert 0.72 <= found / 300 <= 0.88
-
-
-def test_weights_are_integer_draws_within_strata():
-    strata = np.array([0, 0, 0, 1, 1, 2])
-    drawn = np.concatenate(list(resample(strata, 2000, np.random.default_rng(0))))
-    assert drawn.shape == (2000, 6)
-    for stratum, size in ((0, 3), (1, 2), (2, 1)):
-        assert (drawn[:, strata == stratum].sum(axis=1) == size).all()
-    assert drawn.mean(axis=0) == pytest.approx(np.ones(6), abs=0.06)
 
 
 def test_bootstrap_is_the_naive_loop():

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from llava_integration import boot, compat
+from llava_integration import compat
 from llava_integration.compat import runner
 from llava_integration.compat.runner import Completion, installed_version
 from llm2clip_plugin.console import numbers
@@ -95,17 +95,6 @@ def test_a_completion_that_fails_names_itself(world, module, when, imported):
     told = world.forked("-c", FAILS.format(module=module, when=when, imported=imported), fails=True)
     assert f", fails could not complete {module} for transformers" in told.splitlines()[-1]
     assert "RuntimeError('broken on purpose')" in told and "LLM2CLIP_LLAVA_COMPAT=0" in told
-
-
-def test_a_file_that_cannot_be_imported_is_named_once(monkeypatch, capsys):
-    def broken():
-        raise SyntaxError("x.py")
-
-    monkeypatch.setattr(runner, "needed", broken)
-    monkeypatch.setattr(boot, "broken", False)
-    assert boot.watched() == boot.watched() == set(boot.WATCHED)
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "x.py" in told and "LLaVA runs without completions" in told
 
 
 @pytest.fixture

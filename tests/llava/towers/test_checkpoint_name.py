@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from llava_integration import checkpoints, hook
-from llava_integration.checkpoints import option_value
 from llm2clip_plugin import cli
 
 
@@ -56,11 +55,3 @@ def test_llavas_own_loader_tells_it_for_our_towers(tmp_path: Path):
     with pytest.raises(ValueError, match="rename it"):
         load(str(ours), None, "mine")
     assert load(str(ours), None, model_name="llava-mine") == load(str(other), None, "other") == "loaded"
-
-
-def test_a_training_is_warned(capsys):
-    checkpoints.warn_about(option_value(["train.py", "--output_dir", "runs/mine"], "--output_dir"))
-    assert "runs/mine has no 'llava' in its name" in capsys.readouterr().err
-    for words in (["--output_dir=runs/llava-mine"], ["--output_dir", "mine", "--output-dir", "llava-mine"], []):
-        checkpoints.warn_about(option_value(["train.py", *words], "--output_dir"))
-    assert capsys.readouterr().err == ""

@@ -128,16 +128,6 @@ def test_bundle_refuses_what_is_not_the_checkpoints(mine, world, tmp_path):
     assert hash_of(checkpoint / "vision_tower") == hash_of(world.towers["clip"])
 
 
-def test_a_damaged_bundle_is_reported(mine):
-    tower, checkpoint = mine
-    target = towers.bundle(checkpoint)
-    weights = (target / "model.safetensors").read_bytes()
-    (target / "model.safetensors").write_bytes(weights[:-4] + b"\x00\x01\x02\x03")
-    shutil.rmtree(tower)
-    with pytest.raises(ContractError, match="SHA-256"):
-        load(checkpoint)
-
-
 def test_lora_and_projector_checkpoints_find_their_own_bundle(mine):
     """Their configuration reaches the tower with the base model's path, so load_pretrained_model says theirs."""
     tower, checkpoint = mine
