@@ -51,23 +51,16 @@ def tensor(end: str, value: Tensor) -> Damage:
     return weights(lambda state: {name: value.clone() if name.endswith(end) else old for name, old in state.items()})
 
 
-def written(file: str, text: str) -> Damage:
-    return lambda folder: (folder / file).write_text(text)
-
-
 def nan(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() * torch.nan for name, value in state.items()}
 
 
 TENSORS: dict[str, tuple[Damage, str]] = {
-    "empty": (written(WEIGHTS, ""), "is not a complete safetensors file"),
     "nan": (tensor("0.self_attn.q_proj.weight", torch.full((32, 32), torch.nan)), "q_proj.weight is nan"),
     "int8": (tensor("0.self_attn.q_proj.weight", torch.zeros(32, 32, dtype=torch.int8)), "quantized checkpoints"),
 }  # fmt: skip
 SETTINGS: dict[str, tuple[Damage, str]] = {
-    "no tower": (settings(mm_vision_tower=None), "there is no mm_vision_tower"),
     "far layer": (settings(mm_vision_select_layer=-40), "mm_vision_select_layer -40"),
-    "feature": (settings(mm_vision_select_feature="class"), "mm_vision_select_feature"),
     "quantized": (settings(quantization_config={"quant_method": "bitsandbytes"}), "is quantized (bitsandbytes)"),
     "more layers": (settings(num_hidden_layers=3), "tensors are missing, such as model.layers.2"),
     "width": (settings(mm_hidden_size=48), "expects features of width 48, but the tower"),
@@ -75,7 +68,6 @@ SETTINGS: dict[str, tuple[Damage, str]] = {
     "foreign": (settings(model_type="qwen2_vl"), "model_type is 'qwen2_vl'"),
     "next": (settings(image_aspect_ratio="anyres"), "LLaVA-NeXT, not LLaVA 1.5"),
     "patch token": (settings(mm_use_im_patch_token=None), "mm_use_im_patch_token"),  # LLaVA's loader then adds one
-    "tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "no tokenizer.model in"),
     "symbols": (user_defined_symbol, "user-defined pieces that are no merges of others, such as 'zz▁qq'"),
 }
 ADAPTERS: dict[str, tuple[Damage, str]] = {

@@ -96,8 +96,6 @@ def test_slurm(world, tmp_path):
         "--gradient_accumulation_steps 1 ",
     ):
         assert part in done.stdout, done.stdout + done.stderr
-    done = submitted("scripts/slurm/torchrun.sbatch", "scripts/train_tower.py", "--help")
-    assert "torch.distributed.run --nnodes 2 --nproc_per_node 4" in done.stdout
     done = submitted("scripts/slurm/evaluate.sbatch", "--batch-size", "4")
     assert done.stdout.strip() == f"srun {sys.executable} -m llava_integration.evaluate --batch-size 4"
 
