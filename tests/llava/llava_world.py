@@ -107,7 +107,7 @@ class World:
             **more,
         }
 
-    def run(self, *words: str | Path, fails: bool = False, typed: str = "", **environment: str) -> str:
+    def run(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
         """Run a command of this environment in a folder of its own; returns stdout and stderr together."""
         here = self.root / "here"
         here.mkdir(exist_ok=True)
@@ -116,7 +116,7 @@ class World:
                 [str(word) for word in words],
                 env=self.environment(**environment),
                 cwd=here,
-                input=typed,
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -128,9 +128,9 @@ class World:
         assert (done.returncode != 0) == fails, done.stdout
         return done.stdout
 
-    def python(self, *words: str | Path, fails: bool = False, typed: str = "", **environment: str) -> str:
-        """Run this environment's Python; ``typed`` is what it reads from its standard input."""
-        return self.run(sys.executable, *words, fails=fails, typed=typed, **environment)
+    def python(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
+        """Run this environment's Python."""
+        return self.run(sys.executable, *words, fails=fails, **environment)
 
     def forked(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
         """As ``python``, without the seconds of a start."""

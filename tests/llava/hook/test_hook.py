@@ -11,7 +11,6 @@ import pytest
 import llava_integration
 from llava_integration import boot
 
-PTH = Path(llava_integration.__file__).with_name("llm2clip_llava.pth")
 KNOWS = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
 
 
