@@ -27,9 +27,7 @@ def pushed(folder: Path, *options: str) -> int:
 
 
 @pytest.mark.parametrize("options", [(), ("--public",)], ids=["private", "public"])
-def test_every_file_arrives(
-    tmp_path: Path, hub: type[TinyHub], capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
-) -> None:
+def test_every_file_arrives(tmp_path, hub, capsys, options):
     """The weights as the Hub takes large files, the tower's code, the template, the card."""
     assert pushed(tmp_path, *options) == 0
     assert f"{hub.address}/o/n/commit/1" in capsys.readouterr().out
@@ -42,14 +40,7 @@ def test_every_file_arrives(
 
 
 @pytest.mark.parametrize("wrong, said", {"token": "401", "offline": "offline", "lfs": "storage is full"}.items())
-def test_a_hub_that_refuses(
-    tmp_path: Path,
-    hub: type[TinyHub],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    wrong: str,
-    said: str,
-) -> None:
+def test_a_hub_that_refuses(tmp_path, hub, monkeypatch, capsys, wrong, said):
     """The model is complete, and the message says how to go on."""
     if wrong == "token":
         monkeypatch.setenv("HF_TOKEN", "hf_of_yesterday")
@@ -65,9 +56,7 @@ def test_a_hub_that_refuses(
     assert not hub.files and (tmp_path / "hf" / "model.safetensors").is_file()
 
 
-def test_what_cannot_be_a_repository_is_told_first(
-    tmp_path: Path, hub: type[TinyHub], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_a_repository_is_told_first(tmp_path, hub, capsys):
     """Before the export, which takes a while."""
     assert pushed(tmp_path, "--push", "llava-tiny") == 2
     error = capsys.readouterr().err.strip()

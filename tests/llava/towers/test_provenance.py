@@ -115,7 +115,7 @@ def test_hub_unreachable(world, tmp_path, monkeypatch):
     assert load(checkpoint).location.directory == checkpoint / "vision_tower"
 
 
-def test_bundle_refuses_what_is_not_the_checkpoints(mine, world, tmp_path):
+def test_bundle_refuses_what_is_not_the_checkpoints(mine, world):
     _, checkpoint = mine
     with pytest.raises(ContractError, match=hash_of(world.towers["other"])):
         towers.bundle(checkpoint, tower=str(world.towers["other"]))
