@@ -73,9 +73,7 @@ def test_surface(world, backbone):
     features = tower(pixels(dtype=torch.float16))
     assert features.shape == (3, tower.num_patches, tower.hidden_size) == (3, 4, 32)
     assert features.dtype == torch.float16 and tower.dtype == torch.float32 and not features.requires_grad
-    assert tower.num_patches_per_side**2 == tower.num_patches
-    assert (tower.config.image_size, tower.config.patch_size) == (28, 14)
-    assert tower.dummy_feature.shape == (1, 32) and tower.is_loaded
+    assert tower.is_loaded
     assert not any(parameter.requires_grad for parameter in tower.parameters())
     assert not any("mm_projector" in name for name, _ in tower.named_parameters())
     processor, image = tower.image_processor, Image.new("RGB", (50, 40))
