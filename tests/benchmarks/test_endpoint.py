@@ -111,11 +111,8 @@ def test_tables_and_sampling(folder: Path, tmp_path: Path) -> None:
     [
         (status(429, "slow down", Retry_After="0"), "HTTP 429: slow down; retrying in 0"),
         (status(503), "HTTP 503"),
-        (status(500), "HTTP 500"),
         (close, "closed connection without response"),
-        (raw(b'{"choices": [{'), "the answer is not JSON"),
         (raw(b'{"choices": []}'), "an answer without choices[0].message.content"),
-        (raw(b"{}", size=500), "IncompleteRead"),
         (stall, "no answer within 1.5 s (--timeout)"),
     ],
 )
@@ -175,32 +172,18 @@ def test_questions_that_a_server_refuses(folder, tmp_path, capsys, monkeypatch) 
             evaluate.main(words(folder, url, tmp_path / "b.jsonl", "--concurrency", "1"))
 
 
-@pytest.mark.parametrize(
-    "path, more, message",
-    [
-        ("/v2", (), "--served-model-name"),
-        ("", (), r"serves 2 models; choose one with --served-model-name: llava-7b, llava-13b"),
-        ("", ("--model", "llava-17b"), r"does not serve 'llava-17b'.*llava-7b"),
-    ],
-)
-def test_wrong_server_or_model(folder, tmp_path, path, more, message) -> None:
+def test_one_model_of_several_is_named(folder, tmp_path) -> None:
+    message = r"serves 2 models; choose one with --served-model-name: llava-7b, llava-13b"
     with serving(ChatServer(["llava-7b", "llava-13b"])) as url, pytest.raises(ConnectionError, match=message):
-        evaluate.main(words(folder, (url.removesuffix("/v1") + path) if path else url, tmp_path / "a.jsonl", *more))
+        evaluate.main(words(folder, url, tmp_path / "a.jsonl"))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "failure, message",
-    [
-        (status(404, "no such route"), r"HTTP 404: no such route.*--endpoint"),
-        (status(302, Location="http://elsewhere/v1"), r"redirects to http://elsewhere/v1"),
-        (status(403, "not yours"), r"HTTP 403: not yours.*OPENAI_API_KEY"),
-    ],
-)
-def test_errors_that_do_not_pass_stop_the_run(folder, tmp_path, failure, message) -> None:
+def test_an_error_that_does_not_pass_stops_the_run(folder, tmp_path) -> None:
     state = ChatServer(["tiny"])
-    state.failures = [failure] * 12
-    with serving(state) as url, pytest.raises(ConnectionError, match=message + r".*0 of 12 answers are kept"):
+    state.failures = [status(404, "no such route")] * 12
+    message = r"HTTP 404: no such route.*--endpoint.*0 of 12 answers are kept"
+    with serving(state) as url, pytest.raises(ConnectionError, match=message):
         evaluate.main(words(folder, url, tmp_path / "a.jsonl", "--concurrency", "1"))
     assert len(state.bodies) == 1
 
@@ -216,25 +199,6 @@ def test_the_key_comes_from_the_environment(folder, tmp_path, monkeypatch) -> No
         assert evaluate.main(words(folder, url, output)) == 0
     check(folder, output)
     assert not any("sk-secret" in path.read_text() for path in tmp_path.rglob("*.json*"))
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-sec\nret")
-    with pytest.raises(ValueError, match=r"OPENAI_API_KEY has characters that no API key has") as error:
-        evaluate.main(words(folder, url, output))
-    assert "ret" not in str(error.value).replace("characters", "")
-
-
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (("--endpoint", "localhost:8000"), "localhost:8000"),
-        (("--endpoint", "http://me:key@host/v1"), "OPENAI_API_KEY"),
-        (("--model-path", "llava-7b"), "--model-path and --endpoint"),
-        (("--endpoint", ""), "--model-path"),
-        (("--concurrency", "0"), "--concurrency 0"),
-    ],
-)
-def test_options(folder, tmp_path, more, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        evaluate.main(words(folder, "http://localhost:1/v1", tmp_path / "a.jsonl", *more))
 
 
 def test_a_served_model_is_scored(tmp_path: Path) -> None:

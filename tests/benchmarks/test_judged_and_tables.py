@@ -1,9 +1,9 @@
-"""What the golden files leave out: LLaVA-Bench and MM-Vet with a judge's file, MMBench-CN, logs in another order."""
+"""What the golden files leave out: LLaVA-Bench and MM-Vet with a judge's file, logs in another order."""
 
 import json
 
 import pytest
-from golden_mllm import ROOT, answers
+from golden_mllm import ROOT
 
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.benchmark import Options
@@ -49,12 +49,6 @@ def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
     assert alone.metrics["all"] == record.metrics["all"]
 
 
-def test_answers_are_not_reviews(llava_bench):
-    folder, said, _ = llava_bench
-    with pytest.raises(ValueError, match="--reviews"):
-        score_answers("llava_bench", folder, read_answers(said), Options(reviews=said))
-
-
 def test_mmvet_over_runs_and_capabilities(tmp_path):
     """Marks of two runs: totals 100 x (1 + .5 + 0)/3 and 100 x (.8 + .5 + .2)/3, both 50."""
     folder = tmp_path / "mm-vet"
@@ -75,17 +69,6 @@ def test_mmvet_over_runs_and_capabilities(tmp_path):
     assert record.metrics["capability.math"] == pytest.approx(10.0)
     assert (record.metrics["runs"], record.metrics["std_over_runs"]) == (2.0, pytest.approx(0.0, abs=1e-9))
     assert [item["answer"] for item in record.items] == ["t0", "t1", "t2"]
-
-
-def test_mmbench_cn_is_scored_by_the_same_rule(tmp_path):
-    """The same table under the Chinese name, beside the English one as LLaVA keeps it: the same numbers."""
-    text = (ROOT / "mmbench" / "mmbench_dev_20230712.tsv").read_text(encoding="utf-8")
-    (tmp_path / "mmbench_dev_cn_20231003.tsv").write_text(text, encoding="utf-8")
-    (tmp_path / "mmbench_dev_20230712.tsv").write_text(text.replace("\tdev", "\tother"), encoding="utf-8")
-    read = read_answers(answers("mmbench", "model-a"))
-    chinese = score_answers("mmbench_cn", tmp_path, read, Options())
-    assert chinese.metrics == score_answers("mmbench", ROOT / "mmbench", read, Options()).metrics
-    assert {item["split"] for item in chinese.items} == {"dev"}
 
 
 def test_log_in_another_order_is_joined_or_refused(tmp_path):

@@ -7,11 +7,13 @@ import json
 import os
 import random
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,7 +107,7 @@ class World:
             **more,
         }
 
-    def run(self, *words: str | Path, fails: bool = False, typed: str = "", **environment: str) -> str:
+    def run(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
         """Run a command of this environment in a folder of its own; returns stdout and stderr together."""
         here = self.root / "here"
         here.mkdir(exist_ok=True)
@@ -114,7 +116,7 @@ class World:
                 [str(word) for word in words],
                 env=self.environment(**environment),
                 cwd=here,
-                input=typed,
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -126,9 +128,9 @@ class World:
         assert (done.returncode != 0) == fails, done.stdout
         return done.stdout
 
-    def python(self, *words: str | Path, fails: bool = False, typed: str = "", **environment: str) -> str:
-        """Run this environment's Python; ``typed`` is what it reads from its standard input."""
-        return self.run(sys.executable, *words, fails=fails, typed=typed, **environment)
+    def python(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
+        """Run this environment's Python."""
+        return self.run(sys.executable, *words, fails=fails, **environment)
 
     def forked(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
         """As ``python``, without the seconds of a start."""
@@ -167,8 +169,7 @@ class World:
             self.run(launcher, *map(str, given), *words, **environment)
         else:
             self.train(words, environment, ranks)
-        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-        return [entry["loss"] for entry in history if "loss" in entry]
+        return losses(output)
 
     def train(self, words: list[str], variables: dict[str, str], ranks: int = 0) -> None:
         """``python -m llava.train.train WORDS``, by each of the ranks, forked from a process that has its libraries."""
@@ -229,6 +230,48 @@ class World:
         body |= {"zero_force_ds_cpu_optimizer": False} if offload else {}  # the Trainer's AdamW: nothing is compiled
         path.write_text(json.dumps(body))
         return path
+
+
+def losses(checkpoint: Path) -> list[float]:
+    """The loss of each step of a stage."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def pope_folder(folder: Path) -> Path:
+    """POPE's files with one question in 13, and a picture for each."""
+    golden = Path(__file__).parents[1] / "golden" / "mllm" / "pope"
+    shutil.copytree(golden / "coco", folder / "coco")
+    rows = [json.loads(line) for line in (golden / "llava_pope_test.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["question_id"] % 13 == 0]
+    (folder / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "val2014").mkdir()
+    for row in rows:
+        Image.new("RGB", (32, 24), (len(row["image"]) * 7 % 255, 90, 160)).save(folder / "val2014" / row["image"])
+    return folder
+
+
+def model_arguments(tower: str) -> SimpleNamespace:
+    """What LLaVA's training passes to ``initialize_vision_modules``."""
+    return SimpleNamespace(
+        vision_tower=tower,
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        pretrain_mm_mlp_adapter=None,
+        mm_patch_merge_type="flat",
+        mm_projector_type="linear",
+        tune_mm_mlp_adapter=False,
+    )
+
+
+def untrained(world: World, tower: str, folder: Path) -> Path:
+    """What LLaVA's training does with a tower, without the steps: builds, initialises, saves."""
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    model = LlavaLlamaForCausalLM(LlavaConfig.from_pretrained(world.llm))
+    model.get_model().initialize_vision_modules(model_arguments(tower))
+    model.save_pretrained(folder)
+    return folder
 
 
 def on_cpu() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm2clip_plugin.cli import main as llm2clip
 
 WEIGHTS, CONFIG, ADAPTER = "model.safetensors", "config.json", "adapter_config.json"
-TOKENIZER, LORA = "tokenizer_config.json", "adapter_model.safetensors"
+LORA = "adapter_model.safetensors"
 Damage = Callable[[Path], object]
 
 
@@ -51,45 +51,31 @@ def tensor(end: str, value: Tensor) -> Damage:
     return weights(lambda state: {name: value.clone() if name.endswith(end) else old for name, old in state.items()})
 
 
-def written(file: str, text: str) -> Damage:
-    return lambda folder: (folder / file).write_text(text)
-
-
 def nan(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() * torch.nan for name, value in state.items()}
 
 
 TENSORS: dict[str, tuple[Damage, str]] = {
-    "empty": (written(WEIGHTS, ""), "is not a complete safetensors file"),
-    "index without map": (lambda folder: (written(f"{WEIGHTS}.index.json", "{}")(folder), (folder / WEIGHTS).unlink()),
-                          "tensors are missing"),
     "nan": (tensor("0.self_attn.q_proj.weight", torch.full((32, 32), torch.nan)), "q_proj.weight is nan"),
     "int8": (tensor("0.self_attn.q_proj.weight", torch.zeros(32, 32, dtype=torch.int8)), "quantized checkpoints"),
 }  # fmt: skip
 SETTINGS: dict[str, tuple[Damage, str]] = {
-    "no tower": (settings(mm_vision_tower=None), "there is no mm_vision_tower"),
-    "no layer": (settings(mm_vision_select_layer=None), "mm_vision_select_layer None"),
-    "layer as text": (settings(mm_vision_select_layer="-2"), "mm_vision_select_layer '-2'"),
     "far layer": (settings(mm_vision_select_layer=-40), "mm_vision_select_layer -40"),
-    "feature": (settings(mm_vision_select_feature="class"), "mm_vision_select_feature"),
     "quantized": (settings(quantization_config={"quant_method": "bitsandbytes"}), "is quantized (bitsandbytes)"),
-    "float": (settings(num_hidden_layers=2.0), "num_hidden_layers is 2.0"),
-    "added tokens": (settings(TOKENIZER, added_tokens_decoder=[1]), f"{TOKENIZER} cannot be used"),
-    "tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "no tokenizer.model in"),
+    "more layers": (settings(num_hidden_layers=3), "tensors are missing, such as model.layers.2"),
+    "width": (settings(mm_hidden_size=48), "expects features of width 48, but the tower"),
+    "projector": (settings(mm_projector_type="linear"), "mm_projector_type is 'linear'"),
+    "foreign": (settings(model_type="qwen2_vl"), "model_type is 'qwen2_vl'"),
+    "next": (settings(image_aspect_ratio="anyres"), "LLaVA-NeXT, not LLaVA 1.5"),
+    "patch token": (settings(mm_use_im_patch_token=None), "mm_use_im_patch_token"),  # LLaVA's loader then adds one
     "symbols": (user_defined_symbol, "user-defined pieces that are no merges of others, such as 'zz▁qq'"),
 }
 ADAPTERS: dict[str, tuple[Damage, str]] = {
     "no projector": (lambda folder: (folder / "non_lora_trainables.bin").unlink(), "writes the projector of a LoRA"),
     "cut": (lambda folder: (folder / LORA).write_bytes((folder / LORA).read_bytes()[:-9]), "not a complete"),
-    "empty": (weights(lambda _: {}, LORA), "6 of 6 target_modules of adapter_config.json have no LoRA"),
     "block lost": (weights(lambda s: {n: v for n, v in s.items() if "s.1." not in n}, LORA), "3 of 6 target_modules"),
-    "flat": (weights(lambda s: {n: v.flatten() for n, v in s.items()}, LORA), "has rank 128"),
-    "int8": (weights(lambda s: {n: v.to(torch.int8) for n, v in s.items()}, LORA), "quantized checkpoints"),
     "nan": (weights(nan, LORA), "up_proj.weight is nan"),
-    "no rank": (settings(ADAPTER, r=None), "adapter_config.json"),
     "another rank": (settings(ADAPTER, r=8), "adapter_config.json 8"),
-    "no alpha": (settings(ADAPTER, lora_alpha=None), "adapter_config.json"),
-    "list": (written(ADAPTER, "[]"), "contains a list"),
 }
 
 

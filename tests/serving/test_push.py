@@ -27,9 +27,7 @@ def pushed(folder: Path, *options: str) -> int:
 
 
 @pytest.mark.parametrize("options", [(), ("--public",)], ids=["private", "public"])
-def test_every_file_arrives(
-    tmp_path: Path, hub: type[TinyHub], capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
-) -> None:
+def test_every_file_arrives(tmp_path, hub, capsys, options):
     """The weights as the Hub takes large files, the tower's code, the template, the card."""
     assert pushed(tmp_path, *options) == 0
     assert f"{hub.address}/o/n/commit/1" in capsys.readouterr().out
@@ -41,38 +39,15 @@ def test_every_file_arrives(
     assert not [name for name, body in hub.files.items() if str(tmp_path).encode() in body]
 
 
-@pytest.mark.parametrize(
-    "wrong, said",
-    {
-        "token": "401",
-        "no token": "401",
-        "offline": "offline",
-        "gone": "refused",
-        "lfs": "storage is full",
-        "blobs": "403",
-        "commit": "403",
-    }.items(),
-)
-def test_a_hub_that_refuses(
-    tmp_path: Path,
-    hub: type[TinyHub],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    wrong: str,
-    said: str,
-) -> None:
+@pytest.mark.parametrize("wrong, said", {"token": "401", "offline": "offline", "lfs": "storage is full"}.items())
+def test_a_hub_that_refuses(tmp_path, hub, monkeypatch, capsys, wrong, said):
     """The model is complete, and the message says how to go on."""
     if wrong == "token":
         monkeypatch.setenv("HF_TOKEN", "hf_of_yesterday")
-    elif wrong == "no token":
-        monkeypatch.delenv("HF_TOKEN")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     elif wrong == "offline":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    elif wrong in ("lfs", "blobs", "commit"):
-        hub.broken = wrong
     else:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        hub.broken = wrong
     assert pushed(tmp_path) == 2
     *progress, error = capsys.readouterr().err.strip().splitlines()
     assert said in error.lower() and all("%" in line for line in progress)
@@ -81,12 +56,9 @@ def test_a_hub_that_refuses(
     assert not hub.files and (tmp_path / "hf" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name, said", {"llava-tiny": "expected OWNER/NAME", "me/../tiny": "'me/../tiny'"}.items())
-def test_what_cannot_be_a_repository_is_told_first(
-    tmp_path: Path, hub: type[TinyHub], capsys: pytest.CaptureFixture[str], name: str, said: str
-) -> None:
+def test_what_cannot_be_a_repository_is_told_first(tmp_path, hub, capsys):
     """Before the export, which takes a while."""
-    assert pushed(tmp_path, "--push", name) == 2
+    assert pushed(tmp_path, "--push", "llava-tiny") == 2
     error = capsys.readouterr().err.strip()
-    assert "\n" not in error and said in error
+    assert "\n" not in error and "expected OWNER/NAME" in error
     assert not hub.calls and not (tmp_path / "hf").exists()

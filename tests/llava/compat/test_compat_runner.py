@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from llava_integration import boot, compat
+from llava_integration import compat
 from llava_integration.compat import runner
 from llava_integration.compat.runner import Completion, installed_version
 from llm2clip_plugin.console import numbers
@@ -42,11 +42,6 @@ def test_a_file_in_the_folder_is_found(fresh, monkeypatch, tmp_path):
     runner.run(module, "after")
     sys.modules.pop("llava_integration.compat.mine")
     assert vars(module)["mine"] == 1
-
-
-def test_the_folder_costs_no_import_of_torch(world):
-    code = "from llava_integration.compat import runner; runner.watched(); import sys; print('torch' in sys.modules)"
-    assert world.python("-c", code, PYTHONPATH="").strip() == "False"
 
 
 def member(module, complete, when="after"):
@@ -102,17 +97,6 @@ def test_a_completion_that_fails_names_itself(world, module, when, imported):
     assert "RuntimeError('broken on purpose')" in told and "LLM2CLIP_LLAVA_COMPAT=0" in told
 
 
-def test_a_file_that_cannot_be_imported_is_named_once(monkeypatch, capsys):
-    def broken():
-        raise SyntaxError("x.py")
-
-    monkeypatch.setattr(runner, "needed", broken)
-    monkeypatch.setattr(boot, "broken", False)
-    assert boot.watched() == boot.watched() == set(boot.WATCHED)
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "x.py" in told and "LLaVA runs without completions" in told
-
-
 @pytest.fixture
 def installed(monkeypatch):
     """Set the versions that the libraries seem to have."""
@@ -127,21 +111,6 @@ def installed(monkeypatch):
     runner.warn_if_untried.cache_clear()
 
 
-def test_a_version_never_tried_gets_one_line_from_the_first_rank(installed, monkeypatch, capsys):
-    installed(transformers="5.24.1", deepspeed="0.19.8")
-    runner.warn_if_untried()
-    assert capsys.readouterr().err == ""
-    installed(transformers="6.1.0", deepspeed="0.30.0")
-    monkeypatch.setenv("RANK", "1")
-    runner.warn_if_untried()
-    runner.warn_if_untried.cache_clear()
-    monkeypatch.setenv("RANK", "0")
-    runner.warn_if_untried()
-    runner.warn_if_untried()
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "transformers 6.1.0 (tried: 5.24)" in told and "deepspeed 0.30.0" in told
-
-
 def test_a_version_that_cannot_work_is_an_error_with_one_that_does(installed):
     installed(transformers="4.50.0")
     assert {*runner.problems()} == {"llava.train.llava_trainer"}
@@ -154,12 +123,3 @@ def test_a_version_that_cannot_work_is_an_error_with_one_that_does(installed):
     with pytest.raises(ImportError, match=r"train with train\.py or train_mem\.py"):
         runner.run(ModuleType("llava.train.llama_xformers_attn_monkey_patch"), "before")
     assert {*runner.problems()} == {"llava.train.llama_xformers_attn_monkey_patch"}
-
-
-def test_modules_that_are_imported_where_a_completion_failed(monkeypatch):
-    package = ModuleType("llava.model")
-    monkeypatch.setitem(sys.modules, "llava.model", package)
-    runner.tell_importers(package, ImportError("what happened"))
-    assert not hasattr(package, "__path__")
-    with pytest.raises(ImportError, match="what happened"):
-        from llava.model import LlavaLlamaForCausalLM  # noqa: F401

@@ -33,11 +33,6 @@ def test_a_number_of_steps_takes_precedence(monkeypatch):
     assert translated(monkeypatch, warmup_ratio=0.03, warmup_steps=20).warmup_steps == 20
 
 
-def test_a_ratio_that_is_none_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"--warmup_ratio 3\.0: expected a fraction of the steps, from 0 to 1"):
-        translated(monkeypatch, warmup_ratio=3.0)
-
-
 def test_the_rest_is_as_4_37_sets_it(monkeypatch):
     made = translated(monkeypatch, evaluation_strategy="steps")
     assert (made.eval_strategy, made.local_rank) == ("steps", 0)

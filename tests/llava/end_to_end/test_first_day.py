@@ -7,18 +7,14 @@ import json
 import shutil
 
 import pytest
-from llava_world import TODAY
-from PIL import Image
+from llava_world import TODAY, pope_folder
 from printed_page import ROOT, blocks, run_block
-
-from llava_integration.benchmarks.answers import read_jsonl
 
 pytestmark = [
     pytest.mark.both_stacks,
     pytest.mark.skipif(not TODAY, reason="the page installs today's libraries"),
 ]
 PAGE = ROOT / "docs" / "first-day.md"
-POPE = ROOT / "tests" / "golden" / "mllm" / "pope"
 SMALL = {"GPUS": "1", "MICRO_BATCH": "6", "GLOBAL_BATCH": "12"}  # options of the scripts, in little
 
 
@@ -38,13 +34,7 @@ def folder(world, tmp_path):
         (tmp_path / name).symlink_to(target)
     shutil.copytree(world.towers["clip"], tmp_path / "runs" / "photos" / "tower")
     shutil.copytree(world.images, tmp_path / "playground" / "data")
-    pope = tmp_path / "playground" / "data" / "eval" / "pope"
-    shutil.copytree(POPE / "coco", pope / "coco")
-    questions = [row for row in read_jsonl(POPE / "llava_pope_test.jsonl") if row["question_id"] % 13 == 0]
-    (pope / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    (pope / "val2014").mkdir()
-    for row in questions:
-        Image.new("RGB", (32, 24), (len(row["image"]) * 7 % 255, 90, 160)).save(pope / "val2014" / row["image"])
+    pope_folder(tmp_path / "playground" / "data" / "eval" / "pope")
     return tmp_path
 
 

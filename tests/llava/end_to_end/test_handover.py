@@ -89,17 +89,6 @@ def test_same_hidden_states(exported, home, backbone, layer):
     torch.testing.assert_close(build_vision_tower(args)(pixels), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_llavas_own_tower_takes_the_clip_directory(exported):
-    """Without our package too: the key names are the hub's."""
-    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-
-    args = SimpleNamespace(mm_vision_select_layer=-2)
-    pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
-    there = load_file(exported / "clip.safetensors")
-    features = CLIPVisionTower(str(exported / "clip"), args)(pixels)
-    torch.testing.assert_close(features, there[str(len(there) - 2)][:, 1:], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("backbone", ["siglip", "dinov2", "eva02"])  # test_stages has CLIP
 def test_pretrain_and_finetune_run_on_it(exported, world, tmp_path, backbone):
     tower, pretrained, finetuned = f"llm2clip:{exported / backbone}", tmp_path / "llava-pre", tmp_path / "llava-fine"

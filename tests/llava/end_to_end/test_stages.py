@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from llava_world import HALF_ON_CPU
 from safetensors import safe_open
 
-from llava_integration import boot
 from llm2clip_plugin.contracts import TowerCard
 
 # A process that imports llava alone: loads each checkpoint as LLaVA's programs do and answers a question.
@@ -98,16 +96,6 @@ def test_a_process_that_imports_only_llava_loads_and_answers(world, trained):
     assert all(row[3][0] == 1 and 1 <= row[3][1] <= 5 for row in rows)  # a start token and four more at most
 
 
-@HALF_ON_CPU
-def test_the_command_line_conversation(world, trained):
-    """``llava.serve.cli`` answers one line and ends with the input."""
-    words = ["--model-path", trained[0]["finetune"], "--image-file", next(world.images.iterdir()), "--device", "cpu"]
-    words += ["--max-new-tokens", "4", "--temperature", "0"]
-    chosen = {"LLM2CLIP_TOWER": str(world.towers["clip"])}
-    told = world.python("-m", "llava.serve.cli", *words, typed="Which colour?\n", **chosen)
-    assert "Human: exit..." in told and "Assistant:" in told
-
-
 def test_losses_and_weights_equal_llavas_own_tower(world, trained, tmp_path):
     """The same finetune by LLaVA's CLIPVisionTower on the same directory, our hook off: nothing differs by a bit."""
     folders, losses = trained
@@ -149,14 +137,6 @@ def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
         assert all(torch.equal(tensor, own[name]) for name, tensor in saved.items())
 
 
-def test_a_tower_without_class_token_trains_and_answers(world, tmp_path):
-    output = tmp_path / "llava-siglip"
-    losses = world.stage("finetune", f"llm2clip:{world.towers['siglip']}", output)
-    assert len(losses) == 3
-    told = world.forked("-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)]))
-    assert f'"llm2clip:{world.towers["siglip"]}"' in told
-
-
 @pytest.mark.parametrize("kind, ranks", [("finetune", 0), ("lora", 0), ("finetune", 2)])
 def test_a_trained_tower_comes_back(world, tmp_path, kind, ranks):
     """Unfrozen, the tower trains with LLaVA (under ZeRO-3 too), its weights are kept and are what the load gives."""
@@ -195,19 +175,3 @@ def test_s2_trains_and_its_scales_come_back(world, tmp_path):
     assert (config["s2"], config["s2_scales"], config["mm_hidden_size"]) == (True, "28,56", 64)
     told = world.forked("-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)]))
     assert "MultiscaleVisionTower" in told
-
-
-def test_launch_under_deepspeed_where_pth_files_are_not_read(world, trained, tmp_path):
-    """``deepspeed --module llava_integration.launch llava.train.train``; without it the name is unknown there."""
-    on_cpu = Path(__file__).parents[1] / "on_cpu" / "sitecustomize.py"
-    unwatched = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != 'LLM2CLIPWatcher']\n"
-    (tmp_path / "sitecustomize.py").write_text(unwatched + on_cpu.read_text())
-    here = {"PYTHONPATH": str(tmp_path), "LLM2CLIP_TOWER": str(world.towers["clip"])}
-    finders = "import sys; print([type(finder).__name__ for finder in sys.meta_path])"
-    assert boot.WATCHER not in world.python("-c", finders, **here)
-    launched = ("--module", "llava_integration.launch", "llava.train.train")
-    output, more = tmp_path / "llava-launched", projector(trained[0]["pretrain"])
-    losses = world.stage("finetune", "llm2clip", output, *more, ranks=1, launched=launched, **here)
-    assert len(losses) == 3
-    record = json.loads((output / "config.json").read_text())["llm2clip_tower"]
-    assert record["origin"] == str(world.towers["clip"].resolve())

@@ -6,6 +6,7 @@ The rows of one environment run in one process. What is left out there, and why,
 import json
 from pathlib import Path
 
+import llava_world
 import pytest
 import torch
 import transformers
@@ -85,8 +86,7 @@ def trained(world):
 
 def losses(world, name):
     """The loss of each step of a row."""
-    history = json.loads((world.root / f"llava-row-{name}" / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return llava_world.losses(world.root / f"llava-row-{name}")
 
 
 def test_every_row_trains(world, trained):

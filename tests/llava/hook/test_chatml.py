@@ -78,10 +78,3 @@ def test_the_ids_are_those_of_llava(template, tokenizer, capsys):
     assert (
         chatml.preprocess([turns], tokenizer, has_image=True)["input_ids"][0].tolist() == own["input_ids"][0].tolist()
     )
-
-
-def test_turns_must_alternate(template, tokenizer):
-    turns = [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]
-    with pytest.raises(ValueError, match="must alternate human, gpt"):
-        chatml.preprocess([turns], tokenizer)
-    assert chatml.preprocess([talk("a", "b")[1:] + talk("c", "d")], tokenizer)  # what precedes the first question

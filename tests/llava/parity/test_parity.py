@@ -42,16 +42,6 @@ def test_token_ids_and_label_masks(tmp_path):
     } <= learned
 
 
-def test_the_tokenizer_is_kept_with_its_vocabulary(tmp_path):
-    """LLaVA's own environment needs tokenizer.model; the settings are those that were read."""
-    for legacy in (True, False):
-        tokenizer = parity_facts.load_tokenizer(tmp_path / "read", legacy=legacy)
-        tokenizer.save_pretrained(tmp_path / "saved")
-        assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == parity_world.VOCABULARY.read_bytes()
-        settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
-        assert (settings["tokenizer_class"], settings["legacy"]) == ("LlamaTokenizer", legacy)
-
-
 @pytest.mark.parametrize("name", parity_world.CHECKPOINTS)
 def test_answers(world, name):
     here, there = parity_facts.answers(world.root, name), GOLDEN["answers"][name]

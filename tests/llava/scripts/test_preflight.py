@@ -35,14 +35,11 @@ def test_good_options_are_accepted(capsys, world, home, stage):
     "stage, name, told",
     [
         ("finetune", "run-1", "llava-run-1"),
-        ("finetune_lora", "run-1", "llava-lora-run-1"),
         ("finetune_lora", "llava-1", "no lora in it"),
-        ("finetune", "run-1/checkpoint-5", "'run-1_checkpoint-5'"),
         ("finetune", "llava-prompts", "'mpt'"),
         ("pretrain", "llava/checkpoint-5", "checkpoint-"),
         ("finetune", "llava-1/checkpoint-5", ""),
         ("pretrain", "projector", ""),
-        ("finetune_lora", "LLaVA-LoRA", ""),
     ],
 )
 def test_names_by_which_llava_loads(capsys, world, home, stage, name, told):
@@ -55,11 +52,8 @@ def test_names_by_which_llava_loads(capsys, world, home, stage, name, told):
     "stage, content, told",
     [
         ("finetune", "{", "is not JSON"),
-        ("finetune", '{"id": 1}\n{"id": 2}\n', "is not JSON"),
         ("finetune", "[]", "expected a list of samples"),
-        ("finetune", [{"id": "a", "image": "red-0.png"}], "sample 0: expected id, image and conversations"),
         ("finetune", [{"id": 7, "conversations": [GPT, HUMAN, HUMAN]}], "the turns are from human, human"),
-        ("finetune", [{"conversations": [{"from": "human"}]}], "sample 0"),
         ("pretrain", [{"conversations": [HUMAN, GPT]}], "pretraining needs an image and two turns"),
         ("finetune", [{"image": "x.png", "conversations": [HUMAN, GPT]}], "1 of 1 images checked are missing"),
     ],
@@ -75,8 +69,6 @@ def test_every_problem_has_its_line(capsys, world, home, tmp_path):
     wrong = {name: tmp_path / name for name in ("model", "data", "image-folder", "projector")}
     lines = refused(capsys, world, tower="openia/clip", **wrong)
     assert [line.split()[1] for line in lines] == ["--model", "--image-folder", "DATA", "--projector", "--tower"]
-    (line,) = refused(capsys, world, model="mosaicml/mpt-7b")
-    assert "'mpt'" in line
 
 
 def test_pretraining_that_llava_cannot_resume(capsys, world, home, tmp_path):
@@ -87,11 +79,8 @@ def test_pretraining_that_llava_cannot_resume(capsys, world, home, tmp_path):
 
 
 def test_towers(capsys, world, home, tmp_path, monkeypatch):
-    assert "no tower is selected; run `llm2clip use" in refused(capsys, world, tower="llm2clip")[0]
     (line,) = refused(capsys, world, tower=f"llm2clip:{world.towers['wide']}")
     assert "expects features of width 32" in line and "hidden_size 48" in line
-    (tmp_path / "no.bin").write_text("no weights")
-    assert "no.bin cannot be used" in refused(capsys, world, projector=tmp_path / "no.bin")[0]
     scales = tmp_path / "scales.bin"
     torch.save({"model.mm_projector.0.weight": torch.zeros(32, 64)}, scales)
     monkeypatch.setenv("LLM2CLIP_S2_SCALES", "28,56")

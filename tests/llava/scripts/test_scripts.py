@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from llava_world import TODAY
+from llava_world import TODAY, losses
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 # From LLaVA 1.5's own scripts: what must not differ but for the batch that each GPU takes.
@@ -96,31 +96,15 @@ def test_slurm(world, tmp_path):
         "--gradient_accumulation_steps 1 ",
     ):
         assert part in done.stdout, done.stdout + done.stderr
-    done = submitted("scripts/slurm/torchrun.sbatch", "scripts/train_tower.py", "--help")
-    assert "torch.distributed.run --nnodes 2 --nproc_per_node 4" in done.stdout
     done = submitted("scripts/slurm/evaluate.sbatch", "--batch-size", "4")
     assert done.stdout.strip() == f"srun {sys.executable} -m llava_integration.evaluate --batch-size 4"
 
 
-def test_missing_parts_are_reported(world, tmp_path):
-    assert "--model (or MODEL=...) is required" in script(world, "llava/pretrain.sh", fails=True)
-    assert "unknown option --modle" in script(world, "llava/finetune.sh", "--modle", "x", fails=True)
-    assert "--projector" in script(world, "llava/finetune.sh", "--help")
-    assert "BATCH_SIZE" in script(world, "llava/eval/gqa.sh", "--help")
-
-
-@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
-def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tmp_path, dry):
-    words = [*given(world, tmp_path, "finetune"), "--output", tmp_path / "run-1", "--tower", "llm2clip:/nowhere", *dry]
+def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tmp_path):
+    words = [*given(world, tmp_path, "finetune"), "--output", tmp_path / "run-1", "--tower", "llm2clip:/nowhere"]
     told = script(world, "llava/finetune.sh", *words, fails=True).splitlines()
     assert len(told) == 2 and all(line.startswith("error: --") for line in told), told
     assert "choose another name, such as llava-run-1" in told[0] and "'/nowhere' is not a directory" in told[1]
-
-
-def test_nothing_starts_with_a_layer_that_the_tower_has_not(world, tmp_path):
-    words = [*given(world, tmp_path, "finetune"), "--", "--mm_vision_select_layer", "40"]
-    (line,) = script(world, "llava/finetune.sh", *words, fails=True).splitlines()
-    assert line.startswith("error: mm_vision_select_layer 40 is out of range: a tower of 3 blocks")
 
 
 @pytest.mark.both_stacks
@@ -157,12 +141,6 @@ def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava
     )
     assert [line for line in lines if any(word in line for word in FOREIGN)] == []
     return losses(tmp_path / name)
-
-
-def losses(folder):
-    """Of each step."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def one_batch(world, tmp_path):
@@ -207,7 +185,6 @@ def test_finetuning_without_a_gpu_keeps_its_model(world, tmp_path, stage, saved)
 
 
 def test_each_evaluation_script_names_a_benchmark(world, tmp_path):
-    """And one script runs any benchmark, also one without a script of its own."""
     from llava_integration.benchmarks.rules import benchmarks
 
     named = set()
@@ -217,9 +194,5 @@ def test_each_evaluation_script_names_a_benchmark(world, tmp_path):
             assert (start, end) == ('exec bash "$(dirname "$0")/benchmark.sh"', '"$@"'), path
             named.add(name)
     assert named == {*benchmarks(), "all"}
-    told = script(world, "llava/eval/benchmark.sh", "pope", "org/llava", GPUS="1", DATA=tmp_path, fails=True)
-    assert "pope" in told and "no folder pope" in told and "gqa" not in told
-    told = script(world, "llava/eval/benchmark.sh", "shapes", "org/llava", GPUS="1", DATA=tmp_path, fails=True)
-    assert "unknown benchmark 'shapes'; known: vqav2" in told
     told = script(world, "llava/eval/all.sh", "org/llava", GPUS="1", DATA=tmp_path, fails=True)
     assert "no folder gqa" in told and "no folder mm-vet" in told

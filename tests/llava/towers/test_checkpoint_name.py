@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from llava_integration import checkpoints, hook
-from llava_integration.checkpoints import option_value
 from llm2clip_plugin import cli
 
 
@@ -41,23 +40,10 @@ def test_the_rule(tmp_path: Path, name: str, files: tuple[str, ...], base: str |
         checkpoints.refuse_name(str(path), base=base)
 
 
-def test_other_models_are_left_to_llava(tmp_path: Path):
-    path = checkpoint(tmp_path / "vicuna", model_type="llama")
-    (path / "config.json").write_text('{"model_type": "llama"}')
-    checkpoints.refuse_name(str(path))
-    checkpoints.refuse_name("someone/some-model")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("llava", "evaluate", "--question-file", "q.jsonl", "--answers-file", "a.jsonl"),
-        ("bench-mllm", "--data", ".", "--output", "out"),
-    ],
-)
-def test_the_commands_tell_it_first(tmp_path: Path, monkeypatch, capsys, words: tuple[str, ...]):
+def test_the_command_tells_it_first(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = checkpoint(tmp_path / "mine")
+    words = ("llava", "evaluate", "--question-file", "q.jsonl", "--answers-file", "a.jsonl")
     assert cli.main([*words, "--model-path", str(path)]) == 2
     assert capsys.readouterr().err.startswith('error: LLaVA loads a folder without "llava" in its name')
     assert [one.name for one in tmp_path.iterdir()] == ["mine"]
@@ -69,11 +55,3 @@ def test_llavas_own_loader_tells_it_for_our_towers(tmp_path: Path):
     with pytest.raises(ValueError, match="rename it"):
         load(str(ours), None, "mine")
     assert load(str(ours), None, model_name="llava-mine") == load(str(other), None, "other") == "loaded"
-
-
-def test_a_training_is_warned(capsys):
-    checkpoints.warn_about(option_value(["train.py", "--output_dir", "runs/mine"], "--output_dir"))
-    assert "runs/mine has no 'llava' in its name" in capsys.readouterr().err
-    for words in (["--output_dir=runs/llava-mine"], ["--output_dir", "mine", "--output-dir", "llava-mine"], []):
-        checkpoints.warn_about(option_value(["train.py", *words], "--output_dir"))
-    assert capsys.readouterr().err == ""
