@@ -114,24 +114,6 @@ def test_captions(shards) -> None:
             assert {c["kind"] for c in others} <= {"short"}, key
 
 
-def test_notices_name_every_style_and_license_texts_exist() -> None:
-    notice = (EMOJI / "NOTICE.md").read_text(encoding="utf-8")
-    for style, licence in (("noto", "Apache-2.0"), ("twemoji", "CC-BY-4.0"), ("fluent", "MIT")):
-        (row,) = [line for line in notice.splitlines() if f"`*-{style}.tar`" in line]
-        assert licence in row
-    for name in ("LICENSE-apache-2.0.txt", "LICENSE-mit-fluent.txt", "LICENSE-unicode-3.0.txt"):
-        assert name in notice and (EMOJI / name).stat().st_size > 500
-    assert not list(EMOJI.glob("*openmoji*")), "share-alike art must not be shipped"
-
-
-def test_an_installed_package_without_the_pictures_says_so(tmp_path, monkeypatch) -> None:
-    from llm2clip_plugin.data.sources import open as sources
-
-    monkeypatch.setattr(sources, "EMOJI", tmp_path)
-    with pytest.raises(FileNotFoundError, match="built-in emoji"):
-        sources.open_source(sources.SourceConfig(path=str(tmp_path / "train-*.tar")))
-
-
 def test_split_is_exact_deterministic_and_refuses_what_cannot_be_filled(builder) -> None:
     sizes = {f"family-{i}": 1 + i % 4 for i in range(60)} | {"series": 30}
     split = builder.split_families(sizes, test=31, validation=17)

@@ -19,7 +19,6 @@ import pytest
 from data_world import LengthEncoder, jpeg, write_tar
 
 from llm2clip_plugin.data import cache as cache_module
-from llm2clip_plugin.data import cache_proof
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.check import CheckConfig, check_data
 from llm2clip_plugin.data.images import ImageConfig
@@ -240,19 +239,3 @@ def test_a_table_keeps_its_index_and_digests(tmp_path: Path, monkeypatch: pytest
         assert [s[n].captions for s in (source, again) for n in (0, 4)] == [source[0].captions, source[4].captions] * 2
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
     assert open_source(SourceConfig(path=str(tmp_path / "t.jsonl")))[4].key == "k0"
-
-
-def test_what_was_compared_is_kept_when_a_later_shard_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And with a pool of processes the first difference is still the one that is named."""
-    folder = write_tiny_tars(tmp_path / "data", 6, samples=2)
-    embed(folder, tmp_path / "cache")
-    write_tiny_tars(tmp_path / "other", 6, samples=2, word="paintin")
-    for name in ("00003.tar", "00005.tar"):
-        (tmp_path / "other" / name).replace(folder / name)
-    for path in (folder / ".llm2clip").glob("captions-*.json"):
-        path.unlink()
-    monkeypatch.setattr(cache_proof, "FEW_SAMPLES", 1)
-    source = open_source(SourceConfig(path=str(folder)))
-    with pytest.raises(ContractError, match=r"00003\.safetensors: sample '000030000'"):
-        EmbeddingCache.open(tmp_path / "cache").check(source)
-    assert list(cache_proof.kept_digests(source)) == ["00000", "00001", "00002"]

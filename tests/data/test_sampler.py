@@ -144,16 +144,6 @@ def test_a_global_batch_of_one_source(world: int) -> None:
     assert order[: len(order) // 4] != sorted(order[: len(order) // 4]) and order != sorted(order)
 
 
-def test_a_run_resumes_with_other_ranks() -> None:
-    mixture = Mixture([(70,)], (1,), 3)
-    undisturbed = mixture.batch_indices(0, 240)
-    two = [mixture.batch_indices(*rank_rows(position, rank, 12)) for position in range(0, 120, 24) for rank in range(2)]
-    three = [
-        mixture.batch_indices(*rank_rows(position, rank, 8)) for position in range(120, 240, 24) for rank in range(3)
-    ]
-    assert [draw for part in two + three for draw in part] == undisturbed
-
-
 def test_sources_are_those_of_the_whole_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted from any side what a stored order would say."""
     monkeypatch.setattr(sampler, "BLOCK", 64)

@@ -1,4 +1,3 @@
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -44,24 +43,6 @@ def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers
         assert not copies[order[3]].exists()  # two windows later: nobody reads it yet
         keys += [batch["keys"][0] for batch in islice(stream, 31)]
         assert sorted(keys) == [f"{number:09d}" for number in range(32)]
-
-
-def test_a_cache_of_less_than_two_windows_is_mentioned_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = {f"/{path.name}": path.read_bytes() for path in write_shards(tmp_path / "data", [4] * 4).glob("*.tar")}
-    size = max(map(len, files.values()))
-    with serving(DroppingServer(files)) as address:
-        config = SourceConfig(
-            path=f"{address}/{{00000..00003}}.tar",
-            cache_folder=str(tmp_path / "cache"),
-            cache_gb=1.5 * size / 1e9,
-            shuffle_window=1,
-        )
-        dataset = PairDataset([open_source(config)], [None], ImageConfig(size=8), seed=0)
-        with caplog.at_level(logging.WARNING):
-            found = list(islice(make_loader(dataset, local_batch=4), 4))
-        assert len({key for batch in found for key in batch["keys"]}) == 16
-    assert len(caplog.records) == 1 and "two windows of shards have" in caplog.text
-    assert "lower shuffle_window" in caplog.text
 
 
 def network_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PairDataset, set[str]]:

@@ -143,19 +143,8 @@ def test_during_training_the_model_comes_back_as_it_was(opened):
 def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, capsys):
     data, cache, tower = world
     out = tmp_path / "scores.json"
-    words = [
-        str(tower),
-        "--data",
-        str(data),
-        "--cache",
-        str(cache),
-        "--group",
-        "colour",
-        "--control",
-        "--json",
-        str(out),
-    ]
-    assert cli(["evaluate", *words]) == 0
+    words = [str(tower), "--data", str(data), "--cache", str(cache), "--group", "colour", "--control"]
+    assert cli(["evaluate", *words, "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "long:en" in printed and "shuffled" in printed and f"wrote {out}" in printed
     scores = ScoreFile.read(out)
@@ -176,10 +165,6 @@ def test_the_command_refuses_another_teachers_cache_and_other_captions(world, tm
     error = capsys.readouterr().err
     assert "pooling 'last' != 'mean'" in error and "--any-teacher" in error
     assert cli(["evaluate", str(tower), "--data", str(data), "--cache", str(other), "--any-teacher"]) == 0
-    assert cli(["evaluate", str(tower), "--data", str(data)]) == 2
-    assert "llm2clip embed" in capsys.readouterr().err
-    assert cli(["evaluate", str(tmp_path / "nowhere"), "--data", str(data)]) == 2
-    assert "nowhere" in capsys.readouterr().err
     changed = write_data(tmp_path / "changed")
     text = changed.read_text(encoding="utf-8").replace("a red square", "a crimson square")
     changed.write_text(text, encoding="utf-8")

@@ -187,16 +187,6 @@ def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, caps
     assert [suite.name for suite in select_suites("paper")] == list(suites())[:-1]  # SugarCrepe is not in the paper
 
 
-def test_a_file_with_another_layout_is_named(tmp_path):
-    images(tmp_path / "docci" / "images", ["x.jpg"])
-    text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": "test", "image_file": "x.jpg"}\n')
-    with pytest.raises(ValueError, match=r"layout of .*docci_descriptions.jsonlines: KeyError\('example_id'\)"):
-        suites()["docci"].open(tmp_path)
-    text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": \n')
-    with pytest.raises(ValueError, match="line 1: not valid JSON"):
-        suites()["docci"].open(tmp_path)
-
-
 def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, capsys):
     root, tower, llm = setting
     words = ["evaluate", str(tower), "--suite", "paper,sugarcrepe", "--data", str(root), "--resamples", "50"]

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from tiny_clip import save_tiny_clip
 from tiny_llm import save_tiny_llm, tiny_tokenizer
 
-from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.clip_text import ClipTextEncoder, clip_folder
 from llm2clip_plugin.text.config import EncoderConfig
 
@@ -86,9 +85,4 @@ def test_what_is_no_clip_and_what_does_not_apply(tmp_path: Path):
     config["model_cfg"]["text_cfg"]["pool_type"] = "last"
     (tmp_path / "open/open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="pool_type 'last'"):
-        encoder(tmp_path / "open")
-    config["model_cfg"]["text_cfg"]["pool_type"] = "argmax"
-    (tmp_path / "open/open_clip_config.json").write_text(json.dumps(config))
-    save_file({"token_embedding.weight": torch.zeros(9, 8)}, tmp_path / "open/open_clip_model.safetensors")
-    with pytest.raises(ContractError, match="missing"):
         encoder(tmp_path / "open")

@@ -143,13 +143,6 @@ def test_verify_finds_what_is_wrong(teacher: CaptionEncoder, llama: Path, tmp_pa
     assert main([*command, "--verify"]) == 2 and "00001.safetensors" in capsys.readouterr().err
 
 
-def test_data_at_a_url_needs_a_cache(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["embed", str(tmp_path / "nowhere"), "--llm", str(llama)]) == 2
-    capsys.readouterr()
-    assert main(["embed", "https://host/data.tar", "--llm", "nobody/nowhere"]) == 2
-    assert "--cache" in capsys.readouterr().err
-
-
 def words(data: Path, llm: Path, cache: Path) -> list[str]:
     return [str(data), "--llm", str(llm), "--cache", str(cache), "--compute-dtype", "float32"]
 

@@ -118,16 +118,3 @@ def test_centering_and_whitening_are_stored_with_the_card(llama: Path, tmp_path:
     (tmp_path / "out" / "llm2clip_post.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"llm2clip_post\.safetensors"):
         CaptionEncoder(EncoderConfig(**where), "cpu")
-
-
-def test_wrong_settings_name_the_option(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["export-llm", "--llm", str(llama), "--output", str(tmp_path / "out"), "--post", "whiten"]
-    few = str(write_captions(tmp_path / "few.jsonl", 8))
-    for more, said in (
-        ([], "post_data"),
-        (["--post-data", few], "whiten needs at least 64"),
-        (["--post-data", few, "--format", "adapter"], "--adapter"),
-        (["--post-data", few, "--load-in-4bit"], "--load-in-4bit"),
-    ):
-        assert main([*command, *more]) == 2
-        assert said in capsys.readouterr().err

@@ -4,13 +4,11 @@ import pytest
 
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
-    BrokenSample,
     Caption,
     caption_hash,
     hash_hex,
     parse_fields,
     read_captions,
-    select_captions,
 )
 
 
@@ -68,19 +66,3 @@ def test_caption_hash_is_the_start_of_sha256_as_a_signed_number() -> None:
     for text in ("a", "b", "c", "ß", ""):
         assert -(1 << 63) <= caption_hash(text) < 1 << 63
         assert hash_hex(caption_hash(text)) == hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def test_captions_are_selected_by_kind_and_language() -> None:
-    captions = (Caption("a"), Caption("b", "long"), Caption("c", "long", "de"))
-    assert select_captions(captions) == captions
-    assert select_captions(captions, kinds=("long",)) == captions[1:]
-    assert select_captions(captions, languages=("de", "fr")) == captions[2:]
-    assert select_captions(captions, ("short",), ("de",)) == ()
-
-
-def test_a_broken_sample_crosses_processes() -> None:
-    import pickle
-
-    error = pickle.loads(pickle.dumps(BrokenSample("00001", "k", "no image")))
-    assert (error.shard, error.key, error.reason) == ("00001", "k", "no image")
-    assert str(error) == "sample 'k' of shard '00001': no image"
