@@ -1,8 +1,6 @@
 """Hundreds of shards: what a process keeps open is bounded, and a later start reads no captions."""
 
-import io
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -10,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -155,44 +153,6 @@ def test_damaged_digests_are_computed_again(tmp_path: Path, damage: str) -> None
     digests.write_text({"cut": cut, "flipped": flipped, "foreign": "[1]", "empty": ""}[damage])
     EmbeddingCache.open(tmp_path / "cache").check(source)
     assert digests.read_text() == whole
-
-
-def start(folder: str) -> tuple[int, int, str]:
-    """A start, in its own process: how many tars it indexed, how many captions it read, and what it said."""
-    counts = {"scans": 0, "captions": 0}
-    index, get = tars.index_tar, Source.__getitem__
-
-    def counted_index(path: Any) -> Any:
-        counts["scans"] += 1
-        time.sleep(0.05)
-        return index(path)
-
-    def counted_get(source: Source, number: int) -> Any:
-        counts["captions"] += 1
-        return get(source, number)
-
-    tars.index_tar, tars.FEW, Source.__getitem__ = counted_index, 1000, counted_get
-    said, ready = io.StringIO(), Path(folder) / "ready"
-    (ready / str(os.getpid())).touch()
-    deadline = time.monotonic() + 120
-    while len(list(ready.iterdir())) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    with redirect_stderr(said):
-        source = open_source(SourceConfig(path=folder, fields=("caption=short",)))
-        EmbeddingCache.open(Path(folder) / "cache").check(source)
-    return counts["scans"], counts["captions"], said.getvalue()
-
-
-def test_processes_that_start_at_once_share_the_work(tmp_path: Path) -> None:
-    folder = write_tiny_tars(tmp_path, 40, samples=5)
-    embed(folder, folder / "cache")
-    for path in (folder / ".llm2clip").iterdir():
-        path.unlink()
-    (folder / "ready").mkdir()
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        scans, captions, said = zip(*pool.map(start, [str(folder)] * 3, chunksize=1), strict=True)
-    assert sum(scans) == 40 and sum(captions) == 200
-    assert "waiting for another process to index" in "".join(said)
 
 
 def test_the_processes_of_a_killed_reader_end(tmp_path: Path) -> None:

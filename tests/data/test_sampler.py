@@ -92,23 +92,6 @@ def test_a_shuffle_window_limits_the_shards_in_use() -> None:
     assert shards[:40].tolist() != sorted(shards[:40].tolist())
 
 
-@pytest.mark.parametrize("batch", [0, 4])
-def test_the_windows_of_a_run_are_those_that_it_reads(batch: int) -> None:
-    sizes = [(5,) * 7, (3,) * 4]
-    mixture = Mixture(sizes, (1, 1.5), 5, (2, 0), batch=batch)
-    follows = {}
-    for position, draw in enumerate(mixture.batch_indices(0, 4 * mixture.epoch_length)):
-        if draw.source == 0:
-            window = mixture.window(0, position)
-            assert window[0] == draw.epoch and draw.index // 5 in mixture.window_shards(0, *window)
-            follows.setdefault(window, None)
-    assert list(follows) == [(number, window) for number in range(4) for window in range(4)]
-    for number in range(3):
-        assert mixture.window_shards(0, number, 4) == mixture.window_shards(0, number + 1, 0)
-    assert len(mixture.window_shards(0, 0, 3)) == 1  # 7 shards in twos
-    assert mixture.window(1, 0) == (0, 0) and len(mixture.window_shards(1, 0, 0)) == 4
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
 def test_ranks_cut_one_global_batch(world: int) -> None:
     mixture = Mixture([(70,), (35,)], (1, 1), 3)

@@ -16,7 +16,6 @@ from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.suites.base import hard_negative_scores
-from llm2clip_plugin.evaluate.suites.sharegpt4v_1k import first_items
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 
@@ -156,19 +155,6 @@ def test_every_spelling_of_flickr_cn_is_read(lines, tmp_path):
     text(tmp_path / "flickr30k-cn" / "flickr30k_cna_test.txt", lines)
     (row,) = suites()["flickr30k-cn"].open(tmp_path).rows
     assert row.key == "7" and [caption.text for caption in row.captions] == ["一只狗", "狗"]
-
-
-def test_a_huge_array_is_read_no_further_than_needed(tmp_path):
-    path = tmp_path / "big.json"
-    items = [{"number": number, "text": "]}," * number} for number in range(50)]
-    path.write_text(" [\n" + " ,\n".join(json.dumps(item) for item in items[:40]) + ", {cut short", encoding="utf-8")
-    assert first_items(path, 40, block=7) == items[:40]
-    whole = tmp_path / "whole.json"
-    whole.write_text(json.dumps(items), encoding="utf-8")
-    assert first_items(whole, 1000) == items
-    path.write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="not a JSON array"):
-        first_items(path, 3)
 
 
 def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, capsys):

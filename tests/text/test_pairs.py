@@ -211,5 +211,3 @@ def test_wrong_files_and_settings(tmp_path: Path) -> None:
     bad.write_text('{"query": "a", "positive": "b", "negative": "c"}\n{"query": "a", "positive": "b"}\n')
     with pytest.raises(ValueError, match="line 2: no 'negative'"):
         open_pairs(config)
-    with pytest.raises(ValueError, match=r"global_batch 8 .*caps\.jsonl"):
-        batches(PairsConfig(data=(str(write_captions(tmp_path, 4)),)))

@@ -13,7 +13,7 @@ import torch
 
 from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity
 from llm2clip_plugin.data import cache as reader
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, cache_digest
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache
 from llm2clip_plugin.data.cache_shard import caption_rows, rows_digest
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources.base import SourceConfig
@@ -134,25 +134,6 @@ def test_changed_captions_keys_and_counts_are_refused_with_both_values(source, t
         cache.check(unknown)
 
 
-@pytest.mark.parametrize(
-    "damage", [0.0, 0.01, 0.5, 0.999, "data_offsets", "dtype", "F16", "row_starts", "__metadata__", "sha256"]
-)
-def test_a_damaged_shard_is_refused_and_embedded_again(source, tmp_path: Path, damage: float | str) -> None:
-    """Cut after a part of its bytes, or with a damaged header."""
-    fill(tmp_path / "cache", source)
-    file = tmp_path / "cache" / "pairs.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(
-        whole.replace(damage.encode(), b"x" * len(damage), 1)
-        if isinstance(damage, str)
-        else whole[: int(damage * len(whole))]
-    )
-    with pytest.raises(ContractError, match=r"pairs\.safetensors"):
-        EmbeddingCache.open(tmp_path / "cache")
-    keys, captions = captions_of(source)
-    assert not CacheWriter(tmp_path / "cache", TEACHER).is_complete("pairs", rows_digest(keys, caption_rows(captions)))
-
-
 def test_files_of_a_large_cache_are_compared_by_size_and_when_they_are_read(
     source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +158,6 @@ def set_entry(name: str, value: object):
 
 
 EDITED = {
-    "not complete": set_field("complete", "no"),
     "another fingerprint": set_field("fingerprint", "0" * 64),
     "file outside the cache": set_entry("file", "../pairs.safetensors"),
     "samples": set_entry("samples", 5),
@@ -194,15 +174,6 @@ def test_an_edited_manifest_is_refused(source, tmp_path: Path, edit) -> None:
     path.write_text(json.dumps(edit(json.loads(path.read_text()))))
     with pytest.raises(ContractError, match=str(tmp_path / "cache")):
         EmbeddingCache.open(tmp_path / "cache")
-
-
-def test_a_manifest_of_an_older_version_is_read(source, tmp_path: Path) -> None:
-    fill(tmp_path / "cache", source)
-    path = tmp_path / "cache" / CacheManifest.FILE
-    body, before = json.loads(path.read_text()), cache_digest(EmbeddingCache.open(tmp_path / "cache"))
-    del body["shards"]["pairs"]["bytes"]
-    path.write_text(json.dumps(body))
-    assert cache_digest(EmbeddingCache.open(tmp_path / "cache")) == before
 
 
 def test_writer_refuses_bad_rows(tmp_path: Path) -> None:

@@ -64,24 +64,6 @@ def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], wo
     assert report["images"]["width"] == {"min": 20, "median": 64, "max": 64}
 
 
-def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: number for number, word in enumerate(["<unk>", "<s>", "picture", "number", "1"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "tokenizer")
-    write_tar(tmp_path / "data" / "x.tar", img2dataset_members(0, 5))
-    _, report = checked(
-        capsys, str(tmp_path / "data"), "--fields", "txt=short", "--tokenizer", str(tmp_path / "tokenizer")
-    )
-    assert report["caption_lengths"]["unit"] == "tokens" and report["caption_lengths"]["max"] == 4  # <s>, three words
-    assert main(["data", "check", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "none")]) == 2
-    assert str(tmp_path / "none") in capsys.readouterr().err
-
-
 def test_what_makes_training_worse_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def sample(name: str, image: bytes, **fields: str) -> list[tuple[str, bytes]]:
         return [(f"{name}.png", image), (f"{name}.json", json.dumps(fields).encode())]

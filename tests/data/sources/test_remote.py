@@ -11,14 +11,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from data_world import DroppingServer, img2dataset_members, jpeg, serving, write_shards, write_tar
+from data_world import DroppingServer, jpeg, serving, write_shards
 
 from llm2clip_plugin.data import remote
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.remote import Downloads, RetryingFile, read_file, take_retries
-from llm2clip_plugin.data.sources import tars
+from llm2clip_plugin.data.remote import Downloads, take_retries
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 
@@ -38,18 +37,6 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name.split("-", 1)[1] for path in folder.iterdir() if not path.name.endswith(".lock"))
-
-
-def test_a_dropped_download_resumes_by_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "RANGE", 100_000)
-    server = DroppingServer({"/a.tar": BODY}, drop_after=50_000, drops=3)
-    with serving(server) as address:
-        path = Downloads(tmp_path).fetch(f"{address}/a.tar")
-        assert path.read_bytes() == BODY and names(tmp_path) == ["a.tar"]
-        starts = [int(asked.removeprefix("bytes=").split("-")[0]) for _, asked in server.requests]
-        assert starts == sorted(starts) and starts[-1] > 0  # never back to the beginning
-        before = len(server.requests)
-        assert Downloads(tmp_path).fetch(f"{address}/a.tar") == path and len(server.requests) == before
 
 
 def fetch_slowly(arguments: tuple[Path, str]) -> None:
@@ -252,24 +239,6 @@ def source_of(folder: Path) -> Source:
     return open_source(SourceConfig(path=str(folder)))
 
 
-def test_a_sample_is_one_read_unless_its_parts_are_distant(tmp_path: Path, disk: Disk) -> None:
-    a, b, c = img2dataset_members(0, 1)
-    near = source_of(write_shards(tmp_path / "near", [1]))
-    assert near.with_image(0).read_image() == jpeg(0) and len(disk.reads) == 1
-    disk.reads.clear()
-    assert near[0].captions and len(disk.reads) == 1 and disk.reads[0][1] < len(jpeg(0))  # without the image
-    disk.reads.clear()
-    source = source_of(write_tar(tmp_path / "x" / "x.tar", [a, ("000000000.npy", bytes(1_000_000)), b, c]).parent)
-    sample = source.with_image(0)
-    assert sample.read_image() == jpeg(0) and sample.captions
-    assert len(disk.reads) == 2 and sum(size for _, size, _ in disk.reads) < 20_000
-    gap = tars.GAP
-    assert tars.join_parts([(900, 10), (0, 100), (910 + gap, 5), (916 + 2 * gap, 5)]) == [
-        [(0, 100), (900, 10), (910 + gap, 5)],
-        [(916 + 2 * gap, 5)],
-    ]
-
-
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
 def test_a_read_that_fails_for_a_while_is_repeated_with_the_file_opened_again(
     number: int, tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
@@ -299,10 +268,6 @@ def test_it_ends_in_an_error_that_names_the_file(tmp_path: Path, disk: Disk) -> 
     with pytest.raises(PermissionError):
         source.with_image(0)
     assert take_retries() == 7
-    for open_file in (read_file, RetryingFile):
-        with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
-            open_file(tmp_path / "none.jpg")
-    assert take_retries() == 0
 
 
 def test_loader_processes_report_their_retries(tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
@@ -314,30 +279,3 @@ def test_loader_processes_report_their_retries(tmp_path: Path, disk: Disk, caplo
     assert loader.retries == 6 and [batch["retries"] for batch in batches][-1] == 6
     del batches, loader
     assert "retried 6 reads" in caplog.text
-
-
-MOUNTS = """\
-overlay / overlay rw 0 0
-/dev/sda1 /data ext4 rw 0 0
-server:/export /data/cc3m nfs4 rw,vers=4.2 0 0
-10.0.0.1@tcp:/lus /lustre lustre rw 0 0
-mount-s3 /mnt/my\\040bucket fuse.mount-s3 rw 0 0
-/dev/sdb1 /mnt/stick fuseblk rw 0 0
-/dev/sdc1 /twice nfs rw 0 0
-/dev/sdc1 /twice xfs rw 0 0
-"""
-
-
-def test_data_on_the_network_is_read_in_windows(tmp_path: Path) -> None:
-    mounts = tmp_path / "mounts"
-    mounts.write_text(MOUNTS)
-    on_network = ("/data/cc3m/{00000..00331}.tar", "/lustre/a/b", "/mnt/my bucket/x", "https://host/{00..99}.tar")
-    local = ("/data/other/00000.tar", "/data/cc3m-copy", "/mnt/stick", "/twice", "/elsewhere")
-    for path in on_network + local:
-        assert remote.is_network(path, str(mounts)) == (path in on_network), path
-    window = remote.NETWORK_WINDOW
-    assert remote.shuffle_window(-1, ["/data/a", "/lustre/b"], str(mounts)) == window
-    assert remote.shuffle_window(-1, ["/data/a"], str(mounts)) == 0
-    assert remote.shuffle_window(5, ["/lustre/b"], str(mounts)) == 5
-    with pytest.raises(ValueError, match="shuffle_window is -2"):
-        SourceConfig(path="x", shuffle_window=-2)
