@@ -85,24 +85,6 @@ def test_preprocessors_that_are_not_understood_are_refused(values: dict, says: s
         ImageConfig.from_preprocessor(values)
 
 
-def centre(image: Image.Image, size: int) -> np.ndarray:
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
-
-
-@pytest.mark.parametrize("size", [(512, 512), (1025, 769), (3000, 2000)])
-def test_decoding_small_keeps_the_picture(size: tuple[int, int]) -> None:
-    """Against decoding in full and resizing once: within 4 of 255 on average on a picture that is half noise, the error
-    of a JPEG of good quality and of half a pixel's rounding (1025 / 2)."""
-    data = jpeg(3, size)
-    config = ImageConfig(size=224)
-    whole = AugmentConfig(scale=(1.0, 1.0), ratio=(size[0] / size[1],) * 2)
-    pixels = TrainTransform(config, whole).pixels(data, random.Random(0)).astype(np.float64)
-    expected = centre(Image.open(io.BytesIO(data)), 224)
-    assert np.abs(pixels - expected).mean() < 4
-    smooth = np.abs(pixels - expected)[20:60, 20:60].mean()
-    assert smooth < 2
-
-
 def test_the_crop_is_cut_where_it_says() -> None:
     """Four coloured quarters: a crop decoded at 1/2 shows the same borders as one decoded in full."""
     pixels = np.zeros((600, 800, 3), np.uint8)

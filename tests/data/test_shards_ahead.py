@@ -1,4 +1,3 @@
-import os
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -10,7 +9,6 @@ from data_world import DroppingServer, serving, write_shards
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sources import tars as webdataset
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 
@@ -43,35 +41,3 @@ def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers
         assert not copies[order[3]].exists()  # two windows later: nobody reads it yet
         keys += [batch["keys"][0] for batch in islice(stream, 31)]
         assert sorted(keys) == [f"{number:09d}" for number in range(32)]
-
-
-def network_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PairDataset, set[str]]:
-    """Four shards on a network file system in windows of one, and the names of the tars that were read at once."""
-    source = open_source(SourceConfig(path=str(write_shards(folder, [8] * 4)), shuffle_window=1))
-    monkeypatch.setattr(webdataset, "is_network", lambda path: True)
-    read, pread = set(), os.pread
-
-    def noted(descriptor: int, size: int, offset: int) -> bytes:
-        if size == webdataset.PIECE:
-            read.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).stem)
-        return pread(descriptor, size, offset)
-
-    monkeypatch.setattr(os, "pread", noted)
-    return PairDataset([source], [None], ImageConfig(size=8), seed=0), read
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_next_window_of_a_network_disk_is_read_by_a_machine_that_needs_all_of_it(
-    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset, read = network_set(tmp_path, monkeypatch)
-    order = [dataset.sources[0].shards[dataset.mixture().window_shards(0, 0, number)[0]].name for number in range(4)]
-    stream = iter(make_loader(dataset, local_batch=4, whole_shards=whole))
-    next(stream)
-    if whole:
-        wait_for(lambda: read == {order[1]})
-    list(islice(stream, 7))
-    if whole:
-        wait_for(lambda: read >= set(order[1:]))
-    else:
-        assert not read

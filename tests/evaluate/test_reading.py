@@ -16,7 +16,6 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
 from llm2clip_plugin.evaluate.captions import READINGS, measure_captions, search
 from llm2clip_plugin.evaluate.config import CaptionSetConfig, EvaluateCaptionsConfig, ReadingConfig
-from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, first_captions, remove_components
 
@@ -129,13 +128,3 @@ def test_a_fine_tuned_llm_is_read_as_its_card_says(folder: Path, tmp_path: Path)
     _, adapter = write_moved(folder / "llm", tmp_path / "adapter", pooling="last", layer=1)
     found = search(config(folder, adapter=str(adapter)))
     assert len(found) == 3 and {(one.pooling, one.layer) for one in found} == {("last", 1)}
-
-
-def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
-    llm, data = ["--llm", str(folder / "llm")], str(folder / "validation.jsonl")
-    assert main(["evaluate", "captions", data, *llm, "--search"]) == 2
-    assert "--fit-on" in capsys.readouterr().err
-    (post,) = remove_components(torch.randn(20, 8), (1,))
-    post.save(tmp_path)
-    with pytest.raises(ContractError, match="width 8"):
-        CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), post_file=str(tmp_path / POST_FILE)), "cpu")

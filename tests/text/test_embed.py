@@ -83,20 +83,6 @@ def test_second_run_embeds_only_incomplete_shards(teacher: CaptionEncoder, tmp_p
     assert {path.name: path.read_bytes() for path in files} == before
 
 
-def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    write_tars(folder, 2, 4)
-    embed_source(open_source(SourceConfig(path=str(folder))), teacher, tmp_path / "cache", quiet=True)
-    write_tars(tmp_path / "other", 1, 5)
-    (tmp_path / "other" / "00000.tar").replace(folder / "00001.tar")
-    changed = open_source(SourceConfig(path=str(folder)))
-    with pytest.raises(ContractError, match="5 samples"):
-        EmbeddingCache.open(tmp_path / "cache").check(changed)
-    _, summary = embed_source(changed, teacher, tmp_path / "cache", quiet=True)
-    assert (summary.shards, summary.skipped) == (1, 1)
-    EmbeddingCache.open(tmp_path / "cache").check(changed)
-
-
 def test_command_embeds_reports_and_verifies(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -67,25 +67,6 @@ def test_sentence_transformers_gives_the_same(llama: Path, tmp_path: Path, setti
     assert torch.allclose(queries, ours.encode(TEXTS, query=True), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"chat_template": "user"}, "a chat template"),
-        ({"layer": 1}, "layer 1"),
-        ({"include_bos": False}, "leaving BOS out without a prompt"),
-        ({"query_prompt": "Query:\n"}, "pooling BOS but not the prompt"),
-        ({"prompt": "A: ", "query_prompt": "B: ", "include_bos": False}, "a prompt that ends in a space"),
-    ],
-)
-def test_what_sentence_transformers_cannot_carry(llama: Path, tmp_path: Path, settings: dict, said: str) -> None:
-    config = ExportConfig(
-        output=str(tmp_path / "st"), layout="sentence-transformers", encoder=EncoderConfig(llm=str(llama), **settings)
-    )
-    with pytest.raises(ValueError, match=said):
-        export_llm(config)
-    assert not (tmp_path / "st").exists()
-
-
 def write_captions(path: Path, count: int) -> Path:
     words = "a red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
     texts = [" ".join(words[i % 11 : i % 11 + 1 + i % 5]) + f" {i}" for i in range(count)]

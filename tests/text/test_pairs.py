@@ -186,22 +186,6 @@ def test_text_pairs_with_hard_negatives_and_plain_texts(tmp_path: Path) -> None:
     assert all(pair.query == pair.positive for pair in pairs) and len({pair.query for pair in pairs}) == 8
 
 
-@pytest.mark.parametrize(
-    ("captions", "found"),
-    [
-        ([["only one"]] * 4, r"short \(4\)"),
-        ([[" ", ""]] * 4, "none"),
-        ([[{"text": "same", "kind": "short"}, {"text": "same", "kind": "long"}]] * 4, "short:long"),
-    ],
-)
-def test_data_without_pairs_is_refused_before_training(tmp_path: Path, captions: list, found: str) -> None:
-    rows = [{"id": str(i), "image": "x.png", "captions": texts} for i, texts in enumerate(captions)]
-    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = PairsConfig(data=(str(tmp_path / "c.jsonl"),))
-    with pytest.raises(ValueError, match=found):
-        survey(open_pairs(config)[0])
-
-
 def test_wrong_files_and_settings(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "a", "positive": "b"}\n{"query": "a", "answer": "b"}\n')

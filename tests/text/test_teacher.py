@@ -19,7 +19,6 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.family import DualConfig
@@ -107,19 +106,6 @@ def test_a_teacher_that_is_not_at_hand(world, tmp_path):
     other = write_moved(world / "llm", tmp_path / "other")[1]
     with pytest.raises(ContractError, match="prompt is 'Describe: '"):
         load_dual_encoder(world / "tower", adapter=str(other)).encode_text("a bird")
-
-
-def test_a_card_without_a_teacher_needs_one_with_its_settings(world, tmp_path):
-    tower = tmp_path / "tower"
-    shutil.copytree(world / "tower", tower)
-    dataclasses.replace(TowerCard.read(tower / TowerCard.FILE), teacher={}).write(tower / TowerCard.FILE)
-    with pytest.raises(ValueError, match="names no teacher"):
-        load_dual_encoder(tower).encode_text("a bird")
-    settings = EncoderConfig(llm=str(world / "llm"), adapter=str(world / "adapter"), compute_dtype="float32")
-    with torch.no_grad():
-        found = load_dual_encoder(tower, teacher=settings).encode_text("a bird")
-        expected = load_dual_encoder(world / "tower").encode_text("a bird")
-    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.999  # bfloat16, if it is faster here
 
 
 def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, capsys):

@@ -268,14 +268,3 @@ def test_it_ends_in_an_error_that_names_the_file(tmp_path: Path, disk: Disk) -> 
     with pytest.raises(PermissionError):
         source.with_image(0)
     assert take_retries() == 7
-
-
-def test_loader_processes_report_their_retries(tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
-    """Each of two forked processes meets three failures."""
-    source = source_of(write_shards(tmp_path, [8]))
-    disk.failures = [errno.ESTALE] * 3
-    loader = make_loader(PairDataset([source], [None], ImageConfig(size=8), seed=0), local_batch=4, workers=2)
-    batches = list(islice(iter(loader), 4))
-    assert loader.retries == 6 and [batch["retries"] for batch in batches][-1] == 6
-    del batches, loader
-    assert "retried 6 reads" in caplog.text

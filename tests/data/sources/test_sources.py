@@ -146,19 +146,3 @@ def test_llavas_pretraining_json(tmp_path: Path) -> None:
     assert source[0].key == "004539375" and source[0].captions == (Caption("select luxury furniture"),)
     with pytest.raises(BrokenSample, match="invalid conversations"):
         source[1]
-
-
-def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text("a,b")
-    (tmp_path / "x.jsonl").write_text("{}\n")
-    (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
-    (tmp_path / "empty").mkdir()
-    for path, options, error, says in (
-        ("none", {}, FileNotFoundError, "no data at"),
-        ("empty", {}, FileNotFoundError, r"no \.tar files in"),
-        ("x.csv", {}, ValueError, r"x\.csv; .*llm2clip data make .*x\.csv"),
-        ("x.jsonl", {"images": "nowhere"}, FileNotFoundError, "nowhere .*--image-folder"),
-        ("lines.json", {}, ValueError, "one object per line"),
-    ):
-        with pytest.raises(error, match=says):
-            open_source(config(tmp_path / path, **options))
