@@ -26,7 +26,6 @@ def hf_processors() -> dict[str, type]:
 
 PROCESSORS = {
     "clip 224": ("clip", {}),
-    "clip 336": ("clip", {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}),
     "siglip 384": ("siglip", {"size": {"height": 384, "width": 384}}),
     "dinov2 256 -> 224": (
         "bit",

@@ -207,13 +207,3 @@ def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset)
         torch.cat([batch["pixels"] for rank in ranks for batch in rank]),
         torch.cat([batch["pixels"] for batch in found]),
     )
-
-
-def test_evaluation_leaves_out_what_is_broken_and_says_so(tmp_path: Path) -> None:
-    pairs = eval_pairs(broken_source(tmp_path, 3), None, IMAGES, batch=2, kinds=("short",))
-    found = list(pairs)
-    assert [key for batch in found for key in batch["keys"]] == [f"{i:09d}" for i in range(3)]
-    assert [caption.kind for batch in found for caption in batch["captions"]] == ["short"] * 3
-    assert [error.key for error in pairs.broken] == ["cut", "noimage", "mute"]
-    few = list(eval_pairs(broken_source(tmp_path, 3), None, IMAGES, batch=2, indices=[2, 0]))
-    assert few[0]["image_ids"].tolist() == [2, 0]

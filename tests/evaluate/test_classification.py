@@ -97,15 +97,6 @@ def test_names_by_class_or_in_order_or_as_json(tmp_path):
         read_class_names(str(tmp_path / "lacking.txt"), str(tmp_path), classes)
 
 
-def test_broken_images_are_left_out_and_named(tmp_path):
-    write_folders(tmp_path / "folders")
-    (tmp_path / "folders" / "the_red" / "0.png").write_bytes(b"nothing")
-    images = open_labeled_images(str(tmp_path / "folders"))
-    found = image_features(lambda pixels: pixels.mean((2, 3)), images, IMAGES, CPU)
-    assert len(found.keys) == 11 and [error.key for error in found.broken] == ["the_red/0.png"]
-    assert found.label_N.tolist().count(2) == 2
-
-
 class PromptCache:
     """A cache that makes a prompt's embedding up from its words."""
 

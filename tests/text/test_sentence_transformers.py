@@ -48,12 +48,6 @@ def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_pat
     assert torch.allclose(found.encode(["a red bicycle"])[0], hidden[0, -kept:].mean(dim=0), atol=1e-5)
 
 
-def test_preset_of_released_llms(llama: Path) -> None:
-    config = CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2clip-llama3"), "cpu").config
-    assert config.chat_template == "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
-    assert not config.include_bos and config.preset == ""
-
-
 def test_adapter_trained_with_the_language_head(llama: Path, tmp_path: Path) -> None:
     """LLM2Vec's adapters and most of the Hub's name the blocks one level deeper; there is no card."""
     trained, folder = write_moved(llama, tmp_path / "adapter")
