@@ -1,7 +1,5 @@
 """Small data sets for the tests of this folder: photo-like images, tars with any members, a server that drops."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

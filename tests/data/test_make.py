@@ -1,7 +1,5 @@
 """llm2clip data make: tars that all commands read, from folders and tables; what is left out is named."""
 
-from __future__ import annotations
-
 import csv
 import json
 import tarfile

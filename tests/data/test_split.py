@@ -1,7 +1,5 @@
 """llm2clip data split: the same sides in any order of shards, groups on one side, nothing lost, whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tarfile

@@ -1,7 +1,5 @@
 """Caption retrieval accuracy over a data set: which captions are compared, and against a loop by hand."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The search for how an LLM is best read: what it finds is what ``embed`` then gives, from end to end."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shlex

@@ -1,7 +1,5 @@
 """An LLM that is called bidirectional is: in every block, with padding and without."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

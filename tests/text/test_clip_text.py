@@ -1,7 +1,5 @@
 """A CLIP's own text tower as the encoder of a cache, against its own library: Hugging Face's and OpenCLIP's."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``llm2clip embed``: whole caches, shared by ranks, resumed, verified, and its report."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A caption's embedding is its own: not its batch's, not its padding's, not the order's."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Merged weights and sentence-transformers directories give the adapter's embeddings."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

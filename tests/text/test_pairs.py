@@ -1,7 +1,5 @@
 """What is drawn as a pair, in what order, and what is refused before training."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

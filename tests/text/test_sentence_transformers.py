@@ -1,7 +1,5 @@
 """Teachers made elsewhere: LLM2Vec checkpoints and adapters, LLM2CLIP's released LLMs, sentence-transformers models."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

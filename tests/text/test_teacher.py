@@ -1,7 +1,5 @@
 """Texts in Python: load_dual_encoder(...).encode_text(["a bird"]) with the teacher that the tower's card names."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

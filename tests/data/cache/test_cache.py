@@ -1,7 +1,5 @@
 """The embedding cache keeps what was put in, and refuses everything that is not what the reader expects."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
