@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from evaluate_world import write_llm
 
-from llm2clip_plugin.cli import main
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.captions import find_pairs, measure_captions
 from llm2clip_plugin.evaluate.config import CaptionSetConfig
@@ -69,13 +68,3 @@ def test_pairs_are_of_two_different_texts() -> None:
     same, two = (Caption("x"), Caption("x", "long")), (Caption("y"), Caption("y", "long"), Caption("z", "long"))
     found = find_pairs([("a", same), ("b", two)], ("short", "en"), ("long", "en"))
     assert found == [("b", "y", "z")]
-
-
-def test_command_prints_a_table_and_writes_scores(llama: Path, captions: Path, tmp_path: Path, capsys) -> None:
-    command = ["evaluate", "captions", str(captions), "--llm", str(llama)]
-    assert main([*command, "--json", str(tmp_path / "scores.json")]) == 0
-    printed = capsys.readouterr().out
-    assert "short->long" in printed and "de->en" in printed and "chance" in printed
-    body = json.loads((tmp_path / "scores.json").read_text())
-    hits = [item["score"] for item in body["items"] if item["id"].startswith("short->long/")]
-    assert sum(hits) / 6 == pytest.approx(body["metrics"]["short->long/cra"])

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from evaluate_world import write_llm
-from text_helpers import write_moved
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
@@ -120,9 +119,3 @@ def write_post(folder: Path, where: Path) -> Path:
     (post,) = remove_components(encoder.encode(NAMES + [f"a {name}" for name in NAMES]), (1,))
     post.save(where)
     return where / POST_FILE
-
-
-def test_a_fine_tuned_llm_is_read_as_its_card_says(folder: Path, tmp_path: Path) -> None:
-    _, adapter = write_moved(folder / "llm", tmp_path / "adapter", pooling="last", layer=1)
-    found = search(config(folder, adapter=str(adapter)))
-    assert len(found) == 3 and {(one.pooling, one.layer) for one in found} == {("last", 1)}

@@ -12,7 +12,7 @@ from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.images import EvalTransform, ImageConfig
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.evaluate.commands import intervals
@@ -68,14 +68,10 @@ def test_all_and_parts_equal_recall_on_the_same_embeddings(opened):
     alone = recall(pairs.image_ND, pairs.text_MD[part], pairs.owner_M[part])
     assert {key.removeprefix("long:en/"): value for key, value in metrics.items() if key.startswith("long:en")} == alone
     with torch.no_grad():
-        expected = dual.encode_image(torch.stack([_pixels(source[index].read_image()) for index in range(12)]))
+        expected = dual.encode_image(
+            torch.stack([EvalTransform(IMAGES)(source[index].read_image()) for index in range(12)])
+        )
     assert torch.allclose(pairs.image_ND, expected, atol=1e-6)
-
-
-def _pixels(data):
-    from llm2clip_plugin.data.images import EvalTransform
-
-    return EvalTransform(IMAGES)(data)
 
 
 def test_concepts_are_right_as_a_group_and_count_once_in_the_pool(opened):

@@ -19,10 +19,7 @@ TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house
 
 
 def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_path: Path) -> None:
-    """Their reading, step by step: user turn, bidirectional, mean over the caption's tokens and the end of the turn.
-
-    Their files name a class of their own with remote code, and the tensors lack the ``model.`` prefix.
-    """
+    """User turn, bidirectional, mean over the caption's tokens and the end of the turn; no remote code is run."""
     folder = make_llm(tmp_path / "released", "llama")
     tensors = load_file(folder / "model.safetensors")
     bare = {name.removeprefix("model."): t.clone() for name, t in tensors.items() if name != "lm_head.weight"}
