@@ -19,11 +19,6 @@ GERMAN = ["Katze", "Hund", "Boot", "Baum", "Haus", "See"]
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llm(tmp_path_factory.mktemp("llm"))
-
-
-@pytest.fixture(scope="module")
 def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for i, (name, german) in enumerate(zip(NAMES * 2, GERMAN * 2, strict=True)):  # each twice, as in two drawing styles
@@ -39,9 +34,9 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teacher(llama: Path) -> CaptionEncoder:
-    encoding = EncoderConfig(llm=str(llama), compute_dtype="float32", query_prompt="Query: ")
-    return CaptionEncoder(encoding, "cpu")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> CaptionEncoder:
+    llm = write_llm(tmp_path_factory.mktemp("llm"))
+    return CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32", query_prompt="Query: "), "cpu")
 
 
 def top1(encoder: CaptionEncoder, first: list[str], second: list[str], *, center: bool = False) -> float:

@@ -68,9 +68,8 @@ def test_all_and_parts_equal_recall_on_the_same_embeddings(opened):
     alone = recall(pairs.image_ND, pairs.text_MD[part], pairs.owner_M[part])
     assert {key.removeprefix("long:en/"): value for key, value in metrics.items() if key.startswith("long:en")} == alone
     with torch.no_grad():
-        expected = dual.encode_image(
-            torch.stack([EvalTransform(IMAGES)(source[index].read_image()) for index in range(12)])
-        )
+        pixels = torch.stack([EvalTransform(IMAGES)(source[index].read_image()) for index in range(12)])
+        expected = dual.encode_image(pixels)
     assert torch.allclose(pairs.image_ND, expected, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Command, run_command
-from tower_runs import ROOT, environment, finish
+from tower_runs import ROOT, environment, finish, start
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
@@ -131,3 +131,32 @@ def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> 
     cache.check(source)
     cache.verify()
     assert cache.manifest == EmbeddingCache.open(tmp_path / "undisturbed").manifest
+
+
+LATE = """
+import os, sys, time
+from llm2clip_plugin.cli import leave, run
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.train import guard
+guard.STRAGGLER_SECONDS, encode = 1.0, CaptionEncoder.encode
+
+def late(self, *arguments, **options):
+    if os.environ["RANK"] == "1":
+        CaptionEncoder.encode = encode
+        time.sleep(5)
+    return encode(self, *arguments, **options)
+
+CaptionEncoder.encode = late
+leave(run("embed", sys.argv[1:]))
+"""
+
+
+def test_a_late_rank_is_named_and_none_leaves_before_it(llama: Path, tmp_path: Path) -> None:
+    source = open_source(write_tars(tmp_path / "data", 4, 3))
+    (tmp_path / "late.py").write_text(LATE)
+    ranks = start(words(tmp_path / "data", llama, tmp_path / "cache"), 2, tmp_path / "late.py")
+    statuses, said = finish(ranks), "".join(rank.output for rank in ranks)
+    assert statuses == [0, 0], said
+    assert "late: rank 1 (" in said and "has been in phase embedding for" in said and "time.sleep(5)" in said, said
+    assert "rank 0: its shards are complete; other ranks are still embedding" in said
+    EmbeddingCache.open(tmp_path / "cache").check(source)
