@@ -55,11 +55,7 @@ def test_tars_are_copied_whole_to_two_sides(shards: Path, tmp_path: Path, capsys
     assert (
         said.splitlines()[:2] == counts and f"llm2clip train-tower {output}/train --validation {output}/valid" in said
     )
-    before, train, held_out = (
-        content(read(shards)),
-        content(read(output / "train")),
-        content(read(output / "validation")),
-    )
+    before, train, held_out = (content(read(path)) for path in (shards, output / "train", output / "validation"))
     assert train | held_out == before and not train.keys() & held_out.keys()
     assert held_out.keys() == {key for key in before if is_held_out(key, 0.25)} and 4 < len(held_out) < 24
     assert f"validation: {len(held_out)} samples ({100 * len(held_out) / 48:.2f} %)" in said

@@ -78,13 +78,8 @@ def test_concepts_are_right_as_a_group_and_count_once_in_the_pool(opened):
     seeing = Seeing(source, cache)
     alone = evaluate_retrieval(seeing, source, cache, IMAGES, RetrievalConfig(kinds=("short",), languages=("en",)))
     assert alone.metrics()["i2t_r1"] == pytest.approx(1 / 3)  # three images share the one right answer's embedding
-    grouped = evaluate_retrieval(
-        seeing,
-        source,
-        cache,
-        IMAGES,
-        RetrievalConfig(kinds=("short",), languages=("en",), group="colour", control=True),
-    )
+    config = RetrievalConfig(kinds=("short",), languages=("en",), group="colour", control=True)
+    grouped = evaluate_retrieval(seeing, source, cache, IMAGES, config)
     assert grouped.counts["captions"] == len(COLOURS)
     metrics = grouped.metrics()
     assert metrics["i2t_r1"] == metrics["t2i_r1"] == 1.0

@@ -49,10 +49,8 @@ def world(llama, tmp_path_factory):
 
 
 def cached_rows(folder: Path) -> torch.Tensor:
-    source, cache = (
-        open_source(SourceConfig(path=str(folder / "data" / "pairs.jsonl"))),
-        EmbeddingCache.open(folder / "cache"),
-    )
+    source = open_source(SourceConfig(path=str(folder / "data" / "pairs.jsonl")))
+    cache = EmbeddingCache.open(folder / "cache")
     rows = []
     for number in range(len(source)):
         key, captions = source.captions(number)

@@ -2,14 +2,7 @@ import hashlib
 
 import pytest
 
-from llm2clip_plugin.data.samples import (
-    DEFAULT_FIELDS,
-    Caption,
-    caption_hash,
-    hash_hex,
-    parse_fields,
-    read_captions,
-)
+from llm2clip_plugin.data.samples import DEFAULT_FIELDS, Caption, caption_hash, hash_hex, parse_fields, read_captions
 
 
 def test_fields_give_kind_and_language() -> None:

@@ -161,10 +161,7 @@ def test_overload_is_retried_and_counted(tmp_path: Path, caplog: pytest.LogCaptu
     assert len(caplog.messages) == 1 and "ClientResponseError: 503" in caplog.text  # at most one every 30 s
 
 
-@pytest.mark.parametrize(
-    "code, error",
-    [(403, PermissionError), (404, FileNotFoundError), (400, ConnectionError)],
-)
+@pytest.mark.parametrize("code, error", [(403, PermissionError), (404, FileNotFoundError), (400, ConnectionError)])
 def test_a_refusal_is_said_at_once(code: int, error: type[Exception], tmp_path: Path) -> None:
     server = FailingServer({}, [status(code)] * 9)
     with serving(server) as address, pytest.raises(error, match=rf"http.*a\.tar.*{code}"):
