@@ -73,8 +73,6 @@ def test_layer_is_the_hidden_state_of_that_number(any_llm: Path) -> None:
     for layer in (0, 1, -2, -1, 2):
         found = encoder(any_llm, attention="causal", layer=layer).encode(["a red bicycle"])
         assert close(found, states[layer].mean(dim=1)), layer
-    with pytest.raises(ValueError, match="layer 3"):
-        encoder(any_llm, layer=3)
 
 
 def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
@@ -95,15 +93,11 @@ def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
     assert close(both.encode(["a boat"], query=True), encoder(llama, prompt="Query: ").encode(["a boat"]))
 
 
-def test_chat_template_is_written_out(llama: Path, make_llm, tmp_path: Path) -> None:
+def test_chat_template_is_written_out(llama: Path) -> None:
     own, literal = encoder(llama, chat_template="user"), encoder(llama, chat_template="<user>\n{caption}<end>")
     expected = own.tokenizer("<bos><user>\na boat<end>", add_special_tokens=False)["input_ids"]
     assert own.tokenize(["a boat"]) == literal.tokenize(["a boat"]) == [expected]
     assert own.identity().chat_template == "<bos><user>\n{caption}<end>"
-    with pytest.raises(ValueError, match="chat_template '<user>'"):
-        EncoderConfig(chat_template="<user>")
-    with pytest.raises(ValueError, match="chat_template is 'user'"):
-        encoder(make_llm(tmp_path / "plain", "llama", template=False), chat_template="user")
 
 
 def test_tokenizer_that_ends_with_eos_pools_it_last(make_llm, tmp_path: Path) -> None:
@@ -130,13 +124,6 @@ def test_long_caption_is_cut_and_counted(llama: Path) -> None:
     assert len(short) < 16
     found = teacher.encode(["boat " * 10_000, "a boat"])
     assert torch.isfinite(found).all() and teacher.count_truncated == 2
-
-
-def test_wrong_input_names_it(llama: Path) -> None:
-    with pytest.raises(ValueError, match="caption 1 of 2"):
-        encoder(llama).encode(["a", " \n"])
-    with pytest.raises(ValueError, match="max_tokens is 8"):
-        encoder(llama, max_tokens=8, prompt="Instruct: find the picture. Query: ").encode(["a"])
 
 
 def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: Path, tmp_path: Path) -> None:

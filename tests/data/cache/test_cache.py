@@ -125,8 +125,6 @@ def test_changed_captions_keys_and_counts_are_refused_with_both_values(source, t
     longer = open_source(write_jsonl(tmp_path / "longer", [*CAPTIONS, ["one more"]]))
     with pytest.raises(ContractError, match=r"has 5 samples in .*, 4 when it was embedded"):
         cache.check(longer)
-    with pytest.raises(ContractError, match="has no sample 4"):
-        cache.rows("pairs", 4, longer.captions(4)[1])
     unknown = open_source(write_jsonl(tmp_path / "unknown", CAPTIONS, name="train"))
     with pytest.raises(ContractError, match="no shard 'train'; known: pairs"):
         cache.check(unknown)
@@ -149,8 +147,6 @@ def test_files_of_a_large_cache_are_compared_by_size_and_when_they_are_read(
 
 def test_writer_refuses_bad_rows(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path, TEACHER)
-    with pytest.raises(ValueError, match=r"shape \(1, 8\), expected \(1, 640\)"):
-        writer.write_shard("s", ["k"], [(0, 0)], torch.zeros(1, 8))
     with pytest.raises(ValueError, match="a caption of 'k' is not finite"):
         writer.write_shard("s", ["k"], [(0, 0)], torch.full((1, WIDTH), np.inf))
     with pytest.raises(ValueError, match="in order of sample"):
