@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from data_world import jpeg, picture
+from data_world import jpeg
 from PIL import Image
 
 from llm2clip_plugin.cli import main
@@ -92,15 +92,3 @@ def test_a_table_becomes_tars_of_a_size(photos: Path, tmp_path: Path, kind: str)
     assert main(["data", "make", str(table), "--output", str(output)]) == 0
     assert samples(output) == {"a": [("one, more", "short"), ("two", "short")], "sub/c": [("three", "short")]}
     assert "no file: " in (output / "left-out.jsonl").read_text()
-
-
-def test_tars_are_of_bounded_size_and_keep_the_order(tmp_path: Path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(70):  # read by two processes
-        picture(number, (300, 200)).save(folder / f"{number:03d}.bmp")
-        (folder / f"{number:03d}.txt").write_text(str(number))
-    assert main(["data", "make", str(folder), "--output", str(tmp_path / "made"), "--shard-mb", "1"]) == 0
-    tars = sorted((tmp_path / "made").glob("*.tar"))
-    assert len(tars) > 1 and all(tar.stat().st_size < 1_300_000 for tar in tars)
-    assert list(samples(tmp_path / "made")) == [f"{number:03d}" for number in range(70)]

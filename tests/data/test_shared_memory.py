@@ -20,7 +20,7 @@ def test_what_is_prepared_ahead_is_bounded(rows: int, micro_batch: int, workers:
     assert plan.part * plan.workers * plan.prefetch <= more_than_enough
 
 
-def test_too_little_shared_memory_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+def test_too_little_shared_memory_is_an_error(tmp_path: Path) -> None:
     plan = plan_loading(rows=512, micro_batch=512, workers=8, row_bytes=L14_336, prefetch_mb=PREFETCH_MB)
     free = free_shared_memory(str(tmp_path))
     assert free is not None

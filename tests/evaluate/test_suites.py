@@ -142,21 +142,6 @@ def test_every_layout_is_read(setting):
     )
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        "7.jpg#0#zhc\t一只狗\n7.jpg#1#zhc\t狗\n",
-        "7 一只狗\n7 狗\n",
-        "\ufeffimage,caption\n7.jpg,一只狗\n7.jpg,狗\n",
-    ],
-)
-def test_every_spelling_of_flickr_cn_is_read(lines, tmp_path):
-    images(tmp_path / "flickr30k" / "flickr30k-images", ["7.jpg"])
-    text(tmp_path / "flickr30k-cn" / "flickr30k_cna_test.txt", lines)
-    (row,) = suites()["flickr30k-cn"].open(tmp_path).rows
-    assert row.key == "7" and [caption.text for caption in row.captions] == ["一只狗", "狗"]
-
-
 def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, capsys):
     _, tower, _ = setting
     for name, suite in suites().items():

@@ -95,15 +95,6 @@ def test_shards_on_another_filesystem(tmp_path: Path) -> None:
         assert [shard.name for shard in source.shards] == ["00000", "00001"] and source[2].read_image() == jpeg(2)
 
 
-def test_a_table_with_images_over_http(tmp_path: Path) -> None:
-    table = b'{"id": "a", "image": "sub/1.jpg", "caption": "x"}\n{"id": "b", "image": "none.jpg", "caption": "y"}\n'
-    with serving(DroppingServer({"/d/t.jsonl": table, "/d/sub/1.jpg": jpeg(1)}, drop_after=100, drops=1)) as address:
-        source = open_source(SourceConfig(path=f"{address}/d/t.jsonl", cache_folder=str(tmp_path)))
-        assert source[0].read_image() == jpeg(1)
-        with pytest.raises(ValueError, match=r"no image 'none\.jpg'"):
-            source[1].read_image()
-
-
 def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
     """Shards are downloaded, evicted and downloaded again in the loader's processes; a later start downloads none."""
     folder = write_shards(tmp_path / "data", [4] * 4)
