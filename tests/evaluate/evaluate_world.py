@@ -22,8 +22,8 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 GERMAN = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß"}
 
 
-def square(colour, shade, size=32):
-    image = Image.new("RGB", (size, size), tuple(max(0, value - shade) for value in COLOURS[colour]))
+def square(colour, shade):
+    image = Image.new("RGB", (32, 32), tuple(max(0, value - shade) for value in COLOURS[colour]))
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -99,6 +99,6 @@ def write_tower(directory: Path, identity=None) -> Path:
     return directory
 
 
-def write_llm(folder: Path, seed: int = 0) -> Path:
+def write_llm(folder: Path) -> Path:
     """A random two-block Llama of the teacher's width, without a chat template."""
-    return save_tiny_llm(folder, "llama", seed=seed, width=WIDTH, template=False)
+    return save_tiny_llm(folder, "llama", width=WIDTH, template=False)

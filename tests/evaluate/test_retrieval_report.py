@@ -31,7 +31,7 @@ def opened(world):
 class Seeing(torch.nn.Module):
     """A dual encoder that reads the colour off the pixels and the words, to know the right answer of a measurement."""
 
-    def __init__(self, source, cache, mistakes=()):
+    def __init__(self, source, cache):
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))
         self.colours = torch.tensor(list(COLOURS.values())).float()
@@ -39,9 +39,8 @@ class Seeing(torch.nn.Module):
         for index in range(len(source)):
             colour = source[index].meta["colour"]
             _, captions = source.captions(index)
-            for caption, row in zip(captions, cache.rows(*source.locate(index), captions), strict=True):
-                wrong = any(word in caption.text for word in mistakes)
-                self.concept[row.numpy().tobytes()] = (list(COLOURS).index(colour) + wrong) % len(COLOURS)
+            for row in cache.rows(*source.locate(index), captions):
+                self.concept[row.numpy().tobytes()] = list(COLOURS).index(colour)
 
     def encode_image(self, pixels):
         colour = (pixels.mean((2, 3)) * torch.tensor(IMAGES.std) + torch.tensor(IMAGES.mean)) * 255

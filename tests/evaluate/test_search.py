@@ -30,10 +30,10 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(place, *words, data="data/pairs.jsonl", texts=TEXTS):
+def run(place, *words, texts=TEXTS):
     out = place / "out"
     options = ["--output", str(out / "page.html"), "--json", str(out / "hits.json"), *words]
-    status = cli(["search", str(place / "tower"), "--data", str(place / data), *texts, *options])
+    status = cli(["search", str(place / "tower"), "--data", str(place / "data" / "pairs.jsonl"), *texts, *options])
     return status, json.loads((out / "hits.json").read_text(encoding="utf-8")) if status == 0 else None
 
 

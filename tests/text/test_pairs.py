@@ -13,7 +13,7 @@ from llm2clip_plugin.text.pairs import PairBatches, open_pairs, survey
 NAMES = ["cat", "dog", "boat", "tree", "house", "lake", "wall", "bike"]
 
 
-def write_captions(folder: Path, count: int = 32, name: str = "caps") -> Path:
+def write_captions(folder: Path, count: int = 32) -> Path:
     """Images with a name, a long caption, a list of keywords, and a family of four."""
     rows = [
         {
@@ -28,21 +28,14 @@ def write_captions(folder: Path, count: int = 32, name: str = "caps") -> Path:
         }
         for i in range(count)
     ]
-    path = folder / f"{name}.jsonl"
+    path = folder / "caps.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
-def batches(config: PairsConfig, *, rank: int = 0, world: int = 1, size: int = 8, seed: int = 0) -> PairBatches:
-    return PairBatches(
-        open_pairs(config),
-        config.weights,
-        seed=seed,
-        global_batch=size,
-        rank=rank,
-        world=world,
-        mix_kinds=config.mix_kinds,
-    )
+def batches(config: PairsConfig, *, rank: int = 0, world: int = 1, size: int = 8) -> PairBatches:
+    sources, mixed = open_pairs(config), config.mix_kinds
+    return PairBatches(sources, config.weights, seed=0, global_batch=size, rank=rank, world=world, mix_kinds=mixed)
 
 
 def test_every_sample_comes_once_per_epoch_with_the_selected_kinds(tmp_path: Path) -> None:
