@@ -142,15 +142,7 @@ def test_every_layout_is_read(setting):
     )
 
 
-def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, capsys):
-    _, tower, _ = setting
-    for name, suite in suites().items():
-        lines = suite.missing(tmp_path)
-        assert len(lines) == len(suite.requires)
-        assert all(str(tmp_path / name) in line and ("http" in line or "get it from" in line) for line in lines)
-    assert cli(["evaluate", str(tower), "--suite", "docci", "--data", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "docci_images.tar.gz" in error and str(tmp_path / "docci" / "images") in error
+def test_suites_are_selected_by_name_and_by_group():
     assert [suite.name for suite in select_suites("coco,paper")][:3] == ["coco", "flickr30k", "sharegpt4v-1k"]
     assert [suite.name for suite in select_suites("all")] == list(suites())
     assert [suite.name for suite in select_suites("paper")] == list(suites())[:-1]  # SugarCrepe is not in the paper

@@ -8,9 +8,6 @@ import torch
 from text_helpers import write_moved
 from transformers import AutoModel, AutoTokenizer
 
-from llm2clip_plugin.contracts import EncoderCard
-from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.adapter import weights_sha256
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 
@@ -163,24 +160,3 @@ def test_an_adapter_counts_in_half_precision_as_in_float32(llama: Path, tmp_path
     rough = CaptionEncoder(config, device="cpu").encode(CAPTIONS)
     assert torch.nn.functional.cosine_similarity(plain, exact).min() < 0.9  # the adapter changes something
     assert torch.nn.functional.cosine_similarity(rough, exact).min() > 0.999
-
-
-def test_card_settings_hold(make_llm, llama: Path, tmp_path: Path) -> None:
-    merged = make_llm(tmp_path / "merged", "llama")
-    card = EncoderCard(
-        base="tiny",
-        base_sha256=weights_sha256(merged),
-        attention="causal",
-        pooling="last",
-        layer=1,
-        prompt="",
-        query_prompt="Query: ",
-        chat_template="<user>{caption}<end>",
-        include_bos=False,
-        max_tokens=64,
-    )
-    card.write(merged / EncoderCard.FILE)
-    found = encoder(merged)
-    assert (found.config.pooling, found.config.layer, found.config.chat_template) == ("last", 1, "<user>{caption}<end>")
-    with pytest.raises(ContractError, match=r"layer is 2, but .* was trained with 1"):
-        encoder(merged, layer=2)
