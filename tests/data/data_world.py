@@ -1,7 +1,5 @@
 """Small data sets for the tests of this folder: photo-like images, tars with any members, a server that drops."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile
@@ -97,8 +95,8 @@ def write_shards(folder: Path, counts: Iterable[int]) -> Path:
 class DroppingServer:
     """Serves files; closes the connection after ``drop_after`` bytes of an answer, ``drops`` times."""
 
-    def __init__(self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0, ranges: bool = True) -> None:
-        self.files, self.drop_after, self.drops, self.ranges = files, drop_after, drops, ranges
+    def __init__(self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0) -> None:
+        self.files, self.drop_after, self.drops = files, drop_after, drops
         self.requests: list[tuple[str, str]] = []  # (path, Range header) of each GET
         self.sent = 0  # bytes of contents
         self.lock = threading.Lock()
@@ -108,7 +106,7 @@ class DroppingServer:
         if data is None:
             handler.send_error(404)
             return
-        asked = handler.headers.get("Range", "") if self.ranges else ""
+        asked = handler.headers.get("Range", "")
         start, stop = 0, len(data)
         if asked:
             first, _, last = asked.removeprefix("bytes=").partition("-")
@@ -119,8 +117,7 @@ class DroppingServer:
         else:
             handler.send_response(200)
         handler.send_header("ETag", f'"{hash(data)}"')
-        if self.ranges:
-            handler.send_header("Accept-Ranges", "bytes")
+        handler.send_header("Accept-Ranges", "bytes")
         handler.send_header("Content-Length", str(stop - start))
         handler.end_headers()
         if not body:

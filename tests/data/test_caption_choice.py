@@ -1,5 +1,4 @@
 import json
-import logging
 import random
 from collections import Counter
 from itertools import islice
@@ -30,12 +29,6 @@ def test_a_kind_has_its_weight_whatever_the_number_of_its_captions() -> None:
     assert abs(drawn["d"] - 3000) < 160 and all(abs(drawn[text] - 1000) < 120 for text in "abc")
 
 
-@pytest.mark.parametrize("bad", ["short", "=1", "short=", "short=0", "short=-1", "short=nan", "short=inf", "short=x"])
-def test_bad_weights_are_refused(bad: str) -> None:
-    with pytest.raises(ValueError, match=f"caption weight '{bad}' is not KIND=WEIGHT"):
-        parse_weights(("long=1", bad))
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
     """20 samples with three short captions, one long and one of a kind of its own."""
@@ -59,13 +52,9 @@ def test_training_draws_by_kind_the_same_on_any_ranks_and_workers(source: Source
     assert [text for step in steps for batch in step for text in batch["captions"]] == texts[:60]
 
 
-def test_unknown_kinds_are_refused_and_absent_ones_mentioned(source: Source, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_kinds_are_refused(source: Source, caplog: pytest.LogCaptureFixture) -> None:
     check_kinds([source], {})
     check_kinds([source], parse_weights(("short=1", "long=1", "tags=2")))  # no field declares tags, a caption has it
     assert not caplog.records
     with pytest.raises(ValueError, match="name the kinds lnog, which the data does not have; known: long, short, tags"):
         check_kinds([source], parse_weights(("short=1", "lnog=1")))
-    declared = open_source(SourceConfig(path=source.path, fields=("captions=short", "detailed=long")))
-    with caplog.at_level(logging.WARNING):
-        check_kinds([declared], EVENLY)
-    assert "name the kinds long, which no checked sample has" in caplog.text

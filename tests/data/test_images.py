@@ -26,8 +26,6 @@ def hf_processors() -> dict[str, type]:
 
 PROCESSORS = {
     "clip 224": ("clip", {}),
-    "clip 336": ("clip", {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}),
-    "siglip 224": ("siglip", {}),
     "siglip 384": ("siglip", {"size": {"height": 384, "width": 384}}),
     "dinov2 256 -> 224": (
         "bit",
@@ -76,35 +74,14 @@ def test_palettes_and_transparency_are_read_as_llava_does() -> None:
     [
         ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "no center crop"),
         ({"size": {"height": 224, "width": 200}}, "expected a square"),
-        ({"size": 224, "crop_size": {"height": 224, "width": 200}}, "expected a square"),
         ({"size": {"longest_edge": 224}}, "longest_edge"),
         ({"size": 224, "rescale_factor": 1 / 127.5}, "rescale_factor"),
         ({"size": 224, "crop_size": 224, "do_resize": False}, "do_resize"),
-        ({"size": 224, "crop_size": 224, "resample": 9}, "resample 9"),
-        ({}, "size None"),
     ],
 )
 def test_preprocessors_that_are_not_understood_are_refused(values: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         ImageConfig.from_preprocessor(values)
-
-
-def centre(image: Image.Image, size: int) -> np.ndarray:
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
-
-
-@pytest.mark.parametrize("size", [(512, 512), (1025, 769), (3000, 2000)])
-def test_decoding_small_keeps_the_picture(size: tuple[int, int]) -> None:
-    """Against decoding in full and resizing once: within 4 of 255 on average on a picture that is half noise, the error
-    of a JPEG of good quality and of half a pixel's rounding (1025 / 2)."""
-    data = jpeg(3, size)
-    config = ImageConfig(size=224)
-    whole = AugmentConfig(scale=(1.0, 1.0), ratio=(size[0] / size[1],) * 2)
-    pixels = TrainTransform(config, whole).pixels(data, random.Random(0)).astype(np.float64)
-    expected = centre(Image.open(io.BytesIO(data)), 224)
-    assert np.abs(pixels - expected).mean() < 4
-    smooth = np.abs(pixels - expected)[20:60, 20:60].mean()
-    assert smooth < 2
 
 
 def test_the_crop_is_cut_where_it_says() -> None:
@@ -165,8 +142,6 @@ def broken_images() -> dict[str, bytes]:
         "empty": b"",
         "text": b"<html>not found</html>",
         "jpeg cut": whole[: len(whole) // 2],
-        "jpeg header": whole[:20],
-        "png cut": png[: len(png) // 2],
         "png damaged": png[:60] + bytes(40) + png[100:],
         "webp cut": encoded(picture(0), "WEBP")[:200],
         "bomb": b"\x89PNG\r\n\x1a\n" + bytes.fromhex("0000000d49484452000fffff000fffff0802000000") + bytes(64),

@@ -1,7 +1,6 @@
 import copy
 import logging
 import multiprocessing
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from data_world import TEACHER, img2dataset_members, jpeg, write_shards, write_tar
-from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache
 from llm2clip_plugin.data.cache_shard import caption_rows
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
-from llm2clip_plugin.data.pairs import SOURCE_BITS, CollatedDataset, PairDataset, as_it_is, eval_pairs, raised
+from llm2clip_plugin.data.pairs import SOURCE_BITS, PairDataset, eval_pairs
 from llm2clip_plugin.data.samples import AugmentConfig, caption_hash
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
@@ -135,22 +133,6 @@ def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) ->
     assert not any(process.is_alive() for process in loaders)
 
 
-def test_the_queue_fills_while_the_caller_works(dataset: PairDataset) -> None:
-    loader = make_loader(dataset, local_batch=8, micro_batch=4, workers=2)
-    stream = iter(loader)
-    next(stream)
-    deadline = time.monotonic() + 60
-    while loader.queue() != (3.0, 3.0):  # one put together, and two parts of half a batch from each process
-        assert time.monotonic() < deadline, loader.queue()
-        time.sleep(0.01)
-    for _ in range(3):
-        next(stream)
-    assert 0 <= loader.queue()[0] <= 3
-    del stream
-    assert loader.queue() == (0.0, 3.0)
-    assert make_loader(dataset, local_batch=8).queue() == (0.0, 0.0)
-
-
 def test_resume_at_any_position_and_any_number_of_ranks(dataset: PairDataset) -> None:
     undisturbed = list(rows(batches(dataset, 8, local_batch=12)))
     resumed = list(rows(batches(dataset, 5, local_batch=12, position=36)))
@@ -199,16 +181,6 @@ def test_broken_samples_are_named_counted_and_replaced(tmp_path: Path, caplog: p
     assert list(rows(again)) == expected[10:20] + expected[30:]  # the same substitutes on other ranks and workers
 
 
-def test_too_many_broken_samples_stop_the_run_and_are_listed(tmp_path: Path) -> None:
-    dataset = PairDataset([broken_source(tmp_path, 17)], [None], IMAGES, seed=1)
-    for workers in (0, 2):
-        loader = make_loader(dataset, local_batch=20, max_broken=0.1, workers=workers)
-        with pytest.raises(ValueError, match=r"max_broken 0\.1 allows") as caught:
-            list(islice(loader, 5))
-        message = str(caught.value)
-        assert "3 of 20 samples" in message and "shard '00000', sample 'cut'" in message and "data check" in message
-
-
 def test_a_caption_changed_after_embedding_stops(dataset: PairDataset, tmp_path: Path) -> None:
     members = list(img2dataset_members(100, 9))
     write_tar(tmp_path / "b" / "x.tar", [(name, data.replace(b"104", b"777")) for name, data in members])
@@ -235,32 +207,3 @@ def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset)
         torch.cat([batch["pixels"] for rank in ranks for batch in rank]),
         torch.cat([batch["pixels"] for batch in found]),
     )
-
-
-def test_evaluation_leaves_out_what_is_broken_and_says_so(tmp_path: Path) -> None:
-    pairs = eval_pairs(broken_source(tmp_path, 3), None, IMAGES, batch=2, kinds=("short",))
-    found = list(pairs)
-    assert [key for batch in found for key in batch["keys"]] == [f"{i:09d}" for i in range(3)]
-    assert [caption.kind for batch in found for caption in batch["captions"]] == ["short"] * 3
-    assert [error.key for error in pairs.broken] == ["cut", "noimage", "mute"]
-    few = list(eval_pairs(broken_source(tmp_path, 3), None, IMAGES, batch=2, indices=[2, 0]))
-    assert few[0]["image_ids"].tolist() == [2, 0]
-
-
-class Damaged(Dataset):
-    """Two samples, of which the second is not readable."""
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, number: int) -> int:
-        if number:
-            raise ContractError("a file is damaged")
-        return number
-
-
-def test_a_loader_process_hands_over_its_error() -> None:
-    """The message without the traceback of that process."""
-    loader = DataLoader(CollatedDataset(Damaged(), list), 2, collate_fn=as_it_is, num_workers=1)
-    with pytest.raises(ContractError, match=r"^a file is damaged$"):
-        list(raised(loader))

@@ -1,14 +1,12 @@
 """llm2clip data make: tars that all commands read, from folders and tables; what is left out is named."""
 
-from __future__ import annotations
-
 import csv
 import json
 import tarfile
 from pathlib import Path
 
 import pytest
-from data_world import jpeg, picture
+from data_world import jpeg
 from PIL import Image
 
 from llm2clip_plugin.cli import main
@@ -71,22 +69,6 @@ def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["data", "check", str(output)]) == 0
 
 
-def test_what_cannot_be_made_says_what_to_do(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for path in photos.rglob("*.txt"):
-        path.unlink()
-    (photos / "sub" / "c.json").unlink()
-    for words, told in (
-        ((str(photos),), "--file-names"),
-        ((str(photos / "nosuch"),), "nosuch"),
-        ((str(photos), "--output", str(tmp_path)), "--output"),
-        ((str(photos), "--background", "pink"), "pink"),
-    ):
-        assert main(["data", "make", "--output", str(tmp_path / "made"), *words]) == 2
-        assert told in capsys.readouterr().err and not (tmp_path / "made").exists()
-    assert main(["data", "check", str(photos)]) == 2
-    assert "llm2clip data make" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", ["csv", "semicolons", "jsonl", "parquet"])
 def test_a_table_becomes_tars_of_a_size(photos: Path, tmp_path: Path, kind: str):
     rows = [
@@ -110,26 +92,3 @@ def test_a_table_becomes_tars_of_a_size(photos: Path, tmp_path: Path, kind: str)
     assert main(["data", "make", str(table), "--output", str(output)]) == 0
     assert samples(output) == {"a": [("one, more", "short"), ("two", "short")], "sub/c": [("three", "short")]}
     assert "no file: " in (output / "left-out.jsonl").read_text()
-
-
-def test_tars_are_of_bounded_size_and_keep_the_order(tmp_path: Path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(70):  # read by two processes
-        picture(number, (300, 200)).save(folder / f"{number:03d}.bmp")
-        (folder / f"{number:03d}.txt").write_text(str(number))
-    assert main(["data", "make", str(folder), "--output", str(tmp_path / "made"), "--shard-mb", "1"]) == 0
-    tars = sorted((tmp_path / "made").glob("*.tar"))
-    assert len(tars) > 1 and all(tar.stat().st_size < 1_300_000 for tar in tars)
-    assert list(samples(tmp_path / "made")) == [f"{number:03d}" for number in range(70)]
-
-
-def test_transparent_pictures_get_a_background(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folder = tmp_path / "stamps"
-    folder.mkdir()
-    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(folder / "fox.png")
-    words = ["data", "make", str(folder), "--output", str(tmp_path / "made"), "--file-names", "--overwrite"]
-    assert main(words) == 0 and "1 pictures are transparent" in capsys.readouterr().out
-    assert main([*words, "--background", "white"]) == 0 and "are transparent" not in capsys.readouterr().out
-    with tarfile.open(tmp_path / "made" / "00000.tar") as tar:
-        assert Image.open(tar.extractfile("fox.png")).getextrema() == ((255, 255),) * 3

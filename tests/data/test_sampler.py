@@ -92,23 +92,6 @@ def test_a_shuffle_window_limits_the_shards_in_use() -> None:
     assert shards[:40].tolist() != sorted(shards[:40].tolist())
 
 
-@pytest.mark.parametrize("batch", [0, 4])
-def test_the_windows_of_a_run_are_those_that_it_reads(batch: int) -> None:
-    sizes = [(5,) * 7, (3,) * 4]
-    mixture = Mixture(sizes, (1, 1.5), 5, (2, 0), batch=batch)
-    follows = {}
-    for position, draw in enumerate(mixture.batch_indices(0, 4 * mixture.epoch_length)):
-        if draw.source == 0:
-            window = mixture.window(0, position)
-            assert window[0] == draw.epoch and draw.index // 5 in mixture.window_shards(0, *window)
-            follows.setdefault(window, None)
-    assert list(follows) == [(number, window) for number in range(4) for window in range(4)]
-    for number in range(3):
-        assert mixture.window_shards(0, number, 4) == mixture.window_shards(0, number + 1, 0)
-    assert len(mixture.window_shards(0, 0, 3)) == 1  # 7 shards in twos
-    assert mixture.window(1, 0) == (0, 0) and len(mixture.window_shards(1, 0, 0)) == 4
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
 def test_ranks_cut_one_global_batch(world: int) -> None:
     mixture = Mixture([(70,), (35,)], (1, 1), 3)
@@ -142,16 +125,6 @@ def test_a_global_batch_of_one_source(world: int) -> None:
             assert sorted(draw.index for draw in one_pass) == list(range(length))
     order = [step[0][0].source for step in found]
     assert order[: len(order) // 4] != sorted(order[: len(order) // 4]) and order != sorted(order)
-
-
-def test_a_run_resumes_with_other_ranks() -> None:
-    mixture = Mixture([(70,)], (1,), 3)
-    undisturbed = mixture.batch_indices(0, 240)
-    two = [mixture.batch_indices(*rank_rows(position, rank, 12)) for position in range(0, 120, 24) for rank in range(2)]
-    three = [
-        mixture.batch_indices(*rank_rows(position, rank, 8)) for position in range(120, 240, 24) for rank in range(3)
-    ]
-    assert [draw for part in two + three for draw in part] == undisturbed
 
 
 def test_sources_are_those_of_the_whole_epoch(monkeypatch: pytest.MonkeyPatch) -> None:

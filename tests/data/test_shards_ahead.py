@@ -1,5 +1,3 @@
-import logging
-import os
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -11,7 +9,6 @@ from data_world import DroppingServer, serving, write_shards
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sources import tars as webdataset
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 
@@ -44,53 +41,3 @@ def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers
         assert not copies[order[3]].exists()  # two windows later: nobody reads it yet
         keys += [batch["keys"][0] for batch in islice(stream, 31)]
         assert sorted(keys) == [f"{number:09d}" for number in range(32)]
-
-
-def test_a_cache_of_less_than_two_windows_is_mentioned_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = {f"/{path.name}": path.read_bytes() for path in write_shards(tmp_path / "data", [4] * 4).glob("*.tar")}
-    size = max(map(len, files.values()))
-    with serving(DroppingServer(files)) as address:
-        config = SourceConfig(
-            path=f"{address}/{{00000..00003}}.tar",
-            cache_folder=str(tmp_path / "cache"),
-            cache_gb=1.5 * size / 1e9,
-            shuffle_window=1,
-        )
-        dataset = PairDataset([open_source(config)], [None], ImageConfig(size=8), seed=0)
-        with caplog.at_level(logging.WARNING):
-            found = list(islice(make_loader(dataset, local_batch=4), 4))
-        assert len({key for batch in found for key in batch["keys"]}) == 16
-    assert len(caplog.records) == 1 and "two windows of shards have" in caplog.text
-    assert "lower shuffle_window" in caplog.text
-
-
-def network_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PairDataset, set[str]]:
-    """Four shards on a network file system in windows of one, and the names of the tars that were read at once."""
-    source = open_source(SourceConfig(path=str(write_shards(folder, [8] * 4)), shuffle_window=1))
-    monkeypatch.setattr(webdataset, "is_network", lambda path: True)
-    read, pread = set(), os.pread
-
-    def noted(descriptor: int, size: int, offset: int) -> bytes:
-        if size == webdataset.PIECE:
-            read.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).stem)
-        return pread(descriptor, size, offset)
-
-    monkeypatch.setattr(os, "pread", noted)
-    return PairDataset([source], [None], ImageConfig(size=8), seed=0), read
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_next_window_of_a_network_disk_is_read_by_a_machine_that_needs_all_of_it(
-    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset, read = network_set(tmp_path, monkeypatch)
-    order = [dataset.sources[0].shards[dataset.mixture().window_shards(0, 0, number)[0]].name for number in range(4)]
-    stream = iter(make_loader(dataset, local_batch=4, whole_shards=whole))
-    next(stream)
-    if whole:
-        wait_for(lambda: read == {order[1]})
-    list(islice(stream, 7))
-    if whole:
-        wait_for(lambda: read >= set(order[1:]))
-    else:
-        assert not read

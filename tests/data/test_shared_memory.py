@@ -20,27 +20,14 @@ def test_what_is_prepared_ahead_is_bounded(rows: int, micro_batch: int, workers:
     assert plan.part * plan.workers * plan.prefetch <= more_than_enough
 
 
-def test_the_usual_run_and_the_smallest_memory() -> None:
-    plan = plan_loading(rows=512, micro_batch=512, workers=8, row_bytes=L14_336, prefetch_mb=PREFETCH_MB)
-    assert (plan.part, plan.prefetch) == (42, 2)  # 17 parts of 42 x 355 kB: 254 MB
-    tiny = dataclasses.replace(plan, part=1, prefetch=1)
-    assert plan_loading(rows=512, micro_batch=512, workers=8, row_bytes=L14_336, prefetch_mb=1) == tiny
-    alone = plan_loading(rows=512, micro_batch=64, workers=0, row_bytes=L14_336, prefetch_mb=1)
-    assert (alone.part, alone.shared_bytes) == (64, 0)
-
-
-def test_too_little_shared_memory_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+def test_too_little_shared_memory_is_an_error(tmp_path: Path) -> None:
     plan = plan_loading(rows=512, micro_batch=512, workers=8, row_bytes=L14_336, prefetch_mb=PREFETCH_MB)
     free = free_shared_memory(str(tmp_path))
     assert free is not None
     fits, too_many = 1, free // plan.shared_bytes + 2
     check_shared_memory([plan], fits, str(tmp_path))
-    with pytest.raises(ValueError, match="bytes free, the loader processes of") as caught:
+    with pytest.raises(ValueError, match=f"need {too_many * plan.shared_bytes:,}"):
         check_shared_memory([plan], too_many, str(tmp_path))
-    message = str(caught.value)
-    assert f"need {too_many * plan.shared_bytes:,}" in message
-    for word in ("--ipc=host", "--shm-size=", "--dataloader-prefetch-mb", "--workers"):
-        assert word in message
     none = dataclasses.replace(plan, workers=0)
     check_shared_memory([none], too_many, str(tmp_path))
     check_shared_memory([plan], too_many, str(tmp_path / "absent"))  # not Linux: nothing to compare with

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_llm import save_tiny_llm
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter
@@ -22,8 +22,8 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 GERMAN = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß"}
 
 
-def square(colour, shade, size=32):
-    image = Image.new("RGB", (size, size), tuple(max(0, value - shade) for value in COLOURS[colour]))
+def square(colour, shade):
+    image = Image.new("RGB", (32, 32), tuple(max(0, value - shade) for value in COLOURS[colour]))
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -99,26 +99,6 @@ def write_tower(directory: Path, identity=None) -> Path:
     return directory
 
 
-def write_llm(folder: Path, seed: int = 0) -> Path:
-    """A random two-block Llama of the teacher's width, with a tokenizer of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<bos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>").save_pretrained(folder)
-    return folder
+def write_llm(folder: Path) -> Path:
+    """A random two-block Llama of the teacher's width, without a chat template."""
+    return save_tiny_llm(folder, "llama", width=WIDTH, template=False)

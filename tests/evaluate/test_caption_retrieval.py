@@ -1,7 +1,5 @@
 """Caption retrieval accuracy over a data set: which captions are compared, and against a loop by hand."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from evaluate_world import write_llm
 
-from llm2clip_plugin.cli import main
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.captions import find_pairs, measure_captions
 from llm2clip_plugin.evaluate.config import CaptionSetConfig
@@ -19,11 +16,6 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 
 NAMES = ["cat", "dog", "boat", "tree", "house", "lake"]
 GERMAN = ["Katze", "Hund", "Boot", "Baum", "Haus", "See"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llm(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +34,9 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teacher(llama: Path) -> CaptionEncoder:
-    encoding = EncoderConfig(llm=str(llama), compute_dtype="float32", query_prompt="Query: ")
-    return CaptionEncoder(encoding, "cpu")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> CaptionEncoder:
+    llm = write_llm(tmp_path_factory.mktemp("llm"))
+    return CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32", query_prompt="Query: "), "cpu")
 
 
 def top1(encoder: CaptionEncoder, first: list[str], second: list[str], *, center: bool = False) -> float:
@@ -71,19 +63,3 @@ def test_pairs_are_of_two_different_texts() -> None:
     same, two = (Caption("x"), Caption("x", "long")), (Caption("y"), Caption("y", "long"), Caption("z", "long"))
     found = find_pairs([("a", same), ("b", two)], ("short", "en"), ("long", "en"))
     assert found == [("b", "y", "z")]
-
-
-def test_command_prints_a_table_and_writes_scores(llama: Path, captions: Path, tmp_path: Path, capsys) -> None:
-    command = ["evaluate", "captions", str(captions), "--llm", str(llama)]
-    assert main([*command, "--json", str(tmp_path / "scores.json")]) == 0
-    printed = capsys.readouterr().out
-    assert "short->long" in printed and "de->en" in printed and "chance" in printed
-    body = json.loads((tmp_path / "scores.json").read_text())
-    hits = [item["score"] for item in body["items"] if item["id"].startswith("short->long/")]
-    assert sum(hits) / 6 == pytest.approx(body["metrics"]["short->long/cra"])
-    assert main([*command, "--retrieve", "short:poem"]) == 2
-    assert (
-        "no image has captions of both kinds for short->poem; available kinds: long, short" in capsys.readouterr().err
-    )
-    assert main(["evaluate", "captions", "--llm", str(llama)]) == 2
-    assert "no captions given; usage: llm2clip evaluate captions" in capsys.readouterr().err

@@ -119,5 +119,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (shard,) = manifest.parent.glob("forecast-*.safetensors")
     written = shard.stat().st_mtime_ns
     assert cli.main([*words, "--cluster", "image"]) == 0 and shard.stat().st_mtime_ns == written
-    assert cli.main([*words, "--cluster", "colour"]) == 2  # four clusters
-    assert cli.main([*words, "--select-layer", "7"]) == 2 and "hidden states -3 to 2" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from evaluate_world import COLOURS, square, write_data, write_llm, write_tower
+from evaluate_world import write_data, write_llm, write_tower
 from safetensors.torch import load_file
 
 from llm2clip_plugin import load_dual_encoder
@@ -21,23 +21,19 @@ TEXTS = ["a bird on a wire", 'ein <b>Vogel</b> & "zwei"']
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with an LLM, its tower, captioned images, and a folder of image files."""
+    """A folder with an LLM, its tower and captioned images."""
     folder = tmp_path_factory.mktemp("search")
     llm = write_llm(folder / "llm")
     identity = CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu").identity()
     write_tower(folder / "tower", identity)
     write_data(folder / "data")
-    for colour in COLOURS:
-        (folder / "photos" / colour).mkdir(parents=True)
-        (folder / "photos" / colour / "1.png").write_bytes(square(colour, 10))
-    (folder / "photos" / "red" / "broken.png").write_bytes(b"not a picture")
     return folder
 
 
-def run(place, *words, data="data/pairs.jsonl", texts=TEXTS):
+def run(place, *words, texts=TEXTS):
     out = place / "out"
     options = ["--output", str(out / "page.html"), "--json", str(out / "hits.json"), *words]
-    status = cli(["search", str(place / "tower"), "--data", str(place / data), *texts, *options])
+    status = cli(["search", str(place / "tower"), "--data", str(place / "data" / "pairs.jsonl"), *texts, *options])
     return status, json.loads((out / "hits.json").read_text(encoding="utf-8")) if status == 0 else None
 
 
@@ -94,18 +90,3 @@ def test_again_needs_neither_the_llm_nor_the_images(place, tmp_path, capsys):
     assert re.search(r"teacher cannot be loaded: .*llm.*--llm PATH_OR_HUB_ID", capsys.readouterr().err)
     part.write_bytes(part.read_bytes()[:-9])
     assert run(copy)[0] == 2 and f"{part} is damaged" in capsys.readouterr().err
-
-
-def test_a_folder_of_image_files(place, capsys):
-    status, body = run(place, data="photos", texts=["red"])
-    assert status == 0
-    assert {image["key"] for image in body["results"][0]["found"]} == {f"{colour}/1.png" for colour in COLOURS}
-    assert "left out: sample 'red/broken.png'" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"), [([], "no text to search for"), (["a", " "], "text 2 of 2 is blank")], ids=["none", "blank"]
-)
-def test_refused(place, capsys, texts, message):
-    assert run(place, texts=texts)[0] == 2
-    assert message in capsys.readouterr().err

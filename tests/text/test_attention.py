@@ -1,7 +1,5 @@
 """An LLM that is called bidirectional is: in every block, with padding and without."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -32,7 +30,7 @@ def test_configuration_alone_leaves_some_families_causal(make_llm, tmp_path: Pat
 
 
 def test_what_else_is_refused(make_llm, llama: Path, tmp_path: Path) -> None:
-    """Layers that are bidirectional only without padding, linear attention unless causal, states that overflow."""
+    """Layers that are bidirectional only without padding, linear attention unless causal."""
     model = load(make_llm(tmp_path / "stablelm", "stablelm"), attention="causal")
     set_kernels(model, "bidirectional")
     with pytest.raises(ValueError, match="padding"):
@@ -43,9 +41,4 @@ def test_what_else_is_refused(make_llm, llama: Path, tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="blocks 0 cannot attend"):
                 CaptionEncoder(EncoderConfig(llm=llm, compute_dtype=dtype), "cpu")
             CaptionEncoder(EncoderConfig(llm=llm, compute_dtype=dtype, attention="causal"), "cpu")
-    model = load(llama, attention="bidirectional", dtype=torch.float16)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.fill_(float("inf"))
-    with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
-        check_attention(model, "bidirectional", where="llama")
     CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32", layer=0), "cpu")  # no blocks to check

@@ -1,7 +1,5 @@
 """An fp32 adapter on a bf16 LLM: products in bf16, weights and gradients in fp32, less memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """A CLIP's own text tower as the encoder of a cache, against its own library: Hugging Face's and OpenCLIP's."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_clip import save_tiny_clip
-from tiny_llm import save_tiny_llm, tiny_tokenizer
+from tiny_llm import tiny_tokenizer
 
-from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.clip_text import ClipTextEncoder, clip_folder
 from llm2clip_plugin.text.config import EncoderConfig
 
@@ -74,21 +71,3 @@ def test_features_of_open_clip_are_open_clips(tmp_path: Path, nested: bool):
         expected = model.encode_text(open_clip.tokenize(TEXTS))
     torch.testing.assert_close(ours.encode(TEXTS), expected, atol=1e-5, rtol=1e-4)
     assert (expected[0] - expected[2]).norm() > 0.1 and ours.width == 24
-
-
-def test_what_is_no_clip_and_what_does_not_apply(tmp_path: Path):
-    assert clip_folder(str(save_tiny_llm(tmp_path / "llm", "llama"))) is None
-    save_tiny_clip(tmp_path / "clip", "clip")
-    with pytest.raises(ValueError, match="omit pooling"):
-        encoder(tmp_path / "clip", pooling="last")
-    save_open_clip(tmp_path / "open", nested=False)
-    config = json.loads((tmp_path / "open/open_clip_config.json").read_text())
-    config["model_cfg"]["text_cfg"]["pool_type"] = "last"
-    (tmp_path / "open/open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="pool_type 'last'"):
-        encoder(tmp_path / "open")
-    config["model_cfg"]["text_cfg"]["pool_type"] = "argmax"
-    (tmp_path / "open/open_clip_config.json").write_text(json.dumps(config))
-    save_file({"token_embedding.weight": torch.zeros(9, 8)}, tmp_path / "open/open_clip_model.safetensors")
-    with pytest.raises(ContractError, match="missing"):
-        encoder(tmp_path / "open")

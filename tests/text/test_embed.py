@@ -1,7 +1,5 @@
 """``llm2clip embed``: whole caches, shared by ranks, resumed, verified, and its report."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path
@@ -62,17 +60,6 @@ def test_cache_holds_what_the_encoder_gives(teacher: CaptionEncoder, tmp_path: P
         assert torch.nn.functional.cosine_similarity(stored, alone).min() > 0.99999  # float16's 11 bits
 
 
-def test_ranks_share_the_shards_and_the_last_writes_the_manifest(teacher: CaptionEncoder, tmp_path: Path) -> None:
-    source = open_source(write_tars(tmp_path / "data", 5, 4))
-    whole, _ = embed_source(source, teacher, tmp_path / "one", quiet=True)
-    first, summary0 = embed_source(source, teacher, tmp_path / "two", rank=1, world=2, quiet=True)
-    assert first is None
-    with pytest.raises(ContractError, match="incomplete"):
-        EmbeddingCache.open(tmp_path / "two")
-    second, summary1 = embed_source(source, teacher, tmp_path / "two", rank=0, world=2, quiet=True)
-    assert second == whole and summary0.shards + summary1.shards == 5
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_share_gives_each_shard_to_one_rank_evenly(world: int) -> None:
     shards = [Shard(f"{i}", size, 0) for i, size in enumerate([900, 100, 500, 500, 20, 300, 300])]
@@ -94,20 +81,6 @@ def test_second_run_embeds_only_incomplete_shards(teacher: CaptionEncoder, tmp_p
     assert {path.name: path.read_bytes() for path in files} == before
 
 
-def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    write_tars(folder, 2, 4)
-    embed_source(open_source(SourceConfig(path=str(folder))), teacher, tmp_path / "cache", quiet=True)
-    write_tars(tmp_path / "other", 1, 5)
-    (tmp_path / "other" / "00000.tar").replace(folder / "00001.tar")
-    changed = open_source(SourceConfig(path=str(folder)))
-    with pytest.raises(ContractError, match="5 samples"):
-        EmbeddingCache.open(tmp_path / "cache").check(changed)
-    _, summary = embed_source(changed, teacher, tmp_path / "cache", quiet=True)
-    assert (summary.shards, summary.skipped) == (1, 1)
-    EmbeddingCache.open(tmp_path / "cache").check(changed)
-
-
 def test_command_embeds_reports_and_verifies(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -127,27 +100,6 @@ def test_command_embeds_reports_and_verifies(llama: Path, tmp_path: Path, capsys
     assert EmbeddingCache.open(directory).rows("pairs", 2, [Caption("a boat")]).shape == (1, 32)
     assert main([*command, "--verify"]) == 0
     assert "is complete: 1 shards, 2 captions, 32 wide, int8" in capsys.readouterr().out
-
-
-def test_verify_finds_what_is_wrong(teacher: CaptionEncoder, llama: Path, tmp_path: Path, capsys) -> None:
-    write_tars(tmp_path / "data", 2, 3)
-    command = ["embed", str(tmp_path / "data"), "--llm", str(llama), "--cache", str(tmp_path / "cache")]
-    assert main(command) == 0
-    for more in (("--verify",), ()):
-        assert main([*command, "--pooling", "last", *more]) == 2
-        assert "pooling 'mean'" in capsys.readouterr().err
-    path = tmp_path / "cache" / "00001.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 255
-    path.write_bytes(data)
-    assert main([*command, "--verify"]) == 2 and "00001.safetensors" in capsys.readouterr().err
-
-
-def test_data_at_a_url_needs_a_cache(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["embed", str(tmp_path / "nowhere"), "--llm", str(llama)]) == 2
-    capsys.readouterr()
-    assert main(["embed", "https://host/data.tar", "--llm", "nobody/nowhere"]) == 2
-    assert "--cache" in capsys.readouterr().err
 
 
 def words(data: Path, llm: Path, cache: Path) -> list[str]:

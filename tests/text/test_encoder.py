@@ -1,7 +1,5 @@
 """A caption's embedding is its own: not its batch's, not its padding's, not the order's."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
@@ -10,9 +8,6 @@ import torch
 from text_helpers import write_moved
 from transformers import AutoModel, AutoTokenizer
 
-from llm2clip_plugin.contracts import EncoderCard
-from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.adapter import weights_sha256
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 
@@ -75,8 +70,6 @@ def test_layer_is_the_hidden_state_of_that_number(any_llm: Path) -> None:
     for layer in (0, 1, -2, -1, 2):
         found = encoder(any_llm, attention="causal", layer=layer).encode(["a red bicycle"])
         assert close(found, states[layer].mean(dim=1)), layer
-    with pytest.raises(ValueError, match="layer 3"):
-        encoder(any_llm, layer=3)
 
 
 def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
@@ -97,15 +90,11 @@ def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
     assert close(both.encode(["a boat"], query=True), encoder(llama, prompt="Query: ").encode(["a boat"]))
 
 
-def test_chat_template_is_written_out(llama: Path, make_llm, tmp_path: Path) -> None:
+def test_chat_template_is_written_out(llama: Path) -> None:
     own, literal = encoder(llama, chat_template="user"), encoder(llama, chat_template="<user>\n{caption}<end>")
     expected = own.tokenizer("<bos><user>\na boat<end>", add_special_tokens=False)["input_ids"]
     assert own.tokenize(["a boat"]) == literal.tokenize(["a boat"]) == [expected]
     assert own.identity().chat_template == "<bos><user>\n{caption}<end>"
-    with pytest.raises(ValueError, match="chat_template '<user>'"):
-        EncoderConfig(chat_template="<user>")
-    with pytest.raises(ValueError, match="chat_template is 'user'"):
-        encoder(make_llm(tmp_path / "plain", "llama", template=False), chat_template="user")
 
 
 def test_tokenizer_that_ends_with_eos_pools_it_last(make_llm, tmp_path: Path) -> None:
@@ -132,19 +121,6 @@ def test_long_caption_is_cut_and_counted(llama: Path) -> None:
     assert len(short) < 16
     found = teacher.encode(["boat " * 10_000, "a boat"])
     assert torch.isfinite(found).all() and teacher.count_truncated == 2
-
-
-def test_wrong_input_names_it(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="caption 1 of 2"):
-        encoder(llama).encode(["a", " \n"])
-    with pytest.raises(ValueError, match="max_tokens is 8"):
-        encoder(llama, max_tokens=8, prompt="Instruct: find the picture. Query: ").encode(["a"])
-    with pytest.raises(ValueError, match="--llm"):
-        CaptionEncoder(EncoderConfig())
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        encoder(tmp_path)
-    with pytest.raises(ValueError, match="pooling 'max'"):
-        encoder(llama, pooling="max")
 
 
 def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: Path, tmp_path: Path) -> None:
@@ -184,24 +160,3 @@ def test_an_adapter_counts_in_half_precision_as_in_float32(llama: Path, tmp_path
     rough = CaptionEncoder(config, device="cpu").encode(CAPTIONS)
     assert torch.nn.functional.cosine_similarity(plain, exact).min() < 0.9  # the adapter changes something
     assert torch.nn.functional.cosine_similarity(rough, exact).min() > 0.999
-
-
-def test_card_settings_hold(make_llm, llama: Path, tmp_path: Path) -> None:
-    merged = make_llm(tmp_path / "merged", "llama")
-    card = EncoderCard(
-        base="tiny",
-        base_sha256=weights_sha256(merged),
-        attention="causal",
-        pooling="last",
-        layer=1,
-        prompt="",
-        query_prompt="Query: ",
-        chat_template="<user>{caption}<end>",
-        include_bos=False,
-        max_tokens=64,
-    )
-    card.write(merged / EncoderCard.FILE)
-    found = encoder(merged)
-    assert (found.config.pooling, found.config.layer, found.config.chat_template) == ("last", 1, "<user>{caption}<end>")
-    with pytest.raises(ContractError, match=r"layer is 2, but .* was trained with 1"):
-        encoder(merged, layer=2)

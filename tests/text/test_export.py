@@ -1,7 +1,5 @@
 """Merged weights and sentence-transformers directories give the adapter's embeddings."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -67,25 +65,6 @@ def test_sentence_transformers_gives_the_same(llama: Path, tmp_path: Path, setti
     assert torch.allclose(queries, ours.encode(TEXTS, query=True), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"chat_template": "user"}, "a chat template"),
-        ({"layer": 1}, "layer 1"),
-        ({"include_bos": False}, "leaving BOS out without a prompt"),
-        ({"query_prompt": "Query:\n"}, "pooling BOS but not the prompt"),
-        ({"prompt": "A: ", "query_prompt": "B: ", "include_bos": False}, "a prompt that ends in a space"),
-    ],
-)
-def test_what_sentence_transformers_cannot_carry(llama: Path, tmp_path: Path, settings: dict, said: str) -> None:
-    config = ExportConfig(
-        output=str(tmp_path / "st"), layout="sentence-transformers", encoder=EncoderConfig(llm=str(llama), **settings)
-    )
-    with pytest.raises(ValueError, match=said):
-        export_llm(config)
-    assert not (tmp_path / "st").exists()
-
-
 def write_captions(path: Path, count: int) -> Path:
     words = "a red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
     texts = [" ".join(words[i % 11 : i % 11 + 1 + i % 5]) + f" {i}" for i in range(count)]
@@ -118,16 +97,3 @@ def test_centering_and_whitening_are_stored_with_the_card(llama: Path, tmp_path:
     (tmp_path / "out" / "llm2clip_post.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"llm2clip_post\.safetensors"):
         CaptionEncoder(EncoderConfig(**where), "cpu")
-
-
-def test_wrong_settings_name_the_option(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["export-llm", "--llm", str(llama), "--output", str(tmp_path / "out"), "--post", "whiten"]
-    few = str(write_captions(tmp_path / "few.jsonl", 8))
-    for more, said in (
-        ([], "post_data"),
-        (["--post-data", few], "whiten needs at least 64"),
-        (["--post-data", few, "--format", "adapter"], "--adapter"),
-        (["--post-data", few, "--load-in-4bit"], "--load-in-4bit"),
-    ):
-        assert main([*command, *more]) == 2
-        assert said in capsys.readouterr().err

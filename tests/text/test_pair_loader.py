@@ -1,7 +1,5 @@
 """Pairs read and tokenized in other processes: the same batches in the same order."""
 
-from __future__ import annotations
-
 import json
 from itertools import islice
 from pathlib import Path

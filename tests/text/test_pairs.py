@@ -1,7 +1,5 @@
 """What is drawn as a pair, in what order, and what is refused before training."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -9,13 +7,13 @@ import pytest
 import torch
 
 from llm2clip_plugin.data.sampler import sample_rng
-from llm2clip_plugin.text.config import PairsConfig, parse_kinds, parse_lists
+from llm2clip_plugin.text.config import PairsConfig
 from llm2clip_plugin.text.pairs import PairBatches, open_pairs, survey
 
 NAMES = ["cat", "dog", "boat", "tree", "house", "lake", "wall", "bike"]
 
 
-def write_captions(folder: Path, count: int = 32, name: str = "caps") -> Path:
+def write_captions(folder: Path, count: int = 32) -> Path:
     """Images with a name, a long caption, a list of keywords, and a family of four."""
     rows = [
         {
@@ -30,21 +28,14 @@ def write_captions(folder: Path, count: int = 32, name: str = "caps") -> Path:
         }
         for i in range(count)
     ]
-    path = folder / f"{name}.jsonl"
+    path = folder / "caps.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
-def batches(config: PairsConfig, *, rank: int = 0, world: int = 1, size: int = 8, seed: int = 0) -> PairBatches:
-    return PairBatches(
-        open_pairs(config),
-        config.weights,
-        seed=seed,
-        global_batch=size,
-        rank=rank,
-        world=world,
-        mix_kinds=config.mix_kinds,
-    )
+def batches(config: PairsConfig, *, rank: int = 0, world: int = 1, size: int = 8) -> PairBatches:
+    sources, mixed = open_pairs(config), config.mix_kinds
+    return PairBatches(sources, config.weights, seed=0, global_batch=size, rank=rank, world=world, mix_kinds=mixed)
 
 
 def test_every_sample_comes_once_per_epoch_with_the_selected_kinds(tmp_path: Path) -> None:
@@ -126,9 +117,6 @@ def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(tmp_pat
             negatives.add(number)
     assert negatives == set(range(8))
     assert batches(config).batch(8)["pairs"] == batches(config).batch(8)["pairs"]
-    alone = PairsConfig(data=(str(write_captions(tmp_path, 4)),), group="family", random_negatives=True)
-    with pytest.raises(ValueError, match=r"caps\.jsonl.* leave out --random-negatives"):
-        batches(alone, size=4).batch(0)
     rows = [
         {"id": f"k{i}", "image": "x.png", "captions": [{"text": f"{i} {n}", "kind": "long"} for n in range(4)]}
         for i in range(3)
@@ -186,42 +174,9 @@ def test_text_pairs_with_hard_negatives_and_plain_texts(tmp_path: Path) -> None:
     assert all(pair.query == pair.positive for pair in pairs) and len({pair.query for pair in pairs}) == 8
 
 
-@pytest.mark.parametrize(
-    ("captions", "found"),
-    [
-        ([["only one"]] * 4, r"short \(4\)"),
-        ([[" ", ""]] * 4, "none"),
-        ([[{"text": "same", "kind": "short"}, {"text": "same", "kind": "long"}]] * 4, "short:long"),
-    ],
-)
-def test_data_without_pairs_is_refused_before_training(tmp_path: Path, captions: list, found: str) -> None:
-    rows = [{"id": str(i), "image": "x.png", "captions": texts} for i, texts in enumerate(captions)]
-    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = PairsConfig(data=(str(tmp_path / "c.jsonl"),))
-    with pytest.raises(ValueError, match=found):
-        survey(open_pairs(config)[0])
-
-
-def test_wrong_files_and_settings(tmp_path: Path) -> None:
+def test_a_line_without_a_positive_is_named(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "a", "positive": "b"}\n{"query": "a", "answer": "b"}\n')
     config = PairsConfig(data=(str(bad),))
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2.*'positive'"):
         survey(open_pairs(config)[0])
-    bad.write_text('{"query": "a", "positive": "b", "negative": "c"}\n{"query": "a", "positive": "b"}\n')
-    with pytest.raises(ValueError, match="line 2: no 'negative'"):
-        open_pairs(config)
-    with pytest.raises(FileNotFoundError):
-        open_pairs(PairsConfig(data=(str(tmp_path / "none.txt"),)))
-    with pytest.raises(ValueError, match=r"global_batch 8 .*caps\.jsonl"):
-        batches(PairsConfig(data=(str(write_captions(tmp_path, 4)),)))
-    for wrong in ("short", "short:long=0", "short:long=x", ":long"):
-        with pytest.raises(ValueError, match=f"pair kind '{wrong}'"):
-            parse_kinds([wrong])
-    for wrong in (["Find it"], ["short=a", "short=b"]):
-        with pytest.raises(ValueError, match="instructions"):
-            PairsConfig(instructions=tuple(wrong))
-    with pytest.raises(ValueError, match="keywords=6:2"):
-        parse_lists(["keywords=6:2"])
-    with pytest.raises(ValueError, match="no training data"):
-        open_pairs(PairsConfig())

@@ -1,7 +1,5 @@
 """Texts in Python: load_dual_encoder(...).encode_text(["a bird"]) with the teacher that the tower's card names."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -19,7 +17,6 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.family import DualConfig
@@ -52,10 +49,8 @@ def world(llama, tmp_path_factory):
 
 
 def cached_rows(folder: Path) -> torch.Tensor:
-    source, cache = (
-        open_source(SourceConfig(path=str(folder / "data" / "pairs.jsonl"))),
-        EmbeddingCache.open(folder / "cache"),
-    )
+    source = open_source(SourceConfig(path=str(folder / "data" / "pairs.jsonl")))
+    cache = EmbeddingCache.open(folder / "cache")
     rows = []
     for number in range(len(source)):
         key, captions = source.captions(number)
@@ -74,8 +69,6 @@ def test_strings_are_embedded_as_the_cached_captions_are(world):
     assert torch.allclose(one, found[1:2], atol=0.02) and one.shape == (1, 16)
     assert torch.allclose(found.norm(dim=1), torch.ones(len(CAPTIONS)), atol=1e-5)
     assert dual.encode_text([]).shape == (0, 16)
-    with pytest.raises(ValueError, match="blank"):
-        dual.encode_text(["  "])
 
 
 def test_the_card_finds_its_teacher_after_everything_was_moved_together(world, tmp_path):
@@ -107,19 +100,6 @@ def test_a_teacher_that_is_not_at_hand(world, tmp_path):
     other = write_moved(world / "llm", tmp_path / "other")[1]
     with pytest.raises(ContractError, match="prompt is 'Describe: '"):
         load_dual_encoder(world / "tower", adapter=str(other)).encode_text("a bird")
-
-
-def test_a_card_without_a_teacher_needs_one_with_its_settings(world, tmp_path):
-    tower = tmp_path / "tower"
-    shutil.copytree(world / "tower", tower)
-    dataclasses.replace(TowerCard.read(tower / TowerCard.FILE), teacher={}).write(tower / TowerCard.FILE)
-    with pytest.raises(ValueError, match="names no teacher"):
-        load_dual_encoder(tower).encode_text("a bird")
-    settings = EncoderConfig(llm=str(world / "llm"), adapter=str(world / "adapter"), compute_dtype="float32")
-    with torch.no_grad():
-        found = load_dual_encoder(tower, teacher=settings).encode_text("a bird")
-        expected = load_dual_encoder(world / "tower").encode_text("a bird")
-    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.999  # bfloat16, if it is faster here
 
 
 def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, capsys):

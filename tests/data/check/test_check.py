@@ -64,48 +64,6 @@ def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], wo
     assert report["images"]["width"] == {"min": 20, "median": 64, "max": 64}
 
 
-def test_the_text_names_shard_and_key(messy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "check", str(messy), "--workers", "1"]) == 1
-    text = capsys.readouterr().out
-    for part in (
-        "00001: cut: cannot decode the image",
-        "00002: ",
-        "longest 600",
-        "NOT fit for training: 15.38% broken",
-    ):
-        assert part in text
-
-
-def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: number for number, word in enumerate(["<unk>", "<s>", "picture", "number", "1"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "tokenizer")
-    write_tar(tmp_path / "data" / "x.tar", img2dataset_members(0, 5))
-    _, report = checked(
-        capsys, str(tmp_path / "data"), "--fields", "txt=short", "--tokenizer", str(tmp_path / "tokenizer")
-    )
-    assert report["caption_lengths"]["unit"] == "tokens" and report["caption_lengths"]["max"] == 4  # <s>, three words
-    assert main(["data", "check", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "none")]) == 2
-    assert str(tmp_path / "none") in capsys.readouterr().err
-
-
-def test_images_that_are_elsewhere_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"image": f"{number}.jpg", "caption": f"picture {number}"} for number in range(30)]
-    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert main(["data", "check", str(tmp_path / "x.jsonl"), "--workers", "1"]) == 1
-    told = capsys.readouterr().out
-    assert (
-        f"images that are not found: 30, the first '0.jpg' in {tmp_path} (--image-folder): set --image-folder to the "
-        "folder that the paths in the file start from\n  broken shards: 0\n  broken samples: 0\n"
-    ) in told
-    assert "1.jpg" not in told
-
-
 def test_what_makes_training_worse_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def sample(name: str, image: bytes, **fields: str) -> list[tuple[str, bytes]]:
         return [(f"{name}.png", image), (f"{name}.json", json.dumps(fields).encode())]

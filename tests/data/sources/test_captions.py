@@ -2,16 +2,7 @@ import hashlib
 
 import pytest
 
-from llm2clip_plugin.data.samples import (
-    DEFAULT_FIELDS,
-    BrokenSample,
-    Caption,
-    caption_hash,
-    hash_hex,
-    parse_fields,
-    read_captions,
-    select_captions,
-)
+from llm2clip_plugin.data.samples import DEFAULT_FIELDS, Caption, caption_hash, hash_hex, parse_fields, read_captions
 
 
 def test_fields_give_kind_and_language() -> None:
@@ -58,29 +49,7 @@ def test_misspelled_fields_are_refused(fields: tuple[str, ...]) -> None:
         parse_fields(fields, "en")
 
 
-@pytest.mark.parametrize("value", [3, 2.5, {"text": 3}, {"de": ["x"]}, [[1]]])
-def test_other_shapes_are_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=r"'caption' has (text of )?type"):
-        read_captions({"caption": value}, parse_fields(("caption=short",), "en"))
-
-
 def test_caption_hash_is_the_start_of_sha256_as_a_signed_number() -> None:
     for text in ("a", "b", "c", "ß", ""):
         assert -(1 << 63) <= caption_hash(text) < 1 << 63
         assert hash_hex(caption_hash(text)) == hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def test_captions_are_selected_by_kind_and_language() -> None:
-    captions = (Caption("a"), Caption("b", "long"), Caption("c", "long", "de"))
-    assert select_captions(captions) == captions
-    assert select_captions(captions, kinds=("long",)) == captions[1:]
-    assert select_captions(captions, languages=("de", "fr")) == captions[2:]
-    assert select_captions(captions, ("short",), ("de",)) == ()
-
-
-def test_a_broken_sample_crosses_processes() -> None:
-    import pickle
-
-    error = pickle.loads(pickle.dumps(BrokenSample("00001", "k", "no image")))
-    assert (error.shard, error.key, error.reason) == ("00001", "k", "no image")
-    assert str(error) == "sample 'k' of shard '00001': no image"

@@ -57,16 +57,8 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("llm2clip_plugin.data.sources.csv_rows", None)
 
 
-def test_it_is_recognized_and_listed(table: Path) -> None:
+def test_it_is_recognized_embedded_and_trained_on(table: Path) -> None:
     assert detect_format(str(table)) == detect_format("https://host/x.csv?token=1") == "csv"
-    with pytest.raises(ValueError, match="known: auto, jsonl, llava, webdataset, csv"):
-        SourceConfig(path=str(table), format="parquet")
-    (table.parent / "x.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"choose one with --format \(jsonl: .*; csv: a \.csv file\)"):
-        detect_format(str(table.parent / "x.txt"))
-
-
-def test_it_is_embedded_and_trained_on(table: Path) -> None:
     source = open_source(SourceConfig(path=str(table)))
     encoder: Any = LengthEncoder()
     manifest, _ = embed_source(source, encoder, table.parent / "cache", quiet=True)
