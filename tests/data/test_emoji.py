@@ -1,10 +1,15 @@
 """The built-in emoji set as it is shipped: counts, no leak between the splits, captions, notices; and its builder."""
 
+from __future__ import annotations
+
+import importlib.util
 import io
 import json
+import sys
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,6 +20,15 @@ EMOJI = ROOT / "llm2clip_plugin" / "data" / "emoji"
 COUNTS = {"train": 1068, "validation": 200, "test": 326}
 STYLES = ("noto", "twemoji", "fluent")
 LANGUAGES = {"de", "fr", "es", "pl", "tr", "ru", "zh", "ja", "ar", "hi", "vi"}
+
+
+@pytest.fixture(scope="module")
+def builder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build_emoji", ROOT / "scripts" / "build_emoji.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["build_emoji"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def read_shard(path: Path) -> dict[str, dict]:
@@ -98,3 +112,34 @@ def test_captions(shards) -> None:
             # names in other languages are for evaluation alone, so training shards must not have them
             assert {c["language"] for c in others} == (set() if split == "train" else LANGUAGES), key
             assert {c["kind"] for c in others} <= {"short"}, key
+
+
+def test_notices_name_every_style_and_license_texts_exist() -> None:
+    notice = (EMOJI / "NOTICE.md").read_text(encoding="utf-8")
+    for style, licence in (("noto", "Apache-2.0"), ("twemoji", "CC-BY-4.0"), ("fluent", "MIT")):
+        (row,) = [line for line in notice.splitlines() if f"`*-{style}.tar`" in line]
+        assert licence in row
+    for name in ("LICENSE-apache-2.0.txt", "LICENSE-mit-fluent.txt", "LICENSE-unicode-3.0.txt"):
+        assert name in notice and (EMOJI / name).stat().st_size > 500
+    assert not list(EMOJI.glob("*openmoji*")), "share-alike art must not be shipped"
+
+
+def test_an_installed_package_without_the_pictures_says_so(tmp_path, monkeypatch) -> None:
+    from llm2clip_plugin.data.sources import open as sources
+
+    monkeypatch.setattr(sources, "EMOJI", tmp_path)
+    with pytest.raises(FileNotFoundError, match="built-in emoji"):
+        sources.open_source(sources.SourceConfig(path=str(tmp_path / "train-*.tar")))
+
+
+def test_split_is_exact_deterministic_and_refuses_what_cannot_be_filled(builder) -> None:
+    sizes = {f"family-{i}": 1 + i % 4 for i in range(60)} | {"series": 30}
+    split = builder.split_families(sizes, test=31, validation=17)
+    held = Counter()
+    for family, name in split.items():
+        held[name] += sizes[family]
+    assert held == {"test": 31, "validation": 17, "train": sum(sizes.values()) - 48}
+    assert split["series"] == "train"
+    assert builder.split_families(dict(reversed(sizes.items())), test=31, validation=17) == split
+    with pytest.raises(ValueError, match="cannot fill"):
+        builder.split_families({"a": 13, "b": 2}, test=3, validation=1)

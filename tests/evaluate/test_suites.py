@@ -11,11 +11,12 @@ from evaluate_world import COLOURS, square, write_llm, write_tower
 
 import llm2clip_plugin.evaluate.suites as suites_package
 from llm2clip_plugin.cli import main as cli
-from llm2clip_plugin.contracts import ScoreFile, TowerCard
+from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.suites.base import hard_negative_scores
+from llm2clip_plugin.evaluate.suites.sharegpt4v_1k import first_items
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 
@@ -142,10 +143,58 @@ def test_every_layout_is_read(setting):
     )
 
 
-def test_suites_are_selected_by_name_and_by_group():
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "7.jpg#0#zhc\t一只狗\n7.jpg#1#zhc\t狗\n",
+        "7 一只狗\n7 狗\n",
+        "\ufeffimage,caption\n7.jpg,一只狗\n7.jpg,狗\n",
+    ],
+)
+def test_every_spelling_of_flickr_cn_is_read(lines, tmp_path):
+    images(tmp_path / "flickr30k" / "flickr30k-images", ["7.jpg"])
+    text(tmp_path / "flickr30k-cn" / "flickr30k_cna_test.txt", lines)
+    (row,) = suites()["flickr30k-cn"].open(tmp_path).rows
+    assert row.key == "7" and [caption.text for caption in row.captions] == ["一只狗", "狗"]
+
+
+def test_a_huge_array_is_read_no_further_than_needed(tmp_path):
+    path = tmp_path / "big.json"
+    items = [{"number": number, "text": "]}," * number} for number in range(50)]
+    path.write_text(" [\n" + " ,\n".join(json.dumps(item) for item in items[:40]) + ", {cut short", encoding="utf-8")
+    assert first_items(path, 40, block=7) == items[:40]
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps(items), encoding="utf-8")
+    assert first_items(whole, 1000) == items
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="not a JSON array"):
+        first_items(path, 3)
+
+
+def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, capsys):
+    _, tower, _ = setting
+    for name, suite in suites().items():
+        lines = suite.missing(tmp_path)
+        assert len(lines) == len(suite.requires)
+        assert all(str(tmp_path / name) in line and ("http" in line or "get it from" in line) for line in lines)
+    assert cli(["evaluate", str(tower), "--suite", "docci", "--data", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "docci_images.tar.gz" in error and str(tmp_path / "docci" / "images") in error
+    with pytest.raises(ValueError, match=r"unknown suite 'cocoo'; did you mean 'coco'\?.*known: paper, all, flickr30k"):
+        select_suites("cocoo")
     assert [suite.name for suite in select_suites("coco,paper")][:3] == ["coco", "flickr30k", "sharegpt4v-1k"]
     assert [suite.name for suite in select_suites("all")] == list(suites())
     assert [suite.name for suite in select_suites("paper")] == list(suites())[:-1]  # SugarCrepe is not in the paper
+
+
+def test_a_file_with_another_layout_is_named(tmp_path):
+    images(tmp_path / "docci" / "images", ["x.jpg"])
+    text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": "test", "image_file": "x.jpg"}\n')
+    with pytest.raises(ValueError, match=r"layout of .*docci_descriptions.jsonlines: KeyError\('example_id'\)"):
+        suites()["docci"].open(tmp_path)
+    text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": \n')
+    with pytest.raises(ValueError, match="line 1: not valid JSON"):
+        suites()["docci"].open(tmp_path)
 
 
 def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, capsys):
@@ -172,6 +221,16 @@ def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, c
         llm.with_name("gone").rename(llm)
     assert (output / "coco.scores.json").stat().st_mtime_ns == before
     assert ScoreFile.read(changed).provenance == scores["docci"].provenance
+
+
+def test_an_llm_other_than_the_teacher_is_refused(setting, tmp_path, capsys):
+    _, tower, _ = setting
+    write_suites(tmp_path / "root")
+    other = write_llm(tmp_path / "other", seed=1)
+    words = ["evaluate", str(tower), "--suite", "docci", "--data", str(tmp_path / "root"), "--teacher.llm", str(other)]
+    assert cli(words) == 2
+    assert "is not the tower's teacher" in capsys.readouterr().err
+    assert not list((tmp_path / "root" / "docci").rglob(CacheManifest.FILE))
 
 
 def test_hard_negatives_count_a_tie_as_half():

@@ -1,5 +1,7 @@
 """Teachers made elsewhere: LLM2Vec checkpoints and adapters, LLM2CLIP's released LLMs, sentence-transformers models."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
@@ -19,7 +21,10 @@ TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house
 
 
 def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_path: Path) -> None:
-    """User turn, bidirectional, mean over the caption's tokens and the end of the turn; no remote code is run."""
+    """Their reading, step by step: user turn, bidirectional, mean over the caption's tokens and the end of the turn.
+
+    Their files name a class of their own with remote code, and the tensors lack the ``model.`` prefix.
+    """
     folder = make_llm(tmp_path / "released", "llama")
     tensors = load_file(folder / "model.safetensors")
     bare = {name.removeprefix("model."): t.clone() for name, t in tensors.items() if name != "lm_head.weight"}
@@ -41,6 +46,16 @@ def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_pat
     with torch.no_grad():
         hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids), is_causal=False).last_hidden_state
     assert torch.allclose(found.encode(["a red bicycle"])[0], hidden[0, -kept:].mean(dim=0), atol=1e-5)
+
+
+def test_preset_of_released_llms(llama: Path) -> None:
+    config = CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2clip-llama3"), "cpu").config
+    assert config.chat_template == "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
+    assert not config.include_bos and config.preset == ""
+    with pytest.raises(ContractError, match="preset llm2vec"):
+        CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2vec", pooling="last"), "cpu")
+    with pytest.raises(ValueError, match="'gpt'"):
+        EncoderConfig(preset="gpt")
 
 
 def test_adapter_trained_with_the_language_head(llama: Path, tmp_path: Path) -> None:
@@ -109,6 +124,8 @@ def test_what_cannot_be_reproduced_is_refused(tokenizer, tmp_path: Path) -> None
     with pytest.raises(ContractError, match="'Dense'"):
         CaptionEncoder(EncoderConfig(llm=str(dense)), "cpu")
     mean = write_bert(tmp_path / "mean", tokenizer)
+    with pytest.raises(ContractError, match="pooling is 'last', but the files of mean specify 'mean'"):
+        CaptionEncoder(EncoderConfig(llm=str(mean), pooling="last"), "cpu")
     (mean / "modules.json").unlink()
     with pytest.raises(ValueError, match="is a BertModel; expected a decoder LLM"):
         CaptionEncoder(EncoderConfig(llm=str(mean)), "cpu")

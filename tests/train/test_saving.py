@@ -1,9 +1,11 @@
-"""Checkpoints in the background: killed while they are written, before the evaluation."""
+"""Checkpoints in the background: killed while they are written, on a full disk, before the evaluation."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -11,10 +13,19 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from small_disk import fill, mounted
 from tower_runs import lines, losses, wait_for
-from train_helpers import new_state, parts_of, run_ranks, start_ranks, tiny_batch, tiny_engine
+from train_helpers import (
+    Engineless,
+    new_state,
+    parts_of,
+    run_ranks,
+    start_ranks,
+    tiny_batch,
+    tiny_engine,
+)
 
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, load
+from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, Saver, TrainState, load
 
 STEPS = 8
 
@@ -103,6 +114,83 @@ def test_a_checkpoint_is_written_while_its_step_is_evaluated(tmp_path: Path):
     assert events[-1]["step"] == STEPS and {"waited_seconds", "write_seconds"} <= events[-1].keys()
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    with mounted(tmp_path / "disk", "1m") as disk:
+        yield disk
+
+
+class Counting(Checkpoints):
+    """Counts writes that failed."""
+
+    failures = 0
+
+    def write(self, *arguments: Any) -> list[str]:
+        try:
+            return super().write(*arguments)
+        except OSError:
+            self.failures += 1
+            raise
+
+
+def train_on_a_full_disk(rank: int, world: int, disk: str, fallback: str) -> dict[str, Any]:
+    """The disk is full in the fourth step, free in the eighth, and full again at the end."""
+    from llm2clip_plugin.train.loop import run_loop
+
+    run = Path(disk) / "run"
+    checkpoints = Counting(run, keep=2)
+    names = []
+
+    def batches() -> Iterator[Any]:
+        for i in range(12):
+            if rank == 0 and i == 3:
+                wait_for(checkpoints.names)
+                fill(Path(disk))
+            if rank == 0 and i == 7:
+                wait_for(lambda: checkpoints.failures)
+                names.append(checkpoints.names())
+                (Path(disk) / "filler").unlink()
+            if rank == 0 and i == 11:
+                wait_for(lambda: checkpoints.names()[-1] > "step-00000007")
+                wait_for(lambda: not list(checkpoints.folder.glob(".*.tmp")))
+                fill(Path(disk))
+            yield tiny_batch(i, rank=rank, world=world)
+
+    parts = parts_of(
+        run,
+        tiny_engine(stage=1, micro=16, world=world),
+        new_state(),
+        batches(),
+        checkpoints=checkpoints,
+        total_steps=12,
+        train={"save_fallback_dir": fallback},
+    )
+    try:
+        run_loop(parts)
+    except (OSError, ValueError) as error:
+        return {"error": str(error), "kind": type(error).__name__, "names": names}
+    return {}
+
+
+def test_a_full_disk_ends_no_training_and_the_last_state_is_kept_elsewhere(small_disk: Path, tmp_path: Path):
+    first, second = run_ranks(train_on_a_full_disk, 2, str(small_disk), str(tmp_path / "other"))
+    (small_disk / "filler").unlink()
+    assert str(small_disk / "run/checkpoints/step-00000012") in first["error"]
+    assert f"--resume {tmp_path / 'other/run'}" in first["error"]
+    assert second["error"] == first["error"] and (first["kind"], second["kind"]) == ("OSError", "FirstRankError")
+    (kept,) = first["names"]  # on the full disk
+    assert kept and max(kept) <= "step-00000003"
+    checkpoints = Checkpoints(small_disk / "run", keep=2)
+    newest = checkpoints.find("auto")
+    assert newest is not None and "step-00000007" < newest.name < "step-00000012"
+    rescued = checkpoints.find(str(tmp_path / "other/run"))
+    assert rescued == tmp_path / "other/run/checkpoints/step-00000012"
+    assert set(losses(small_disk / "run")) >= set(range(1, 11))  # lines that a full disk delayed are not lost
+    events = [line["event"] for line in lines(small_disk / "run") if "event" in line]
+    assert "checkpoint failed" in events and events.count("checkpoint") >= 2
+
+
 def wait_for_rank_0(rank: int, world: int, folder: str) -> list[str]:
     """Rank 0 works longer than the process group's timeout; then it fails."""
     from llm2clip_plugin.train.distributed import on_first_rank
@@ -127,3 +215,17 @@ def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group(tmp_path: Path)
     first, second = run_ranks(wait_for_rank_0, 2, str(tmp_path))
     assert first[0] == second[0] == "of rank 0" and first[2] == second[2]
     assert (first[1], second[1]) == ("FileNotFoundError", "FirstRankError")
+
+
+def test_a_disk_that_is_gone_is_one_error_on_a_save_that_must_succeed(tmp_path: Path):
+    told, events = [], []
+    (tmp_path / "run").write_text("not a folder")
+    saver = Saver(Checkpoints(tmp_path / "run", keep=1), Engineless(), note=told.append, event=events.append)
+    saver.save(TrainState(step=3, samples=1, config={}, config_hash="", seed=0))
+    with pytest.raises(OSError, match=r"step-00000003.*--save-fallback-dir"):
+        saver.finish()
+    saver.save(TrainState(step=4, samples=1, config={}, config_hash="", seed=0))
+    with saver:
+        pass
+    assert "step-00000004" in told[0] and events[0]["event"] == "checkpoint failed"
+    json.dumps(events)
