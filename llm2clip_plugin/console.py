@@ -1,6 +1,6 @@
-"""What other libraries print on a normal run, silenced by name and reason. Their errors are never silenced.
+"""What a process prints and how it is ended: the phase that a rank is in, progress bars, silenced libraries, signals.
 
-Everything here is called where it applies, not at import: no library is imported for its silence.
+Libraries are silenced by name and reason, where it applies, and never their errors: none is imported for its silence.
 """
 
 from __future__ import annotations

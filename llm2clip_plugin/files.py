@@ -1,4 +1,5 @@
-"""What comes from outside is checked before it is used: JSON files, the types and bounds of their fields, names.
+"""What comes from outside is checked before it is used: JSON files and their fields, headers, names, the Hub's pauses;
+and what a run leaves for its next start.
 
 Standard library only, as ``contracts``, which re-exports ContractError.
 """

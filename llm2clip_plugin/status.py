@@ -1,4 +1,4 @@
-"""Where a training run stands, from the files in its folder alone. Standard library only."""
+"""``llm2clip status``: where a run or a cache stands, from the files in its folder alone. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How retrieval is measured, of images and of captions; read without torch."""
+"""The settings and options of all that measures: retrieval, captions, classification, forecast; read without torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

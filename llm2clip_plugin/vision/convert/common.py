@@ -1,4 +1,6 @@
-"""Find the text adapter in a checkpoint by its structure, whatever its tensors are called.
+"""What importers of all layouts share: tensors by name, a parsed checkpoint, and the text adapter in it.
+
+The adapter is found by its structure, whatever its tensors are called.
 
 Releases nest the adapter differently (``text.text_adaptor.0.fn.0``, ``text_adapter.adaptor.0.fn.0`` ...); only its
 structure is fixed: numbered residual blocks (one norm, two Linears each), then a norm, then a Linear, which are
