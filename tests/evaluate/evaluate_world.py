@@ -99,6 +99,6 @@ def write_tower(directory: Path, identity=None) -> Path:
     return directory
 
 
-def write_llm(folder: Path) -> Path:
+def write_llm(folder: Path, seed: int = 0) -> Path:
     """A random two-block Llama of the teacher's width, without a chat template."""
-    return save_tiny_llm(folder, "llama", width=WIDTH, template=False)
+    return save_tiny_llm(folder, "llama", seed=seed, width=WIDTH, template=False)
