@@ -68,13 +68,13 @@ def test_answers_are_learned_to_their_end(template, tokenizer, texts, answers):
     assert made["input_ids"][0].tolist().count(IMAGE) == texts[0].count("<image>")
 
 
-def test_the_ids_are_those_of_llava(template, tokenizer, capsys):
+def test_the_ids_are_those_of_llava(template, tokenizer):
     from llava.train import train
 
     tokenizer.pad_token = tokenizer.bos_token
     turns = talk("<image>\nWhat?", "a hat", "And now?", "two")
     own = train.preprocess_mpt([turns], tokenizer, has_image=True)
-    assert "tokenization mismatch" in capsys.readouterr().out and set(own["labels"][0].tolist()) == {IGNORED}
+    assert set(own["labels"][0].tolist()) == {IGNORED}
     assert (
         chatml.preprocess([turns], tokenizer, has_image=True)["input_ids"][0].tolist() == own["input_ids"][0].tolist()
     )
