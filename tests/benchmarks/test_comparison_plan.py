@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from llava_integration.benchmarks.benchmark import mean_statistic
+from llava_integration.compare.command import main
 from llava_integration.compare.comparison import plan
 from llava_integration.compare.sides import load_side
 from llava_integration.compare.statistics import compare, pair
 from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.files import ContractError
 
 SIMULATIONS = 100  # standard error of a power of 80 %: 4 %
 SPREAD = 1.5  # points, over trainings
@@ -71,3 +73,17 @@ def test_what_no_number_reaches_and_what_one_side_knows(pilot):
     assert unlike.image_error == pytest.approx(alike.image_error * 10**0.5) and alike.spread is None
     assert unlike.image_error == pytest.approx(100 * (2 * 0.25 / 800) ** 0.5, rel=0.05)  # half of the answers right
     assert alike.runs_needed(1.0) is None and alike.images_needed(1.0, 1) is not None
+
+
+def test_the_command(pilot, capsys, tmp_path):
+    base, new = (str(side.path) for side in pilot)
+    assert main([base, new, "--plan", "--effect", "3", "--runs", "2", "4"]) == 0
+    told = capsys.readouterr().out
+    assert "GQA: 800 questions on 800 images" in told and "2 runs a side: " in told and "4 runs a side: " in told
+    assert main([f"{base}/0.scores.json", "--plan"]) == 0
+    assert "set --spread" in capsys.readouterr().out
+    for words, said in (([], "--plan"), (["--plan", "--effect", "0"], "--effect 0"), ([base, new, "--plan"], "two")):
+        with pytest.raises(ValueError, match=said):
+            main([base, *words])
+    with pytest.raises(ContractError, match="10 questions"):
+        plan([pilot[0], write_side(tmp_path / "other", [[1.0] * 10])])

@@ -49,3 +49,12 @@ def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
     assert main(["compare", *sides, "--output", str(tmp_path / "report"), "--resamples", "100"]) == 0
     page = (tmp_path / "report" / "compare.html").read_text()
     assert "own questions" in page and page.count("data:image/jpeg") == 2  # found next to the file
+
+
+@pytest.mark.parametrize("change", [{"answer": []}, {"answer": 3}, {"question": " "}, {"image": None}])
+def test_a_row_that_cannot_be_asked_is_named(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict
+):
+    own.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | change) + "\n")
+    assert main(["score", "questions", str(own), "--answers", str(own)]) == 2
+    assert f"{own}, question 2" in capsys.readouterr().err

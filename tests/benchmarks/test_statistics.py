@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llava_integration.benchmarks.benchmark import Statistic, mean_statistic, ratio
-from llava_integration.compare.statistics import compare, holm, pair
+from llava_integration.compare.statistics import Paired, compare, holm, pair
 from llm2clip_plugin.bootstrap import bootstrap_mean, resample
 
 SIMULATIONS = 1000  # standard error of a coverage of 95 %: 0.7 %
@@ -41,6 +41,18 @@ def test_intervals_cover_the_known_difference(images, questions, spread):
         result = compare(paired, resamples=RESAMPLES, seed=number)
         covered += result.low <= 8.0 <= result.high
     assert 0.93 <= covered / SIMULATIONS <= 0.97
+
+
+def test_ignoring_images_would_not_cover():
+    """The clustered simulation is one on which questions taken as independent fail: so the test above can fail."""
+    rng = np.random.default_rng(7)
+    covered = 0
+    for number in range(200):
+        base, new, names = simulate(rng, 40, 12, 0.25)
+        paired = pair([mean_statistic(base)], [mean_statistic(new)], [str(place) for place in range(len(names))])
+        result = compare(paired, resamples=300, seed=number)
+        covered += result.low <= 8.0 <= result.high
+    assert covered / 200 < 0.92
 
 
 def f1_statistic(said, truth):
@@ -112,6 +124,12 @@ def test_evaluate_and_compare_give_the_same_interval(size):
     assert alone.clusters == 50
 
 
+def test_equal_files_give_zero_and_no_win():
+    scores = np.random.default_rng(0).random(100)
+    result = compare(pair([mean_statistic(scores)], [mean_statistic(scores)], [str(n) for n in range(100)]))
+    assert (result.difference, result.low, result.high, result.p) == (0.0, 0.0, 0.0, 1.0)
+
+
 def test_permutation_keeps_its_level():
     """Without a difference p is below .05 about 5 % of the time, clustered."""
     rng = np.random.default_rng(5)
@@ -139,6 +157,15 @@ def test_detectable_difference_is_found_four_times_in_five():
     assert 0.72 <= found / 300 <= 0.88
 
 
+def test_weights_are_integer_draws_within_strata():
+    strata = np.array([0, 0, 0, 1, 1, 2])
+    drawn = np.concatenate(list(resample(strata, 2000, np.random.default_rng(0))))
+    assert drawn.shape == (2000, 6)
+    for stratum, size in ((0, 3), (1, 2), (2, 1)):
+        assert (drawn[:, strata == stratum].sum(axis=1) == size).all()
+    assert drawn.mean(axis=0) == pytest.approx(np.ones(6), abs=0.06)
+
+
 def test_bootstrap_is_the_naive_loop():
     """Weights times sums give what copying the drawn images' questions gives."""
     rng = np.random.default_rng(2)
@@ -157,3 +184,8 @@ def test_bootstrap_is_the_naive_loop():
 def test_holm():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_one_image_gives_an_empty_interval_not_a_crash():
+    paired = Paired(np.ones((1, 1, 2)), np.ones((1, 1, 2)), mean_statistic([1.0]), np.zeros(1, dtype=int))
+    assert compare(paired, resamples=100).difference == 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from text_helpers import moved, write_moved
 from tower_runs import ROOT, finish, lines, start
 
@@ -137,9 +140,13 @@ def test_two_ranks_are_one(plain: Path, captions: Path, llama: Path, tmp_path: P
         assert losses(tmp_path / str(stage)) == pytest.approx(losses(plain), abs=SAME), stage
 
 
-def test_checkpoint_holds_the_adapter_alone(plain: Path) -> None:
+def test_checkpoint_holds_the_adapter_alone_and_other_settings_are_refused(
+    plain: Path, captions: Path, llama: Path
+) -> None:
     (checkpoint,) = (plain / "checkpoints").glob("step-*")
     assert (checkpoint / "model.safetensors").stat().st_size < 100_000
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 in the checkpoint, 0\.001 in this run"):
+        finetune_llm(FINETUNE_LLM.parse([*options(captions, llama, plain), "--lr", "1e-3"]))
 
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain " * 2, "x", "猫"]
@@ -229,23 +236,14 @@ def test_how_a_batch_with_hard_negatives_is_cut_changes_nothing(llama: Path, tmp
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=SAME)
 
 
-def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
-    base = ["finetune-llm", *options(captions, llama, tmp_path / "run")]
-    for more, said in (
-        (("--load-in-4bit", "--deepspeed", zero_file(3)), "ZeRO-3"),
-        (("--max-tokens", "36", "--pair-kinds", "long:short"), "max_tokens 36"),
-        (("--start-adapters", str(tmp_path / "none"), "--load-in-4bit"), "start_adapters"),
-    ):
-        assert main([*base, *more]) == 2, more
-        assert said in capsys.readouterr().err
-    assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_long_texts_are_counted_and_queries_cut_on_request(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
-    more = ("--max-tokens", "36", "--pair-kinds", "long:short", "--cut-queries", "--max-steps", "1")
-    assert main(["finetune-llm", *options(captions, llama, tmp_path / "run", *more)]) == 0
-    found = re.search(r"(\d+) of the first (\d+) queries are longer than max_tokens 36", capsys.readouterr().out)
-    assert found and 0 < int(found[1]) < int(found[2])
+def test_plain_texts_and_learned_scale(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(f"{WORDS[i % 16]} {WORDS[i * 5 % 16]} {i}" for i in range(32)))
+    arguments = options(tmp_path / "texts.txt", llama, tmp_path / "run", "--learn-scale")
+    with pytest.raises(ValueError, match=r"differs only by dropout, but lora\.dropout is 0"):
+        finetune_llm(FINETUNE_LLM.parse(arguments))
+    finetune_llm(FINETUNE_LLM.parse([*arguments, "--dropout", "0.2", "--precision", "fp32"]))
+    lines = step_lines(tmp_path / "run")
+    assert lines[-1]["logit_scale"] != lines[0]["logit_scale"] == pytest.approx(20.0)
 
 
 def test_training_continues_from_an_adapter(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
@@ -293,5 +291,56 @@ def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None
     with pytest.raises(ContractError, match="was trained on"):
         opened(make_llm(tmp_path / "other", "llama", seed=1), adapter)
     (adapter / EncoderCard.FILE).unlink()
-    with pytest.raises(ContractError, match="does not fit"):
-        opened(make_llm(tmp_path / "phi3", "phi3"), adapter)
+    for llm in (make_llm(tmp_path / "wide", "llama", width=64), make_llm(tmp_path / "phi3", "phi3")):
+        with pytest.raises(ContractError, match="does not fit"):
+            opened(llm, adapter)
+    with pytest.raises(FileNotFoundError, match="adapter_config"):
+        opened(llama, tmp_path)
+
+
+def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+    base = ["finetune-llm", *options(captions, llama, tmp_path / "run")]
+    zero3 = ("--load-in-4bit", "--deepspeed", zero_file(3))
+    for more, said in (
+        (("--targets", "query"), "['query']"),
+        (zero3, "ZeRO-3"),
+        (("--precision", "bf16"), "train.precision bf16"),
+        (("--max-tokens", "36", "--pair-kinds", "long:short"), "max_tokens 36"),
+        (("--fields", "label=short"), "'label'"),
+        (("--pair-kinds", "short:poem"), "short:poem"),
+        (("--global-batch", "64"), "global_batch 64"),
+        (("--start-adapters", str(tmp_path / "none"), "--load-in-4bit"), "start_adapters"),
+    ):
+        assert main([*base, *more]) == 2, more
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_long_texts_are_counted_and_queries_cut_on_request(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+    more = ("--max-tokens", "36", "--pair-kinds", "long:short", "--cut-queries", "--max-steps", "1")
+    assert main(["finetune-llm", *options(captions, llama, tmp_path / "run", *more)]) == 0
+    found = re.search(r"(\d+) of the first (\d+) queries are longer than max_tokens 36", capsys.readouterr().out)
+    assert found and 0 < int(found[1]) < int(found[2])
+
+
+def test_a_weight_that_is_not_finite_is_one_line(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+    broken = tmp_path / "llm"
+    shutil.copytree(llama, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][100:] = math.nan  # words that the probe at loading does not use
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert main(["finetune-llm", *options(captions, broken, tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert re.search(rf"error: {broken}: .*embed_tokens.weight", told)
+    assert told.count("error: ") == 1 and "Traceback" not in told
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_lora_variants_train(llama: Path, captions: Path, tmp_path: Path) -> None:
+    more = ("--dora", "--rslora", "--targets", "q_proj", "v_proj", "--max-steps", "1")
+    adapter = finetune_llm(FINETUNE_LLM.parse(options(captions, llama, tmp_path, *more)))
+    assert adapter is not None
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    assert saved["use_dora"] and saved["use_rslora"] and sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
+    reloaded = CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32"), "cpu")
+    assert torch.isfinite(reloaded.encode(["a dog"])).all()

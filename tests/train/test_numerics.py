@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_data import make_all
 from train_helpers import TinyDual, allow_fp16, new_state, run_ranks, save_now, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, HostCopies, load
+from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TWIN, HostCopies, load
 from llm2clip_plugin.train.reference import Reference, frozen_copy
 
 HALF = {
@@ -153,3 +154,44 @@ def test_averages_are_of_fp32_masters_on_two_ranks_and_resume_on_one(tmp_path: P
         assert values["mean"].keys() == ranks[0][name]["mean"].keys()
         assert all(torch.equal(value, ranks[0][name]["mean"][key]) for key, value in values["mean"].items()), name
         assert all(torch.equal(value, ranks[0][name]["after"][key]) for key, value in values["weights"].items()), name
+
+
+def deterministic_run(rank: int, world: int, folder: str, tiny: str) -> bool:
+    """Two steps of the command with --train.full-determinism; whether torch was told."""
+    from tower_runs import options
+
+    from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
+    from llm2clip_plugin.stages.tower_run import train_tower
+
+    more = "--train.full-determinism True --max_steps 2 --train.precision bf16 --dual.input-noise .1".split()
+    train_tower(TRAIN_TOWER.parse(options(Path(tiny), Path(folder), *more)))
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def test_two_deterministic_runs_are_equal_bit_for_bit(tmp_path: Path):
+    tiny = make_all(tmp_path)
+    for run in ("a", "b"):
+        assert all(run_ranks(deterministic_run, 2, str(tmp_path / run), str(tiny)))
+    first, second = (tmp_path / run / "checkpoints/step-00000002" for run in ("a", "b"))
+    for name in (MODEL, OPTIMIZER, AVERAGES):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def first_moments(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+    moments = []
+    for stage in (0, 1):
+        engine = tiny_engine(stage=stage)
+        tiny_step(engine)(tiny_batch(0))
+        moments.append(engine.moments(HostCopies()))
+    return moments
+
+
+def test_the_betas_are_the_settings():
+    """After one step the moments are (1 - b1) g and (1 - b2) g^2, so m^2 / v is .1^2 / .02."""
+    for moments in run_ranks(first_moments, 1)[0]:
+        first, second = (moments[f"tower.3.weight.{name}"].double() for name in ("exp_avg", "exp_avg_sq"))
+        seen = first.abs() > 1e-6
+        assert seen.any()
+        torch.testing.assert_close(
+            first[seen].square() / second[seen], torch.full((int(seen.sum()),), 0.5).double(), rtol=1e-4, atol=0
+        )
