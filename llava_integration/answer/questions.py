@@ -344,4 +344,8 @@ COMMAND = Command(
     everyday="model-path model-base endpoint question-file answers-file image-folder batch-size temperature "
     "max-new-tokens device overwrite",
     also={"data": "question_file", "output": "answers_file", "model": "served_model_name"},
+    needs={  # a server loads its own model
+        **dict.fromkeys(("model_base", "load_8bit", "load_4bit"), "not endpoint"),
+        **dict.fromkeys(("served_model_name", "concurrency", "timeout", "retries"), "endpoint"),
+    },
 )
