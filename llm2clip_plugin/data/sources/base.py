@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.remote import Downloads, default_download_folder
@@ -36,11 +37,6 @@ class SourceFormat:
 def formats() -> dict[str, SourceFormat]:
     """Every format by name."""
     return discover("llm2clip_plugin.data.sources", "SOURCE")
-
-
-def format_help() -> str:
-    """The formats and the paths that they read, for --help and errors."""
-    return "; ".join(f"{known.name}: {known.help}" for known in formats().values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +181,17 @@ class Source(ABC):
         """Name of the shard, and number of the sample within it."""
         shard, within = self.place(number)
         return self.shards[shard].name, within
+
+
+def parse_object(data: bytes, shard: str, key: str, what: str = "") -> dict[str, Any]:
+    """The JSON object of a sample. Raises BrokenSample for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BrokenSample(shard, key, f"{what}is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BrokenSample(shard, key, f"{what}contains a {type(value).__name__}, expected an object")
+    return value
 
 
 def shards_of(names: Sequence[str], sizes: Sequence[int]) -> tuple[Shard, ...]:

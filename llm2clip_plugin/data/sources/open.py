@@ -1,20 +1,15 @@
 """Open captioned images of any format, and check that they have the captions that a run will read."""
 
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Sample
-from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, format_help, formats
+from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, formats
 from llm2clip_plugin.data.sources.tars import how_to_make_tars
 from llm2clip_plugin.options import joined, nearest
 
 __all__ = ["Shard", "Source", "SourceConfig", "check_fields", "check_kinds", "detect_format", "open_source"]
 
-log = logging.getLogger(__name__)
-
-EMOJI = Path(__file__).parents[1] / "emoji"  # its tars are not part of a wheel
 PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur
 KIND_PROBES = 64  # samples in which kinds of captions are looked for
 
@@ -25,8 +20,6 @@ def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = Non
     A broken shard is left out and noted in ``broken_shards`` (name -> reason); without it, it raises ValueError. Raises
     FileNotFoundError if there is no data, ValueError if the format cannot be determined.
     """
-    if EMOJI in Path(config.path).parents and not any(EMOJI.glob("*.tar")):
-        raise FileNotFoundError(f"{config.path}: the built-in emoji are in the repository, not in an installed package")
     name = config.format if config.format != "auto" else detect_format(config.path)
     return formats()[name].open(config, broken_shards)
 
@@ -38,8 +31,10 @@ def detect_format(path: str) -> str:
             return known.name
     if not os.path.exists(path):
         raise FileNotFoundError(f"no data at {path}")
-    choose = f"choose one with --format ({format_help()})"
-    raise ValueError(f"cannot determine the format of {path}; {choose}, or {how_to_make_tars(path)}")
+    known = "; ".join(f"{known.name}: {known.help}" for known in formats().values())
+    raise ValueError(
+        f"cannot determine the format of {path}; choose one with --format ({known}), or {how_to_make_tars(path)}"
+    )
 
 
 def check_fields(*sources: Source, needed: bool = False) -> None:
@@ -49,22 +44,19 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
     """
     fields = sources[0].config.fields if sources else ()
     missing = {} if fields == DEFAULT_FIELDS else {field.partition("=")[0]: field for field in fields}
-    known, broken, captions = set[str](), None, not needed
-    for sample in (sample for source in sources for sample in _probe(source, PROBES)):
-        if captions and not missing:
-            return
-        if isinstance(sample, BrokenSample):
-            broken = broken or sample
-            continue
-        known |= sample.values.keys()
-        filled = {name for name, value in sample.values.items() if value}
-        missing = {name: field for name, field in missing.items() if name not in filled}
-        captions = captions or bool(sample.captions)
+    broken: list[BrokenSample] = []
+    known, captions = set[str](), not needed
     if captions and not missing:
         return
+    for sample in (sample for source in sources for sample in _probe(source, PROBES, broken)):
+        known |= sample.values.keys()
+        missing = {name: field for name, field in missing.items() if not sample.values.get(name)}
+        captions = captions or bool(sample.captions)
+        if captions and not missing:
+            return
     where = ", ".join(source.path for source in sources)
-    if broken is not None and not known:
-        raise ValueError(f"{where}: no sample can be read; the first: {broken}")
+    if broken and not known:
+        raise ValueError(f"{where}: no sample can be read; the first: {broken[0]}")
     if missing:
         name, field = next(iter(missing.items()))
         problem = f"no sample of {where} has a field {name!r} (--fields {field}){nearest(name, known)}"
@@ -74,26 +66,22 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
 
 
 def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:
-    """Raise ValueError if ``weights`` names a kind that no source declares and none of its first captions has.
-
-    A kind that a source's fields declare may be rare; if no checked sample has one, it is logged as a warning.
-    """
+    """Raise ValueError if ``weights`` names a kind that no source declares and none of its first captions has."""
     declared = {field.kind for source in sources for field in source.fields}
     samples = [sample for source in sources for sample in _probe(source, KIND_PROBES)] if weights else []
-    present = {caption.kind for sample in samples if isinstance(sample, Sample) for caption in sample.captions}
-    if unknown := sorted(set(weights) - declared - present):
-        known = ", ".join(sorted(declared | present))
+    known = declared | {caption.kind for sample in samples for caption in sample.captions}
+    if unknown := sorted(set(weights) - known):
         raise ValueError(
-            f"caption weights name the kinds {', '.join(unknown)}, which the data does not have; known: {known}"
+            f"caption weights name the kinds {', '.join(unknown)}, which the data does not have; "
+            f"known: {', '.join(sorted(known))}"
         )
-    if absent := sorted(set(weights) - present):
-        log.warning("caption weights name the kinds %s, which no checked sample has", ", ".join(absent))
 
 
-def _probe(source: Source, count: int) -> Iterator[Sample | BrokenSample]:
-    """About ``count`` evenly spaced samples."""
+def _probe(source: Source, count: int, broken: list[BrokenSample] | None = None) -> Iterator[Sample]:
+    """About ``count`` evenly spaced samples; those that can't be read go to ``broken``."""
     for number in range(0, len(source), len(source) // count + 1):
         try:
             yield source[number]
         except BrokenSample as error:
-            yield error
+            if broken is not None:
+                broken.append(error)
