@@ -374,10 +374,6 @@ class Finding:
     found: str  # version, path or state of the subject
     fix: str = ""  # command or step that fixes it; "" when ok
 
-    def as_json(self) -> dict[str, str]:
-        """The entry of ``llm2clip doctor --json``."""
-        return {"subject": self.subject, "state": self.state, "found": self.found, "fix": self.fix}
-
 
 def numbers(text: str) -> tuple[int, ...]:
     """``'2.13.0+cpu'`` -> (2, 13, 0), for comparison."""
