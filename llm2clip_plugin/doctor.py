@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Literal
 
-from llm2clip_plugin.console import Finding, numbers, raise_open_files, remedy_open_files
-from llm2clip_plugin.data.workers import PREFETCH_MB, SHARED_MEMORY, cores, free_shared_memory, remedy
+from llm2clip_plugin.console import Finding, numbers
+from llm2clip_plugin.data.workers import cores
 from llm2clip_plugin.options import Command
 
 GIB = 1024**3
@@ -162,22 +162,6 @@ def check_port(port: int) -> Iterator[Finding]:
     yield finding(f"port {port}", "in use" if in_use else "free", fix)
 
 
-def check_shared_memory(ranks: int) -> Iterator[Finding]:
-    """Space in /dev/shm for what the loader processes of all ranks prepare ahead, with the default settings."""
-    free, need = free_shared_memory(), ranks * PREFETCH_MB * 10**6
-    if free is not None:
-        found = f"{free / 1e6:,.0f} MB free in {SHARED_MEMORY}; {ranks} ranks with loader processes need "
-        fix = "" if need <= free else f"{remedy(need)}, or lower --dataloader-prefetch-mb ({PREFETCH_MB})"
-        yield finding("shared memory", f"{found}{need / 1e6:,.0f} MB", fix)
-
-
-def check_open_files() -> Iterator[Finding]:
-    """The hard limit of open files, which every command raises its own to."""
-    limit = raise_open_files()
-    found = "unlimited" if limit == sys.maxsize else f"at most {limit} per process"
-    yield finding("open files", found, remedy_open_files(limit))
-
-
 def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
     """Space for an fp16 embedding cache of ``captions`` rows of ``width``."""
     need = captions * width * 2  # fp16
@@ -198,18 +182,15 @@ def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
 
 def report(options: DoctorConfig) -> Iterator[Finding]:
     """The lines of an environment's report, in order."""
-    training, ranks = options.environment == "train", options.ranks or usual_ranks()
+    training = options.environment == "train"
     yield from check_python()
     yield from check_packages("train" if training else "")
     if training:
         yield from check_compiler()
         yield from check_launcher()
     yield from check_accelerator()
-    yield from check_threads(ranks)
+    yield from check_threads(options.ranks or usual_ranks())
     yield from check_port(options.port)
-    if training:
-        yield from check_shared_memory(ranks)
-    yield from check_open_files()
     yield from check_disk(options.cache, options.captions, options.width)
     if training and not llava_installed():
         fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"
