@@ -36,7 +36,6 @@ from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_lo
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
 from llm2clip_plugin.train.optim import Trained, parameter_groups
 from llm2clip_plugin.train.reference import Reference
-from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions
 
@@ -138,7 +137,6 @@ class TrainingRun:
         heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
         references: Mapping[str, Reference] | None = None,
-        queue: Queue | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns the state at its end.
 
@@ -165,7 +163,6 @@ class TrainingRun:
                 run_folder=self.folder,
                 state=state,
                 stop=stop,
-                queue=queue,
             )
         )
         self.record(state)
