@@ -31,8 +31,7 @@ from llm2clip_plugin.data.samples import (
     read_captions,
     select_captions,
 )
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import check_fields, open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, check_fields, open_source
 from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import printable
 from llm2clip_plugin.options import Command, command

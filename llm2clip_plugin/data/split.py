@@ -17,8 +17,7 @@ from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import BrokenSample
-from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
-from llm2clip_plugin.data.sources.open import check_fields, open_source
+from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.sources.tars import TarSource, split_name
 from llm2clip_plugin.data.workers import cores, parallel

@@ -11,8 +11,7 @@ from tiny_data import make_shards
 
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.data import split as writing
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
 from llm2clip_plugin.data.split import decide, hash_of, is_held_out
 
 

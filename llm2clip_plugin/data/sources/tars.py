@@ -33,9 +33,15 @@ from llm2clip_plugin.data.remote import (
     retried,
 )
 from llm2clip_plugin.data.samples import BrokenSample, Sample
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, SourceFormat, parse_object, shards_of
+from llm2clip_plugin.data.sources.base import (
+    Source,
+    SourceConfig,
+    SourceFormat,
+    how_to_make_tars,
+    parse_object,
+    shards_of,
+)
 from llm2clip_plugin.data.workers import cores, map_in_order, parallel
-from llm2clip_plugin.options import command
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 PARTS = ("image", "txt", "json")
@@ -262,11 +268,6 @@ def list_tars(path: str) -> tuple[str, dict[str, str]]:
         duplicates = [name for name, count in sorted(Counter(names).items()) if count > 1]
         raise ValueError(f"{path} lists shards more than once: {', '.join(duplicates)}")
     return base, {name.removesuffix(".tar"): tar for name, tar in zip(names, tars, strict=True)}
-
-
-def how_to_make_tars(path: str) -> str:
-    """What to do with pictures or a table."""
-    return f"make some of pictures or a table: {command('data', 'make', path, '--output', 'DIR')}"
 
 
 def data_folder(path: str) -> Path:
