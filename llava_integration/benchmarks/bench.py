@@ -15,7 +15,7 @@ from typing import Literal
 
 from llava_integration.benchmarks.answers import read_answers, read_jsonl
 from llava_integration.benchmarks.benchmark import Benchmark, first_file
-from llava_integration.benchmarks.rules import benchmark, benchmark_names, benchmarks
+from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llava_integration.benchmarks.score import score_answers
 from llava_integration.checkpoints import check_checkpoint, config_of
 from llava_integration.compare import report
@@ -55,7 +55,7 @@ COMMAND = Command(
     name="bench-mllm",
     example="llm2clip bench-mllm playground/data/eval --model-path checkpoints/llava-7b --output runs/llava-7b",
     about="Evaluate one LLaVA checkpoint, or a served model, on every benchmark whose files are found: "
-    f"{', '.join(benchmark_names())}. Answers, scores and logs are written to --output; completed ones are skipped on "
+    f"{', '.join(benchmarks())}. Answers, scores and logs are written to --output; completed ones are skipped on "
     "a rerun, and a benchmark that fails does not stop the others. Options after -- are passed to the engine "
     "(llava_integration.evaluate, or lmms_eval).",
     settings=BenchConfig,

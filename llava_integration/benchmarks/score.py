@@ -7,7 +7,7 @@ from pathlib import Path
 from llava_integration.answer.questions import settings_file
 from llava_integration.benchmarks.answers import Answers, read_answers
 from llava_integration.benchmarks.benchmark import ALLOWED, Benchmark
-from llava_integration.benchmarks.rules import benchmark, benchmark_names
+from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llava_integration.compat.runner import installed_version
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
 from llm2clip_plugin.files import printable_lines, read_json_value
@@ -39,7 +39,7 @@ COMMAND = Command(
     name="score",
     example="llm2clip score textvqa playground/data/eval/textvqa --answers answers.jsonl --output textvqa.scores.json",
     about="Score one answers file against a benchmark's annotations, by the official rule. BENCHMARK is one of "
-    f"{', '.join(benchmark_names())}.",
+    f"{', '.join(benchmarks())}.",
     settings=ScoreConfig,
     arguments="benchmark data",
     also={"json": "output"},
