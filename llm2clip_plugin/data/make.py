@@ -112,9 +112,21 @@ class Made:
 
 
 def main(argv: list[str]) -> int:
-    """Write the tars and print what is in them; exit status 0."""
+    """Write tars and a list of what was left out, and print what is in them; exit status 0.
+
+    Raises FileExistsError if the output exists, ValueError if nothing can be used.
+    """
     config = COMMAND.parse(argv)
-    made = make_data(config)
+    items = list_items(config)
+    with atomic_directory(config.output, replace=config.overwrite) as folder:
+        made = _write(config, items, folder)
+        if not made.samples:
+            image, reason = made.left_out[0]
+            if reason == "no caption":
+                reason += "; write captions to .txt files of the same names, or add --file-names"
+            raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {image}: {reason}")
+        lines = [json.dumps({"image": image, "reason": reason}, ensure_ascii=False) for image, reason in made.left_out]
+        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
     print(f"{config.output}: {made.samples:,} samples, {made.captions:,} captions, {size_text(made.size)}")
     images: dict[str, list[str]] = {}  # by kind of reason
     for image, reason in made.left_out:
@@ -126,24 +138,6 @@ def main(argv: list[str]) -> int:
         print(printable(f"  {kind}: {len(of_kind):,}: {', '.join(of_kind[:SHOWN])}"))
     print(command("data", "check", config.output), flush=True)
     return 0
-
-
-def make_data(config: MakeConfig) -> Made:
-    """Write ``config.output``: tars, and a list of what was left out.
-
-    Raises FileExistsError if it exists, FileNotFoundError without data, ValueError if nothing can be used.
-    """
-    items = list_items(config)
-    with atomic_directory(config.output, replace=config.overwrite) as folder:
-        made = _write(config, items, folder)
-        if not made.samples:
-            image, reason = made.left_out[0]
-            if reason == "no caption":
-                reason += "; write captions to .txt files of the same names, or add --file-names"
-            raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {image}: {reason}")
-        lines = [json.dumps({"image": image, "reason": reason}, ensure_ascii=False) for image, reason in made.left_out]
-        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
-    return made
 
 
 def list_items(config: MakeConfig) -> list[Item]:
@@ -336,9 +330,7 @@ def _unique(key: str, keys: set[str]) -> str:
     return new
 
 
-# ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it, a JSON and picture files.
-
-FILE, IMAGES = "captions.json", "images"  # in the output
+# ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it, captions.json and images.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,8 +358,8 @@ def main_llava_data(argv: list[str]) -> int:
     config = LLAVA_DATA.parse(argv)
     source, rows, output = open_source(config), [], Path(config.output)
     check_fields(source, needed=True)
-    with atomic_directory(output, replace=config.overwrite and (output / FILE).is_file()) as folder:
-        (folder / IMAGES).mkdir()
+    with atomic_directory(output, replace=config.overwrite and (output / "captions.json").is_file()) as folder:
+        (folder / "images").mkdir()
         for number in track(range(len(source)), total=len(source), label="llava data", unit="samples"):
             try:
                 sample = source.with_image(number)
@@ -377,12 +369,12 @@ def main_llava_data(argv: list[str]) -> int:
             except (BrokenSample, BrokenImage):
                 continue
             if captions:
-                (folder / IMAGES / name).write_bytes(data)
+                (folder / "images" / name).write_bytes(data)
                 turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": captions[0].text}]
                 rows.append({"id": sample.key, "image": name, "conversations": turns})
         if not rows:
             raise ValueError(f"no sample of {config.path} can be used; llm2clip data check {config.path} shows why")
-        (folder / FILE).write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+        (folder / "captions.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     left_out = f", {len(source) - len(rows):,} left out" * (len(rows) < len(source))
     print(f"{config.output}: {len(rows):,} images with a caption{left_out}")
     return 0
