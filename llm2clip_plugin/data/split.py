@@ -78,13 +78,10 @@ def split_data(config: SplitConfig) -> list[str]:
     shards, sizes = [(shard.name, shard.size) for shard in source.shards], [size for size, *_ in source.stamps]
     data = sha256_text(canonical_json([shards, sizes, config.key_field, config.image_field]))
     settings = {"data_sha256": data, "validation": config.validation, "by": config.by}
-    partial_output = output.with_name(f".{output.name}.partial")
-    for folder in (output, partial_output):
-        if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not _same(folder, settings):
-            raise FileExistsError(
-                f"{folder} exists and is not this split of {config.path}; choose another --output, or delete it"
-            )
-    if (output / SUMMARY).exists():
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        summary = output / SUMMARY
+        if not summary.is_file() or not settings.items() <= json.loads(summary.read_text(encoding="utf-8")).items():
+            raise FileExistsError(f"{output} exists and is not this split of {config.path}; choose another --output")
         return [f"{output} is complete already", *_how_to_read(source, output)]
     hash_N = decide(source, config.validation, config.by, config.workers)
     held_out_N = is_held_out(hash_N, config.validation)
@@ -96,11 +93,11 @@ def split_data(config: SplitConfig) -> list[str]:
         report.append(f"{side}: {count:,} samples{share}{values}")
     if config.dry_run:
         return report
-    partial_output.mkdir(parents=True, exist_ok=True)
-    summary = {"data": source.path, **settings}
-    _write_summary(partial_output, summary)
+    partial_output = output.with_name(f".{output.name}.{sha256_text(canonical_json(settings))[:8]}.partial")
     write_sides(source, held_out_N, partial_output, config.workers)
-    _write_summary(partial_output, {**summary, "samples": counts})
+    body = json.dumps({"data": source.path, **settings, "samples": counts}, indent=2, ensure_ascii=False) + "\n"
+    with atomic_file(partial_output / SUMMARY) as temporary:
+        temporary.write_text(body, encoding="utf-8")
     if output.is_dir():
         output.rmdir()  # it is empty
     os.replace(partial_output, output)
@@ -212,19 +209,6 @@ def _write_rows(source: RowSource, held_out_N: np.ndarray, targets: dict[str, Pa
             for place, number in enumerate(shown):
                 file.write((between if place else before) + source.row(number)[1].strip())
             file.write(after)
-
-
-def _same(path: Path, settings: dict[str, object]) -> bool:
-    try:
-        saved = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-        return all(saved.get(name) == value for name, value in settings.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _write_summary(folder: Path, body: dict[str, object]) -> None:
-    with atomic_file(folder / SUMMARY) as temporary:
-        temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _how_to_read(source: Source, output: Path) -> list[str]:

@@ -10,11 +10,11 @@ import hashlib
 import itertools
 import os
 import tarfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,7 @@ class TarSource(Source):
     def __init__(
         self, config: SourceConfig, broken_shards: dict[str, str] | None = None, opened: OpenedTars | None = None
     ) -> None:
-        self._files: OrderedDict[int, RetryingFile] = OrderedDict()  # shard number -> its tar, last used last
+        self._file = lru_cache(OPEN_FILES)(self._retrying_file)  # of a shard's number; the last used stay open
         self._downloads = config.downloads
         self._opened = opened or open_tars(config.path, self._downloads, broken_shards)
         self._tars, self.side_folder, self._index = self._opened
@@ -147,13 +147,8 @@ class TarSource(Source):
                 contents[offset, size] = data[at : at + size]
         return contents
 
-    def _file(self, shard: int) -> RetryingFile:
-        if shard not in self._files:
-            self._files[shard] = RetryingFile(self._tars[shard], partial(self._open, shard))
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(shard)
-        return self._files[shard]
+    def _retrying_file(self, shard: int) -> RetryingFile:
+        return RetryingFile(self._tars[shard], partial(self._open, shard))
 
     def _open(self, shard: int) -> int:
         """A descriptor of the tar, whose size must be the indexed one."""
@@ -360,9 +355,8 @@ def is_header_of(header: bytes, key: str, size: int) -> bool:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.TarError:
         return False
-    if member.size not in (size, 0):  # 0: pax records may hold the size
-        return False
-    return not key.isascii() or len(key) >= 80 or split_name(member.name)[0] == key
+    same_key = not key.isascii() or len(key) >= 80 or split_name(member.name)[0] == key
+    return member.size in (size, 0) and same_key  # 0: pax records may hold the size
 
 
 def split_name(name: str) -> tuple[str, str]:
