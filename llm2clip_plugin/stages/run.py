@@ -29,13 +29,12 @@ from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, T
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json, zero_stage
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_full_determinism, set_tf32
-from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
+from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
 from llm2clip_plugin.train.optim import Trained, parameter_groups
-from llm2clip_plugin.train.reference import Reference
 from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions

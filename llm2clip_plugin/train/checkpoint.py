@@ -8,8 +8,7 @@
       state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
 
 The format is independent of the number of ranks, the ZeRO stage and the precision, except for the moments of an
-optimizer ``by_rank``. No generator state is saved: every random draw is a function of the run's seed and a position in
-its order of samples (step.py).
+optimizer ``by_rank``. No generator state is saved: every draw is a function of the run's seed and a position (step.py).
 """
 
 import dataclasses
@@ -58,18 +57,6 @@ TWIN = "twin.safetensors"
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
 RETRY_SECONDS = 300.0  # after a save that failed
 BLOCK = 1 << 24  # bytes that are hashed and written at a time
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +110,12 @@ def verify(path: Path, *, moments: bool = True) -> None:
     files = TrainState.read(path / TrainState.FILE).files
     names = [name for name in files if moments or name != OPTIMIZER]
     for name in names:
-        _open(path, name)
+        TensorFile(path / name)
     with ThreadPoolExecutor() as pool:
         for name, digest in zip(names, pool.map(lambda name: sha256_file(path / name), names), strict=True):
             if digest != files[name]:
                 raise ContractError(
-                    f"{path / name} is damaged: its SHA-256 is {digest[:12]}..., {TrainState.FILE} says "
-                    f"{files[name][:12]}..."
+                    f"{path / name} is damaged: SHA-256 {digest[:12]}..., {TrainState.FILE} says {files[name][:12]}..."
                 )
 
 
@@ -142,17 +128,11 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
     return Loaded(
         path=path,
         state=state,
-        weights=_open(path, MODEL),
-        moments=_open(path, OPTIMIZER) if moments else {},
-        averages=_open(path, AVERAGES) if AVERAGES in state.files else {},
-        twin=_open(path, TWIN) if TWIN in state.files else {},
+        weights=TensorFile(path / MODEL),
+        moments=TensorFile(path / OPTIMIZER) if moments else {},
+        averages=TensorFile(path / AVERAGES) if AVERAGES in state.files else {},
+        twin=TensorFile(path / TWIN) if TWIN in state.files else {},
     )
-
-
-def _open(path: Path, name: str) -> "TensorFile":
-    if not (path / name).is_file():
-        raise FileNotFoundError(f"{name} is missing from the checkpoint {path}; resume from another one")
-    return TensorFile(path / name)
 
 
 @torch.no_grad()
@@ -185,9 +165,7 @@ class Checkpoints:
 
     def __init__(self, run_folder: Path, *, keep: int) -> None:
         """keep: number of checkpoints to keep, 0 for all."""
-        self.run_folder = run_folder
-        self.folder = run_folder / CHECKPOINTS
-        self.keep = keep
+        self.run_folder, self.folder, self.keep = run_folder, run_folder / CHECKPOINTS, keep
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint of a step."""
@@ -262,15 +240,14 @@ class Checkpoints:
                 )
             return None
         path = Path(resume)
-        if not (path / TrainState.FILE).is_file():
-            path = Checkpoints(path, keep=0)._newest_intact(moments)
-            if path is None:
-                raise FileNotFoundError(
-                    f"{option} {resume}: no checkpoint found (no {TrainState.FILE}); this run has {self.names()}"
-                )
+        if (path / TrainState.FILE).is_file():
+            verify(path, moments=moments)
             return path
-        verify(path, moments=moments)
-        return path
+        if found := Checkpoints(path, keep=0)._newest_intact(moments):
+            return found
+        raise FileNotFoundError(
+            f"{option} {resume}: no checkpoint found (no {TrainState.FILE}); this run has {self.names()}"
+        )
 
     def _newest_intact(self, moments: bool) -> Path | None:
         """The newest checkpoint that is verified, with a warning if a newer one is damaged; None if there is none."""
@@ -313,16 +290,6 @@ class Checkpoints:
         return f"moved {', '.join(names)} to {aside}; delete that folder when you no longer need it"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Write:
-    """A write in progress, or the last one."""
-
-    state: TrainState
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    waited: float  # seconds that training waited
-    result: Future[tuple[float, list[str]]]  # seconds of the write, and its warnings
-
-
 class Saver:
     """Saves a run's checkpoints in the background; leaving the context waits for the write in progress.
 
@@ -347,11 +314,12 @@ class Saver:
         by the thread that calls this object."""
         self.checkpoints, self.engine, self.fallback = checkpoints, engine, fallback
         self.references = references or {}
-        self.waited = 0.0  # seconds, of the last save
+        self.waited = 0.0  # seconds that training waited for the last save
         self._note, self._event = note, event
         self._copies = {name: HostCopies() for name in (MODEL, OPTIMIZER, *self.references)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._write: _Write | None = None
+        self._write: Future[tuple[float, list[str]]] | None = None  # the last one: seconds, and warnings
+        self._written: tuple[Any, ...] = ()  # its state and tensors
         self._reported = True
         self._recording: Future[None] | None = None
         self._retry_at: float | None = None
@@ -388,8 +356,8 @@ class Saver:
         state = dataclasses.replace(state, **self.engine.scaler_state(), world_size=world_size())
         self.waited, self._retry_at = time.perf_counter() - started, None
         if rank() == 0:
-            result = self._thread.submit(_write, self.checkpoints, state, tensors)
-            self._write, self._reported = _Write(state=state, tensors=tensors, waited=self.waited, result=result), False
+            self._written, self._reported = (state, tensors), False
+            self._write = self._thread.submit(_write, self.checkpoints, state, tensors)
 
     def record_metrics(self, state: TrainState) -> None:
         """Put the evaluation of the last saved step into its checkpoint, in the background."""
@@ -398,11 +366,10 @@ class Saver:
 
     def poll(self) -> None:
         """Report a write that has ended since the last call."""
-        write = self._write
-        if write is None or self._reported or not write.result.done():
+        if self._write is None or self._reported or not self._write.done():
             return
         self._reported = True
-        step, error = write.state.step, write.result.exception()
+        step, error = self._written[0].step, self._write.exception()
         if isinstance(error, OSError):
             self._retry_at = time.monotonic() + RETRY_SECONDS
             newest = self.checkpoints.latest()
@@ -413,10 +380,10 @@ class Saver:
             )
             self._event({"step": step, "event": SAVE_FAILED, "reason": _reason(error)})
             return
-        seconds, warnings = write.result.result()
+        seconds, warnings = self._write.result()
         for line in warnings:
             self._note(f"warning: {line}")
-        times = {"waited_seconds": round(write.waited, 4), "write_seconds": round(seconds, 4)}
+        times = {"waited_seconds": round(self.waited, 4), "write_seconds": round(seconds, 4)}
         self._event({"step": step, "event": SAVED, **times})
 
     def finish(self) -> None:
@@ -430,24 +397,22 @@ class Saver:
     def _wait(self) -> None:
         """Wait for the write in progress and report it."""
         if self._write is not None:
-            wait([self._write.result])
+            wait([self._write])
             self.poll()
 
     def _finish(self) -> None:
-        write = self._write
-        if write is None:
-            return
-        error = write.result.exception()  # waits
+        error = self._write.exception() if self._write is not None else None  # waits
         if isinstance(error, OSError):
             self._reported = True
-            raise OSError(self._give_up(write, error)) from error
+            raise OSError(self._give_up(error)) from error
         self._wait()
         if self._recording is not None:
             self._recording.result()
 
-    def _give_up(self, write: _Write, error: OSError) -> str:
+    def _give_up(self, error: OSError) -> str:
         """Write the state to the fallback folder; returns what to say."""
-        failure = f"cannot write the last checkpoint {self.checkpoints.path(write.state.step)}: {_reason(error)}. "
+        state, tensors = self._written
+        failure = f"cannot write the last checkpoint {self.checkpoints.path(state.step)}: {_reason(error)}. "
         if newest := self.checkpoints.latest():
             failure += f"The last complete one is {newest}. "
         if self.fallback is None:
@@ -457,10 +422,10 @@ class Saver:
             )
         elsewhere = Checkpoints(self.fallback, keep=0)
         try:
-            elsewhere.write(write.state, write.tensors)
+            elsewhere.write(state, tensors)
         except OSError as second:
-            return f"{failure}Writing it to {elsewhere.path(write.state.step)} failed, too: {_reason(second)}"
-        return f"{failure}Its state is in {elsewhere.path(write.state.step)}: resume with --resume {self.fallback}"
+            return f"{failure}Writing it to {elsewhere.path(state.step)} failed, too: {_reason(second)}"
+        return f"{failure}Its state is in {elsewhere.path(state.step)}: resume with --resume {self.fallback}"
 
 
 def _reason(error: OSError) -> str:
@@ -477,13 +442,14 @@ def _write(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors of the CPU; returns the file's SHA-256. Raises OSError if the disk is full."""
+    """Write tensors of the CPU, hashed on the way; returns the file's SHA-256. Raises OSError if the disk is full."""
     ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
     header, end = {}, 0
     for name in ordered:
         tensor, start = tensors[name], end
         end += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype = str(tensor.dtype).removeprefix("torch.").replace("float", "F").replace("int", "I").upper()
+        header[name] = {"dtype": dtype.replace("UI", "U"), "shape": list(tensor.shape), "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
@@ -493,6 +459,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
                 digest.update(content[start : start + BLOCK])
                 file.write(content[start : start + BLOCK])
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class HostCopies:
@@ -513,22 +483,20 @@ class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file by name, each read when it is looked up; the file is not mapped in between."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ContractError if the file is not complete."""
+        """Raises FileNotFoundError, or ContractError if the file is not complete."""
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.name} is missing from {path.parent}; resume from another checkpoint")
         self.path = path
-        self._entries = read_header(path, fix="resume from another checkpoint").entries
+        self._names = read_header(path, fix="resume from another checkpoint").entries.keys()
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._entries:
+        if name not in self._names:
             raise KeyError(name)
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(name).clone()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._entries)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return len(self._names)

@@ -23,13 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.train.distributed import gather_objects, rank, sum_over_ranks, world_size
-from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.distributed import gather_objects, rank, sum_over_ranks, timed, world_size
+from llm2clip_plugin.train.engine import Engine, Reference
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.losses.base import Features, Terms
-from llm2clip_plugin.train.reference import Reference
 from llm2clip_plugin.train.reports import repeated
-from llm2clip_plugin.train.timing import timed
 
 MAX_LOG_SCALE = math.log(100)  # upper bound of the logit scale, as in CLIP
 NAMED_KEYS = 8  # keys per rank that an error lists
@@ -60,10 +58,7 @@ class ContrastiveStep(ABC):
 
     def __init__(self, engine: Engine, terms: Terms, *, seed: int, total_samples: int = 0) -> None:
         """total_samples: pairs of the whole run, over which the terms' weights may change."""
-        self.engine = engine
-        self.terms = terms
-        self.seed = seed
-        self.total_samples = total_samples
+        self.engine, self.terms, self.seed, self.total_samples = engine, terms, seed, total_samples
         self._fp32: dict[str, Tensor] = {}  # logit_scale and logit_bias since the last update
 
     @abstractmethod
@@ -110,26 +105,23 @@ class ContrastiveStep(ABC):
 
     def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> dict[str, float]:
         """Features without a graph, the gradient of the loss for each, and a second pass that propagates it."""
-        references = zip(*(self._reference(micro) for micro in micro_batches), strict=True)
+        references = map(_joined, zip(*(self._reference(micro) for micro in micro_batches), strict=True))
         with torch.no_grad(), repeated():
             parts = [self._encode(micro) for micro in micro_batches]
         columns = zip(Encoded._fields, zip(*parts, strict=True), strict=True)
         joined = {name: column[0].clone() if name in SCALARS else _joined(column) for name, column in columns}
         leaves = {name: leaf.requires_grad_() for name, leaf in joined.items() if leaf is not None}
-        loss, values = self._loss(Encoded(**leaves), batch, *map(_joined, references))
+        loss, values = self._loss(Encoded(**leaves), batch, *references)
         with timed("backward"):
-            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        filled = {
-            name: torch.zeros_like(leaf) if grad is None else grad
-            for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
-        }
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        grads = dict(zip(leaves, found, strict=True))
         size = len(parts[0].anchor_mD)
         for i, micro in enumerate(micro_batches):
             rows = slice(i * size, (i + 1) * size)
             encoded = self._encode(micro)
             products = [
                 (getattr(encoded, name) * (grad / len(parts) if name in SCALARS else grad[rows])).sum()
-                for name, grad in filled.items()
+                for name, grad in grads.items()
             ]
             self.engine.backward(torch.stack(products).sum())
             self.engine.step()
@@ -189,10 +181,10 @@ class ContrastiveStep(ABC):
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         """``accumulation`` equal parts of this rank's rows, each with the position of its first sample."""
         rows = len(batch["keys"])
-        size = rows // self.engine.accumulation
-        first = batch["position"] - (world_size() - rank()) * rows
-        starts = range(0, rows, size)
-        return [{**self._rows(batch, slice(start, start + size)), "first": first + start} for start in starts]
+        size, first = rows // self.engine.accumulation, batch["position"] - (world_size() - rank()) * rows
+        return [
+            {**self._rows(batch, slice(start, start + size)), "first": first + start} for start in range(0, rows, size)
+        ]
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -214,9 +206,9 @@ def _non_finite(values: dict[str, float], encoded: Encoded, batch: Batch) -> Non
     """Names the samples with non-finite features on every rank, or the first samples of the batch if there are none."""
     finite_b = torch.isfinite(encoded.anchor_mD).all(1) & torch.isfinite(encoded.positive_mkD).flatten(1).all(1)
     bad = [key for key, finite in zip(batch["keys"], finite_b.tolist(), strict=True) if not finite]
-    ranks = gather_objects((len(bad), bad[:NAMED_KEYS]))
-    if count := sum(bad_count for bad_count, _ in ranks):
-        samples = f"{count} samples have non-finite features: {_by_rank([keys for _, keys in ranks])}"
+    ranks = gather_objects(bad)
+    if count := sum(map(len, ranks)):
+        samples = f"{count} samples have non-finite features: {_by_rank([keys[:NAMED_KEYS] for keys in ranks])}"
     else:
         samples = f"all features are finite; the batch starts with {first_samples(batch)}"
     terms = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -245,22 +237,17 @@ class TowerStep(ContrastiveStep):
         reference: Reference | None = None,
         patch_layers: Mapping[str, int] | None = None,
     ) -> None:
-        """patch_layers: LossConfig.patch_layers of the terms."""
+        """text_noise: whether the text adapter adds noise to its input. patch_layers: losses.base.patch_layers."""
         super().__init__(engine, terms, seed=seed, total_samples=total_samples)
-        self.normalize = normalize
-        self.reference = reference
+        self.normalize, self.reference, self.text_noise = normalize, reference, text_noise
         self.patch_layers = patch_layers or {}
-        self.text_noise = text_noise  # whether the text adapter adds noise to its input
         self.dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
 
     def _on_device(self, batch: Batch) -> Batch:
         """Pixels stay bytes, the local batch in a quarter of the memory; embeddings stay fp32 because the adapter
         normalizes them first."""
         device = self.engine.device
-        moved = {
-            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if (hashes := moved["caption_hashes"]).dim() > 1:  # (b, k) of k captions an image; losses take (k, b)
             moved["caption_hashes"] = hashes.T.contiguous()
         return moved
@@ -284,9 +271,8 @@ class TowerStep(ContrastiveStep):
         """Standard normal values like the embeddings; each row is a function of the seed and its sample's position."""
         noise_mW = torch.empty(micro["embeddings"].shape)
         generator = torch.Generator()
-        for i in range(len(noise_mW)):
-            generator.manual_seed(position_seed(self.seed + 1, micro["first"] + i))
-            noise_mW[i].normal_(generator=generator)
+        for i, noise_W in enumerate(noise_mW):
+            noise_W.normal_(generator=generator.manual_seed(position_seed(self.seed + 1, micro["first"] + i)))
         return noise_mW.to(micro["embeddings"].device)
 
 
