@@ -35,7 +35,6 @@ from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
 from llm2clip_plugin.train.optim import Trained, parameter_groups
-from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions
 
@@ -137,7 +136,6 @@ class TrainingRun:
         heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
         references: Mapping[str, Reference] | None = None,
-        queue: Queue | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns the state at its end.
 
@@ -164,7 +162,6 @@ class TrainingRun:
                 run_folder=self.folder,
                 state=state,
                 stop=stop,
-                queue=queue,
             )
         )
         self.record(state)

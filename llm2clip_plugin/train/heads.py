@@ -97,21 +97,17 @@ def fit_heads(
     from which the next call continues, to the same heads as without a stop.
     """
     model.to(device)
-    products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    products, weights = torch.autocast(device.type, torch.bfloat16, enabled=bf16), caption_weights or {}
     features: FrozenFeatures | None = None
     if config.target == "images":
         with products:
-            features = frozen_features(
-                model, sources, caches, images, config.max_images, device, caption_weights or {}, stop
-            )
+            features = frozen_features(model, sources, caches, images, config.max_images, device, weights, stop)
 
     def fit() -> tuple[list[FitLine], int]:
         if features is not None:
             batches = ImageBatches(model, features, config.batch, seed, device)
         else:
-            dataset = PairDataset(
-                sources, caches, None, seed=seed, caption_weights=caption_weights, targets=clip_caches
-            )
+            dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=weights, targets=clip_caches)
             batches = CaptionBatches(model, dataset, config.batch, workers, device)
         return _fit(model, batches, products, config, loss, device, seed, logging_steps, stop, unfinished)
 

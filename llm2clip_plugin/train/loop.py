@@ -16,7 +16,7 @@ from llm2clip_plugin.train.distributed import on_first_rank, sum_over_ranks, tim
 from llm2clip_plugin.train.engine import Engine, Reference
 from llm2clip_plugin.train.errors import NonFiniteLossError, StopRequest
 from llm2clip_plugin.train.optim import lr_factor, set_lr
-from llm2clip_plugin.train.reports import Queue, Reports, peak_memory
+from llm2clip_plugin.train.reports import Reports, peak_memory
 from llm2clip_plugin.train.step import Batch, first_samples
 
 StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
@@ -41,7 +41,6 @@ class LoopParts:
     run_folder: Path
     state: TrainState  # of the checkpoint resumed from, or a new run's
     stop: StopRequest
-    queue: Queue | None = None  # of the loader; called between batches
 
 
 def run_loop(parts: LoopParts) -> TrainState:
@@ -51,9 +50,7 @@ def run_loop(parts: LoopParts) -> TrainState:
     checkpoint is unchanged.
     """
     fallback = parts.train.save_fallback_dir
-    with Reports(
-        parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps, queue=parts.queue
-    ) as reports:
+    with Reports(parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps) as reports:
         with Saver(
             parts.checkpoints,
             parts.engine,

@@ -76,8 +76,6 @@ PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
     (r"\bV100-SXM", (125, 0, 15.7)),
 )
 
-Queue = Callable[[], tuple[float, float]]  # batches that are ready, and that the loader has space for
-
 
 class Reports:
     """The progress bar, metrics.jsonl and DeepSpeed's monitors: rank 0's, silent on the others.
@@ -93,10 +91,9 @@ class Reports:
         train: TrainConfig,
         *,
         total_steps: int,
-        queue: Queue | None = None,
     ) -> None:
         """state: where training starts."""
-        self.engine, self.run_folder, self.queue = engine, run_folder, queue
+        self.engine, self.run_folder = engine, run_folder
         self.total_steps, self.global_batch, self.logging_steps = total_steps, train.global_batch, train.logging_steps
         self.values: dict[str, Any] = {}  # the latest ones, for the bar
         self.timer = StepTimer(engine.device)
@@ -208,15 +205,13 @@ class Reports:
             self._bar.write(text, file=sys.stderr)
 
     def _speed(self, *, last: bool) -> dict[str, Any]:
-        """Time by phase and MFU of the mean step since the last line, ranks compared, the loader's queue."""
+        """Time by phase and MFU of the mean step since the last line, ranks compared."""
         mean = self.timer.lap("line", wait=last)
         values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
         if mean and self._flops:
             values["tflops"] = sum(self._flops.values()) / mean[STEP] / 1e12
             least = least_seconds(self._flops, self.engine.device)
             values |= {"mfu": least / mean[STEP]} if least else {}
-        if self.queue is not None:
-            values["loader_ready"], values["loader_capacity"] = self.queue()
         if world_size() > 1 and (last or self._step - self._compared_at >= COMPARE_EVERY):
             self._compared_at = self._step
             values |= self._compare()

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip_plugin.contracts import RunRecord, TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter
-from llm2clip_plugin.data.cache_shard import caption_rows
+from llm2clip_plugin.data.cache import CacheWriter, caption_rows
 from llm2clip_plugin.data.samples import caption_hash
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
