@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -103,10 +103,8 @@ def write_checkpoint(target: Path, state: TrainState, tensors: Mapping[str, Mapp
 
 
 def verify(path: Path, *, moments: bool = True) -> None:
-    """Read a checkpoint once and compare its hashes; without ``moments``, not the optimizer's file.
-
-    Raises FileNotFoundError or ContractError naming the file that is missing or damaged.
-    """
+    """Read a checkpoint once and compare its hashes; without ``moments``, not the optimizer's file. Raises
+    FileNotFoundError or ContractError naming the file that is missing or damaged."""
     files = TrainState.read(path / TrainState.FILE).files
     names = [name for name in files if moments or name != OPTIMIZER]
     for name in names:
@@ -120,10 +118,8 @@ def verify(path: Path, *, moments: bool = True) -> None:
 
 
 def load(path: Path, *, moments: bool = True) -> Loaded:
-    """Open a checkpoint, without the optimizer's ``moments`` where only its weights are needed; see ``verify``.
-
-    Raises FileNotFoundError or ContractError naming the file that is missing or damaged.
-    """
+    """Open a checkpoint, without the optimizer's ``moments`` where only its weights are needed. Raises as ``verify``,
+    which compares hashes."""
     state = TrainState.read(path / TrainState.FILE)
     return Loaded(
         path=path,
@@ -137,10 +133,7 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
 
 @torch.no_grad()
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, where: Path) -> None:
-    """Copy a checkpoint's weights into a module, one tensor in memory at a time.
-
-    Raises ContractError if the checkpoint has other tensors than the module.
-    """
+    """Copy a checkpoint's weights into a module, one tensor in memory at a time; ContractError if those are others."""
     own = module.state_dict()
     if differing := sorted(own.keys() ^ weights.keys()):
         raise ContractError(f"{where} does not fit the model: only one of them has {', '.join(differing[:5])}")
@@ -200,17 +193,13 @@ class Checkpoints:
             temporary.write_text(name + "\n", encoding="utf-8")
 
     def _prune(self, newest: Path) -> list[str]:
-        """Remove all but the newest ``keep`` checkpoints, and what a killed run left; returns what failed.
-
-        A checkpoint is renamed first: half removed, it could be taken for a complete one. What fails is tried again
-        after the next save.
-        """
+        """Remove all but the newest ``keep`` checkpoints, and what a killed run left; returns what failed."""
         older = [path for path in sorted(self.folder.glob("step-*")) if path.name < newest.name]
         old = older[: max(0, len(older) + 1 - self.keep)] if self.keep else []
         warnings = []
         for path in [*old, *self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
             try:
-                if not path.name.startswith("."):
+                if not path.name.startswith("."):  # half removed, it could be taken for a complete one
                     path = path.rename(path.with_name(f".{path.name}.{time.time_ns():x}.old"))
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:
@@ -218,11 +207,11 @@ class Checkpoints:
         return warnings
 
     def find(self, resume: str, *, moments: bool = True, option: str = "--resume") -> Path | None:
-        """The checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), or a path.
+        """The verified checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), a path.
 
-        It is verified; ``auto``, and the path of a run, fall back to an older one with a warning on stderr. Raises
-        FileNotFoundError for a path without a checkpoint, which is the value of ``option``, or a run that has lost its
-        checkpoints, ContractError if all are damaged or the named one is, FileExistsError for ``never`` if any exist.
+        ``auto``, and the path of a run, fall back to an older one with a warning. Raises FileNotFoundError for a path
+        without a checkpoint, the value of ``option``, or a run that has lost its checkpoints, ContractError if all are
+        damaged or the named one is, FileExistsError for ``never`` if any exist.
         """
         if resume == RESUME_AUTO:
             found, record = self._newest_intact(moments), self.run_folder / RunRecord.FILE
@@ -234,10 +223,7 @@ class Checkpoints:
             return found
         if resume == RESUME_NEVER:
             if self.names():
-                raise FileExistsError(
-                    f"{self.folder} contains {self.names()}; refusing to overwrite with --resume never: choose another "
-                    "--output, or delete the folder"
-                )
+                raise FileExistsError(f"{self.folder} has {self.names()}, but --resume never: choose another --output")
             return None
         path = Path(resume)
         if (path / TrainState.FILE).is_file():
@@ -262,10 +248,7 @@ class Checkpoints:
                 print(f"warning: {'; '.join(damaged)}\nwarning: falling back to {path}", file=sys.stderr)
             return path
         if damaged:
-            raise ContractError(
-                f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}. Restore one, or start over with "
-                "another --output"
-            )
+            raise ContractError(f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}. Restore one")
         return None
 
     def move_aside(self, resumed: Path | None) -> str:
@@ -294,9 +277,8 @@ class Saver:
     """Saves a run's checkpoints in the background; leaving the context waits for the write in progress.
 
     Every rank needs one. ``save`` gathers the state on rank 0 and copies it into buffers of the CPU, which later saves
-    use again; a thread hashes, writes and flushes them. At most one write is in progress, so the host holds one copy of
-    the state. A periodic save that fails leaves the last checkpoint in place and is tried again; the last one of a run
-    must succeed. No rank waits for the disk inside a collective.
+    use again; a thread hashes, writes and flushes them, one write at a time. A periodic save that fails leaves the last
+    checkpoint in place and is tried again; the last one must succeed. No rank waits for the disk inside a collective.
     """
 
     def __init__(
@@ -309,9 +291,8 @@ class Saver:
         note: Callable[[str], None] = print,
         event: Callable[[dict[str, Any]], None] = lambda values: None,
     ) -> None:
-        """engine: Engine. references: Reference by the name of its file. fallback: run folder for the last checkpoint
-        if ``checkpoints`` fails. note: shows a line. event: records a line of metrics.jsonl. Both are called on rank 0,
-        by the thread that calls this object."""
+        """references: Reference by the name of its file. fallback: run folder for the last checkpoint if
+        ``checkpoints`` fails. note: shows a line. event: records a line of metrics.jsonl."""
         self.checkpoints, self.engine, self.fallback = checkpoints, engine, fallback
         self.references = references or {}
         self.waited = 0.0  # seconds that training waited for the last save
@@ -374,9 +355,8 @@ class Saver:
             self._retry_at = time.monotonic() + RETRY_SECONDS
             newest = self.checkpoints.latest()
             self._note(
-                f"warning: cannot write the checkpoint {self.checkpoints.path(step)}: {_reason(error)}; "
-                f"{newest.name if newest else 'no checkpoint'} is kept, trying again in {RETRY_SECONDS / 60:.0f} "
-                "minutes at the latest"
+                f"warning: cannot write {self.checkpoints.path(step)}: {_reason(error)}; "
+                f"{newest.name if newest else 'no checkpoint'} is kept, trying again in {RETRY_SECONDS:.0f} s"
             )
             self._event({"step": step, "event": SAVE_FAILED, "reason": _reason(error)})
             return
@@ -392,21 +372,16 @@ class Saver:
         Raises OSError (FirstRankError on other ranks) if it failed; its state is then written to ``fallback``.
         """
         with phase(CHECKPOINT):
-            on_first_rank(self._finish)
+            on_first_rank(lambda: self._wait(last=True))
 
-    def _wait(self) -> None:
-        """Wait for the write in progress and report it."""
-        if self._write is not None:
-            wait([self._write])
-            self.poll()
-
-    def _finish(self) -> None:
+    def _wait(self, *, last: bool = False) -> None:
+        """Wait for the write in progress and report it; the ``last`` one of a run must not have failed."""
         error = self._write.exception() if self._write is not None else None  # waits
-        if isinstance(error, OSError):
+        if last and isinstance(error, OSError):
             self._reported = True
             raise OSError(self._give_up(error)) from error
-        self._wait()
-        if self._recording is not None:
+        self.poll()
+        if last and self._recording is not None:
             self._recording.result()
 
     def _give_up(self, error: OSError) -> str:
@@ -416,10 +391,7 @@ class Saver:
         if newest := self.checkpoints.latest():
             failure += f"The last complete one is {newest}. "
         if self.fallback is None:
-            return (
-                f"{failure}Free space and rerun the same command to resume from it; --save-fallback-dir DIR on "
-                "another disk keeps the last state in such a case"
-            )
+            return f"{failure}Free space and rerun the same command; --save-fallback-dir DIR keeps the last state"
         elsewhere = Checkpoints(self.fallback, keep=0)
         try:
             elsewhere.write(state, tensors)

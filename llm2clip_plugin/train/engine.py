@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from llm2clip_plugin.console import quiet_deepspeed
 from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.config import DDP_TIMEOUT, OptimConfig
-from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
 from llm2clip_plugin.train.distributed import (
     choose_device,
     joining,
@@ -40,7 +39,7 @@ from llm2clip_plugin.train.distributed import (
     timed,
     world_size,
 )
-from llm2clip_plugin.train.optim import chosen_optimizer
+from llm2clip_plugin.train.optim import chosen_optimizer, offloads_optimizer, zero_stage
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the import below
 
@@ -106,7 +105,7 @@ class Engine:
         *,
         keep_frozen: bool = True,
     ) -> None:
-        """groups: see optim.parameter_groups. config: of deepspeed_config.complete. keep_frozen: checkpoints include
+        """groups: see optim.parameter_groups. config: of optim.complete. keep_frozen: checkpoints include
         what is frozen; not so for an LLM, whose weights are in its own files."""
         self.stage = zero_stage(config)
         self.module = module

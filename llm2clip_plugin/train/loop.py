@@ -64,10 +64,10 @@ def run_loop(parts: LoopParts) -> TrainState:
                 state, stopped = _steps(parts, reports, saver)
                 saver.finish()
             except (Exception, KeyboardInterrupt) as error:
-                reports.failed(error)
+                reports.ended(str(error) or type(error).__name__, failed=True)
                 raise
         if stopped:
-            reports.stopped(state, parts.stop.reason)
+            reports.ended(parts.stop.reason, failed=False)
     return state
 
 
@@ -86,8 +86,8 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
                 saver.save(state, last=True)
         if stop:
             return state, True
-    if state.evaluated < state.step and _evaluation_due(parts, state):
-        state = _evaluate(parts, state, reports, saver)  # killed between a checkpoint and its evaluation
+    if state.evaluated < state.step:  # killed between a checkpoint and its evaluation, perhaps
+        state = _evaluate_if_due(parts, state, reports, saver)
     while state.step < parts.total_steps:
         state, seconds, values = _timed_step(parts, state, reports)
         minutes_over = 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved_at
@@ -102,8 +102,7 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
             saved_at, save_due = time.monotonic(), False
         if stop:
             return state, True
-        if _evaluation_due(parts, state):
-            state = _evaluate(parts, state, reports, saver)
+        state = _evaluate_if_due(parts, state, reports, saver)
     return state, False
 
 
@@ -111,14 +110,10 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _evaluation_due(parts: LoopParts, state: TrainState) -> bool:
-    done = state.step == parts.total_steps
-    return parts.evaluate is not None and (done or _due(parts.train.eval_steps, state.step))
-
-
-def _evaluate(parts: LoopParts, state: TrainState, reports: Reports, saver: Saver) -> TrainState:
-    """Evaluate, after the checkpoint of the same step, which gets the scores."""
-    assert parts.evaluate is not None
+def _evaluate_if_due(parts: LoopParts, state: TrainState, reports: Reports, saver: Saver) -> TrainState:
+    """Evaluate every so many steps and at the end, after the checkpoint of the same step, which gets the scores."""
+    if parts.evaluate is None or not (state.step == parts.total_steps or _due(parts.train.eval_steps, state.step)):
+        return state
     state = replace(state, metrics=parts.evaluate(), evaluated=state.step)
     reports.scores(state, state.metrics)
     saver.record_metrics(state)

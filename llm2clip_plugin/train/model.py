@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
-from llm2clip_plugin.train.deepspeed_config import offloads_optimizer
-from llm2clip_plugin.train.optim import Trained, is_vector
+from llm2clip_plugin.train.optim import Trained, is_vector, offloads_optimizer
 from llm2clip_plugin.vision.dual import DualEncoder, load_heads
 from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import (

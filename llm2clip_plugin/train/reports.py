@@ -84,13 +84,7 @@ class Reports:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        run_folder: Path,
-        state: TrainState,
-        train: TrainConfig,
-        *,
-        total_steps: int,
+        self, engine: Engine, run_folder: Path, state: TrainState, train: TrainConfig, total_steps: int
     ) -> None:
         """state: where training starts."""
         self.engine, self.run_folder = engine, run_folder
@@ -181,18 +175,12 @@ class Reports:
                 numbers = {label(name, "heads"): x for name, x in line.items() if name not in ("step", "samples")}
                 self._attempt(self.engine.report, numbers, int(line["samples"]), of_run=False)
 
-    def failed(self, error: BaseException) -> None:
-        """The run ends by an error, after the last step that was reported."""
-        self._ended(FAILED, self._step, str(error) or type(error).__name__)
-
-    def stopped(self, state: TrainState, reason: str) -> None:
-        """The run stops before its end."""
-        self._ended(STOPPED, state.step, reason)
-        self.note(f"{reason}: saved step {state.step} of {self.total_steps}; rerun the same command to resume")
-
-    def _ended(self, event: str, step: int, reason: str) -> None:
-        """A line of metrics.jsonl that says why no more follow."""
-        self.event({"step": step, "event": event, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+    def ended(self, reason: str, *, failed: bool) -> None:
+        """The run ends before its last step, by an error or on request."""
+        event, now = FAILED if failed else STOPPED, time.strftime("%Y-%m-%d %H:%M:%S")
+        self.event({"step": self._step, "event": event, "reason": reason, "time": now})
+        if not failed:
+            self.note(f"{reason}: saved step {self._step} of {self.total_steps}; rerun the same command to resume")
 
     def event(self, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
@@ -218,11 +206,7 @@ class Reports:
         return values
 
     def _compare(self) -> dict[str, Any]:
-        """Smallest and largest over ranks, of seconds of the mean step since the last comparison.
-
-        All ranks finish a step together, so the slowest is the one that waits least for the others: the one with the
-        most time outside communication.
-        """
+        """Smallest and largest over ranks, of seconds of the mean step since the last comparison."""
         mean = self.timer.lap("ranks", wait=True)
         own = torch.tensor([[mean.get(name, math.nan) for name in (STEP, "data", "communication")]])
         steps, data, communication = gather_rows(own.to(self.engine.device)).T.tolist()
@@ -230,7 +214,7 @@ class Reports:
         values: dict[str, Any] = {}
         for name, column in ((STEP, steps), ("data", data), ("busy", busy)):
             values |= {f"{name}_seconds_min": min(column), f"{name}_seconds_max": max(column)}
-        slowest = busy.index(max(busy))
+        slowest = busy.index(max(busy))  # all finish a step together: the slowest waits least for the others
         return {**values, "slowest_rank": slowest, "slowest_host": self._hosts[slowest]}
 
     def _line(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
@@ -252,11 +236,7 @@ class Reports:
             self._failed = True
 
     def _description(self) -> str:
-        """``loss 3.21  72 samples/s  MFU 41 %  R@1 image->text 0.123, text->image 0.141  1.9 GiB memory  save 0.4 s``.
-
-        TFLOP/s where the peak is unknown. data: fraction of the step spent waiting for it, from 5 % on. save: how long
-        training waited for the last checkpoint. slow: a rank that computes at least 1.2 times as long as the fastest.
-        """
+        """``loss 3.21  72 samples/s  MFU 41 %  R@1 image->text 0.12, text->image 0.14  1.9 GiB memory  save 0.4 s``."""
         values = self.values
         parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
         parts.append(f"{self._samples_per_second:.3g} samples/s")
@@ -334,9 +314,8 @@ def peak_memory(device: torch.device) -> float:
 class ModelFlops(TorchDispatchMode):
     """Counts the FLOPs of matrix products, convolutions and attention under it, by the dtype that they run in.
 
-    They are those that the model needs, one forward and one backward pass over each sample (Chowdhery et al. 2022,
-    PaLM, arXiv 2204.02311, appendix B): what is computed again (gradient checkpointing, the first pass of gradient
-    caching) does not count.
+    They are those that the model needs (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B): what is computed
+    again (gradient checkpointing, the first pass of gradient caching) does not count.
     """
 
     supports_higher_order_operators = True  # passed through, not counted

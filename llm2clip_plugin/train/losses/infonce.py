@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import Group, gather_rows, sum_own_rows, world_size
-from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, gradients_as, stack_ids
+from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, stack_ids, with_gradients
 
 
 def contrastive_loss(
@@ -38,9 +38,22 @@ def contrastive_loss(
     The gradient with respect to the features is that of sum_r loss_r (golden D: local loss, gathered with
     gradient); with respect to ``scale`` it is this rank's part, so that the mean over ranks is right. Weights put on
     the result must be the same on every rank. Not for a batch of one pair, which has no negatives.
+
+    Two passes over the blocks: sums of exponentials of rows and columns, then gradients from them. A block's logits
+    serve its rows (anchor to positive) and its columns (positive to anchor) at once; the columns' sums are joined over
+    blocks and ranks. Four matrix products in all, against three of the full matrix.
     """
-    ids_jb = stack_ids(caption_hashes, image_ids)
-    return _InfoNCE.apply(anchor_bD, positive_bD, scale, ids_jb, block, group)  # pyright: ignore[reportReturnType]
+    with torch.no_grad():
+        blocks = PairBlocks(anchor_bD, positive_bD, stack_ids(caption_hashes, image_ids), block, group)
+        s = scale.float().reshape(())
+        row, column, pair_b, logits_RN = _exponential_sums(blocks, s)
+        loss = 0.5 * (row.log_minus(pair_b) + column.part(blocks.own_columns).log_minus(pair_b)).mean()
+    inputs = (anchor_bD, positive_bD, scale)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        return loss
+    with torch.no_grad():
+        grads = _gradients(blocks, s, row, column, logits_RN)
+    return with_gradients(loss, inputs, grads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,29 +68,6 @@ class InfoNCE(LossTerm):
 
 
 TERM = InfoNCE
-
-
-class _InfoNCE(torch.autograd.Function):
-    """Two passes over the blocks: sums of exponentials of rows and columns, then gradients from them.
-
-    A block's logits serve its rows (anchor to positive) and its columns (positive to anchor) at once; the columns'
-    sums are joined over blocks and ranks. Four matrix products in all, against three of the full matrix.
-    """
-
-    @staticmethod
-    def forward(ctx, anchor_bD, positive_bD, scale, ids_jb, block, group):
-        blocks = PairBlocks(anchor_bD, positive_bD, ids_jb, block, group)
-        s = scale.detach().float().reshape(())
-        row, column, pair_b, logits_RN = _exponential_sums(blocks, s)
-        loss = 0.5 * (row.log_minus(pair_b) + column.part(blocks.own_columns).log_minus(pair_b)).mean()
-        if any(ctx.needs_input_grad):
-            grads = _gradients(blocks, s, row, column, logits_RN)
-            ctx.save_for_backward(*gradients_as(grads, anchor_bD, positive_bD, scale))
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return *(upstream * grad for grad in ctx.saved_tensors), None, None, None
 
 
 @dataclass
