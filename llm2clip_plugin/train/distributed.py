@@ -17,8 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from datetime import timedelta
-from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,14 +37,8 @@ STEP = "step"  # the whole step, by the host's clock
 Value = TypeVar("Value")
 
 
-class Alone(Enum):
-    """Stands for a process group of this rank alone, whatever other ranks exist."""
-
-    ALONE = "alone"
-
-
-ALONE = Alone.ALONE
-Group = ProcessGroup | Alone | None  # None: all ranks
+ALONE: Literal["alone"] = "alone"  # this rank alone, whatever other ranks exist
+Group = ProcessGroup | Literal["alone"] | None  # None: all ranks
 
 
 def group_of(all_ranks: bool) -> Group:
@@ -55,12 +48,12 @@ def group_of(all_ranks: bool) -> Group:
 
 def world_size(group: Group = None) -> int:
     """Number of ranks; 1 without a process group."""
-    return 1 if group is ALONE or not dist.is_initialized() else dist.get_world_size(group)
+    return 1 if group == ALONE or not dist.is_initialized() else dist.get_world_size(group)
 
 
 def rank(group: Group = None) -> int:
     """This process's number; 0 without a process group."""
-    return 0 if group is ALONE or not dist.is_initialized() else dist.get_rank(group)
+    return 0 if group == ALONE or not dist.is_initialized() else dist.get_rank(group)
 
 
 def choose_device(name: str = "") -> torch.device:
@@ -75,12 +68,6 @@ def choose_device(name: str = "") -> torch.device:
         raise ValueError(f"--device {name} is not there; this machine has {known}") from error
 
 
-def set_default_timeout(seconds: float) -> None:
-    """Set the timeout of process groups that are made from now on without one, as DeepSpeed makes its own."""
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        setattr(dist.distributed_c10d, name, timedelta(seconds=seconds))
-
-
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
     """(rank, world size) of the launcher's processes, which form a group inside the block; (0, 1) for one process."""
@@ -88,21 +75,19 @@ def process_group() -> Iterator[tuple[int, int]]:
     if world == 1:
         yield 0, 1
         return
-    device = choose_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    with joining():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=DDP_TIMEOUT))
+    join_ranks(choose_device(), DDP_TIMEOUT)
     try:
         yield dist.get_rank(), world
     finally:
         dist.destroy_process_group()
 
 
-@contextmanager
-def joining() -> Iterator[None]:
-    """Around the start of a process group: a line if this rank has waited for others for MISSING_SECONDS, and OSError
-    if another process listens on the launcher's port."""
+def join_ranks(device: torch.device, timeout: float) -> None:
+    """Start the process group: a line if this rank has waited for others for MISSING_SECONDS, and OSError if another
+    process listens on the launcher's port. timeout: seconds after which a collective that a rank does not join fails.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
     line = f"waiting for the other ranks of this launch ({found}); for a run in one process unset these variables"
@@ -110,7 +95,7 @@ def joining() -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        yield
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
             raise
@@ -306,8 +291,8 @@ _turns = itertools.count()  # of on_first_rank and leaving_together: the same on
 def on_first_rank(work: Callable[[], Value]) -> Value:
     """Call ``work`` on rank 0 alone; returns its (small) result on every rank, which all must call this.
 
-    The others ask the process group's store and wait in no collective, so ``work`` may take hours, whatever the group's
-    timeout. If it raises ValueError or OSError, they raise FirstRankError. If rank 0 dies, the launcher ends them.
+    The others wait in no collective, so ``work`` may take hours, whatever the group's timeout. If it raises ValueError
+    or OSError, they raise FirstRankError.
     """
     if world_size() == 1:
         return work()

@@ -25,6 +25,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from packaging.version import Version
 from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_deepspeed
@@ -32,9 +33,8 @@ from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.config import DDP_TIMEOUT, OptimConfig
 from llm2clip_plugin.train.distributed import (
     choose_device,
-    joining,
+    join_ranks,
     rank,
-    set_default_timeout,
     set_single_process_environment,
     timed,
     world_size,
@@ -43,27 +43,23 @@ from llm2clip_plugin.train.optim import chosen_optimizer, offloads_optimizer, ze
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the import below
 
+WAITS_FOR_EVERY_GATHER = Version("0.19.8")  # gloo finishes several gathers in any order
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
-    """Join the process group (of one process, without a launcher); returns this rank's device.
-
-    Raises OSError if another process listens on the launcher's port.
-    timeout: seconds after which a collective that a rank does not join fails, in this group and DeepSpeed's own.
-    """
+    """Join the process group (of one process, without a launcher); returns this rank's device. timeout: of collectives,
+    in this group and DeepSpeed's own. Raises as ``join_ranks``."""
     set_single_process_environment()
     prepare_deepspeed()
-    accelerator: Any = deepspeed.get_accelerator()
-    backend = accelerator.communication_backend_name()
-    if not dist.is_initialized():  # the group's threads could abort the process while the interpreter exits
-        atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
-    set_default_timeout(timeout)
-    with joining():
-        deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of groups made without one, as by DeepSpeed
+        setattr(dist.distributed_c10d, name, timedelta(seconds=timeout))
     device = choose_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        join_ranks(device, timeout)
+        # the group's threads could abort the process while the interpreter exits
+        atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout))
     return device
 
 
@@ -105,10 +101,12 @@ class Engine:
         *,
         keep_frozen: bool = True,
     ) -> None:
-        """groups: see optim.parameter_groups. config: of optim.complete. keep_frozen: checkpoints include
-        what is frozen; not so for an LLM, whose weights are in its own files."""
-        self.stage = zero_stage(config)
-        self.module = module
+        """groups: see optim.parameter_groups. config: of optim.complete. keep_frozen: checkpoints include what is
+        frozen; not so for an LLM, whose weights are in its own files."""
+        self.stage, self.module, self.keep_frozen = zero_stage(config), module, keep_frozen
+        on_cpu = not torch.cuda.is_available()
+        if self.stage == 3 and on_cpu and Version(deepspeed.__version__) < WAITS_FOR_EVERY_GATHER:
+            raise ValueError("ZeRO-3 on CPUs would compute with weights that have not arrived; use deepspeed>=0.19.8")
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
         self.optimizer = chosen_optimizer(optim)
@@ -132,8 +130,6 @@ class Engine:
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.keep_frozen = keep_frozen
-        self.frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad and keep_frozen]
         self._local_norm: float | None = None
         self._left_out = 0  # updates of ZeRO-0 whose gradient was not finite
         if self._scaler is not None:
@@ -143,8 +139,6 @@ class Engine:
         self._constants = {p: whole[n] for n, p in module.named_parameters() if n in whole and not p.requires_grad}
         if self.stage == 0 and world_size() == 1:
             self.device_engine.enable_backward_allreduce = False  # it would copy every gradient there and back
-        if self.stage == 3 and self.device.type == "cpu":
-            _wait_for_every_gather()
 
     def __call__(self, *inputs: Tensor | None, **options: int) -> Any:
         """The forward pass of the module."""
@@ -235,10 +229,11 @@ class Engine:
     def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
         values = self.read_trained(copy)
-        for name, parameter in self.frozen:
-            with self.gathered([parameter]):
-                if copy:
-                    values[name] = copy(name, parameter, torch.float32)
+        for name, parameter in self.module.named_parameters():
+            if self.keep_frozen and not parameter.requires_grad:
+                with self.gathered([parameter]):
+                    if copy:
+                        values[name] = copy(name, parameter, torch.float32)
         if copy and self.keep_frozen:
             persistent = self.module.state_dict(keep_vars=True).keys()
             values |= {n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent}
@@ -417,22 +412,6 @@ class Engine:
         if self.stage in (1, 2):
             self.device_engine.optimizer._hp_optimizer_states_linked = False
             self.device_engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _wait_for_every_gather() -> None:
-    """Make ZeRO-3's gathers synchronous on CPU ranks. DeepSpeed before 0.19.8 only waits for the last of several,
-    and gloo finishes them in any order, so a layer could run on weights that have not arrived yet."""
-    gather = deepspeed.comm.all_gather_into_tensor
-    if gather.__name__ == "gather_and_wait":
-        return
-
-    def gather_and_wait(*args: Any, **kwargs: Any) -> Any:
-        handle = gather(*args, **kwargs)
-        if handle is not None:
-            handle.wait()
-        return handle
-
-    deepspeed.comm.all_gather_into_tensor = gather_and_wait
 
 
 class Reference:

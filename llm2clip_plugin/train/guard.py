@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -52,7 +51,7 @@ GRACE = 10.0  # seconds in which a rank may end by itself after another has fail
 TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
 SLOWEST_BEAT = 5.0  # seconds between signs of life, at most
 WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # files whose frames wait for other ranks
-WAITING_FUNCTIONS = ("_poll", "gather_and_wait")  # of this package, which do so, too
+WAITING_FUNCTIONS = ("_poll",)  # of this package, which do so, too
 SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
 LISTED = 12  # differing facts that a message lists
 LEASE = 100.0  # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
@@ -99,13 +98,12 @@ def watched_group() -> Iterator[tuple[int, int]]:
 class Watch:
     """Two threads of a rank, which end with it. ``start``, ``stop``, ``failed`` are called by its main thread.
 
-    Every rank sends a sign of life, about a hundred bytes every few seconds, through the process group's store. Rank 0
-    names ranks that send none, rank 1 names rank 0; a rank that sends them, but makes no progress, names itself. One
-    thread talks to the store and may be blocked by it (rank 0 can host it, and be the one that is stopped), the other
-    only looks at what the first has read.
+    Every rank sends a sign of life every few seconds through the process group's store. Rank 0 names ranks that send
+    none, rank 1 names rank 0; a rank that sends them, but makes no progress, names itself. One thread talks to the
+    store and may be blocked by it (rank 0 can host it, and be stopped), the other looks at what the first has read.
 
-    An error ends all ranks on NCCL, too: the others wait in a kernel that no Python exception and no signal handler
-    reaches. Their watch reads the failure from the store and ends the process without asking its main thread.
+    An error ends all ranks on NCCL, too, where the others wait in a kernel that no exception and no signal handler
+    reaches: their watch reads it from the store and ends the process without asking its main thread.
     """
 
     def __init__(self, *, straggler_seconds: float, timeout: float) -> None:
@@ -166,19 +164,20 @@ class Watch:
     def _beat(self) -> dict[str, Any]:
         now = phases.current()
         self._beats += 1
-        frame = sys._current_frames().get(self._main)  # none while the interpreter ends
+        frame = sys._current_frames().get(self._main)  # none while the interpreter ends; NCCL's kernels are not seen
+        code = frame.f_code if frame else None
+        waits = code and (code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN))
         beat = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats, "phase": _doing()}
-        beat |= {"number": now.number, "seconds": time.monotonic() - now.since}
-        return {**beat, "waits": frame is not None and waits(frame)}
+        return {**beat, "number": now.number, "seconds": time.monotonic() - now.since, "waits": bool(waits)}
 
-    def _all_beats(self, ranks: Sequence[int]) -> list[dict[str, Any]]:
-        return [json.loads(beat) for beat in self.store.multi_get([f"beat/{number}" for number in ranks])]
+    def _beats_of(self, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
+        found = self.store.multi_get([f"beat/{number}" for number in ranks]) if ranks else []
+        return dict(zip(ranks, map(json.loads, found), strict=True))
 
     def _read_beats(self) -> None:
-        if self._watched:
-            for number, beat in zip(self._watched, self._all_beats(self._watched), strict=True):
-                if beat != self.others.get(number):
-                    self.others[number], self._heard[number] = beat, time.monotonic()
+        for number, beat in self._beats_of(self._watched).items():
+            if beat != self.others.get(number):
+                self.others[number], self._heard[number] = beat, time.monotonic()
 
     def _read_failure(self) -> None:
         if not self.failure and self.store.check(["failed"]):
@@ -248,8 +247,7 @@ class Watch:
                     f"late: {self._name(number)} has sent no sign of life for {silence:.0f} s, since phase "
                     f"{beat['phase']}: its process is stopped, or its host is down or cut off"
                 )
-            elif told and silence < limit:
-                _say(f"{self._name(number)} is back after {told:.0f} s or more, in phase {beat['phase']}")
+            elif silence < limit:
                 self._told[number] = 0.0
 
     def _name_if_late(self, own: dict[str, Any]) -> None:
@@ -259,9 +257,8 @@ class Watch:
         seconds, limit = own["seconds"], self.straggler_seconds
         if own["waits"] or seconds <= max(limit, 2 * told if phase == own["number"] else 0.0):
             return
-        stuck = {
-            n: b for n, b in enumerate(self._all_beats(range(self.world))) if b["seconds"] > limit and not b["waits"]
-        }
+        beats = self._beats_of(range(self.world)).items()
+        stuck = {number: beat for number, beat in beats if beat["seconds"] > limit and not beat["waits"]}
         behind = min(beat["number"] for beat in stuck.values())
         if self.rank in [number for number, beat in stuck.items() if beat["number"] == behind][:NAMED]:
             self._late_told = own["number"], seconds
@@ -281,26 +278,16 @@ def _say(text: str) -> None:
     print(f"\n{text}", file=sys.stderr, flush=True)  # apart from a progress bar's line
 
 
-def waits(frame: FrameType) -> bool:
-    """Whether the innermost Python function of a thread waits for other ranks. Kernels of NCCL are not seen."""
-    code = frame.f_code
-    return code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN)
-
-
 def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
     """Compare what all ranks must have in common before the first step; every rank must call this.
 
-    Ranks that disagree would train on with plausible losses (one resumes, another starts over) or wait for each other
-    forever (one evaluates, another does not). ``advice``: the first word of a fact -> what to do if it differs. Raises
-    DisagreementError on every rank, with every value and the hosts and ranks that have it.
+    ``advice``: the first word of a fact -> what to do if it differs. Raises DisagreementError on every rank, with every
+    value and the hosts and ranks that have it.
     """
     digests = gather_objects(sha256_text(canonical_json(dict(facts))))
-    if len(set(digests)) > 1:
-        raise DisagreementError(disagreement(gather_objects((socket.gethostname(), dict(facts))), advice))
-
-
-def disagreement(ranks: Sequence[tuple[str, Facts]], advice: Mapping[str, str]) -> str:
-    """The message about the facts of all ranks, given as (host, facts) in order of rank."""
+    if len(set(digests)) == 1:
+        return
+    ranks = gather_objects((socket.gethostname(), dict(facts)))
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
     differing = [name for name in names if len({facts.get(name) for _, facts in ranks}) > 1]
     lines, advised = ["the ranks disagree before the first step:"], set()
@@ -316,26 +303,16 @@ def disagreement(ranks: Sequence[tuple[str, Facts]], advice: Mapping[str, str]) 
         advised.add(advice.get(name.split()[0], ""))
     if len(differing) > LISTED:
         lines.append(f"  and {len(differing) - LISTED} more")
-    return "\n".join([*lines, *sorted(advised - {""})])
+    raise DisagreementError("\n".join([*lines, *sorted(advised - {""})]))
 
 
 def shared_folder(folder: Path) -> str:
-    """Whether this rank sees what rank 0 writes into ``folder``, as a fact; every rank must call this.
-
-    Raises OSError if rank 0 cannot write there.
-    """
+    """Whether this rank sees what rank 0 writes into ``folder``, which is ``locked``, as a fact; every rank must call
+    this."""
     if world_size() == 1:
         return "shared"
     file = folder / broadcast_object(f".shared-{uuid.uuid4().hex[:12]}")
-
-    def write() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.touch()
-        except OSError as error:
-            raise OSError(f"cannot write in --output {folder}: {error.strerror}") from error
-
-    on_first_rank(write)
+    on_first_rank(file.touch)
     seen = _appears(file)
     gather_objects(seen)  # all have looked
     if rank() == 0:
@@ -357,21 +334,18 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
     """A checkpoint as this rank reads it: the digest of its state, and the sizes of its files."""
     if not _appears(path / state_file):
         return f"{path.name} is missing"
-    try:
-        sizes = [f"{file.name} {file.stat().st_size} bytes" for file in sorted(path.glob("*.safetensors"))]
-        return f"{path.name} {sha256_file(path / state_file)[:12]}, {', '.join(sizes)}"
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
+    sizes = [f"{file.name} {file.stat().st_size} bytes" for file in sorted(path.glob("*.safetensors"))]
+    return f"{path.name} {sha256_file(path / state_file)[:12]}, {', '.join(sizes)}"
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, which is created, inside the block; every rank must enter it. A folder that was
-    created here and is empty at the end is removed.
+    """Hold the lock of a run folder, which is created (and removed if it stays empty), inside the block; every rank
+    must enter it.
 
-    The lock is the kernel's (fcntl), so it ends with rank 0, however that ends; NFS and Lustre pass it on to other
-    hosts. Loader workers, which may outlive a killed rank, do not inherit it. ``run.lock`` says who holds it. Raises
-    OSError on every rank if another process trains in the folder, or if it cannot be written.
+    The lock is the kernel's (fcntl): it ends with rank 0, loader workers do not inherit it, NFS and Lustre pass it on
+    to other hosts. ``run.lock`` says who holds it. Raises OSError on every rank if another process trains in the
+    folder, or if it cannot be written.
     """
     held: list[tuple[bool, int]] = []
     on_first_rank(lambda: held.append((folder.exists(), acquire(folder))))
@@ -388,7 +362,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def acquire(folder: Path, *, patience: float = LEASE) -> int:
-    """Take the lock; returns its open descriptor. Raises OSError. patience: seconds to wait for another host's."""
+    """Take and sign the lock; returns its open descriptor. Raises OSError. patience: seconds to wait for another host's
+    lock."""
     path, deadline, reported = folder / LOCK, time.monotonic() + patience, False
     while True:
         try:
@@ -396,7 +371,19 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise OSError(f"cannot write in --output {folder}: {error.strerror}; choose another folder") from error
-        if _lock(descriptor, path):
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks = True
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
+                raise
+            if locks := error.errno in NO_LOCKS:
+                print(f"warning: {folder} is on a disk without locks: start only one run in it", file=sys.stderr)
+        if locks and path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:  # not removed meanwhile
+            me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(me).encode(), 0)
+            os.fsync(descriptor)
             return descriptor
         os.close(descriptor)
         try:
@@ -412,25 +399,6 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
             print(f"{folder} is locked from {holder['host']}; waiting up to {patience:.0f} s", file=sys.stderr)
             reported = True
         time.sleep(0.2)
-
-
-def _lock(descriptor: int, path: Path) -> bool:
-    """Lock and sign the file; False if another process holds it."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        if error.errno not in NO_LOCKS:
-            raise
-        print(f"warning: the file system of {path} has no locks: start only one run in this folder", file=sys.stderr)
-    if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-        return False  # its holder removed it meanwhile
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(me).encode(), 0)
-    os.fsync(descriptor)
-    return True
 
 
 def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:

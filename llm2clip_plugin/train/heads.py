@@ -91,10 +91,9 @@ def fit_heads(
 ) -> list[FitLine]:
     """Fit the heads in place, equal on every rank; returns the curve, a line every ``logging_steps`` and of the last.
 
-    bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn, as in training.
-    clip_caches: of target clip_text, CLIP's features of the captions, a cache per source; ``workers`` processes read.
-    Raises StoppedError on every rank when ``stop`` asks for it; the fit's state is then in the file ``unfinished``,
-    from which the next call continues, to the same heads as without a stop.
+    bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn. clip_caches: of
+    target clip_text, CLIP's features of the captions, a cache per source. Raises StoppedError on every rank when
+    ``stop`` asks for it; the fit's state is then in the file ``unfinished``, from which the next call continues.
     """
     model.to(device)
     products, weights = torch.autocast(device.type, torch.bfloat16, enabled=bf16), caption_weights or {}
@@ -124,10 +123,8 @@ def fit_heads(
 
 
 def load_clip_heads(model: DualEncoder, source: str) -> None:
-    """Load the projection and logit scale of an imported CLIP, which has no text adapter, into ``model``, in place.
-
-    Raises ValueError for a directory that has other settings than ``model``, or a text adapter.
-    """
+    """Load the projection and logit scale of an imported CLIP, which has no text adapter, into ``model``, in place;
+    ValueError for a directory that has other settings than ``model``, or a text adapter."""
     default = DualConfig()
     config = dataclasses.replace(model.config, **{name: getattr(default, name) for name in TEXT_SIDE})
     own = DualEncoder(model.tower, config)
@@ -151,10 +148,7 @@ def frozen_features(
     caption_weights: Mapping[str, float],
     stop: StopRequest | None = None,
 ) -> FrozenFeatures | None:
-    """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None on the others.
-
-    Raises StoppedError on every rank if ``stop`` asks for it on one.
-    """
+    """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None on the others."""
     model.eval()
     normalize = Normalize(images, device)
     blocks: list[tuple[int, list[int]]] = []  # number of a source, samples evenly spaced in it

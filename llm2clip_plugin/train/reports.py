@@ -39,7 +39,6 @@ from llm2clip_plugin.train.engine import Engine
 PROFILE = "profile"  # folder of a run for traces
 COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
 WARM_UP = 5  # steps before the traced ones, if the run has as many
-OPERATORS = 10  # rows of a profile's table
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
 
 # Values of a step that are labeled time/ for DeepSpeed's monitors; the others are train/, scores are eval/.
@@ -185,7 +184,7 @@ class Reports:
     def event(self, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
         if self._file is not None:
-            self._attempt(self._write, values)
+            self._attempt(print, json.dumps(values), file=self._file, flush=True)
 
     def note(self, text: str) -> None:
         """A line above the bar."""
@@ -223,11 +222,7 @@ class Reports:
             numbers = {label(name, phase): value for name, value in values.items() if not isinstance(value, str)}
             self._attempt(self.engine.report, numbers, state.samples)
 
-    def _write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    def _attempt(self, write: Callable[..., object], *values: object, **options: bool) -> None:
+    def _attempt(self, write: Callable[..., object], *values: Any, **options: Any) -> None:
         try:
             write(*values, **options)
         except OSError as error:  # metrics.jsonl keeps its lines in memory until the disk has space again
@@ -275,19 +270,14 @@ class Reports:
             self._profile = None
 
     def _write_profile(self, profile: Any) -> None:
-        """``HOST-rankN.TIME.pt.trace.json``, for chrome://tracing, ui.perfetto.dev and TensorBoard's profiler plugin,
-        and ``operators-rankN.txt``, the operators with the most time of their own."""
+        """``HOST-rankN.TIME.pt.trace.json``, for chrome://tracing, ui.perfetto.dev and TensorBoard's profiler."""
         folder = self.run_folder / PROFILE
-        table = folder / f"operators-rank{rank()}.txt"
-        order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             torch.profiler.tensorboard_trace_handler(str(folder), f"{socket.gethostname()}-rank{rank()}")(profile)
-            table.write_text(profile.key_averages().table(sort_by=order, row_limit=OPERATORS), encoding="utf-8")
+            self.note(f"profile: trace in {folder} (chrome://tracing, TensorBoard)")
         except (OSError, RuntimeError) as error:
             self.note(f"warning: cannot write the profile to {folder}: {error}; training continues")
-            return
-        self.note(f"profile: trace in {folder} (chrome://tracing, TensorBoard), {OPERATORS} operators in {table}")
 
 
 def label(name: str, phase: str) -> str:

@@ -50,11 +50,9 @@ SCALARS = ("log_scale", "bias")  # fields of Encoded that belong to no row
 
 
 class ContrastiveStep(ABC):
-    """One optimizer step over this rank's rows of a global batch, whatever the two sides of its pairs are.
-
-    ``batch``: caption_hashes and image_ids (b,), keys (b), ``position`` (samples that the run has consumed after it),
-    and what the subclass encodes.
-    """
+    """One optimizer step over this rank's rows of a global batch, whatever the two sides of its pairs are. ``batch``:
+    caption_hashes and image_ids (b,), keys (b), ``position`` (samples that the run has consumed after it), and what the
+    subclass encodes."""
 
     def __init__(self, engine: Engine, terms: Terms, *, seed: int, total_samples: int = 0) -> None:
         """total_samples: pairs of the whole run, over which the terms' weights may change."""
@@ -88,11 +86,14 @@ class ContrastiveStep(ABC):
     def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
         """Update the parameters; returns the loss of the global batch and values to report.
 
-        Raises NonFiniteLossError on every rank, before the backward pass, naming the keys of the samples; where fp16
-        can still lower its loss scale, it does that instead, without an update.
+        Raises NonFiniteLossError on every rank, before the backward pass, where fp16 can't lower its loss scale.
         """
         batch = self._on_device(batch)
-        micro_batches = self._micro_batches(batch)
+        rows = len(batch["keys"])  # of this rank
+        size, first = rows // self.engine.accumulation, batch["position"] - (world_size() - rank()) * rows
+        micro_batches = [
+            {**self._rows(batch, slice(start, start + size)), "first": first + start} for start in range(0, rows, size)
+        ]
         if len(micro_batches) == 1:
             reference = self._reference(micro_batches[0])
             loss, values = self._loss(self._encode(micro_batches[0]), batch, *reference)
@@ -136,10 +137,8 @@ class ContrastiveStep(ABC):
         )
 
     def _exact(self, name: str, rounded: Tensor) -> Tensor:
-        """The fp32 value of a scalar parameter with the gradient of the module's ``rounded`` copy.
-
-        Rounded to bf16, the logit scale moves in steps of 1.6 to 3 % and ends at 98.86 instead of 100.
-        """
+        """The fp32 value of a scalar parameter with the gradient of the module's ``rounded`` copy: in bf16, the logit
+        scale would move in steps of 1.6 to 3 % and end at 98.86 instead of 100."""
         parameter = getattr(self.engine.module, name, None)
         if parameter is None or parameter.dtype == torch.float32:
             return rounded
@@ -177,14 +176,6 @@ class ContrastiveStep(ABC):
             loss = loss * math.nan  # DeepSpeed finds it in the gradient: no update, a smaller loss scale
         values["logit_scale"] = float(encoded.log_scale.detach().exp())
         return loss, values
-
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """``accumulation`` equal parts of this rank's rows, each with the position of its first sample."""
-        rows = len(batch["keys"])
-        size, first = rows // self.engine.accumulation, batch["position"] - (world_size() - rank()) * rows
-        return [
-            {**self._rows(batch, slice(start, start + size)), "first": first + start} for start in range(0, rows, size)
-        ]
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -244,8 +235,7 @@ class TowerStep(ContrastiveStep):
         self.dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
 
     def _on_device(self, batch: Batch) -> Batch:
-        """Pixels stay bytes, the local batch in a quarter of the memory; embeddings stay fp32 because the adapter
-        normalizes them first."""
+        """Pixels stay bytes; embeddings stay fp32 because the adapter normalizes them first."""
         device = self.engine.device
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if (hashes := moved["caption_hashes"]).dim() > 1:  # (b, k) of k captions an image; losses take (k, b)
@@ -269,8 +259,7 @@ class TowerStep(ContrastiveStep):
 
     def _noise(self, micro: Batch) -> Tensor:
         """Standard normal values like the embeddings; each row is a function of the seed and its sample's position."""
-        noise_mW = torch.empty(micro["embeddings"].shape)
-        generator = torch.Generator()
+        noise_mW, generator = torch.empty(micro["embeddings"].shape), torch.Generator()
         for i, noise_W in enumerate(noise_mW):
             noise_W.normal_(generator=generator.manual_seed(position_seed(self.seed + 1, micro["first"] + i)))
         return noise_mW.to(micro["embeddings"].device)

@@ -90,7 +90,8 @@ class PairBlocks:
             raise ValueError(
                 f"anchors {tuple(anchor_bD.shape)} and positives {tuple(positive_bD.shape)} must have one shape (b, D)"
             )
-        self.anchor_bD, self.positive_ND, self.group = anchor_bD.detach(), gather_rows(positive_bD, group), group
+        self.anchor_bD, self.positive_ND = anchor_bD.detach(), gather_rows(positive_bD, group)
+        self.group: Group = group
         self.rows, self.columns = len(anchor_bD), len(self.positive_ND)
         self.first = rank(group) * self.rows  # column of row 0's own positive
         self.ids_jb = ids_jb
