@@ -41,7 +41,7 @@ from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_f
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.losses.base import Features, heads_terms
 from llm2clip_plugin.train.losses.distill import Distill
-from llm2clip_plugin.train.optim import is_vector, lr_factor
+from llm2clip_plugin.train.optim import AdamW, Trained, is_vector, lr_factor, parameter_groups, set_lr
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
 from llm2clip_plugin.vision.family import DualConfig
@@ -227,21 +227,17 @@ def _fit(
 ) -> tuple[list[FitLine], int]:
     """Train the heads, or the text adapter alone; returns the curve and the number of steps that are done."""
     of_clip = config.target == "clip_text"
-    parameters = [p for name, p in head_parameters(model) if name.startswith("text_adapter.") or not of_clip]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if not is_vector(p)], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if is_vector(p)], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(0.9, 0.98),
-        eps=CLIP_TEXT_OPTIM.eps if of_clip else 1e-8,
-        fused=device.type == "cuda",
-    )
+    trained = [
+        Trained(name=name, parameter=p, lr=config.lr, decay=not is_vector(p))
+        for name, p in head_parameters(model)
+        if name.startswith("text_adapter.") or not of_clip
+    ]
+    parameters = [item.parameter for item in trained]
+    groups, eps = parameter_groups(trained, config.weight_decay), CLIP_TEXT_OPTIM.eps if of_clip else 1e-8
+    optimizer = AdamW().make(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
     terms = {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss_config, group=ALONE)
-    curve: list[FitLine] = []
-    done = 0
-    fit_of = canonical_json([dataclasses.asdict(config), dataclasses.asdict(loss_config), seed, batches.samples])
+    curve, done = [], 0
+    fit_of = canonical_json(["2", *map(dataclasses.asdict, (config, loss_config)), seed, batches.samples])
     if unfinished is not None and unfinished.is_file():
         saved = torch.load(unfinished, weights_only=True)
         if saved["fit_of"] == fit_of:
@@ -262,12 +258,10 @@ def _fit(
         loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
-        lr = config.lr
+        factor = lr_factor(step - 1, config.steps, CLIP_TEXT_OPTIM) if of_clip else 1.0
+        set_lr(optimizer.param_groups, factor)
         if of_clip:
             torch.nn.utils.clip_grad_norm_(parameters, CLIP_TEXT_OPTIM.max_grad_norm)
-            lr *= lr_factor(step - 1, config.steps, CLIP_TEXT_OPTIM)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
@@ -277,7 +271,8 @@ def _fit(
                 values["cosine"] = (batch.anchor_bD * batch.reference_bD).sum(1).mean()
             line = {name: float(value.detach()) for name, value in values.items()}
             rate = (step - before) * batches.size / (time.perf_counter() - started)
-            curve.append({"step": step, "samples": step * batches.size, **line, "lr": lr, "samples_per_second": rate})
+            line |= {"lr": config.lr * factor, "samples_per_second": rate}
+            curve.append({"step": step, "samples": step * batches.size, **line})
             bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
         bar.update()
         done = step
