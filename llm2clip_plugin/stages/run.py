@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import llm2clip_plugin
-from llm2clip_plugin.console import each_in_phase, in_phase, loaded, phase
+from llm2clip_plugin.console import each_in_phase, loaded, phase
 from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
@@ -147,13 +147,13 @@ class TrainingRun:
             print(f"note: {note}", file=sys.stderr)
         state = run_loop(
             LoopParts(
-                step=in_phase("forward and backward", step),
+                step=phase("forward and backward")(step),
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
                 engine=engine,
                 references=references or {},
                 checkpoints=self.checkpoints,
-                evaluate=in_phase("evaluation", evaluate) if evaluate else None,
-                before=in_phase("evaluation before training", before) if before else None,
+                evaluate=phase("evaluation")(evaluate) if evaluate else None,
+                before=phase("evaluation before training")(before) if before else None,
                 heads=heads,
                 train=self.train,
                 optim=self.optim,
