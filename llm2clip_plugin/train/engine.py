@@ -290,23 +290,25 @@ class Engine:
 
     def _moments_by_rank(self) -> Iterator[tuple[str, Tensor]]:
         """``zero2-of-4.0.1.state1``: of rank 0's second master. Masters have the same shapes on all ranks."""
-        for number, master in enumerate(self.masters()):
-            for moment in self._held(master):
-                own = self._base.state[master][moment]
-                for source in range(world_size() if self.stage else 1):
-                    value = own if source == rank() or not self.stage else torch.empty_like(own)
-                    if self.stage and world_size() > 1:
-                        dist.broadcast(value, source)
-                    yield f"{self._layout}.{source}.{number}.{moment}", value
+        layout, parts = self._layout
+        for name, own in self._held():
+            for source in range(parts):
+                value = own if parts == 1 or source == rank() else torch.empty_like(own)
+                if parts > 1:
+                    dist.broadcast(value, source)
+                yield f"{layout}.{source}.{name}", value
 
-    def _held(self, master: Tensor) -> list[str]:
-        """The moments of a master; one that is too small for 8 bits has fewer."""
-        return [moment for moment in self.optimizer.moments if moment in self._base.state.get(master, {})]
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        """``1.state1``: the moments of this rank's masters; one that is too small for 8 bits has fewer."""
+        for number, master in enumerate(self.masters()):
+            state = self._base.state.get(master, {})
+            yield from ((f"{number}.{moment}", state[moment]) for moment in self.optimizer.moments if moment in state)
 
     @property
-    def _layout(self) -> str:
-        """What decides which values a rank's masters hold."""
-        return f"zero{self.stage}-of-{world_size() if self.stage else 1}"
+    def _layout(self) -> tuple[str, int]:
+        """What decides which values a rank's masters hold, and among how many ranks they are parted."""
+        parts = world_size() if self.stage else 1
+        return f"zero{self.stage}-of-{parts}", parts
 
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held ``weights`` when the
@@ -338,16 +340,15 @@ class Engine:
             self._write(parameter, moment, moments[f"{name}.{moment}"].to(self.device))
 
     def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
-        for number, master in enumerate(self.masters()):
-            for moment in self._held(master):
-                own = self._base.state[master][moment]
-                saved = moments.get(f"{self._layout}.{rank() if self.stage else 0}.{number}.{moment}")
-                if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
-                    raise ValueError(
-                        f"the checkpoint's moments ({next(iter(moments))}, ...) do not fit {self.optimizer.name} in "
-                        f"{self._layout}: resume on as many ranks, with the ZeRO stage and --optimizer that wrote it"
-                    )
-                own.copy_(saved)
+        layout, parts = self._layout
+        for name, own in self._held():
+            saved = moments.get(f"{layout}.{rank() if parts > 1 else 0}.{name}")
+            if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                raise ValueError(
+                    f"the checkpoint's moments ({next(iter(moments))}, ...) do not fit {self.optimizer.name} in "
+                    f"{layout}: resume on as many ranks, with the ZeRO stage and --optimizer that wrote it"
+                )
+            own.copy_(saved)
 
     @property
     def updates(self) -> int:
