@@ -184,7 +184,8 @@ class Reports:
     def event(self, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
         if self._file is not None:
-            self._attempt(print, json.dumps(values), file=self._file, flush=True)
+            self._attempt(self._file.write, json.dumps(values) + "\n")
+            self._attempt(self._file.flush)
 
     def note(self, text: str) -> None:
         """A line above the bar."""
