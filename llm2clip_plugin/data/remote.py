@@ -184,11 +184,7 @@ class Downloads:
         return target
 
     def use(self, path: str, action: Callable[[Path], Result]) -> Result:
-        """``action`` on a local file, or on the local copy of a URL, downloaded again if another process evicts it.
-
-        Raises FileNotFoundError if there is no such file, PermissionError if access is denied, ConnectionError if its
-        download fails.
-        """
+        """``action`` on a local file, or on the local copy of a URL, downloaded again if another process evicts it."""
         if not is_url(path):
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"no file at {path}")

@@ -68,8 +68,7 @@ def split_data(config: SplitConfig) -> list[str]:
     """Split ``config.path`` and return the report.
 
     The output appears when it is complete; what a killed call left in a hidden folder next to it is used by the same
-    call again. Raises FileExistsError if the output is there and not of this split, ValueError for a sample without
-    the field, a side without samples or a source that cannot be split.
+    call again. Raises FileExistsError if the output is there and not of this split, ValueError if it can't be made.
     """
     output, source = Path(config.output), open_source(config)
     check_fields(source)
@@ -115,14 +114,12 @@ def is_held_out(hash_N: np.ndarray, validation: float) -> np.ndarray:
 
 
 def decide(source: Source, validation: float, by: str, workers: int = 0) -> np.ndarray:
-    """(N) uint64: the hash of each sample's key, or of one field, which alone decides its side.
+    """(N) uint64: the hash of each sample's key, or of the field ``by``, which alone decides its side.
 
-    So a sample stays on its side whatever the order and number of shards, and when others come or go.
-
-    by: field of a sample's JSON, all samples with one value being on one side; "": by key. Raises ValueError for a
-    sample without that field, and if one side would be empty.
+    So a sample stays on its side whatever the order and number of shards, and when others come or go. Raises ValueError
+    for a sample without that field, and if one side would be empty.
     """
-    processes = min(workers or cores(), len(source.shards)) if by else 1  # keys are in the index
+    processes = min(workers or cores(), len(source.shards))
     read = parallel(partial(_read_shard, source, by), source.shards, processes=processes)
     hash_N = np.concatenate(list(track(read, total=len(source.shards), label="data split: reading", unit="shards")))
     held_out = int(is_held_out(hash_N, validation).sum())
@@ -159,10 +156,7 @@ def outputs(source: Source, folder: Path) -> dict[str, Path]:
 
 
 def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: int = 0) -> None:
-    """Write both sides below ``folder``; tars that an earlier call completed there are skipped.
-
-    Raises ValueError for another kind of source.
-    """
+    """Write both sides below ``folder``; tars that an earlier call completed there are skipped."""
     if isinstance(source, TarSource):
         jobs = [(n, held_out_N[one.start : one.start + one.size]) for n, one in enumerate(source.shards)]
         done = parallel(partial(_copy_shard, source, folder), jobs, processes=min(workers or cores(), len(jobs)))

@@ -63,10 +63,7 @@ class BrokenShard(ValueError):  # noqa: N818
 
 
 class TarSource(Source):
-    """Samples of tars in a folder, or of the local copies of tars at a URL.
-
-    A broken shard raises BrokenShard, or, if ``broken_shards`` is given, is noted there (name -> reason) and left out.
-    """
+    """Samples of tars in a folder, or of the local copies of tars at a URL; ``broken_shards`` as in ``open_source``."""
 
     def __init__(
         self, config: SourceConfig, broken_shards: dict[str, str] | None = None, opened: OpenedTars | None = None
@@ -80,8 +77,8 @@ class TarSource(Source):
         self.stamps = table.stamps
         if not len(self) and not broken_shards:
             raise ValueError(
-                f"{config.path}: none of the {len(self.shards)} tars has an image, .txt or .json member; a member's "
-                "key ends at its first dot (WebDataset's rule), so 'a.b.jpg' is no .jpg: rename such members"
+                f"{config.path}: no tar has an image, .txt or .json; a name's extension begins at its first dot, so "
+                "'a.b.jpg' is no .jpg: rename such members"
             )
 
     def __reduce__(self) -> tuple[type[TarSource], tuple[object, ...]]:
@@ -174,12 +171,7 @@ def join_parts(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) -> OpenedTars:
-    """The tars (paths or URLs) at ``path`` and the index of all of them, in the same order.
-
-    They are downloaded if they are at a URL, and indexed, by one process of those that open them. Raises
-    FileNotFoundError without tars, BrokenShard for a broken one; with ``broken``, these are noted there (name ->
-    reason) and left out.
-    """
+    """The tars at ``path``, downloaded from a URL, and indexed by one process of those that open them."""
     base, tars = list_tars(path)
     pattern = path[len(base) :] if is_url(path) else os.path.relpath(path, base or ".")
     folder = SideFolder.of(base or ".", downloads.folder)
@@ -244,10 +236,9 @@ def _index(downloads: Downloads, tar: str) -> ShardRows | Exception:
 
 
 def list_tars(path: str) -> tuple[str, dict[str, str]]:
-    """The folder or URL that all tars of ``path`` share ("": none), and shard name -> path or URL, in order of name.
+    """``path``, or the longest folder or URL that all its tars share, and name -> path or URL of each, in order.
 
-    The folder is ``path`` itself, or the longest that all share. A shard's name is its path relative to it, without
-    ``.tar``. Raises FileNotFoundError if there is none, ValueError for a duplicate name.
+    A shard's name is its path relative to that folder, without ``.tar``.
     """
     if is_url(path):
         tars = list_urls(path, ".tar")
