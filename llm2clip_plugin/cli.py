@@ -132,7 +132,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "copy the tower into a LLaVA checkpoint",
     ),
     "llava export": (
-        "llava_integration.serve.command",
+        "llava_integration.serve",
         "main",
         "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
     ),
@@ -167,7 +167,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "bench-mllm": ("llava_integration.benchmarks.bench", "COMMAND"),
     "score": ("llava_integration.benchmarks.score", "COMMAND"),
     "llava bundle": ("llava_integration.towers", "LLAVA_BUNDLE"),
-    "llava export": ("llava_integration.serve.command", "COMMAND"),
+    "llava export": ("llava_integration.serve", "COMMAND"),
 }
 
 EPILOG = "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback of an error."

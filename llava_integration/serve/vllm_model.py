@@ -17,12 +17,11 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.vision import VisionEncoderInfo
 
 from llava_integration.checkpoints import blocks_below
-from llava_integration.serve.build import family_of_vision, of_tower_directories
+from llm2clip_plugin.vision.families import family_of_type
 from llm2clip_plugin.vision.towers import tower_blocks
 
 # vLLM is installed in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false
-
 
 __all__ = ["LlavaForConditionalGeneration"]
 
@@ -57,13 +56,13 @@ class Tower(nn.Module):
     def __init__(self, config: Any) -> None:
         """``config``: of the whole LLaVA. The dtype is torch's default, which vLLM sets to the model's.
 
-        Raises ContractError for an unknown ``model_type``, ValueError for a state that the tower does not have.
+        Raises ValueError for an unknown ``model_type``, or a state that the tower does not have.
         """
         super().__init__()
         fields = config.vision_config.to_dict()
-        self.family = family_of_vision(fields, where="vision_config")
+        self.family = family_of_type(fields["model_type"], where="vision_config")
         own = self.family.vision_class()
-        self.vision = own.config_class.from_dict(of_tower_directories(fields, self.family))
+        self.vision = own.config_class.from_dict({**fields, "model_type": self.family.model_types[0]})
         self.model = own(self.vision).eval()
         self.state = blocks_below(config.vision_feature_layer, len(tower_blocks(self.model)))
         del tower_blocks(self.model)[self.state :]

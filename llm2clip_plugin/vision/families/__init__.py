@@ -5,7 +5,7 @@ from typing import Any
 
 from llm2clip_plugin.files import discover, errors_about
 from llm2clip_plugin.options import command, unknown
-from llm2clip_plugin.vision.directory import CONFIG_FILE, check_description, read_json
+from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json
 from llm2clip_plugin.vision.family import Family, Tower
 
 
@@ -37,7 +37,7 @@ def family_of(tower: Tower) -> Family:
 def read_config(directory: Path) -> tuple[Family, Any]:
     """Family and vision configuration of a directory; the latter is part of an image-text model's, if it is one.
 
-    Raises ContractError if the configuration is damaged, or a tower directory's card describes another tower.
+    Raises ContractError if the configuration is damaged.
     """
     file = directory / CONFIG_FILE
     body = read_json(file)
@@ -47,6 +47,4 @@ def read_config(directory: Path) -> tuple[Family, Any]:
         )
     family = family_of_type(str(body.get("model_type")), where=str(file))
     with errors_about(file, fix="copy or export the tower again"):
-        config = family.vision_class().config_class.from_pretrained(directory)
-    check_description(directory, family.name, config.to_dict(), has_cls=family.has_cls)
-    return family, config
+        return family, family.vision_class().config_class.from_pretrained(directory)
