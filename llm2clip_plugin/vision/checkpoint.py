@@ -33,16 +33,6 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
     return own | (UNNORMALIZED if body.get("do_normalize") is False else {})
 
 
-def check_crop(directory: Path, image_size: int) -> None:
-    """ContractError unless preprocessor_config.json, which LLaVA uses as it is, crops images to the tower's size."""
-    path = directory / PREPROCESSOR_FILE
-    body = read_json(path)
-    for name in ("crop_size", "size"):
-        sizes = body.get(name)
-        if set(sizes.values() if isinstance(sizes, dict) else [sizes]) != {image_size}:
-            raise ContractError(f"{path}: {name} is {sizes}, expected {image_size}; copy or export the tower again")
-
-
 def preprocessor_config(source: Tower | str | os.PathLike[str]) -> dict[str, Any]:
     """preprocessor_config.json for a tower or a tower directory.
 

@@ -293,12 +293,8 @@ tower = load_tower("PATH_OR_HUB_ID")
 {dual}```
 """
 DUAL = """\
-dual = load_dual_encoder("PATH_OR_HUB_ID")
-image_features = dual.encode_image(pixel_values)
-"""
-TEXT = """\
-# teacher=PATH: where the LLM is, if not there
-text_features = dual.encode_text(["a bird on a wire"])
+dual = load_dual_encoder("PATH_OR_HUB_ID")  # teacher=PATH: where the LLM is, if not there
+image_features, text_features = dual.encode_image(pixel_values), dual.encode_text(["a bird on a wire"])
 """
 
 
@@ -320,7 +316,6 @@ def model_card(card: TowerCard) -> str:
     frozen = "Before: the start tower, frozen, with fitted projection and text adapter.\n\n" if before else ""
     training = [(name, str(value)) for name, value in sorted(card.training.items()) if name != BEFORE]
     texts = f"# {texts}\n" if (texts := needs_for_texts(card)) else ""
-    dual = DUAL + (texts + TEXT if card.teacher else "")
     return PAGE.format(
         family=card.family,
         facts=_table(("", ""), [(name, text) for name, text in facts.items() if text]),
@@ -328,7 +323,7 @@ def model_card(card: TowerCard) -> str:
         metrics=f"## Metrics\n\n{frozen}{_table(('metric', 'before', 'after'), scores)}\n" if scores else "",
         license="\n".join(LICENSE),
         limits=f"This tower {reason}.\n\n" if (reason := beyond_llava(card)) else "",
-        dual=dual if card.projection_dim else "",
+        dual=texts + DUAL if card.projection_dim else "",
     )
 
 

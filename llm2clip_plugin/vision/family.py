@@ -25,8 +25,8 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 class Family:
     """One family of towers.
 
-    Dotted names are relative to the module that contains the blocks: transformers 4 wraps CLIP and SigLIP in
-    ``vision_model``, transformers 5 does not; ``towers.core_of`` returns it.
+    Dotted names are relative to the module that contains the blocks: ``vision_model``, in which transformers 4 wraps
+    CLIP and SigLIP, or the tower itself.
     """
 
     name: str  # in the TowerCard

@@ -168,18 +168,13 @@ def core_prefix(tower: Tower) -> str:
     return "vision_model." if "vision_model" in dict(tower.named_children()) else ""
 
 
-def core_of(tower: Tower) -> Any:
-    """The module that contains embeddings, blocks and final norm."""
-    return tower.get_submodule(core_prefix(tower).rstrip("."))
-
-
 def tower_blocks(tower: Tower) -> nn.ModuleList:
     """The transformer blocks, first to last."""
-    return core_of(tower).get_submodule(family_of(tower).blocks)
+    return tower.get_submodule(core_prefix(tower) + family_of(tower).blocks)
 
 
 def parameters_in(tower: Tower, names: Iterable[str]) -> list[nn.Parameter]:
-    """The parameters that ``names`` (of modules or parameters, relative to ``core_of``) stand for."""
+    """The parameters that ``names`` (of modules or parameters, without ``core_prefix``) stand for."""
     full_names = tuple(core_prefix(tower) + name for name in names)
     prefixes = tuple(f"{name}." for name in full_names)
     return [value for name, value in tower.named_parameters() if name in full_names or name.startswith(prefixes)]
@@ -192,7 +187,7 @@ def tower_embeddings_parameters(tower: Tower) -> list[nn.Parameter]:
 
 def final_norm(tower: Tower) -> nn.Module:
     """The norm after the last block."""
-    return core_of(tower).get_submodule(family_of(tower).final_norm)
+    return tower.get_submodule(core_prefix(tower) + family_of(tower).final_norm)
 
 
 def use_fastest_attention(tower: Tower, device: torch.device, *, bf16: bool) -> None:

@@ -1,7 +1,7 @@
 """What importers of all layouts share: tensors by name, a parsed checkpoint, and the text adapter in it.
 
-Releases nest the adapter differently (``text.text_adaptor.0.fn.0``, ``text_adapter.adaptor.0.fn.0`` ...), so it is
-found by its structure: numbered residual blocks (one norm, two Linears each), then a norm, then a Linear. An adapter at
+Releases nest the adapter differently (``text.text_adaptor.0.fn.0``, ``text_adapter.adaptor.0.fn.0`` ...); its parts are
+numbered: residual blocks (a norm, two Linears each), then a norm, then a Linear. An adapter at
 ``text.text_proj.text_adaptor`` was trained with the LLM in the loop, whose embeddings the reference does not normalize.
 Shapes: W width of an LLM embedding, D projection_dim.
 """
@@ -16,82 +16,54 @@ from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.family import DualConfig
 
 IN_THE_LOOP = "text.text_proj.text_adaptor."  # the reference's names if its text tower contains the LLM too
+PARTS = {"ln": "norm", "fn.0": "up", "fn.3": "down"}  # of a block: the reference's names -> ours
+ADAPTER = r"(?P<prefix>.*\b(text_)?adaptor\.)(?P<number>\d+)\.((?P<part>ln|fn\.0|fn\.3)\.)?(?P<kind>weight|bias)"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AdapterMatch:
     """An adapter in a checkpoint: its sizes, its tensors under our names, and our name -> the checkpoint's name."""
 
-    llm_width: int
-    projection_dim: int
-    blocks: int
-    expansion: int = 2
-    normalise_input: bool = True
-    state: dict[str, Tensor] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
+    config: DualConfig
+    state: dict[str, Tensor]
+    names: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
-    def add(self, ours: str, module: dict[str, Tensor], theirs: str) -> None:
-        """The weight and bias of a module under both names."""
-        for kind, value in module.items():
-            self.state[f"{ours}.{kind}"], self.names[f"{ours}.{kind}"] = value, f"{theirs}{kind}"
 
-
-def match_adapter(state: dict[str, Tensor], prefix: str) -> AdapterMatch | None:
-    """The adapter whose parts are numbered after ``prefix``, or None if the tensors there have another structure."""
-    parts: dict[str, dict[str, dict[str, Tensor]]] = {}  # number -> module, named with a final "." -> kind
-    for name, value in state.items():
-        if name.startswith(prefix):
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            module, dot, kind = rest.rpartition(".")
-            parts.setdefault(number, {}).setdefault(module + dot, {})[kind] = value
-    order = [str(index) for index in range(len(parts))]
-    if len(order) < 2 or parts.keys() != set(order) or any(parts[number].keys() != {""} for number in order[-2:]):
+def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
+    """The text adapter in a checkpoint; ContractError for several ones, or one without its last Linear."""
+    found = [match for name in state if (match := re.fullmatch(ADAPTER, name))]
+    if not found:
         return None
-    norm, last = parts[order[-2]][""], parts[order[-1]][""]
-    if norm.keys() != {"weight", "bias"} or last.keys() not in ({"weight"}, {"weight", "bias"}):
-        return None
-    width, weight = len(norm["weight"]), last["weight"]
-    if norm["weight"].dim() != 1 or weight.dim() != 2 or weight.shape[1] != width:
-        return None
-    adapter, expansions = AdapterMatch(width, len(weight), len(order) - 2), set()
-    for index in order[:-2]:
-        roles = _roles(parts[index], width)
-        if roles is None:
-            return None
-        expansions.add(len(parts[index][roles["up"]]["weight"]) // width)
-        for role, module in roles.items():
-            adapter.add(f"blocks.{index}.{role}", parts[index][module], f"{prefix}{index}.{module}")
-    if len(expansions) > 1:
-        return None
-    adapter.expansion = expansions.pop() if expansions else adapter.expansion
-    adapter.add("norm", norm, f"{prefix}{order[-2]}.")
-    adapter.add("projection", last, f"{prefix}{order[-1]}.")
-    if prefix.startswith(IN_THE_LOOP):
-        adapter.normalise_input = False
+    if len(prefixes := sorted({match["prefix"] for match in found})) > 1:
+        raise ContractError(f"the checkpoint contains several text adapters: {prefixes}")
+    prefix, last = prefixes[0], max(int(match["number"]) for match in found)
+    names = {}
+    for match in found:
+        ends = {last - 1: "norm", last: "projection"}
+        part = f"blocks.{match['number']}.{PARTS[match['part']]}" if match["part"] else ends.get(int(match["number"]))
+        names[f"{part}.{match['kind']}"] = match[0]
+    own = {ours: state[theirs] for ours, theirs in names.items()}
+    weight, up = own.get("projection.weight"), own.get("blocks.0.up.weight")
+    if weight is None or weight.dim() != 2:
+        raise ContractError(f"the checkpoint is missing {prefix}{last}.weight, the last Linear of its text adapter")
+    config = DualConfig(
+        projection_dim=len(weight),
+        llm_width=weight.shape[1],
+        adapter_blocks=last - 1,
+        adapter_expansion=2 if up is None else len(up) // weight.shape[1],
+        normalise_input=prefix != IN_THE_LOOP,
+    )
+    adapter = AdapterMatch(config=config, state=own, names=names)
+    if prefix == IN_THE_LOOP:
         adapter.notes.append(f"{prefix}* was trained with the LLM in the loop: its input is not normalized")
-    if "bias" not in last:
-        adapter.state["projection.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
-        adapter.notes.append(f"{prefix}{order[-1]} has no bias: filled with zeros")
+    if "projection.bias" not in own:
+        own["projection.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
+        adapter.notes.append(f"{prefix}{last} has no bias: filled with zeros")
     return adapter
-
-
-def _roles(block: dict[str, dict[str, Tensor]], width: int) -> dict[str, str] | None:
-    """The modules of a residual block: one norm (W), up (k W, W) and down (W, k W), with biases."""
-    if len(block) != 3 or any(module.keys() != {"weight", "bias"} for module in block.values()):
-        return None
-    shapes = {name: tuple(module["weight"].shape) for name, module in block.items()}
-    norms = [name for name, shape in shapes.items() if shape == (width,)]
-    # with expansion 1 both are square, and the order of their names decides
-    linears = sorted((n for n in shapes if n not in norms), key=lambda n: (shapes[n][:1] == (width,), n))
-    if len(norms) != 1 or any(len(shapes[name]) != 2 for name in linears):
-        return None
-    up, down = linears
-    if shapes[up] != shapes[down][::-1] or shapes[down][0] != width or shapes[up][0] % width:
-        return None
-    return {"norm": norms[0], "up": up, "down": down}
 
 
 # A parsed checkpoint: every tensor belongs to the tower or its heads, or has a reason to be left out.
@@ -140,21 +112,16 @@ class ParsedCheckpoint:
         return self.state.get(name)
 
     def find_text_side(self, *own_text: str) -> None:
-        """Find logit scale and bias, and the adapter by its structure; leave out names that start with ``own_text``."""
+        """Find logit scale and bias, and the adapter; leave out names that start with ``own_text``."""
         for name in [key for key in self.state if key.split(".")[-1] in ("logit_scale", "logit_bias")]:
             if self.state[name].numel() != 1:
                 raise ContractError(f"{name} is {tuple(self.state[name].shape)}, expected one number")
             setattr(self, name.split(".")[-1], self.take(name))
-        rest = [key for key in self.state if key not in self.used and key not in self.left_out]
-        prefixes = sorted({match[1] for name in rest if (match := re.match(r"(.*?\.)\d+\.", name))})
-        matches = [match for prefix in prefixes if (match := match_adapter(self.state, prefix))]
-        if len(matches) > 1:
-            names = [next(iter(match.names.values())) for match in matches]
-            raise ContractError(f"the checkpoint contains several text adapters: {names}")
-        if matches:
-            self.adapter = matches[0]
-            self.used |= set(self.adapter.names.values())
-        self.left_out |= {key: OWN_TEXT for key in rest if key not in self.used and key.startswith(own_text)}
+        if (adapter := match_adapter(self.state)) is not None:
+            self.adapter = adapter
+            self.used |= set(adapter.names.values())
+        rest = self.state.keys() - self.used - self.left_out.keys()
+        self.left_out |= {key: OWN_TEXT for key in rest if key.startswith(own_text)}
 
     def report(self) -> list[str]:
         """What was matched and what was left out, line by line."""
@@ -163,8 +130,9 @@ class ParsedCheckpoint:
             bias = "" if self.projection_bias is None else " with bias"
             lines.append(f"projection {tuple(self.projection.shape)}{bias}")
         if (adapter := self.adapter) is not None:
-            widths = f"width {adapter.llm_width}, expansion {adapter.expansion}, then {adapter.projection_dim}"
-            lines.append(f"text adapter matched by structure: {adapter.blocks} blocks of {widths}")
+            sizes = adapter.config
+            widths = f"width {sizes.llm_width}, expansion {sizes.adapter_expansion}, then {sizes.projection_dim}"
+            lines.append(f"text adapter: {sizes.adapter_blocks} blocks of {widths}")
             lines += [f"  {theirs} -> text_adapter.{ours}" for ours, theirs in adapter.names.items()]
             lines += [f"  {note}" for note in adapter.notes]
         for reason in sorted(set(self.left_out.values())):
@@ -242,6 +210,14 @@ def patch_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
             f"{name} is {shape}, expected (width, 3, patch, patch); the tensor is transposed or truncated"
         )
     return shape[0], shape[2]
+
+
+def check_sizes(vision: dict[str, Any], **sizes: int) -> None:
+    """ContractError if ``vision_cfg`` contradicts the ``sizes`` of the tensors."""
+    for name, size in sizes.items():
+        if (configured := vision.get(name)) not in (None, size, [size, size]):
+            hint = f"; pass --image-size {configured} to interpolate" if name == "image_size" else ""
+            raise ContractError(f"vision_cfg.{name} is {configured}, but the tensors have {size}{hint}")
 
 
 def depth(state: dict[str, Tensor], prefix: str) -> int:

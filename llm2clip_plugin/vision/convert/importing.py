@@ -11,6 +11,7 @@
 | HF model, LLM2CLIP-Openai-*, LLM2CLIP-*-siglip2-* | config.json with a known model_type   | hub.py              |
 """
 
+import dataclasses
 import importlib.util
 import os
 import tempfile
@@ -36,7 +37,7 @@ from llm2clip_plugin.vision.checkpoint import (
     weight_files,
 )
 from llm2clip_plugin.vision.convert import FORMATS, IMPORT
-from llm2clip_plugin.vision.convert.common import ParsedCheckpoint
+from llm2clip_plugin.vision.convert.common import PARTS, ParsedCheckpoint
 from llm2clip_plugin.vision.convert.layouts import layouts
 from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, fetch_directory, read_json, write_json
@@ -207,21 +208,17 @@ def _dual_config(parsed: ParsedCheckpoint, tower: Tower, source: str) -> DualCon
             f"{source}: the visual projection is {tuple(projection.shape)}, expected (projection_dim, {width})"
         )
     width = width if projection is None else projection.shape[0]
-    fields: dict[str, Any] = {}
-    if adapter is not None:
-        if adapter.projection_dim != width:
-            raise ContractError(
-                f"{source}: image features have width {width}, but the adapter's outputs {adapter.projection_dim}"
-            )
-        fields = {"adapter_blocks": adapter.blocks, "adapter_expansion": adapter.expansion}
-        fields |= {"llm_width": adapter.llm_width, "normalise_input": adapter.normalise_input}
-    return DualConfig(
-        projection_dim=width,
+    config = DualConfig(projection_dim=width) if adapter is None else adapter.config
+    if config.projection_dim != width:
+        raise ContractError(
+            f"{source}: image features have width {width}, but the adapter's outputs {config.projection_dim}"
+        )
+    return dataclasses.replace(
+        config,
         projection="none" if projection is None else "linear",
         projection_bias=parsed.projection_bias is not None,
         logit_scale_init=None if parsed.logit_scale is None else float(parsed.logit_scale),
         logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias),
-        **fields,
     )
 
 
@@ -230,7 +227,6 @@ def _dual_config(parsed: ParsedCheckpoint, tower: Tower, source: str) -> DualCon
 ONNX_FILE = "image_encoder.onnx"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_ONNX = 1 << 30  # bytes of weights; protobuf is limited to 2 GiB, larger weights are written to a separate file
-IN_ADAPTER_BLOCK = {"norm": "ln", "up": "fn.0", "down": "fn.3"}  # ours -> LLM2CLIP's trainer
 OTHER = "--format onnx converts every tower, and the tower directory itself opens with transformers' AutoModel"
 
 
@@ -362,12 +358,11 @@ def adapter_state(dual: DualEncoder) -> dict[str, Tensor]:
             "format 'openclip' supports the paper's adapter (mlp, normalise_input, input_scale 'unit'); this one has "
             f"{config.adapter!r}, normalise_input {config.normalise_input}, input_scale {config.input_scale!r}"
         )
-    state = {}
-    for name, value in adapter.state_dict().items():
-        *module, kind = name.split(".")  # blocks.0.norm.weight, norm.weight, projection.weight
-        if module[0] == "blocks":
-            place = f"{module[1]}.{IN_ADAPTER_BLOCK[module[2]]}"
-        else:
-            place = str(config.adapter_blocks + ["norm", "projection"].index(module[0]))
-        state[f"text.text_adaptor.{place}.{kind}"] = value
-    return state
+    blocks = range(config.adapter_blocks)
+    modules = {f"blocks.{n}.{ours}": f"{n}.{theirs}" for n in blocks for theirs, ours in PARTS.items()}
+    modules |= {"norm": str(len(blocks)), "projection": str(len(blocks) + 1)}
+    return {
+        f"text.text_adaptor.{theirs}.{kind}": getattr(adapter.get_submodule(ours), kind)
+        for ours, theirs in modules.items()
+        for kind in ("weight", "bias")
+    }

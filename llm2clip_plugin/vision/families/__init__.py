@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.files import discover, errors_about
-from llm2clip_plugin.options import command, unknown
+from llm2clip_plugin.options import command
 from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json
 from llm2clip_plugin.vision.family import Family, Tower
 
@@ -12,13 +12,6 @@ from llm2clip_plugin.vision.family import Family, Tower
 def families() -> dict[str, Family]:
     """Every family by name."""
     return discover(__name__, "FAMILY")
-
-
-def family_named(name: str) -> Family:
-    """The family of that name; ValueError lists the known ones."""
-    if name not in families():
-        raise ValueError(unknown("tower family", name, sorted(families())))
-    return families()[name]
 
 
 def family_of_type(model_type: str, *, where: str) -> Family:

@@ -78,66 +78,47 @@ def rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def config_from_fields(vision: dict[str, Any]) -> Eva02Config:
-    """A configuration from the ``vision_cfg`` of an EVA-CLIP config.json; ValueError for unsupported settings."""
-    if vision.get("global_average_pool"):
-        raise ValueError("global_average_pool is true; EVA-CLIP towers with average pooling are not supported")
-    width, image_size, patch = vision["width"], vision["image_size"], vision["patch_size"]
-    rope, grid = bool(vision.get("rope", False)), image_size // patch
-    pretrained_grid = vision.get("pt_hw_seq_len", 16)
-    if rope and not vision.get("intp_freq", False) and grid != pretrained_grid:
-        raise ValueError(
-            f"intp_freq is false, but the grid of {grid} x {grid} patches differs from pt_hw_seq_len {pretrained_grid}"
-        )
-    return Eva02Config(
-        hidden_size=width,
-        num_hidden_layers=vision["layers"],
-        num_attention_heads=width // vision.get("head_width", 64),
-        intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),  # truncated, as in the reference
-        image_size=image_size,
-        patch_size=patch,
-        hidden_act="swiglu" if vision.get("naiveswiglu", False) else "gelu",
-        sub_norm=bool(vision.get("subln", False)),
-        post_norm=bool(vision.get("postnorm", False)),
-        rope=rope,
-        rope_pretrained_grid=pretrained_grid,
-        layer_scale=vision.get("ls_init_value") is not None,
-        qkv_bias=bool(vision.get("qkv_bias", True)),
-    )
+def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Config:
+    """The configuration of a checkpoint: sizes from its tensors, the rest from ``vision``, EVA-CLIP's ``vision_cfg``.
 
-
-def config_from_tensors(state: dict[str, Tensor]) -> Eva02Config:
-    """The configuration of a checkpoint, inferred from its tensors; ValueError if they are not enough.
-
-    Widths and depth are in the shapes; the width of a head and the grid of pretraining are in the rotary tables if the
-    checkpoint has them, else those of the released tower of this width. Post-norm leaves no trace: only bigE has it.
+    Without one, the width of a head and the grid of pretraining are those of the rotary tables if the checkpoint has
+    them, else of the released tower of its width; post-norm, which leaves no trace, is bigE's alone. Raises ValueError
+    for an unknown width or unsupported settings, ContractError if ``vision`` contradicts the tensors.
     """
     first = {key.removeprefix(f"{BLOCKS}0."): value for key, value in state.items() if key.startswith(f"{BLOCKS}0.")}
     swiglu = any(name.startswith(("mlp.w1.", "mlp.w2.", "mlp.w3.")) for name in first)
     hidden = f"{BLOCKS}0.mlp.{'w1' if swiglu else 'fc1'}.weight"
     common.require(state, "visual.patch_embed.proj.weight", "visual.pos_embed", hidden)
     width, patch = common.patch_shape(state, "visual.patch_embed.proj.weight")
-    cosines = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
-    if cosines is None and width not in HEAD_WIDTHS:
+    image_size = round((state["visual.pos_embed"].shape[-2] - 1) ** 0.5) * patch
+    if "width" not in vision:
+        table = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
+        if table is None and width not in HEAD_WIDTHS:
+            raise ValueError(f"no released EVA-CLIP tower has width {width}; pass --config with vision_cfg.head_width")
+        # the released towers have SwiGLU and rotary positions, or neither; some files omit the tables
+        vision = {"rope": swiglu, "intp_freq": True, "head_width": HEAD_WIDTHS.get(width), "postnorm": width == 1792}
+        if table is not None:  # its second row: the angle of a step of one column is pt_hw_seq_len / grid
+            step = float(table[1, table.shape[1] // 2].float().acos())
+            vision |= {"head_width": table.shape[1], "pt_hw_seq_len": round(step * len(table) ** 0.5)}
+    layers, pretrained_grid = common.depth(state, BLOCKS), vision.get("pt_hw_seq_len", 16)
+    common.check_sizes(vision, width=width, layers=layers, patch_size=patch, image_size=image_size)
+    if vision.get("global_average_pool"):
+        raise ValueError("global_average_pool is true; EVA-CLIP towers with average pooling are not supported")
+    if vision.get("rope") and not vision.get("intp_freq") and image_size // patch != pretrained_grid:
         raise ValueError(
-            f"the width of an attention head is unknown: no released EVA-CLIP tower has width {width}; "
-            "describe the architecture with --config config.json"
+            f"intp_freq is false, but the grid {image_size // patch} is not pt_hw_seq_len {pretrained_grid}"
         )
-    head_width, pretrained_grid = HEAD_WIDTHS.get(width, 0), 16
-    if cosines is not None:  # its second row: the angle of one column's step is pretrained_grid / grid
-        head_width, grid = cosines.shape[-1], round(cosines.shape[0] ** 0.5)
-        pretrained_grid = round(float(cosines[1, head_width // 2].float().acos()) * grid)
     return Eva02Config(
         hidden_size=width,
-        num_hidden_layers=common.depth(state, BLOCKS),
-        num_attention_heads=width // head_width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // vision.get("head_width", 64),
         intermediate_size=state[hidden].shape[0],
-        image_size=round((state["visual.pos_embed"].shape[-2] - 1) ** 0.5) * patch,
+        image_size=image_size,
         patch_size=patch,
         hidden_act="swiglu" if swiglu else "gelu",
         sub_norm="attn.inner_attn_ln.weight" in first,
-        post_norm=width == 1792,
-        rope=swiglu,  # the released towers have both or neither; some files omit the tables
+        post_norm=bool(vision.get("postnorm")),
+        rope=bool(vision.get("rope")),
         rope_pretrained_grid=pretrained_grid,
         layer_scale="gamma_1" in first,
         qkv_bias="attn.q_bias" in first or "attn.q_proj.bias" in first,
@@ -178,12 +159,12 @@ def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any
     # a config.json in the same folder may be of another kind, or name a timm model; then the tensors are enough
     if "width" not in vision and (section(given, "vision_cfg") or "model_type" in given):
         raise ValueError(f"--config: an EVA-CLIP tower needs vision_cfg.width; the configuration has {sorted(config)}")
-    tower_config = config_from_fields(vision) if "width" in vision else config_from_tensors(state)
-    tower_config.architectures = ["Eva02VisionModel"]
+    eva = tower_config(state, vision)
+    eva.architectures = ["Eva02VisionModel"]
     tower, used = READ_NAMES.to_ours(state)
-    fields = json.loads(tower_config.to_json_string(use_diff=False))
+    fields = json.loads(eva.to_json_string(use_diff=False))
     parsed = common.ParsedCheckpoint(layout="eva-clip", state=state, config=fields, tower=tower, used=used)
-    parsed.left_out.update(dict.fromkeys(check_rope_tables(state, tower_config), common.COMPUTED))
+    parsed.left_out.update(dict.fromkeys(check_rope_tables(state, eva), common.COMPUTED))
     parsed.projection = parsed.take("visual.head.weight")
     parsed.projection_bias = parsed.take("visual.head.bias")
     parsed.find_text_side(*common.NESTED_TEXT)

@@ -13,7 +13,7 @@ from torch import Tensor
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.checkpoint import normalization, section
 from llm2clip_plugin.vision.convert.common import OWN_TEXT, ParsedCheckpoint, require
-from llm2clip_plugin.vision.families import families, family_named, family_of_type
+from llm2clip_plugin.vision.families import families, family_of_type
 from llm2clip_plugin.vision.family import Family
 from llm2clip_plugin.vision.towers import make_timm, timm_config
 
@@ -76,7 +76,7 @@ def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
     if any(name.startswith("siglip2") for name in types):
         if not patches or patches[0].dim() != 4:
             raise ValueError("SigLIP2 NaFlex models are not supported; import a fixed-resolution SigLIP2")
-        return family_named("siglip")
+        return families()["siglip"]
     known = {kind for family in families().values() for kind in family.model_types}
     return family_of_type(next((name for name in types if name in known), types[0]), where="config.json")
 

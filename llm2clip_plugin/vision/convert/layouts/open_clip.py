@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.checkpoint import section, vision_fields
 from llm2clip_plugin.vision.convert import common
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -56,11 +55,7 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     width, patch = common.patch_shape(state, "visual.conv1.weight")
     image_size = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5) * patch
     layers = common.depth(state, BLOCKS)
-    sizes = {"layers": layers, "width": width, "patch_size": patch, "image_size": image_size}
-    for name, size in sizes.items():
-        if (configured := vision.get(name)) not in (None, size, [size, size]):
-            hint = f"; pass --image-size {configured} to interpolate" if name == "image_size" else ""
-            raise ContractError(f"vision_cfg.{name} is {configured}, but the tensors have {size}{hint}")
+    common.check_sizes(vision, layers=layers, width=width, patch_size=patch, image_size=image_size)
     if vision.get("pool_type") not in (None, "tok"):
         raise ValueError(f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is supported")
     if settings := [f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)]:
