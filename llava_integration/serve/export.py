@@ -39,7 +39,7 @@ from llm2clip_plugin.console import quiet_llava_loading, quiet_transformers
 from llm2clip_plugin.contracts import atomic_directory
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.directory import write_json
-from llm2clip_plugin.vision.export import LICENSE
+from llm2clip_plugin.vision.export import LICENSE, markdown_table
 
 KEY = "llm2clip_export"  # in config.json: from what it was made
 CARD = "llm2clip_tower.json"  # the tower's card; as llm2clip.json it would make the folder a tower directory
@@ -224,13 +224,13 @@ def model_card(made: dict[str, Any], tower: ExportedTower, *, own_code: bool) ->
         rows["vision tower"] = f"{card.family}, {card.image_size} px, started from `{card.origin}`"
         rows["SHA-256 of the tower"] = f"`{card.weights_sha256}`"
         rows["tower's teacher LLM"] = f"`{card.teacher['llm']}`" if card.teacher.get("llm") else ""
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value), ""]
+    table = markdown_table(("", ""), [(name, value) for name, value in rows.items() if value])
     head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "license: other"]
     head += ["tags:", "- llava", "- llm2clip", "---", "", f"# {made['checkpoint']}", ""]
     kind = "LLaVA 1.5 with an LLM2CLIP vision tower" if card else "LLaVA 1.5"
     use = USE.replace("OPTION", OPTION if own_code else "")
     use += f"{SERVED}{'' if tower.config['model_type'] in STOCK else PLUGIN}\n"
-    return "\n".join([*head, f"{kind}, exported by llm2clip-plugin.", "", *table, *LICENSE, use])
+    return "\n".join([*head, f"{kind}, exported by llm2clip-plugin.", "", table, *LICENSE, use])
 
 
 # Compare an exported model with LLaVA's own code on the same checkpoint: one question about one image.

@@ -24,7 +24,6 @@ VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-HUMAN = VICUNA.replace("user", "human")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,30 +54,30 @@ class Conversation:
 
     def chat_template(self) -> str:
         """The Jinja template, for ``content`` as a string or as a list of parts (images first, as in LLaVA)."""
-        before, after = map(_quoted, self.around_system)
-        user, user_end = map(_quoted, self.user)
-        assistant, assistant_end = map(_quoted, self.assistant)
+
+        def literal(text: str) -> str:
+            return json.dumps(text, ensure_ascii=False)
+
+        before, after = map(literal, self.around_system)
+        user, user_end = map(literal, self.user)
+        assistant, assistant_end = map(literal, self.assistant)
         lines = [
             "{%- if messages[0]['role'] == 'system' -%}",
             "{%- set system = messages[0]['content'] -%}",
             "{%- if system is not string -%}{%- set system = system[0]['text'] -%}{%- endif -%}",
             "{%- set turns = messages[1:] -%}",
             "{%- else -%}",
-            f"{{%- set system = {_quoted(self.system)} -%}}",
+            f"{{%- set system = {literal(self.system)} -%}}",
             "{%- set turns = messages -%}",
             "{%- endif -%}",
             f"{{{{- {before} + system + {after} -}}}}",
             "{%- for message in turns -%}",
-            "{%- if message['role'] == 'user' -%}",
-            f"{{{{- {user} -}}}}",
-            "{%- else -%}",
-            f"{{{{- {assistant} -}}}}",
-            "{%- endif -%}",
+            f"{{{{- {user} if message['role'] == 'user' else {assistant} -}}}}",
             "{%- if message['content'] is string -%}",
             "{{- message['content'] -}}",
             "{%- else -%}",
             "{%- for part in message['content'] -%}",
-            f"{{%- if part['type'] != 'text' -%}}{{{{- {_quoted(self.image)} -}}}}{{%- endif -%}}",
+            f"{{%- if part['type'] != 'text' -%}}{{{{- {literal(self.image)} -}}}}{{%- endif -%}}",
             "{%- endfor -%}",
             "{%- for part in message['content'] -%}",
             "{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}",
@@ -86,42 +85,23 @@ class Conversation:
             "{%- endif -%}",
             f"{{{{- {user_end} if message['role'] == 'user' else {assistant_end} -}}}}",
             "{%- endfor -%}",
-            f"{{%- if add_generation_prompt -%}}{{{{- {_quoted(self.generation)} -}}}}{{%- endif -%}}",
+            f"{{%- if add_generation_prompt -%}}{{{{- {literal(self.generation)} -}}}}{{%- endif -%}}",
         ]
         return "\n".join(lines) + "\n"
 
 
-def _quoted(text: str) -> str:
-    """A Jinja string literal."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _chatml(system: str) -> Conversation:
-    def around(role: str) -> tuple[str, str]:
-        return f"<|im_start|>{role}\n", "<|im_end|>"
-
-    return Conversation(
-        system=system,
-        around_system=around("system"),
-        user=around("user"),
-        assistant=around("assistant"),
-        generation="<|im_start|>assistant\n",
-    )
-
-
+CHATML = Conversation(
+    system="Answer the questions.",
+    around_system=("<|im_start|>system\n", "<|im_end|>"),
+    user=("<|im_start|>user\n", "<|im_end|>"),
+    assistant=("<|im_start|>assistant\n", "<|im_end|>"),
+    generation="<|im_start|>assistant\n",
+)
+# pretraining: the image, then its caption
 PLAIN = Conversation(system="", around_system=("", ""), user=("", ""), assistant=("", "\n"), generation="", image=IMAGE)
 CONVERSATIONS: dict[str, Conversation] = {
     **dict.fromkeys(("v1", "vicuna_v1"), Conversation()),
-    "llava_v1": Conversation(system=HUMAN),
-    "llava_v0": Conversation(
-        system=HUMAN,
-        around_system=("", "###"),
-        user=("Human: ", "###"),
-        assistant=("Assistant: ", "###"),
-        generation="Assistant:",
-    ),
-    **dict.fromkeys(("chatml_direct", "mistral_direct"), _chatml("Answer the questions.")),
-    # pretraining: the image, then its caption
+    **dict.fromkeys(("chatml_direct", "mistral_direct"), CHATML),
     **dict.fromkeys(("plain", "v0_plain"), PLAIN),
 }
 

@@ -38,15 +38,12 @@ class EncoderInfo(VisionEncoderInfo):
         return self.hf_config.image_seq_length + dropped
 
     def get_image_size(self) -> int:
-        """Along one side, in pixels."""
         return self.vision_config.image_size
 
     def get_patch_size(self) -> int:
-        """Along one side, in pixels."""
         return self.vision_config.patch_size
 
     def get_patch_grid_length(self) -> int:
-        """Patches along one side."""
         return self.get_image_size() // self.get_patch_size()
 
 
@@ -83,9 +80,13 @@ class Tower(nn.Module):
         read, found = self.family.vision_class().from_pretrained(
             None, config=self.vision, state_dict=dict(weights), output_loading_info=True
         )
-        own = self.model.state_dict()
+        own, blocks = self.model.state_dict(), f"{self.family.blocks}."
+
+        def is_above(name: str) -> bool:  # the state that LLaVA selects
+            return name.startswith(blocks) and int(name[len(blocks) :].split(".")[0]) >= self.state
+
         missing = sorted(set(found["missing_keys"]) & {*own})
-        unknown = sorted(name for name in found["unexpected_keys"] if not self._deleted(name))
+        unknown = sorted(name for name in found["unexpected_keys"] if not is_above(name))
         if missing or unknown or found["mismatched_keys"]:
             raise ValueError(
                 f"the file's vision_tower is not a {self.family.name} tower: missing {missing or 'none'}, unknown "
@@ -95,11 +96,6 @@ class Tower(nn.Module):
         for name, value in own.items():
             value.copy_(tensors[name])
         return {f"model.{name}" for name in own}
-
-    def _deleted(self, name: str) -> bool:
-        """Whether a tensor belongs to a block above the state that LLaVA selects."""
-        blocks = f"{self.family.blocks}."
-        return name.startswith(blocks) and int(name[len(blocks) :].split(".")[0]) >= self.state
 
 
 def init_vision_tower(config: Any, *args: Any, **kwargs: Any) -> nn.Module:

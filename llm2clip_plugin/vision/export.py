@@ -318,16 +318,16 @@ def model_card(card: TowerCard) -> str:
     texts = f"# {texts}\n" if (texts := needs_for_texts(card)) else ""
     return PAGE.format(
         family=card.family,
-        facts=_table(("", ""), [(name, text) for name, text in facts.items() if text]),
-        training=f"## Training\n\n{_table(('', ''), training)}\n" if training else "",
-        metrics=f"## Metrics\n\n{frozen}{_table(('metric', 'before', 'after'), scores)}\n" if scores else "",
+        facts=markdown_table(("", ""), [(name, text) for name, text in facts.items() if text]),
+        training=f"## Training\n\n{markdown_table(('', ''), training)}\n" if training else "",
+        metrics=f"## Metrics\n\n{frozen}{markdown_table(('metric', 'before', 'after'), scores)}\n" if scores else "",
         license="\n".join(LICENSE),
         limits=f"This tower {reason}.\n\n" if (reason := beyond_llava(card)) else "",
         dual=texts + DUAL if card.projection_dim else "",
     )
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:], ""])
 

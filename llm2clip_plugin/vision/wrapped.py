@@ -85,7 +85,7 @@ if hasattr(transformers, "Aimv2VisionModel"):
 
         def forward(self, pixel_values: Any, **kwargs: Any) -> Any:
             """See Aimv2VisionModel; the pooled output of a tower without a head is the mean of its normed patches."""
-            output = super().forward(pixel_values, **kwargs)
+            output: Any = super().forward(pixel_values, **kwargs)
             if output.pooler_output is None:
                 output.pooler_output = output.last_hidden_state.mean(dim=1)
             return output
