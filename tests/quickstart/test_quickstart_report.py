@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 def raw(folder) -> list[scores.Tower]:
     """Both seeds of "raw", measured."""
     caches, sets = report.open_caches(folder / "data"), scores.open_sets(folder / "data" / "all")
-    return [report.measure(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
+    return [scores.measure_tower(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
 
 
 def test_report_measures_every_tower_on_every_test(folder) -> None:
@@ -170,4 +170,4 @@ def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
     write_cache(folder / "data" / "all", tmp_path / "cache" / "raw", other)
     sets = scores.open_sets(folder / "data" / "all")
     with pytest.raises(ContractError, match=other.fingerprint):
-        report.measure(folder / "out" / "towers" / "raw-seed0", sets, report.open_caches(tmp_path))
+        scores.measure_tower(folder / "out" / "towers" / "raw-seed0", sets, report.open_caches(tmp_path))
