@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import scores
-from scores import TEACHERS, Claim, Tower, by_name, make_claims
+from scores import HEADLINE, TEACHERS, Claim, Tower, by_name, make_claims
 from shards import in_random_order
 
 from llava_integration.compare.statistics import Difference
@@ -32,11 +32,6 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.pages import render
 
-HEADLINE = (  # chosen before the seeds were run; the other claims are listed below them, significant or not
-    "tower: names in languages never trained on, caption → image",
-    "teacher: names in languages never trained on → English",
-    "teacher: name → keywords without its words",
-)
 PICTURES = 8  # on the page, per caption and tower
 
 
@@ -173,11 +168,6 @@ class Report:
         return [*failed, *map(sentence, lost)]
 
 
-def in_order(claims: Sequence[Claim]) -> list[Claim]:
-    """The headline's first."""
-    return sorted(claims, key=lambda one: HEADLINE.index(one.name) if one.name in HEADLINE else len(HEADLINE))
-
-
 def sentence(one: Claim) -> str:
     """A claim in words, with its interval and chance."""
     change = one.difference
@@ -300,8 +290,8 @@ def make_report(data: Path, output: Path, comparison: str = "") -> Report:
     over |= scores.teacher_tests(captions, teachers, "plain") if over else {}
     report = Report(
         towers=towers,
-        claims=in_order(make_claims(tests)),
-        over_plain=in_order(make_claims(over)),
+        claims=make_claims(tests),
+        over_plain=make_claims(over),
         inputs=inputs,
     )
     page = render(
@@ -320,7 +310,7 @@ def make_report(data: Path, output: Path, comparison: str = "") -> Report:
 def first_result(data: Path) -> list[Table]:
     """The table that needs no tower: caption to caption, with both teachers."""
     sets, caches = scores.open_sets(data / "all"), open_caches(data)
-    claims = in_order(make_claims(scores.teacher_tests(sets["test"][0], scores.teacher_rows(sets, caches))))
+    claims = make_claims(scores.teacher_tests(sets["test"][0], scores.teacher_rows(sets, caches)))
     return [claims_table(claims, "raw", "Is the fine-tuned LLM the better teacher?")] if claims else []
 
 
