@@ -149,8 +149,11 @@ class Retrieval:
     def chance(self, ks: Sequence[int] = KS) -> dict[str, float]:
         """Expected value of each of `metrics` for a random order."""
         image_label_Q = self.image_label_N[self.image_index_Q]
-        sides = {"i2t": (image_label_Q, self.caption_label_Q), "t2i": (self.caption_label_Q, self.image_label_N)}
-        return {f"{side}_r{k}": _chance(*labels, k) for k in ks for side, labels in sides.items()}
+        sides = {
+            "i2t": tied(image_label_Q, self.caption_label_Q),
+            "t2i": tied(self.caption_label_Q, self.image_label_N),
+        }
+        return {f"{side}_r{k}": float(ranks.hits(k).mean()) for k in ks for side, ranks in sides.items()}
 
 
 def recall(
@@ -223,14 +226,12 @@ def shuffled(label_N: Tensor, seed: int = 0) -> Tensor:
     return successor[torch.searchsorted(label, label_N)]
 
 
-def _chance(query_label_Q: Tensor, pool_label_I: Tensor, k: int) -> float:
-    """Expected recall@k of a random order: 1 - C(I - p, k) / C(I, k), with p correct items among I."""
+def tied(query_label_Q: Tensor, pool_label_I: Tensor) -> QueryRanks:
+    """The ranks if all items had one score, so that a hit is chance."""
     label, size = torch.unique(pool_label_I, return_counts=True)
-    correct_Q, pool = size[torch.searchsorted(label, query_label_Q)].double(), len(pool_label_I)
-    miss_Q = torch.ones_like(correct_Q)
-    for j in range(min(k, pool)):
-        miss_Q *= (pool - correct_Q - j).clamp(min=0) / (pool - j)
-    return float(1 - miss_Q.mean())
+    correct_Q = size[torch.searchsorted(label, query_label_Q)]
+    wrong_Q = len(pool_label_I) - correct_Q
+    return QueryRanks(higher_Q=torch.zeros_like(correct_Q), wrong_equal_Q=wrong_Q, correct_equal_Q=correct_Q)
 
 
 @dataclass(frozen=True, kw_only=True)
