@@ -258,12 +258,6 @@ def llava_table(claims: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def stated_table(page: Path, begin: str = BEGIN) -> list[str]:
-    """The lines between a page's markers."""
-    after = page.read_text(encoding="utf-8").split(begin + "\n", 1)[1]
-    return after[: after.index(END)].strip().splitlines()
-
-
 def record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, Sequence[str]]) -> None:
     """Write the claims, and the tables between the markers of the pages."""
     texts = {path: json.dumps(claims, indent=1, ensure_ascii=False) + "\n"}

@@ -175,12 +175,11 @@ def make_claims(tests: Tests) -> list[Claim]:
 
 def _compare(base: Sequence[Measured], new: Sequence[Measured]) -> Difference:
     """The paired comparison of `llm2clip compare`."""
-    sides = [[Statistic(np.stack([one.scores, np.ones(len(one.scores))], 1), _ratio) for one in s] for s in (base, new)]
-    return compare(pair(sides[0], sides[1], base[0].clusters))
 
+    def mean(one: Measured) -> Statistic:
+        return Statistic(np.stack([one.scores, np.ones(len(one.scores))], 1), lambda sums: sums[..., 0] / sums[..., 1])
 
-def _ratio(totals: np.ndarray) -> np.ndarray:
-    return totals[..., 0] / totals[..., 1]
+    return compare(pair([mean(one) for one in base], [mean(one) for one in new], base[0].clusters))
 
 
 # ------------------------------------------------------------------------------------------------- towers

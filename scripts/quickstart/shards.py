@@ -199,17 +199,11 @@ def write_control(data: Path, cache: Path, output: Path, seed: int | None = None
                     raise ValueError(f"the captions of shard {shard.name} in {data} are not those of {file.path}")
                 embeddings = torch.from_numpy(file["embeddings"]).float() * torch.from_numpy(file["scales"])[:, None]
             else:
-                embeddings = torch.stack([random_vector(text, seed, teacher["width"]) for _, text in rows])
+                numbers = [int(sha256_text(f"{seed} {text}")[:15], 16) for _, text in rows]  # decided by the caption
+                random = [torch.Generator().manual_seed(number) for number in numbers]
+                embeddings = torch.stack([torch.randn(teacher["width"], generator=one) for one in random])
             writer.write_shard(shard.name, keys, rows, embeddings)
         writer.finish()
-
-
-def random_vector(caption_hash: int, seed: int, width: int) -> Any:
-    """(W,) standard normal, decided by the caption's hash and the seed."""
-    import torch
-
-    generator = torch.Generator().manual_seed(int(sha256_text(f"{seed} {caption_hash}")[:15], 16))
-    return torch.randn(width, generator=generator)
 
 
 def fit_components(captions: str, folder: Path, reading: dict[str, Any]) -> None:
