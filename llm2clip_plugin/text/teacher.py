@@ -20,8 +20,8 @@ from llm2clip_plugin.options import command
 from llm2clip_plugin.text.clip_text import open_encoder
 from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import TextEncoder
-from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual, make_adapter
-from llm2clip_plugin.vision.publish import is_local
+from llm2clip_plugin.vision.directory import is_local
+from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual
 
 IDENTITY_SETTINGS = tuple(name for name in CARD_SETTINGS if name != "query_prompt")
 GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
@@ -51,7 +51,7 @@ def load_dual_encoder(
     dual, card = load_dual(source, dtype=dtype)
     if dual.text_adapter is None:
         dual.config = dataclasses.replace(dual.config, llm_width=dual.config.projection_dim, adapter="none")
-        dual.text_adapter = make_adapter(dual.config).eval()
+        dual.text_adapter = TextAdapter(dual.config).eval()
         card = dataclasses.replace(card, dual=dataclasses.asdict(dual.config))
     config = teacher if isinstance(teacher, EncoderConfig) else EncoderConfig(llm=teacher)
     llm = TeacherLLM(card, dataclasses.replace(config, adapter=adapter or config.adapter))
