@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Literal
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 from llm2clip_plugin.console import Finding, numbers
 from llm2clip_plugin.data.workers import cores
 from llm2clip_plugin.options import Command
@@ -57,14 +60,6 @@ def check_python() -> Iterator[Finding]:
     yield finding("python", ".".join(map(str, sys.version_info[:3])), fix, state="fail")
 
 
-def requirement_parts(line: str) -> tuple[str, str, str]:
-    """Split a metadata line: ``'torch>=2.6; extra == "train"'`` -> ('torch', '2.6', 'train')."""
-    match = re.match(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?\s*\(?(?:>=\s*([0-9.]+))?", line)
-    extra = re.search(r"extra\s*==\s*['\"](\w+)['\"]", line)
-    assert match, line
-    return match.group(1), match.group(2) or "", extra.group(1) if extra else ""
-
-
 def check_packages(extra: str) -> Iterator[Finding]:
     """Every requirement of the package, and of ``extra`` unless it is empty."""
     try:
@@ -72,15 +67,14 @@ def check_packages(extra: str) -> Iterator[Finding]:
     except PackageNotFoundError:
         yield finding("llm2clip-plugin", "not installed", 'pip install -e ".[train]"', state="fail")
         return
-    needed: dict[str, str] = {}  # name -> minimum version for the package or the extra
-    for name, minimum, needed_by in map(requirement_parts, lines):
-        if needed_by in ("", extra):
-            needed[name] = max(needed.get(name, ""), minimum, key=numbers)
-    for name, minimum in needed.items():
+    needed: dict[str, SpecifierSet] = {}
+    for wanted in map(Requirement, lines):
+        if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+            needed[wanted.name] = needed.get(wanted.name, SpecifierSet()) & wanted.specifier
+    for name, versions in needed.items():
         found = installed(name)
-        fix = f'pip install "{name}>={minimum}"' if minimum else f"pip install {name}"
-        enough = found and numbers(found) >= numbers(minimum)
-        yield finding(name, found or "missing", "" if enough else fix, state="fail")
+        enough = found and versions.contains(found, prereleases=True)
+        yield finding(name, found or "missing", "" if enough else f'pip install "{name}{versions}"', state="fail")
 
 
 def check_compiler() -> Iterator[Finding]:

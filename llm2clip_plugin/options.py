@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from llm2clip_plugin.files import can_only_be_a_path, default_of, from_plain
 
@@ -62,8 +62,7 @@ WIDTH, COLUMN = 110, 30  # of --help; where its texts begin
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
-@dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
     """A field that is an option."""
 
     type: Any
@@ -72,8 +71,7 @@ class Leaf:
     section: str  # first line of the docstring of the dataclass that holds it
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What a command line gives."""
 
     values: dict[str, Any]  # by dotted name of the field

@@ -113,9 +113,6 @@ def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
     starts = {f"start adapter {number}": adapter_sha256(path) for number, path in enumerate(start_folders(config), 1)}
     return TrainingRun(
         config=config,
-        config_hash=config.hash,
-        train=config.train,
-        optim=config.optim,
         run_settings={**dataclasses.asdict(config), "samples": data.samples},
         teacher={},
         total_steps=plan.total_steps,
@@ -126,7 +123,7 @@ def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
 
 def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[EnginePlan, dict[str, Any]]:
     """The run in DeepSpeed's terms. Raises ValueError for settings that exclude each other."""
-    plan, deepspeed = plan_engine(config, config.train, config.optim, samples=samples, world=world, hidden_size=1024)
+    plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
         raise ValueError("ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
     if not config.train.has_steps:
@@ -330,9 +327,8 @@ def llm_plan(config: FinetuneConfig) -> str:
             (usual, f"{size.tokens:.4g} tokens (the mean)"),
             (long, f"{longest} tokens (max_tokens)"),
         ):
-            table = plans.columns(memory, train, gpu_gib, stages=stages)
             about = f", for pairs of {size.texts} texts of {tokens}"
-            parts.append(plans.describe_columns(table, train.global_batch, gpu_gib, about))
+            parts.append(plans.describe_columns(memory, train, gpu_gib, about=about, stages=stages))
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""``llm2clip run``: all stages of one training in order, and a page about it."""
+"""``llm2clip run``: all stages of one training in order, resumed by the same command, and a page about it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
 from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.stages.settings import PRETRAIN, RUN, PipelineConfig
-
-# ``llm2clip run DATA --llm LLM --tower TOWER --output DIR``: every stage in order, resumed by the same command.
 
 SURVEYED = 1000  # samples that are read
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
@@ -257,7 +255,10 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[Qu
     first = pairs[BEFORE]
     number = {source.key(place): place for place in range(len(source))}
     chosen = sorted(random.Random(0).sample(range(len(first.captions)), min(count, len(first.captions))))
-    orders = {side: ranked(each, chosen) for side, each in pairs.items()}
+    orders: dict[str, Any] = {}  # side -> (Q, N): the images for each of these captions, the most similar first
+    for side, each in pairs.items():
+        image_ND, text_QD = (torch.nn.functional.normalize(x, dim=1) for x in (each.image_ND, each.text_MD[chosen]))
+        orders[side] = (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)
 
     def picture(image: int) -> str | None:
         try:
@@ -268,7 +269,7 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[Qu
     queries: list[Query] = []
     for row, caption in enumerate(chosen):
         right = int(first.owner_M[caption])
-        tops: dict[str, Any] = {side: order_QN[row].tolist() for side, order_QN in orders.items()}
+        tops = {side: order_QN[row].tolist() for side, order_QN in orders.items()}
         queries.append(
             Query(
                 text=first.captions[caption].text,
@@ -278,9 +279,3 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[Qu
             )
         )
     return queries
-
-
-def ranked(pairs: EmbeddedPairs, captions: list[int]) -> torch.Tensor:
-    """(Q, N) int64: the images for each of these captions, the most similar first."""
-    image_ND, text_QD = (torch.nn.functional.normalize(x, dim=1) for x in (pairs.image_ND, pairs.text_MD[captions]))
-    return (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)
