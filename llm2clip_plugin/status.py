@@ -79,7 +79,9 @@ def main(argv: list[str]) -> int:
 
 
 def _run_rows(status: SimpleNamespace) -> list[tuple[str, str]]:
-    rows = [(status.folder, SHOWN.get(status.state, status.state) + (f": {status.reason}" if status.reason else ""))]
+    rows = [
+        (status.folder, (SHOWN.get(status.state) or status.state) + (f": {status.reason}" if status.reason else ""))
+    ]
     rows.append(("progress", _progress(status)))
     for name in status.last or status.before:
         parts = [f"before {status.before[name]:.3f}"] if name in status.before else []

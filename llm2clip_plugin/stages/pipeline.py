@@ -211,16 +211,6 @@ def survey(source: Source) -> Survey:
     return Survey(samples=len(source), captions=len(flat) / len(texts), pairs="" if note else pairs, note=note)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Query:
-    """A validation caption, and where each tower finds its picture."""
-
-    text: str
-    picture: str | None  # data URI
-    place: dict[str, int]  # side -> rank of the right picture, 1: first
-    found: dict[str, list[tuple[str | None, bool]]]  # side -> (data URI, whether it is right) of the first ones
-
-
 def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seconds: dict[str, float]) -> Path:
     """Write OUTPUT/index.html; returns its path."""
     out = Path(config.output)
@@ -242,16 +232,17 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
             comparisons=[path.relative_to(out).with_suffix(".html") for path in compared],
             images=len(pairs[BEFORE].keys),
             queries=queries,
-            won=sum(query.place[AFTER] < query.place[BEFORE] for query in queries),
-            lost=sum(query.place[AFTER] > query.place[BEFORE] for query in queries),
+            won=sum(query["place"][AFTER] < query["place"][BEFORE] for query in queries),
+            lost=sum(query["place"][AFTER] > query["place"][BEFORE] for query in queries),
             stages=[(stage, seconds.get(stage.name, 0.0)) for stage in stages],
         )
         temporary.write_text(html, encoding="utf-8")
     return page
 
 
-def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[Query]:
-    """Queries drawn from all validation captions, the same ones at every call."""
+def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[dict[str, Any]]:
+    """Queries drawn from all validation captions, the same ones at every call: text and picture (a data URI), and by
+    side the place of the right picture, and the first ones that are found, each with whether it is right."""
     first = pairs[BEFORE]
     number = {source.key(place): place for place in range(len(source))}
     chosen = sorted(random.Random(0).sample(range(len(first.captions)), min(count, len(first.captions))))
@@ -266,16 +257,12 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[Qu
         except BrokenSample:
             return None
 
-    queries: list[Query] = []
+    queries = []
     for row, caption in enumerate(chosen):
         right = int(first.owner_M[caption])
         tops = {side: order_QN[row].tolist() for side, order_QN in orders.items()}
-        queries.append(
-            Query(
-                text=first.captions[caption].text,
-                picture=picture(right),
-                place={side: top.index(right) + 1 for side, top in tops.items()},
-                found={side: [(picture(image), image == right) for image in top[:SHOWN]] for side, top in tops.items()},
-            )
-        )
+        query = {"text": first.captions[caption].text, "picture": picture(right)}
+        query["place"] = {side: top.index(right) + 1 for side, top in tops.items()}
+        query["found"] = {side: [(picture(one), one == right) for one in top[:SHOWN]] for side, top in tops.items()}
+        queries.append(query)
     return queries

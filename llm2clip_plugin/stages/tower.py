@@ -39,6 +39,7 @@ from llm2clip_plugin.stages.tower_export import export_run
 from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Checkpoints, Loaded, load_weights
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
+from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters, load_clip_heads
@@ -119,14 +120,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if config.train.torch_compile:
         dual.tower.compile()
     engine = run.make_engine(dual, trained, resumed)
-    references: dict[str, Reference] = {}
-    if config.train.ema_decay:
-        updates, values = (resumed.state.step, resumed.averages) if resumed is not None else (0, None)
-        decay = config.train.ema_decay
-        references[AVERAGES] = Reference(engine, decay, warmup=True, updates=updates, values=values)
-    if frozen is not None:
-        values = resumed.twin if resumed is not None else None
-        references[TWIN] = Reference(engine, config.distill.reference_decay, module=frozen, values=values)
+    references = make_references(config, engine, frozen, resumed)
     start = run.start_state(resumed)
     step = TowerStep(
         engine,
@@ -229,6 +223,21 @@ def before_steps(
         for name, parameter in head_parameters(dual):
             parameter.copy_(own[name])
     return (lambda: scores), curve
+
+
+def make_references(
+    config: RunConfig, engine: Engine, frozen: DualEncoder | None, resumed: Loaded | None
+) -> dict[str, Reference]:
+    """The moving average that is exported, and the tower that the loss compares with, where the run has them."""
+    references: dict[str, Reference] = {}
+    if config.train.ema_decay:
+        updates, values = (resumed.state.step, resumed.averages) if resumed is not None else (0, None)
+        decay = config.train.ema_decay
+        references[AVERAGES] = Reference(engine, decay, warmup=True, updates=updates, values=values)
+    if frozen is not None:
+        values = resumed.twin if resumed is not None else None
+        references[TWIN] = Reference(engine, config.distill.reference_decay, module=frozen, values=values)
+    return references
 
 
 def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_size: int) -> TrainingRun:
