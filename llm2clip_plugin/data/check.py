@@ -28,8 +28,7 @@ from llm2clip_plugin.data.samples import (
     select_captions,
     words_of,
 )
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import check_fields, open_source
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.data.sources.rows import NO_IMAGE
 from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import check_hub_answers, printable

@@ -25,8 +25,7 @@ from llm2clip_plugin.data.loader import PairLoader, make_loader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import check_fields, check_kinds, open_source
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_fields, check_kinds, open_source
 from llm2clip_plugin.data.workers import LoadPlan, lacks_shared_memory, plan_loading, row_bytes
 from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
