@@ -242,7 +242,7 @@ def make_references(
 def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_size: int) -> TrainingRun:
     """The run's DeepSpeed configuration and what its checkpoints are compared with."""
     plan, deepspeed = plan_engine(config, samples=data.samples, world=world_size(), hidden_size=hidden_size)
-    learned_from = {"teacher": data.caches[0].fingerprint, "samples": data.samples}
+    learned_from = {"teacher": data.caches[0].teacher.fingerprint, "samples": data.samples}
     if data.clip_caches:
         learned_from["clip"] = data.clip_caches[0].fingerprint
     return TrainingRun(
