@@ -28,11 +28,10 @@ from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision
-from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.losses.base import weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
-from llm2clip_plugin.train.optim import parameter_groups
+from llm2clip_plugin.train.optim import EnginePlan, complete, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.family import DualConfig

@@ -38,7 +38,7 @@ from llm2clip_plugin.stages.tower_export import export_run
 from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Checkpoints, Loaded, load_weights
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
-from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.engine import Engine, Reference, frozen_copy
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters, load_clip_heads
@@ -55,7 +55,6 @@ from llm2clip_plugin.train.model import (
     with_llm_width,
 )
 from llm2clip_plugin.train.optim import chosen_optimizer
-from llm2clip_plugin.train.reference import Reference, frozen_copy
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder
