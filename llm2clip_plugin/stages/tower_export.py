@@ -97,8 +97,8 @@ def export_run(
     if averaged and not loaded.averages:
         raise ValueError(f"{path} has no moving average: the run had --ema-decay 0")
     words = "\n".join(record.command.get("words", []))
-    named = re.search(r"^--recipe[=\n](.+)$", words, re.MULTILINE)
-    unnamed = "" if not words or re.search(r"^--config\b", words, re.MULTILINE) else DEFAULT
+    recipe = re.search(r"^--recipe[=\n](.+)$", words, re.MULTILINE)
+    usual = "" if not words or re.search(r"^--config\b", words, re.MULTILINE) else DEFAULT
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     dual.load_state_dict({**loaded.weights, **(loaded.averages if averaged else {})})
     export_tower(
@@ -111,7 +111,7 @@ def export_run(
             "samples": loaded.state.samples,
             "global_batch": config.train.global_batch,
             "precision": config.train.precision,
-            "recipe": named[1] if named else unnamed,
+            "recipe": recipe[1] if recipe else usual,
             "data": [Path(path).name for path in config.data.path],
             "data_samples": record.epoch_samples,
             "config_hash": loaded.state.config_hash,
