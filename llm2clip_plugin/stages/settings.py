@@ -12,9 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from llm2clip_plugin.contracts import CACHE_DTYPES
 from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.options import Command, nearest, unknown
+from llm2clip_plugin.options import Command, nearest
 from llm2clip_plugin.text.config import EncoderConfig
 
 # Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
@@ -234,15 +233,13 @@ class EmbedConfig:
     source: SourceConfig  # the captioned images
     encoder: EncoderConfig  # the LLM
     cache: str = ""  # folder of the cache; "": embeddings-<fingerprint> in the data's folder
-    dtype: str = "float16"  # storage: float16, or int8 with a scale for each row (half the size)
+    dtype: Literal["float16", "int8"] = "float16"  # storage; int8: with a scale for each row, half the size
     tokens_per_batch: int = 0  # tokens of a batch, padding included; 0: chosen by device
     dry_run: bool = False  # print the number of captions and the size of the cache, then exit
     overwrite: bool = False  # replace cached captions that the data, as it is read now, does not have
     verify: bool = False  # write nothing: read the full cache, compare it with the data, embed a sample again
 
     def __post_init__(self) -> None:
-        if self.dtype not in CACHE_DTYPES:
-            raise ValueError(unknown("cache dtype", self.dtype, CACHE_DTYPES))
         if self.tokens_per_batch < 0:
             raise ValueError(f"tokens_per_batch {self.tokens_per_batch} must not be negative")
 
