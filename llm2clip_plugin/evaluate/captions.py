@@ -31,8 +31,7 @@ from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
 from llm2clip_plugin.options import command
 from llm2clip_plugin.text.config import ATTENTIONS, POOLINGS, EncoderConfig, find_card
 from llm2clip_plugin.text.encoder import CPU_TOKENS, POST_FILE, CaptionEncoder, Post, first_captions, remove_components
-from llm2clip_plugin.text.llm import pool
-from llm2clip_plugin.text.tokens import collate, length_batches
+from llm2clip_plugin.text.llm import collate, length_batches, pool
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
 SHOWN = 10  # readings in the table of --search

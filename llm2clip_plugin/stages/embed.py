@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from llm2clip_plugin.console import phase, track
 from llm2clip_plugin.contracts import CACHE_DTYPES, EmbedRecord
@@ -21,11 +22,10 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages.settings import EMBED, EmbedConfig, rank_and_world
-from llm2clip_plugin.text.clip_text import open_encoder
-from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
 from llm2clip_plugin.text.encoder import TextEncoder
 from llm2clip_plugin.text.llm import llm_config
+from llm2clip_plugin.text.teacher import open_encoder
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         if rank_and_world()[0] == 0:
             print(cache_plan(config))
     elif config.verify:
-        print(verify_cache(config))
+        print(verify(*open_all(config)))
     else:
         for line in embed_captions(config, started_by("embed", argv)):
             print(line)
@@ -90,17 +90,10 @@ def _ranks() -> Iterator[tuple[int, int]]:
         yield ranks
 
 
-def verify_cache(config: EmbedConfig) -> str:
-    """Compare the cache with the data and the LLM; ContractError at the first difference."""
-    return verify(*open_all(config))
-
-
 def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
     """The captions, the LLM and the cache's folder. Raises ValueError for data at a URL without ``cache``."""
     if not config.cache:  # before anything is downloaded or loaded
-        place = default_cache_folder(config.source.path, "").parent
-        if place.is_dir() and not config.verify and not os.access(place, os.W_OK):
-            raise PermissionError(f"{place} is read-only, so the cache cannot be next to the data; set --cache DIR")
+        default_cache_folder(config.source.path, "")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     source = open_source(config.source)
@@ -124,25 +117,12 @@ def cache_plan(config: EmbedConfig) -> str:
         key, captions = source.captions(number)
         key_bytes += len(key.encode())
         rows += len(caption_rows([captions]))
-    width = width_of(config.encoder)
+    settings = llm_config(config.encoder)
+    clip = hasattr(settings, "vision_config") and hasattr(settings, "projection_dim")
+    width = int(settings.projection_dim if clip else settings.get_text_config().hidden_size)
     sizes = {dtype: shard_bytes(len(source), rows, width, dtype, key_bytes=0) + key_bytes for dtype in CACHE_DTYPES}
-    listed = ", ".join(f"{dtype} {readable(size)}" for dtype, size in sizes.items())
+    listed = ", ".join(f"{dtype} {tqdm.format_sizeof(size, 'B')}" for dtype, size in sizes.items())
     return (
         f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}\n"
         f"cache on disk: {rows:,} captions x {width}: {listed}"
     )
-
-
-def readable(size: float) -> str:
-    """A number of bytes in the unit that gives 1 to 999."""
-    units = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-    unit = next((name for name, factor in units.items() if size < 1000 * factor), "TB")
-    return f"{size / units[unit]:.1f} {unit}"
-
-
-def width_of(config: EncoderConfig) -> int:
-    """Width of the embeddings, from the model's config.json. Raises FileNotFoundError if there is none."""
-    settings = llm_config(config)
-    if hasattr(settings, "vision_config") and hasattr(settings, "projection_dim"):
-        return int(settings.projection_dim)  # a CLIP
-    return int(settings.get_text_config().hidden_size)

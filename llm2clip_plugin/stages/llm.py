@@ -6,6 +6,7 @@ The loop, engine, checkpoints and loss are those of stage 2; what belongs to the
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from llm2clip_plugin.console import phase
 from llm2clip_plugin.contracts import EncoderCard
@@ -33,12 +34,11 @@ from llm2clip_plugin.text.adapter import (
     merge_adapters,
     save_adapter,
 )
-from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, apply_card, apply_preset, find_card
+from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, apply_card, find_card
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms, equal_parts
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import CaptionModel, LlmShape, llm_config, shape_llm
-from llm2clip_plugin.text.pairs import Pair, PairBatches, PairTokenizer, Survey, open_pairs, survey, tokenized_batches
-from llm2clip_plugin.text.tokens import literal_template, query_frames, token_ids
+from llm2clip_plugin.text.pairs import PairBatches, PairTokenizer, Survey, open_pairs, survey, tokenized_batches
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
@@ -49,7 +49,8 @@ from llm2clip_plugin.train.model import StepMemory, activation_bytes, enable_gra
 from llm2clip_plugin.train.optim import Trained, chosen_optimizer, is_vector
 from llm2clip_plugin.vision.export import library_versions
 
-ADAPTER = "adapter"
+ASSUMED_TOKENS = 64  # of a text, template and prompt included, in a plan without data
+TEXTS = 64  # of the passes that measure activations
 
 
 def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path:
@@ -57,7 +58,7 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
 
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
     ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
-    see run_files.started_by; recorded in run.json.
+    files.started_by, for run.json.
     """
     with training_ranks(config.train) as device, locked(Path(config.output_dir)):
         return _train(config, device, command or {})
@@ -94,14 +95,17 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
             start,
             step=CaptionStep(engine, terms, encoder, config.contrast, seed=config.train.seed),
             batches=tokenized_batches(
-                data.batches, encoder, position=start.samples, workers=config.train.dataloader_num_workers
+                data.batches,
+                PairTokenizer(encoder.tokenizer, encoder.config),
+                position=start.samples,
+                workers=config.train.dataloader_num_workers,
             ),
             evaluate=evaluate,
             before=evaluate if config.train.eval_on_start else None,
             stop=stop,
         )
     run.write_result(lambda: write_adapter(run, encoder, config, state))
-    return run.folder / ADAPTER
+    return run.folder / "adapter"
 
 
 def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
@@ -110,7 +114,8 @@ def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
     Raises FileNotFoundError for a start adapter that is missing.
     """
     plan, deepspeed = plan_stage(config, data.samples, world_size())
-    starts = {f"start adapter {number}": adapter_sha256(path) for number, path in enumerate(start_folders(config), 1)}
+    folders = map(adapter_folder, config.start_adapters)
+    starts = {f"start adapter {number}": adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
     return TrainingRun(
         config=config,
         config_hash=config.hash,
@@ -135,15 +140,12 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[Engine
         raise ValueError(f"train.ema_decay is {config.train.ema_decay}, which adapters do not support; set it to 0")
     if config.start_adapters and (config.encoder.adapter or config.encoder.load_in_4bit or config.lora.dora):
         raise ValueError(
-            f"start_adapters {' '.join(config.start_adapters)} are merged before a new LoRA is added: leave out "
-            "--adapter, --load-in-4bit and --lora-dora, or pass no --start-adapters"
+            f"start_adapters {' '.join(config.start_adapters)} exclude --adapter, --load-in-4bit and --lora-dora"
         )
-    if any(path.endswith(".txt") for path in config.pairs.data) and not config.lora.dropout:
-        raise ValueError("a text paired with itself differs only by dropout, but lora.dropout is 0; set it to 0.1")
     if config.train.precision != "fp32" and config.encoder.compute_dtype == "float32":
         raise ValueError(
             f"train.precision {config.train.precision} would convert the LLM's float32 weights; leave precision (the "
-            "adapter's) at fp32 and set the LLM's dtype with --compute-dtype"
+            "adapter's) at fp32, and set --compute-dtype"
         )
     return plan, deepspeed
 
@@ -165,8 +167,12 @@ class Data:
         }
 
     def lines(self) -> list[str]:
-        """The surveys' findings."""
-        return [line for result in self.surveys for line in result.lines()]
+        """How many samples have pairs, source by source."""
+        return [
+            f"{result.path}: {usable} of the first {result.samples} samples have a pair {kind}"
+            for result in self.surveys
+            for kind, usable in result.usable.items()
+        ]
 
 
 def open_data(config: FinetuneConfig, rank: int, world: int) -> Data:
@@ -191,9 +197,9 @@ def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: boo
     Raises ValueError if there are any, unless ``cut_queries``: a query's end is its caption, which would be lost.
     """
     limit = encoder.config.max_tokens
-    frames = PairTokenizer(encoder).query_frames(result.pairs)
-    queries = encoder.lengths([pair.query for pair in result.pairs], frames)
-    long = [(length, pair.key) for length, pair in zip(queries, result.pairs, strict=True) if length > limit]
+    tokenizer = PairTokenizer(encoder.tokenizer, dataclasses.replace(encoder.config, max_tokens=sys.maxsize))
+    queries = tokenizer(result.pairs)["query"]
+    long = [(len(ids), pair.key) for ids, pair in zip(queries, result.pairs, strict=True) if len(ids) > limit]
     if not long:
         return ""
     counted = f"{result.path}: {len(long)} of the first {len(queries)} queries are longer than max_tokens {limit}"
@@ -206,7 +212,7 @@ def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: boo
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:
     """The encoder's LLM with an adapter, which alone trains."""
     if not config.encoder.adapter:
-        llm = merge_adapters(encoder.model.llm, start_folders(config))  # type: ignore[arg-type]
+        llm = merge_adapters(encoder.model.llm, [*map(adapter_folder, config.start_adapters)])  # type: ignore[arg-type]
         torch.manual_seed(config.train.seed)
         encoder.model.llm = add_lora(llm, config.lora, base=config.encoder.llm)
     if config.train.precision == "fp32":  # otherwise DeepSpeed converts the adapter
@@ -214,11 +220,6 @@ def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModul
     if config.train.gradient_checkpointing:
         enable_gradient_checkpointing(encoder.model.llm)
     return PairModule(encoder.model, config.contrast).train()
-
-
-def start_folders(config: FinetuneConfig) -> list[Path]:
-    """The folders of the adapters that training starts from, downloaded unless they are cached."""
-    return [adapter_folder(name) for name in config.start_adapters]
 
 
 def trained_parameters(module: torch.nn.Module, config: FinetuneConfig) -> list[Trained]:
@@ -250,8 +251,8 @@ def write_adapter(run: TrainingRun, encoder: CaptionEncoder, config: FinetuneCon
     verify(last, moments=False)
     prefix = "model.llm."
     trained = {n.removeprefix(prefix): t for n, t in load(last, moments=False).weights.items() if n.startswith(prefix)}
-    card, starts = card_of(encoder, config, state), start_folders(config)
-    save_adapter(encoder.model.llm, trained, card, run.folder / ADAPTER, starts=starts, replace=True)
+    card, starts = card_of(encoder, config, state), [*map(adapter_folder, config.start_adapters)]
+    save_adapter(encoder.model.llm, trained, card, run.folder / "adapter", starts=starts, replace=True)
 
 
 def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) -> EncoderCard:
@@ -281,9 +282,6 @@ def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) 
 
 # The command line of stage 1: ``llm2clip finetune-llm``.
 
-ASSUMED_TOKENS = 64  # of a text, template and prompt included
-TEXTS = 64  # of the passes that measure activations
-
 
 def main(argv: list[str]) -> int:
     """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
@@ -303,36 +301,33 @@ def llm_plan(config: FinetuneConfig) -> str:
     LLM without a config.json.
     """
     _, world = rank_and_world()
-    encoder = apply_preset(config.encoder)
-    encoder = apply_card(encoder, find_card(encoder.adapter or encoder.llm), encoder.adapter or encoder.llm)
+    encoder = apply_card(config.encoder, find_card(config.encoder.adapter or config.encoder.llm))
     config = dataclasses.replace(config, encoder=encoder)
     size = measure_data(config)
     plan, deepspeed = plan_stage(config, size.pairs, world)
-    parts = [
-        *size.found,
-        *(f"assumed: {line}" for line in size.assumed),
-        plans.describe_run(plan, deepspeed, samples=size.pairs, world=world),
-    ]
+    parts = [*size.notes, plans.describe_run(plan, deepspeed, samples=size.pairs, world=world)]
     try:
         settings = llm_config(encoder)
     except FileNotFoundError as error:
         parts.append(f"memory is not planned: {error}")
     else:
-        longest, gpu_gib, train = encoder.max_tokens, config.plan.gpu_gib, config.train
-        shape = shape_llm(settings, encoder, config.lora, train.precision)
-        usual, long = (step_memory(config, settings, size, lengths, shape) for lengths in (size.lengths, (longest,)))
+        gpu_gib, mean = config.plan.gpu_gib, sum(size.lengths) / len(size.lengths)
+        shape = shape_llm(settings, encoder, config.lora, config.train.precision)
+        usual, long = (
+            step_memory(config, settings, size, lengths, shape) for lengths in (size.lengths, (encoder.max_tokens,))
+        )
         stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
         parts += [
             describe_llm(config, shape),
             plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib),
         ]
         for memory, tokens in (
-            (usual, f"{size.tokens:.4g} tokens (the mean)"),
-            (long, f"{longest} tokens (max_tokens)"),
+            (usual, f"{mean:.4g} tokens (the mean)"),
+            (long, f"{encoder.max_tokens} tokens (max_tokens)"),
         ):
-            table = plans.columns(memory, train, gpu_gib, stages=stages)
+            table = plans.columns(memory, config.train, gpu_gib, stages=stages)
             about = f", for pairs of {size.texts} texts of {tokens}"
-            parts.append(plans.describe_columns(table, train.global_batch, gpu_gib, about))
+            parts.append(plans.describe_columns(table, config.train.global_batch, gpu_gib, about))
     return "\n".join(parts)
 
 
@@ -343,56 +338,44 @@ class DataSize:
     pairs: int
     texts: int  # of a pair: query and positive, and a hard negative if the data has them
     lengths: tuple[int, ...]  # tokens of texts, truncated to max_tokens
-    found: tuple[str, ...]  # what the surveys of the data say
-    assumed: tuple[str, ...]
-
-    @property
-    def tokens(self) -> float:
-        """Of a text, on average."""
-        return sum(self.lengths) / len(self.lengths)
+    notes: tuple[str, ...] = ()  # what the surveys of the data say, and what is assumed
 
 
 def measure_data(config: FinetuneConfig) -> DataSize:
     """Size of the data and length of its texts; what is missing is assumed."""
-    encoder, assumed = config.encoder, []
+    encoder, pairs, notes = config.encoder, config.plan.images, []
+    lengths: list[int] = []
+    texts, missing = 3 if config.pairs.random_negatives else 2, "no DATA"
     if encoder.adapter:
-        assumed.append(f"{encoder.adapter} has rank {config.lora.r} (--lora-rank), on the layers below")
+        notes.append(f"assumed: {encoder.adapter} has rank {config.lora.r} (--lora-rank), on the layers below")
     if config.pairs.data:
         data = open_data(config, rank=0, world=1)
-        pairs = [pair for survey in data.surveys for pair in survey.pairs]
-        negatives = config.pairs.random_negatives or any(pair.negative for pair in pairs)
-        samples, texts, found = data.samples, 3 if negatives else 2, data.lines()
-        lengths, missing = token_counts(encoder, pairs), "the LLM's tokenizer is not on this machine"
+        pairs, missing = data.samples, "the LLM's tokenizer is not on this machine"
+        texts = 3 if any(result.pairs[0].negative for result in data.surveys) else texts
+        lengths = token_counts(encoder, data.surveys)
+        notes = [*data.lines(), *notes]
     else:
-        texts = 3 if config.pairs.random_negatives else 2
-        samples, found = config.plan.images, []
-        lengths, missing = [], "no DATA"
-        assumed.append(f"{samples:,} pairs of a query and a positive (--assumed-samples, or DATA)")
+        notes.append(f"assumed: {pairs:,} pairs of a query and a positive (--assumed-samples, or DATA)")
     if not lengths:
         lengths = [min(ASSUMED_TOKENS, encoder.max_tokens)]
-        assumed.append(f"{lengths[0]} tokens per text, template and prompt included: {missing}")
-    return DataSize(pairs=samples, texts=texts, lengths=tuple(lengths), found=tuple(found), assumed=tuple(assumed))
+        notes.append(f"assumed: {lengths[0]} tokens per text, template and prompt included: {missing}")
+    return DataSize(pairs=pairs, texts=texts, lengths=tuple(lengths), notes=tuple(notes))
 
 
-def token_counts(encoder: EncoderConfig, pairs: Sequence[Pair]) -> list[int]:
+def token_counts(encoder: EncoderConfig, surveys: Sequence[Survey]) -> list[int]:
     """Tokens of each text, truncated to max_tokens; [] without a tokenizer in the folder or the local Hub cache."""
-    from transformers import AutoTokenizer
-
     if not encoder.llm:
         return []
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            encoder.llm, revision=encoder.revision or "main", local_files_only=True
-        )
+        revision = encoder.revision or "main"
+        tokenizer = AutoTokenizer.from_pretrained(encoder.llm, revision=revision, local_files_only=True)
     except (OSError, ValueError):
         return []
-    template = literal_template(tokenizer, encoder.chat_template)
-    framed = [(encoder.query_prompt if pair.instruction is None else pair.instruction, pair.query) for pair in pairs]
-    framed += [(encoder.prompt, text) for pair in pairs for text in (pair.positive, pair.negative) if text]
-    prompts, texts = zip(*framed, strict=True)
-    frames = query_frames(tokenizer, template, prompts)
-    counts = zip(frames, token_ids(tokenizer, frames, texts), strict=True)
-    return [frame.size + min(len(ids), frame.caption_budget(encoder.max_tokens)) for frame, ids in counts]
+    counts: list[int] = []
+    for result in surveys:
+        rows = PairTokenizer(tokenizer, encoder)(result.pairs)
+        counts += [len(ids) for side in ("query", "positive", "negative") for ids in rows.get(side, [])]
+    return counts
 
 
 def step_memory(

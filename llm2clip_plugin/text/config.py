@@ -11,8 +11,6 @@ from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.files import ContractError, read_json_value
 from llm2clip_plugin.options import Command, unknown
 
-PostKind = Literal["none", "centre", "whiten"]
-PAIR_FORMATS = ("auto", "captions", "pairs", "text")
 ALL_LINEAR = "all-linear"
 
 
@@ -55,9 +53,10 @@ class ContrastConfig:
 class PairsConfig:
     """Training data, and which two texts form a pair."""
 
-    data: tuple[str, ...] = ()  # caption sets (as for the tower), .jsonl of text pairs, .txt with one text per line
+    # caption sets (as for the tower), or .jsonl of text pairs: query, positive, in all rows or none a hard negative,
+    # and instruction, text before the query (not pooled) in place of query_prompt
+    data: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()  # how often a sample of each is drawn; empty: all equal
-    pair_format: str = "auto"  # auto | captions | pairs | text (each text with itself: unsupervised SimCSE by dropout)
     # of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind
     pair_kinds: tuple[str, ...] = ("short:long",)
     mix_kinds: bool = False  # draw a kind for each pair; without, all pairs of a batch are of one kind
@@ -67,21 +66,13 @@ class PairsConfig:
     random_negatives: bool = False
     lists: tuple[str, ...] = ()  # KIND=LOW:HIGH: captions of this kind are comma-separated; draw LOW to HIGH items
     group: str = ""  # field of a sample's JSON: samples with equal values are not used as negatives of each other
-    query_field: str = "query"  # of text-pair files
-    positive_field: str = "positive"  # of text-pair files; a text, or a list whose first text is used
-    negative_field: str = "negative"  # of text-pair files: a hard negative, in all rows or in none
-    instruction_field: str = "instruction"  # of text-pair files: text before the query, not pooled; else query_prompt
     cut_queries: bool = False  # truncate queries above max_tokens; otherwise they are an error before training
     # how caption sets are read; stage 1 has an order of its own, without windows
     read: ReadConfig = field(default_factory=lambda: ReadConfig(shuffle_window=0))
 
     def __post_init__(self) -> None:
-        if self.pair_format not in PAIR_FORMATS:
-            raise ValueError(unknown("pair_format", self.pair_format, PAIR_FORMATS))
         if self.weights and len(self.weights) != len(self.data):
-            raise ValueError(
-                f"{len(self.weights)} weights for {len(self.data)} data sets; pass one weight per data set, or none"
-            )
+            raise ValueError(f"{len(self.weights)} weights for {len(self.data)} data sets; pass one for each, or none")
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"weights are {self.weights}, expected numbers above 0")
         parse_kinds(self.pair_kinds)
@@ -200,16 +191,9 @@ class EncoderConfig:
             )
 
 
-CARD_SETTINGS = (
-    "attention",
-    "pooling",
-    "layer",
-    "prompt",
-    "query_prompt",
-    "chat_template",
-    "include_bos",
-    "max_tokens",
-)
+# of EncoderConfig, in the identity of a teacher and, with query_prompt, in the encoder card
+IDENTITY_SETTINGS = ("attention", "pooling", "layer", "prompt", "chat_template", "include_bos", "max_tokens")
+CARD_SETTINGS = (*IDENTITY_SETTINGS, "query_prompt")
 
 
 def find_card(folder: str) -> EncoderCard | None:
@@ -218,19 +202,18 @@ def find_card(folder: str) -> EncoderCard | None:
     return EncoderCard.read(path) if folder and path.is_file() else None
 
 
-def apply_card(config: EncoderConfig, card: EncoderCard | None, where: str) -> EncoderConfig:
-    """The configuration with the card's settings; raises ContractError for a setting that contradicts it."""
+def apply_card(config: EncoderConfig, card: EncoderCard | None) -> EncoderConfig:
+    """The configuration with the settings of its preset and of the card of its adapter or LLM.
+
+    Raises ContractError for a setting that contradicts them.
+    """
+    if config.preset:
+        settled = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
+        config = dataclasses.replace(settled, preset="")
     if card is None:
         return config
-    return apply_settings(config, {name: vars(card)[name] for name in CARD_SETTINGS}, f"{where} was trained with")
-
-
-def apply_preset(config: EncoderConfig) -> EncoderConfig:
-    """The configuration with its preset's settings; raises ContractError for a setting that contradicts it."""
-    if not config.preset:
-        return config
-    settings = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
-    return dataclasses.replace(settings, preset="")
+    settings = {name: vars(card)[name] for name in CARD_SETTINGS}
+    return apply_settings(config, settings, f"{config.adapter or config.llm} was trained with")
 
 
 def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str) -> EncoderConfig:
@@ -238,9 +221,8 @@ def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str)
 
     Raises ContractError, with both values and ``reason``, for an option that differs from its default and from them.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(EncoderConfig)}
     for name, value in settings.items():
-        if (given := vars(config)[name]) not in (defaults[name], value):
+        if (given := vars(config)[name]) not in (getattr(EncoderConfig, name), value):
             raise ContractError(f"{name} is {given!r}, but {reason} {value!r}; omit {name}")
     return dataclasses.replace(config, **settings)
 
@@ -254,9 +236,6 @@ class ExportConfig:
 
     output: str  # folder to write
     layout: Literal["merged", "adapter", "sentence-transformers"] = "merged"  # merged: model folder and encoder card
-    post: PostKind = "none"  # center or whiten the embeddings, fitted on --post-data
-    post_data: str = ""  # captioned images whose captions are used to fit it
-    post_captions: int = 20000  # maximum number of distinct captions for it
     overwrite: bool = False  # replace an existing folder
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
@@ -267,7 +246,7 @@ COMMAND = Command(
     about="Export a fine-tuned LLM: merged weights, an adapter with its card, or a sentence-transformers folder. It is "
     "reloaded, and its embeddings are compared, before it counts.",
     settings=ExportConfig,
-    everyday="llm adapter preset output format post post-data overwrite",
+    everyday="llm adapter preset output format overwrite",
     shown={"layout": "format"},
 )
 
@@ -276,8 +255,13 @@ COMMAND = Command(
 
 MODULES = "modules.json"
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # Normalize changes no direction
-POOLING_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}  # their flag -> our pooling
-POOLING_NAMES = {"mean": "mean", "lasttoken": "last"}  # of the newer form, "pooling_mode"
+# their pooling, in the older form (flags) and the newer one (the value of "pooling_mode") -> ours
+POOLING_MODES = {
+    "pooling_mode_mean_tokens": "mean",
+    "mean": "mean",
+    "pooling_mode_lasttoken": "last",
+    "lasttoken": "last",
+}
 
 
 def is_sentence_transformers(folder: Path) -> bool:
@@ -290,48 +274,30 @@ def apply_sentence_transformers(config: EncoderConfig, folder: Path) -> EncoderC
 
     Raises ContractError for unsupported modules or pooling, or settings that contradict the files.
     """
-    pooling = _read(_pooling_folder(folder) / "config.json")
-    lengths = _read(folder / "sentence_bert_config.json").get("max_seq_length")
-    prompts = _read(folder / "config_sentence_transformers.json").get("prompts", {})
+
+    def read(name: str) -> Any:
+        return read_json_value(folder / name) if (folder / name).is_file() else {}
+
+    modules = read(MODULES)
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    if "Pooling" not in kinds or set(kinds) - set(KNOWN_MODULES):
+        raise ContractError(f"{folder} has the modules {kinds}; supported: {', '.join(KNOWN_MODULES)}")
+    pooling = read(f"{modules[kinds.index('Pooling')]['path']}/config.json")
+    flags = {name for name, on in pooling.items() if name.startswith("pooling_mode_") and on}
+    modes = {POOLING_MODES.get(name) for name in flags | {pooling.get("pooling_mode")} - {None}}
+    if len(modes) != 1 or None in modes:
+        raise ContractError(f"{folder} has unsupported pooling {pooling}; supported: mean, last token")
+    model = read("config.json")
+    # decoders are causal unless their configuration has is_causal false; encoders never are
+    decoder = any("ForCausalLM" in name for name in model.get("architectures") or []) or "num_key_value_heads" in model
+    prompts = read("config_sentence_transformers.json").get("prompts", {})
     settings: dict[str, Any] = {
-        "pooling": _pooling(pooling, folder),
-        "attention": _attention(_read(folder / "config.json")),
+        "pooling": modes.pop(),
+        "attention": "causal" if model.get("is_causal", decoder) else "bidirectional",
         "prompt": prompts.get("document") or prompts.get("passage") or "",
         "query_prompt": prompts.get("query") or "",
         "include_bos": pooling.get("include_prompt", True) or not any(prompts.values()),
     }
-    if isinstance(lengths, int):
-        settings["max_tokens"] = lengths
+    length = read("sentence_bert_config.json").get("max_seq_length")
+    settings |= {"max_tokens": length} if isinstance(length, int) else {}
     return apply_settings(config, settings, f"the files of {folder.name} specify")
-
-
-def _pooling_folder(folder: Path) -> Path:
-    """Folder of the pooling module; raises ContractError for unsupported modules."""
-    modules = _read(folder / MODULES)
-    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    if "Pooling" not in kinds or set(kinds) - set(KNOWN_MODULES):
-        raise ContractError(f"{folder} has the modules {kinds}; supported: {', '.join(KNOWN_MODULES)}")
-    return folder / modules[kinds.index("Pooling")]["path"]
-
-
-def _pooling(settings: dict[str, Any], folder: Path) -> str:
-    """mean or last, from either form of the pooling module's configuration."""
-    modes = {name for name, on in settings.items() if name.startswith("pooling_mode_") and on}
-    kinds = [POOLING_FLAGS.get(name) for name in modes]
-    if settings.get("pooling_mode") in POOLING_NAMES and modes <= set(POOLING_FLAGS):
-        kinds = [POOLING_NAMES[settings["pooling_mode"]]]
-    if len(kinds) != 1 or kinds[0] is None:
-        raise ContractError(f"{folder} has unsupported pooling {settings}; supported: mean, last token")
-    return kinds[0]
-
-
-def _attention(settings: dict[str, Any]) -> str:
-    """Decoders are causal unless their configuration has is_causal false; encoders never are."""
-    decoder = any("ForCausalLM" in name for name in settings.get("architectures") or [])
-    causal = settings.get("is_causal", decoder or "num_key_value_heads" in settings)
-    return "causal" if causal else "bidirectional"
-
-
-def _read(path: Path) -> Any:
-    """A JSON file; {} if it is missing."""
-    return read_json_value(path) if path.is_file() else {}

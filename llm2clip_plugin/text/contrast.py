@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.text.config import ContrastConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import CaptionModel
-from llm2clip_plugin.text.pairs import PairTokenizer
-from llm2clip_plugin.text.tokens import Batch as TokenBatch
-from llm2clip_plugin.text.tokens import collate
+from llm2clip_plugin.text.llm import CaptionModel, TokenBatch, collate
 from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.losses.base import EXCLUDED, Features, Terms, stack_ids
@@ -41,7 +38,7 @@ class PairModule(nn.Module):
 
 
 class CaptionStep(ContrastiveStep):
-    """A step of the LLM: ``batch["tokens"]`` holds this rank's b pairs (see PairTokenizer).
+    """A step of the LLM: ``batch["tokens"]`` holds this rank's b pairs (see pairs.PairTokenizer).
 
     The positives' features are (m, 1, W), or (m, 2, W) with the hard negatives second.
     """
@@ -53,14 +50,8 @@ class CaptionStep(ContrastiveStep):
         self.encoder = encoder
         self.config = config
 
-    def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
-        loss, values = super().__call__(batch)
-        return loss, {**values, "masked_per_row": masked_per_row(batch) if self.config.mask_same else 0.0}
-
     def _on_device(self, batch: Batch) -> Batch:
-        """Ids on the device; a batch that comes without tokens is tokenized here."""
-        moved = {key: v.to(self.engine.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-        return moved if "tokens" in moved else {**moved, "tokens": PairTokenizer(self.encoder)(batch["pairs"])}
+        return {key: v.to(self.engine.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
     def _rows(self, batch: Batch, rows: slice) -> Batch:
         return {"tokens": {side: ids[rows] for side, ids in batch["tokens"].items()}}
@@ -102,19 +93,12 @@ def caption_terms(config: ContrastConfig) -> Terms:
     """The loss: InfoNCE, with hard negatives if the batch has them."""
 
     def infonce(x: Features) -> Tensor:
-        hashes, images = (x.caption_hashes, x.image_ids) if config.mask_same else (None, None)
+        ids = {"caption_hashes": x.caption_hashes, "image_ids": x.image_ids} if config.mask_same else {}
         positive_bW, scale = x.positive_bkD[:, 0], x.log_scale.exp()
         if config.symmetric and x.positive_bkD.shape[1] == 1:
-            return contrastive_loss(x.anchor_bD, positive_bW, scale, caption_hashes=hashes, image_ids=images)
-        return pair_loss(
-            x.anchor_bD,
-            positive_bW,
-            x.positive_bkD[:, 1:].flatten(0, 1),
-            scale,
-            symmetric=config.symmetric,
-            caption_hashes=hashes,
-            image_ids=images,
-        )
+            return contrastive_loss(x.anchor_bD, positive_bW, scale, **ids)
+        negative_nW = x.positive_bkD[:, 1:].flatten(0, 1)
+        return pair_loss(x.anchor_bD, positive_bW, negative_nW, scale, symmetric=config.symmetric, **ids)
 
     return {"infonce": infonce}
 
@@ -178,10 +162,3 @@ def same_ids(caption_hashes: Tensor | None, image_ids: Tensor | None, first: int
     same_bN = (ids_kb[:, :, None] == ids_kN[:, None, :]).any(0)
     same_bN.diagonal(first)[: same_bN.shape[0]].fill_(False)
     return same_bN
-
-
-def masked_per_row(batch: Batch) -> float:
-    """Mean number of this rank's pairs that share a text or an image with a pair: its masked false negatives."""
-    ids_kb = torch.cat([batch["caption_hashes"].reshape(-1, len(batch["keys"])), batch["image_ids"][None]])
-    same_bb = (ids_kb[:, :, None] == ids_kb[:, None, :]).any(0)
-    return (float(same_bb.sum()) - len(same_bb)) / len(same_bb)

@@ -48,18 +48,15 @@ class EmbedSummary:
     def lines(self, max_tokens: int) -> list[str]:
         """The report."""
         rate = self.captions / max(self.seconds, 1e-9)
+        empty, keys = len(self.empty), ", ".join(self.empty[:3])
         done = f"embedded {self.captions} captions of {self.shards} shards"
-        lines = [f"{done} in {self.seconds:.1f} s ({rate:.1f} captions/s)"]
-        if self.skipped:
-            lines.append(f"{self.skipped} shards already complete, skipped")
-        if self.truncated:
-            lines.append(f"{self.truncated} captions truncated to {max_tokens} tokens (--max-tokens)")
-        if self.empty:
-            keys = ", ".join(self.empty[:3])
-            lines.append(
-                f"{len(self.empty)} samples without a readable caption, such as {keys}; see `llm2clip data check`"
-            )
-        return lines
+        lines = {
+            f"{done} in {self.seconds:.1f} s ({rate:.1f} captions/s)": True,
+            f"{self.skipped} shards already complete, skipped": self.skipped,
+            f"{self.truncated} captions truncated to {max_tokens} tokens (--max-tokens)": self.truncated,
+            f"{empty} samples without a readable caption, such as {keys}; see `llm2clip data check`": empty,
+        }
+        return [line for line, applies in lines.items() if applies]
 
 
 def default_cache_folder(source_path: str, fingerprint: str) -> Path:
@@ -210,8 +207,8 @@ def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
         cosine = float(torch.nn.functional.cosine_similarity(stored_W, row_W, dim=0))
         if cosine < VERIFY_COSINE:
             raise ContractError(
-                f"{directory}: the cached embedding of {key!r} has cosine similarity {cosine:.4f} with a new one from "
-                f"{encoder.config.llm}; expected at least {VERIFY_COSINE}. Delete the cache and embed again"
+                f"{directory}: the cached embedding of {key!r} has cosine similarity {cosine:.4f} with a new one, "
+                f"expected at least {VERIFY_COSINE}; delete the cache and embed again"
             )
     return (
         f"{directory} is complete: {len(cache.manifest.shards)} shards, {cache.manifest.captions} captions, "

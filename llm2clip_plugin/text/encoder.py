@@ -20,24 +20,32 @@ from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity, sha256_weigh
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256, local_folder, weights_sha256
+from llm2clip_plugin.text.adapter import (
+    adapter_folder,
+    adapter_sha256,
+    attach_adapter,
+    local_folder,
+    merge,
+    weights_sha256,
+)
 from llm2clip_plugin.text.config import (
+    IDENTITY_SETTINGS,
     EncoderConfig,
-    PostKind,
     apply_card,
-    apply_preset,
     apply_sentence_transformers,
     find_card,
     is_sentence_transformers,
 )
-from llm2clip_plugin.text.llm import CaptionModel, default_device, fastest_dtype, is_decoder, load_backbone
-from llm2clip_plugin.text.tokens import (
-    Frame,
+from llm2clip_plugin.text.llm import (
+    CaptionModel,
     build_frame,
     collate,
+    default_device,
+    fastest_dtype,
+    is_decoder,
     length_batches,
     literal_template,
-    token_ids,
+    load_backbone,
     tokenize,
     tokenizer_identity,
 )
@@ -64,7 +72,7 @@ class TextEncoder(ABC):
         """Token ids of each caption, with what surrounds it, truncated to ``max_tokens``."""
 
     @abstractmethod
-    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> torch.Tensor:
+    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
         """(B, W) float32 on the CPU: embeddings of rows of token ids, as one batch."""
 
     def padded_length(self, ids: Sequence[int]) -> int:
@@ -78,7 +86,7 @@ class TextEncoder(ABC):
         tokens_per_batch: int = 0,
         query: bool = False,
         on_batch: Callable[[int, int], object] | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """(N, W) float32 on the CPU: the embeddings of ``captions``, in their order.
 
         tokens_per_batch: tokens of a batch, padding included; 0 for the device's default.
@@ -115,7 +123,7 @@ class CaptionEncoder(TextEncoder):
         adapter = adapter_folder(config.adapter) if config.adapter else None
         self._adapter_sha256 = adapter_sha256(adapter) if adapter else ""
         card = find_card(str(adapter)) if adapter else find_card(str(self.folder))
-        config = apply_card(apply_preset(config), card, config.adapter or config.llm)
+        config = apply_card(config, card)
         if card is None and is_sentence_transformers(self.folder):
             config = apply_sentence_transformers(config, self.folder)
         self._weights_sha256 = weights_sha256(self.folder)
@@ -136,14 +144,12 @@ class CaptionEncoder(TextEncoder):
         self.width: int = llm.config.get_text_config().hidden_size
         wrapped = self._with_adapter(llm, adapter, trainable_adapter)
         self.post: Post | None = None
-        self._post_sha256 = ""
-        if card is not None and card.post_sha256:
-            path = (adapter or self.folder) / POST_FILE
-            self.post, self._post_sha256 = open_post(path, self.width, card.post_sha256)
-        if config.post_file and self.post is not None:
+        self._post_sha256, own = "", "" if card is None else card.post_sha256
+        if own and config.post_file:
             raise ContractError(f"{config.adapter or config.llm} has post-processing of its own; omit post_file")
-        if config.post_file:
-            self.post, self._post_sha256 = open_post(Path(config.post_file), self.width)
+        if own or config.post_file:
+            path = Path(config.post_file or (adapter or self.folder) / POST_FILE)
+            self.post, self._post_sha256 = open_post(path, self.width, own)
         self.model = CaptionModel(wrapped, config.pooling, decoder=is_decoder(llm)).eval()
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
@@ -154,14 +160,15 @@ class CaptionEncoder(TextEncoder):
         """
         if adapter is None:
             return llm
-        from llm2clip_plugin.text.adapter import attach_adapter, cast_adapter, merge
-
         wrapped = attach_adapter(llm, adapter, trainable=trainable)
         if trainable:
             return wrapped
         if self.dtype == torch.float32 and not self.config.load_in_4bit:
             return merge(wrapped)
-        return cast_adapter(wrapped, self.dtype)
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name:  # otherwise activations would be converted at every layer
+                parameter.data = parameter.data.to(self.dtype)
+        return wrapped
 
     @property
     def pad_id(self) -> int:
@@ -169,24 +176,17 @@ class CaptionEncoder(TextEncoder):
         return self.tokenizer.pad_token_id or 0
 
     def identity(self) -> TeacherIdentity:
-        config = self.config
         return TeacherIdentity(
-            llm=_place(config.llm),
-            revision=config.revision,
+            llm=absolute(self.config.llm),
+            revision=self.config.revision,
             weights_sha256=self._weights_sha256,
             adapter_sha256=self._adapter_sha256,
-            attention=config.attention,
-            pooling=config.pooling,
-            layer=config.layer,
-            prompt=config.prompt,
-            chat_template=config.chat_template,
-            max_tokens=config.max_tokens,
+            **{name: vars(self.config)[name] for name in IDENTITY_SETTINGS},
             width=self.width,
-            include_bos=config.include_bos,
             tokenizer=tokenizer_identity(self.tokenizer),
-            quantization="nf4" if config.load_in_4bit else "",
+            quantization="nf4" if self.config.load_in_4bit else "",
             post=self._post_sha256,
-            adapter=_place(config.adapter),
+            adapter=absolute(self.config.adapter),
         )
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
@@ -195,75 +195,60 @@ class CaptionEncoder(TextEncoder):
         self.count_truncated += truncated
         return rows
 
-    def lengths(self, captions: Sequence[str], frames: Sequence[Frame]) -> list[int]:
-        """Tokens of each caption in its frame, before truncation."""
-        for frame in frames:
-            frame.caption_budget(self.config.max_tokens)  # raises if there is none
-        untruncated = token_ids(self.tokenizer, frames, captions) if captions else []
-        return [frame.size + len(ids) for frame, ids in zip(frames, untruncated, strict=True)]
-
     @torch.no_grad()  # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
-    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False, side: str = "right") -> torch.Tensor:
-        """(B, W) float32 on the CPU: embeddings of rows of token ids, as one batch padded on ``side``."""
-        frame = self.query_frame if query else self.frame
-        frames = [frame] * len(rows)
-        batch = collate(rows, frames, pad_id=self.pad_id, include_bos=self.config.include_bos, side=side)
+    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
+        frames = [self.query_frame if query else self.frame] * len(rows)
+        batch = collate(rows, frames, pad_id=self.pad_id, include_bos=self.config.include_bos)
         embeddings_BW = self.model(batch.to(self.device)).cpu()
         return embeddings_BW if self.post is None else self.post(embeddings_BW)
 
 
-def _place(name: str) -> str:
-    """A local folder as an absolute path, so that it is found from any other; a Hub id as it is."""
+def absolute(name: str) -> str:
+    """A local folder as an absolute path; a Hub id as it is."""
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
-# Centering, whitening and removed components of embeddings after pooling, fitted on captions and saved as a file.
+# Centering and removed components of embeddings after pooling, fitted on captions and saved as a file.
 
 POST_FILE = "llm2clip_post.safetensors"
-# fraction of the mean variance that is added to every variance, so that nearly constant directions are not blown up
-SHRINKAGE = 0.01
 
 
 @dataclass(frozen=True)
 class Post:
-    """embedding -> (embedding - mean) @ matrix, or without its part along the removed directions."""
+    """embedding -> embedding - mean, without its part along the removed directions."""
 
-    mean_W: Tensor
-    matrix_WW: Tensor | None = None  # None: only centering
-    removed_WK: Tensor | None = None  # orthonormal columns
+    mean: Tensor  # (W,)
+    removed: Tensor | None = None  # (W, K), orthonormal columns
 
     def __call__(self, embeddings_NW: Tensor) -> Tensor:
         """(N, W) float32 -> (N, W)."""
-        centered_NW = embeddings_NW - self.mean_W
-        if self.removed_WK is not None:
-            centered_NW = centered_NW - centered_NW @ self.removed_WK @ self.removed_WK.T
-        return centered_NW if self.matrix_WW is None else centered_NW @ self.matrix_WW
+        centered_NW = embeddings_NW - self.mean
+        return centered_NW if self.removed is None else centered_NW - centered_NW @ self.removed @ self.removed.T
 
     def save(self, folder: Path) -> str:
         """Write POST_FILE into ``folder``; returns its hash, which the card records."""
-        tensors = {"mean": self.mean_W, "matrix": self.matrix_WW, "removed": self.removed_WK}
-        present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        present = {name: tensor.contiguous() for name, tensor in vars(self).items() if tensor is not None}
         save_file(present, str(folder / POST_FILE))
         return sha256_weights(folder / POST_FILE)
 
 
-def fit_post(embeddings_NW: Tensor, kind: PostKind) -> Post | None:
-    """The mean and, to whiten, the symmetric matrix (ZCA) that gives (N, W) embeddings equal variance everywhere.
+def open_post(path: Path, width: int, sha256: str = "") -> tuple[Post, str]:
+    """A saved file for embeddings ``width`` wide, and its hash.
 
-    None for kind "none". Raises ValueError for too few captions: whitening needs 2 W.
+    Raises FileNotFoundError, or ContractError for another width or another hash than ``sha256``.
     """
-    if kind == "none":
-        return None
-    count, width = embeddings_NW.shape
-    least = 2 * width if kind == "whiten" else 2
-    if count < least:
-        raise ValueError(f"{kind} needs at least {least} distinct captions, but the data has {count}")
-    mean_W = embeddings_NW.double().mean(dim=0)
-    if kind == "centre":
-        return Post(mean_W.float())
-    variances_W, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))
-    scale_W = (variances_W.clamp_min(0) + SHRINKAGE * variances_W.mean()).rsqrt()
-    return Post(mean_W.float(), (directions_WW * scale_W @ directions_WW.T).float())
+    if not path.is_file():
+        raise FileNotFoundError(f"no post-processing at {path}; `llm2clip evaluate captions --search` writes one")
+    with errors_about(path, fix="write it again"):
+        post = Post(**load_file(path))
+    if len(post.mean) != width:
+        raise ContractError(f"{path} is for embeddings of width {len(post.mean)}, but the LLM's have {width}")
+    actual = sha256_weights(path)
+    if sha256 not in ("", actual):
+        raise ContractError(
+            f"{path} has SHA-256 {actual}, but {EncoderCard.FILE} records {sha256}; copy the folder again"
+        )
+    return post, actual
 
 
 def remove_components(embeddings_NW: Tensor, counts: Sequence[int]) -> list[Post]:
@@ -280,7 +265,7 @@ def remove_components(embeddings_NW: Tensor, counts: Sequence[int]) -> list[Post
     mean_W = embeddings_NW.double().mean(dim=0)
     _, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))  # ascending
     removed = [directions_WW[:, width - count :].float() if count else None for count in counts]
-    return [Post(mean_W.float(), removed_WK=removed_WK) for removed_WK in removed]
+    return [Post(mean_W.float(), removed_WK) for removed_WK in removed]
 
 
 def first_captions(data: str, limit: int) -> list[str]:
@@ -291,23 +276,3 @@ def first_captions(data: str, limit: int) -> list[str]:
         if len(texts) >= limit:
             break
     return list(texts)[:limit]
-
-
-def open_post(path: Path, width: int, sha256: str = "") -> tuple[Post, str]:
-    """A saved file for embeddings ``width`` wide, and its hash.
-
-    Raises FileNotFoundError, or ContractError for another width or another hash than ``sha256``.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no post-processing at {path}; `llm2clip evaluate captions --search` writes one")
-    with errors_about(path, fix="write it again"):
-        tensors = load_file(path)
-        post = Post(tensors["mean"], tensors.get("matrix"), tensors.get("removed"))
-    if len(post.mean_W) != width:
-        raise ContractError(f"{path} is for embeddings of width {len(post.mean_W)}, but the LLM's have {width}")
-    actual = sha256_weights(path)
-    if sha256 not in ("", actual):
-        raise ContractError(
-            f"{path} has SHA-256 {actual}, but {EncoderCard.FILE} records {sha256}; copy the folder again"
-        )
-    return post, actual

@@ -1,10 +1,14 @@
-"""The LLM and its pooling: a batch of tokens in, one embedding per caption out; its attention, probed; its shape.
+"""Captions to tokens, and tokens to embeddings: template and prompt, batches, the LLM and its pooling, its shape.
 
-Shape letters: B captions, T tokens, H hidden width, W embedding width (= H).
+Shape letters: B captions of a batch, T tokens of its longest, H hidden width, W embedding width (= H).
 """
 
+from __future__ import annotations
+
 import copy
+import hashlib
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +20,148 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, P
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import check_hub_answers, errors_about
 from llm2clip_plugin.text.adapter import add_lora
-from llm2clip_plugin.text.config import EncoderConfig, LoraSettings, is_sentence_transformers
-from llm2clip_plugin.text.tokens import Batch
+from llm2clip_plugin.text.config import CAPTION, EncoderConfig, LoraSettings, is_sentence_transformers
 from llm2clip_plugin.train.model import DTYPES
 
-TOKENS = 6  # of the probe; below every sliding window
+PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # its token ids identify a tokenizer
+TEMPLATE_DATE = "26 Jul 2024"  # Llama 3's template contains the date; an embedding must not depend on the day
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The tokens around every caption: [bos] head caption tail."""
+
+    head: tuple[int, ...]  # before the caption, BOS included
+    tail: tuple[int, ...]  # after it
+    lead: str  # the prompt's trailing spaces, tokenized with the caption's first word, as in "Query: " + caption
+    has_bos: bool  # whether head starts with the beginning-of-text token
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A padded batch of token ids, and which of them are pooled."""
+
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64, 1 on tokens
+    position_ids: Tensor  # (B, T) int64, from 0 at each caption's first token
+    pool_mask: Tensor  # (B, T) bool, True on tokens that are pooled
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The batch on ``device``."""
+        return TokenBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+def literal_template(tokenizer, chat_template: str) -> str:
+    """The chat template as a text with {caption} in it; "" for none.
+
+    Raises ValueError if the tokenizer has no chat template, or one that changes the user's text.
+    """
+    if chat_template != "user":
+        return chat_template
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"chat_template is 'user', but the tokenizer of {tokenizer.name_or_path} has no chat template; "
+            f"set one, such as '<|user|>{CAPTION}<|end|>', or leave it empty"
+        )
+    turn = [{"role": "user", "content": CAPTION}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, date_string=TEMPLATE_DATE)
+    if text.count(CAPTION) != 1:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} must contain the user's text once, unchanged: {text!r}"
+        )
+    return text
+
+
+def build_frame(tokenizer, template: str, prompt: str) -> Frame:
+    """The tokens around a caption, from a literal template ("" for none) and a prompt.
+
+    Without a template these are the tokenizer's special tokens. A template replaces the special tokens at the end, and
+    keeps those at the beginning unless it starts with them itself. Spaces at the end of the prompt are tokenized with
+    the caption, as in running text.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
+    begin, end = framed[:start], framed[start + len(plain) :]
+    before, _, after = template.partition(CAPTION)
+    if template and begin and before.startswith(tokenizer.decode(begin)):
+        begin = []  # the template contains them
+    text = before + prompt
+    lead = text[len(text.rstrip(" ")) :]
+    head = begin + tokenizer(text[: len(text) - len(lead)], add_special_tokens=False)["input_ids"]
+    tail = tokenizer(after, add_special_tokens=False)["input_ids"] if template else end
+    has_bos = bool(head) and head[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    return Frame(tuple(head), tuple(tail), lead, has_bos)
+
+
+def tokenize(
+    tokenizer, frames: Sequence[Frame], captions: Sequence[str], max_tokens: int
+) -> tuple[list[list[int]], int]:
+    """Token ids of each caption in its frame, and how many captions were truncated to ``max_tokens``.
+
+    The spelling of a special token ("</s>") in a caption is plain text. Raises ValueError for a blank caption, and if
+    a frame alone fills ``max_tokens``.
+    """
+    room = [max_tokens - len(frame.head) - len(frame.tail) for frame in frames]
+    if min(room, default=1) < 1:
+        raise ValueError(
+            f"prompt and template use {max_tokens - min(room)} tokens and max_tokens is {max_tokens}, which leaves no "
+            "room for the caption; raise max_tokens or shorten them"
+        )
+    for index, caption in enumerate(captions):
+        if not caption.strip():
+            raise ValueError(f"caption {index} of {len(captions)} is blank")
+    if not captions:
+        return [], 0
+    texts = [frame.lead + caption for frame, caption in zip(frames, captions, strict=True)]
+    whole = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    rows = [[*frame.head, *ids[:most], *frame.tail] for frame, ids, most in zip(frames, whole, room, strict=True)]
+    return rows, sum(len(ids) > most for ids, most in zip(whole, room, strict=True))
+
+
+def collate(rows: Sequence[Sequence[int]], frames: Sequence[Frame], *, pad_id: int, include_bos: bool) -> TokenBatch:
+    """Pad rows of token ids, each with its frame, to one (B, T) batch on the right.
+
+    The tokens of the frame's head are not pooled, except BOS with ``include_bos``.
+    """
+    shape = (len(rows), max(map(len, rows)))
+    input_ids = torch.full(shape, pad_id)
+    attention_mask, position_ids = torch.zeros(2, *shape, dtype=torch.int64)
+    pool_mask = torch.zeros(shape, dtype=torch.bool)
+    for index, (ids, frame) in enumerate(zip(rows, frames, strict=True)):
+        stop = len(ids)
+        input_ids[index, :stop] = torch.tensor(ids)
+        attention_mask[index, :stop] = 1
+        position_ids[index, :stop] = torch.arange(stop)
+        pool_mask[index, len(frame.head) : stop] = True
+        if frame.has_bos and include_bos:
+            pool_mask[index, 0] = True
+    return TokenBatch(input_ids, attention_mask, position_ids, pool_mask)
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Batches of indices, longest rows first, each of at most ``tokens_per_batch`` tokens, padding included.
+
+    Longest first: a lack of memory shows at once, and the estimate of the time left is not too low.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    start = 0
+    while start < len(order):
+        count = max(1, tokens_per_batch // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def tokenizer_identity(tokenizer) -> str:
+    """16 hexadecimal characters that hash the token ids of a fixed text, so a re-saved tokenizer keeps its identity."""
+    ids = tokenizer(PROBE_TEXT)["input_ids"]
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
+
+
+# The LLM, and its pooling.
+
+TOKENS = 6  # of the probe of attention; below every sliding window
 PADDING = 3  # padding tokens of its second pass
-# difference between the states of padded and unpadded tokens, as a fraction of their norm: rounding stays far below,
-# another kind of attention is far above
-TOLERANCE = {torch.float32: 1e-3}
-HALF_TOLERANCE = 0.1
 WORKING = "Llama, Qwen 2 and 3, Mistral, Gemma 1 to 3, Phi-3, OLMo, StableLM, Nemotron"
 
 
@@ -42,7 +178,7 @@ class CaptionModel(nn.Module):
         self.decoder = decoder
         self.autocast: torch.dtype | None = None  # of products in the LLM, see text.adapter.autocast_adapter
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: TokenBatch) -> Tensor:
         """(B, W) float32 embeddings, not normalized."""
         options = {"position_ids": batch.position_ids, "use_cache": False} if self.decoder else {}
         with torch.autocast(batch.input_ids.device.type, self.autocast, enabled=self.autocast is not None):
@@ -50,7 +186,7 @@ class CaptionModel(nn.Module):
         return pool(outputs.last_hidden_state, batch.pool_mask, self.pooling)
 
 
-def pool(hidden_BTH: torch.Tensor, pool_mask_BT: torch.Tensor, kind: str) -> torch.Tensor:
+def pool(hidden_BTH: Tensor, pool_mask_BT: Tensor, kind: str) -> Tensor:
     """(B, T, H), (B, T) bool -> (B, H) float32: the mean over the marked tokens (kind "mean") or the last of them."""
     if kind == "mean":
         weights_BT = pool_mask_BT / pool_mask_BT.sum(dim=1, keepdim=True)
@@ -72,8 +208,8 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
         settings = AutoConfig.from_pretrained(folder)
     if getattr(settings, "quantization_config", None):
         raise ValueError(
-            f"{folder} is saved quantized, and LoRA, merging and its fingerprint need the original weights; take the "
-            "model that it was made from, with --load-in-4bit if memory is short"
+            f"{folder} is saved quantized, expected the original weights; take the model that it was made from, with "
+            "--load-in-4bit if memory is short"
         )
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
@@ -81,7 +217,11 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     # tensor by tensor to the device: the ranks of a machine share the file's pages, and none holds a copy of the LLM
     extra: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     if config.load_in_4bit:
-        extra = {"quantization_config": nf4(dtype), "device_map": {"": device}}
+        from transformers import BitsAndBytesConfig
+
+        nf4: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
+        extra = {"quantization_config": quantization, "device_map": {"": device}}
     with quiet_transformers():  # it warns about the language head, which is left out on purpose
         model, report = AutoModel.from_pretrained(
             folder, config=settings, dtype=dtype, output_loading_info=True, **extra
@@ -99,7 +239,9 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
             "sentence-transformers folder (with layer -1 and no adapter)"
         )
     if config.load_in_4bit:
-        avoid_packed_cpu_kernel(model)
+        for module in model.modules():  # bitsandbytes' packed CPU kernel fails for widths not a multiple of 32
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     else:
         nn.Module.to(model, device)
     model.eval()
@@ -132,9 +274,7 @@ def keep_layers(model: PreTrainedModel, layer: int) -> None:
     depth = len(blocks)
     count = layer if layer >= 0 else depth + 1 + layer
     if not 0 <= count <= depth:
-        raise ValueError(
-            f"layer {layer} is out of range: hidden states are 0 (embeddings) to {depth}, or -{depth + 1} to -1"
-        )
+        raise ValueError(f"layer {layer} is out of range: states are 0 (embeddings) to {depth}, or -{depth + 1} to -1")
     if layer != -1 and count < depth:
         model.set_submodule("layers", blocks[:count])
         model.set_submodule("norm", nn.Identity())
@@ -157,35 +297,16 @@ def refuse_length_dependent_rope(text_config, max_tokens: int) -> None:
                 )
 
 
-def nf4(dtype: torch.dtype):
-    """bitsandbytes' settings: NF4 weights, double quantization, computation in ``dtype``."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def avoid_packed_cpu_kernel(model: nn.Module) -> None:
-    """Turn off bitsandbytes' packed CPU kernel, which fails in evaluation for widths that are not multiples of 32."""
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
 def set_attention(settings: PretrainedConfig, attention: str) -> None:
     """Make a model that is built from ``settings`` bidirectional or causal; ``set_kernels`` completes it."""
     settings.is_causal = settings.get_text_config().is_causal = attention == "causal"
 
 
 def set_kernels(model: nn.Module, attention: str) -> None:
-    """Make the attention layers bidirectional, too: for a batch without padding a model makes no mask, and then the
-    layer's own flag decides. Most models override it with the configuration's, StableLM and Nemotron do not."""
+    """Make the attention layers bidirectional, too: without padding there is no mask, and the layer's own flag decides.
+
+    Most models override it with the configuration's, StableLM and Nemotron do not.
+    """
     if attention == "bidirectional":
         for module in model.modules():
             if isinstance(getattr(module, "is_causal", None), bool):
@@ -195,12 +316,13 @@ def set_kernels(model: nn.Module, attention: str) -> None:
 def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> None:
     """Raise ValueError if a block of a bidirectional LLM is causal, or if padding changes other tokens' states."""
     ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 11) % model.config.vocab_size
+    # of rounding they differ far less than the tolerances below, of another kind of attention far more
     plain_BTH, padded_BTH = _states(model, ids_BT, 0), _states(model, ids_BT, PADDING)[:, :TOKENS]
     name = type(model).__name__
     if not bool(padded_BTH.isfinite().all()):
         raise ValueError(
             f"{where} is a {name}, whose states are not finite in {model.dtype}: its weights are damaged, or too large "
-            "for float16; copy the LLM again, or set --compute-dtype bfloat16 or float32"
+            "for float16; copy the LLM again, or set --compute-dtype bfloat16"
         )
     if attention == "bidirectional" and (causal := causal_blocks(model, ids_BT)):
         raise ValueError(
@@ -208,11 +330,11 @@ def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> No
             f"--attention causal, or use an LLM with attention in all blocks ({WORKING})"
         )
     difference_BT = (plain_BTH - padded_BTH).norm(dim=-1) / plain_BTH.norm(dim=-1)
-    typical, allowed = float(difference_BT.median()), TOLERANCE.get(model.dtype, HALF_TOLERANCE)
+    typical, allowed = float(difference_BT.median()), 1e-3 if model.dtype == torch.float32 else 0.1
     if typical > allowed:
         raise ValueError(
-            f"{where} is a {name}, whose states change by {typical:.2g} of their norm if the batch has padding (at "
-            f"most {allowed} is rounding): an embedding would depend on its batch. Use another LLM ({WORKING})"
+            f"{where} is a {name}, whose states change by {typical:.2g} of their norm if the batch has padding; "
+            f"expected at most {allowed}. Use another LLM ({WORKING})"
         )
 
 
@@ -234,12 +356,12 @@ def causal_blocks(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
     rounding of half precision.
     """
     calls = []
-    hooks = [
-        block.register_forward_pre_hook(
-            lambda block, args, kwargs: calls.append((block, args, dict(kwargs))), with_kwargs=True
-        )
-        for block in model.get_submodule("layers").children()
-    ]
+
+    def keep(block: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((block, args, dict(kwargs)))
+
+    blocks = model.get_submodule("layers").children()
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
     _states(model, ids_BT, 0)
     for hook in hooks:
         hook.remove()
@@ -267,24 +389,20 @@ def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
     """
     if device.type != "cpu":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    rates = {dtype: _matmul_rate(dtype, width) for dtype in (torch.float32, torch.bfloat16)}
+    rates: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.randn(256, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
+        product = torch.mm(left, right)  # the first call picks a kernel
+        started, count = time.perf_counter(), 0
+        while (passed := time.perf_counter() - started) < 0.1:
+            torch.mm(left, right, out=product)
+            count += 1
+        rates[dtype] = count / passed
     return max(rates, key=lambda dtype: rates[dtype])
-
-
-def _matmul_rate(dtype: torch.dtype, width: int, seconds: float = 0.1) -> float:
-    """Products per second of (256, width) @ (width, width) on the CPU."""
-    left, right = torch.randn(256, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
-    product = torch.mm(left, right)  # the first call picks a kernel
-    started, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - started) < seconds:
-        torch.mm(left, right, out=product)
-        count += 1
-    return count / passed
 
 
 # The LLM's shape from its config.json alone, for plans.
 
-COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # bytes of a value in bitsandbytes' NF4 with double quantization: half a byte, a byte of scale for 64 values, 4 bytes of
 # a scale's scale for 256 x 64 (Dettmers et al. 2023, arXiv 2305.14314)
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (256 * 64)
@@ -314,10 +432,11 @@ def llm_config(config: EncoderConfig) -> PretrainedConfig:
     """
     if not config.llm:
         raise FileNotFoundError("no LLM given; set --llm PATH_OR_HUB_ID")
-    if not Path(config.llm).is_dir() and config.llm in SHAPES:
+    local = Path(config.llm).is_dir()
+    if not local and config.llm in SHAPES:
         return LlamaConfig(**SHAPES[config.llm])
     try:
-        if not Path(config.llm).is_dir():
+        if not local:
             check_hub_answers(config.llm, revision=config.revision or None)
         return AutoConfig.from_pretrained(config.llm, revision=config.revision or None)
     except (OSError, ValueError) as error:
@@ -351,7 +470,8 @@ def shape_llm(
     refuse_length_dependent_rope(text, config.max_tokens)
     set_attention(settings, config.attention)
     # "auto" is bfloat16 on GPUs; precision is the adapter's, and bf16 and fp16 are the LLM's too
-    dtype = COMPUTE.get(config.compute_dtype, torch.bfloat16) if precision == "fp32" else DTYPES[precision]
+    compute = "bfloat16" if config.compute_dtype == "auto" else config.compute_dtype
+    dtype = getattr(torch, compute) if precision == "fp32" else DTYPES[precision]
     with torch.device("meta"):
         llm = AutoModel.from_config(settings, dtype=dtype)
         llm = llm if text is settings else llm.language_model

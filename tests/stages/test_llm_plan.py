@@ -98,6 +98,6 @@ def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, dtyp
         torch.nn.functional.cross_entropy(logits, torch.arange(TEXTS // 2)).backward()
 
     step()  # makes the gradients themselves
-    size = DataSize(pairs=1, texts=2, lengths=(TOKENS,), found=(), assumed=())
+    size = DataSize(pairs=1, texts=2, lengths=(TOKENS,))
     memory = step_memory(config, llm_config(config.encoder), size, size.lengths)
     assert 0.85 < peak_bytes(step) / (TEXTS / 2 * memory.pair_bytes) < 1.15

@@ -8,7 +8,7 @@ from text_helpers import moved
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.tokens import collate
+from llm2clip_plugin.text.llm import collate
 
 CAPTIONS = ["two dogs run over the wet grass", "a red bicycle leans against a brick wall", "a boat", "the lake"]
 
