@@ -23,8 +23,7 @@ from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.data.samples import AugmentConfig
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 
 
 def main() -> None:

@@ -17,10 +17,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +59,15 @@ class SideFolder:
     def write(self, name: str, write: Callable[[Path], object]) -> Path:
         """Call ``write`` with a temporary path and rename it to ``name``; returns where. Raises OSError."""
         main, spare = self.paths(name)
-        try:
-            with atomic_file(main) as temporary:
-                write(temporary)
-            return main
-        except OSError as error:
-            if error.errno not in READ_ONLY:
-                raise
-        with atomic_file(spare) as temporary:
-            write(temporary)
-        return spare
+        for path in (main, spare):
+            try:
+                with atomic_file(path) as temporary:
+                    write(temporary)
+                return path
+            except OSError as error:
+                if path is spare or error.errno not in READ_ONLY:
+                    raise
+        raise AssertionError("the spare folder was written, or raised")
 
     @contextmanager
     def lock(self, doing: str) -> Iterator[None]:
@@ -142,12 +140,20 @@ class ShardRows:
     text: bytes
 
 
-def write_index(path: Path, shards: Iterable[ShardRows], columns: int) -> None:
-    """Write an index, reading ``shards`` once."""
-    table = Table()
+def write_index(path: Path, shards: Iterator[ShardRows], columns: int) -> BaseException | None:
+    """Write an index, reading ``shards`` once; returns the error that ended them after the first one."""
+    table, failure = Table(), None
     with open(path, "wb") as file:
         file.write(b" " * HEAD_BYTES)
-        for shard in shards:
+        while True:
+            try:
+                shard = next(shards, None)
+            except BaseException as error:
+                if not table.names:
+                    raise
+                shard, failure = None, error
+            if shard is None:
+                break
             table.names.append(shard.name)
             table.stamps.append(shard.stamp)
             table.samples.append(len(shard.rows))
@@ -159,6 +165,7 @@ def write_index(path: Path, shards: Iterable[ShardRows], columns: int) -> None:
         head = {**FORMAT, "columns": columns, "table": [start, len(text)], "sha256": sha256_text(text.decode())}
         file.seek(0)
         file.write(canonical_json(head).encode().ljust(HEAD_BYTES - 1) + b"\n")
+    return failure
 
 
 class IndexFile:
@@ -214,55 +221,39 @@ def open_index(
     columns: int,
     *,
     is_current: Callable[[Table], bool],
-    build: Callable[[IndexFile | None], Iterable[ShardRows]],
+    build: Callable[[IndexFile | None], Iterator[ShardRows]],
     doing: str,
 ) -> IndexFile:
     """The index ``name`` of a folder, built by one of the processes that open it if it is not current.
 
     build: the shards of a new index, given the one that is there.
     """
-    for path in folder.paths(name):
-        if (index := _open(path, columns)) is not None and is_current(index.table):
+    for index in _readable(folder, name, columns):
+        if is_current(index.table):
             return index
     with folder.lock(doing):
-        old = None
-        for path in folder.paths(name):
-            index = _open(path, columns, warn=True)
-            if index is not None and is_current(index.table):
+        found = _readable(folder, name, columns, warn=True)
+        for index in found:
+            if is_current(index.table):
                 return index  # another process has built it
-            old = old or index
-        failures: list[BaseException] = []
-        shards = partial(_until_failure, build, old, failures)
-        written = folder.write(name, lambda path: write_index(path, shards(), columns))
-        if failures:  # what was read before stays for the next start
-            raise failures[0]
+        old, failures = found[0] if found else None, []
+        written = folder.write(name, lambda path: failures.append(write_index(path, build(old), columns)))
+        if failures[-1]:  # what was read before stays for the next start
+            raise failures[-1]
         return IndexFile(written)
 
 
-def _until_failure(
-    build: Callable[[IndexFile | None], Iterable[ShardRows]], old: IndexFile | None, failures: list[BaseException]
-) -> Iterator[ShardRows]:
-    written = 0
-    try:
-        for shard in build(old):
-            yield shard
-            written += 1
-    except BaseException as error:
-        if not written:
-            raise
-        failures.append(error)
-
-
-def _open(path: Path, columns: int, *, warn: bool = False) -> IndexFile | None:
-    try:
-        index = IndexFile(path)
-        return index if index.columns == columns else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        if warn:
-            log.warning("%s; the index is built again", error)
-        return None
+def _readable(folder: SideFolder, name: str, columns: int, *, warn: bool = False) -> list[IndexFile]:
+    found: list[IndexFile] = []
+    for path in folder.paths(name):
+        try:
+            found.append(IndexFile(path))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            if warn:
+                log.warning("%s; the index is built again", error)
+    return [index for index in found if index.columns == columns]
 
 
 def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:

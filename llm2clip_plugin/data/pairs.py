@@ -8,7 +8,7 @@ them too.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,40 +49,22 @@ class Row:
     broken: tuple[BrokenSample, ...]  # the samples that this row replaces
 
 
+@dataclass(eq=False)
 class PairDataset(Dataset):
     """The row of a draw: augmented image and one of its selected captions, a function of (seed, pass, sample)."""
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        caches: Sequence[EmbeddingCache | None],
-        images: ImageConfig | None,
-        augment: AugmentConfig | None = None,
-        *,
-        seed: int,
-        caption_weights: Mapping[str, float] | None = None,
-        captions_per_image: int = 1,
-        targets: Sequence[EmbeddingCache] = (),
-        one_source_batch: int = 0,
-    ) -> None:
-        """caption_weights: how often each kind of caption is drawn; without, captions are drawn evenly.
+    sources: Sequence[Source]
+    caches: Sequence[EmbeddingCache | None]  # one a source
+    images: InitVar[ImageConfig | None]  # None for captions alone, whose images are not read
+    augment: InitVar[AugmentConfig | None] = None
+    _: KW_ONLY
+    seed: int
+    caption_weights: Mapping[str, float] = field(default_factory=dict)  # how often each kind is drawn; {}: evenly
+    captions_per_image: int = 1  # captions k of a row; an image that has fewer repeats them
+    targets: Sequence[EmbeddingCache] = ()  # a second cache a source, of the same captions by another teacher
+    one_source_batch: int = 0  # size of the global batches, each of one source; 0: a batch mixes the sources
 
-        captions_per_image: captions k of a row; an image that has fewer repeats them. images: None for captions alone,
-        whose images are not read. targets: a second cache per source, of the same captions by another teacher.
-        one_source_batch: size of the global batches, each of one source; 0: a batch mixes the sources.
-        """
-        if len(sources) != len(caches):
-            raise ValueError(f"{len(sources)} sources but {len(caches)} embedding caches; pass one per source")
-        if len({cache.width for cache in caches if cache is not None}) > 1:
-            widths = {source.path: cache.width for source, cache in zip(sources, caches, strict=True) if cache}
-            raise ValueError(f"embedding caches differ in width: {widths}; embed all sources with the same teacher")
-        self.sources = list(sources)
-        self.caches = list(caches)
-        self.seed = seed
-        self.caption_weights = dict(caption_weights or {})
-        self.captions_per_image = captions_per_image
-        self.targets = list(targets)
-        self.one_source_batch = one_source_batch
+    def __post_init__(self, images: ImageConfig | None, augment: AugmentConfig | None) -> None:
         self.transform = None if images is None else TrainTransform(images, augment)
 
     def __len__(self) -> int:
@@ -129,7 +111,9 @@ class PairDataset(Dataset):
         kinds = source.config.kinds or tuple(self.caption_weights)
         captions = select_captions(all_captions, kinds, source.config.languages)
         if not captions:
-            raise BrokenSample(shard, key, _no_caption(source, all_captions, kinds))
+            known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in all_captions})) or "none"
+            wanted = f"kinds {tuple(kinds)} and languages {source.config.languages}"
+            raise BrokenSample(shard, key, f"no caption of {wanted}; available: {known}")
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
         chosen = choose_captions(captions, self.caption_weights, self.captions_per_image, rng)
         pixels = None
@@ -145,13 +129,6 @@ class PairDataset(Dataset):
         )
         image_id = (draw.source << SOURCE_BITS) + draw.index
         return Row(pixels, chosen, embeddings, targets, image_id, shard, key, broken)
-
-
-def _no_caption(source: Source, captions: tuple[Caption, ...], kinds: Sequence[str]) -> str:
-    if not captions:
-        return f"no caption in the fields {', '.join(field.name for field in source.fields)}"
-    known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions}))
-    return f"no caption of kinds {tuple(kinds)} and languages {source.config.languages}; available: {known}"
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:
@@ -228,21 +205,16 @@ class EvalItem:
     meta: dict[str, Any]
 
 
+@dataclass(eq=False)
 class EvalDataset(Dataset):
     """Images of a source in order, prepared as by the tower's own preprocessor, with the selected captions."""
 
-    def __init__(
-        self,
-        source: Source,
-        cache: EmbeddingCache | None,
-        images: ImageConfig,
-        indices: Sequence[int],
-        kinds: Sequence[str] | None,
-        languages: Sequence[str],
-    ) -> None:
-        self.source, self.cache, self.indices = source, cache, list(indices)
-        self.kinds, self.languages = kinds, tuple(languages)
-        self.transform = EvalTransform(images)
+    source: Source
+    cache: EmbeddingCache | None
+    transform: EvalTransform
+    indices: Sequence[int]
+    kinds: Sequence[str] | None
+    languages: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -324,6 +296,6 @@ def eval_pairs(
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     mine = np.array_split(chosen, world)[rank].tolist()
-    dataset = EvalDataset(source, cache, images, mine, kinds, languages)
+    dataset = EvalDataset(source, cache, EvalTransform(images), mine, kinds, languages)
     batches = CollatedDataset(dataset, dataset.collate)
     return EvalPairs(DataLoader(batches, batch, collate_fn=as_it_is, num_workers=workers))

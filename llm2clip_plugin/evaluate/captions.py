@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,7 @@ from torch import Tensor
 from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile, atomic_file
 from llm2clip_plugin.data.samples import Caption, select_captions
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.evaluate.config import EVALUATE_CAPTIONS, CaptionSetConfig, EvaluateCaptionsConfig
 from llm2clip_plugin.evaluate.opening import write_scores
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
@@ -34,6 +32,7 @@ from llm2clip_plugin.text.encoder import CPU_TOKENS, POST_FILE, CaptionEncoder, 
 from llm2clip_plugin.text.llm import collate, length_batches, pool
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
+ACCURACIES = ("cra", "reverse", "centred")
 SHOWN = 10  # readings in the table of --search
 READINGS = "search.json"
 
@@ -72,10 +71,14 @@ class CaptionScore:
 
 def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[CaptionScore]:
     """One row per ``retrieve``, per further language, and their mean. Raises ValueError as ``caption_sets``."""
-    rows = {name: score_pairs(encoder, name, pairs) for name, pairs in caption_sets(config).items()}
-    retrieve = [text.replace(":", "->") for text in config.retrieve]
-    foreign = [row for name, row in rows.items() if name not in retrieve]
-    return [*rows.values(), *([mean_row(foreign)] if foreign else [])]
+    rows = []
+    for name, pairs in caption_sets(config).items():
+        first_NW = encoder.encode([left for _, left, _ in pairs], query=True)
+        rows.append(rank_pairs(name, pairs, first_NW, encoder.encode([right for _, _, right in pairs])))
+    if foreign := [row for row in rows if row.name.replace("->", ":") not in config.retrieve]:
+        means = [sum(vars(row)[name] for row in foreign) / len(foreign) for name in (*ACCURACIES, "pairs")]
+        rows.append(CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3])))
+    return rows
 
 
 def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
@@ -99,7 +102,7 @@ def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
         languages = {c.language for _, of_sample in captions for c in of_sample if c.kind == kind} - {config.home}
         for language in sorted(languages):
             sets[f"{language}->{config.home}"] = find_pairs(captions, (kind, language), (kind, config.home))
-    return sets
+    return {name: pairs for name, pairs in sets.items() if pairs}
 
 
 def find_pairs(
@@ -113,14 +116,6 @@ def find_pairs(
         if left and right:
             pairs.setdefault((left, right), key)
     return [(key, left, right) for (left, right), key in pairs.items()]
-
-
-def score_pairs(encoder: CaptionEncoder, name: str, pairs: Pairs) -> CaptionScore:
-    """Embed both captions of each pair (the first as queries) and rank in both directions."""
-    if not pairs:
-        return CaptionScore(name, 0.0, 0.0, 0.0, 0)
-    first_NW = encoder.encode([left for _, left, _ in pairs], query=True)
-    return rank_pairs(name, pairs, first_NW, encoder.encode([right for _, _, right in pairs]))
 
 
 def rank_pairs(name: str, pairs: Pairs, first_NW: Tensor, second_NW: Tensor) -> CaptionScore:
@@ -139,12 +134,6 @@ def rank_pairs(name: str, pairs: Pairs, first_NW: Tensor, second_NW: Tensor) -> 
         hits=tuple(hits.tolist()),
         keys=tuple(key for key, _, _ in pairs),
     )
-
-
-def mean_row(rows: Sequence[CaptionScore]) -> CaptionScore:
-    """The mean over languages."""
-    means = [sum(vars(row)[name] for row in rows) / len(rows) for name in ("cra", "reverse", "centred", "pairs")]
-    return CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3]))
 
 
 def caption_ranks(
@@ -184,7 +173,7 @@ def score_file(scores: Sequence[CaptionScore], encoder: CaptionEncoder, captions
         for row in scores
         for key, hit in zip(row.keys, row.hits, strict=True)
     ]
-    metrics = {f"{row.name}/{name}": vars(row)[name] for row in scores for name in ("cra", "reverse", "centred")}
+    metrics = {f"{row.name}/{name}": vars(row)[name] for row in scores for name in ACCURACIES}
     return ScoreFile(
         benchmark=f"caption retrieval, {Path(captions).name}",
         metrics=metrics,
@@ -211,11 +200,6 @@ class Reading:
     def score(self) -> float:
         """The mean over the rows; all languages are one."""
         return sum(self.rows.values()) / len(self.rows)
-
-    def record(self) -> dict[str, Any]:
-        """For a JSON file."""
-        kept = {name: value for name, value in vars(self).items() if name != "post"}
-        return {"score": self.score, **kept}
 
 
 def search(config: EvaluateCaptionsConfig) -> list[Reading]:
@@ -293,9 +277,8 @@ def measure(sets: dict[str, Pairs], row_of: dict[str, Tensor], retrieve: tuple[s
     """Name -> top-1 accuracy of the first captions; languages together are one row."""
     accuracy = {}
     for name, pairs in sets.items():
-        if pairs:
-            first_NW, second_NW = (torch.stack([row_of[pair[side]] for pair in pairs]) for side in (1, 2))
-            accuracy[name] = rank_pairs(name, pairs, first_NW, second_NW).cra
+        first_NW, second_NW = (torch.stack([row_of[pair[side]] for pair in pairs]) for side in (1, 2))
+        accuracy[name] = rank_pairs(name, pairs, first_NW, second_NW).cra
     home = {name: value for name, value in accuracy.items() if name.replace("->", ":") in retrieve}
     foreign = [value for name, value in accuracy.items() if name not in home]
     return {**home, **({LANGUAGES: sum(foreign) / len(foreign)} if foreign else {})}
@@ -307,8 +290,10 @@ def search_and_write(config: EvaluateCaptionsConfig) -> str:
     best, folder = readings[0], config.reading.folder
     if folder:
         with atomic_file(Path(folder) / READINGS) as temporary:
+            tried = [{"score": one.score, **vars(one)} for one in readings]
             body = {"validation": config.measure.captions, "fit_on": config.reading.fit_on}
-            text = json.dumps({**body, "readings": [one.record() for one in readings]}, indent=1, ensure_ascii=False)
+            body |= {"readings": [{name: one[name] for name in one if name != "post"} for one in tried]}
+            text = json.dumps(body, indent=1, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
         if best.post is not None:
             best.post.save(Path(folder))

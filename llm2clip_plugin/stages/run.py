@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import llm2clip_plugin
-from llm2clip_plugin.console import each_in_phase, in_phase, loaded, phase
+from llm2clip_plugin.console import each_in_phase, loaded, phase
 from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
@@ -36,7 +36,6 @@ from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_lo
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
 from llm2clip_plugin.train.optim import Trained, parameter_groups
 from llm2clip_plugin.train.reference import Reference
-from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions
 
@@ -138,7 +137,6 @@ class TrainingRun:
         heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
         references: Mapping[str, Reference] | None = None,
-        queue: Queue | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns the state at its end.
 
@@ -151,13 +149,13 @@ class TrainingRun:
             print(f"note: {note}", file=sys.stderr)
         state = run_loop(
             LoopParts(
-                step=in_phase("forward and backward", step),
+                step=phase("forward and backward")(step),
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
                 engine=engine,
                 references=references or {},
                 checkpoints=self.checkpoints,
-                evaluate=in_phase("evaluation", evaluate) if evaluate else None,
-                before=in_phase("evaluation before training", before) if before else None,
+                evaluate=phase("evaluation")(evaluate) if evaluate else None,
+                before=phase("evaluation before training")(before) if before else None,
                 heads=heads,
                 train=self.train,
                 optim=self.optim,
@@ -165,7 +163,6 @@ class TrainingRun:
                 run_folder=self.folder,
                 state=state,
                 stop=stop,
-                queue=queue,
             )
         )
         self.record(state)

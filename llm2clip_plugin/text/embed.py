@@ -18,9 +18,17 @@ from tqdm import tqdm
 
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import CacheManifest
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, differences
-from llm2clip_plugin.data.cache_proof import keep_digests, kept_digests, shard_captions
-from llm2clip_plugin.data.cache_shard import caption_rows, has_text, rows_digest
+from llm2clip_plugin.data.cache import (
+    CacheWriter,
+    EmbeddingCache,
+    caption_rows,
+    differences,
+    has_text,
+    keep_digests,
+    kept_digests,
+    rows_digest,
+    shard_captions,
+)
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.samples import caption_hash
 from llm2clip_plugin.data.sources.base import Shard, Source

@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity, sha256_weights
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.text.adapter import (
     adapter_folder,

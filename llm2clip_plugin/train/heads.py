@@ -100,7 +100,8 @@ def fit_heads(
     model.to(device)
     products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if config.target == "clip_text":
-        dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=caption_weights, targets=clip_caches)
+        weights = caption_weights or {}
+        dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=weights, targets=clip_caches)
         make_batches = partial(CaptionBatches, model, dataset, config.batch, workers, products, device)
     else:
         with products:

@@ -16,7 +16,7 @@ from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError, StopRequest
 from llm2clip_plugin.train.optim import lr_factor, set_lr
 from llm2clip_plugin.train.reference import Reference
-from llm2clip_plugin.train.reports import Queue, Reports, peak_memory
+from llm2clip_plugin.train.reports import Reports, peak_memory
 from llm2clip_plugin.train.step import Batch, first_samples
 from llm2clip_plugin.train.timing import timed
 
@@ -42,7 +42,6 @@ class LoopParts:
     run_folder: Path
     state: TrainState  # of the checkpoint resumed from, or a new run's
     stop: StopRequest
-    queue: Queue | None = None  # of the loader; called between batches
 
 
 def run_loop(parts: LoopParts) -> TrainState:
@@ -52,9 +51,7 @@ def run_loop(parts: LoopParts) -> TrainState:
     checkpoint is unchanged.
     """
     fallback = parts.train.save_fallback_dir
-    with Reports(
-        parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps, queue=parts.queue
-    ) as reports:
+    with Reports(parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps) as reports:
         with Saver(
             parts.checkpoints,
             parts.engine,

@@ -69,8 +69,6 @@ PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
     (r"\bV100-SXM", (125, 0, 15.7)),
 )
 
-Queue = Callable[[], tuple[float, float]]  # batches that are ready, and that the loader has space for
-
 
 class Reports:
     """The progress bar, metrics.jsonl and DeepSpeed's monitors: rank 0's, silent on the others.
@@ -86,10 +84,9 @@ class Reports:
         train: TrainConfig,
         *,
         total_steps: int,
-        queue: Queue | None = None,
     ) -> None:
         """state: where training starts."""
-        self.engine, self.run_folder, self.queue = engine, run_folder, queue
+        self.engine, self.run_folder = engine, run_folder
         self.total_steps, self.global_batch, self.logging_steps = total_steps, train.global_batch, train.logging_steps
         self._step = state.step  # the last one that was reported
         self._file: MetricsFile | None = None  # of rank 0
@@ -183,7 +180,7 @@ class Reports:
         self.progress.note(text)
 
     def _speed(self, *, last: bool) -> dict[str, Any]:
-        """Time by phase and MFU of the mean step since the last line, ranks compared, the loader's queue."""
+        """Time by phase and MFU of the mean step since the last line, ranks compared."""
         now = self.timer.totals(wait=last)
         mean = now.mean_since(self._line)
         self._line = now
@@ -192,8 +189,6 @@ class Reports:
             values["tflops"] = sum(self._flops.values()) / mean[STEP] / 1e12
             least = least_seconds(self._flops, self.engine.device)
             values |= {"mfu": least / mean[STEP]} if least else {}
-        if self.queue is not None:
-            values["loader_ready"], values["loader_capacity"] = self.queue()
         if world_size() > 1 and (last or now.steps - self._compared.steps >= COMPARE_EVERY):
             values |= self._compare()
         return values

@@ -159,11 +159,8 @@ def write_control(data: Path, cache: Path, output: Path, seed: int | None = None
     import torch
 
     from llm2clip_plugin.contracts import shard_file
-    from llm2clip_plugin.data.cache import CacheWriter
-    from llm2clip_plugin.data.cache_proof import shard_captions
-    from llm2clip_plugin.data.cache_shard import ShardFile, caption_rows, rows_digest
-    from llm2clip_plugin.data.sources.base import SourceConfig
-    from llm2clip_plugin.data.sources.open import open_source
+    from llm2clip_plugin.data.cache import CacheWriter, ShardFile, caption_rows, rows_digest, shard_captions
+    from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 
     manifest = CacheManifest.read(cache / CacheManifest.FILE)
     teacher = manifest.teacher

@@ -17,17 +17,19 @@ from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig
 from llm2clip_plugin.evaluate.classification import (
+    ImageFeatures,
     class_vectors,
     classification_scores,
     fit_logistic,
+    image_features,
     knn,
     linear_probe,
+    open_labeled_images,
     predict,
     prompt_source,
     read_class_names,
     read_templates,
 )
-from llm2clip_plugin.evaluate.images import ImageFeatures, image_features, open_labeled_images
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.vision.checkpoint import preprocessor_config

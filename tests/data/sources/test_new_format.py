@@ -14,8 +14,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import detect_format, open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, detect_format, open_source
 from llm2clip_plugin.text.embed import embed_source
 
 CSV = '''"""CSV with a header row: its columns are the fields of a sample."""
