@@ -1,6 +1,4 @@
-"""``llm2clip embed``, stage 1.5: captions and a frozen LLM in, a cache of embeddings out; in one process or under a
-launcher.
-"""
+"""``llm2clip embed``, stage 1.5: captions and a frozen LLM in, a cache of embeddings out."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -> list[str]:
-    """Embed this rank's shards; returns the report as lines. ``command``: run_files.started_by, to be recorded."""
+    """Embed this rank's shards; returns the report as lines. ``command``: files.started_by, to be recorded."""
     with _ranks() as (rank, world):
         source, encoder, directory = open_all(config)
         if rank == 0:
@@ -69,9 +67,8 @@ def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -
     prefix = f"rank {rank}: " if world > 1 else ""
     lines = [prefix + line for line in summary.lines(encoder.config.max_tokens)]
     if manifest is not None:
-        lines.append(
-            f"{directory}: {manifest.captions} captions in {len(manifest.shards)} shards, {manifest.dtype}, complete"
-        )
+        held = f"{manifest.captions} captions in {len(manifest.shards)} shards, {manifest.dtype}"
+        lines.append(f"{directory}: {held}, complete")
     return lines
 
 
@@ -102,23 +99,16 @@ def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
 
 
 def cache_plan(config: EmbedConfig) -> str:
-    """The number of captions and the cache's size in both formats; reads every caption, but no weights.
-
-    Raises ValueError for data at a URL without ``cache``.
-    """
-    if not config.cache:
-        default_cache_folder(config.source.path, "")  # raises for a URL, before anything is downloaded
+    """The number of captions and the cache's size in both formats; reads every caption, but no weights."""
     source = open_source(config.source)
     check_fields(source, needed=True)
-    rows = key_bytes = 0
-    for number in track(range(len(source)), total=len(source), label="captions", unit="samples"):
-        key, captions = source.captions(number)
-        key_bytes += len(key.encode())
-        rows += len(caption_rows([captions]))
+    numbers = track(range(len(source)), total=len(source), label="captions", unit="samples")
+    rows = sum(len(caption_rows([source.captions(number)[1]])) for number in numbers)
     settings = llm_config(config.encoder)
     clip = hasattr(settings, "vision_config") and hasattr(settings, "projection_dim")
     width = int(settings.projection_dim if clip else settings.get_text_config().hidden_size)
-    sizes = {dtype: shard_bytes(len(source), rows, width, dtype, key_bytes=0) + key_bytes for dtype in CACHE_DTYPES}
+    # 9 bytes: img2dataset's keys
+    sizes = {dtype: shard_bytes(len(source), rows, width, dtype, key_bytes=9) for dtype in CACHE_DTYPES}
     listed = ", ".join(f"{dtype} {tqdm.format_sizeof(size, 'B')}" for dtype, size in sizes.items())
     return (
         f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}\n"

@@ -67,10 +67,10 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
 def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]) -> Path:
     """From the data on: LLM, engine, loop, adapter."""
     with phase("opening the data"):
-        data = open_data(config, rank(), world_size())
+        data = Data(config, rank(), world_size())
     run = dataclasses.replace(open_run(config, data), command=command)
     if rank() == 0:
-        print("\n".join(data.lines()), flush=True)
+        print("\n".join(data.lines), flush=True)
     if config.evaluation.captions:
         on_first_rank(lambda: len(caption_sets(config.evaluation)))  # fails here rather than after the first steps
     resumed = run.find_checkpoint()
@@ -136,8 +136,6 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[Engine
         raise ValueError("ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
     if not config.train.has_steps:
         raise ValueError("num_train_epochs and max_steps are both 0: nothing to train")
-    if config.train.ema_decay:
-        raise ValueError(f"train.ema_decay is {config.train.ema_decay}, which adapters do not support; set it to 0")
     if config.start_adapters and (config.encoder.adapter or config.encoder.load_in_4bit or config.lora.dora):
         raise ValueError(
             f"start_adapters {' '.join(config.start_adapters)} exclude --adapter, --load-in-4bit and --lora-dora"
@@ -150,45 +148,33 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[Engine
     return plan, deepspeed
 
 
-@dataclass(frozen=True, kw_only=True)
 class Data:
-    """The pairs of a run."""
+    """The pairs of a run, and what the first samples of each source have."""
 
-    surveys: tuple[Survey, ...]  # one for each source
-    samples: int  # pairs of an epoch
-    batches: PairBatches  # of one rank
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """What is compared between ranks: the number of samples, and the texts of the first ones."""
-        return {
+    def __init__(self, config: FinetuneConfig, rank: int, world: int) -> None:
+        """Raises FileNotFoundError or ValueError for a data set that is missing, too small or without pairs."""
+        pairs, sources = config.pairs, open_pairs(config.pairs)
+        self.batches = PairBatches(
+            sources,
+            pairs.weights,
+            seed=config.train.seed,
+            global_batch=config.train.global_batch,
+            rank=rank,
+            world=world,
+            mix_kinds=pairs.mix_kinds,
+        )
+        self.samples = sum(epoch_draws([*map(len, sources)], pairs.weights or [1.0] * len(sources)))  # of an epoch
+        self.surveys = [survey(source) for source in sources]
+        # what is compared between ranks: the number of samples, and the texts of the first ones
+        self.digests = {
             str(number): f"{len(source)} samples ({short_digest([[p.query, p.positive] for p in result.pairs])})"
-            for number, (source, result) in enumerate(zip(self.batches.sources, self.surveys, strict=True), 1)
+            for number, (source, result) in enumerate(zip(sources, self.surveys, strict=True), 1)
         }
-
-    def lines(self) -> list[str]:
-        """How many samples have pairs, source by source."""
-        return [
+        self.lines = [
             f"{result.path}: {usable} of the first {result.samples} samples have a pair {kind}"
             for result in self.surveys
             for kind, usable in result.usable.items()
         ]
-
-
-def open_data(config: FinetuneConfig, rank: int, world: int) -> Data:
-    """Open and survey every data set. Raises FileNotFoundError or ValueError for one that is missing or too small."""
-    sources = open_pairs(config.pairs)
-    batches = PairBatches(
-        sources,
-        config.pairs.weights,
-        seed=config.train.seed,
-        global_batch=config.train.global_batch,
-        rank=rank,
-        world=world,
-        mix_kinds=config.pairs.mix_kinds,
-    )
-    samples = sum(epoch_draws(list(map(len, sources)), config.pairs.weights or [1.0] * len(sources)))
-    return Data(surveys=tuple(survey(source) for source in sources), samples=samples, batches=batches)
 
 
 def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> str:
@@ -311,22 +297,19 @@ def llm_plan(config: FinetuneConfig) -> str:
     except FileNotFoundError as error:
         parts.append(f"memory is not planned: {error}")
     else:
-        gpu_gib, mean = config.plan.gpu_gib, sum(size.lengths) / len(size.lengths)
-        shape = shape_llm(settings, encoder, config.lora, config.train.precision)
+        gpu_gib, shape = config.plan.gpu_gib, shape_llm(settings, encoder, config.lora, config.train.precision)
+        mean = sum(size.lengths) / len(size.lengths)
         usual, long = (
-            step_memory(config, settings, size, lengths, shape) for lengths in (size.lengths, (encoder.max_tokens,))
+            step_memory(config, settings, size, lengths, shape) for lengths in (size.lengths, [encoder.max_tokens])
         )
-        stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
         parts += [
             describe_llm(config, shape),
             plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib),
         ]
-        for memory, tokens in (
-            (usual, f"{mean:.4g} tokens (the mean)"),
-            (long, f"{encoder.max_tokens} tokens (max_tokens)"),
-        ):
+        stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
+        for memory, tokens, what in ((usual, f"{mean:.4g}", "the mean"), (long, encoder.max_tokens, "max_tokens")):
             table = plans.columns(memory, config.train, gpu_gib, stages=stages)
-            about = f", for pairs of {size.texts} texts of {tokens}"
+            about = f", for pairs of {size.texts} texts of {tokens} tokens ({what})"
             parts.append(plans.describe_columns(table, config.train.global_batch, gpu_gib, about))
     return "\n".join(parts)
 
@@ -349,11 +332,11 @@ def measure_data(config: FinetuneConfig) -> DataSize:
     if encoder.adapter:
         notes.append(f"assumed: {encoder.adapter} has rank {config.lora.r} (--lora-rank), on the layers below")
     if config.pairs.data:
-        data = open_data(config, rank=0, world=1)
+        data = Data(config, rank=0, world=1)
         pairs, missing = data.samples, "the LLM's tokenizer is not on this machine"
         texts = 3 if any(result.pairs[0].negative for result in data.surveys) else texts
         lengths = token_counts(encoder, data.surveys)
-        notes = [*data.lines(), *notes]
+        notes = [*data.lines, *notes]
     else:
         notes.append(f"assumed: {pairs:,} pairs of a query and a positive (--assumed-samples, or DATA)")
     if not lengths:
@@ -379,26 +362,20 @@ def token_counts(encoder: EncoderConfig, surveys: Sequence[Survey]) -> list[int]
 
 
 def step_memory(
-    config: FinetuneConfig,
-    settings: PretrainedConfig,
-    size: DataSize,
-    lengths: Sequence[int],
-    shape: LlmShape | None = None,
+    config: FinetuneConfig, settings: PretrainedConfig, size: DataSize, lengths: Sequence[int], shape: LlmShape
 ) -> StepMemory:
-    """Measured on fake tensors with texts of these lengths, on a few blocks: memory grows linearly with blocks.
-
-    ``shape``: of all blocks, if it is known.
-    """
-
-    def shaped(blocks: int) -> LlmShape:
-        return shape_llm(settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks)
-
-    shape = shape or shaped(0)
-    few, more = min(1, shape.blocks), min(2, shape.blocks)
-    text_bytes = texts_bytes(config, shaped(more), lengths)
-    if more > few:
-        slope = (text_bytes - texts_bytes(config, shaped(few), lengths)) / (more - few)
-        text_bytes += slope * (shape.blocks - more)
+    """Measured on fake tensors with texts of these lengths, on a few blocks: memory grows linearly with blocks."""
+    bytes_of = {
+        blocks: texts_bytes(
+            config,
+            shape_llm(settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks),
+            lengths,
+        )
+        for blocks in {min(1, shape.blocks), min(2, shape.blocks)}
+    }
+    few, more = min(bytes_of), max(bytes_of)
+    slope = (bytes_of[more] - bytes_of[few]) / max(1, more - few)
+    text_bytes = bytes_of[more] + slope * (shape.blocks - more)
     return StepMemory(
         precision=config.train.precision,
         trained=sum(p.numel() for p in shape.llm.parameters() if p.requires_grad),

@@ -157,7 +157,7 @@ FINETUNE_LLM = Command(
     },
     # the first is read by the tower's training alone, as are the others; an adapter has one learning rate
     hidden="pairs.read.shuffle_window train.max_broken train.torch_compile train.dataloader_prefetch_mb "
-    "optim.layer_decay optim.full_lr optim.head_lr",
+    "train.ema_decay optim.layer_decay optim.full_lr optim.head_lr",
     replaces=REPLACES,
     needs={
         **NEEDS,

@@ -1,6 +1,7 @@
 """The settings of stage 1 (pairs, adapter, loss) and of an LLM as caption encoder; read without torch."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,32 +100,26 @@ class PairKind:
 
 def parse_kinds(specifications: Sequence[str]) -> tuple[PairKind, ...]:
     """Read ``short:long`` or ``short:keywords=0.8``; raises ValueError for another form."""
-    kinds_of_pairs = []
-    for text in specifications:
-        kinds, _, weight = text.partition("=")
-        query, colon, positive = kinds.partition(":")
-        try:
-            number = float(weight) if weight else 1.0
-        except ValueError:
-            number = -1.0
-        if not (query and colon and positive and number > 0):
-            raise ValueError(f"invalid pair kind {text!r}; expected QUERY:POSITIVE[=WEIGHT], such as short:long=0.5")
-        kinds_of_pairs.append(PairKind(query, positive, number))
-    if not kinds_of_pairs:
+    if not specifications:
         raise ValueError("no pair kinds configured; set at least one with --pair-kinds, such as short:long")
-    return tuple(kinds_of_pairs)
+    found = []
+    for text in specifications:
+        match = re.fullmatch(r"([^:=]+):([^:=]+)(?:=(\d+\.?\d*|\.\d+))?", text)
+        if match is None or not float(match[3] or 1):
+            raise ValueError(f"invalid pair kind {text!r}; expected QUERY:POSITIVE[=WEIGHT], such as short:long=0.5")
+        found.append(PairKind(match[1], match[2], float(match[3] or 1)))
+    return tuple(found)
 
 
 def parse_lists(specifications: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Read ``keywords=2:6``: kind -> least and most items drawn; raises ValueError for another form."""
-    bounds_of = {}
+    bounds = {}
     for text in specifications:
-        kind, _, bounds = text.partition("=")
-        low, _, high = bounds.partition(":")
-        if not (kind and low.isdigit() and high.isdigit() and 0 < int(low) <= int(high)):
+        match = re.fullmatch(r"([^=]+)=(\d+):(\d+)", text)
+        if match is None or not 0 < int(match[2]) <= int(match[3]):
             raise ValueError(f"invalid list {text!r}; expected KIND=LOW:HIGH, such as keywords=2:6")
-        bounds_of[kind] = (int(low), int(high))
-    return bounds_of
+        bounds[match[1]] = (int(match[2]), int(match[3]))
+    return bounds
 
 
 def parse_instructions(specifications: Sequence[str]) -> dict[str, str]:
@@ -187,7 +182,7 @@ class EncoderConfig:
             raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 4")
         if self.chat_template not in ("", "user") and self.chat_template.count(CAPTION) != 1:
             raise ValueError(
-                f'chat_template {self.chat_template!r} must be "", "user", or a text with {CAPTION} exactly once'
+                f"chat_template {self.chat_template!r} must be 'user' or a text with one {CAPTION}, or empty"
             )
 
 
@@ -235,7 +230,7 @@ class ExportConfig:
     """Export a fine-tuned LLM."""
 
     output: str  # folder to write
-    layout: Literal["merged", "adapter", "sentence-transformers"] = "merged"  # merged: model folder and encoder card
+    layout: Literal["merged", "sentence-transformers"] = "merged"  # merged: model folder and encoder card
     overwrite: bool = False  # replace an existing folder
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
@@ -243,8 +238,8 @@ class ExportConfig:
 COMMAND = Command(
     name="export-llm",
     example="llm2clip export-llm --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter --output llms/cc3m",
-    about="Export a fine-tuned LLM: merged weights, an adapter with its card, or a sentence-transformers folder. It is "
-    "reloaded, and its embeddings are compared, before it counts.",
+    about="Export a fine-tuned LLM: merged weights, or a sentence-transformers folder. It is reloaded, and its "
+    "embeddings are compared, before it counts.",
     settings=ExportConfig,
     everyday="llm adapter preset output format overwrite",
     shown={"layout": "format"},

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity, sha256_weights
+from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity, sha256_text, sha256_weights
 from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.text.adapter import (
@@ -36,18 +36,18 @@ from llm2clip_plugin.text.config import (
     is_sentence_transformers,
 )
 from llm2clip_plugin.text.llm import (
+    PROBE_TEXT,
     CaptionModel,
     build_frame,
     collate,
-    default_device,
     fastest_dtype,
     is_decoder,
     length_batches,
     literal_template,
     load_backbone,
     tokenize,
-    tokenizer_identity,
 )
+from llm2clip_plugin.train.distributed import choose_device
 
 # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
 CPU_TOKENS = 1024
@@ -59,8 +59,12 @@ class TextEncoder(ABC):
 
     config: EncoderConfig  # the effective settings
     width: int  # W
-    device: torch.device
     count_truncated: int = 0  # captions truncated to ``max_tokens`` so far
+
+    def __init__(self, config: EncoderConfig, device: torch.device | str | None) -> None:
+        self.device = choose_device(str(device or ""))
+        auto = config.compute_dtype == "auto"
+        self.dtype = fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
 
     @abstractmethod
     def identity(self) -> TeacherIdentity:
@@ -117,7 +121,7 @@ class CaptionEncoder(TextEncoder):
     def __init__(
         self, config: EncoderConfig, device: torch.device | str | None = None, *, trainable_adapter: bool = False
     ) -> None:
-        self.device = torch.device(device) if device is not None else default_device()
+        super().__init__(config, device)
         self.folder = local_folder(config.llm, config.revision)
         adapter = adapter_folder(config.adapter) if config.adapter else None
         self._adapter_sha256 = adapter_sha256(adapter) if adapter else ""
@@ -136,8 +140,6 @@ class CaptionEncoder(TextEncoder):
         self.config = dataclasses.replace(config, chat_template=template)
         self.frame = build_frame(self.tokenizer, template, config.prompt)
         self.query_frame = build_frame(self.tokenizer, template, config.query_prompt)
-        auto = config.compute_dtype == "auto"
-        self.dtype = fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
         llm = load_backbone(self.folder, config, self.dtype, self.device)
         llm.requires_grad_(False)
         self.width: int = llm.config.get_text_config().hidden_size
@@ -152,20 +154,17 @@ class CaptionEncoder(TextEncoder):
         self.model = CaptionModel(wrapped, config.pooling, decoder=is_decoder(llm)).eval()
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
-        """The LLM with its adapter.
+        """The LLM with its adapter: merged in float32, if frozen.
 
-        A frozen adapter is merged in float32. In half precision it stays separate, cast to the LLM's dtype: a small
-        change added to a bfloat16 weight may round to nothing.
+        In half precision it stays separate: a small change added to a bfloat16 weight may round to nothing.
         """
         if adapter is None:
             return llm
         wrapped = attach_adapter(llm, adapter, trainable=trainable)
-        if trainable:
-            return wrapped
-        if self.dtype == torch.float32 and not self.config.load_in_4bit:
+        if not trainable and self.dtype == torch.float32 and not self.config.load_in_4bit:
             return merge(wrapped)
         for name, parameter in wrapped.named_parameters():
-            if ".lora_" in name:  # otherwise activations would be converted at every layer
+            if ".lora_" in name and not trainable:  # otherwise activations would be converted at every layer
                 parameter.data = parameter.data.to(self.dtype)
         return wrapped
 
@@ -175,6 +174,7 @@ class CaptionEncoder(TextEncoder):
         return self.tokenizer.pad_token_id or 0
 
     def identity(self) -> TeacherIdentity:
+        probe = ",".join(map(str, self.tokenizer(PROBE_TEXT)["input_ids"]))  # a re-saved tokenizer keeps its identity
         return TeacherIdentity(
             llm=absolute(self.config.llm),
             revision=self.config.revision,
@@ -182,7 +182,7 @@ class CaptionEncoder(TextEncoder):
             adapter_sha256=self._adapter_sha256,
             **{name: vars(self.config)[name] for name in IDENTITY_SETTINGS},
             width=self.width,
-            tokenizer=tokenizer_identity(self.tokenizer),
+            tokenizer=sha256_text(probe)[:16],
             quantization="nf4" if self.config.load_in_4bit else "",
             post=self._post_sha256,
             adapter=absolute(self.config.adapter),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.contracts import EncoderCard, atomic_directory
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter, merge
+from llm2clip_plugin.text.adapter import attach_adapter, merge
 from llm2clip_plugin.text.config import CARD_SETTINGS, COMMAND, MODULES, EncoderConfig, ExportConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import keep_layers, load_backbone
@@ -26,8 +25,6 @@ def export_llm(config: ExportConfig) -> Path:
 
     Raises ValueError for settings that the layout does not support, ContractError if the reloaded embeddings differ.
     """
-    if config.layout == "adapter" and not config.encoder.adapter:
-        raise ValueError("--format adapter needs an adapter; set --adapter DIR")
     encoding = dataclasses.replace(config.encoder, compute_dtype="float32")
     if encoding.load_in_4bit:
         raise ValueError("an adapter cannot be merged into 4-bit weights; omit --load-in-4bit")
@@ -35,32 +32,15 @@ def export_llm(config: ExportConfig) -> Path:
     if config.layout == "sentence-transformers":
         refuse_unsupported(encoder.config, has_bos=encoder.frame.has_bos, post=encoder.post is not None)
     with atomic_directory(config.output, replace=config.overwrite) as temporary:
-        reloading = EncoderConfig(llm=str(temporary), compute_dtype="float32")
-        if config.layout == "adapter":
-            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                shutil.copyfile(Path(encoding.adapter) / name, temporary / name)
-            write_card(encoder, temporary, base_sha256=encoder.identity().weights_sha256)
-            reloading = EncoderConfig(llm=encoding.llm, adapter=str(temporary), compute_dtype="float32")
-        else:
-            write_merged(encoder, temporary)
+        write_merged(encoder, temporary)
         if config.layout == "sentence-transformers":
             write_sentence_transformers(encoder.config, encoder.width, temporary)
-        before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, CaptionEncoder(reloading, "cpu")))
+        reloaded = CaptionEncoder(EncoderConfig(llm=str(temporary), compute_dtype="float32"), "cpu")
+        before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, reloaded))
         worst = float(((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max())
         if not worst < TOLERANCE:
             raise ContractError(f"{config.output}: reloaded embeddings differ by {worst:.2g} of their norm")
     return Path(config.output)
-
-
-def write_card(encoder: CaptionEncoder, folder: Path, *, base_sha256: str) -> None:
-    """Write the encoder card for the weights in ``folder``, and the post-processing."""
-    EncoderCard(
-        base=encoder.config.llm,
-        base_sha256=base_sha256,
-        **{name: vars(encoder.config)[name] for name in CARD_SETTINGS},
-        post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
-        training={"adapter_sha256": encoder.identity().adapter_sha256},
-    ).write(folder / EncoderCard.FILE)
 
 
 def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
@@ -68,7 +48,13 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
     model = load_backbone(encoder.folder, dataclasses.replace(encoder.config, layer=-1), torch.float32, encoder.device)
     merge_into_all_blocks(model, encoder.config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(encoder.folder).save_pretrained(folder)
-    write_card(encoder, folder, base_sha256="")  # the folder itself holds the weights
+    EncoderCard(
+        base=encoder.config.llm,
+        base_sha256="",  # the folder itself holds the weights
+        **{name: vars(encoder.config)[name] for name in CARD_SETTINGS},
+        post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
+        training={"adapter_sha256": encoder.identity().adapter_sha256},
+    ).write(folder / EncoderCard.FILE)
 
 
 def merge_into_all_blocks(model: PreTrainedModel, config: EncoderConfig) -> PreTrainedModel:

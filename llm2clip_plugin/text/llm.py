@@ -6,7 +6,6 @@ Shape letters: B captions of a batch, T tokens of its longest, H hidden width, W
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,15 +59,12 @@ def literal_template(tokenizer, chat_template: str) -> str:
         return chat_template
     if not tokenizer.chat_template:
         raise ValueError(
-            f"chat_template is 'user', but the tokenizer of {tokenizer.name_or_path} has no chat template; "
-            f"set one, such as '<|user|>{CAPTION}<|end|>', or leave it empty"
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; set one: '<|user|>{CAPTION}<|end|>'"
         )
     turn = [{"role": "user", "content": CAPTION}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, date_string=TEMPLATE_DATE)
     if text.count(CAPTION) != 1:
-        raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} must contain the user's text once, unchanged: {text!r}"
-        )
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} changes or repeats the user's text: {text!r}")
     return text
 
 
@@ -104,10 +100,8 @@ def tokenize(
     """
     room = [max_tokens - len(frame.head) - len(frame.tail) for frame in frames]
     if min(room, default=1) < 1:
-        raise ValueError(
-            f"prompt and template use {max_tokens - min(room)} tokens and max_tokens is {max_tokens}, which leaves no "
-            "room for the caption; raise max_tokens or shorten them"
-        )
+        used = max_tokens - min(room)
+        raise ValueError(f"max_tokens is {max_tokens}, but prompt and template use {used}; raise it or shorten them")
     for index, caption in enumerate(captions):
         if not caption.strip():
             raise ValueError(f"caption {index} of {len(captions)} is blank")
@@ -152,16 +146,9 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
         start += count
 
 
-def tokenizer_identity(tokenizer) -> str:
-    """16 hexadecimal characters that hash the token ids of a fixed text, so a re-saved tokenizer keeps its identity."""
-    ids = tokenizer(PROBE_TEXT)["input_ids"]
-    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
-
-
 # The LLM, and its pooling.
 
-TOKENS = 6  # of the probe of attention; below every sliding window
-PADDING = 3  # padding tokens of its second pass
+TOKENS, PADDING = 6, 3  # of the probe of attention; below every sliding window
 WORKING = "Llama, Qwen 2 and 3, Mistral, Gemma 1 to 3, Phi-3, OLMo, StableLM, Nemotron"
 
 
@@ -235,8 +222,8 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
         set_kernels(model, config.attention)
     elif not is_sentence_transformers(folder) or config.layer != -1 or config.adapter:
         raise ValueError(
-            f"{folder} is a {type(model).__name__}; expected a decoder LLM such as Llama, Qwen, Mistral or Gemma, or a "
-            "sentence-transformers folder (with layer -1 and no adapter)"
+            f"{folder} is a {type(model).__name__}; expected a decoder LLM ({WORKING}), or a sentence-transformers "
+            "folder, with layer -1 and no adapter"
         )
     if config.load_in_4bit:
         for module in model.modules():  # bitsandbytes' packed CPU kernel fails for widths not a multiple of 32
@@ -377,11 +364,6 @@ def causal_blocks(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
     return causal
 
 
-def default_device() -> torch.device:
-    """This process's accelerator if there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
     """bfloat16 on a GPU that supports it, else float16; on a CPU the faster of float32 and bfloat16, measured in 0.2 s.
 
@@ -476,9 +458,7 @@ def shape_llm(
         llm = AutoModel.from_config(settings, dtype=dtype)
         llm = llm if text is settings else llm.language_model
         if not is_decoder(llm):
-            raise ValueError(
-                f"{config.llm} is a {type(llm).__name__}; expected a decoder such as Llama, Qwen, Mistral or Gemma"
-            )
+            raise ValueError(f"{config.llm} is a {type(llm).__name__}; expected a decoder LLM ({WORKING})")
         keep_layers(llm, config.layer)
         set_kernels(llm, config.attention)
         blocks = llm.get_submodule("layers")

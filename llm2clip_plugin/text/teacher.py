@@ -9,7 +9,6 @@ Shape letters: B captions of a batch, T tokens, D width of the features.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -22,14 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
 from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard
+from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard, sha256_text
 from llm2clip_plugin.data.cache import differences
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.options import command
 from llm2clip_plugin.text.adapter import files_sha256, local_folder
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
-from llm2clip_plugin.text.llm import PROBE_TEXT, default_device, fastest_dtype, refuse_incomplete
+from llm2clip_plugin.text.llm import PROBE_TEXT, refuse_incomplete
 from llm2clip_plugin.vision.checkpoint import lift_model_cfg, read_tensors, section, weight_files
 from llm2clip_plugin.vision.convert.common import TensorNames, depth, require
 from llm2clip_plugin.vision.directory import read_json
@@ -54,10 +53,8 @@ def open_encoder(config: EncoderConfig, device: torch.device | str | None = None
 
 
 def clip_folder(llm: str, revision: str = "") -> Path | None:
-    """The folder of an image-text model that has its own text tower; None for anything else.
-
-    Raises ValueError or FileNotFoundError as ``local_folder``.
-    """
+    """The folder of an image-text model that has its own text tower; None for anything else. Raises as
+    ``local_folder``."""
     own = bool(llm) and (Path(llm) / OPEN_CLIP_CONFIG).is_file()  # perhaps without a config.json
     folder = Path(llm) if own else local_folder(llm, revision)
     if (folder / OPEN_CLIP_CONFIG).is_file():
@@ -81,28 +78,20 @@ class ClipTextEncoder(TextEncoder):
     def __init__(self, folder: Path, config: EncoderConfig, device: torch.device | str | None = None) -> None:
         default = vars(EncoderConfig())
         if other := [name for name, value in vars(config).items() if name not in MAY_DIFFER and value != default[name]]:
-            raise ValueError(
-                f"{config.llm} is a CLIP, which embeds captions as it was trained to; omit {', '.join(other)}"
-            )
-        self.device = torch.device(device) if device is not None else default_device()
-        auto = config.compute_dtype == "auto"
-        self.dtype = fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
+            raise ValueError(f"{config.llm} is a CLIP, which is read as it was trained; omit {', '.join(other)}")
+        super().__init__(config, device)
         own = folder / "config.json"
         is_hugging_face = own.is_file() and "model_type" in read_json(own)
         loaded = _hugging_face(folder) if is_hugging_face else _open_clip(folder)
         self.model: nn.Module = loaded[0].requires_grad_(False).eval().to(self.device, self.dtype)
         self.context, self.pads_to_context, self.width = loaded[1:]
         if not any((folder / name).is_file() for name in TOKENIZERS):
-            raise ValueError(
-                f"{folder} has no tokenizer; copy tokenizer.json of the same model into it (for OpenCLIP's own, that "
-                "of openai/clip-vit-base-patch32)"
-            )
+            raise ValueError(f"{folder} has no tokenizer; copy tokenizer.json of the same model into it")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
         self.folder = folder
 
     def identity(self) -> TeacherIdentity:
-        probe = hashlib.sha256(json.dumps(self._tokens([PROBE_TEXT])).encode()).hexdigest()
         return TeacherIdentity(
             llm=absolute(self.config.llm),
             revision=self.config.revision,
@@ -115,7 +104,7 @@ class ClipTextEncoder(TextEncoder):
             chat_template="",
             max_tokens=self.config.max_tokens,
             width=self.width,
-            tokenizer=probe,
+            tokenizer=sha256_text(json.dumps(self._tokens([PROBE_TEXT]))),
         )
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
@@ -138,9 +127,8 @@ class ClipTextEncoder(TextEncoder):
         ids_BT = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in rows], device=self.device)
         options = {}
         if not self.pads_to_context:  # SigLIP was trained to see its padding
-            options["attention_mask"] = torch.tensor(
-                [[1] * len(ids) + [0] * (length - len(ids)) for ids in rows], device=self.device
-            )
+            own_B1 = torch.tensor([[len(ids)] for ids in rows], device=self.device)
+            options["attention_mask"] = (torch.arange(length, device=self.device) < own_B1).long()
         output: Any = getattr(self.model, "get_text_features", self.model)(input_ids=ids_BT, **options)
         if not isinstance(output, Tensor):
             output = output.text_embeds if "text_embeds" in output else output.pooler_output

@@ -64,19 +64,17 @@ def test_sentence_transformers_gives_the_same(llama: Path, tmp_path: Path, setti
     assert torch.allclose(queries, ours.encode(TEXTS, query=True), atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["adapter", "merged"])
-def test_post_processing_is_stored_with_the_card(llama: Path, tmp_path: Path, layout: str) -> None:
+def test_post_processing_is_stored_with_the_card(llama: Path, tmp_path: Path) -> None:
     _, adapter = write_moved(llama, tmp_path / "adapter")
     where = {"llm": str(llama), "adapter": str(adapter)}
     before = CaptionEncoder(EncoderConfig(**where, compute_dtype="float32"), "cpu")
     (post,) = remove_components(before.encode(TEXTS), (1,))
     post.save(tmp_path)
     command = ["export-llm", "--llm", str(llama), "--adapter", str(adapter), "--output", str(tmp_path / "out")]
-    assert main([*command, "--format", layout, "--post-file", str(tmp_path / POST_FILE)]) == 0
-    where = {"llm": str(tmp_path / "out")} if layout == "merged" else {**where, "adapter": str(tmp_path / "out")}
-    after = CaptionEncoder(EncoderConfig(**where, compute_dtype="float32"), "cpu")
+    assert main([*command, "--post-file", str(tmp_path / POST_FILE)]) == 0
+    after = CaptionEncoder(EncoderConfig(llm=str(tmp_path / "out"), compute_dtype="float32"), "cpu")
     assert torch.allclose(after.encode(TEXTS), post(before.encode(TEXTS)), atol=1e-4)
     assert after.identity().post and after.identity().fingerprint != before.identity().fingerprint
     (tmp_path / "out" / POST_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"llm2clip_post\.safetensors"):
-        CaptionEncoder(EncoderConfig(**where), "cpu")
+        CaptionEncoder(EncoderConfig(llm=str(tmp_path / "out")), "cpu")
