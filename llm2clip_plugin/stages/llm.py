@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,8 @@ from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import plan_or_train, rank_and_world
-from llm2clip_plugin.text.adapter import (
-    adapter_folder,
-    adapter_sha256,
-    add_lora,
-    autocast_adapter,
-    merge_adapters,
-    save_adapter,
-)
-from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, apply_card, find_card
+from llm2clip_plugin.text import adapter as adapters
+from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, effective
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms, equal_parts
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import CaptionModel, LlmShape, llm_config, shape_llm
@@ -76,9 +68,7 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
     resumed = run.find_checkpoint()
     encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
     for result in data.surveys:
-        line = count_truncated(result, encoder, cut_queries=config.pairs.cut_queries)
-        if line and rank() == 0:
-            print(line)
+        count_truncated(result, encoder, cut_queries=config.pairs.cut_queries)
     terms, module = caption_terms(config.contrast), trained_module(encoder, config)
     if resumed is not None:
         for name, parameter in module.named_parameters():
@@ -109,13 +99,10 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
 
 
 def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
-    """The run's DeepSpeed configuration and what its checkpoints are compared with.
-
-    Raises FileNotFoundError for a start adapter that is missing.
-    """
+    """The run, with DeepSpeed's configuration and what its checkpoints are compared with."""
     plan, deepspeed = plan_stage(config, data.samples, world_size())
-    folders = map(adapter_folder, config.start_adapters)
-    starts = {f"start adapter {number}": adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
+    folders = map(adapters.adapter_folder, config.start_adapters)
+    starts = {f"start adapter {number}": adapters.adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
     return TrainingRun(
         config=config,
         config_hash=config.hash,
@@ -177,8 +164,8 @@ class Data:
         ]
 
 
-def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> str:
-    """How many of a survey's queries will be truncated to max_tokens, as a line; "" if none.
+def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> None:
+    """Print how many of a survey's queries will be truncated to max_tokens, on rank 0.
 
     Raises ValueError if there are any, unless ``cut_queries``: a query's end is its caption, which would be lost.
     """
@@ -187,22 +174,24 @@ def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: boo
     queries = tokenizer(result.pairs)["query"]
     long = [(len(ids), pair.key) for ids, pair in zip(queries, result.pairs, strict=True) if len(ids) > limit]
     if not long:
-        return ""
+        return
     counted = f"{result.path}: {len(long)} of the first {len(queries)} queries are longer than max_tokens {limit}"
     if not cut_queries:
         length, key = max(long)
         raise ValueError(f"{counted}, the longest {length} (sample {key!r}); raise --max-tokens, or set --cut-queries")
-    return f"{counted} and are truncated"
+    if rank() == 0:
+        print(f"{counted} and are truncated")
 
 
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:
     """The encoder's LLM with an adapter, which alone trains."""
     if not config.encoder.adapter:
-        llm = merge_adapters(encoder.model.llm, [*map(adapter_folder, config.start_adapters)])  # type: ignore[arg-type]
+        starts = [*map(adapters.adapter_folder, config.start_adapters)]
+        llm = adapters.merge_adapters(encoder.model.llm, starts)  # type: ignore[arg-type]
         torch.manual_seed(config.train.seed)
-        encoder.model.llm = add_lora(llm, config.lora, base=config.encoder.llm)
+        encoder.model.llm = adapters.add_lora(llm, config.lora, base=config.encoder.llm)
     if config.train.precision == "fp32":  # otherwise DeepSpeed converts the adapter
-        encoder.model.autocast = autocast_adapter(encoder.model.llm, encoder.dtype)
+        encoder.model.autocast = adapters.autocast_adapter(encoder.model.llm, encoder.dtype)
     if config.train.gradient_checkpointing:
         enable_gradient_checkpointing(encoder.model.llm)
     return PairModule(encoder.model, config.contrast).train()
@@ -237,8 +226,8 @@ def write_adapter(run: TrainingRun, encoder: CaptionEncoder, config: FinetuneCon
     verify(last, moments=False)
     prefix = "model.llm."
     trained = {n.removeprefix(prefix): t for n, t in load(last, moments=False).weights.items() if n.startswith(prefix)}
-    card, starts = card_of(encoder, config, state), [*map(adapter_folder, config.start_adapters)]
-    save_adapter(encoder.model.llm, trained, card, run.folder / "adapter", starts=starts, replace=True)
+    card, starts = card_of(encoder, config, state), [*map(adapters.adapter_folder, config.start_adapters)]
+    adapters.save_adapter(encoder.model.llm, trained, card, run.folder / "adapter", starts=starts, replace=True)
 
 
 def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) -> EncoderCard:
@@ -253,20 +242,13 @@ def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) 
             "samples": state.samples,
             "global_batch": config.train.global_batch,
             "data": [Path(path).name for path in config.pairs.data],
-            "pair_kinds": list(config.pairs.pair_kinds),
-            "instructions": list(config.pairs.instructions),
             "start_adapters": [Path(path).name for path in config.start_adapters],
-            "scale": config.contrast.scale,
-            "symmetric": config.contrast.symmetric,
             "quantization": identity.quantization,
             "config_hash": config.hash,
         },
         metrics=state.metrics,
         versions=library_versions(),
     )
-
-
-# The command line of stage 1: ``llm2clip finetune-llm``.
 
 
 def main(argv: list[str]) -> int:
@@ -281,68 +263,50 @@ def main(argv: list[str]) -> int:
 
 
 def llm_plan(config: FinetuneConfig) -> str:
-    """The plan as text.
-
-    Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself; memory is left out for an
-    LLM without a config.json.
-    """
+    """The plan as text, without memory for an LLM without a config.json. Raises what would stop the run itself."""
     _, world = rank_and_world()
-    encoder = apply_card(config.encoder, find_card(config.encoder.adapter or config.encoder.llm))
+    adapter = Path(config.encoder.adapter) if config.encoder.adapter else None
+    encoder, _ = effective(config.encoder, Path(config.encoder.llm), adapter)
     config = dataclasses.replace(config, encoder=encoder)
-    size = measure_data(config)
-    plan, deepspeed = plan_stage(config, size.pairs, world)
-    parts = [*size.notes, plans.describe_run(plan, deepspeed, samples=size.pairs, world=world)]
+    pairs, texts, lengths, notes = measure_data(config)
+    plan, deepspeed = plan_stage(config, pairs, world)
+    parts = [*notes, plans.describe_run(plan, deepspeed, samples=pairs, world=world)]
     try:
         settings = llm_config(encoder)
     except FileNotFoundError as error:
-        parts.append(f"memory is not planned: {error}")
-    else:
-        gpu_gib, shape = config.plan.gpu_gib, shape_llm(settings, encoder, config.lora, config.train.precision)
-        mean = sum(size.lengths) / len(size.lengths)
-        usual, long = (
-            step_memory(config, settings, size, lengths, shape) for lengths in (size.lengths, [encoder.max_tokens])
-        )
-        parts += [
-            describe_llm(config, shape),
-            plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib),
-        ]
-        stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
-        for memory, tokens, what in ((usual, f"{mean:.4g}", "the mean"), (long, encoder.max_tokens, "max_tokens")):
-            table = plans.columns(memory, config.train, gpu_gib, stages=stages)
-            about = f", for pairs of {size.texts} texts of {tokens} tokens ({what})"
-            parts.append(plans.describe_columns(table, config.train.global_batch, gpu_gib, about))
+        return "\n".join([*parts, f"memory is not planned: {error}"])
+    gpu_gib, shape = config.plan.gpu_gib, shape_llm(settings, encoder, config.lora, config.train.precision)
+    usual = step_memory(config, settings, shape, texts, lengths)
+    long = step_memory(config, settings, shape, texts, [encoder.max_tokens])
+    parts += [describe_llm(config, shape), plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib)]
+    stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
+    mean = f"{sum(lengths) / len(lengths):.4g} tokens (the mean)"
+    for memory, tokens in ((usual, mean), (long, f"{encoder.max_tokens} tokens (max_tokens)")):
+        table = plans.columns(memory, config.train, gpu_gib, stages=stages)
+        about = f", for pairs of {texts} texts of {tokens}"
+        parts.append(plans.describe_columns(table, config.train.global_batch, gpu_gib, about))
     return "\n".join(parts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSize:
-    """Size of the data and length of its texts."""
-
-    pairs: int
-    texts: int  # of a pair: query and positive, and a hard negative if the data has them
-    lengths: tuple[int, ...]  # tokens of texts, truncated to max_tokens
-    notes: tuple[str, ...] = ()  # what the surveys of the data say, and what is assumed
-
-
-def measure_data(config: FinetuneConfig) -> DataSize:
-    """Size of the data and length of its texts; what is missing is assumed."""
+def measure_data(config: FinetuneConfig) -> tuple[int, int, list[int], list[str]]:
+    """Number of pairs, texts of a pair, tokens of texts, and what to say of the data; what is missing is assumed."""
     encoder, pairs, notes = config.encoder, config.plan.images, []
-    lengths: list[int] = []
-    texts, missing = 3 if config.pairs.random_negatives else 2, "no DATA"
-    if encoder.adapter:
-        notes.append(f"assumed: {encoder.adapter} has rank {config.lora.r} (--lora-rank), on the layers below")
+    texts = 3 if config.pairs.random_negatives else 2  # query and positive, perhaps a hard negative
+    lengths, missing = [], "no DATA"
     if config.pairs.data:
         data = Data(config, rank=0, world=1)
         pairs, missing = data.samples, "the LLM's tokenizer is not on this machine"
         texts = 3 if any(result.pairs[0].negative for result in data.surveys) else texts
         lengths = token_counts(encoder, data.surveys)
-        notes = [*data.lines, *notes]
+        notes += data.lines
     else:
         notes.append(f"assumed: {pairs:,} pairs of a query and a positive (--assumed-samples, or DATA)")
+    if encoder.adapter:
+        notes.append(f"assumed: {encoder.adapter} has rank {config.lora.r} (--lora-rank), on the layers below")
     if not lengths:
         lengths = [min(ASSUMED_TOKENS, encoder.max_tokens)]
         notes.append(f"assumed: {lengths[0]} tokens per text, template and prompt included: {missing}")
-    return DataSize(pairs=pairs, texts=texts, lengths=tuple(lengths), notes=tuple(notes))
+    return pairs, texts, lengths, notes
 
 
 def token_counts(encoder: EncoderConfig, surveys: Sequence[Survey]) -> list[int]:
@@ -362,17 +326,13 @@ def token_counts(encoder: EncoderConfig, surveys: Sequence[Survey]) -> list[int]
 
 
 def step_memory(
-    config: FinetuneConfig, settings: PretrainedConfig, size: DataSize, lengths: Sequence[int], shape: LlmShape
+    config: FinetuneConfig, settings: PretrainedConfig, shape: LlmShape, texts: int, lengths: Sequence[int]
 ) -> StepMemory:
-    """Measured on fake tensors with texts of these lengths, on a few blocks: memory grows linearly with blocks."""
-    bytes_of = {
-        blocks: texts_bytes(
-            config,
-            shape_llm(settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks),
-            lengths,
-        )
-        for blocks in {min(1, shape.blocks), min(2, shape.blocks)}
-    }
+    """Of pairs of ``texts`` texts, measured on a few blocks of fake tensors: memory grows linearly with blocks."""
+    bytes_of: dict[int, float] = {}
+    for blocks in {min(1, shape.blocks), min(2, shape.blocks)}:
+        part = shape_llm(settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks)
+        bytes_of[blocks] = texts_bytes(config, part, lengths)
     few, more = min(bytes_of), max(bytes_of)
     slope = (bytes_of[more] - bytes_of[few]) / max(1, more - few)
     text_bytes = bytes_of[more] + slope * (shape.blocks - more)
@@ -381,7 +341,7 @@ def step_memory(
         trained=sum(p.numel() for p in shape.llm.parameters() if p.requires_grad),
         frozen_bytes=shape.frozen_bytes,
         parameters=shape.parameters,
-        pair_bytes=size.texts * text_bytes / TEXTS,
+        pair_bytes=texts * text_bytes / TEXTS,
         width=shape.width,
         state_bytes=chosen_optimizer(config.optim).state_bytes,
     )
@@ -392,7 +352,7 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int])
     ordered = sorted(lengths)
     spread = [ordered[i * len(ordered) // TEXTS] for i in range(TEXTS)]
     model = CaptionModel(shape.llm, config.encoder.pooling)
-    model.autocast = autocast_adapter(shape.llm, shape.dtype)
+    model.autocast = adapters.autocast_adapter(shape.llm, shape.dtype)
     module = PairModule(model, config.contrast).train()
     if config.train.gradient_checkpointing:
         enable_gradient_checkpointing(shape.llm)

@@ -117,17 +117,14 @@ def _common(name: str, encoder: EncoderConfig, *, gradient_checkpointing: bool) 
     )
 
 
-LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
-    "paper": paper,
-    "paper-llama-8b": paper_llama_8b,
-    "paper-llama-1b": paper_llama_1b,
-    "llama-8b": llama_8b,
-    "llama-1b": llama_1b,
-}
+RECIPES: tuple[Callable[[], FinetuneConfig], ...] = (paper, paper_llama_8b, paper_llama_1b, llama_8b, llama_1b)
+LLM_RECIPES = {make.__name__.replace("_", "-"): make for make in RECIPES}
 
 
 def llm_recipe(name: str) -> FinetuneConfig:
-    """The recipe of that name; ValueError lists the known ones."""
+    """The recipe of that name, "" for the default; ValueError lists the known ones."""
+    if not name:
+        return FinetuneConfig()
     if name not in LLM_RECIPES:
         raise ValueError(unknown("recipe", name, LLM_RECIPES))
     return LLM_RECIPES[name]()
@@ -139,7 +136,7 @@ FINETUNE_LLM = Command(
     about="Stage 1: fine-tune an LLM contrastively on captions, two of an image for each pair. Rerun the same command "
     "to resume.",
     settings=FinetuneConfig,
-    default=lambda extras: llm_recipe(extras["recipe"]) if extras.get("recipe") else FinetuneConfig(),
+    default=lambda extras: llm_recipe(extras.get("recipe", "")),
     arguments="pairs.data",
     everyday="recipe llm pair-kinds fields output global-batch micro-batch lr num-train-epochs max-steps load-in-4bit "
     "deepspeed dry-run",

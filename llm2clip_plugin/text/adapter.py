@@ -60,15 +60,11 @@ def adapter_folder(adapter: str) -> Path:
 
 
 def _snapshot(kind: str, name: str, revision: str, patterns: list[str]) -> Path:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         return hub_snapshot(name, revision=revision or None, patterns=patterns)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:  # ValueError: the name is no id of the Hub
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{kind} {name!r} is no local folder and cannot be loaded from the Hub: {reason}"
-        ) from error
+        raise FileNotFoundError(f"{kind} {name!r}: no local folder, and the Hub does not give it: {reason}") from error
 
 
 def weights_sha256(folder: Path) -> str:

@@ -197,18 +197,21 @@ def find_card(folder: str) -> EncoderCard | None:
     return EncoderCard.read(path) if folder and path.is_file() else None
 
 
-def apply_card(config: EncoderConfig, card: EncoderCard | None) -> EncoderConfig:
-    """The configuration with the settings of its preset and of the card of its adapter or LLM.
-
-    Raises ContractError for a setting that contradicts them.
-    """
+def effective(
+    config: EncoderConfig, folder: Path, adapter: Path | None = None
+) -> tuple[EncoderConfig, EncoderCard | None]:
+    """The configuration with what its preset, the card of the adapter or LLM, or sentence-transformers' files say, and
+    the card. Raises ContractError for a setting that contradicts them."""
+    card = find_card(str(adapter or folder))
     if config.preset:
         settled = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
         config = dataclasses.replace(settled, preset="")
-    if card is None:
-        return config
-    settings = {name: vars(card)[name] for name in CARD_SETTINGS}
-    return apply_settings(config, settings, f"{config.adapter or config.llm} was trained with")
+    if card is not None:
+        settings = {name: vars(card)[name] for name in CARD_SETTINGS}
+        config = apply_settings(config, settings, f"{config.adapter or config.llm} was trained with")
+    elif is_sentence_transformers(folder):
+        config = apply_sentence_transformers(config, folder)
+    return config, card
 
 
 def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str) -> EncoderConfig:
@@ -250,13 +253,8 @@ COMMAND = Command(
 
 MODULES = "modules.json"
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # Normalize changes no direction
-# their pooling, in the older form (flags) and the newer one (the value of "pooling_mode") -> ours
-POOLING_MODES = {
-    "pooling_mode_mean_tokens": "mean",
-    "mean": "mean",
-    "pooling_mode_lasttoken": "last",
-    "lasttoken": "last",
-}
+# their pooling: the flag pooling_mode_NAME, or in newer files the value of pooling_mode -> ours
+POOLING_MODES = {"mean_tokens": "mean", "mean": "mean", "lasttoken": "last"}
 
 
 def is_sentence_transformers(folder: Path) -> bool:
@@ -278,8 +276,9 @@ def apply_sentence_transformers(config: EncoderConfig, folder: Path) -> EncoderC
     if "Pooling" not in kinds or set(kinds) - set(KNOWN_MODULES):
         raise ContractError(f"{folder} has the modules {kinds}; supported: {', '.join(KNOWN_MODULES)}")
     pooling = read(f"{modules[kinds.index('Pooling')]['path']}/config.json")
-    flags = {name for name, on in pooling.items() if name.startswith("pooling_mode_") and on}
-    modes = {POOLING_MODES.get(name) for name in flags | {pooling.get("pooling_mode")} - {None}}
+    prefix = "pooling_mode_"
+    names = {name.removeprefix(prefix) for name, on in pooling.items() if name.startswith(prefix) and on}
+    modes = {POOLING_MODES.get(name) for name in names | {pooling.get("pooling_mode")} - {None}}
     if len(modes) != 1 or None in modes:
         raise ContractError(f"{folder} has unsupported pooling {pooling}; supported: mean, last token")
     model = read("config.json")

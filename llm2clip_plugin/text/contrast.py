@@ -80,10 +80,9 @@ class CaptionStep(ContrastiveStep):
 
 
 def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """Split ``items`` into at most ``parts`` contiguous parts of nearly equal length.
+    """Split ``items`` into at most ``parts`` contiguous parts of like length.
 
-    The number of parts depends only on the number of items, so all ranks call the module equally often, as ZeRO-3
-    requires.
+    Their number follows from that of the items alone: all ranks call the module equally often, as ZeRO-3 requires.
     """
     size = -(-len(items) // parts)
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -123,15 +122,17 @@ def pair_loss(
 
     query, positive: (b, W) of length 1; negative: (n, W), n a multiple of b or 0; scale: (1,); ids as in
     ``contrastive_loss``: pairs that share one are excluded from the sums over positives. The mean over ranks is the
-    loss of the whole batch, and an engine that averages gradients gets that loss's gradient. Not for batches whose
-    (b, 3 N) logits are too large to hold.
+    loss of the whole batch, in its gradient, too. Not for batches whose (b, 3 N) logits are too large to hold.
     """
     b, first = len(query_bW), rank() * len(query_bW)
     s = scale.float()
     there_bM = s * query_bW.float() @ gather_with_gradient(positive_bW).float().T
     target_b = torch.arange(first, first + b, device=query_bW.device)
-    excluded_bN = same_ids(caption_hashes, image_ids, first)
-    if excluded_bN is not None:
+    ids_kb, excluded_bN = stack_ids(caption_hashes, image_ids), None
+    if ids_kb is not None:
+        ids_kN = gather_rows(ids_kb.T.contiguous()).T
+        excluded_bN = (ids_kb[:, :, None] == ids_kN[:, None, :]).any(0)
+        excluded_bN.diagonal(first)[:b].fill_(False)
         there_bM = there_bM.masked_fill(excluded_bN, EXCLUDED)
     if len(negative_nW):
         there_bM = torch.cat([there_bM, s * query_bW.float() @ gather_with_gradient(negative_nW).float().T], 1)
@@ -151,14 +152,3 @@ def gather_with_gradient(local: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(local.contiguous()))
-
-
-def same_ids(caption_hashes: Tensor | None, image_ids: Tensor | None, first: int) -> Tensor | None:
-    """(b, N) bool: off-diagonal pairs that share an id; None without ids."""
-    ids_kb = stack_ids(caption_hashes, image_ids)
-    if ids_kb is None:
-        return None
-    ids_kN = gather_rows(ids_kb.T.contiguous()).T
-    same_bN = (ids_kb[:, :, None] == ids_kN[:, None, :]).any(0)
-    same_bN.diagonal(first)[: same_bN.shape[0]].fill_(False)
-    return same_bN

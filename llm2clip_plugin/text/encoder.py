@@ -19,34 +19,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity, sha256_text, sha256_weights
 from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.text.adapter import (
-    adapter_folder,
-    adapter_sha256,
-    attach_adapter,
-    local_folder,
-    merge,
-    weights_sha256,
-)
-from llm2clip_plugin.text.config import (
-    IDENTITY_SETTINGS,
-    EncoderConfig,
-    apply_card,
-    apply_sentence_transformers,
-    find_card,
-    is_sentence_transformers,
-)
-from llm2clip_plugin.text.llm import (
-    PROBE_TEXT,
-    CaptionModel,
-    build_frame,
-    collate,
-    fastest_dtype,
-    is_decoder,
-    length_batches,
-    literal_template,
-    load_backbone,
-    tokenize,
-)
+from llm2clip_plugin.text import adapter as adapters
+from llm2clip_plugin.text import llm as llms
+from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig, effective
 from llm2clip_plugin.train.distributed import choose_device
 
 # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
@@ -64,7 +39,7 @@ class TextEncoder(ABC):
     def __init__(self, config: EncoderConfig, device: torch.device | str | None) -> None:
         self.device = choose_device(str(device or ""))
         auto = config.compute_dtype == "auto"
-        self.dtype = fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
+        self.dtype = llms.fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
 
     @abstractmethod
     def identity(self) -> TeacherIdentity:
@@ -102,7 +77,7 @@ class TextEncoder(ABC):
         budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
         rows = self.tokenize(list(distinct), query=query)
         done = 0
-        for indices in length_batches([self.padded_length(ids) for ids in rows], budget):
+        for indices in llms.length_batches([self.padded_length(ids) for ids in rows], budget):
             embeddings_UW[indices] = self.embed_tokens([rows[index] for index in indices], query=query)
             done += len(indices)
             if on_batch is not None:
@@ -122,25 +97,22 @@ class CaptionEncoder(TextEncoder):
         self, config: EncoderConfig, device: torch.device | str | None = None, *, trainable_adapter: bool = False
     ) -> None:
         super().__init__(config, device)
-        self.folder = local_folder(config.llm, config.revision)
-        adapter = adapter_folder(config.adapter) if config.adapter else None
-        self._adapter_sha256 = adapter_sha256(adapter) if adapter else ""
-        card = find_card(str(adapter)) if adapter else find_card(str(self.folder))
-        config = apply_card(config, card)
-        if card is None and is_sentence_transformers(self.folder):
-            config = apply_sentence_transformers(config, self.folder)
-        self._weights_sha256 = weights_sha256(self.folder)
+        self.folder = adapters.local_folder(config.llm, config.revision)
+        adapter = adapters.adapter_folder(config.adapter) if config.adapter else None
+        self._adapter_sha256 = adapters.adapter_sha256(adapter) if adapter else ""
+        config, card = effective(config, self.folder, adapter)
+        self._weights_sha256 = adapters.weights_sha256(self.folder)
         if card is not None and card.base_sha256 not in ("", self._weights_sha256):
             raise ContractError(
                 f"{config.adapter} was trained on {card.base} with weights {card.base_sha256[:12]}..., but "
                 f"{config.llm} has {self._weights_sha256[:12]}...; pass the LLM that it was trained on"
             )
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        template = literal_template(self.tokenizer, config.chat_template)
+        template = llms.literal_template(self.tokenizer, config.chat_template)
         self.config = dataclasses.replace(config, chat_template=template)
-        self.frame = build_frame(self.tokenizer, template, config.prompt)
-        self.query_frame = build_frame(self.tokenizer, template, config.query_prompt)
-        llm = load_backbone(self.folder, config, self.dtype, self.device)
+        self.frame = llms.build_frame(self.tokenizer, template, config.prompt)
+        self.query_frame = llms.build_frame(self.tokenizer, template, config.query_prompt)
+        llm = llms.load_backbone(self.folder, config, self.dtype, self.device)
         llm.requires_grad_(False)
         self.width: int = llm.config.get_text_config().hidden_size
         wrapped = self._with_adapter(llm, adapter, trainable_adapter)
@@ -151,7 +123,7 @@ class CaptionEncoder(TextEncoder):
         if own or config.post_file:
             path = Path(config.post_file or (adapter or self.folder) / POST_FILE)
             self.post, self._post_sha256 = open_post(path, self.width, own)
-        self.model = CaptionModel(wrapped, config.pooling, decoder=is_decoder(llm)).eval()
+        self.model = llms.CaptionModel(wrapped, config.pooling, decoder=llms.is_decoder(llm)).eval()
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
         """The LLM with its adapter: merged in float32, if frozen.
@@ -160,9 +132,9 @@ class CaptionEncoder(TextEncoder):
         """
         if adapter is None:
             return llm
-        wrapped = attach_adapter(llm, adapter, trainable=trainable)
+        wrapped = adapters.attach_adapter(llm, adapter, trainable=trainable)
         if not trainable and self.dtype == torch.float32 and not self.config.load_in_4bit:
-            return merge(wrapped)
+            return adapters.merge(wrapped)
         for name, parameter in wrapped.named_parameters():
             if ".lora_" in name and not trainable:  # otherwise activations would be converted at every layer
                 parameter.data = parameter.data.to(self.dtype)
@@ -174,7 +146,8 @@ class CaptionEncoder(TextEncoder):
         return self.tokenizer.pad_token_id or 0
 
     def identity(self) -> TeacherIdentity:
-        probe = ",".join(map(str, self.tokenizer(PROBE_TEXT)["input_ids"]))  # a re-saved tokenizer keeps its identity
+        # token ids, so that a re-saved tokenizer keeps its identity
+        probe = ",".join(map(str, self.tokenizer(llms.PROBE_TEXT)["input_ids"]))
         return TeacherIdentity(
             llm=absolute(self.config.llm),
             revision=self.config.revision,
@@ -190,14 +163,14 @@ class CaptionEncoder(TextEncoder):
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
         frames = [self.query_frame if query else self.frame] * len(captions)
-        rows, truncated = tokenize(self.tokenizer, frames, captions, self.config.max_tokens)
+        rows, truncated = llms.tokenize(self.tokenizer, frames, captions, self.config.max_tokens)
         self.count_truncated += truncated
         return rows
 
     @torch.no_grad()  # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
         frames = [self.query_frame if query else self.frame] * len(rows)
-        batch = collate(rows, frames, pad_id=self.pad_id, include_bos=self.config.include_bos)
+        batch = llms.collate(rows, frames, pad_id=self.pad_id, include_bos=self.config.include_bos)
         embeddings_BW = self.model(batch.to(self.device)).cpu()
         return embeddings_BW if self.post is None else self.post(embeddings_BW)
 

@@ -188,8 +188,7 @@ def pool(hidden_BTH: Tensor, pool_mask_BT: Tensor, kind: str) -> Tensor:
 def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The LLM's blocks up to the pooled layer, in evaluation mode.
 
-    Raises ValueError for missing weights, a model that is not a decoder or cannot attend as configured, or a layer out
-    of range.
+    Raises ValueError for missing weights, a model that is no decoder or cannot attend as configured, an unknown layer.
     """
     with errors_about(folder / "config.json", fix="download or copy the LLM again"):
         settings = AutoConfig.from_pretrained(folder)
@@ -201,49 +200,44 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
     set_attention(settings, config.attention)
-    # tensor by tensor to the device: the ranks of a machine share the file's pages, and none holds a copy of the LLM
-    extra: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    options: dict[str, Any] = {"config": settings, "dtype": dtype}
+    if device.type != "cpu" or config.load_in_4bit:
+        # tensor by tensor to the device: ranks of a machine share the file's pages, and none holds a copy of the LLM
+        options["device_map"] = {"": device}
     if config.load_in_4bit:
         from transformers import BitsAndBytesConfig
 
         nf4: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
-        extra = {"quantization_config": quantization, "device_map": {"": device}}
-    with quiet_transformers():  # it warns about the language head, which is left out on purpose
-        model, report = AutoModel.from_pretrained(
-            folder, config=settings, dtype=dtype, output_loading_info=True, **extra
-        )
-    refuse_incomplete(model, report, folder)
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
+    model = load_whole(AutoModel, folder, **options)
     if text is not settings:  # a multimodal model: its language part
         model = model.language_model
-    decoder = is_decoder(model)
-    if decoder:
+    model.eval()
+    for module in model.modules() if config.load_in_4bit else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' kernel for widths that are multiples of 32
+            module.support_avx512bf16_for_cpu = False
+    if is_decoder(model):
         keep_layers(model, config.layer)
         set_kernels(model, config.attention)
+        check_attention(model, config.attention, where=str(folder))
     elif not is_sentence_transformers(folder) or config.layer != -1 or config.adapter:
         raise ValueError(
             f"{folder} is a {type(model).__name__}; expected a decoder LLM ({WORKING}), or a sentence-transformers "
             "folder, with layer -1 and no adapter"
         )
-    if config.load_in_4bit:
-        for module in model.modules():  # bitsandbytes' packed CPU kernel fails for widths not a multiple of 32
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-    else:
-        nn.Module.to(model, device)
-    model.eval()
-    if decoder:
-        check_attention(model, config.attention, where=str(folder))
     return model
 
 
-def refuse_incomplete(model: nn.Module, report: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if weights were missing, by the loading report of transformers."""
+def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
+    """``kind.from_pretrained``; raises ValueError for missing weights, which transformers would draw at random."""
+    with quiet_transformers():  # it warns about a language head, which is left out on purpose
+        model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
     if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise ValueError(
             f"{folder} is not a complete {type(model).__name__}: {len(names)} weights are missing or misshapen: "
             f"{', '.join(names[:5])}"
         )
+    return model
 
 
 def is_decoder(model: nn.Module) -> bool:
@@ -290,10 +284,7 @@ def set_attention(settings: PretrainedConfig, attention: str) -> None:
 
 
 def set_kernels(model: nn.Module, attention: str) -> None:
-    """Make the attention layers bidirectional, too: without padding there is no mask, and the layer's own flag decides.
-
-    Most models override it with the configuration's, StableLM and Nemotron do not.
-    """
+    """Make the attention layers bidirectional, too: StableLM's and Nemotron's own flag decides if nothing is padded."""
     if attention == "bidirectional":
         for module in model.modules():
             if isinstance(getattr(module, "is_causal", None), bool):
@@ -305,24 +296,20 @@ def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> No
     ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 11) % model.config.vocab_size
     # of rounding they differ far less than the tolerances below, of another kind of attention far more
     plain_BTH, padded_BTH = _states(model, ids_BT, 0), _states(model, ids_BT, PADDING)[:, :TOKENS]
-    name = type(model).__name__
-    if not bool(padded_BTH.isfinite().all()):
-        raise ValueError(
-            f"{where} is a {name}, whose states are not finite in {model.dtype}: its weights are damaged, or too large "
-            "for float16; copy the LLM again, or set --compute-dtype bfloat16"
-        )
-    if attention == "bidirectional" and (causal := causal_blocks(model, ids_BT)):
-        raise ValueError(
-            f"{where} is a {name}, whose blocks {', '.join(map(str, causal))} cannot attend to later tokens. Set "
-            f"--attention causal, or use an LLM with attention in all blocks ({WORKING})"
-        )
     difference_BT = (plain_BTH - padded_BTH).norm(dim=-1) / plain_BTH.norm(dim=-1)
     typical, allowed = float(difference_BT.median()), 1e-3 if model.dtype == torch.float32 else 0.1
-    if typical > allowed:
-        raise ValueError(
-            f"{where} is a {name}, whose states change by {typical:.2g} of their norm if the batch has padding; "
-            f"expected at most {allowed}. Use another LLM ({WORKING})"
-        )
+    if not bool(padded_BTH.isfinite().all()):
+        problem = f"states are not finite in {model.dtype}: its weights are damaged, or too large for float16"
+        fix = "copy the LLM again, or set --compute-dtype bfloat16"
+    elif attention == "bidirectional" and (causal := causal_blocks(model, ids_BT)):
+        problem = f"blocks {', '.join(map(str, causal))} cannot attend to later tokens"
+        fix = f"set --attention causal, or use an LLM with attention in all blocks ({WORKING})"
+    elif typical > allowed:
+        problem = f"states change by {typical:.2g} of their norm if the batch has padding, expected {allowed} at most"
+        fix = f"use another LLM ({WORKING})"
+    else:
+        return
+    raise ValueError(f"{where} is a {type(model).__name__}, whose {problem}; {fix}")
 
 
 @torch.no_grad()
@@ -388,22 +375,10 @@ def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
 # bytes of a value in bitsandbytes' NF4 with double quantization: half a byte, a byte of scale for 64 values, 4 bytes of
 # a scale's scale for 256 x 64 (Dettmers et al. 2023, arXiv 2305.14314)
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (256 * 64)
-_LLAMA_3 = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
-SHAPES: dict[str, dict[str, Any]] = {  # gated on the Hub: their config.json needs a login
-    "meta-llama/Llama-3.2-1B-Instruct": {
-        **_LLAMA_3,
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "head_dim": 64,
-        "intermediate_size": 8192,
-        "tie_word_embeddings": True,
-    },
-    "meta-llama/Meta-Llama-3-8B-Instruct": {
-        **_LLAMA_3,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "intermediate_size": 14336,
-    },
+LLAMA_3 = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
+SHAPES = {  # gated on the Hub: their config.json needs a login
+    "meta-llama/Llama-3.2-1B-Instruct": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192},
+    "meta-llama/Meta-Llama-3-8B-Instruct": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336},
 }
 
 
@@ -416,7 +391,7 @@ def llm_config(config: EncoderConfig) -> PretrainedConfig:
         raise FileNotFoundError("no LLM given; set --llm PATH_OR_HUB_ID")
     local = Path(config.llm).is_dir()
     if not local and config.llm in SHAPES:
-        return LlamaConfig(**SHAPES[config.llm])
+        return LlamaConfig(**LLAMA_3, **SHAPES[config.llm])
     try:
         if not local:
             check_hub_answers(config.llm, revision=config.revision or None)

@@ -9,7 +9,6 @@ import json
 import os
 import random
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +95,7 @@ class CaptionPairs(PairSource):
         return Pair(sample.key, query, positive, group=group, instruction=self.instructions.get(kind.query))
 
     def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
-        """Adds a caption of the positive's kind, of a random image of another key and group.
-
-        Raises ValueError if NEGATIVES_TRIED random images have none.
-        """
+        """Adds a caption of the positive's kind, of a random image of another key and group; ValueError without one."""
         if not self.random_negatives:
             return pair
         for _ in range(NEGATIVES_TRIED):
@@ -109,8 +105,7 @@ class CaptionPairs(PairSource):
             if other.positive not in (pair.query, pair.positive):
                 return dataclasses.replace(pair, negative=other.positive)
         raise ValueError(
-            f"{self.path}: {NEGATIVES_TRIED} random images have no {kind.of_positive} caption for a negative of sample "
-            f"{pair.key!r}; leave out --random-negatives"
+            f"{self.path}: {NEGATIVES_TRIED} random images have no negative for {pair.key!r}; omit --random-negatives"
         )
 
     def _text(self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str) -> str:
@@ -204,23 +199,15 @@ def survey(source: PairSource) -> Survey:
         drawn = [source.pair(number, kind, sample_rng(0, 0, 0, number)) for number in range(samples)]
         of_kind = [pair for pair in drawn if pair is not None]
         if not of_kind:
-            raise ValueError(_nothing_usable(source, kind, samples))
+            assert isinstance(source, CaptionPairs)  # every row of a text-pair file has a pair
+            known = sorted({caption.kind for number in range(samples) for caption in source.source.captions(number)[1]})
+            raise ValueError(
+                f"{source.path}: none of the first {samples} samples has two different captions {kind}; known kinds: "
+                f"{', '.join(known) or 'none'}. Set --fields and --pair-kinds"
+            )
         usable[str(kind)] = len(of_kind)
         pairs += of_kind
     return Survey(source.path, samples, usable, tuple(pairs))
-
-
-def _nothing_usable(source: PairSource, kind: PairKind, samples: int) -> str:
-    """Why no sample has such a pair: the kinds of captions that they have."""
-    kinds: Counter[str] = Counter()
-    if isinstance(source, CaptionPairs):
-        for number in range(samples):
-            kinds.update({caption.kind for caption in source.source.captions(number)[1]})
-    seen = ", ".join(f"{name} ({count})" for name, count in kinds.most_common()) or "none"
-    return (
-        f"{source.path}: none of the first {samples} samples has two different captions {kind}; kinds of captions "
-        f"(samples with them): {seen}. Set --fields and --pair-kinds"
-    )
 
 
 class PairBatches:
@@ -237,10 +224,7 @@ class PairBatches:
         world: int,
         mix_kinds: bool = False,
     ) -> None:
-        """weights: how often a sample of each source is drawn; () for all equal.
-
-        mix_kinds: each pair has a kind of its own, instead of one of the batch.
-        """
+        """weights: how often a sample of each source is drawn, () for all equal; mix_kinds: a kind for each pair."""
         self.sources = list(sources)
         self.seed = seed
         self.global_batch = global_batch

@@ -20,15 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
-from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard, sha256_text
 from llm2clip_plugin.data.cache import differences
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.options import command
 from llm2clip_plugin.text.adapter import files_sha256, local_folder
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
-from llm2clip_plugin.text.llm import PROBE_TEXT, refuse_incomplete
+from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole
 from llm2clip_plugin.vision.checkpoint import lift_model_cfg, read_tensors, section, weight_files
 from llm2clip_plugin.vision.convert.common import TensorNames, depth, require
 from llm2clip_plugin.vision.directory import read_json
@@ -39,8 +38,7 @@ from llm2clip_plugin.vision.publish import is_local
 MAY_DIFFER = ("llm", "revision", "max_tokens", "compute_dtype")  # settings of EncoderConfig that apply to a CLIP
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # settings of OpenCLIP's text_cfg that make it another tower, and the values with which it is CLIP's own
-PLAIN = {"pool_type": "argmax", "no_causal_mask": False, "embed_cls": False, "hf_model_name": None}
-PLAIN |= {"proj_type": "linear"}
+PLAIN = dict(pool_type="argmax", no_causal_mask=False, embed_cls=False, hf_model_name=None, proj_type="linear")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
 GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
@@ -53,8 +51,7 @@ def open_encoder(config: EncoderConfig, device: torch.device | str | None = None
 
 
 def clip_folder(llm: str, revision: str = "") -> Path | None:
-    """The folder of an image-text model that has its own text tower; None for anything else. Raises as
-    ``local_folder``."""
+    """The folder of an image-text model that has its own text tower, None for another; raises as ``local_folder``."""
     own = bool(llm) and (Path(llm) / OPEN_CLIP_CONFIG).is_file()  # perhaps without a config.json
     folder = Path(llm) if own else local_folder(llm, revision)
     if (folder / OPEN_CLIP_CONFIG).is_file():
@@ -71,8 +68,8 @@ def clip_folder(llm: str, revision: str = "") -> Path | None:
 class ClipTextEncoder(TextEncoder):
     """The features of captions by a CLIP's own text tower, before normalization, as its images are compared with them.
 
-    Hugging Face's CLIP, SigLIP and other families with an image-text model, and folders in OpenCLIP's format
-    (open_clip_config.json). Raises ValueError for a setting of LLMs, which a CLIP does not have.
+    Hugging Face's CLIP, SigLIP and other families with an image-text model, and OpenCLIP's folders. Raises ValueError
+    for a setting of LLMs, which a CLIP does not have.
     """
 
     def __init__(self, folder: Path, config: EncoderConfig, device: torch.device | str | None = None) -> None:
@@ -140,9 +137,7 @@ def _hugging_face(folder: Path) -> tuple[nn.Module, int, bool, int]:
     settings = AutoConfig.from_pretrained(folder)
     family = next(family for family in families().values() if settings.model_type in family.model_types)
     assert family.image_text_class is not None
-    with quiet_transformers():
-        model, report = family.image_text_class().from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    refuse_incomplete(model, report, folder)
+    model = load_whole(family.image_text_class(), folder, dtype=torch.float32)
     text = settings.text_config
     siglip = settings.model_type.startswith("siglip")
     width = getattr(text, "projection_size", text.hidden_size) if siglip else settings.projection_dim
@@ -182,12 +177,10 @@ def _open_clip(folder: Path) -> tuple[nn.Module, int, bool, int]:
     )
     theirs, _ = _names(model).to_ours(tensors)
     theirs["text_projection.weight"] = tensors["text_projection"].T
-    own = model.state_dict()
-    shapes, expected = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (theirs, own))
-    wrong = {name for name, _ in shapes.items() ^ expected.items()}
-    if wrong := sorted(name for name in wrong if not name.endswith("position_ids")):
-        raise ContractError(f"{folder}: tensors of the text tower are missing or misshapen: {', '.join(wrong[:5])}")
-    model.load_state_dict(theirs, strict=False)
+    with errors_about(folder):  # a shape
+        missing, unexpected = model.load_state_dict(theirs, strict=False)
+    if wrong := sorted(name for name in (*missing, *unexpected) if not name.endswith("position_ids")):
+        raise ContractError(f"{folder}: unknown or missing tensors of the text tower: {', '.join(wrong[:5])}")
     return model, context, False, tensors["text_projection"].shape[1]
 
 
@@ -227,8 +220,8 @@ def load_dual_encoder(
     has no text adapter: its teacher is its own text tower (``teacher=CLIP``), whose features are compared as they are.
 
     teacher: path or Hub id of the LLM that embeds strings, by default the one that the tower's card names; it is loaded
-    by the first call with strings, onto the tower's device. If the card names none, an EncoderConfig says how the LLM
-    embeds. adapter: folder or Hub id of its adapter, by default where the card says that it is.
+    by the first call with strings. If the card names none, an EncoderConfig says how the LLM embeds. adapter: folder or
+    Hub id of its adapter, by default where the card says that it is.
 
     Raises FileNotFoundError without a card, ValueError if the directory contains only a tower. ``encode_text`` raises
     ValueError or FileNotFoundError if the teacher is not at hand, ContractError for another LLM than the tower's.
@@ -252,7 +245,6 @@ class TeacherLLM:
     """The LLM that a tower's card names: loaded on first use, and compared with the card.
 
     ``config``: where the LLM and its adapter are, if not where the card says; the card decides every other setting.
-    ``device``: None for the accelerator, if there is one.
     """
 
     def __init__(
@@ -305,7 +297,7 @@ def teacher_of(card: TowerCard) -> TeacherIdentity | None:
 def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderConfig:
     """The settings of the card's teacher; the LLM and the adapter are where ``config`` says, else where the card does.
 
-    Raises ValueError if the teacher has an adapter whose place is unknown, or where none is any more.
+    Raises ValueError if the adapter's place is unknown, or empty.
     """
     llm = config.llm or identity.llm
     revision = config.revision or ("" if config.llm else identity.revision)
@@ -313,12 +305,10 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
         max_tokens, dtype = identity.max_tokens, config.compute_dtype
         return EncoderConfig(llm=llm, revision=revision, max_tokens=max_tokens, compute_dtype=dtype)
     adapter = config.adapter or identity.adapter
-    if identity.adapter_sha256 and not adapter:
-        raise ValueError(
-            f"the tower's teacher is {llm} with an adapter, and the card does not say where; {GIVE_ADAPTER}"
-        )
-    if not config.adapter and adapter and is_local(adapter) and not Path(adapter).is_dir():
-        raise ValueError(f"the adapter of the tower's teacher is no longer at {adapter}; {GIVE_ADAPTER}")
+    lost = is_local(adapter) and not Path(adapter).is_dir() if adapter else bool(identity.adapter_sha256)
+    if lost and not config.adapter:
+        where = (adapter and f"no longer at {adapter}") or "at a place that the card does not name"
+        raise ValueError(f"the adapter of the tower's teacher {llm} is {where}; {GIVE_ADAPTER}")
     return dataclasses.replace(
         config,
         llm=llm,
