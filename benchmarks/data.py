@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.common import alternate, parser, print_table, write_shard
-from llm2clip_plugin.data.images import ImageConfig, Normalize, TrainTransform
+from llm2clip_plugin.data.images import ImageConfig, Normalize, training_pixels
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sampler import sample_rng
@@ -75,14 +75,14 @@ def own_batches(data: str, args: argparse.Namespace) -> Iterator[torch.Tensor]:
         yield normalize(batch["pixels"])
 
 
-def difference(data: str, args: argparse.Namespace) -> float:
+def difference(path: str, args: argparse.Namespace) -> float:
     """Mean absolute difference, of 255, between this project's crops and the same ones decoded at full size."""
-    source, images, scale = open_source(SourceConfig(path=data)), ImageConfig(size=args.size), tuple(args.scale)
-    small = TrainTransform(images, AugmentConfig(scale=scale))
-    full = TrainTransform(images, AugmentConfig(scale=scale, decode_margin=1e9))  # never at a smaller scale
+    source, images, scale = open_source(SourceConfig(path=path)), ImageConfig(size=args.size), tuple(args.scale)
+    small, full = (AugmentConfig(scale=scale, decode_margin=margin) for margin in (1.0, 1e9))  # full: never smaller
     differences = []
     for number in range(min(32, len(source))):
-        ours, exact = (t.pixels(source[number].read_image(), sample_rng(0, 0, 0, number)) for t in (small, full))
+        data, rngs = source[number].read_image(), [sample_rng(0, 0, 0, number) for _ in range(2)]
+        ours, exact = (training_pixels(data, images, *one) for one in zip((small, full), rngs, strict=True))
         differences.append(np.abs(ours.astype(int) - exact).mean())
     return float(np.mean(differences))
 
