@@ -6,6 +6,7 @@ G texts of one length group, T tokens, W embedding width.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.text.config import ContrastConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import CaptionModel, TokenBatch, collate
+from llm2clip_plugin.text.llm import CaptionModel, TokenBatch
 from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.losses.base import EXCLUDED, Features, Terms, stack_ids
@@ -64,13 +65,8 @@ class CaptionStep(ContrastiveStep):
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         tensors: list[Tensor] = []
         for part in equal_parts(order, self.config.length_groups):
-            group = collate(
-                [rows[index] for index in part],
-                [frames[index] for index in part],
-                pad_id=self.encoder.pad_id,
-                include_bos=self.encoder.config.include_bos,
-            )
-            tensors += vars(group.to(self.engine.device)).values()
+            group = self.encoder.collate([rows[index] for index in part], [frames[index] for index in part])
+            tensors += vars(group).values()
         sorted_RW, log_scale = self.engine(*tensors)
         features_RW = sorted_RW[torch.argsort(torch.tensor(order, device=sorted_RW.device))]
         size = len(queries)
@@ -92,7 +88,7 @@ def caption_terms(config: ContrastConfig) -> Terms:
     """The loss: InfoNCE, with hard negatives if the batch has them."""
 
     def infonce(x: Features) -> Tensor:
-        ids = {"caption_hashes": x.caption_hashes, "image_ids": x.image_ids} if config.mask_same else {}
+        ids: dict[str, Any] = {"caption_hashes": x.caption_hashes, "image_ids": x.image_ids} if config.mask_same else {}
         positive_bW, scale = x.positive_bkD[:, 0], x.log_scale.exp()
         if config.symmetric and x.positive_bkD.shape[1] == 1:
             return contrastive_loss(x.anchor_bD, positive_bW, scale, **ids)

@@ -140,10 +140,24 @@ class CaptionEncoder(TextEncoder):
                 parameter.data = parameter.data.to(self.dtype)
         return wrapped
 
-    @property
-    def pad_id(self) -> int:
-        """Id of the padding token; its value does not matter, since padding is masked."""
-        return self.tokenizer.pad_token_id or 0
+    def collate(self, rows: Sequence[Sequence[int]], frames: Sequence[llms.Frame]) -> llms.TokenBatch:
+        """Rows of token ids, each with its frame, as one (B, T) batch on the encoder's device, padded on the right.
+
+        The tokens of the frame's head are not pooled, except BOS with ``include_bos``.
+        """
+        shape = (len(rows), max(map(len, rows)))
+        input_ids = torch.full(shape, self.tokenizer.pad_token_id or 0)  # padding is masked
+        attention_mask, position_ids = torch.zeros(2, *shape, dtype=torch.int64)
+        pool_mask = torch.zeros(shape, dtype=torch.bool)
+        for index, (ids, frame) in enumerate(zip(rows, frames, strict=True)):
+            stop = len(ids)
+            input_ids[index, :stop] = torch.tensor(ids)
+            attention_mask[index, :stop] = 1
+            position_ids[index, :stop] = torch.arange(stop)
+            pool_mask[index, len(frame.head) : stop] = True
+            if frame.has_bos and self.config.include_bos:
+                pool_mask[index, 0] = True
+        return llms.TokenBatch(input_ids, attention_mask, position_ids, pool_mask).to(self.device)
 
     def identity(self) -> TeacherIdentity:
         # token ids, so that a re-saved tokenizer keeps its identity
@@ -170,8 +184,7 @@ class CaptionEncoder(TextEncoder):
     @torch.no_grad()  # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
         frames = [self.query_frame if query else self.frame] * len(rows)
-        batch = llms.collate(rows, frames, pad_id=self.pad_id, include_bos=self.config.include_bos)
-        embeddings_BW = self.model(batch.to(self.device)).cpu()
+        embeddings_BW = self.model(self.collate(rows, frames)).cpu()
         return embeddings_BW if self.post is None else self.post(embeddings_BW)
 
 

@@ -113,26 +113,6 @@ def tokenize(
     return rows, sum(len(ids) > most for ids, most in zip(whole, room, strict=True))
 
 
-def collate(rows: Sequence[Sequence[int]], frames: Sequence[Frame], *, pad_id: int, include_bos: bool) -> TokenBatch:
-    """Pad rows of token ids, each with its frame, to one (B, T) batch on the right.
-
-    The tokens of the frame's head are not pooled, except BOS with ``include_bos``.
-    """
-    shape = (len(rows), max(map(len, rows)))
-    input_ids = torch.full(shape, pad_id)
-    attention_mask, position_ids = torch.zeros(2, *shape, dtype=torch.int64)
-    pool_mask = torch.zeros(shape, dtype=torch.bool)
-    for index, (ids, frame) in enumerate(zip(rows, frames, strict=True)):
-        stop = len(ids)
-        input_ids[index, :stop] = torch.tensor(ids)
-        attention_mask[index, :stop] = 1
-        position_ids[index, :stop] = torch.arange(stop)
-        pool_mask[index, len(frame.head) : stop] = True
-        if frame.has_bos and include_bos:
-            pool_mask[index, 0] = True
-    return TokenBatch(input_ids, attention_mask, position_ids, pool_mask)
-
-
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
     """Batches of indices, longest rows first, each of at most ``tokens_per_batch`` tokens, padding included.
 
@@ -375,8 +355,8 @@ def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
 # bytes of a value in bitsandbytes' NF4 with double quantization: half a byte, a byte of scale for 64 values, 4 bytes of
 # a scale's scale for 256 x 64 (Dettmers et al. 2023, arXiv 2305.14314)
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (256 * 64)
-LLAMA_3 = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
-SHAPES = {  # gated on the Hub: their config.json needs a login
+LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
+SHAPES: dict[str, dict[str, Any]] = {  # gated on the Hub: their config.json needs a login
     "meta-llama/Llama-3.2-1B-Instruct": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192},
     "meta-llama/Meta-Llama-3-8B-Instruct": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336},
 }

@@ -9,7 +9,6 @@ import torch
 
 from llm2clip_plugin.text.config import EncoderConfig, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import collate
 from llm2clip_plugin.text.pairs import Pair, PairBatches, PairTokenizer, open_pairs, tokenized_batches
 
 
@@ -46,7 +45,7 @@ def test_each_query_has_its_own_instruction_which_is_not_pooled(llama: Path) -> 
     pairs = [Pair("a", "a boat", "the boat"), Pair("b", "a boat", "the boat", instruction="Find a long caption; ")]
     pairs.append(Pair("c", "a boat", "the boat", instruction=""))
     tokens = PairTokenizer(encoder.tokenizer, encoder.config)(pairs)
-    batch = collate(tokens["query"], tokens["query_frame"], pad_id=encoder.pad_id, include_bos=False)
+    batch = encoder.collate(tokens["query"], tokens["query_frame"])
     for row, text in enumerate(("Query: a boat", "Find a long caption; a boat", "a boat")):
         assert tokens["query"][row] == encoder.tokenizer(text)["input_ids"]
         pooled = batch.input_ids[row][batch.pool_mask[row]].tolist()
