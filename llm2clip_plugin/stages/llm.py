@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +80,13 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
     engine = run.make_engine(module, trained, resumed, keep_frozen=False)
     start = run.start_state(resumed)
     evaluate = evaluation(encoder, config)
+    tokenizer, workers = PairTokenizer(encoder.tokenizer, encoder.config), config.train.dataloader_num_workers
     with stop_requests() as stop:
         state = run.train_to_end(
             engine,
             start,
             step=CaptionStep(engine, terms, encoder, config.contrast, seed=config.train.seed),
-            batches=tokenized_batches(
-                data.batches,
-                PairTokenizer(encoder.tokenizer, encoder.config),
-                position=start.samples,
-                workers=config.train.dataloader_num_workers,
-            ),
+            batches=tokenized_batches(data.batches, tokenizer, position=start.samples, workers=workers),
             evaluate=evaluate,
             before=evaluate if config.train.eval_on_start else None,
             stop=stop,
@@ -124,9 +121,7 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[Engine
     if not config.train.has_steps:
         raise ValueError("num_train_epochs and max_steps are both 0: nothing to train")
     if config.start_adapters and (config.encoder.adapter or config.encoder.load_in_4bit or config.lora.dora):
-        raise ValueError(
-            f"start_adapters {' '.join(config.start_adapters)} exclude --adapter, --load-in-4bit and --lora-dora"
-        )
+        raise ValueError("start_adapters exclude --adapter, --load-in-4bit and --lora-dora")
     if config.train.precision != "fp32" and config.encoder.compute_dtype == "float32":
         raise ValueError(
             f"train.precision {config.train.precision} would convert the LLM's float32 weights; leave precision (the "
@@ -254,20 +249,17 @@ def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) 
 def main(argv: list[str]) -> int:
     """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
     config = FINETUNE_LLM.parse(argv)
-    return plan_or_train(
-        config.dry_run,
-        lambda: llm_plan(config),
-        lambda: finetune_llm(config, started_by("finetune-llm", argv)),
-        "adapter",
-    )
+    train = partial(finetune_llm, config, started_by("finetune-llm", argv))
+    return plan_or_train(config.dry_run, partial(llm_plan, config), train, "adapter")
 
 
 def llm_plan(config: FinetuneConfig) -> str:
     """The plan as text, without memory for an LLM without a config.json. Raises what would stop the run itself."""
     _, world = rank_and_world()
-    adapter = Path(config.encoder.adapter) if config.encoder.adapter else None
-    encoder, _ = effective(config.encoder, Path(config.encoder.llm), adapter)
-    config = dataclasses.replace(config, encoder=encoder)
+    encoder = config.encoder
+    if encoder.llm:
+        encoder, _ = effective(encoder, Path(encoder.llm), Path(encoder.adapter) if encoder.adapter else None)
+        config = dataclasses.replace(config, encoder=encoder)
     pairs, texts, lengths, notes = measure_data(config)
     plan, deepspeed = plan_stage(config, pairs, world)
     parts = [*notes, plans.describe_run(plan, deepspeed, samples=pairs, world=world)]

@@ -44,10 +44,8 @@ class ContrastConfig:
     symmetric: bool = True  # half of the loss retrieves queries from positives; without, all retrieves positives
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale <= 100:
-            raise ValueError(f"scale is {self.scale}; expected a number above 0, at most 100")
-        if self.length_groups < 1:
-            raise ValueError(f"length_groups is {self.length_groups}; expected 1 or more")
+        if not 0 < self.scale <= 100 or self.length_groups < 1:
+            raise ValueError(f"scale {self.scale} must be in (0, 100], length_groups {self.length_groups} at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
