@@ -30,10 +30,9 @@ from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
 from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole
 from llm2clip_plugin.vision.checkpoint import lift_model_cfg, read_tensors, section, weight_files
 from llm2clip_plugin.vision.convert.common import TensorNames, depth, require
-from llm2clip_plugin.vision.directory import read_json
-from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual, make_adapter
+from llm2clip_plugin.vision.directory import is_local, read_json
+from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual
 from llm2clip_plugin.vision.families import families
-from llm2clip_plugin.vision.publish import is_local
 
 MAY_DIFFER = ("llm", "revision", "max_tokens", "compute_dtype")  # settings of EncoderConfig that apply to a CLIP
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -229,7 +228,7 @@ def load_dual_encoder(
     dual, card = load_dual(source, dtype=dtype)
     if dual.text_adapter is None:
         dual.config = dataclasses.replace(dual.config, llm_width=dual.config.projection_dim, adapter="none")
-        dual.text_adapter = make_adapter(dual.config).eval()
+        dual.text_adapter = TextAdapter(dual.config).eval()
         card = dataclasses.replace(card, dual=dataclasses.asdict(dual.config))
     config = teacher if isinstance(teacher, EncoderConfig) else EncoderConfig(llm=teacher)
     llm = TeacherLLM(card, dataclasses.replace(config, adapter=adapter or config.adapter))
