@@ -65,7 +65,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "score": ("llava_integration.benchmarks.score:main", "score answers with a benchmark's official rule"),
     "llava bundle": ("llava_integration.towers:main_bundle", "copy the tower into a LLaVA checkpoint"),
     "llava export": (
-        "llava_integration.serve.command:main",
+        "llava_integration.serve:main",
         "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
     ),
 }
@@ -99,7 +99,7 @@ OPTIONS: dict[str, str] = {
     "bench-mllm": "llava_integration.benchmarks.bench:COMMAND",
     "score": "llava_integration.benchmarks.score:COMMAND",
     "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
-    "llava export": "llava_integration.serve.command:COMMAND",
+    "llava export": "llava_integration.serve:COMMAND",
 }
 
 HELP = ("-h", "--help", "--help-all")

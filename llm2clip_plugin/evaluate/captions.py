@@ -29,8 +29,7 @@ from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
 from llm2clip_plugin.options import command
 from llm2clip_plugin.text.config import ATTENTIONS, POOLINGS, EncoderConfig, find_card
 from llm2clip_plugin.text.encoder import CPU_TOKENS, POST_FILE, CaptionEncoder, Post, first_captions, remove_components
-from llm2clip_plugin.text.llm import pool
-from llm2clip_plugin.text.tokens import collate, length_batches
+from llm2clip_plugin.text.llm import length_batches, pool
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
 ACCURACIES = ("cra", "reverse", "centred")
@@ -53,7 +52,19 @@ def main(argv: list[str]) -> int:
     print(table(scores))
     if encoder.count_truncated:
         print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
-    write_scores(score_file(scores, encoder, config.measure.captions), config.json, file=sys.stderr)
+    record = ScoreFile(
+        benchmark=f"caption retrieval, {Path(config.measure.captions).name}",
+        metrics={f"{row.name}/{name}": vars(row)[name] for row in scores for name in ACCURACIES},
+        items=[
+            {"id": f"{row.name}/{key}", "score": hit, "cluster": key}
+            for row in scores
+            for key, hit in zip(row.keys, row.hits, strict=True)
+        ],
+        counts={row.name: row.pairs for row in scores},
+        model=encoder.config.adapter or encoder.config.llm,
+        provenance={"teacher": dataclasses.asdict(encoder.identity())},
+    )
+    write_scores(record, config.json, file=sys.stderr)
     return 0
 
 
@@ -167,24 +178,6 @@ def table(scores: Sequence[CaptionScore]) -> str:
     return "\n".join(lines)
 
 
-def score_file(scores: Sequence[CaptionScore], encoder: CaptionEncoder, captions: str) -> ScoreFile:
-    """The record that `llm2clip compare` reads: one item per caption."""
-    items = [
-        {"id": f"{row.name}/{key}", "score": hit, "cluster": key}
-        for row in scores
-        for key, hit in zip(row.keys, row.hits, strict=True)
-    ]
-    metrics = {f"{row.name}/{name}": vars(row)[name] for row in scores for name in ACCURACIES}
-    return ScoreFile(
-        benchmark=f"caption retrieval, {Path(captions).name}",
-        metrics=metrics,
-        items=items,
-        counts={row.name: row.pairs for row in scores},
-        model=encoder.config.adapter or encoder.config.llm,
-        provenance={"teacher": dataclasses.asdict(encoder.identity())},
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """One way of reading the LLM, and what it reached."""
@@ -260,8 +253,7 @@ def pooled_states(
     batches = list(length_batches([len(ids) for ids in rows], CPU_TOKENS))
     for indices in track(batches, total=len(batches), label="reading", unit="batches"):
         some = [rows[index] for index in indices]
-        batch = collate(some, [frame] * len(some), pad_id=encoder.pad_id, include_bos=encoder.config.include_bos)
-        batch = batch.to(encoder.device)
+        batch = encoder.collate(some, [frame] * len(some))
         options = {"position_ids": batch.position_ids, "use_cache": False, "output_hidden_states": True}
         states = encoder.model.llm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
         depth = len(states.hidden_states) - 1
