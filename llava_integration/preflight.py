@@ -268,7 +268,7 @@ def check_llava() -> Iterator[Finding]:
         fix = "pip install llm2clip-plugin (without --target), or `python -m llava_integration.launch ...` for LLaVA"
         yield _finding("start-up hook", "fail", "not active", fix)
     try:
-        location = towers.locate_default()
+        location = towers.locate(towers.NAME)
         yield _finding("--vision_tower llm2clip", "ok", f"{location.how}: {location.describe()}")
     except (FileNotFoundError, ContractError) as error:
         fix = "llm2clip use PATH_OR_HUB_ID (only needed for the bare name)"
