@@ -8,7 +8,7 @@ them too.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, InitVar, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig, TrainTransform
+from llm2clip_plugin.data.images import ImageConfig, evaluation_pixels, training_pixels
 from llm2clip_plugin.data.remote import shuffle_window, take_retries
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, sample_rng
 from llm2clip_plugin.data.samples import (
@@ -55,17 +55,14 @@ class PairDataset(Dataset):
 
     sources: Sequence[Source]
     caches: Sequence[EmbeddingCache | None]  # one a source
-    images: InitVar[ImageConfig | None]  # None for captions alone, whose images are not read
-    augment: InitVar[AugmentConfig | None] = None
+    images: ImageConfig | None  # None for captions alone, whose images are not read
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     _: KW_ONLY
     seed: int
     caption_weights: Mapping[str, float] = field(default_factory=dict)  # how often each kind is drawn; {}: evenly
     captions_per_image: int = 1  # captions k of a row; an image that has fewer repeats them
     targets: Sequence[EmbeddingCache] = ()  # a second cache a source, of the same captions by another teacher
     one_source_batch: int = 0  # size of the global batches, each of one source; 0: a batch mixes the sources
-
-    def __post_init__(self, images: ImageConfig | None, augment: AugmentConfig | None) -> None:
-        self.transform = None if images is None else TrainTransform(images, augment)
 
     def __len__(self) -> int:
         return sum(len(source) for source in self.sources)
@@ -74,7 +71,7 @@ class PairDataset(Dataset):
     def row_bytes(self) -> int:
         """Bytes of a row's image and embeddings."""
         widths = [next((c.width for c in caches if c is not None), 0) for caches in (self.caches, self.targets)]
-        side = 0 if self.transform is None else self.transform.config.size
+        side = 0 if self.images is None else self.images.size
         return row_bytes(side, sum(widths) * self.captions_per_image)
 
     def mixture(self) -> Mixture:
@@ -106,7 +103,7 @@ class PairDataset(Dataset):
     def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
         source, cache = self.sources[draw.source], self.caches[draw.source]
         shard, within = source.locate(draw.index)
-        sample = None if self.transform is None else source.with_image(draw.index)
+        sample = None if self.images is None else source.with_image(draw.index)
         key, all_captions = source.captions(draw.index) if sample is None else (sample.key, sample.captions)
         kinds = source.config.kinds or tuple(self.caption_weights)
         captions = select_captions(all_captions, kinds, source.config.languages)
@@ -117,9 +114,9 @@ class PairDataset(Dataset):
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
         chosen = choose_captions(captions, self.caption_weights, self.captions_per_image, rng)
         pixels = None
-        if sample is not None and self.transform is not None:
+        if sample is not None and self.images is not None:
             try:
-                pixels = self.transform.pixels(sample.read_image(), rng)
+                pixels = training_pixels(sample.read_image(), self.images, self.augment, rng)
             except BrokenImage as error:
                 raise BrokenSample(shard, key, str(error)) from error
         embeddings, targets = (
@@ -210,7 +207,7 @@ class EvalDataset(Dataset):
 
     source: Source
     cache: EmbeddingCache | None
-    transform: EvalTransform
+    images: ImageConfig
     indices: Sequence[int]
     kinds: Sequence[str] | None
     languages: Sequence[str]
@@ -227,7 +224,7 @@ class EvalDataset(Dataset):
             if not captions and self.kinds is not None:
                 selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
                 return BrokenSample(shard, sample.key, f"no caption{selected}")
-            pixels = self.transform.pixels(sample.read_image())
+            pixels = evaluation_pixels(sample.read_image(), self.images)
         except BrokenSample as error:
             return error
         except BrokenImage as error:
@@ -238,7 +235,7 @@ class EvalDataset(Dataset):
     def collate(self, items: list[EvalItem | BrokenSample]) -> dict[str, Any]:
         """Items to tensors; broken ones are listed under ``broken``."""
         good = [item for item in items if isinstance(item, EvalItem)]
-        side = self.transform.config.size
+        side = self.images.size
         pixels = np.stack([item.pixels for item in good]) if good else np.zeros((0, side, side, 3), np.uint8)
         batch: dict[str, Any] = {
             "pixels": torch.from_numpy(pixels),
@@ -293,6 +290,6 @@ def eval_pairs(
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     mine = np.array_split(chosen, world)[rank].tolist()
-    dataset = EvalDataset(source, cache, EvalTransform(images), mine, kinds, languages)
+    dataset = EvalDataset(source, cache, images, mine, kinds, languages)
     batches = CollatedDataset(dataset, dataset.collate)
     return EvalPairs(DataLoader(batches, batch, collate_fn=as_it_is, num_workers=workers))

@@ -40,13 +40,12 @@ from llm2clip_plugin.text.llm import CaptionModel, LlmShape, llm_config, shape_l
 from llm2clip_plugin.text.pairs import Pair, PairBatches, PairTokenizer, Survey, open_pairs, survey, tokenized_batches
 from llm2clip_plugin.text.tokens import literal_template, query_frames, token_ids
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
-from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.model import StepMemory, activation_bytes, enable_gradient_checkpointing
-from llm2clip_plugin.train.optim import Trained, chosen_optimizer, is_vector
+from llm2clip_plugin.train.optim import EnginePlan, Trained, chosen_optimizer, is_vector, zero_stage
 from llm2clip_plugin.vision.export import library_versions
 
 ADAPTER = "adapter"

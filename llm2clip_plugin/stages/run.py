@@ -27,15 +27,13 @@ from llm2clip_plugin.stages.settings import TrainingConfig, flat, refuse_changes
 from llm2clip_plugin.text.teacher import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
-from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json, zero_stage
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_full_determinism, set_tf32
-from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
+from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
-from llm2clip_plugin.train.optim import Trained, parameter_groups
-from llm2clip_plugin.train.reference import Reference
+from llm2clip_plugin.train.optim import EnginePlan, Trained, complete, parameter_groups, read_deepspeed_json, zero_stage
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions
 
@@ -354,7 +352,7 @@ def columns(
 
 
 def _total(memory: StepMemory, stage: int, world: int, global_batch: int, micro_batch: int) -> float:
-    """Bytes of a GPU with scripts/zeroN.json; half precision under stage 0 runs as stage 1 (see deepspeed_config)."""
+    """Bytes of a GPU with scripts/zeroN.json; half precision under stage 0 runs as stage 1 (see train.optim)."""
     stage = 1 if stage == 0 and memory.precision != "fp32" else stage
     zero = {"stage": stage, "overlap_comm": stage > 0}
     return sum(rank_bytes(memory, zero, world=world, global_batch=global_batch, micro_batch=micro_batch).values())

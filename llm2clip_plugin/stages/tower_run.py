@@ -29,13 +29,13 @@ from llm2clip_plugin.stages.tower_export import export_run
 from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Checkpoints, load_weights
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
+from llm2clip_plugin.train.engine import Reference, frozen_copy
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters, load_clip_heads
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.base import needs_reference, patch_layers, weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
-from llm2clip_plugin.train.reference import Reference, frozen_copy
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder

@@ -17,9 +17,9 @@ from tower_runs import lines
 from train_helpers import new_state, parts_of, run_ranks, tiny_batch, tiny_engine
 
 from llm2clip_plugin.train.config import TrainConfig
+from llm2clip_plugin.train.distributed import PHASES
 from llm2clip_plugin.train.loop import run_loop
 from llm2clip_plugin.train.reports import count_model_flops, repeated
-from llm2clip_plugin.train.timing import PHASES
 
 
 def test_flops_are_those_of_the_model():
