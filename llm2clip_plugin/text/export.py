@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.contracts import EncoderCard, atomic_directory
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.adapter import attach_adapter, merge
+from llm2clip_plugin.text.adapter import adapter_folder, attach_adapter, merge
 from llm2clip_plugin.text.config import CARD_SETTINGS, COMMAND, MODULES, EncoderConfig, ExportConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import keep_layers, load_backbone
@@ -63,7 +63,7 @@ def merge_into_all_blocks(model: PreTrainedModel, config: EncoderConfig) -> PreT
         return model
     blocks, norm, depth = model.get_submodule("layers"), model.get_submodule("norm"), model.config.num_hidden_layers
     keep_layers(model, config.layer)
-    merged = merge(attach_adapter(model, Path(config.adapter)))
+    merged = merge(attach_adapter(model, adapter_folder(config.adapter)))
     lower = list(merged.get_submodule("layers"))  # type: ignore[call-overload]
     merged.set_submodule("layers", nn.ModuleList([*lower, *list(blocks)[len(lower) :]]))  # type: ignore[call-overload]
     merged.set_submodule("norm", norm)
