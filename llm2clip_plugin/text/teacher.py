@@ -263,11 +263,6 @@ class TeacherLLM:
                 f"{config.llm} is not the tower's teacher: {differences(vars(self.identity), loaded)}; "
                 "pass the correct one with --llm and --adapter (in Python: teacher= and adapter=)"
             )
-        if self.llm_width and encoder.width != self.llm_width:
-            raise ContractError(
-                f"{config.llm} gives embeddings of width {encoder.width}, but the tower's text adapter expects "
-                f"{self.llm_width}; {GIVE_LLM}"
-            )
         return encoder
 
 
