@@ -13,7 +13,7 @@ from data_world import LengthEncoder, jpeg
 from llm2clip_plugin.data import sources
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources.base import SourceConfig, formats, open_source
 from llm2clip_plugin.text.embed import embed_source
@@ -43,6 +43,6 @@ def test_it_is_recognized_embedded_and_trained_on(table: Path) -> None:
     manifest, _ = embed_source(source, encoder, table.parent / "cache", quiet=True)
     assert manifest is not None and manifest.captions == 4
     dataset = PairDataset([source], [EmbeddingCache.open(table.parent / "cache")], ImageConfig(size=16), seed=0)
-    (batch,) = islice(make_loader(dataset, local_batch=4, workers=1), 1)
+    (batch,) = islice(PairLoader(dataset, local_batch=4, workers=1), 1)
     assert sorted(batch["keys"]) == ["k0", "k1", "k2", "k3"]
     assert batch["embeddings"][:, 0].tolist() == [float(len(caption)) for caption in batch["captions"]]
