@@ -75,8 +75,7 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
             if parameter.requires_grad:
                 parameter.data.copy_(resumed.weights[name])
     on_first_rank(lambda: check_finite(module, config.encoder.llm if resumed is None else resumed.path))
-    trained = trained_parameters(module, config)
-    engine = run.make_engine(module, trained, resumed, keep_frozen=False)
+    engine = run.make_engine(module, trained_parameters(module, config), resumed, keep_frozen=False)
     start = run.start_state(resumed)
     evaluate = evaluation(encoder, config)
     tokenizer, workers = PairTokenizer(encoder.tokenizer, encoder.config), config.train.dataloader_num_workers
@@ -356,8 +355,7 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int])
 
 def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
     """The LLM's frozen parameters and the adapter's."""
-    lora = config.lora
-    trained = trained_parameters(shape.llm, config)
+    lora, trained = config.lora, trained_parameters(shape.llm, config)
     dtype = ("NF4 and " if config.encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
     starts = "".join(f"; {name} merged" for name in config.start_adapters)
     return (

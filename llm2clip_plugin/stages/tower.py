@@ -21,7 +21,7 @@ from llm2clip_plugin.console import loaded, phase
 from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import PairLoader, make_loader
+from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
@@ -268,7 +268,7 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
         captions_per_image=config.data.captions_per_image,
         one_source_batch=config.train.global_batch if config.data.one_source_per_batch else 0,
     )
-    return make_loader(
+    return PairLoader(
         dataset,
         local_batch=local_batch,
         micro_batch=micro_batch,
@@ -300,7 +300,7 @@ def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[Loa
     if not config.data.validation or not workers:
         return [train]
     size = row_bytes(side, 0)
-    return [train, LoadPlan(rows=batch, part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=size)]
+    return [train, LoadPlan(part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=size)]
 
 
 def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluate | None:
