@@ -53,7 +53,19 @@ def main(argv: list[str]) -> int:
     print(table(scores))
     if encoder.count_truncated:
         print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
-    write_scores(score_file(scores, encoder, config.measure.captions), config.json, file=sys.stderr)
+    record = ScoreFile(
+        benchmark=f"caption retrieval, {Path(config.measure.captions).name}",
+        metrics={f"{row.name}/{name}": vars(row)[name] for row in scores for name in ACCURACIES},
+        items=[
+            {"id": f"{row.name}/{key}", "score": hit, "cluster": key}
+            for row in scores
+            for key, hit in zip(row.keys, row.hits, strict=True)
+        ],
+        counts={row.name: row.pairs for row in scores},
+        model=encoder.config.adapter or encoder.config.llm,
+        provenance={"teacher": dataclasses.asdict(encoder.identity())},
+    )
+    write_scores(record, config.json, file=sys.stderr)
     return 0
 
 
@@ -165,24 +177,6 @@ def table(scores: Sequence[CaptionScore]) -> str:
         numbers = f"{row.cra:7.3f} {row.reverse:7.3f} {row.centred:8.3f} {row.pairs:6d} {1 / row.pairs:6.3f}"
         lines.append(f"{row.name:<{width}}  {numbers}")
     return "\n".join(lines)
-
-
-def score_file(scores: Sequence[CaptionScore], encoder: CaptionEncoder, captions: str) -> ScoreFile:
-    """The record that `llm2clip compare` reads: one item per caption."""
-    items = [
-        {"id": f"{row.name}/{key}", "score": hit, "cluster": key}
-        for row in scores
-        for key, hit in zip(row.keys, row.hits, strict=True)
-    ]
-    metrics = {f"{row.name}/{name}": vars(row)[name] for row in scores for name in ACCURACIES}
-    return ScoreFile(
-        benchmark=f"caption retrieval, {Path(captions).name}",
-        metrics=metrics,
-        items=items,
-        counts={row.name: row.pairs for row in scores},
-        model=encoder.config.adapter or encoder.config.llm,
-        provenance={"teacher": dataclasses.asdict(encoder.identity())},
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,16 @@ def main(argv: list[str]) -> int:
     if config.suite:
         return main_suites(config)
 
+    def measure(all_ranks: bool) -> ScoreFile:
+        tower, report = measure_pairs(config, all_ranks=all_ranks)
+        facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
+        return dataclasses.replace(
+            report.scores(),
+            benchmark=f"retrieval:{dataset_name(config.data.path)}",
+            model=config.tower,
+            provenance=tower_provenance(tower.dual, **facts),
+        )
+
     def report(scores: ScoreFile) -> None:
         found, caption = intervals(scores, config.resamples), "i2t: image to text; ties count half"
         if found:
@@ -48,19 +58,7 @@ def main(argv: list[str]) -> int:
             console.print(note, markup=False)
         write_scores(scores, config.json)
 
-    return on_all_ranks(partial(measure_retrieval, config), report)
-
-
-def measure_retrieval(config: EvaluateConfig, all_ranks: bool) -> ScoreFile:
-    """``measure_pairs`` as a score file."""
-    tower, report = measure_pairs(config, all_ranks=all_ranks)
-    facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
-    return dataclasses.replace(
-        report.scores(),
-        benchmark=f"retrieval:{dataset_name(config.data.path)}",
-        model=config.tower,
-        provenance=tower_provenance(tower.dual, **facts),
-    )
+    return on_all_ranks(measure, report)
 
 
 def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:

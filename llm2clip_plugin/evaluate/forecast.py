@@ -20,11 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile, canonical_json, sha256_text
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.pairs import eval_pairs
+from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, select_captions
 from llm2clip_plugin.data.sources.base import Source, check_fields, open_source
@@ -36,6 +34,7 @@ from llm2clip_plugin.evaluate.opening import (
     Row,
     check_measurable,
     dataset_name,
+    encode_images,
     provenance,
     wide_console,
     write_scores,
@@ -136,15 +135,18 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Capt
     if not -states <= config.select_layer < states:
         raise ValueError(f"--select-layer {config.select_layer}: {tower} has hidden states {-states} to {states - 1}")
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
-    normalize, patches, found = Normalize(images, device), [], []
-    batches = eval_pairs(source, None, images, batch=config.batch, indices=captioned.numbers)
-    for batch in track(batches, total=len(batches), label=dataset_name(tower), unit="batches"):
-        pixels = normalize(batch["pixels"]).to(model.dtype)
-        state_BPH = model(pixel_values=pixels, output_hidden_states=True).hidden_states[config.select_layer]
-        patches.append(on_grid(state_BPH[:, int(family_of(model).has_cls) :].float()).cpu())
-        found += [captioned.numbers.index(number) for number in batch["image_ids"].tolist()]
+    first = int(family_of(model).has_cls)
+
+    def encode(pixels: Tensor) -> Tensor:
+        states = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True).hidden_states
+        return on_grid(states[config.select_layer][:, first:].float())
+
+    encoded = encode_images(
+        encode, source, images, device, batch=config.batch, indices=captioned.numbers, label=dataset_name(tower)
+    )
+    found = [captioned.numbers.index(number) for number in encoded.numbers]
     clusters = [captioned.clusters[place] for place in found]
-    patch_NPH, text_NW = torch.cat(patches).to(device), captioned.text_NW[found]
+    patch_NPH, text_NW = torch.cat(encoded.vectors).to(device), captioned.text_NW[found]
     values = {  # of the images, whose mean is the measure
         "neighbors": neighbors(patch_NPH, text_NW.to(device)).cpu(),
         "probe": explained(patch_NPH.mean(1).cpu(), text_NW, clusters),
@@ -158,12 +160,12 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Capt
         benchmark=f"forecast:{dataset_name(config.data.path)}",
         metrics={name: float(value_N.mean()) for name, value_N in values.items()},
         items=items,
-        counts={"images": len(found), "left_out": len(batches.broken)},
+        counts={"images": len(found), "left_out": len(encoded.broken)},
         model=tower,
         provenance=provenance(
             weights_sha256=weights_hash(directory), llm=captioned.llm, select_layer=config.select_layer
         ),
-        notes=[f"left out: {error}" for error in batches.broken],
+        notes=[f"left out: {error}" for error in encoded.broken],
     )
 
 

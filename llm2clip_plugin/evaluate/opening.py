@@ -104,36 +104,23 @@ def encode_images(
     images: ImageConfig,
     device: torch.device,
     *,
-    batch: int = 64,
-    workers: int = 0,
-    indices: Sequence[int] | None = None,
-    kinds: Sequence[str] | None = None,
-    languages: Sequence[str] = (),
     all_ranks: bool = False,
     quiet: bool = False,
+    label: str = "images",
+    **options: Any,
 ) -> EncodedImages:
-    """A source's images through ``encode``, (B, 3, S, S) on ``device`` -> (B, D).
+    """A source's images, also those without captions, through ``encode``, (B, 3, S, S) on ``device`` -> (B, D) or more.
 
-    ``indices``, ``kinds``, ``languages``: which samples, see `eval_pairs`. ``all_ranks``: every rank of the default
-    process group calls this, encodes a part, and gets all.
+    ``options``: batch, workers, and which samples: see `eval_pairs`. ``all_ranks``: every rank of the default process
+    group calls this, encodes a part, and gets all.
     """
     group, normalize = group_of(all_ranks), Normalize(images, device)
-    batches = eval_pairs(
-        source,
-        None,
-        images,
-        batch=batch,
-        kinds=kinds,
-        languages=languages,
-        indices=indices,
-        rank=rank(group),
-        world=world_size(group),
-        workers=workers,
-    )
+    options = {"batch": 64, "kinds": None, "rank": rank(group), "world": world_size(group), **options}
+    batches = eval_pairs(source, None, images, **options)
     # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
     calls = max(gather_objects(len(batches), group))
     own, remaining, show = EncodedImages([], [], [], [], []), iter(batches), not quiet and rank(group) == 0
-    for _ in track(range(calls), total=calls, label="images", unit="batches", show=show):
+    for _ in track(range(calls), total=calls, label=label, unit="batches", show=show):
         loaded = next(remaining, None)
         if loaded is None:
             encode(normalize(torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)))

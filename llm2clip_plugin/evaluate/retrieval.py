@@ -91,8 +91,13 @@ def rank_both(
         raise ValueError(f"embeddings have different widths: {first_ND.shape[1]} and {second_MD.shape[1]}")
     group = group_of(all_ranks)
     first, second = ((vectors.float(), labels.to(vectors.device)) for vectors, labels in sides)
-    with torch.no_grad(), full_precision(first_ND.device):
-        return _rank(*first, *second, group), _rank(*second, *first, group)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(first_ND.device.type, enabled=False):
+            return _rank(*first, *second, group), _rank(*second, *first, group)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _rank(query_QD: Tensor, label_Q: Tensor, item_ID: Tensor, label_I: Tensor, group: Group) -> QueryRanks:
@@ -112,18 +117,6 @@ def _rank(query_QD: Tensor, label_Q: Tensor, item_ID: Tensor, label_I: Tensor, g
         counts_3Q[2, some] = (equal_qI & correct_qI).sum(1, dtype=torch.int32)
     higher_Q, wrong_equal_Q, correct_equal_Q = sum_over_ranks(counts_3Q, group).cpu()
     return QueryRanks(higher_Q=higher_Q, wrong_equal_Q=wrong_equal_Q, correct_equal_Q=correct_equal_Q)
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute fp32 matrix products in fp32, without autocast, TF32 or bf16 passes, whatever the caller's settings."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +142,11 @@ class Retrieval:
     def chance(self, ks: Sequence[int] = KS) -> dict[str, float]:
         """Expected value of each of `metrics` for a random order."""
         image_label_Q = self.image_label_N[self.image_index_Q]
-        sides = {"i2t": (image_label_Q, self.caption_label_Q), "t2i": (self.caption_label_Q, self.image_label_N)}
-        return {f"{side}_r{k}": _chance(*labels, k) for k in ks for side, labels in sides.items()}
+        sides = {
+            "i2t": tied(image_label_Q, self.caption_label_Q),
+            "t2i": tied(self.caption_label_Q, self.image_label_N),
+        }
+        return {f"{side}_r{k}": float(ranks.hits(k).mean()) for k in ks for side, ranks in sides.items()}
 
 
 def recall(
@@ -223,14 +219,12 @@ def shuffled(label_N: Tensor, seed: int = 0) -> Tensor:
     return successor[torch.searchsorted(label, label_N)]
 
 
-def _chance(query_label_Q: Tensor, pool_label_I: Tensor, k: int) -> float:
-    """Expected recall@k of a random order: 1 - C(I - p, k) / C(I, k), with p correct items among I."""
+def tied(query_label_Q: Tensor, pool_label_I: Tensor) -> QueryRanks:
+    """The ranks if all items had one score, so that a hit is chance."""
     label, size = torch.unique(pool_label_I, return_counts=True)
-    correct_Q, pool = size[torch.searchsorted(label, query_label_Q)].double(), len(pool_label_I)
-    miss_Q = torch.ones_like(correct_Q)
-    for j in range(min(k, pool)):
-        miss_Q *= (pool - correct_Q - j).clamp(min=0) / (pool - j)
-    return float(1 - miss_Q.mean())
+    correct_Q = size[torch.searchsorted(label, query_label_Q)]
+    wrong_Q = len(pool_label_I) - correct_Q
+    return QueryRanks(higher_Q=torch.zeros_like(correct_Q), wrong_equal_Q=wrong_Q, correct_equal_Q=correct_Q)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,14 +238,6 @@ class EmbeddedPairs:
     keys: list[str]  # N
     meta: list[dict[str, Any]]  # N: the JSON of each sample
     broken: list[BrokenSample]  # samples left out
-
-    def image_labels(self, field: str = "") -> Tensor:
-        """(N,) int64: equal for images with the same value of ``field`` in their JSON; all different for field ""."""
-        if not field:
-            return torch.arange(len(self.keys))
-        values = self.meta_values(field)
-        label_of = {value: label for label, value in enumerate(dict.fromkeys(values))}
-        return torch.tensor([label_of[value] for value in values])
 
     def meta_values(self, field: str) -> list[str]:
         """The value of a field of each image's JSON as text (N); ValueError names an image without it."""
@@ -429,7 +415,10 @@ def report_retrieval(
 ) -> RetrievalReport:
     """Measure retrieval on embedded pairs; ``device``: where scores are computed."""
     image_ND, text_MD = pairs.image_ND.to(device), pairs.text_MD.to(device)
-    label_N = pairs.image_labels(config.group)
+    label_N = torch.arange(len(pairs.keys))
+    if config.group:
+        number_of: dict[str, int] = {}
+        label_N = torch.tensor([number_of.setdefault(v, len(number_of)) for v in pairs.meta_values(config.group)])
     label_M = label_N[pairs.owner_M]
 
     def ranked(image_label_N: Tensor, captions: Tensor) -> Retrieval:
