@@ -246,7 +246,9 @@ class Checkpoints:
                 print(f"warning: {'; '.join(damaged)}\nwarning: falling back to {path}", file=sys.stderr)
             return path
         if damaged:
-            raise ContractError(f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}. Restore one")
+            raise ContractError(
+                f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}; choose another --output"
+            )
         return None
 
     def move_aside(self, resumed: Path | None) -> str:

@@ -395,4 +395,8 @@ def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
     for name, value in module.state_dict().items():
         # NaN in both ends if there is one; isfinite of all takes 17 times as long
         if value.is_floating_point() and value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
-            raise ValueError(f"{where}: values of {name} are NaN or infinite; restore the file, or start from another")
+            bad = int((~torch.isfinite(value)).sum())
+            raise ValueError(
+                f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; restore the file, or "
+                "start from another one"
+            )
