@@ -85,7 +85,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> module:function, one line of
     "score": ("llava_integration.benchmarks.score:main", "score answers with a benchmark's official rule"),
     "llava bundle": ("llava_integration.towers:main_bundle", "copy the tower into a LLaVA checkpoint"),
     "llava export": (
-        "llava_integration.serve.command:main",
+        "llava_integration.serve:main",
         "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
     ),
 }
@@ -119,7 +119,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "bench-mllm": ("llava_integration.benchmarks.bench", "COMMAND"),
     "score": ("llava_integration.benchmarks.score", "COMMAND"),
     "llava bundle": ("llava_integration.towers", "LLAVA_BUNDLE"),
-    "llava export": ("llava_integration.serve.command", "COMMAND"),
+    "llava export": ("llava_integration.serve", "COMMAND"),
 }
 
 HELP = ("-h", "--help", "--help-all")

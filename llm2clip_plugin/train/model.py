@@ -21,7 +21,6 @@ from llm2clip_plugin.vision.towers import (
     add_lora,
     freeze_tower,
     load_tower,
-    meta_tower,
     new_tower,
     parameters_in,
     pretrained_log_scale,
@@ -69,7 +68,9 @@ def shape_dual(tower: TowerConfig, dual: DualConfig) -> DualEncoder:
     if not source:
         raise ValueError("no tower to plan for: set --tower, or set --architecture to a known architecture")
     with torch.device("meta"):
-        return _trainable(DualEncoder(meta_tower(source, image_size=tower.image_size or None), dual), tower)
+        return _trainable(
+            DualEncoder(new_tower(source, image_size=tower.image_size or None, device="meta"), dual), tower
+        )
 
 
 def _trainable(model: DualEncoder, tower: TowerConfig) -> DualEncoder:

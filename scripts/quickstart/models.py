@@ -110,7 +110,7 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     from safetensors.torch import save_file
 
     from llm2clip_plugin.vision.checkpoint import preprocessor_config
-    from llm2clip_plugin.vision.positions import resize_positions
+    from llm2clip_plugin.vision.towers import resize_positions
 
     state = read_dinov2(onnx_file())
     state["embeddings.position_embeddings"] = resize_positions(
