@@ -165,6 +165,9 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
     clusters = {first.clusters[place] for place in keep}
     wins = sum(b > a for a, b in zip(old, now, strict=True))
     losses = sum(b < a for a, b in zip(old, now, strict=True))
+    said = [[note for run in side.runs[name] for note in run.notes] for side in (base, new)]
+    for side, own, others in ((base, said[0], said[1]), (new, said[1], said[0])):  # what both say, without a name
+        notes += [note if note in others else f"{side.name}: {note}" for note in own]
     if len(clusters) == 1 and len(keep) > 1:
         notes.append("all questions are about one image, so the interval is meaningless")
     return Row(
@@ -182,7 +185,7 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
         images=len(clusters),
         runs=(len(base_runs), len(new_runs)),
         categories=_categories([first.groups[place] for place in keep], old, now),
-        notes=tuple(dict.fromkeys([*notes, *_notes_of(base, new, name)])),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -230,15 +233,6 @@ def _categories(
         key: (sum(old[p] for p in places) / len(places), sum(now[p] for p in places) / len(places), len(places))
         for key, places in sorted(members.items(), key=lambda group: -len(group[1]))
     }
-
-
-def _notes_of(base: Side, new: Side, name: str) -> list[str]:
-    """The notes of the runs, with the side's name; notes of both sides once, without a name."""
-    base_notes, new_notes = ([note for run in side.runs[name] for note in run.notes] for side in (base, new))
-    return [
-        *(note if note in new_notes else f"{base.name}: {note}" for note in base_notes),
-        *(f"{new.name}: {note}" for note in new_notes if note not in base_notes),
-    ]
 
 
 def ordered(names: Iterable[str]) -> list[str]:

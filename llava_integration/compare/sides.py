@@ -22,6 +22,16 @@ DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
 MOST_PARTS = 8  # more would dominate the table, and Holm's correction costs every row power
 
 
+def mean_score(run: "Run") -> Statistic:
+    """The composite of most benchmarks: the mean score, percent if the unit is."""
+    return mean_statistic(run.scores, scale=100.0 if run.unit == "%" else 1.0)
+
+
+def mean_of_groups(run: "Run") -> Statistic:
+    """The mean over the groups of a group's mean score."""
+    return mean_of_parts(run.groups, run.scores, 100.0 if run.unit == "%" else 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One model's scores on one benchmark. The lists have a place for each question, in any order."""
@@ -31,10 +41,10 @@ class Run:
     scores: list[float]  # higher is better
     clusters: list[str]  # questions of one cluster are resampled together: those about one image
     groups: list[str]  # category in the report
-    composite: Callable[["Run"], Statistic]  # the headline number of this run or of a part of it, see ``mean_score``
-    title: str
-    unit: str = "%"
-    items: list[Item]  # what else is known: truth, and for the page question, answer, image, choices ...
+    items: list[Item]  # what else is known, {} for nothing: truth; question, answer, image, choices ... for the page
+    composite: Callable[["Run"], Statistic] = mean_score  # the headline number of this run, or of a part of it
+    title: str  # in tables
+    unit: str = "%"  # of the headline number; scores are from 0 to 1 for "%" and a mean score
     model: str = ""
     counts: dict[str, int] = field(default_factory=dict)  # answered, empty ...
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -51,16 +61,6 @@ class Run:
         chosen = [place[one] for one in ids]
         names = ("ids", "scores", "clusters", "groups", "items")
         return replace(self, **{name: [getattr(self, name)[one] for one in chosen] for name in names})
-
-
-def mean_score(run: Run) -> Statistic:
-    """The composite of most benchmarks: the mean score, percent if the unit is."""
-    return mean_statistic(run.scores, scale=100.0 if run.unit == "%" else 1.0)
-
-
-def mean_of_groups(run: Run) -> Statistic:
-    """The mean over the groups of a group's mean score."""
-    return mean_of_parts(run.groups, run.scores, 100.0 if run.unit == "%" else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def load_side(path: Path, name: str = "") -> Side:
         _check(file, record)
         for run in runs_of(record):
             earlier = runs.setdefault(run.benchmark, [])
-            if any(run.items == other.items for other in earlier):
+            if any((run.ids, run.scores, run.items) == (other.ids, other.scores, other.items) for other in earlier):
                 notes.append(f"{file} duplicates another file of {run.benchmark}: not counted as another run")
             else:
                 earlier.append(run)
@@ -120,19 +120,20 @@ def _check(path: Path, record: ScoreFile) -> None:
     """ContractError if a score file's items can't be compared."""
     if not record.items:
         raise ContractError(f"{path} has no items; a comparison needs one item per question")
+    seen: set[str] = set()
     for number, item in enumerate(record.items):
-        if "id" not in item or "score" not in item:
-            raise ContractError(f"{path}: item {number} has the fields {sorted(item)}; every item needs id and score")
-        if not isinstance(item["id"], (str, int)):
-            raise ContractError(f"{path}: item {number} has the id {item['id']!r}, expected a text or a whole number")
-        numbers = {key: value for key, value in item.items() if isinstance(value, float)}
-        for key, value in {**numbers, "score": item["score"]}.items():
-            if not isinstance(value, (int, float)) or not abs(value) <= 1e12:
+        if not isinstance(item.get("id"), (str, int)) or "score" not in item:
+            raise ContractError(
+                f"{path}: item {number} has {sorted(item)}; expected an id (text or number) and a score"
+            )
+        for key, value in item.items():
+            if (key == "score" or isinstance(value, float)) and not (
+                isinstance(value, (int, float)) and abs(value) <= 1e12
+            ):
                 raise ContractError(f"{path}: {key} of item {item['id']!r} is {value!r}, expected a finite number")
-    names = [str(item["id"]) for item in record.items]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ContractError(f"{path} has item {twice} twice; score the answers again")
+        if str(item["id"]) in seen:
+            raise ContractError(f"{path} has item {item['id']} twice; score the answers again")
+        seen.add(str(item["id"]))
 
 
 def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
