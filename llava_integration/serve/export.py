@@ -266,10 +266,7 @@ def test_image() -> Any:
 
 
 def compare(made: Export, directory: Path) -> str:
-    """Compare the exported ``directory`` with LLaVA's own code; one model after the other is in memory.
-
-    Returns what was compared. Raises ContractError, naming the first thing that differs.
-    """
+    """Compare the exported ``directory`` with LLaVA's own code; what was compared. ContractError for a difference."""
     with torch.inference_mode():
         ours = hf_outcome(made, directory)
         theirs = llava_outcome(made, ours.answer)

@@ -146,10 +146,7 @@ def read_tensor(path: Path, name: str) -> Tensor | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a folder: one with a standard name, the shards of an index, or its only checkpoint.
-
-    Raises FileNotFoundError if there is none, ContractError if several qualify.
-    """
+    """The weight files of a folder: one with a standard name, the shards of an index, or its only checkpoint."""
     for name in WEIGHT_FILES:
         if (directory / name).is_file():
             return [directory / name]
