@@ -324,39 +324,29 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
     with quiet_transformers():
         model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32)
     model = rounded(model.eval(), DTYPES[made.dtype])
-    if transformers.__version__.startswith("4.37."):
-        inputs = inputs_of_4_37(made, directory)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}],
+        chat_template=(directory / TEMPLATE).read_text(encoding="utf-8"),
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    text = text.removeprefix(tokenizer.bos_token or "")  # which the tokenizer adds
+    if transformers.__version__.startswith("4.37."):  # its processor neither pads images nor counts their tokens
+        from llava.mm_utils import process_images
+
+        image_processor = transformers.CLIPImageProcessor.from_pretrained(directory)
+        aspect = SimpleNamespace(image_aspect_ratio="pad" if made.pads else None)
+        inputs = {
+            **tokenizer(text, return_tensors="pt"),
+            "pixel_values": process_images([test_image()], image_processor, aspect),
+        }
     else:
         processor: Any = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
-        inputs = processor(images=test_image(), text=prompt(processor.tokenizer, directory), return_tensors="pt")
+        inputs = processor(images=test_image(), text=text, return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
     logits = model(**inputs).logits[0]
     answer = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, len(ids) :].tolist()
     image_id = model.config.image_token_index
     one = [token for token, before in zip(ids, [None, *ids], strict=False) if token != image_id or before != image_id]
     return Outcome(one, inputs["pixel_values"][0], logits, answer)
-
-
-def inputs_of_4_37(made: Export, directory: Path) -> dict[str, Any]:
-    """The model's inputs in the transformers that LLaVA pins, whose processor neither pads images nor counts their
-    tokens: one token for an image, which is padded by LLaVA's code."""
-    import transformers
-    from llava.mm_utils import process_images
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    image_processor = transformers.CLIPImageProcessor.from_pretrained(directory)
-    aspect = SimpleNamespace(image_aspect_ratio="pad" if made.pads else None)
-    pixels = process_images([test_image()], image_processor, aspect)
-    return {**tokenizer(prompt(tokenizer, directory), return_tensors="pt"), "pixel_values": pixels}
-
-
-def prompt(tokenizer: Any, directory: Path) -> str:
-    """The question about an image, by the exported chat template; without ``<s>``, which the tokenizer adds."""
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        chat_template=(directory / TEMPLATE).read_text(encoding="utf-8"),
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    return text.removeprefix(tokenizer.bos_token or "")
