@@ -81,8 +81,8 @@ class ImageConfig:
             resize=0 if edge == crop_height else edge,
             fit="shortest" if edge else "squash",
             resample=resample,
-            mean=tuple(map(float, values.get("image_mean", cls.mean))) if normalize else (0.0, 0.0, 0.0),
-            std=tuple(map(float, values.get("image_std", cls.std))) if normalize else (1.0, 1.0, 1.0),
+            mean=_triple(values.get("image_mean", cls.mean)) if normalize else (0.0, 0.0, 0.0),
+            std=_triple(values.get("image_std", cls.std)) if normalize else (1.0, 1.0, 1.0),
         )
 
 
@@ -95,6 +95,11 @@ def _sides(value: Any, name: str) -> tuple[int, int, int]:
     if isinstance(value, dict) and {"height", "width"} <= value.keys():
         return (0, value["height"], value["width"])
     raise ValueError(f"preprocessor has {name} {value!r}; expected a number, shortest_edge, or height and width")
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
 
 
 class Normalize:

@@ -59,15 +59,16 @@ class SideFolder:
     def write(self, name: str, write: Callable[[Path], object]) -> Path:
         """Call ``write`` with a temporary path and rename it to ``name``; returns where. Raises OSError."""
         main, spare = self.paths(name)
-        for path in (main, spare):
-            try:
-                with atomic_file(path) as temporary:
-                    write(temporary)
-                return path
-            except OSError as error:
-                if path is spare or error.errno not in READ_ONLY:
-                    raise
-        raise AssertionError("the spare folder was written, or raised")
+        try:
+            with atomic_file(main) as temporary:
+                write(temporary)
+            return main
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+        with atomic_file(spare) as temporary:
+            write(temporary)
+        return spare
 
     @contextmanager
     def lock(self, doing: str) -> Iterator[None]:
@@ -96,19 +97,16 @@ class SideFolder:
         yield
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The entries of a JSON file in both places, the newer file's first; {} for a damaged one."""
-        parts: list[tuple[float, dict[str, Any]]] = []
+        """The entries of a JSON file in both places; {} for a damaged one."""
+        entries: dict[str, Any] = {}
         for path in self.paths(name):
             try:
-                entries = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(entries, dict):
-                    raise ValueError(f"contains a {type(entries).__name__}")
-                parts.append((path.stat().st_mtime, entries))
+                entries |= json.loads(path.read_text(encoding="utf-8"))
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:
                 log.warning("cannot read %s (%s); its contents are computed again", path, error)
-        return {name: value for _, part in sorted(parts, key=lambda part: part[0]) for name, value in part.items()}
+        return entries
 
     def add_json(self, name: str, entries: dict[str, Any]) -> None:
         """Add or replace entries of a JSON file. The caller holds the lock."""
@@ -175,24 +173,21 @@ class IndexFile:
         self.path = path
         self._file = RetryingFile(path)
         try:
-            self.columns, self.table = self._read_table()
-        except (ValueError, KeyError, TypeError) as error:
+            head: dict[str, Any] = json.loads(self._file.read(HEAD_BYTES, 0))
+            if any(head.get(name) != value for name, value in FORMAT.items()):
+                raise ValueError(f"kind {head.get('kind')!r}, version {head.get('format_version')!r}")
+            start, size = head["table"]
+            text = self._file.read(size, start).decode()
+            if sha256_text(text) != head["sha256"]:
+                raise ValueError("its table has another SHA-256")
+            self.columns: int = head["columns"]
+            self.table = Table(**json.loads(text))
+            self.table.stamps = [(size, time) for size, time in self.table.stamps]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error})") from error
 
     def __reduce__(self) -> tuple[type[IndexFile], tuple[Path]]:
         return IndexFile, (self.path,)
-
-    def _read_table(self) -> tuple[int, Table]:
-        head: dict[str, Any] = json.loads(self._file.read(HEAD_BYTES, 0))
-        if any(head.get(name) != value for name, value in FORMAT.items()):
-            raise ValueError(f"kind {head.get('kind')!r}, version {head.get('format_version')!r}")
-        start, size = head["table"]
-        text = self._file.read(size, start).decode()
-        if sha256_text(text) != head["sha256"]:
-            raise ValueError("its table has another SHA-256")
-        table = Table(**json.loads(text))
-        table.stamps = [(size, time) for size, time in table.stamps]
-        return head["columns"], table
 
     def row(self, shard: int, number: int) -> tuple[list[int], bytes]:
         """The columns of a sample of a shard, and its text. Raises ValueError for values that no file can have."""

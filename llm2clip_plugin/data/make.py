@@ -112,9 +112,21 @@ class Made:
 
 
 def main(argv: list[str]) -> int:
-    """Write the tars and print what is in them; exit status 0."""
+    """Write tars and a list of what was left out, and print what is in them; exit status 0.
+
+    Raises FileExistsError if the output exists, ValueError if nothing can be used.
+    """
     config = COMMAND.parse(argv)
-    made = make_data(config)
+    items = list_items(config)
+    with atomic_directory(config.output, replace=config.overwrite) as folder:
+        made = _write(config, items, folder)
+        if not made.samples:
+            image, reason = made.left_out[0]
+            if reason == "no caption":
+                reason += "; write captions to .txt files of the same names, or add --file-names"
+            raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {image}: {reason}")
+        lines = [json.dumps({"image": image, "reason": reason}, ensure_ascii=False) for image, reason in made.left_out]
+        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
     print(f"{config.output}: {made.samples:,} samples, {made.captions:,} captions, {size_text(made.size)}")
     images: dict[str, list[str]] = {}  # by kind of reason
     for image, reason in made.left_out:
@@ -128,83 +140,66 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def make_data(config: MakeConfig) -> Made:
-    """Write ``config.output``: tars, and a list of what was left out.
-
-    Raises FileExistsError if it exists, FileNotFoundError without data, ValueError if nothing can be used.
-    """
-    items = list_items(config)
-    with atomic_directory(config.output, replace=config.overwrite) as folder:
-        made = _write(config, items, folder)
-        if not made.samples:
-            image, reason = made.left_out[0]
-            if reason == "no caption":
-                reason += "; write captions to .txt files of the same names, or add --file-names"
-            raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {image}: {reason}")
-        lines = [json.dumps({"image": image, "reason": reason}, ensure_ascii=False) for image, reason in made.left_out]
-        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
-    return made
-
-
 def list_items(config: MakeConfig) -> list[Item]:
-    """Every picture of ``config.path``, in order of name or row.
+    """Every picture of ``config.path``, in order of name or row; rows of the same picture are one.
 
     Raises ValueError if it is neither a folder nor a table, or has no pictures or captions.
     """
     path = Path(config.path)
     if path.is_dir():
-        items = list(_in_folder(path, config))
-        if all(item.problem for item in items):
-            raise ValueError(f"no pictures in {path} ({' '.join(PICTURES)}); tars are read by all commands as they are")
+        folder, rows = path, _in_folder(path)
     elif path.suffix.lower() in TABLES and path.is_file():
-        items = _in_table(path, config)
+        folder, rows = Path(config.images or path.parent), _in_table(path, config)
     else:
         raise ValueError(f"{path} is neither a folder of pictures nor a table ({' '.join(TABLES)})")
-    for item in items:
+    items: dict[str, Item] = {}
+    fields = parse_fields(config.fields, config.language)
+    used = {"captions", *(one.name for one in fields)}
+    for name, row in rows:
+        item = items.setdefault(name, Item(name, folder / name, problem="" if name else "no image path"))
+        if isinstance(row, str):
+            item.problem = row
+            continue
+        try:
+            captions, _ = read_captions(row, fields)
+        except ValueError as error:
+            item.problem = f"unreadable caption: {error}"
+            continue
+        item.captions += [new for caption in captions if (new := vars(caption)) not in item.captions]
+        item.meta = {name: value for name, value in row.items() if name not in used} | item.meta
+    if all(item.problem == "not a picture" for item in items.values()):
+        raise ValueError(f"no pictures in {path} ({' '.join(PICTURES)}); tars are read by all commands as they are")
+    for item in items.values():
         if not item.problem and not item.captions:
             if config.file_names and (text := words_of_name(item.name)):
                 item.captions = [{"text": text, "kind": "short", "language": config.language}]
             else:
                 item.problem = "no caption"
-    return items
+    return [*items.values()]
 
 
-def _in_folder(folder: Path, config: MakeConfig) -> Iterator[Item]:
-    """Pictures with the captions and fields in the .json and .txt of the same name."""
+def _in_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Name of each picture, and the fields in the .json and .txt of the same name, or why it is none."""
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+        name, row = path.relative_to(folder).as_posix(), dict[str, Any]()
         if not path.is_file() or path.suffix.lower() in (".txt", ".json") or re.search(r"(^|/)(\.|__MACOSX/)", name):
             continue
-        item, values = Item(name, path), dict[str, Any]()
-        if path.suffix.lower() not in PICTURES:
-            item.problem = "not a picture"
-        else:
-            try:
-                if (fields := path.with_suffix(".json")).is_file():
-                    values = json.loads(fields.read_text(encoding="utf-8-sig"))
-                if (text := path.with_suffix(".txt")).is_file():
-                    values = {**values, "txt": text.read_text(encoding="utf-8-sig")}
-                _add_captions(item, values, config)
-            except (ValueError, TypeError, AttributeError) as error:
-                item.problem = f"unreadable caption: {error}"
-        yield item
+        try:
+            if (fields := path.with_suffix(".json")).is_file():
+                row = dict(json.loads(fields.read_text(encoding="utf-8-sig")))
+            if (text := path.with_suffix(".txt")).is_file():
+                row["txt"] = text.read_text(encoding="utf-8-sig")
+        except (ValueError, TypeError) as error:
+            row = f"unreadable caption: {error}"
+        yield name, row if path.suffix.lower() in PICTURES else "not a picture"
 
 
-def _add_captions(item: Item, values: dict[str, Any], config: MakeConfig) -> None:
-    fields = parse_fields(config.fields, config.language)
-    captions, _ = read_captions(values, fields)
-    item.captions += [new for caption in captions if (new := vars(caption)) not in item.captions]
-    used = {"captions", *(one.name for one in fields)}
-    item.meta = {name: value for name, value in values.items() if name not in used} | item.meta
-
-
-def _in_table(path: Path, config: MakeConfig) -> list[Item]:
-    """The items of a table; rows of the same image are one."""
-    items: dict[str, Item] = {}
-    column, folder = config.image_field, Path(config.images or path.parent)
+def _in_table(path: Path, config: MakeConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name of the picture, and the other columns, of each row."""
+    column = config.image_field
     captions = {one.name for one in parse_fields(config.fields, config.language)}
-    for row in _rows(path):
-        if not items:
+    for number, row in enumerate(_rows(path)):
+        if number == 0:
             column = column or next((name for name in COLUMNS if name in row), "")
             columns = f"columns: {', '.join(map(repr, row))}"
             if column not in row:
@@ -213,15 +208,7 @@ def _in_table(path: Path, config: MakeConfig) -> list[Item]:
                 raise ValueError(f"{path} has no caption column; set --fields NAME=short; {columns}")
             if is_url(str(row[column])):
                 raise ValueError(f"{column!r} of {path} holds URLs; img2dataset downloads them as tars")
-        name = str(row.pop(column, None) or "").replace("\\", "/")
-        item = items.setdefault(name, Item(name, folder / name, problem="" if name else "no image path"))
-        try:
-            _add_captions(item, row, config)
-        except ValueError as error:
-            item.problem = f"unreadable caption: {error}"
-    if not items:
-        raise ValueError(f"{path} has no rows")
-    return list(items.values())
+        yield str(row.pop(column, None) or "").replace("\\", "/"), row
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -336,9 +323,7 @@ def _unique(key: str, keys: set[str]) -> str:
     return new
 
 
-# ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it, a JSON and picture files.
-
-FILE, IMAGES = "captions.json", "images"  # in the output
+# ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it, captions.json and images.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,8 +351,8 @@ def main_llava_data(argv: list[str]) -> int:
     config = LLAVA_DATA.parse(argv)
     source, rows, output = open_source(config), [], Path(config.output)
     check_fields(source, needed=True)
-    with atomic_directory(output, replace=config.overwrite and (output / FILE).is_file()) as folder:
-        (folder / IMAGES).mkdir()
+    with atomic_directory(output, replace=config.overwrite and (output / "captions.json").is_file()) as folder:
+        (folder / "images").mkdir()
         for number in track(range(len(source)), total=len(source), label="llava data", unit="samples"):
             try:
                 sample = source.with_image(number)
@@ -377,12 +362,12 @@ def main_llava_data(argv: list[str]) -> int:
             except (BrokenSample, BrokenImage):
                 continue
             if captions:
-                (folder / IMAGES / name).write_bytes(data)
+                (folder / "images" / name).write_bytes(data)
                 turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": captions[0].text}]
                 rows.append({"id": sample.key, "image": name, "conversations": turns})
         if not rows:
             raise ValueError(f"no sample of {config.path} can be used; llm2clip data check {config.path} shows why")
-        (folder / FILE).write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+        (folder / "captions.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     left_out = f", {len(source) - len(rows):,} left out" * (len(rows) < len(source))
     print(f"{config.output}: {len(rows):,} images with a caption{left_out}")
     return 0

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -183,11 +184,7 @@ class Downloads:
         return target
 
     def use(self, path: str, action: Callable[[Path], Result]) -> Result:
-        """``action`` on a local file, or on the local copy of a URL, downloaded again if another process evicts it.
-
-        Raises FileNotFoundError if there is no such file, PermissionError if access is denied, ConnectionError if its
-        download fails.
-        """
+        """``action`` on a local file, or on the local copy of a URL, downloaded again if another process evicts it."""
         if not is_url(path):
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"no file at {path}")
@@ -224,31 +221,27 @@ class Downloads:
 def _download(url: str, target: Path) -> None:
     filesystem, path = open_filesystem(url)
     size = retried(lambda: filesystem.info(path), url).get("size")
-    partial = Path(f"{target}.partial")  # of a killed download: overwritten
-    with open(partial, "wb") as file:
-        if size is None:  # without a size there are no ranges
-            file.write(retried(lambda: filesystem.cat_file(path), url))
-        else:
-            while file.tell() < size:
-                file.write(_read_range(filesystem, path, url, file.tell(), size))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, target)
 
-
-def _read_range(filesystem: Any, path: str, url: str, start: int, total: int) -> bytes:
-    """The next range of a file of ``total`` bytes."""
-    stop = min(start + RANGE, total)
-
-    def read() -> bytes:
+    def read(start: int) -> bytes:
+        if size is None:  # then there are no ranges
+            return filesystem.cat_file(path)
+        stop = min(start + RANGE, size)
         data = filesystem.cat_file(path, start=start, end=stop)
-        if len(data) == total:
+        if len(data) == size:
             data = data[start:stop]  # a server without ranges sends the entire file
         if len(data) != stop - start:
             raise ConnectionError(f"received {len(data)} bytes instead of {stop - start}")
         return data
 
-    return retried(read, f"{url}, bytes {start} to {stop} of {total}")
+    incomplete = Path(f"{target}.partial")  # of a killed download: overwritten
+    with open(incomplete, "wb") as file:
+        while size is None or file.tell() < size:
+            file.write(retried(partial(read, file.tell()), f"{url}, from byte {file.tell()}"))
+            if size is None:
+                break
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(incomplete, target)
 
 
 class ReadFailedError(ConnectionError):
@@ -271,8 +264,11 @@ def retried(action: Callable[[], Result], what: str) -> Result:
             cause = (error.__cause__ if isinstance(error, FileNotFoundError) else None) or error
             fields = vars(cause)  # aiohttp has status, gcsfs code
             status = next((fields[name] for name in ("status", "code") if isinstance(fields.get(name), int)), 0)
-            if not _is_transient(cause, status):
-                _raise_permanent(error, cause, status, what)
+            permanent = _permanent(error, cause, status, what)
+            if permanent is error:
+                raise
+            if permanent:
+                raise permanent from error
             reason = f"{what}: {type(cause).__name__}: {cause}"
             if isinstance(cause, TimeoutError) and cause.errno is None:
                 reason += f" (no answer within {timeout():g} s, {TIMEOUT})"
@@ -289,29 +285,24 @@ def retried(action: Callable[[], Result], what: str) -> Result:
             time.sleep(pause)
 
 
-def _is_transient(cause: BaseException, status: int) -> bool:
+def _permanent(error: Exception, cause: BaseException, status: int, what: str) -> Exception | None:
+    """What to raise for an error that no retry mends; None for a transient one."""
+    shown = f" (HTTP {status})" if status else ""
+    if status in (401, 403, 407) or isinstance(cause, PermissionError):
+        return PermissionError(f"access denied to {what}{shown}; check its permissions, token or expiry date")
+    if status in (404, 410) or (not status and isinstance(cause, FileNotFoundError)):
+        return FileNotFoundError(f"no file at {what}{shown}")
     if status:
-        return status >= 500 or status in (408, 425, 429)
+        transient = status >= 500 or status in (408, 425, 429)
+        return None if transient else ConnectionError(f"the server refuses {what}: {cause}")
     if isinstance(cause, (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, ReadFailedError)):
-        return False  # an invalid URL or certificate, an option that a protocol doesn't have
+        return error  # an invalid URL or certificate, an option that a protocol doesn't have
     import ssl  # here, because --help of every command imports this module
 
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
-        if isinstance(cause, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
-            return False
-        return cause.errno is None or cause.errno < 0 or cause.errno in TRANSIENT  # below 0: of a name's look-up
-    return True
-
-
-def _raise_permanent(error: Exception, cause: BaseException, status: int, what: str) -> None:
-    shown = f" (HTTP {status})" if status else ""
-    if status in (401, 403, 407) or isinstance(cause, PermissionError):
-        raise PermissionError(f"access denied to {what}{shown}; check its permissions, token or expiry date") from error
-    if status in (404, 410) or (not status and isinstance(cause, FileNotFoundError)):
-        raise FileNotFoundError(f"no file at {what}{shown}") from error
-    if status:
-        raise ConnectionError(f"the server refuses {what}: {cause}") from error
-    raise error
+        # below 0: of a name's look-up
+        return None if cause.errno is None or cause.errno < 0 or cause.errno in TRANSIENT else error
+    return None
 
 
 def take_retries() -> int:

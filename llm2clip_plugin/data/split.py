@@ -68,8 +68,7 @@ def split_data(config: SplitConfig) -> list[str]:
     """Split ``config.path`` and return the report.
 
     The output appears when it is complete; what a killed call left in a hidden folder next to it is used by the same
-    call again. Raises FileExistsError if the output is there and not of this split, ValueError for a sample without
-    the field, a side without samples or a source that cannot be split.
+    call again. Raises FileExistsError if the output is there and not of this split, ValueError if it can't be made.
     """
     output, source = Path(config.output), open_source(config)
     check_fields(source)
@@ -78,13 +77,10 @@ def split_data(config: SplitConfig) -> list[str]:
     shards, sizes = [(shard.name, shard.size) for shard in source.shards], [size for size, *_ in source.stamps]
     data = sha256_text(canonical_json([shards, sizes, config.key_field, config.image_field]))
     settings = {"data_sha256": data, "validation": config.validation, "by": config.by}
-    partial_output = output.with_name(f".{output.name}.partial")
-    for folder in (output, partial_output):
-        if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not _same(folder, settings):
-            raise FileExistsError(
-                f"{folder} exists and is not this split of {config.path}; choose another --output, or delete it"
-            )
-    if (output / SUMMARY).exists():
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        summary = output / SUMMARY
+        if not summary.is_file() or not settings.items() <= json.loads(summary.read_text(encoding="utf-8")).items():
+            raise FileExistsError(f"{output} exists and is not this split of {config.path}; choose another --output")
         return [f"{output} is complete already", *_how_to_read(source, output)]
     hash_N = decide(source, config.validation, config.by, config.workers)
     held_out_N = is_held_out(hash_N, config.validation)
@@ -96,11 +92,11 @@ def split_data(config: SplitConfig) -> list[str]:
         report.append(f"{side}: {count:,} samples{share}{values}")
     if config.dry_run:
         return report
-    partial_output.mkdir(parents=True, exist_ok=True)
-    summary = {"data": source.path, **settings}
-    _write_summary(partial_output, summary)
+    partial_output = output.with_name(f".{output.name}.{sha256_text(canonical_json(settings))[:8]}.partial")
     write_sides(source, held_out_N, partial_output, config.workers)
-    _write_summary(partial_output, {**summary, "samples": counts})
+    body = json.dumps({"data": source.path, **settings, "samples": counts}, indent=2, ensure_ascii=False) + "\n"
+    with atomic_file(partial_output / SUMMARY) as temporary:
+        temporary.write_text(body, encoding="utf-8")
     if output.is_dir():
         output.rmdir()  # it is empty
     os.replace(partial_output, output)
@@ -118,14 +114,12 @@ def is_held_out(hash_N: np.ndarray, validation: float) -> np.ndarray:
 
 
 def decide(source: Source, validation: float, by: str, workers: int = 0) -> np.ndarray:
-    """(N) uint64: the hash of each sample's key, or of one field, which alone decides its side.
+    """(N) uint64: the hash of each sample's key, or of the field ``by``, which alone decides its side.
 
-    So a sample stays on its side whatever the order and number of shards, and when others come or go.
-
-    by: field of a sample's JSON, all samples with one value being on one side; "": by key. Raises ValueError for a
-    sample without that field, and if one side would be empty.
+    So a sample stays on its side whatever the order and number of shards, and when others come or go. Raises ValueError
+    for a sample without that field, and if one side would be empty.
     """
-    processes = min(workers or cores(), len(source.shards)) if by else 1  # keys are in the index
+    processes = min(workers or cores(), len(source.shards))
     read = parallel(partial(_read_shard, source, by), source.shards, processes=processes)
     hash_N = np.concatenate(list(track(read, total=len(source.shards), label="data split: reading", unit="shards")))
     held_out = int(is_held_out(hash_N, validation).sum())
@@ -162,10 +156,7 @@ def outputs(source: Source, folder: Path) -> dict[str, Path]:
 
 
 def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: int = 0) -> None:
-    """Write both sides below ``folder``; tars that an earlier call completed there are skipped.
-
-    Raises ValueError for another kind of source.
-    """
+    """Write both sides below ``folder``; tars that an earlier call completed there are skipped."""
     if isinstance(source, TarSource):
         jobs = [(n, held_out_N[one.start : one.start + one.size]) for n, one in enumerate(source.shards)]
         done = parallel(partial(_copy_shard, source, folder), jobs, processes=min(workers or cores(), len(jobs)))
@@ -212,19 +203,6 @@ def _write_rows(source: RowSource, held_out_N: np.ndarray, targets: dict[str, Pa
             for place, number in enumerate(shown):
                 file.write((between if place else before) + source.row(number)[1].strip())
             file.write(after)
-
-
-def _same(path: Path, settings: dict[str, object]) -> bool:
-    try:
-        saved = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-        return all(saved.get(name) == value for name, value in settings.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _write_summary(folder: Path, body: dict[str, object]) -> None:
-    with atomic_file(folder / SUMMARY) as temporary:
-        temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _how_to_read(source: Source, output: Path) -> list[str]:

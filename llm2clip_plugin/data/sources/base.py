@@ -147,9 +147,6 @@ class Source(ABC):
         reading = [READING, type(self).__name__, names, self.config.key_field, self.config.image_field]
         return f"captions-{sha256_text(canonical_json(reading))[:16]}.json"
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r}, {len(self)} samples in {len(self.shards)} shards)"
-
     def __getitem__(self, number: int) -> Sample:
         """A sample with its captions. Raises BrokenSample if its JSON or its captions can't be read."""
         return self._with_captions(number, self.record(number))
@@ -209,20 +206,17 @@ def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = Non
     A broken shard is left out and noted in ``broken_shards`` (name -> reason); without it, it raises ValueError. Raises
     FileNotFoundError if there is no data, ValueError if the format cannot be determined.
     """
-    name = config.format if config.format != "auto" else detect_format(config.path)
-    return formats()[name].open(config, broken_shards)
-
-
-def detect_format(path: str) -> str:
-    """Name of the format that recognizes a path. Raises FileNotFoundError or ValueError if none does."""
+    if config.format != "auto":
+        return formats()[config.format].open(config, broken_shards)
     for known in sorted(formats().values(), key=lambda known: known.fallback):
-        if known.recognizes(path):
-            return known.name
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no data at {path}")
+        if known.recognizes(config.path):
+            return known.open(config, broken_shards)
+    if not os.path.exists(config.path):
+        raise FileNotFoundError(f"no data at {config.path}")
     known = "; ".join(f"{known.name}: {known.help}" for known in formats().values())
     raise ValueError(
-        f"cannot determine the format of {path}; choose one with --format ({known}), or {how_to_make_tars(path)}"
+        f"cannot determine the format of {config.path}; choose one with --format ({known}), "
+        f"or {how_to_make_tars(config.path)}"
     )
 
 

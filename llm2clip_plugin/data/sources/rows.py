@@ -1,4 +1,4 @@
-"""Sources that are one file of rows, with the images in a folder or at a URL."""
+"""Sources that are one file of rows, with the images in a folder or at a URL; JSON Lines, an object a line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.data.index import IndexFile, ShardRows, SideFolder, open_index, stamp_of
-from llm2clip_plugin.data.remote import RetryingFile, is_url, retried
+from llm2clip_plugin.data.remote import RetryingFile, has_suffix, is_url, retried
 from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, parse_object, shards_of
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, SourceFormat, parse_object, shards_of
+from llm2clip_plugin.files import refuse_encoding
 
 NO_IMAGE = "no image "  # how the reason begins if there is no such file
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -134,3 +135,34 @@ def _shards(rows: Rows, stem: str, stamp: tuple[int, int]) -> Iterator[ShardRows
             text += data
         name = stem if len(first) == 1 else f"{stem}-{number:05}"
         yield ShardRows(name, stamp, np.array(table, dtype=np.int64), bytes(text))
+
+
+class JsonlSource(RowSource):
+    """The lines that aren't blank."""
+
+    rows_version = 1
+
+    def read_rows(self, path: Path) -> Rows:
+        start = 0
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+            refuse_encoding(path, head)
+            first = head.strip().partition(b"\n")[0].rstrip()
+            if first.startswith(b"[") or (first.startswith(b"{") and first.endswith(b"},")):
+                raise ValueError(
+                    f"{path} is a list, expected an object a line: `jq -c '.[]' {path} > NEW.jsonl`, or, without "
+                    f"brackets, `sed 's/}},$/}}/' {path} > NEW.jsonl`"
+                )
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, start, len(line), b""
+                start += len(line)
+
+
+SOURCE = SourceFormat(
+    name="jsonl",
+    help="a .jsonl file",
+    recognizes=lambda path: has_suffix(path, ".jsonl"),
+    open=lambda config, broken_shards: JsonlSource(config),
+)

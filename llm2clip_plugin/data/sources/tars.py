@@ -10,11 +10,11 @@ import hashlib
 import itertools
 import os
 import tarfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -63,15 +63,12 @@ class BrokenShard(ValueError):  # noqa: N818
 
 
 class TarSource(Source):
-    """Samples of tars in a folder, or of the local copies of tars at a URL.
-
-    A broken shard raises BrokenShard, or, if ``broken_shards`` is given, is noted there (name -> reason) and left out.
-    """
+    """Samples of tars in a folder, or of the local copies of tars at a URL; ``broken_shards`` as in ``open_source``."""
 
     def __init__(
         self, config: SourceConfig, broken_shards: dict[str, str] | None = None, opened: OpenedTars | None = None
     ) -> None:
-        self._files: OrderedDict[int, RetryingFile] = OrderedDict()  # shard number -> its tar, last used last
+        self._file = lru_cache(OPEN_FILES)(self._retrying_file)  # of a shard's number; the last used stay open
         self._downloads = config.downloads
         self._opened = opened or open_tars(config.path, self._downloads, broken_shards)
         self._tars, self.side_folder, self._index = self._opened
@@ -80,8 +77,8 @@ class TarSource(Source):
         self.stamps = table.stamps
         if not len(self) and not broken_shards:
             raise ValueError(
-                f"{config.path}: none of the {len(self.shards)} tars has an image, .txt or .json member; a member's "
-                "key ends at its first dot (WebDataset's rule), so 'a.b.jpg' is no .jpg: rename such members"
+                f"{config.path}: no tar has an image, .txt or .json; a name's extension begins at its first dot, so "
+                "'a.b.jpg' is no .jpg: rename such members"
             )
 
     def __reduce__(self) -> tuple[type[TarSource], tuple[object, ...]]:
@@ -147,13 +144,8 @@ class TarSource(Source):
                 contents[offset, size] = data[at : at + size]
         return contents
 
-    def _file(self, shard: int) -> RetryingFile:
-        if shard not in self._files:
-            self._files[shard] = RetryingFile(self._tars[shard], partial(self._open, shard))
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(shard)
-        return self._files[shard]
+    def _retrying_file(self, shard: int) -> RetryingFile:
+        return RetryingFile(self._tars[shard], partial(self._open, shard))
 
     def _open(self, shard: int) -> int:
         """A descriptor of the tar, whose size must be the indexed one."""
@@ -179,12 +171,7 @@ def join_parts(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) -> OpenedTars:
-    """The tars (paths or URLs) at ``path`` and the index of all of them, in the same order.
-
-    They are downloaded if they are at a URL, and indexed, by one process of those that open them. Raises
-    FileNotFoundError without tars, BrokenShard for a broken one; with ``broken``, these are noted there (name ->
-    reason) and left out.
-    """
+    """The tars at ``path``, downloaded from a URL, and indexed by one process of those that open them."""
     base, tars = list_tars(path)
     pattern = path[len(base) :] if is_url(path) else os.path.relpath(path, base or ".")
     folder = SideFolder.of(base or ".", downloads.folder)
@@ -249,10 +236,9 @@ def _index(downloads: Downloads, tar: str) -> ShardRows | Exception:
 
 
 def list_tars(path: str) -> tuple[str, dict[str, str]]:
-    """The folder or URL that all tars of ``path`` share ("": none), and shard name -> path or URL, in order of name.
+    """``path``, or the longest folder or URL that all its tars share, and name -> path or URL of each, in order.
 
-    The folder is ``path`` itself, or the longest that all share. A shard's name is its path relative to it, without
-    ``.tar``. Raises FileNotFoundError if there is none, ValueError for a duplicate name.
+    A shard's name is its path relative to that folder, without ``.tar``.
     """
     if is_url(path):
         tars = list_urls(path, ".tar")
@@ -360,9 +346,8 @@ def is_header_of(header: bytes, key: str, size: int) -> bool:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.TarError:
         return False
-    if member.size not in (size, 0):  # 0: pax records may hold the size
-        return False
-    return not key.isascii() or len(key) >= 80 or split_name(member.name)[0] == key
+    same_key = not key.isascii() or len(key) >= 80 or split_name(member.name)[0] == key
+    return member.size in (size, 0) and same_key  # 0: pax records may hold the size
 
 
 def split_name(name: str) -> tuple[str, str]:

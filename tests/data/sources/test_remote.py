@@ -197,7 +197,7 @@ def test_a_read_that_fails_for_a_while_is_repeated_with_the_file_opened_again(
 ) -> None:
     source = source_of(write_shards(tmp_path, [2]))
     expected = source.with_image(1)
-    before = source._files[0]._descriptor  # type: ignore[attr-defined]
+    before = source._file(0)._descriptor  # type: ignore[attr-defined]
     os.dup2(os.open(os.devnull, os.O_RDONLY), before)  # a stale handle
     disk.failures = [number, number]
 
