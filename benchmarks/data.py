@@ -13,18 +13,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.common import alternate, parser, print_table, write_shard
-from llm2clip_plugin.data.images import ImageConfig, Normalize, TrainTransform
+from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.data.samples import AugmentConfig
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 
 
 def main() -> None:
@@ -49,7 +46,6 @@ def main() -> None:
             amount=args.images,
             unit="images",
         )
-        print(f"\nMean difference per pixel from decoding at full size: {difference(folder, args):.2f} of 255.")
 
 
 def webdataset_batches(tar: str, args: argparse.Namespace) -> Iterator[torch.Tensor]:
@@ -74,18 +70,6 @@ def own_batches(data: str, args: argparse.Namespace) -> Iterator[torch.Tensor]:
     dataset = PairDataset([source], [None], images, augment, seed=0)
     for batch in islice(make_loader(dataset, local_batch=args.batch), -(-len(source) // args.batch)):
         yield normalize(batch["pixels"])
-
-
-def difference(data: str, args: argparse.Namespace) -> float:
-    """Mean absolute difference, of 255, between this project's crops and the same ones decoded at full size."""
-    source, images, scale = open_source(SourceConfig(path=data)), ImageConfig(size=args.size), tuple(args.scale)
-    small = TrainTransform(images, AugmentConfig(scale=scale))
-    full = TrainTransform(images, AugmentConfig(scale=scale, decode_margin=1e9))  # never at a smaller scale
-    differences = []
-    for number in range(min(32, len(source))):
-        ours, exact = (t.pixels(source[number].read_image(), sample_rng(0, 0, 0, number)) for t in (small, full))
-        differences.append(np.abs(ours.astype(int) - exact).mean())
-    return float(np.mean(differences))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Both encode through LLaVA's ``encode_images`` (tower and projector); the outputs
 # LLaVA may not be installed where types are checked:
 # pyright: reportMissingImports=false
 
-import argparse
 import json
 import tempfile
 from functools import partial
@@ -66,8 +65,15 @@ def make_llava(tower: Path, device: torch.device, dtype: torch.dtype) -> Any:
     return model.to(device=device, dtype=dtype).eval()
 
 
-def compare_towers(args: argparse.Namespace, device: torch.device) -> None:
-    """Images per second of LLaVA's own tower and of ours."""
+def main() -> None:
+    options = parser(__doc__)
+    options.set_defaults(rounds=9)
+    options.add_argument("--shape", choices=SHAPES, default="b16", help="shape of the random tower")
+    options.add_argument("--images", type=int, default=8, help="images per call of encode_images")
+    options.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    args = options.parse_args()
+    logging.set_verbosity_error()  # the tower's weights in LLaVA's checkpoint, which it ignores
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as scratch:
         tower = make_tower(args.shape, Path(scratch) / "tower")
@@ -85,17 +91,6 @@ def compare_towers(args: argparse.Namespace, device: torch.device) -> None:
     runs = alternate({name: partial(encode, name) for name in towers}, args.rounds)
     assert torch.equal(*(of_tower[-1].result for of_tower in runs.values())), "the towers differ"
     print_table(f"encode_images, {args.shape}, {args.dtype}", runs, amount=args.images, unit="images")
-
-
-def main() -> None:
-    options = parser(__doc__)
-    options.set_defaults(rounds=9)
-    options.add_argument("--shape", choices=SHAPES, default="b16", help="shape of the random tower")
-    options.add_argument("--images", type=int, default=8, help="images per call of encode_images")
-    options.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    args = options.parse_args()
-    logging.set_verbosity_error()  # the tower's weights in LLaVA's checkpoint, which it ignores
-    compare_towers(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
-"""Recall@1/5/10 in both directions on 5,000 images x 25,000 captions: time and peak memory of three implementations.
+"""Recall@1/5/10 in both directions on 5,000 images x 25,000 captions: time and peak memory.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.recall --batch 1024 --every 50
+    OMP_NUM_THREADS=1 python -m benchmarks.recall --batch 1024
 
 - llm2clip: ``llm2clip_plugin.evaluate.retrieval.recall``, tiles and counted ranks
 - one-hot: LLM2CLIP and CLIP_benchmark with several captions per image: all scores and all correct pairs as
   N x M matrices, then for each k and direction top-k in batches of queries, one-hot over all items, times the correct
   pairs. ``--batch``: their default is 64, LLM2CLIP's own script passes 1024
-- row loop: LLM2CLIP with one caption per image, here with the owner's label instead of the diagonal: for each direction
-  and k a Python loop over the queries. It runs every ``--every``-th query, and its time is multiplied.
 
 Each runs in a new process on synthetic embeddings with noise, so that recall is neither 0 nor 1; all must agree.
 """
 
 import argparse
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,31 +49,18 @@ def one_hot(image: Tensor, text: Tensor, owner: Tensor, args: argparse.Namespace
     return metrics
 
 
-def row_loop(image: Tensor, text: Tensor, owner: Tensor, args: argparse.Namespace) -> Metrics:
-    """Query by query, for each k: a product with all items and a top-k."""
-    metrics, owned = {}, torch.arange(len(image))
-    for side, query, label, item, own in (("t2i", text, owner, image, owned), ("i2t", image, owned, text, owner)):
-        for k in KS:
-            queries = range(0, len(query), args.every)
-            hits = [bool((own[torch.topk(query[q] @ item.T, k).indices] == label[q]).any()) for q in queries]
-            metrics[f"{side}_r{k}"] = sum(hits) / len(hits)
-    return metrics
-
-
 def llm2clip(image: Tensor, text: Tensor, owner: Tensor, args: argparse.Namespace) -> Metrics:
     return recall(image, text, owner)
 
 
-WAYS = {"one-hot": one_hot, "row loop": row_loop, "llm2clip": llm2clip}
+WAYS = {"one-hot": one_hot, "llm2clip": llm2clip}
 
 
 def measure(way: str, args: argparse.Namespace) -> tuple[int, Run[Metrics]]:
     """Peak memory and time of one way in this process, and its metrics."""
     arrays = embeddings(args)
     (arrays[0] @ arrays[1][:64].T).sum()  # the first product starts the threads
-    growth, run = peak_growth(lambda: timed(lambda: WAYS[way](*arrays, args)))
-    factor = args.every if way == "row loop" else 1  # its rows are independent of each other
-    return growth, replace(run, wall=factor * run.wall, cpu=factor * run.cpu)
+    return peak_growth(lambda: timed(lambda: WAYS[way](*arrays, args)))
 
 
 def main() -> None:
@@ -85,16 +69,14 @@ def main() -> None:
     options.add_argument("--images", type=int, default=5000)
     options.add_argument("--captions", type=int, default=25000)
     options.add_argument("--batch", type=int, default=64, help="queries per batch of one-hot")
-    options.add_argument("--every", type=int, default=1, help="the row loop runs only every N-th query")
     args = options.parse_args()
     rounds = [{way: in_new_process(measure, way, args) for way in WAYS} for _ in range(args.rounds)]
     memory = {way: f"{rounds[0][way][0] / 2**20:,.0f}" for way in WAYS}
     runs = {way: [one[way][1] for one in rounds] for way in WAYS}
     about = f"recall of {args.images:,} images x {args.captions:,} captions, one-hot of {args.batch} queries"
     print_table(about, runs, amount=1, unit="evaluations", columns={"MiB above the inputs": memory})
-    ours = runs["llm2clip"][0].result
-    exact = [way for way in WAYS if way != "row loop" or args.every == 1]
-    worst = max(abs(runs[way][0].result[key] - value) for way in exact for key, value in ours.items())
+    theirs, ours = (of_way[0].result for of_way in runs.values())
+    worst = max(abs(theirs[key] - value) for key, value in ours.items())
     print(f"\nrecall {ours}; largest difference {worst:.1e}")
     assert worst < 1e-3  # near-equal scores may swap between two orders of summation
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -39,6 +38,7 @@ from llava_integration.answer.command import Answerer
 from llava_integration.answer.questions import AnswerConfig
 from llava_integration.serve import export as parity
 from llava_integration.serve.export import Export, export
+from llm2clip_plugin.train.distributed import free_port
 
 PATIENCE = 900  # seconds until the server is there
 
@@ -77,9 +77,7 @@ def make_questions(folder: Path, count: int) -> Path:
 @contextmanager
 def vllm_serving(python: Path, model: Path, most: int) -> Iterator[str]:
     """URL of a server of ``model`` that answers ``most`` requests at a time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
     words += ["--port", port, "--dtype", "float32", "--max-model-len", 1024, "--max-num-seqs", most]
     words += ["--limit-mm-per-prompt", '{"image":1}', "--no-enable-prefix-caching", "--mm-processor-cache-gb", 0]

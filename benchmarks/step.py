@@ -1,16 +1,13 @@
-"""A training step against a bare forward/backward/AdamW loop on the same tensors, and its wait for data.
+"""A training step against a bare forward/backward/AdamW loop on the same tensors.
 
     OMP_NUM_THREADS=1 python -m benchmarks.step --towers vit-s vit-b --batch 8
 
-Both ways train the same dual encoder from the same weights, and their first losses must agree. Columns: FLOP/s as a
-fraction of the best matrix product measured here, and the fraction of a step spent waiting for 512-pixel JPEGs that
-loader processes decode while the step runs.
+Both ways train the same dual encoder from the same weights, and their first losses must agree. FLOP/s are a fraction of
+the best matrix product measured here.
 """
 
 import argparse
 import copy
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -22,19 +19,16 @@ from torch import Tensor
 
 from benchmarks.common import alternate, parser, print_table, timed, write_shard
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache
-from llm2clip_plugin.data.cache_shard import caption_rows
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision
-from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.losses.base import weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
-from llm2clip_plugin.train.optim import parameter_groups
+from llm2clip_plugin.train.optim import EnginePlan, complete, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.family import DualConfig
@@ -58,7 +52,6 @@ def main() -> None:
     options.add_argument("--towers", nargs="+", default=["vit-s", "vit-b"], choices=list(TOWERS))
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: under autocast if bare")
-    options.add_argument("--workers", type=int, default=1, help="loader processes while measuring the wait for data")
     args = options.parse_args()
     device = start_ranks()
     peak = matmul_peak(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
@@ -67,7 +60,7 @@ def main() -> None:
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device, peak: float) -> None:
-    """Both ways, alternating; then ours over a loader."""
+    """Both ways, alternating."""
     dual, batch = make_dual(name), make_batch(args.batch)
     bare, flops = bare_step(copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16")
     ours = our_step(dual, args.batch, args.precision)
@@ -77,9 +70,8 @@ def measure(name: str, args: argparse.Namespace, device: torch.device, peak: flo
         raise SystemExit(f"the first losses differ: {first}")
     runs = alternate(ways, args.rounds, warm_up=False)
     used = {way: f"{flops / median(run.seconds for run in runs[way]) / peak:.2f}" for way in runs}
-    columns = {"FLOP/s of peak": used, "waiting for data": {"llm2clip": f"{wait_fraction(ours, args):.3f}"}}
     about = f"{name}, 224 px, batch {args.batch}, {args.precision}; peak {peak / 1e9:,.0f} GFLOP/s"
-    print_table(about, runs, amount=args.batch, unit="images", columns=columns)
+    print_table(about, runs, amount=args.batch, unit="images", columns={"FLOP/s of peak": used})
 
 
 def make_dual(name: str) -> DualEncoder:
@@ -152,23 +144,6 @@ def our_step(dual: DualEncoder, size: int, precision: Precision = "fp32") -> Tow
     engine = Engine(dual, groups, OPTIM, complete({}, plan))
     normalize = Normalize(ImageConfig(), engine.device)
     return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False, normalize=normalize)
-
-
-def wait_fraction(step: TowerStep, args: argparse.Namespace) -> float:
-    """Fraction of the time of ``rounds`` steps spent waiting for the loader, after one step that starts it."""
-    waited = total = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        write_training_data(Path(folder), max(16, args.batch))
-        batches = jpeg_batches(Path(folder), batch=args.batch, workers=args.workers)
-        for number in range(args.rounds + 1):
-            start = time.perf_counter()
-            batch = next(batches)
-            ready = time.perf_counter()
-            step(batch)
-            if number:
-                waited += ready - start
-                total += time.perf_counter() - start
-    return waited / total
 
 
 def write_training_data(folder: Path, count: int) -> None:

@@ -7,11 +7,11 @@ today's libraries (``compat``).
 environment; the watcher imports this module when a process imports the first ``llava.model.*`` module. That covers
 ``python -m llava.train.train``, a script path under the DeepSpeed launcher, and a notebook that imports only ``llava``.
 Nothing here may raise: ``llava.model`` swallows import errors, and the user would see "cannot import name
-LlavaLlamaForCausalLM"; a completion of ``compat`` that fails ends the import with an error that names its file, and
-wrong options of a training end its program (``hook.refuse_selection``).
+LlavaLlamaForCausalLM"; a completion of ``compat`` that fails ends the import with an error that names its file.
 ``LLM2CLIP_LLAVA_HOOK=0`` disables the towers, ``LLM2CLIP_LLAVA_COMPAT=0`` the rest.
 """
 
+import functools
 import os
 import sys
 
@@ -22,7 +22,6 @@ WATCHED = (
     "llava.train.llava_trainer",
 )
 WATCHER = "LLM2CLIPWatcher"  # class name, here and in the .pth file
-broken = False  # whether `compat` has printed its line
 
 
 class LLM2CLIPWatcher:
@@ -43,7 +42,10 @@ def find_spec(name, path=None, target=None):
         find = None if type(finder).__name__ == WATCHER else getattr(finder, "find_spec", None)
         spec = find(name, path, target) if find else None
         if spec is not None:
-            watch(spec)
+            try:
+                watch(spec)
+            except AttributeError as error:  # a loader of another import hook
+                report(error)
             return spec
     return None
 
@@ -55,27 +57,22 @@ def watched():
     return {*towers, *(runner.watched() if runner else ())}
 
 
+@functools.cache
 def compat():
     """`llava_integration.compat.runner`; None, with a line on stderr, if it or a file of its folder is broken."""
-    global broken
     try:
         from llava_integration.compat import runner
 
         runner.watched()
         return runner
     except Exception as error:
-        if not broken:
-            broken = True
-            report(error, "LLaVA runs without completions")
+        report(error, "LLaVA runs without completions")
         return None
 
 
 def watch(spec):
     """Wrap ``exec_module`` on the loader's instance, so that other modules' loaders are unaffected."""
-    loader = spec.loader
-    original = getattr(loader, "exec_module", None)
-    if original is None:  # a namespace package or a loader of the old protocol: not LLaVA
-        return
+    original = spec.loader.exec_module
 
     def exec_module(module):
         runner = compat()
@@ -86,10 +83,7 @@ def watch(spec):
             runner.run(module, "after")
         complete(module)
 
-    try:
-        loader.exec_module = exec_module
-    except AttributeError as error:  # a loader with __slots__, from another import hook
-        report(error)
+    spec.loader.exec_module = exec_module
 
 
 def complete(module):

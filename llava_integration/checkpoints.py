@@ -4,11 +4,8 @@ LLaVA decides by words in the folder's name how to load it: one without "llava" 
 without "lora" a projector, one with "mpt" or "mistral" a model of that kind. All is checked before anything is loaded.
 """
 
-import itertools
 import json
 import re
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,36 +94,6 @@ def config_of(path: str | Path, name: str = CONFIG) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def warn_about(output: str) -> None:
-    """Print a line if LLaVA would not load the checkpoint that a training will write to ``output``."""
-    if output and WORD not in model_name(output).lower():
-        told = f"--output_dir {output} has no {WORD!r} in its name, by which LLaVA decides how to load a checkpoint"
-        print(f"llm2clip: warning: {told}; rename it before evaluating", file=sys.stderr)
-
-
-def option_value(words: Sequence[str], name: str) -> str:
-    """The value of an option of LLaVA on a command line, "" without one; as argparse reads it, the last counts.
-
-    >>> option_value(["--mm_vision_select_layer", "-2", "--mm-vision-select-layer=-1"], "--mm_vision_select_layer")
-    '-1'
-    """
-    value = ""
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
-        given, equals, own = word.partition("=")
-        if given.replace("-", "_") == name.replace("-", "_"):
-            value = own if equals else following
-    return value
-
-
-def check_selection(words: Sequence[str], num_layers: int) -> None:
-    """Raise ValueError if LLaVA's options select a hidden state that a tower does not have, or unknown features."""
-    layer, feature = (option_value(words, f"--mm_vision_select_{name}") for name in ("layer", "feature"))
-    if re.fullmatch(r"[+-]?\d+", layer):
-        blocks_below(int(layer), num_layers)
-    if feature:
-        check_feature(feature)
 
 
 def check_feature(feature: str) -> None:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from llava_integration import towers
-from llava_integration.checkpoints import check_selection, config_of, option_value, refuse_name, warn_about
+from llava_integration.checkpoints import config_of, refuse_name
 from llm2clip_plugin.files import ContractError, errors_about
 
 # LLaVA reads them, but its argument parser does not define them
@@ -33,7 +33,6 @@ def complete(module: ModuleType) -> None:
     elif module.__name__ == "llava.train.llava_trainer":
         from llava_integration import training
 
-        refuse_selection()
         training.complete_trainer(module)
 
 
@@ -88,11 +87,17 @@ def check_projector(name: str, hidden_size: int, config: Any) -> None:
     Checked here because LLaVA would fail with a bare shape mismatch. The width is ``mm_hidden_size``, and that of the
     weights in ``pretrain_mm_mlp_adapter``.
     """
+    import torch
+
     expected = {}
     if trained := getattr(config, "mm_hidden_size", None):
         expected[towers.checkpoint_of(config) or "the checkpoint"] = trained
     if adapter := getattr(config, "pretrain_mm_mlp_adapter", None):
-        expected[adapter] = projector_width(adapter) or hidden_size
+        with errors_about(adapter, fix="pretrain the projector again, or copy it again"):
+            weights = torch.load(adapter, map_location="cpu", weights_only=True)
+        for key, tensor in weights.items():
+            if FIRST_LAYER.search(key) and tensor.ndim == 2:  # others have no width to compare
+                expected[adapter] = tensor.shape[1]
     for where, width in expected.items():
         if width != hidden_size:
             raise ContractError(
@@ -100,16 +105,6 @@ def check_projector(name: str, hidden_size: int, config: Any) -> None:
                 f"{hidden_size}; use the tower that the projector was trained with (mm_vision_tower in its "
                 "config.json), or pretrain a projector for this one"
             )
-
-
-def projector_width(adapter: str) -> int | None:
-    """Input width of the projector in ``mm_projector.bin``; None if its first layer is not linear."""
-    import torch
-
-    with errors_about(adapter, fix="pretrain the projector again, or copy it again"):
-        weights = torch.load(adapter, map_location="cpu", weights_only=True)
-    widths = [tensor.shape[1] for key, tensor in weights.items() if FIRST_LAYER.search(key) and tensor.ndim == 2]
-    return widths[0] if widths else None
 
 
 def settings_from_environment(config: Any) -> None:
@@ -137,8 +132,6 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
         for option in OWN_OPTIONS:  # from the base model's config.json
             if previous_tower is None and hasattr(self.config, option):
                 setattr(model_args, option, getattr(self.config, option))
-        if previous_tower is None and os.environ.get("RANK", "0") == "0":
-            warn_about(option_value(sys.argv, "--output_dir"))
         original(self, model_args, fsdp=fsdp)
         tower = self.get_vision_tower()
         record = towers.tower_record(tower.location, model_args.vision_tower, tower.hidden_size)
@@ -150,24 +143,6 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
             setattr(self.config, CONVERSATION, version)
 
     return initialize_vision_modules
-
-
-def refuse_selection() -> None:
-    """End LLaVA's training with one line and status 2, before its model is loaded, if its command line selects a hidden
-    state that our tower does not have. LLaVA would fail once the language model is there."""
-    tower = option_value(sys.argv, "--vision_tower")
-    if not towers.is_ours(tower):
-        return
-    try:
-        layers = towers.locate(tower).card.num_layers
-    except (OSError, ValueError):
-        return  # said once the model is there, whose config.json may know the tower
-    try:
-        check_selection(sys.argv, layers)
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def refuse_another_tower(tower: Any, name: str) -> None:

@@ -12,24 +12,14 @@ import sys
 from llava_integration import boot
 
 
-def target_first(words: list[str]) -> list[str]:
-    """Move the ``--local_rank=N`` that DeepSpeed's launcher inserts after the target.
-
-    >>> target_first(["--local_rank=1", "llava.train.train", "--bf16", "True"])
-    ['llava.train.train', '--local_rank=1', '--bf16', 'True']
-    """
-    flags = [word for word in words[:1] if word.startswith(("--local_rank=", "--local-rank="))]
-    rest = words[len(flags) :]
-    return rest[:1] + flags + rest[1:]
-
-
 def main(argv: list[str]) -> None:
     """Run ``argv[0]``, a module's name or a script's path, with the rest as its arguments."""
-    words = target_first(argv)
+    ranks = [word for word in argv[:1] if word.startswith(("--local_rank=", "--local-rank="))]  # DeepSpeed's launcher
+    words = argv[len(ranks) :]
     if not words or words[0].startswith("-"):
         raise SystemExit("usage: python -m llava_integration.launch MODULE_OR_SCRIPT ...")
     boot.install()
-    target, sys.argv[1:] = words[0], words[1:]
+    target, sys.argv[1:] = words[0], [*ranks, *words[1:]]
     if target.endswith(".py") or os.path.sep in target:
         sys.argv[0] = target
         sys.path[0] = os.path.dirname(os.path.abspath(target))  # as `python SCRIPT` does

@@ -25,10 +25,10 @@ from llava_integration.checkpoints import (
     LORA,
     OTHERS,
     WORD,
-    check_selection,
+    blocks_below,
+    check_feature,
     config_of,
     model_name,
-    option_value,
 )
 from llava_integration.compat import runner
 from llava_integration.compat.runner import installed_version
@@ -61,21 +61,28 @@ def main(argv: list[str]) -> int:
     After -- come the script's options for LLaVA, which take precedence.
     """
     end = argv.index("--") if "--" in argv else len(argv)
-    options, words = parser().parse_args(argv[:end]), argv[end + 1 :]
-    tower = option_value(words, "--vision_tower") or options.tower
-    projector = option_value(words, "--pretrain_mm_mlp_adapter") or options.projector
+    options, llava = parser().parse_args(argv[:end]), llava_options(argv[end + 1 :])
     problems = [
         *check_model(options.model),
         *check_output(options.stage, options.output),
         *check_data(options.stage, options.data, options.image_folder),
-        *check_tower(tower, projector, words),
-        *check_wandb(option_value(words, "--report_to") or os.environ.get("REPORT_TO", "")),
+        *check_tower(llava.vision_tower or options.tower, llava.pretrain_mm_mlp_adapter or options.projector, llava),
+        *check_wandb(llava.report_to or os.environ.get("REPORT_TO", "")),
     ]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:
         print("\n".join(environment()))
     return 2 if problems else 0
+
+
+def llava_options(words: Sequence[str]) -> argparse.Namespace:
+    """Those options of LLaVA that are looked at here, "" for one that is not given."""
+    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names = ("vision_tower", "pretrain_mm_mlp_adapter", "report_to", "mm_vision_select_layer")
+    for name in (*names, "mm_vision_select_feature"):
+        made.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="")
+    return made.parse_known_args(words)[0]
 
 
 def environment() -> Iterator[str]:
@@ -217,7 +224,7 @@ def sample_problem(stage: str, sample: Any) -> str:
     return ""
 
 
-def check_tower(tower: str, projector: str | None, words: Sequence[str]) -> Iterator[str]:
+def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) -> Iterator[str]:
     """The tower exists, has the state that LLaVA's options select and the weights of its card; the projector fits."""
     if projector is not None and not os.path.isfile(projector):
         yield f"--projector {projector} does not exist; expected the mm_projector.bin of pretrain.sh"
@@ -233,7 +240,8 @@ def check_tower(tower: str, projector: str | None, words: Sequence[str]) -> Iter
         return
     try:
         location = towers.locate(tower)
-        check_selection(words, location.card.num_layers)
+        blocks_below(int(llava.mm_vision_select_layer or -1), location.card.num_layers)
+        check_feature(llava.mm_vision_select_feature or "patch")
         location.check_weights()
         if projector is not None:
             scales = len(re.findall(r"\d+", os.environ.get("LLM2CLIP_S2_SCALES", ""))) or 1
@@ -255,24 +263,24 @@ def check_llava() -> Iterator[Finding]:
     """Every check of LLaVA, in its own environment or in the training environment; nothing of it is imported."""
     found = installed_version("llava-torch") or installed_version("llava") or "on sys.path, not installed"
     missing = find_spec("llava") is None
-    yield _finding("llava", fail=missing, found="missing" if missing else found, fix=INSTALL)
+    yield _finding("llava", "fail" if missing else "ok", "missing" if missing else found, INSTALL)
     for name in IMPORTED:
         if find_spec(name) is None:
-            yield _finding(name, warn=True, found="missing; LLaVA imports it", fix=f"pip install {name}")
+            yield _finding(name, "warn", "missing; LLaVA imports it", f"pip install {name}")
     yield check_transformers()
-    off = os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0"
-    fix = "pip install llm2clip-plugin (without --target), or start LLaVA with `python -m llava_integration.launch ...`"
-    if off:
-        yield _finding("start-up hook", warn=True, found="disabled", fix="unset LLM2CLIP_LLAVA_HOOK")
+    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
+        yield _finding("start-up hook", "warn", "disabled", "unset LLM2CLIP_LLAVA_HOOK")
+    elif boot.watching():
+        yield _finding("start-up hook", "ok", "active")
     else:
-        active = boot.watching()
-        yield _finding("start-up hook", fail=not active, found="active" if active else "not active", fix=fix)
+        fix = "pip install llm2clip-plugin (without --target), or `python -m llava_integration.launch ...` for LLaVA"
+        yield _finding("start-up hook", "fail", "not active", fix)
     try:
         location = towers.locate_default()
-        yield _finding("--vision_tower llm2clip", found=f"{location.how}: {location.describe()}")
+        yield _finding("--vision_tower llm2clip", "ok", f"{location.how}: {location.describe()}")
     except (FileNotFoundError, ContractError) as error:
         fix = "llm2clip use PATH_OR_HUB_ID (only needed for the bare name)"
-        yield _finding("--vision_tower llm2clip", warn=True, found=str(error), fix=fix)
+        yield _finding("--vision_tower llm2clip", "warn", str(error), fix)
 
 
 def check_transformers() -> Finding:
@@ -280,22 +288,21 @@ def check_transformers() -> Finding:
     subject, installed = "transformers for LLaVA", installed_version("transformers")
     pinned = "pip install transformers==4.37.2"
     if not installed:
-        return _finding(subject, fail=True, found="missing", fix=pinned)
+        return _finding(subject, "fail", "missing", pinned)
     if OLDEST <= numbers(installed) <= NEWEST:
-        return _finding(subject, found=f"{installed}, which LLaVA pins")
+        return _finding(subject, "ok", f"{installed}, which LLaVA pins")
     if problem := runner.problems().get(runner.TRAINER):
-        return _finding(subject, fail=True, found=installed, fix=problem)
+        return _finding(subject, "fail", installed, problem)
     if numbers(installed) < (5,):
-        return _finding(subject, warn=True, found=installed, fix=f"{pinned} (LLaVA fails to generate with this one)")
+        return _finding(subject, "warn", installed, f"{pinned} (LLaVA fails to generate with this one)")
     if not runner.enabled():
-        return _finding(subject, fail=True, found=installed, fix="unset LLM2CLIP_LLAVA_COMPAT")
+        return _finding(subject, "fail", installed, "unset LLM2CLIP_LLAVA_COMPAT")
     if untried := runner.untried():
-        return _finding(subject, warn=True, found=f"untested: {' and '.join(untried)}", fix=runner.ADVICE)
-    return _finding(subject, found=f"{installed}, with {len(runner.needed())} completions of LLaVA's code")
+        return _finding(subject, "warn", f"untested: {' and '.join(untried)}", runner.ADVICE)
+    return _finding(subject, "ok", f"{installed}, with {len(runner.needed())} completions of LLaVA's code")
 
 
-def _finding(subject: str, *, found: str, fix: str = "", fail: bool = False, warn: bool = False) -> Finding:
-    state = "fail" if fail else "warn" if warn else "ok"
+def _finding(subject: str, state: str, found: str, fix: str = "") -> Finding:
     return Finding(subject=subject, state=state, found=found, fix="" if state == "ok" else fix)
 
 

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from llava_integration.checkpoints import blocks_below, check_feature
 from llava_integration.towers import TowerLocation
-from llm2clip_plugin.vision.checkpoint import check_crop
 from llm2clip_plugin.vision.families import read_config
 from llm2clip_plugin.vision.towers import load_tower, tower_blocks
 
@@ -57,7 +56,6 @@ class LLM2CLIPVisionTower(nn.Module):
         if self.is_loaded:
             return
         directory = self.location.directory
-        check_crop(directory, self.location.card.image_size)
         self.image_processor = IMAGE_PROCESSOR.from_pretrained(directory)
         self.vision_tower = load_tower(directory, dtype=torch.float32)
         del tower_blocks(self.vision_tower)[self.blocks_used :]

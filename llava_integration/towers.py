@@ -100,11 +100,9 @@ class Registry(VersionedRecord):
 
     def check_values(self, *, where: str) -> None:
         """Raise ContractError for an entry without its two fields, or a selected tower that is not registered."""
-        for name, entry in self.towers.items():
-            if not entry.get("spec") or not entry.get("weights_sha256"):
-                raise ContractError(f"{where}: tower {name!r} needs spec and weights_sha256, has {entry}")
-        if self.chosen and self.chosen not in self.towers:
-            raise ContractError(f"{where}: chosen is {self.chosen!r}, which is not one of {sorted(self.towers)}")
+        damaged = [name for name, entry in self.towers.items() if not entry.keys() >= {"spec", "weights_sha256"}]
+        if damaged or self.chosen not in {"", *self.towers}:
+            raise ContractError(f"{where}: tower {[*damaged, self.chosen][0]!r} has no spec and weights_sha256")
 
     def summary(self) -> str:
         """The registered towers in one line, for error messages."""
@@ -132,20 +130,11 @@ def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
     known = registry()
     stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
     names = [stem, *(f"{stem}-{number}" for number in range(2, len(known.towers) + 2))]
-    name = name or next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
-    name = name or next(name for name in names if name not in known.towers)
+    free = [name for name in names if name not in known.towers]
+    name = name or next((name for name, entry in known.towers.items() if entry["spec"] == spec), free[0])
     towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
     replace(known, chosen=name, towers=towers).write(registry_file())
     return name
-
-
-def forget(name: str) -> None:
-    """Remove an entry; raises ValueError with the registered names if there is none called ``name``."""
-    known = registry()
-    if name not in known.towers:
-        raise ValueError(f"unknown tower {name!r}; {known.summary()}")
-    towers = {key: entry for key, entry in known.towers.items() if key != name}
-    replace(known, chosen="" if known.chosen == name else known.chosen, towers=towers).write(registry_file())
 
 
 # What a name means
@@ -203,15 +192,23 @@ def locate_on_hub(spec: str, *, how: str) -> TowerLocation:
     """The tower directory of a Hub repository, downloaded once; raises TowerNotFoundError if the download fails."""
     repository, _, revision = spec.partition("@")
     try:
-        directory = hub_snapshot(repository, revision=revision or None, patterns=HUB_FILES)
-    except (OSError, ValueError) as error:  # the client's errors for network, cache, permissions and names
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        return TowerLocation.of(download(repository, HUB_FILES, revision or None), how=how, origin=spec)
+    except TowerNotFoundError as error:
         raise TowerNotFoundError(
-            f"{how}: no directory {repository!r}, and downloading it from the Hub failed "
-            f"({type(error).__name__}: {reason}); download it on a machine with network access and pass "
+            f"{how}: no directory {repository!r}, and {error}; download it on a machine with network access and pass "
             f"{NAME}:PATH; {registry().summary()}"
         ) from error
-    return TowerLocation.of(directory, how=how, origin=spec)
+
+
+def download(repository: str, patterns: list[str], revision: str | None = None) -> Path:
+    """Files of a Hub repository; raises TowerNotFoundError."""
+    try:
+        return hub_snapshot(repository, revision=revision, patterns=patterns)
+    except (OSError, ValueError) as error:  # the client's errors for network, cache, permissions and names
+        reason = str(error).strip().split("\n")[0]
+        raise TowerNotFoundError(
+            f"downloading {repository} from the Hub failed ({type(error).__name__}: {reason})"
+        ) from error
 
 
 # Which tower a checkpoint was trained with
@@ -266,29 +263,26 @@ def find_tower(name: str, config: Any) -> TowerLocation:
             return TowerLocation.of(Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}")
     with errors_about(f"{KEY} in config.json of {checkpoint}", fix="copy the checkpoint again"):
         wanted, origin = str(record["weights_sha256"]), str(record["origin"])
-    failures: list[str] = []
-    other_tower = False
+    searched: list[str] = []
+    problem: type[Exception] = TowerNotFoundError
     for where, find in candidates(name, wanted, origin, config):
         try:
             location = find()
         except (FileNotFoundError, ContractError) as error:
-            failures.append(f"{where}: {error}")
+            searched.append(f"\n  - {where}: {error}")
             continue
         if location.sha256 == wanted:
-            if failures:
+            if searched:
                 print(f"llm2clip: loading the vision tower {name!r} from {location.directory} ({where})")
             return location
-        other_tower = True
-        failures.append(f"{where}: {location.directory} has sha256 {location.sha256}")
-    refusal = "refusing to load a different tower" if other_tower else "which is not on this machine"
-    searched = "".join(f"\n  - {failure}" for failure in failures)
-    message = (
+        problem = ContractError  # another tower is not loaded in its place
+        searched.append(f"\n  - {where}: {location.directory} has sha256 {location.sha256}")
+    raise problem(
         f"{checkpoint} was trained with the tower sha256 {wanted} (origin {origin}, {record.get('family')}, "
-        f"{record.get('image_size')} px); {refusal}. Searched:{searched}\n"
+        f"{record.get('image_size')} px); refusing to load a different tower. Searched:{''.join(searched)}\n"
         "Copy that tower to this machine and run `llm2clip use PATH`, or run "
         f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
     )
-    raise ContractError(message) if other_tower else TowerNotFoundError(message)
 
 
 def candidates(name: str, wanted: str, origin: str, config: Any) -> Iterator[tuple[str, Callable[[], TowerLocation]]]:
@@ -308,11 +302,7 @@ def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
     """The tower in a checkpoint's ``vision_tower`` folder, on this machine or on the Hub."""
     directory = Path(checkpoint)
     if not directory.is_dir() and HUB_ID.match(checkpoint):
-        try:
-            directory = hub_snapshot(checkpoint, patterns=[f"{BUNDLE}/*"])
-        except (OSError, ValueError) as error:
-            reason = str(error) if isinstance(error, TimeoutError) else type(error).__name__
-            raise TowerNotFoundError(f"downloading {checkpoint} from the Hub failed ({reason})") from error
+        directory = download(checkpoint, [f"{BUNDLE}/*"])
     if not (directory / BUNDLE).is_dir():
         raise TowerNotFoundError("no such folder")
     return TowerLocation.of(directory / BUNDLE, how=f"bundled in {checkpoint}", origin=origin)
@@ -367,9 +357,13 @@ def main_use(argv: list[str]) -> int:
 def main_towers(argv: list[str]) -> int:
     """List the registered towers: location, hash, width, patches. An asterisk marks the selected one."""
     options = TOWERS.parse(argv)
-    if options.forget:
-        forget(options.forget)
     known = registry()
+    if options.forget:
+        if options.forget not in known.towers:
+            raise ValueError(f"unknown tower {options.forget!r}; {known.summary()}")
+        towers = {name: entry for name, entry in known.towers.items() if name != options.forget}
+        known = replace(known, chosen=known.chosen if known.chosen in towers else "", towers=towers)
+        known.write(registry_file())
     rows = [listing(name, entry, chosen=name == known.chosen) for name, entry in sorted(known.towers.items())]
     if options.json:
         print(json.dumps(rows, indent=2))

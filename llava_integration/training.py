@@ -5,7 +5,6 @@
 
 import atexit
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -71,7 +70,6 @@ def complete_trainer(module: ModuleType) -> None:
         return optimizer
 
     trust_random_states()
-    sys.excepthook = functools.partial(end_by_error, sys.excepthook)
     if not torch.cuda.is_available():
         complete_for_cpu()
 
@@ -108,28 +106,12 @@ def finished(collective: Callable[..., Any], *arguments: Any, **options: Any) ->
     return work
 
 
-failed = False  # whether an error that nobody caught ends this process
-
-
-def end_by_error(hook: Callable[..., None], kind: type[BaseException], *error: Any) -> None:
-    """`sys.excepthook` that remembers the error for `leave_ranks`; Ctrl-C is a line, not a traceback on each rank."""
-    global failed
-    failed = True
-    if not issubclass(kind, KeyboardInterrupt):
-        hook(kind, *error)
-    elif os.environ.get("RANK", "0") == "0":
-        print(
-            "interrupted; rerun the same command to resume from the newest checkpoint-* in --output_dir",
-            file=sys.stderr,
-        )
-
-
 def leave_ranks() -> None:
     """End a rank without the interpreter's shutdown, which aborts one in ten: LLaVA leaves the process group open."""
     if torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1 if failed else 0)
+        os._exit(1 if hasattr(sys, "last_value") else 0)  # set by an error that nobody caught
 
 
 # ``--version chatml_direct`` and ``mpt``: labels for language models that speak ChatML. LLaVA's ``preprocess_mpt``

@@ -52,14 +52,11 @@ def bootstrap_mean(
     value_N = np.asarray(values, dtype=np.float64)
     if value_N.ndim != 1 or not len(value_N):
         raise ValueError(f"a bootstrap needs a list of values, got shape {value_N.shape}")
-    if clusters is None:
-        sums_C2 = np.stack([value_N, np.ones(len(value_N))], axis=1)
-    else:
-        if len(clusters) != len(value_N):
-            raise ValueError(f"{len(clusters)} clusters for {len(value_N)} values")
-        code_N, count = cluster_codes(clusters)
-        sums_C2 = cluster_sums(np.stack([value_N, np.ones(len(value_N))], axis=1), code_N, count)
-    mean, count = float(value_N.mean()), len(sums_C2)
+    if clusters is not None and len(clusters) != len(value_N):
+        raise ValueError(f"{len(clusters)} clusters for {len(value_N)} values")
+    code_N, count = cluster_codes(clusters) if clusters is not None else (np.arange(len(value_N)), len(value_N))
+    sums_C2 = cluster_sums(np.stack([value_N, np.ones(len(value_N))], axis=1), code_N, count)
+    mean = float(value_N.mean())
     if count < 2:
         return Interval(mean=mean, low=math.nan, high=math.nan, clusters=count, level=level)
     one_stratum_C = np.zeros(count, dtype=int)
@@ -128,16 +125,10 @@ def t_cdf(value: float, freedom: int) -> float:
     """Student's distribution function for integer degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     angle = math.atan(value / math.sqrt(freedom))
     cosine, sine = math.cos(angle), math.sin(angle)
-    term, total = 1.0, 1.0
-    if freedom % 2:
-        if freedom == 1:
-            return 0.5 + angle / math.pi
-        term = total = cosine
-        for k in range(3, freedom - 1, 2):
-            term *= cosine * cosine * (k - 1) / k
-            total += term
-        return 0.5 + (angle + sine * total) / math.pi
-    for k in range(2, freedom - 1, 2):
+    odd = freedom % 2
+    term = cosine if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 + odd, freedom - 1, 2):
         term *= cosine * cosine * (k - 1) / k
         total += term
-    return 0.5 + sine * total / 2
+    return 0.5 + ((angle + sine * total) / math.pi if odd else sine * total / 2)

@@ -10,130 +10,82 @@ import atexit
 import importlib
 import os
 import sys
+import traceback
 
-from llm2clip_plugin.console import Interrupted, end_children, interrupts_end_loading, quiet_libraries
+from llm2clip_plugin.console import (
+    Interrupted,
+    end_children,
+    interrupts_end_loading,
+    quiet_libraries,
+    raise_open_files,
+    remedy_open_files,
+)
 from llm2clip_plugin.train.errors import FINAL_STATUSES, FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
     from typing import Any, NoReturn
 
-COMMANDS: dict[str, tuple[str, str, str]] = {
-    # name: (module, function, one line of help)
-    "doctor": ("llm2clip_plugin.doctor", "main", "check this environment and show how to fix problems"),
-    "run": ("llm2clip_plugin.stages.pipeline", "main", "all stages in order, from checked data to a tower and a page"),
-    "data make": (
-        "llm2clip_plugin.data.make",
-        "main",
-        "write WebDataset tars from a folder of pictures or a table",
-    ),
-    "data check": (
-        "llm2clip_plugin.data.check",
-        "main",
-        "read a data set once; report its contents and problems",
-    ),
-    "data split": (
-        "llm2clip_plugin.data.split",
-        "main",
-        "hold out a part of a data set for validation",
-    ),
+COMMANDS: dict[str, tuple[str, str]] = {  # name -> module:function, one line of help
+    "doctor": ("llm2clip_plugin.doctor:main", "check this environment and show how to fix problems"),
+    "run": ("llm2clip_plugin.stages.pipeline:main", "all stages in order, from checked data to a tower and a page"),
+    "data make": ("llm2clip_plugin.data.make:main", "write WebDataset tars from a folder of pictures or a table"),
+    "data check": ("llm2clip_plugin.data.check:main", "read a data set once; report its contents and problems"),
+    "data split": ("llm2clip_plugin.data.split:main", "hold out a part of a data set for validation"),
     "finetune-llm": (
-        "llm2clip_plugin.stages.llm",
-        "main",
+        "llm2clip_plugin.stages.llm:main",
         "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)",
     ),
     "export-llm": (
-        "llm2clip_plugin.text.export",
-        "main",
+        "llm2clip_plugin.text.export:main",
         "export a fine-tuned LLM: merged weights or sentence-transformers",
     ),
-    "embed": (
-        "llm2clip_plugin.stages.embed",
-        "main",
-        "stage 1.5: cache the caption embeddings of the teacher LLM",
-    ),
-    "train-tower": (
-        "llm2clip_plugin.stages.tower",
-        "main",
-        "stage 2: train a vision tower against the cache",
-    ),
+    "embed": ("llm2clip_plugin.stages.embed:main", "stage 1.5: cache the caption embeddings of the teacher LLM"),
+    "train-tower": ("llm2clip_plugin.stages.tower:main", "stage 2: train a vision tower against the cache"),
     "status": (
-        "llm2clip_plugin.status",
-        "main",
+        "llm2clip_plugin.status:main",
         "where a run or cache stands: progress, scores, checkpoints, how to resume",
     ),
-    "evaluate": ("llm2clip_plugin.evaluate.commands", "main", "measure a tower's image-text retrieval recall"),
-    "evaluate captions": (
-        "llm2clip_plugin.evaluate.captions",
-        "main",
-        "measure an LLM's caption-to-caption retrieval",
-    ),
+    "evaluate": ("llm2clip_plugin.evaluate.commands:main", "measure a tower's image-text retrieval recall"),
+    "evaluate captions": ("llm2clip_plugin.evaluate.captions:main", "measure an LLM's caption-to-caption retrieval"),
     "evaluate zeroshot": (
-        "llm2clip_plugin.evaluate.classification",
-        "main_zeroshot",
+        "llm2clip_plugin.evaluate.classification:main_zeroshot",
         "measure a tower's zero-shot classification",
     ),
     "evaluate probe": (
-        "llm2clip_plugin.evaluate.classification",
-        "main_probe",
+        "llm2clip_plugin.evaluate.classification:main_probe",
         "measure a tower's features by kNN and linear probe",
     ),
     "forecast": (
-        "llm2clip_plugin.evaluate.forecast",
-        "main",
+        "llm2clip_plugin.evaluate.forecast:main",
         "how well towers are likely to serve an LLM in LLaVA, before one is trained",
     ),
     "search": (
-        "llm2clip_plugin.evaluate.search",
-        "main",
+        "llm2clip_plugin.evaluate.search:main",
         "find the images that are nearest to a text; a page with pictures",
     ),
     "export": (
-        "llm2clip_plugin.stages.tower_export",
-        "main",
+        "llm2clip_plugin.stages.tower_export:main",
         "export a training run as a tower directory or in another format",
     ),
-    "import": (
-        "llm2clip_plugin.vision.convert.importing",
-        "main",
-        "convert a vision checkpoint into a tower directory",
-    ),
-    "use": ("llava_integration.towers", "main_use", "choose the tower for --vision_tower llm2clip"),
-    "towers": (
-        "llava_integration.towers",
-        "main_towers",
-        "list known towers: location, hash, sizes",
-    ),
-    "llava data": (
-        "llm2clip_plugin.data.make",
-        "main_llava_data",
-        "write a data set as LLaVA's pretraining reads it",
-    ),
+    "import": ("llm2clip_plugin.vision.convert.importing:main", "convert a vision checkpoint into a tower directory"),
+    "use": ("llava_integration.towers:main_use", "choose the tower for --vision_tower llm2clip"),
+    "towers": ("llava_integration.towers:main_towers", "list known towers: location, hash, sizes"),
+    "llava data": ("llm2clip_plugin.data.make:main_llava_data", "write a data set as LLaVA's pretraining reads it"),
     "llava evaluate": (
-        "llava_integration.answer.command",
-        "main",
+        "llava_integration.answer.command:main",
         "answer a question file with a LLaVA model, in batches",
     ),
-    "compare": (
-        "llava_integration.compare.command",
-        "main",
-        "compare score files: paired statistics and a report",
-    ),
+    "compare": ("llava_integration.compare.command:main", "compare score files: paired statistics and a report"),
     "bench-mllm": (
-        "llava_integration.benchmarks.bench",
-        "main",
+        "llava_integration.benchmarks.bench:main",
         "evaluate a LLaVA checkpoint on every benchmark whose files are found",
     ),
-    "score": ("llava_integration.benchmarks.score", "main", "score answers with a benchmark's official rule"),
-    "llava bundle": (
-        "llava_integration.towers",
-        "main_bundle",
-        "copy the tower into a LLaVA checkpoint",
-    ),
+    "score": ("llava_integration.benchmarks.score:main", "score answers with a benchmark's official rule"),
+    "llava bundle": ("llava_integration.towers:main_bundle", "copy the tower into a LLaVA checkpoint"),
     "llava export": (
-        "llava_integration.serve.command",
-        "main",
+        "llava_integration.serve:main",
         "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
     ),
 }
@@ -167,9 +119,11 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "bench-mllm": ("llava_integration.benchmarks.bench", "COMMAND"),
     "score": ("llava_integration.benchmarks.score", "COMMAND"),
     "llava bundle": ("llava_integration.towers", "LLAVA_BUNDLE"),
-    "llava export": ("llava_integration.serve.command", "COMMAND"),
+    "llava export": ("llava_integration.serve", "COMMAND"),
 }
 
+HELP = ("-h", "--help", "--help-all")
+OURS = ("llm2clip_plugin", "llava_integration")
 EPILOG = "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback of an error."
 
 
@@ -178,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # --local_rank comes from the DeepSpeed launcher, which also sets LOCAL_RANK
     words = [word for word in words if not word.startswith("--local_rank=")]
-    if not words or words[0] in ("-h", "--help", "--help-all", "help"):
+    if not words or words[0] in (*HELP, "help"):
         print(usage())
         return 0
     if words[0] == "--version":
@@ -187,34 +141,32 @@ def main(argv: list[str] | None = None) -> int:
         print(f"llm2clip {__version__}")
         return 0
     group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
-    if group and words[0] not in COMMANDS and (len(words) == 1 or words[1] in ("-h", "--help", "--help-all")):
+    if group and words[0] not in COMMANDS and (len(words) == 1 or words[1] in HELP):
         print(usage(group))  # `llm2clip data --help`
         return 0
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
-    if name is None or _misspelled_sibling(name, words):
-        _report(f"error: {unknown_command(words)}")
+    if problem := misspelled(words, name, group):
+        _report(f"error: {problem}")
         return 2
+    assert name is not None
     return run(name, words[len(name.split()) :])
 
 
-def _misspelled_sibling(name: str, words: list[str]) -> bool:
-    """Whether a word behind ``evaluate`` is nearly that of another command, `evaluate zeroshot`, and not a path."""
-    from llm2clip_plugin.options import closest
+def misspelled(words: list[str], name: str | None, group: list[str]) -> str:
+    """``unknown command 'trian-tower'; did you mean 'train-tower'? known: ...``; "" for a known one.
 
-    siblings = [other.split()[1] for other in COMMANDS if other.startswith(f"{words[0]} ")]
-    word = words[1] if name == words[0] and len(words) > 1 else ""
-    return bool(closest(word, siblings, 0.8)) and not os.path.exists(word)
-
-
-def unknown_command(words: list[str]) -> str:
-    """``unknown command 'trian-tower'; did you mean 'train-tower'? known: ...``"""
+    name: of the known command that the words begin with. group: commands of two words that begin with the first word.
+    A word behind ``evaluate`` may be a tower, unless it is nearly that of a command, `evaluate zeroshot`.
+    """
     from llm2clip_plugin.options import closest, joined
 
-    siblings = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]  # `data check` for `data chekc`
-    given = " ".join(words[:2]) if siblings else words[0]
+    word = words[1] if len(words) > 1 else ""
+    if name and (name != words[0] or os.path.exists(word) or not closest(word, [one.split()[1] for one in group], 0.8)):
+        return ""
+    given = " ".join(words[:2]) if group else words[0]
     near = closest(given, COMMANDS) or closest(" ".join(words[:2]), COMMANDS)
     problem = f"unknown command {given!r}" + (f"; did you mean {near!r}?" if near else "")
-    return joined(problem, f"known: {', '.join(siblings or COMMANDS)}")
+    return joined(problem, f"known: {', '.join(group or COMMANDS)}")
 
 
 def command() -> "NoReturn":
@@ -241,49 +193,54 @@ def leave(status: int) -> "NoReturn":
 
 def run(name: str, argv: list[str]) -> int:
     """Import and run one command of the table; returns its exit status."""
-    limit_threads()
-    allow_open_files()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # before torch is imported
+        # ranks that each use all cores, and spin while they wait, are several times slower
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    limit = raise_open_files()
+    if (fix := remedy_open_files(limit)) and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: a process may open only {limit} files; {fix}", file=sys.stderr)
     quiet_libraries()
-    module, function, _ = COMMANDS[name]
+    module, _, function = COMMANDS[name][0].partition(":")
     try:
         with interrupts_end_loading():
             read_options(name, argv)
             return getattr(importlib.import_module(module), function)(argv) or 0
-    except BrokenPipeError:  # `llm2clip ... | head` stops reading
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # the shell's status for SIGPIPE
-    except FirstRankError:
-        return 2
-    except (ValueError, OSError) as error:
-        if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
-            raise
-        _report(f"error: {error}")
-        return _final(2) if isinstance(error, ValueError) else 2  # an OSError may pass
-    except SameOnAllRanksError as error:
-        if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            _report(f"{error.label}{error}")
-        return _final(error.status) if error.status in FINAL_STATUSES else error.status
-    except RuntimeError as error:
-        message = lost_rank(error)
-        if not message or os.environ.get("LLM2CLIP_TRACEBACK") == "1":
-            return _unexpected(error)
-        print(f"error: {message}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        ours = (error.name or "").split(".")[0] in ("llm2clip_plugin", "llava_integration")
-        if ours or os.environ.get("LLM2CLIP_TRACEBACK") == "1":
-            raise
-        extra = 'pip install "llm2clip-plugin[train]"'
-        print(f"error: {error}; run `pip install {error.name}`, or `{extra}` for all of training", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as error:
         ended = error if isinstance(error, Interrupted) else Interrupted()
         print(ended, file=sys.stderr)
         return ended.status
+    except BrokenPipeError:  # `llm2clip ... | head` stops reading
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # the shell's status for SIGPIPE
     except Exception as error:
-        return _unexpected(error)
+        expected = None if os.environ.get("LLM2CLIP_TRACEBACK") == "1" else reported(error)
+        if expected is None and os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        if expected is None:  # one of several ranks must not wait for the others in the interpreter's shutdown
+            traceback.print_exception(error)
+        return 1 if expected is None else expected
+
+
+def reported(error: Exception) -> int | None:
+    """Print an error that a user can act upon; its exit status. None for any other error."""
+    if isinstance(error, FirstRankError):
+        return 2
+    if isinstance(error, (ValueError, OSError)):
+        _report(f"error: {error}")
+        return _final(2) if isinstance(error, ValueError) else 2  # an OSError may pass
+    if isinstance(error, SameOnAllRanksError):
+        if os.environ.get("RANK", "0") == "0":
+            _report(f"{error.label}{error}")
+        return _final(error.status) if error.status in FINAL_STATUSES else error.status
+    if isinstance(error, RuntimeError) and (message := lost_rank(error)):
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(OURS):
+        extra = 'pip install "llm2clip-plugin[train]"'
+        print(f"error: {error}; run `pip install {error.name}`, or `{extra}` for all of training", file=sys.stderr)
+        return 2
+    return None
 
 
 def _final(status: int) -> int:
@@ -301,16 +258,6 @@ def _report(text: str) -> None:
     print(printable_lines(text), file=sys.stderr)
 
 
-def _unexpected(error: Exception) -> int:
-    """Raise it; but one of several ranks prints it: it must not wait for the others in the interpreter's shutdown."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        raise error
-    import traceback
-
-    traceback.print_exception(error)
-    return 1
-
-
 def read_options(name: str, argv: list[str]) -> None:
     """Print --help and exit, or refuse an unknown option or a wrong path, before anything large is imported."""
     from llm2clip_plugin.options import check_paths
@@ -320,30 +267,10 @@ def read_options(name: str, argv: list[str]) -> None:
     check_paths(command, command.read(argv).values)
 
 
-def limit_threads() -> None:
-    """Under a launcher: one thread per rank and passive waiting, unless set otherwise; called before torch is imported.
-
-    Ranks that each use all cores, and spin while they wait, are several times slower.
-    """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def allow_open_files() -> None:
-    """Raise the limit of open files as far as the machine allows, and say so where that is little."""
-    from llm2clip_plugin.console import raise_open_files, remedy_open_files
-
-    limit = raise_open_files()
-    if (fix := remedy_open_files(limit)) and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: a process may open only {limit} files; {fix}", file=sys.stderr)
-
-
-def usage(names: "Iterable[str]" = COMMANDS) -> str:
+def usage(names: "Collection[str]" = COMMANDS) -> str:
     """The text of ``llm2clip --help``, or of a group of commands."""
-    names = list(names)
     width = max(map(len, names))
-    rows = "\n".join(f"  {name:<{width}}  {COMMANDS[name][2]}" for name in names)
+    rows = "\n".join(f"  {name:<{width}}  {COMMANDS[name][1]}" for name in names)
     return f"usage: llm2clip COMMAND [options]\n\nLLM2CLIP for LLaVA 1.5.\n\n{rows}\n\n{EPILOG}"
 
 

@@ -16,11 +16,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 # What this rank is doing: the phase that messages name when it is late. Standard library only.
 
-Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
 CHECKPOINT = "checkpoint"  # the phase in which a rank that is to end gets more time
 
@@ -53,7 +52,7 @@ def current() -> Phase:
 
 @contextmanager
 def phase(name: str, *, step: int | None = None) -> Iterator[None]:
-    """Name what the block does; every rank must begin the same phases in the same order.
+    """Name what the block, or the decorated function, does; every rank must begin the same phases in the same order.
 
     An exception leaves the phase as it is: messages say where it was raised.
     """
@@ -70,16 +69,6 @@ def progressed() -> None:
     _now = _now._replace(since=time.monotonic())
 
 
-def in_phase(name: str, function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
-    """The function, whose calls are a phase."""
-
-    def named(*args: Arguments.args, **options: Arguments.kwargs) -> Value:
-        with phase(name):
-            return function(*args, **options)
-
-    return named
-
-
 def each_in_phase(name: str, items: Iterator[Value], *, first_step: int) -> Iterator[Value]:
     """The items, one a step; waiting for each is a phase."""
     for step in itertools.count(first_step):
@@ -92,8 +81,6 @@ def each_in_phase(name: str, items: Iterator[Value], *, first_step: int) -> Iter
 
 
 # Progress bars: tqdm on stderr with rate and time left; where stderr is not a terminal, a line every ten seconds.
-
-Item = TypeVar("Item")
 
 LINE_EVERY = 10.0  # seconds between lines where stderr is not a terminal
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
@@ -143,7 +130,7 @@ def progress_bar(
     )
 
 
-def track(iterable: Iterable[Item], *, total: int | None, label: str, unit: str, show: bool = True) -> Iterator[Item]:
+def track(iterable: Iterable[Value], *, total: int | None, label: str, unit: str, show: bool = True) -> Iterator[Value]:
     """Yield from ``iterable`` under a bar that counts each item as one ``unit``; arguments as of ``progress_bar``."""
     with progress_bar(total=total, label=label, unit=unit, show=show) as bar:
         for item in iterable:
@@ -179,25 +166,22 @@ def quiet_peft() -> None:
 
 
 def quiet_deepspeed() -> None:
-    """Silence DeepSpeed's informational log and the renamed functions of torch.distributed that it calls.
+    """Silence DeepSpeed's informational log and the renamed functions of torch.distributed that it calls."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
-    ``LLM2CLIP_DEEPSPEED_LOG=1`` keeps them.
-    """
-    if os.environ.get("LLM2CLIP_DEEPSPEED_LOG") != "1":
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+def _mute(logger: str, pattern: str) -> None:
+    """Silence a logger's records whose message has the pattern."""
+    logging.getLogger(logger).addFilter(lambda record: not re.search(pattern, record.getMessage()))
 
 
 def quiet_libraries() -> None:
     """Silence what nobody can act on: DeepSpeed about a machine without a GPU, bitsandbytes about a kernel of the Hub,
     torch's DataLoader about more ``--workers`` than cores."""
-    logging.getLogger("DeepSpeed").addFilter(_is_not_about_the_cpu)
+    _mute("DeepSpeed", "Setting accelerator to CPU")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-
-
-def _is_not_about_the_cpu(record: logging.LogRecord) -> bool:
-    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 @contextmanager
@@ -238,15 +222,11 @@ def quiet_llava() -> None:
     which is DeepSpeed's own there."""
     quiet_deepspeed()
     warnings.filterwarnings("ignore", r".*gradient_checkpointing(_enable)?` is deprecated", FutureWarning)
-    logging.getLogger("accelerate.accelerator").addFilter(
-        lambda record: "Gradient accumulation steps mismatch" not in record.getMessage()
-    )
+    _mute("accelerate.accelerator", "Gradient accumulation steps mismatch")
     warnings.filterwarnings("ignore", r"Passing the following arguments to `Accelerator` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", r"'pin_memory' argument is set as true but no accelerator is found", UserWarning)
     warnings.filterwarnings("ignore", r"Could not find a config file in .* vocabulary was not modified", UserWarning)
-    logging.getLogger("transformers.configuration_utils").addFilter(
-        lambda record: not re.search("to instantiate a model of type `?llava", record.getMessage())
-    )
+    _mute("transformers.configuration_utils", "to instantiate a model of type `?llava")
 
 
 # A signal while a run loads ends it at once, as there is nothing to save. Standard library only.
@@ -357,9 +337,10 @@ def raise_open_files() -> int:
 
 def remedy_open_files(limit: int) -> str:
     """What to do about a limit of open files; "" if it is high enough."""
-    if limit >= OPEN_FILES_NEEDED:
-        return ""
-    return f"raise the hard limit to at least {OPEN_FILES_NEEDED} (ulimit -Hn, limits.conf, docker run --ulimit nofile)"
+    needed = (
+        f"raise the hard limit to at least {OPEN_FILES_NEEDED} (ulimit -Hn, limits.conf, docker run --ulimit nofile)"
+    )
+    return needed if limit < OPEN_FILES_NEEDED else ""
 
 
 # The lines that ``llm2clip doctor`` prints; standard library only.
@@ -373,10 +354,6 @@ class Finding:
     state: str  # ok, warn or fail
     found: str  # version, path or state of the subject
     fix: str = ""  # command or step that fixes it; "" when ok
-
-    def as_json(self) -> dict[str, str]:
-        """The entry of ``llm2clip doctor --json``."""
-        return {"subject": self.subject, "state": self.state, "found": self.found, "fix": self.fix}
 
 
 def numbers(text: str) -> tuple[int, ...]:

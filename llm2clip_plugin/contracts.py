@@ -2,15 +2,6 @@
 
 Standard library only: this module is imported by the training environment, by LLaVA's environment
 and by ``llm2clip --help``.
-
-| record        | file                | written by             | read by                          |
-|---------------|---------------------|------------------------|----------------------------------|
-| TowerCard     | ``llm2clip.json``   | export, import         | load_tower, LLaVA integration    |
-| EncoderCard   | ``llm2clip_encoder.json`` | finetune-llm     | embed, evaluate captions         |
-| CacheManifest | ``manifest.json``   | embed                  | tower training, evaluation       |
-| EmbedRecord   | ``embed.json``      | embed                  | status                           |
-| RunRecord     | ``run.json``        | tower and LLM training | export, resume, status           |
-| ScoreFile     | ``*.scores.json``   | score, bench-mllm      | compare                          |
 """
 
 import dataclasses
@@ -195,7 +186,6 @@ def sha256_weights(path: str | os.PathLike[str]) -> str:
 # Versioned JSON records: written atomically, and checked field by field when they are read.
 
 Record = TypeVar("Record", bound="VersionedRecord")
-HEAD = ("kind", "format_version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,21 +211,17 @@ class VersionedRecord:
         """Read a record; raises FileNotFoundError, or ContractError naming the file and the field."""
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no {cls.KIND} at {path}")
-        return cls.from_dict(read_json_value(path), where=str(path))
-
-    @classmethod
-    def from_dict(cls: type[Record], body: Any, *, where: str) -> Record:
-        """Build a record from parsed JSON; ``where`` is named in errors."""
-        if not isinstance(body, dict) or body.get("kind") != cls.KIND:
-            kind = body.get("kind") if isinstance(body, dict) else type(body).__name__
-            raise ContractError(f"{where} contains a {kind!r}, expected a {cls.KIND!r}")
-        if body.get("format_version") != cls.VERSION:
+        body = read_json_value(path)
+        kind = body.pop("kind", None) if isinstance(body, dict) else type(body).__name__
+        if kind != cls.KIND:
+            raise ContractError(f"{path} contains a {kind!r}, expected a {cls.KIND!r}")
+        if (version := body.pop("format_version", None)) != cls.VERSION:
             raise ContractError(
-                f"{where} has format version {body.get('format_version')}, but this release reads {cls.VERSION}; "
+                f"{path} has format version {version}, but this release reads {cls.VERSION}; "
                 "create the file again with this release, or install the release that wrote it"
             )
-        record = from_plain(cls, {name: value for name, value in body.items() if name not in HEAD}, where=where)
-        record.check_values(where=where)
+        record = from_plain(cls, body, where=str(path))
+        record.check_values(where=str(path))
         return record
 
     def check_values(self, *, where: str) -> None:
@@ -409,13 +395,10 @@ class ScoreFile(VersionedRecord):
     notes: list[str] = field(default_factory=list)
 
 
-# How the rows of an embedding cache are stored.
+# How an embedding cache stores rows, and where.
 
 VALUE_BYTES = {"float16": 2, "int8": 1}  # of one number of a stored row
 CACHE_DTYPES = tuple(VALUE_BYTES)
-
-
-# Where a shard's embeddings lie in a cache. Standard library only.
 
 
 def shard_file(shard: str) -> str:

@@ -11,18 +11,17 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Literal
 
-from llm2clip_plugin.console import Finding, numbers, raise_open_files, remedy_open_files
-from llm2clip_plugin.data.workers import PREFETCH_MB, SHARED_MEMORY, free_shared_memory, remedy
+from llm2clip_plugin.console import Finding, numbers
+from llm2clip_plugin.data.workers import cores
 from llm2clip_plugin.options import Command
 
 GIB = 1024**3
-# first version with C++17, which DeepSpeed's extensions need, and with -std=c++20, which current torch builds with
-MIN_COMPILERS = {"g++": (9, 10), "clang": (10, 10)}
+MIN_COMPILER = 10  # of g++ and clang: the first with -std=c++20, which current torch builds with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +37,6 @@ class DoctorConfig:
     ranks: int = 0  # ranks on this machine; 0: one per GPU, 2 on a CPU
     json: bool = False  # print the report as JSON
 
-    def __post_init__(self) -> None:
-        for name, least in (("captions", 1), ("width", 1), ("port", 1), ("ranks", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"--{name} {value} must be at least {least}")
-
 
 COMMAND = Command(
     name="doctor",
@@ -52,21 +46,22 @@ COMMAND = Command(
 )
 
 
+def finding(subject: str, found: str, fix: str = "", *, state: str = "warn") -> Finding:
+    """A line of the report; ``state`` is that of a subject with a ``fix``, one without is ok."""
+    return Finding(subject=subject, state=state if fix else "ok", found=found, fix=fix)
+
+
 def check_python() -> Iterator[Finding]:
     """Python 3.10 or newer."""
-    found = ".".join(map(str, sys.version_info[:3]))
-    state = "ok" if sys.version_info >= (3, 10) else "fail"
-    yield Finding(
-        subject="python", state=state, found=found, fix="" if state == "ok" else "install Python 3.10 or newer"
-    )
+    fix = "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer"
+    yield finding("python", ".".join(map(str, sys.version_info[:3])), fix, state="fail")
 
 
 def requirement_parts(line: str) -> tuple[str, str, str]:
     """Split a metadata line: ``'torch>=2.6; extra == "train"'`` -> ('torch', '2.6', 'train')."""
     match = re.match(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?\s*\(?(?:>=\s*([0-9.]+))?", line)
     extra = re.search(r"extra\s*==\s*['\"](\w+)['\"]", line)
-    if match is None:
-        raise ValueError(f"cannot read the requirement {line!r}")
+    assert match, line
     return match.group(1), match.group(2) or "", extra.group(1) if extra else ""
 
 
@@ -75,21 +70,17 @@ def check_packages(extra: str) -> Iterator[Finding]:
     try:
         lines = requires("llm2clip-plugin") or []
     except PackageNotFoundError:
-        yield Finding(subject="llm2clip-plugin", state="fail", found="not installed", fix='pip install -e ".[train]"')
+        yield finding("llm2clip-plugin", "not installed", 'pip install -e ".[train]"', state="fail")
         return
     needed: dict[str, str] = {}  # name -> minimum version for the package or the extra
     for name, minimum, needed_by in map(requirement_parts, lines):
         if needed_by in ("", extra):
             needed[name] = max(needed.get(name, ""), minimum, key=numbers)
     for name, minimum in needed.items():
+        found = installed(name)
         fix = f'pip install "{name}>={minimum}"' if minimum else f"pip install {name}"
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            yield Finding(subject=name, state="fail", found="missing", fix=fix)
-            continue
-        state = "ok" if not minimum or numbers(found) >= numbers(minimum) else "fail"
-        yield Finding(subject=name, state=state, found=found, fix="" if state == "ok" else fix)
+        enough = found and numbers(found) >= numbers(minimum)
+        yield finding(name, found or "missing", "" if enough else fix, state="fail")
 
 
 def check_compiler() -> Iterator[Finding]:
@@ -98,45 +89,28 @@ def check_compiler() -> Iterator[Finding]:
     if not words or shutil.which(words[0]) is None:
         words = ["c++"]
     if shutil.which(words[0]) is None:
-        yield Finding(subject="C++ compiler", state="fail", found="none", fix="apt-get install g++ (or set CXX)")
+        yield finding("C++ compiler", "none", "apt-get install g++ (or set CXX)", state="fail")
         return
     done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False)
-    yield judge_compiler(done.stdout)
-
-
-def judge_compiler(output: str) -> Finding:
-    """Compare the output of a compiler's ``--version`` with MIN_COMPILERS."""
-    first = output.strip().split("\n")[0]
-    clang = re.search(r"clang version (\d+)", first)
-    match = clang or re.search(r"\) (\d+)\.\d+", first)  # g++ (Debian 12.2.0-14) 12.2.0: after the packager's
-    if match is None:
-        known = " or ".join(f"{name} >= {recommended}" for name, (_, recommended) in MIN_COMPILERS.items())
-        return Finding(
-            subject="C++ compiler", state="warn", found=first or "unknown version", fix=f"set CXX to {known}"
-        )
-    name, version_ = "clang" if clang else "g++", int(match.group(1))
-    minimum, recommended = MIN_COMPILERS[name]
-    state = "fail" if version_ < minimum else "warn" if version_ < recommended else "ok"
-    lacks = "C++17" if state == "fail" else "C++20, which current torch builds with"
-    fix = "" if state == "ok" else f"{name} {version_} lacks {lacks}: install {name} >= {recommended} and set CXX to it"
-    return Finding(subject="C++ compiler", state=state, found=first, fix=fix)
+    first = done.stdout.strip().split("\n")[0]
+    # g++ (Debian 12.2.0-14) 12.2.0: after the packager's
+    match = re.search(r"clang version (\d+)", first) or re.search(r"\) (\d+)\.\d+", first)
+    enough = match and int(match.group(1)) >= MIN_COMPILER
+    fix = "" if enough else f"set CXX to g++ or clang >= {MIN_COMPILER}, for C++20"
+    yield finding("C++ compiler", first or "unknown version", fix)
 
 
 def check_launcher() -> Iterator[Finding]:
     """The ``deepspeed`` launcher is on PATH and belongs to this Python."""
     launcher = shutil.which("deepspeed")
-    expected = os.path.join(os.path.dirname(sys.executable), "deepspeed")
+    folder = os.path.dirname(sys.executable)
+    expected = os.path.join(folder, "deepspeed")
     if launcher is None and not os.path.exists(expected):
-        yield Finding(subject="deepspeed launcher", state="fail", found="not on PATH", fix="pip install deepspeed")
-    elif launcher is None or os.path.realpath(launcher) != os.path.realpath(expected):
-        yield Finding(
-            subject="deepspeed launcher",
-            state="warn",
-            found=launcher or expected,
-            fix=f"activate this environment first: source {os.path.dirname(sys.executable)}/activate",
-        )
+        yield finding("deepspeed launcher", "not on PATH", "pip install deepspeed", state="fail")
     else:
-        yield Finding(subject="deepspeed launcher", state="ok", found=launcher)
+        own = launcher is not None and os.path.realpath(launcher) == os.path.realpath(expected)
+        fix = "" if own else f"activate this environment first: source {folder}/activate"
+        yield finding("deepspeed launcher", launcher or expected, fix)
 
 
 def check_accelerator() -> Iterator[Finding]:
@@ -144,48 +118,37 @@ def check_accelerator() -> Iterator[Finding]:
     try:
         import torch
     except ImportError:
-        yield Finding(subject="accelerator", state="fail", found="torch is not installed", fix="pip install torch")
+        yield finding("accelerator", "torch is not installed", "pip install torch", state="fail")
         return
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, bf16 {torch.cuda.is_bf16_supported()}"
-        yield Finding(subject="accelerator", state="ok", found=found)
+        yield finding("accelerator", found)
     else:
-        yield Finding(
-            subject="accelerator",
-            state="warn",
-            found=f"none; everything runs on the CPU ({torch.get_num_threads()} threads)",
-            fix="for a GPU, install the torch build of your CUDA or ROCm version",
-        )
+        found = f"none; everything runs on the CPU ({torch.get_num_threads()} threads)"
+        yield finding("accelerator", found, "for a GPU, install the torch build of your CUDA or ROCm version")
 
 
 def check_threads(ranks: int) -> Iterator[Finding]:
     """Together the ranks use no more threads than there are cores, and wait passively."""
-    cores = _cores()
-    ranks = ranks or _default_ranks(cores)
     threads, policy = os.environ.get("OMP_NUM_THREADS", "unset"), os.environ.get("OMP_WAIT_POLICY", "unset")
-    found = f"{cores} cores for {ranks} ranks, OMP_NUM_THREADS {threads}, OMP_WAIT_POLICY {policy}"
-    per_rank = max(1, cores // ranks)
+    found = f"{cores()} cores for {ranks} ranks, OMP_NUM_THREADS {threads}, OMP_WAIT_POLICY {policy}"
+    per_rank = max(1, cores() // ranks)
     fix = ""
     if threads == "unset" and ranks > 1:
         fix = f"export OMP_NUM_THREADS={per_rank} OMP_WAIT_POLICY=PASSIVE; if unset, each rank uses 1 thread"
-    elif threads.isdigit() and ranks * int(threads) > max(cores, ranks):
+    elif threads.isdigit() and ranks * int(threads) > max(cores(), ranks):
         fix = f"export OMP_NUM_THREADS={per_rank} (cores / ranks) OMP_WAIT_POLICY=PASSIVE"
-    yield Finding(subject="threads", state="warn" if fix else "ok", found=found, fix=fix)
+    yield finding("threads", found, fix)
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _default_ranks(cores: int) -> int:
+def usual_ranks() -> int:
     """One rank per GPU; without GPUs two, as in the quickstart, if there are two cores."""
     try:
         import torch
     except ImportError:
-        return min(2, cores)
-    return torch.cuda.device_count() or min(2, cores)
+        return min(2, cores())
+    return torch.cuda.device_count() or min(2, cores())
 
 
 def check_port(port: int) -> Iterator[Finding]:
@@ -196,29 +159,7 @@ def check_port(port: int) -> Iterator[Finding]:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
     fix = f"pass --master_port {free} to the deepspeed launcher" if in_use else ""
-    yield Finding(
-        subject=f"port {port}", state="warn" if in_use else "ok", found="in use" if in_use else "free", fix=fix
-    )
-
-
-def check_shared_memory(ranks: int, folder: str = SHARED_MEMORY) -> Iterator[Finding]:
-    """Space in /dev/shm for what the loader processes of all ranks prepare ahead, with the default settings."""
-    free = free_shared_memory(folder)
-    if free is None:
-        return
-    ranks = ranks or _default_ranks(_cores())
-    need = ranks * PREFETCH_MB * 10**6
-    found = f"{free / 1e6:,.0f} MB free in {folder}; {ranks} ranks with loader processes need {need / 1e6:,.0f} MB"
-    fix = "" if need <= free else f"{remedy(need)}, or lower --dataloader-prefetch-mb ({PREFETCH_MB})"
-    yield Finding(subject="shared memory", state="warn" if fix else "ok", found=found, fix=fix)
-
-
-def check_open_files() -> Iterator[Finding]:
-    """The hard limit of open files, which every command raises its own to."""
-    limit = raise_open_files()
-    fix = remedy_open_files(limit)
-    found = "unlimited" if limit == sys.maxsize else f"at most {limit} per process"
-    yield Finding(subject="open files", state="warn" if fix else "ok", found=found, fix=fix)
+    yield finding(f"port {port}", "in use" if in_use else "free", fix)
 
 
 def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
@@ -236,64 +177,59 @@ def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
         fix = f"{existing} is not writable; set another --cache"
     elif free <= need:
         fix = f"free disk space, set another --cache, or use --dtype int8 ({need / 2 / GIB:.1f} GiB)"
-    state = "fail" if fix else "ok"
-    yield Finding(subject="disk for the cache", state=state, found=found, fix=fix)
+    yield finding("disk for the cache", found, fix, state="fail")
 
 
-def checks(options: DoctorConfig) -> list[Callable[[], Iterator[Finding]]]:
-    """The checks of an environment, in the order of the report."""
+def report(options: DoctorConfig) -> Iterator[Finding]:
+    """The lines of an environment's report, in order."""
     training = options.environment == "train"
-    listed: list[Callable[[], Iterator[Finding]]] = [check_python, lambda: check_packages("train" if training else "")]
+    yield from check_python()
+    yield from check_packages("train" if training else "")
     if training:
-        listed += [check_compiler, check_launcher]
-    listed += [check_accelerator, lambda: check_threads(options.ranks), lambda: check_port(options.port)]
-    if training:
-        listed.append(lambda: check_shared_memory(options.ranks))
-    listed.append(check_open_files)
-    listed.append(lambda: check_disk(options.cache, options.captions, options.width))
+        yield from check_compiler()
+        yield from check_launcher()
+    yield from check_accelerator()
+    yield from check_threads(options.ranks or usual_ranks())
+    yield from check_port(options.port)
+    yield from check_disk(options.cache, options.captions, options.width)
     if training and not llava_installed():
-        listed.append(suggest_llava)
+        fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"
+        yield finding("llava", f"not installed (optional); {fix}")
     else:
         from llava_integration.preflight import check_llava
 
-        listed.append(check_llava)
-    return listed
+        yield from check_llava()
 
 
-def suggest_llava() -> Iterator[Finding]:
-    """LLaVA is optional in the training environment."""
-    fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"
-    yield Finding(subject="llava", state="ok", found=f"not installed (optional); {fix}")
+def installed(name: str) -> str:
+    """Version of an installed package; "" if there is none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def llava_installed() -> bool:
     """Whether this environment has LLaVA, from its wheel or from a checkout."""
-    return _installed("llava-torch") or _installed("llava")
+    return bool(installed("llava-torch") or installed("llava"))
 
 
 def default_environment() -> Literal["train", "llava"]:
     """``llava`` where LLaVA is installed with the libraries that it pins, else ``train``."""
-    return "llava" if llava_installed() and not _installed("transformers", (5,)) else "train"
+    return "llava" if llava_installed() and numbers(installed("transformers")) < (5,) else "train"
 
 
 def main(argv: list[str]) -> int:
     """``llm2clip doctor``: 0 if nothing fails, 1 otherwise."""
     options = COMMAND.parse(argv)
-    findings = [finding for check in checks(options) for finding in check()]
+    findings = list(report(options))
+    failed = [one.subject for one in findings if one.state == "fail"]
     if options.json:
-        print(json.dumps([finding.as_json() for finding in findings], indent=2))
+        print(json.dumps([asdict(one) for one in findings], indent=2))
     else:
-        for finding in findings:
-            print(f"[{finding.state:>4}] {finding.subject}: {finding.found}")
-            if finding.fix:
-                print(f"       -> {finding.fix}")
-        failed = [finding.subject for finding in findings if finding.state == "fail"]
+        for one in findings:
+            print(f"[{one.state:>4}] {one.subject}: {one.found}")
+            if one.fix:
+                print(f"       -> {one.fix}")
         print(f"{len(failed)} to fix: {', '.join(failed)}" if failed else "no problems found")
-    return 1 if any(finding.state == "fail" for finding in findings) else 0
-
-
-def _installed(name: str, minimum: tuple[int, ...] = ()) -> bool:
-    try:
-        return numbers(version(name)) >= minimum
-    except PackageNotFoundError:
-        return False
+    return 1 if failed else 0

@@ -1,12 +1,9 @@
 """What comes from outside is checked before it is used: JSON files and their fields, headers, names, the Hub's pauses;
-and what a run leaves for its next start.
-
-Standard library only, as ``contracts``, which re-exports ContractError.
+and what a run leaves for its next start. Standard library only.
 """
 
 from __future__ import annotations
 
-import ast
 import codecs
 import dataclasses
 import importlib
@@ -155,12 +152,6 @@ def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING)
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_range(value: Any, low: float, high: float, *, name: str, where: str) -> None:
-    """Raise ContractError unless a number is finite and from ``low`` to ``high``; booleans and texts are no numbers."""
-    if not _is_number(value) or not math.isfinite(value) or not low <= value <= high:
-        raise ContractError(f"{where}: {name} is {_short(value)}, expected a number from {low:g} to {high:g}")
 
 
 def _short(value: Any) -> str:
@@ -339,13 +330,11 @@ def _without_resume(words: Sequence[str]) -> list[str]:
 
 
 def _launcher() -> list[str]:
-    """The command line of the launcher above this process; [] without one, or without psutil."""
+    """The command line of the launcher above this process; [] without one."""
     if os.environ.get("WORLD_SIZE") is None:
         return []
-    try:
-        import psutil  # comes with DeepSpeed
-    except ModuleNotFoundError:
-        return []
+    import psutil  # of accelerate's
+
     found: list[str] = []
     try:
         for parent in psutil.Process().parents():
@@ -377,27 +366,6 @@ def discover(package: str, attribute: str) -> dict[str, Any]:
         if member.name in members:
             raise ValueError(f"two files in {package} define {attribute}.name {member.name!r}; rename one of them")
         members[member.name] = member
-    return members
-
-
-def literals(package: str, attribute: str) -> dict[str, dict[str, Any]]:
-    """What ``discover`` finds, as the literal arguments of each ``attribute = Kind(name="...", ...)``, by ``name``.
-
-    Only ``package`` itself is imported: for texts of --help about members whose modules import much.
-    """
-    members: dict[str, dict[str, Any]] = {}
-    for folder in importlib.import_module(package).__path__:
-        for file in sorted(Path(folder).glob("[!_]*.py")):
-            for node in ast.parse(file.read_bytes()).body:
-                if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
-                    continue
-                values: dict[str, Any] = {
-                    str(word.arg): word.value.value
-                    for word in node.value.keywords
-                    if isinstance(word.value, ast.Constant)
-                }
-                if ast.unparse(node.targets[0]) == attribute and "name" in values:
-                    members[values["name"]] = values
     return members
 
 

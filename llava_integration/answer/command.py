@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# A LLaVA model that answers batches of questions, which are prepared as by LLaVA's own evaluation.
-
 # LLaVA may be in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false
-
 
 # index in the question file, token ids (T,), pixels or None without image, (width, height) of the image
 Prepared = tuple[int, "torch.Tensor", "torch.Tensor | None", "tuple[int, int]"]
@@ -41,6 +38,7 @@ class Answerer:
     def __init__(self, options: AnswerConfig):
         """Load the model as LLaVA's own evaluation does."""
         import torch
+        from llava.conversation import conv_templates
         from llava.mm_utils import get_model_name_from_path
         from llava.model.builder import load_pretrained_model
 
@@ -48,7 +46,12 @@ class Answerer:
             raise ValueError("--device cuda: no GPU is available to torch; pass --device cpu")
         path = os.path.expanduser(options.model_path)
         self.options, self.name = options, get_model_name_from_path(path)
-        self.conversation = conversation_of(self.name, options.conv_mode)
+        mode = options.conv_mode
+        if "plain" in self.name and "finetune" not in self.name.lower() and "mmtag" not in mode:
+            mode = f"{mode}_mmtag"  # of models pretrained on plain captions, as in LLaVA
+        if mode not in conv_templates:
+            raise ValueError(unknown("--conv-mode", mode, sorted(conv_templates)))
+        self.conversation = conv_templates[mode]
         quiet_llava_loading()
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
             path, options.model_base, self.name, options.load_8bit, options.load_4bit
@@ -62,23 +65,20 @@ class Answerer:
         """Batches of prepared questions, with images first; a batch never mixes questions with and without an image."""
         from torch.utils.data import DataLoader
 
-        with_image = [index for index in indices if questions[index].image]
-        text_only = [index for index in indices if not questions[index].image]
-        for group in (with_image, text_only):
-            prepare = Prepare(
-                questions=[(index, questions[index]) for index in group],
-                folder=self.options.image_folder,
-                conversation=self.conversation,
-                tokenizer=self.tokenizer,
-                image_processor=self.image_processor,
-                model_config=self.model.config,
-            )
-            yield from DataLoader(
-                prepare,  # pyright: ignore[reportArgumentType] - a map-style dataset needs no base class
-                batch_size=self.options.batch_size,
-                num_workers=min(self.options.workers, len(group)),
-                collate_fn=list,
-            )
+        collate = partial(
+            prepare,  # gets no weights, so that worker processes stay small
+            folder=self.options.image_folder,
+            conversation=self.conversation,
+            tokenizer=self.tokenizer,
+            image_processor=self.image_processor,
+            model_config=self.model.config,
+        )
+        chosen = [(index, questions[index]) for index in indices]
+        for pictured in (True, False):
+            group = [pair for pair in chosen if bool(pair[1].image) == pictured]
+            workers = min(self.options.workers, len(group))
+            if group:
+                yield from DataLoader(group, self.options.batch_size, num_workers=workers, collate_fn=collate)
 
     def generate(self, batch: list[Prepared]) -> list[str]:
         """The answers to a batch, without special tokens."""
@@ -108,76 +108,47 @@ class Answerer:
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepare:
-    """Questions as a dataset for torch's DataLoader; contains no weights, so that its worker processes stay small."""
+def prepare(
+    questions: list[tuple[int, Question]],
+    *,
+    folder: str,
+    conversation: Any,
+    tokenizer: Any,
+    image_processor: Any,
+    model_config: Any,
+) -> list[Prepared]:
+    """Questions, each with its index, as the model reads them: LLaVA's template, image token, question.
 
-    questions: list[tuple[int, Question]]  # index in the question file, question
-    folder: str  # of images
-    conversation: Any  # LLaVA's conversation template
-    tokenizer: Any
-    image_processor: Any
-    model_config: Any
+    ``folder``: of the images; ``conversation``: LLaVA's template. Pixels are (3, S, S), or (tiles, 3, S, S) for anyres.
+    """
+    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+    from llava.mm_utils import process_images, tokenizer_image_token
 
-    def __len__(self) -> int:
-        """Number of questions."""
-        return len(self.questions)
-
-    def __getitem__(self, item: int) -> Prepared:
-        """One question; pixels are (3, S, S), or (tiles, 3, S, S) for anyres."""
-        from llava.constants import IMAGE_TOKEN_INDEX
-        from llava.mm_utils import process_images, tokenizer_image_token
-
-        index, question = self.questions[item]
-        pixels, size = None, (0, 0)
+    prepared = []
+    for index, question in questions:
+        text, pixels, size = question.text, None, (0, 0)
         if question.image:
-            image = question.open_image(self.folder)
-            pixels, size = process_images([image], self.image_processor, self.model_config)[0], image.size
-        words = self.prompt(question)
-        tokens: Any = tokenizer_image_token(words, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
-        return index, tokens, pixels, size
-
-    def prompt(self, question: Question) -> str:
-        """The text that the model reads: template, image token, question."""
-        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-
-        text = question.text
-        if question.image:
+            image = question.open_image(folder)
+            pixels, size = process_images([image], image_processor, model_config)[0], image.size
             token = DEFAULT_IMAGE_TOKEN
-            if getattr(self.model_config, "mm_use_im_start_end", False):
+            if getattr(model_config, "mm_use_im_start_end", False):
                 token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
             text = f"{token}\n{text}"
-        conversation = self.conversation.copy()
-        conversation.append_message(conversation.roles[0], text)
-        conversation.append_message(conversation.roles[1], None)
-        return conversation.get_prompt()
+        turns = conversation.copy()
+        turns.append_message(turns.roles[0], text)
+        turns.append_message(turns.roles[1], None)
+        tokens: Any = tokenizer_image_token(turns.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        prepared.append((index, tokens, pixels, size))
+    return prepared
 
 
 def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token rows -> ids and attention mask, both (B, T), padded on the left with 0."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        ids[row, width - len(tokens) :] = tokens
-        mask[row, width - len(tokens) :] = 1
-    return ids, mask
-
-
-def conversation_of(model_name: str, mode: str) -> Any:
-    """LLaVA's template of that name; its ``_mmtag`` form for models pretrained on plain captions, as in LLaVA.
-
-    Raises ValueError with the known names for an unknown one.
-    """
-    from llava.conversation import conv_templates
-
-    if "plain" in model_name and "finetune" not in model_name.lower() and "mmtag" not in mode:
-        mode = f"{mode}_mmtag"
-    if mode not in conv_templates:
-        raise ValueError(unknown("--conv-mode", mode, sorted(conv_templates)))
-    return conv_templates[mode]
+    ids = pad_sequence([row.flip(0) for row in rows], batch_first=True).flip(1)
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
 
 
 def main(argv: list[str]) -> int:
@@ -189,21 +160,15 @@ def main(argv: list[str]) -> int:
     if options.model_path:
         check_checkpoint(options.model_path, options.model_base)
     rank, world = choose_device(options.device)
-    questions = chunk(
-        read_questions(
-            options.question_file,
-            directly=options.single_pred_prompt,
-            all_rounds=options.all_rounds,
-            lang=options.lang,
-        ),
-        options.num_chunks,
-        options.chunk_idx,
-    )
+    asked = {"directly": options.single_pred_prompt, "all_rounds": options.all_rounds, "lang": options.lang}
+    questions = chunk(read_questions(options.question_file, **asked), options.num_chunks, options.chunk_idx)
     folder = options.image_folder
     if folder and not Path(folder).is_dir() and any(item.image and not item.embedded for item in questions):
         raise FileNotFoundError(f"--image-folder {folder} is not a folder; expected that of the questions' images")
-    endpoint = Endpoint(options.endpoint, timeout=options.timeout) if options.endpoint else None
-    served = endpoint.choose(options.served_model_name) if endpoint else None
+    endpoint, served = None, None
+    if options.endpoint:
+        endpoint = Endpoint(options.endpoint, timeout=options.timeout, retries=options.retries)
+        served = endpoint.choose(options.served_model_name)
     settings = answer_settings(options, served)
     answers = AnswersFile(options.answers_file, settings, len(questions), overwrite=options.overwrite)
     if answers.complete:
@@ -261,16 +226,14 @@ def answer_settings(options: AnswerConfig, served: ServedModel | None) -> dict[s
     ``served``: the model behind ``--endpoint``, whose configuration the server knows.
     """
     names = "num_chunks chunk_idx temperature top_p max_new_tokens single_pred_prompt all_rounds lang".split()
-    if served is None:
-        names += "model_path model_base conv_mode num_beams dtype load_8bit load_4bit".split()
-    settings = {name: getattr(options, name) for name in names}
-    if served is None:
-        config = Path(options.model_path) / "config.json"
-        settings["model_config_sha256"] = sha256_file(config) if config.is_file() else ""
+    if served:
+        model = {"endpoint": options.endpoint, "served_model": served.id, "served_root": served.root}
     else:
-        settings |= {"endpoint": options.endpoint, "served_model": served.id, "served_root": served.root}
-    settings["question_file_sha256"] = sha256_file(options.question_file)
-    return settings
+        names += "model_path model_base conv_mode num_beams dtype load_8bit load_4bit".split()
+        config = Path(options.model_path) / "config.json"
+        model = {"model_config_sha256": sha256_file(config) if config.is_file() else ""}
+    settings = {name: getattr(options, name) for name in names}
+    return {**settings, **model, "question_file_sha256": sha256_file(options.question_file)}
 
 
 def answer_questions(
@@ -282,11 +245,6 @@ def answer_questions(
     answerer = Answerer(options)
     with tqdm(total=len(indices), unit="question", mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
         for batch in answerer.batches(questions, indices):
-            texts = answerer.generate(batch)
-            answers.write(
-                {
-                    index: entry(questions[index], text, answerer.name)
-                    for (index, *_), text in zip(batch, texts, strict=True)
-                }
-            )
+            texts = zip([index for index, *_ in batch], answerer.generate(batch), strict=True)
+            answers.write({index: entry(questions[index], text, answerer.name) for index, text in texts})
             bar.update(len(batch))

@@ -12,14 +12,14 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import json
 import os
 import shutil
 import struct
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from PIL import Image
 
 from llm2clip_plugin.contracts import atomic_file, naming_full_disk
 from llm2clip_plugin.files import ContractError, check_image_size, errors_about, read_json_value
-from llm2clip_plugin.options import Command, unknown
+from llm2clip_plugin.options import Command
 
 BAD_IMAGE = (OSError, ValueError, SyntaxError, IndexError, struct.error, Image.DecompressionBombError)  # Pillow's
 LETTERS = ("A", "B", "C", "D")
@@ -48,6 +48,11 @@ class Question:
     image: str = ""  # file in the image folder, or base64 where ``embedded``; "" without image
     embedded: bool = False
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
+
+    def __post_init__(self) -> None:
+        for value in (self.text, self.image):
+            if not isinstance(value, str):
+                raise ValueError(f"{value!r} is no text")
 
     def open_image(self, folder: str) -> Image.Image:
         """The image in RGB; raises ValueError with the question's id if it cannot be read, or is outside the folder."""
@@ -84,8 +89,7 @@ def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = Fal
         elif path.suffix == ".tsv":
             questions = read_table(path, directly, all_rounds, lang)
         else:
-            known = ".jsonl, .json (ScienceQA), .tsv (MMBench)"
-            raise ContractError(f"unsupported question file {path}; supported: {known}")
+            raise ContractError(f"{path}: expected a file .jsonl, .json (ScienceQA) or .tsv (MMBench)")
     if not questions:
         raise ContractError(f"{path} has no questions; download it again")
     return questions
@@ -96,14 +100,11 @@ def read_lines(path: Path) -> list[Question]:
     questions = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            with _entry(path, f"line {number}", "an object with question_id, text and image"):
-                row = json.loads(line)
-                text = row["text"]
-                question = Question(id=row["question_id"], text=text, shown=text, image=row.get("image", ""))
-                _check_texts(text=text, image=question.image)
-            questions.append(question)
+            if line.strip():
+                with errors_about(f"{path}, line {number}", fix="expected an object with question_id, text and image"):
+                    row = json.loads(line)
+                    text, image = row["text"], row.get("image", "")
+                    questions.append(Question(id=row["question_id"], text=text, shown=text, image=image))
     return questions
 
 
@@ -111,69 +112,39 @@ def read_conversations(path: Path, directly: bool) -> list[Question]:
     """ScienceQA: a list of LLaVA conversations, of which the first turn is the question."""
     questions = []
     for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
-        with _entry(path, f"entry {number}", "id and conversations"):
-            text, image, name = row["conversations"][0]["value"], row.get("image", ""), row["id"]
-            _check_texts(value=text, image=image)
-        text = text.replace("<image>", "").strip()
-        shown = f"<image>\n{text}" if image else text
-        if directly:
-            text, shown = f"{text}\n{DIRECTLY['en']}", f"{shown}\n{DIRECTLY['en']}"
-        questions.append(Question(id=name, text=text, shown=shown, image=image))
+        with errors_about(f"{path}, entry {number}", fix="expected an object with id and conversations"):
+            image = row.get("image", "")
+            text = row["conversations"][0]["value"].replace("<image>", "").strip()
+            text += f"\n{DIRECTLY['en']}" if directly else ""
+            shown = f"<image>\n{text}" if image else text
+            questions.append(Question(id=row["id"], text=text, shown=shown, image=image))
     return questions
-
-
-@contextmanager
-def _entry(path: Path, place: str, expected: str) -> Iterator[None]:
-    """Raise ContractError with the place for what the block meets in one entry of a file."""
-    try:
-        yield
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        reason = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
-        raise ContractError(f"{path}, {place}: expected {expected} ({reason})") from error
-
-
-def _check_texts(**values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is {value!r}, expected a text")
 
 
 def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[Question]:
     """MMBench: a question per row, repeated for every rotation of its options if ``all_rounds``."""
-    if lang not in DIRECTLY:
-        raise ValueError(unknown("--lang", lang, DIRECTLY))
     csv.field_size_limit(sys.maxsize)  # cells contain images
+    suffix = f"\n{DIRECTLY[lang]}" if directly else ""
     questions = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
-            options = []
-            for letter in LETTERS:
-                if is_none(row.get(letter)):
-                    break
-                options.append(row[letter])
-            letters: list[str] = list(LETTERS[: len(options)])
-            for round_number in range(len(options) if all_rounds else 1):
-                questions.append(
-                    table_question(row, options, letters, round_number, DIRECTLY[lang] if directly else "")
+            options = list(itertools.takewhile(lambda cell: not is_none(cell), map(row.get, LETTERS)))
+            letters = list(LETTERS[: len(options)])  # of the options as they are in the row
+            hint = [] if is_none(row.get("hint")) else [row["hint"]]
+            for number in range(len(options) if all_rounds else 1):
+                listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+                shown = "\n".join([*hint, row["question"], *listed])
+                question = Question(
+                    id=int(row["index"]) if row["index"].isdigit() else row["index"],
+                    text=shown + suffix,
+                    shown=shown,
+                    image=row["image"],
+                    embedded=True,
+                    extra={"round_id": number, "options": options, "option_char": letters},
                 )
+                questions.append(question)
                 options, letters = options[1:] + options[:1], letters[1:] + letters[:1]
     return questions
-
-
-def table_question(row: dict[str, str], options: list[str], letters: list[str], number: int, suffix: str) -> Question:
-    """One round of an MMBench row; ``letters`` are the original letters of the rotated ``options``."""
-    hint = [] if is_none(row.get("hint")) else [row["hint"]]
-    listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    shown = "\n".join([*hint, row["question"], *listed])
-    index = int(row["index"]) if row["index"].isdigit() else row["index"]
-    return Question(
-        id=index,
-        text=f"{shown}\n{suffix}" if suffix else shown,
-        shown=shown,
-        image=row["image"],
-        embedded=True,
-        extra={"round_id": number, "options": options, "option_char": letters},
-    )
 
 
 def is_none(cell: str | None) -> bool:
@@ -214,33 +185,28 @@ class AnswersFile:
 
         Raises ContractError if answers with other settings exist, unless ``overwrite``; ValueError for a folder.
         """
-        self.path, self.settings, self.total = path, settings, total
+        self.path, self.total = path, total
         self.partial = path.with_name(path.name + ".partial")
-        self.settings_file = settings_file(path)
+        self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
+        saved = settings_file(path)
         if path.is_dir():
             raise ValueError(f"--answers-file {path} is a folder; choose a file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             path.unlink(missing_ok=True)
-            self.settings_file.unlink(missing_ok=True)
+            saved.unlink(missing_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)
-        if self.settings_file.is_file():
-            self.compare_settings()
+        if saved.is_file():
+            before = read_json_value(saved)
+            names = sorted({*before, *settings} - {*IGNORED_ON_RESUME})
+            changes = [(name, before.get(name), settings.get(name)) for name in names]
+            if differ := ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changes if old != new):
+                raise ContractError(f"{path} was started with other settings ({differ}); {OTHER_FILE}")
         elif path.exists() or self.partial.exists():
             raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
         else:
-            with atomic_file(self.settings_file) as temporary:
+            with atomic_file(saved) as temporary:
                 temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
-
-    def compare_settings(self) -> None:
-        """Raise ContractError if a previous run saved other settings."""
-        before = read_json_value(self.settings_file)
-        compared = {*before, *self.settings} - {*IGNORED_ON_RESUME}
-        names = sorted(name for name in compared if before.get(name) != self.settings.get(name))
-        if names:
-            differ = ", ".join(f"{name} {before.get(name)!r} -> {self.settings.get(name)!r}" for name in names)
-            raise ContractError(f"{self.path} was started with other settings ({differ}); {OTHER_FILE}")
 
     @property
     def complete(self) -> bool:
@@ -268,10 +234,9 @@ class AnswersFile:
 
     def finish(self) -> int:
         """Write the answers file, in the order of the questions, if none is missing; returns how many are."""
-        try:
+        answers = {}
+        with suppress(FileNotFoundError):  # another rank has merged and deleted them
             answers = self.done()
-        except FileNotFoundError:  # another rank has merged and deleted them
-            answers = {}
         if self.complete:
             return 0
         if len(answers) < self.total:

@@ -68,13 +68,6 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_json(path: Path) -> Any:
-    """Value of a JSON file. Raises ValueError with file and position for invalid JSON."""
-    text = read_text(path)
-    with errors_about(path, fix="download it again"):
-        return json.loads(text)
-
-
 def read_jsonl(path: Path) -> list[Row]:
     """Rows of a benchmark's JSONL file. Raises ValueError for the first line that is not a JSON object."""
     rows = []
@@ -94,59 +87,64 @@ def read_answers(path: str | Path, *, tasks: Sequence[str] = ()) -> Answers:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path, tasks)
-    if not path.exists():
-        raise FileNotFoundError(f"no answers at {path}")
     text = read_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
-    if isinstance(value, list):
-        return _from_rows(path, value, lines=range(1, len(value) + 1))
     if isinstance(value, dict) and isinstance(value.get("logs"), list):
-        return _from_rows(path, value["logs"], lines=range(1, len(value["logs"]) + 1))
-    if isinstance(value, dict) and not {"text", "filtered_resps", "answer", "prediction", "tuple"} & set(value):
-        return _from_mapping(path, value)
+        value = value["logs"]
+    elif isinstance(value, dict) and not {"text", "filtered_resps", "answer", "prediction", "tuple"} & set(value):
+        value = [_mapped_row(path, key, entry) for key, entry in value.items()]
+    if isinstance(value, list):
+        return _from_rows(path, list(enumerate(value, start=1)))
     return _from_lines(path, text)
 
 
+def _mapped_row(path: Path, key: str, entry: Any) -> Row:
+    """A row of ``{id: text}`` (MM-Vet's results) or ``{id: {"score": [...]}}`` (its judge's file)."""
+    if isinstance(entry, str):
+        return {"question_id": key, "answer": entry}
+    if isinstance(entry, dict) and "score" in entry:
+        return {**entry, "question_id": key, "content": "", "tuple": ()}
+    raise ValueError(f"{path} is a JSON object with {key!r}: {str(entry)[:80]}; expected answers, one per line")
+
+
 def _from_lines(path: Path, text: str) -> Answers:
-    rows, lines, broken, first = [], [], 0, ""
+    rows, broken = [], []
     # not splitlines(): an answer may contain U+2028 and the like, which JSON leaves unescaped
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                rows.append({**json.loads(line)})
-                lines.append(number)
+                rows.append((number, {**json.loads(line)}))
             except (ValueError, TypeError, RecursionError) as error:
-                broken += 1
-                first = first or f"line {number} ({error})"
+                broken.append(f"line {number} ({error})")
     if not rows:
-        raise ValueError(f"{path} has no answers: none of its {broken} lines is a JSON object; {first}")
-    return _from_rows(path, rows, lines=lines, unparsable=broken, first=first)
+        raise ValueError(f"{path} has no answers: none of its {len(broken)} lines is a JSON object; {broken[0]}")
+    return _from_rows(path, rows, broken)
 
 
-def _from_rows(
-    path: Path, rows: Sequence[Any], *, lines: Sequence[int], unparsable: int = 0, first: str = ""
-) -> Answers:
-    """Detect the layout by the rows' keys and unify them."""
+def _from_rows(path: Path, rows: Sequence[tuple[int, Any]], broken: Sequence[str] = ()) -> Answers:
+    """Detect the layout by the first row's keys and unify the rows, each with its line; ``broken``: other lines."""
     if not rows:
         raise ValueError(f"{path} has no answers")
-    head = rows[0] if isinstance(rows[0], dict) else {}
+    head = rows[0][1] if isinstance(rows[0][1], dict) else {}
     layout = _layout(path, head)
+    broken = [*broken, *(f"row {line} (not an object)" for line, row in rows if not isinstance(row, dict))]
     answers = []
-    for row, line in zip(rows, lines, strict=True):
+    for line, row in rows:
         if isinstance(row, dict):
             identifier, text, prompt = _fields(layout, row)
             if isinstance(identifier, float) and identifier.is_integer():  # as a table writes it where one is missing
                 identifier = int(identifier)
-            kept: Any = identifier  # of any type, compared as a text
-            text = _text_or_none(text)
-            answers.append(Answer(id=kept, text=text, prompt=prompt, line=line, row=row, layout=layout))
-        else:
-            unparsable += 1
-            first = first or f"row {line} (not an object)"
-    return Answers(path=path, layout=layout, rows=tuple(answers), unparsable=unparsable, first_unparsable=first)
+            if isinstance(text, str):  # without lone surrogates, which UTF-8 can't encode
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            else:
+                text = None
+            answers.append(Answer(id=identifier, text=text, prompt=prompt, line=line, row=row, layout=layout))
+    return Answers(
+        path=path, layout=layout, rows=tuple(answers), unparsable=len(broken), first_unparsable=next(iter(broken), "")
+    )
 
 
 def _layout(path: Path, head: Row) -> str:
@@ -171,11 +169,6 @@ def _layout(path: Path, head: Row) -> str:
     )
 
 
-def _text_or_none(value: Any) -> str | None:
-    """A string without lone surrogates, which UTF-8 can't encode; None for anything else."""
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else None
-
-
 def _fields(layout: str, row: Row) -> tuple[Any, Any, str]:
     """Id, text and prompt of a row, not yet checked."""
     if layout == "judge":
@@ -196,28 +189,6 @@ def _fields(layout: str, row: Row) -> tuple[Any, Any, str]:
         document = row.get("doc")
         prompt = str(document.get("question", "")) if isinstance(document, dict) else ""
     return None, response, prompt
-
-
-def _from_mapping(path: Path, value: dict[str, Any]) -> Answers:
-    """``{id: text}`` (MM-Vet's results) or ``{id: {"score": [...]}}`` (its judge's file)."""
-    if not value:
-        raise ValueError(f"{path} has no answers")
-    judged = all(isinstance(entry, dict) and "score" in entry for entry in value.values())
-    if not judged and not all(isinstance(entry, str) for entry in value.values()):
-        raise ValueError(f"{path} is a JSON object with {sorted(value)[:8]}; expected answers, one per line")
-    layout = "judge" if judged else "submission"
-    rows = tuple(
-        Answer(
-            id=key,
-            text="" if judged else _text_or_none(entry),
-            prompt="",
-            line=number,
-            row=entry if judged else {},
-            layout=layout,
-        )
-        for number, (key, entry) in enumerate(value.items(), start=1)
-    )
-    return Answers(path=path, layout=layout, rows=rows)
 
 
 CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")

@@ -13,14 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from llava_integration.benchmarks.answers import read_answers, read_json, read_jsonl
-from llava_integration.benchmarks.benchmark import Benchmark, Options, first_file
-from llava_integration.benchmarks.rules import benchmark, benchmark_names, benchmarks
+from llava_integration.benchmarks.answers import read_answers, read_jsonl
+from llava_integration.benchmarks.benchmark import Benchmark, first_file
+from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llava_integration.benchmarks.score import score_answers
 from llava_integration.checkpoints import check_checkpoint, config_of
 from llava_integration.compare import report
 from llm2clip_plugin.contracts import atomic_file, sha256_file
-from llm2clip_plugin.files import errors_about
+from llm2clip_plugin.files import errors_about, read_json_value
 from llm2clip_plugin.options import Command, command
 
 
@@ -55,7 +55,7 @@ COMMAND = Command(
     name="bench-mllm",
     example="llm2clip bench-mllm playground/data/eval --model-path checkpoints/llava-7b --output runs/llava-7b",
     about="Evaluate one LLaVA checkpoint, or a served model, on every benchmark whose files are found: "
-    f"{', '.join(benchmark_names())}. Answers, scores and logs are written to --output; completed ones are skipped on "
+    f"{', '.join(benchmarks())}. Answers, scores and logs are written to --output; completed ones are skipped on "
     "a rerun, and a benchmark that fails does not stop the others. Options after -- are passed to the engine "
     "(llava_integration.evaluate, or lmms_eval).",
     settings=BenchConfig,
@@ -142,7 +142,7 @@ def score_task(task: Task, args: BenchConfig, path: Path, answered_by: list[str]
         member.write_submission(task.folder, answers, upload)
         return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
     model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
-    record = score_answers(name, task.folder, answers, Options(), model=model)
+    record = score_answers(name, task.folder, answers, model=model)
     record.provenance.update(command=answered_by, question_file_sha256=sha256_file(task.question_file))
     if args.model_path:
         config = config_of(args.model_path)
@@ -177,21 +177,21 @@ class Task:
 def plans(names: list[str], root: Path, generated: Path) -> list[Task]:
     """The plan of every named benchmark, or of all; ``generated``: folder for generated question files.
 
-    A file ``root`` holds own questions.
+    A file ``root`` holds own questions; a folder is LLaVA's evaluation folder. Raises ValueError for an unknown name.
     """
     if root.is_file():
         return [plan_folder(benchmark("questions"), root, generated)]
     for name in names:
-        benchmark(name)  # raises for an unknown one
-    return [plan(member, root, generated) for name, member in benchmarks().items() if not names or name in names]
-
-
-def plan(member: Benchmark, root: Path, generated: Path) -> Task:
-    """Look for a benchmark's files below LLaVA's evaluation folder."""
-    folders = [root / folder for folder in member.folders if (root / folder).is_dir()]
-    found = [plan_folder(member, folder, generated) for folder in folders]
-    reasons = [task.missing for task in found] or [f"no folder {' or '.join(member.folders)} in {root}"]
-    return next((task for task in found if not task.missing), Task(benchmark=member, missing="; ".join(reasons)))
+        benchmark(name)
+    tasks = []
+    for name, member in benchmarks().items():
+        if not names or name in names:
+            folders = [root / folder for folder in member.folders if (root / folder).is_dir()]
+            found = [plan_folder(member, folder, generated) for folder in folders]
+            reasons = [task.missing for task in found] or [f"no folder {' or '.join(member.folders)} in {root}"]
+            nothing = Task(benchmark=member, missing="; ".join(reasons))
+            tasks.append(next((task for task in found if not task.missing), nothing))
+    return tasks
 
 
 def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
@@ -209,7 +209,10 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
         return Task(benchmark=member, missing=f"{folder} has no question file {' or '.join(member.question_files)}")
     images = None
     if questions.suffix != ".tsv":  # tables hold their pictures
-        names, above = first_images(questions), folder.parent if folder.is_file() else folder
+        with errors_about(questions, fix="download it again"):
+            rows = read_json_value(questions) if questions.suffix == ".json" else read_jsonl(questions)
+            names = [row["image"] for row in rows if row.get("image")][:3]  # the first will do
+        above = folder.parent if folder.is_file() else folder
         places = [above / below for below in member.image_folders]
         images = next((one for one in places if names and all((one / name).is_file() for name in names)), None)
         if images is None:
@@ -230,18 +233,7 @@ def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: b
     return path
 
 
-def first_images(questions: Path, most: int = 3) -> list[str]:
-    """Image names of the first questions that have one."""
-    with errors_about(questions, fix="download it again"):
-        rows = read_json(questions) if questions.suffix == ".json" else read_jsonl(questions)
-        return [row["image"] for row in rows if row.get("image")][:most]
-
-
 # The programs that generate a benchmark's answers, run in a subprocess: llava_integration.evaluate and lmms-eval
-
-
-class EngineError(RuntimeError):
-    """The engine failed to generate the answers."""
 
 
 def make_answers(task: Task, args: BenchConfig) -> tuple[Path, list[str]]:
@@ -259,7 +251,9 @@ def make_answers(task: Task, args: BenchConfig) -> tuple[Path, list[str]]:
     log = args.output / "logs" / f"{task.benchmark.name}.log"
     status, last = run_logged(command, log)
     if status or not output.exists():  # lmms-eval ends with status 0 after an error
-        raise EngineError(f"{args.engine} exited with status {status} without answers; last line: {last!r}; log: {log}")
+        raise RuntimeError(
+            f"{args.engine} exited with status {status} without answers; last line: {last!r}; log: {log}"
+        )
     return output, command
 
 

@@ -7,7 +7,7 @@ annotations; an item is what a score file says about one question.
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_answers
-from llm2clip_plugin.contracts import atomic_file, sha256_file, sha256_text
+from llm2clip_plugin.contracts import ScoreFile, atomic_file, sha256_file, sha256_text
 from llm2clip_plugin.files import errors_about
 
 Item = dict[str, Any]
@@ -27,29 +27,12 @@ class Question:
 
     id: int | str  # the item's id in the score file, typed as in the annotations
     text: str  # without the suffix that LLaVA appends
-    cluster: str  # its image: questions about one image are resampled together
     truth: Any  # label, letter, or list of human answers
     image: str = ""  # path below one of the benchmark's image folders
+    cluster: str = ""  # questions about one image are resampled together; "": those with the same ``image``
     category: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a user can choose about scoring."""
-
-    allow: float = 0.10  # largest fraction of missing, duplicate, unreadable or unknown answers; below one chunk of 8
-    reviews: Path | None = None  # the judge's file, for benchmarks that need one
-
-
-@dataclass(kw_only=True)
-class Scored:
-    """A benchmark's result for one answers file."""
-
-    metrics: dict[str, float]
-    items: list[Item]  # id, score, cluster, answer, truth, question, category, image ...
-    counts: dict[str, int]
-    notes: list[str] = field(default_factory=list)
+    extra: Mapping[str, Any] = field(default_factory=dict)  # more fields of the item
+    rule: Any = None  # what only the scoring rule reads
 
 
 @dataclass(frozen=True)
@@ -76,10 +59,10 @@ def text_of(answer: Answer | None) -> str:
 
 
 def item_of(question: Question, answer: Answer | None, /, **fields: Any) -> Item:
-    """An item: what every benchmark records about a question, and ``fields`` (``score`` at least)."""
+    """An item: what every benchmark records about a question, ``fields`` (``score`` at least) and its ``extra``."""
     return {
         "id": question.id,
-        "cluster": question.cluster,
+        "cluster": question.cluster or question.image,
         "answer": text_of(answer),
         "missing": answer is None,
         "truth": question.truth,
@@ -87,6 +70,7 @@ def item_of(question: Question, answer: Answer | None, /, **fields: Any) -> Item
         "category": question.category,
         "image": question.image,
         **fields,
+        **question.extra,
     }
 
 
@@ -95,9 +79,9 @@ def mean(values: Sequence[float]) -> float:
     return float(sum(values)) / len(values) if values else 0.0
 
 
-def mean_of(items: Sequence[Item], field: str = "score") -> float:
-    """Mean of a field over items."""
-    return mean([item[field] for item in items])
+def mean_of(items: Sequence[Item]) -> float:
+    """Mean score of items."""
+    return mean([item["score"] for item in items])
 
 
 def by_group(items: Sequence[Item], group: str) -> dict[str, list[float]]:
@@ -113,11 +97,21 @@ def percents(items: Sequence[Item], group: str) -> dict[str, float]:
     return {key: round(100 * mean(values), 2) for key, values in by_group(items, group).items()}
 
 
-def precision_recall_f1(true_yes: int, false_yes: int, false_no: int) -> tuple[float, float, float]:
-    """Precision, recall and F1 of "yes"; 0 where the divisor is 0."""
+def yes_no_numbers(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Counts of (answer, truth), and precision, recall and F1 of "yes"; 0 where the divisor is 0."""
+    counts = Counter(pairs)
+    true_yes, false_yes, false_no = counts["yes", "yes"], counts["yes", "no"], counts["no", "yes"]
     precision = true_yes / (true_yes + false_yes) if true_yes + false_yes else 0.0
     recall = true_yes / (true_yes + false_no) if true_yes + false_no else 0.0
-    return precision, recall, 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return {
+        "TP": true_yes,
+        "FP": false_yes,
+        "TN": counts["no", "no"],
+        "FN": false_no,
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+    }
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -136,11 +130,6 @@ def mean_statistic(values: Sequence[float], counted: Sequence[bool] | None = Non
     weight = np.ones(len(values)) if counted is None else np.asarray(counted, dtype=float)
     sums = np.stack([np.asarray(values, dtype=float) * weight, weight], axis=1)
     return Statistic(sums, lambda totals: scale * ratio(totals[..., 0], totals[..., 1]), counted=weight > 0)
-
-
-def answered_statistic(items: Sequence[Item]) -> Statistic:
-    """Mean score of the answered questions, percent."""
-    return mean_statistic([item["score"] for item in items], [not item.get("missing") for item in items])
 
 
 def mean_of_parts(parts: Sequence[str], scores: Sequence[float], scale: float) -> Statistic:
@@ -165,47 +154,36 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 SUFFIXES = (" answer the question using", " answer with the option", " please answer")  # lmms-eval's, behind a question
 
 
-@dataclass(frozen=True, kw_only=True)
-class Matched:
-    """The answer to each question, in the questions' order (None: no answer), with counts and notes of the problems."""
-
-    answers: tuple[Answer | None, ...]
-    counts: dict[str, int]
-    notes: list[str]
-
-
-class Places:
-    """Questions by key: of several questions with one key, the k-th answer is the k-th's, later ones the last's."""
-
-    def __init__(self, keys: Sequence[Sequence[Hashable]]):
-        """``keys``: of each question."""
-        self._places: dict[Hashable, list[int]] = {}
-        self._seen: Counter[Hashable] = Counter()
-        for place, of_question in enumerate(keys):
-            for key in of_question:
-                self._places.setdefault(key, []).append(place)
-
-    def next(self, key: Hashable | None) -> int | None:
-        """The place of the question that an answer with this key belongs to; None for an unknown key."""
-        places = self._places.get(key)
-        if key is None or places is None:
-            return None
-        self._seen[key] += 1
-        return places[min(self._seen[key], len(places)) - 1]
-
-
 def squeeze(text: str) -> str:
     """Lower case, each run of white space as one space: how questions are compared."""
     return " ".join(text.lower().split())
 
 
+def places(keys: Sequence[Sequence[Hashable]], wanted: Iterable[Hashable | None]) -> list[int | None]:
+    """The place of the question that each wanted key belongs to, None for an unknown one; ``keys``: of each question.
+
+    Of several questions with one key, the k-th answer is the k-th's, later ones the last's.
+    """
+    known: dict[Hashable, list[int]] = {}
+    for place, of_question in enumerate(keys):
+        for key in of_question:
+            known.setdefault(key, []).append(place)
+    seen: Counter[Hashable] = Counter()
+    found: list[int | None] = []
+    for key in wanted:
+        seen[key] += 1
+        here = known.get(key)
+        found.append(here[min(seen[key], len(here)) - 1] if here else None)
+    return found
+
+
 def match(
     questions: Sequence[Question], answers: Answers, targets: Sequence[int | None], *, allow: float, name: str
-) -> Matched:
-    """Count and check what was joined; ``targets``: the place of each row's question, None for an unknown one.
+) -> tuple[list[Answer | None], dict[str, int], list[str]]:
+    """The answer to each question (None: it has none), counts, and a note on each kind of fault.
 
-    Raises ValueError for answers to another benchmark than ``name``, or if more than the fraction ``allow`` is missing,
-    duplicate or unreadable.
+    ``targets``: the place of each row's question, None for an unknown one. Raises ValueError for answers to another
+    benchmark than ``name``, or if more than the fraction ``allow`` is missing, duplicate or unreadable.
     """
     joined: list[Answer | None] = [None] * len(questions)
     doubled, textless, unknown = 0, 0, []
@@ -217,88 +195,74 @@ def match(
         else:
             doubled += joined[place] is not None
             joined[place] = answer
-    given = [answer for answer in joined if answer is not None]
+    given = [(question, answer) for question, answer in zip(questions, joined, strict=True) if answer is not None]
+    _refuse_other_benchmark(given, unknown, answers, questions[0], allow, name)
+    total = len(questions)
+    first = f", first at {answers.first_unparsable}" if answers.first_unparsable else ""
+    said = {
+        "missing": f"of {total} questions of {name} have no answer",
+        "doubled": "duplicate answers; the last one to a question counts",
+        "foreign": "answers match no question; ignored",
+        "unparsable": f"lines have no answer{first}",
+        "empty": "answers are empty",
+    }
     counts = {
-        "questions": len(questions),
+        "questions": total,
         "answered": len(given),
-        "missing": len(questions) - len(given),
+        "missing": total - len(given),
         "doubled": doubled,
         "foreign": len(unknown),
         "unparsable": answers.unparsable + textless,
-        "empty": sum(not (answer.text or "").strip() for answer in given),
+        "empty": sum(not (answer.text or "").strip() for _, answer in given),
     }
-    _refuse_other_benchmark(questions, answers, joined, unknown, allow, name)
-    for fault, total in (
-        ("missing", len(questions)),
-        ("doubled", len(questions)),
-        ("unparsable", len(answers.rows) + answers.unparsable),
-    ):
-        if counts[fault] > allow * total:
+    limits = {"missing": total, "doubled": total, "unparsable": len(answers.rows) + answers.unparsable}
+    for fault, most in limits.items():
+        if counts[fault] > allow * most:
             raise ValueError(
-                f"{answers.path}: {_note(fault, counts, answers, name)}, more than the allowed {allow:.0%}. Finish the "
+                f"{answers.path}: {counts[fault]} {said[fault]}, more than the allowed {allow:.0%}. Finish the "
                 "evaluation (an incomplete file, or chunks of different runs?), or pass --allow-missing"
             )
-    faults = ("missing", "doubled", "foreign", "unparsable", "empty")
-    notes = [_note(fault, counts, answers, name) for fault in faults if counts[fault]]
-    return Matched(answers=tuple(joined), counts=counts, notes=[*answers.notes, *notes])
+    notes = [f"{counts[fault]} {text}" for fault, text in said.items() if counts[fault]]
+    return joined, counts, [*answers.notes, *notes]
 
 
-def match_log(
-    questions: Sequence[Question], answers: Answers, keyed: Sequence[int | None], *, allow: float
-) -> list[int | None]:
-    """Places of lmms-eval's rows: by the key in the row (``keyed``), by doc_id, by the question's text.
-
-    Raises ValueError if many rows have a text that several questions share and a doc_id that is none of theirs.
-    """
+def match_log(questions: Sequence[Question], answers: Answers, keyed: Sequence[int | None]) -> list[int | None]:
+    """Places of lmms-eval's rows: by the key in the row (``keyed``), by doc_id, by a text that one question has."""
     texts = [squeeze(question.text) for question in questions]
     by_text: dict[str, list[int]] = {}
     for place, text in enumerate(texts):
         by_text.setdefault(text, []).append(place)
     targets: list[int | None] = []
-    taken: set[int | None] = set()
-    ambiguous: list[Answer] = []
     for answer, place in zip(answers.rows, keyed, strict=True):
         prompt, number = squeeze(answer.prompt), answer.row.get("doc_id")
         if place is None and isinstance(number, int) and 0 <= number < len(questions) and texts[number] in prompt:
             place = number
         if place is None:
-            ends = [prompt.find(suffix) for suffix in SUFFIXES]
-            beginnings = [prompt, *(prompt[:end] for end in ends if end > 0)]
-            known = next((text for text in beginnings if text in by_text), "")
-            free = [p for p in by_text.get(known, []) if p not in taken]
-            same_truth = [p for p in free if questions[p].truth == answer.row.get("target")] or free
-            place = same_truth[0] if same_truth else None
-            if len(same_truth) > 1:
-                ambiguous.append(answer)
-        taken.add(place)
+            beginnings = [prompt, *(prompt.partition(suffix)[0] for suffix in SUFFIXES)]
+            found = next((by_text[text] for text in beginnings if text in by_text), [])
+            place = found[0] if len(found) == 1 else None
         targets.append(place)
-    if len(ambiguous) > allow * len(answers.rows):
-        raise ValueError(
-            f"{len(ambiguous)} rows of {answers.path} name no question, and several questions have their text (line "
-            f"{ambiguous[0].line}: {ambiguous[0].prompt[:80]!r}): the log is in another order than --data; score with "
-            "the annotations that lmms-eval used, or evaluate with LLaVA's questions"
-        )
     return targets
 
 
 def _refuse_other_benchmark(
-    questions: Sequence[Question],
-    answers: Answers,
-    joined: Sequence[Answer | None],
+    given: Sequence[tuple[Question, Answer]],
     unknown: Sequence[Answer],
+    answers: Answers,
+    first: Question,
     allow: float,
     name: str,
 ) -> None:
     """ValueError if the ids are not this benchmark's, or the prompts ask other questions."""
-    answered = [(question, answer) for question, answer in zip(questions, joined, strict=True) if answer is not None]
-    if not answered or len(unknown) > max(allow, 1 / len(answers.rows)) * len(answers.rows):
+    total = len(answers.rows)
+    if not given or len(unknown) > max(allow, 1 / total) * total:
         example = unknown[0] if unknown else answers.rows[0]
         raise ValueError(
-            f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name} (line "
-            f"{example.line}: id {example.id!r}, prompt {example.prompt[:80]!r}; first question: id "
-            f"{questions[0].id!r}). Check BENCHMARK, --data and --answers; for a subset pass --allow-missing"
+            f"{len(unknown)} of {total} answers in {answers.path} match no question of {name} (line {example.line}: id "
+            f"{example.id!r}, prompt {example.prompt[:80]!r}; first question: id {first.id!r}). Check BENCHMARK, "
+            "--data and --answers; for a subset pass --allow-missing"
         )
-    prompted = [(question, answer) for question, answer in answered if answer.prompt]
+    prompted = [(question, answer) for question, answer in given if answer.prompt]
     wrong = [pair for pair in prompted if squeeze(pair[0].text) not in squeeze(pair[1].prompt)]
     if len(wrong) > 0.5 * len(prompted):
         question, answer = wrong[0]
@@ -308,18 +272,7 @@ def _refuse_other_benchmark(
         )
 
 
-def _note(fault: str, counts: dict[str, int], answers: Answers, name: str) -> str:
-    """One kind of fault in a sentence."""
-    first = f", first at {answers.first_unparsable}" if answers.first_unparsable else ""
-    return {
-        "missing": f"{counts['missing']} of {counts['questions']} questions of {name} have no answer",
-        "doubled": f"{counts['doubled']} duplicate answers; the last one to a question counts",
-        "foreign": f"{counts['foreign']} answers match no question; ignored",
-        "unparsable": f"{counts['unparsable']} lines have no answer{first}",
-        "empty": f"{counts['empty']} answers are empty",
-    }[fault]
-
-
+ALLOWED = 0.10  # of the answers may be missing, duplicate, unreadable or unknown: less than one chunk of 8
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's suffix
 LONG_ANSWERS = ("--max-new-tokens", "1024")  # default of LLaVA's model_vqa*; evaluate's is model_vqa_loader's 128
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -353,6 +306,7 @@ class Benchmark(ABC):
     judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
     submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
     published: Mapping[str, float] = field(default_factory=dict)  # headline number by model
+    answered_only: bool = False  # the headline is the mean over answered questions
     item_fields: tuple[str, ...] = ()  # what the statistic reads besides score; without them scores are averaged
 
     @abstractmethod
@@ -363,6 +317,10 @@ class Benchmark(ABC):
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """One question's item (see ``item_of``); ``answer`` is None if the question has none."""
 
+    def items(self, questions: Sequence[Question], answers: Sequence[Answer | None]) -> list[Item]:
+        """The items of the questions, each with the answer at its place."""
+        return [self.score_item(*pair) for pair in zip(questions, answers, strict=True)]
+
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
         """All numbers, under the official script's names."""
         return {"accuracy_percent": 100 * mean_of(items)}
@@ -372,8 +330,9 @@ class Benchmark(ABC):
         return {}
 
     def statistic(self, items: Sequence[Item]) -> Statistic:
-        """The headline number as a function of sums over items: mean score, percent."""
-        return mean_statistic([item["score"] for item in items])
+        """The headline number as a function of sums over items: mean score (of the answered ones), percent."""
+        answered = [not item.get("missing") for item in items] if self.answered_only else None
+        return mean_statistic([item["score"] for item in items], answered)
 
     # Which answer belongs to which question
 
@@ -389,46 +348,53 @@ class Benchmark(ABC):
         """The key of the question that a row of lmms-eval's log names; None: looked up by doc_id or text."""
         return logged_field(answer, *self.logged_id) if self.logged_id else None
 
-    # Scoring
-
-    def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
-        """Score answers with the annotations in ``folder``. Raises ValueError for answers to another benchmark."""
-        questions, matched = self.join(folder, answers, options)
-        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
-            items = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
-            counts = {**matched.counts, **self.counts(items)}
-            return Scored(metrics=self.metrics(items), items=items, counts=counts, notes=matched.notes)
-
-    def join(self, folder: Path, answers: Answers, options: Options) -> tuple[list[Question], Matched]:
-        """The questions, and the answer to each."""
-        if self.judge:
-            answers = self.read_reviews(answers, options)
-        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
-            questions = self.arrange(self.load(folder), answers)
-        places = Places([self.question_keys(question) for question in questions])
-        if answers.layout == "lmms_eval":
-            keyed = [places.next(self.logged_key(answer)) for answer in answers.rows]
-            targets = match_log(questions, answers, keyed, allow=options.allow)
-        else:
-            targets = [places.next(self.answer_key(answer)) for answer in answers.rows]
-        return questions, match(questions, answers, targets, allow=options.allow, name=self.name)
-
     def arrange(self, questions: list[Question], answers: Answers) -> list[Question]:
         """Hook that may choose among or reorder the questions for answers of a layout."""
         return questions
 
-    def read_reviews(self, answers: Answers, options: Options) -> Answers:
+    # Scoring
+
+    def score(
+        self, folder: Path, answers: Answers, *, allow: float = ALLOWED, reviews: Path | None = None
+    ) -> ScoreFile:
+        """Score answers with the annotations in ``folder``; ``reviews``: the judge's file, if there is a judge.
+
+        ``allow``: largest fraction of missing, duplicate, unreadable or unknown answers. Raises ValueError for more,
+        and for answers to another benchmark.
+        """
+        if self.judge:
+            answers = self.read_reviews(answers, reviews)
+        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
+            questions = self.arrange(self.load(folder), answers)
+        keys = [self.question_keys(question) for question in questions]
+        if answers.layout == "lmms_eval":
+            keyed = places(keys, map(self.logged_key, answers.rows))
+            targets = match_log(questions, answers, keyed)
+        else:
+            targets = places(keys, map(self.answer_key, answers.rows))
+        joined, counts, notes = match(questions, answers, targets, allow=allow, name=self.name)
+        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
+            items = self.items(questions, joined)
+            return ScoreFile(
+                benchmark=self.name,
+                model=answers.model,
+                metrics=self.metrics(items),
+                items=items,
+                counts={**counts, **self.counts(items)},
+                notes=notes,
+            )
+
+    def read_reviews(self, answers: Answers, path: Path | None) -> Answers:
         """The judge's reviews in place of the answers, whose texts go into each row as ``model_answer``."""
         if answers.layout == "judge":
             return answers
-        if options.reviews is None:
+        if path is None:
             raise ValueError(
-                f"{self.title} needs a judge, but {answers.path} contains answers only; run {self.judge} and pass the "
-                "file that it writes as --reviews (or as --answers)"
+                f"{self.title} needs a judge: run {self.judge} on {answers.path}, pass its file as --reviews"
             )
-        reviews = read_answers(options.reviews)
+        reviews = read_answers(path)
         if reviews.layout != "judge":
-            raise ValueError(f"{options.reviews} contains no judge scores; --reviews must be the file of {self.judge}")
+            raise ValueError(f"{path} contains no judge scores; --reviews must be the file of {self.judge}")
         texts = {self.answer_key(answer): answer.text or "" for answer in answers.rows}
         rows = tuple(
             replace(review, row={**review.row, "model_answer": texts.get(self.answer_key(review), "")})
@@ -447,7 +413,9 @@ class Benchmark(ABC):
         return path
 
     def data_digest(self, folder: Path) -> str:
-        """One SHA-256 over the names and contents of the annotation files."""
+        """One SHA-256 over the names and contents of the annotation files, or of ``folder`` if it is a file."""
+        if folder.is_file():
+            return sha256_file(folder)
         paths = sorted({path for pattern in self.annotations for path in folder.glob(pattern) if path.is_file()})
         return sha256_text("".join(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n" for path in paths))
 
@@ -456,8 +424,8 @@ class Benchmark(ABC):
         return []
 
     def image_bytes(self, folder: Path, item: Item) -> bytes | None:
-        """The encoded picture of an item, or None."""
-        path = find_image(self.image_folders, folder, str(item["image"]))
+        """The encoded picture of an item, or None; next to ``folder`` if it is a file."""
+        path = find_image(self.image_folders, folder.parent if folder.is_file() else folder, str(item["image"]))
         return path.read_bytes() if path else None
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:

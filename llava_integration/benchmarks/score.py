@@ -1,16 +1,16 @@
 """``llm2clip score``: score one answers file against a benchmark's annotations, by the official rule."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_integration.answer.questions import settings_file
-from llava_integration.benchmarks.answers import Answers, read_answers, read_json
-from llava_integration.benchmarks.benchmark import Benchmark, Options
-from llava_integration.benchmarks.rules import benchmark, benchmark_names
+from llava_integration.benchmarks.answers import Answers, read_answers
+from llava_integration.benchmarks.benchmark import ALLOWED, Benchmark
+from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llava_integration.compat.runner import installed_version
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
-from llm2clip_plugin.files import printable_lines
+from llm2clip_plugin.files import printable_lines, read_json_value
 from llm2clip_plugin.options import Command
 
 LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy", "lmms-eval")
@@ -28,7 +28,7 @@ class ScoreConfig:
     reviews: Path | None = None  # the judge's file, of a benchmark that has a judge
     model: str = ""  # the model's name in reports; "": from the answers file
     # largest fraction of missing, duplicate, unreadable or unknown answers; without a value: 1.0
-    allow_missing: float = 0.10
+    allow_missing: float = ALLOWED
 
     def __post_init__(self) -> None:
         if not 0 <= self.allow_missing <= 1:
@@ -39,7 +39,7 @@ COMMAND = Command(
     name="score",
     example="llm2clip score textvqa playground/data/eval/textvqa --answers answers.jsonl --output textvqa.scores.json",
     about="Score one answers file against a benchmark's annotations, by the official rule. BENCHMARK is one of "
-    f"{', '.join(benchmark_names())}.",
+    f"{', '.join(benchmarks())}.",
     settings=ScoreConfig,
     arguments="benchmark data",
     also={"json": "output"},
@@ -47,47 +47,31 @@ COMMAND = Command(
 )
 
 
-def score_answers(name: str, data: Path, answers: Answers, options: Options, *, model: str = "") -> ScoreFile:
-    """Score answers. Raises ValueError for answers to another benchmark."""
+def score_answers(
+    name: str, data: Path, answers: Answers, *, allow: float = ALLOWED, reviews: Path | None = None, model: str = ""
+) -> ScoreFile:
+    """Score answers, and record what they were made from. Raises ValueError for answers to another benchmark."""
     member = benchmark(name)
-    scored = member.score(data, answers, options)
-    notes = list(scored.notes)
+    record = member.score(data, answers, allow=allow, reviews=reviews)
     if answers.layout == "lmms_eval":
-        notes.append("answers from lmms-eval: its prompts may differ from LLaVA's (TextVQA has no OCR tokens)")
-    return ScoreFile(
-        benchmark=name,
-        metrics=scored.metrics,
-        items=scored.items,
-        counts=scored.counts,
-        model=model or answers.model,
-        provenance=provenance(member, data, answers),
-        notes=notes,
-    )
-
-
-def provenance(member: Benchmark, data: Path, answers: Answers) -> dict:
-    """What a score was made from: files with their hashes, layout, versions, settings of ``llava evaluate``."""
-    files = {str(answers.path): sha256_file(answers.path)} if answers.path.is_file() else {}
+        record.notes.append("answers from lmms-eval: its prompts may differ from LLaVA's (TextVQA has no OCR tokens)")
     settings = settings_file(answers.path)
-    return {
-        **({"answer_settings": read_json(settings)} if settings.is_file() else {}),
+    provenance = {
+        **({"answer_settings": read_json_value(settings)} if settings.is_file() else {}),
         "data": str(data.resolve()),
         "data_sha256": member.data_digest(data),
         "answers": str(answers.path),
-        "answers_sha256": files,
+        "answers_sha256": {str(answers.path): sha256_file(answers.path)} if answers.path.is_file() else {},
         "layout": answers.layout,
         "versions": {name: installed for name in LIBRARIES if (installed := installed_version(name))},
     }
+    return replace(record, model=model or record.model, provenance=provenance)
 
 
 def describe(member: Benchmark, record: ScoreFile) -> str:
     """What the terminal shows: headline, counts above zero, notes, the other metrics."""
-    value = record.metrics.get(member.headline)
-    lines = []
-    if value is not None:
-        lines.append(
-            f"{member.title} of {record.model}: {value * member.scale:.2f} {member.unit}   ({member.headline})"
-        )
+    value = record.metrics[member.headline]
+    lines = [f"{member.title} of {record.model}: {value * member.scale:.2f} {member.unit}   ({member.headline})"]
     lines.append("  " + ", ".join(f"{name} {count}" for name, count in record.counts.items() if count))
     lines += [f"  note: {note}" for note in record.notes]
     width = max((len(name) for name in record.metrics), default=0)
@@ -107,8 +91,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
         if not args.output:
             return 0
-    options = Options(allow=args.allow_missing, reviews=args.reviews)
-    record = score_answers(args.benchmark, args.data, answers, options, model=args.model)
+    record = score_answers(
+        args.benchmark, args.data, answers, allow=args.allow_missing, reviews=args.reviews, model=args.model
+    )
     if args.output:  # before printing, which `| head` may end
         record.write(args.output)
         print(f"wrote {args.output}", file=sys.stderr)

@@ -5,9 +5,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_integration.compare.comparison import build, lines, plan
-from llava_integration.compare.report import markdown, page, terminal
-from llava_integration.compare.sides import Side, load_sides
+from llava_integration.compare.comparison import build
+from llava_integration.compare.planning import lines, plan
+from llava_integration.compare.report import page, text
+from llava_integration.compare.sides import load_sides
 from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.files import printable_lines
 from llm2clip_plugin.options import Command
@@ -21,9 +22,6 @@ class CompareConfig:
     new: tuple[Path, ...] = ()  # score files or folders to compare with BASE
     names: tuple[str, ...] = ()  # names of the sides in the report, base first
     output: Path | None = None  # folder for compare.json, compare.md and compare.html
-    json: Path | None = None  # write only this file
-    markdown: Path | None = None  # write only this file
-    html: Path | None = None  # write only this file
     resamples: int = 10_000  # resamples of the bootstrap and of the permutation test
     level: float = 0.95  # confidence level of the intervals
     seed: int = 0  # of the resampling
@@ -68,25 +66,10 @@ COMMAND = Command(
     everyday="names output resamples references image-folder images plan effect",
     shown={"images": "images"},
     needs={
-        **dict.fromkeys(("output", "json", "markdown", "html"), "not plan"),
+        "output": "not plan",
         **dict.fromkeys(("effect", "runs", "spread", "power", "correlation"), "plan"),
     },
 )
-
-
-def outputs(args: CompareConfig) -> dict[str, Path]:
-    """Which files to write."""
-    endings = {"json": "json", "markdown": "md", "html": "html"}
-    below = {kind: args.output / f"compare.{ending}" if args.output else None for kind, ending in endings.items()}
-    return {kind: path for kind in endings if (path := getattr(args, kind) or below[kind])}
-
-
-def planned(sides: list[Side], args: CompareConfig) -> list[str]:
-    """The lines of --plan."""
-    noises = plan(
-        sides, spread=args.spread, correlation=args.correlation, resamples=min(args.resamples, 1000), seed=args.seed
-    )
-    return lines(noises, effect=args.effect, runs=args.runs, level=args.level, power=args.power)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,21 +77,24 @@ def main(argv: list[str] | None = None) -> int:
     args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     sides = load_sides([args.base, *args.new], args.names)
     if args.plan:
-        print(printable_lines("\n".join(planned(sides, args))))
+        drawn = {"resamples": min(args.resamples, 1000), "seed": args.seed}
+        noises = plan(sides, spread=args.spread, correlation=args.correlation, **drawn)
+        told = lines(noises, effect=args.effect, runs=args.runs, level=args.level, power=args.power)
+        print(printable_lines("\n".join(told)))
         return 0
     comparison = build(sides, resamples=args.resamples, level=args.level, seed=args.seed, references=args.references)
-    for kind, path in outputs(args).items():  # before printing, which `| head` may end
-        if kind == "json":
-            text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        elif kind == "markdown":
-            text = markdown(comparison)
-        else:
-            pictures = {"images": args.image_folder, "with_images": args.images}
-            text = page(comparison, sides, **pictures, questions=args.questions)
-        with atomic_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        print(f"wrote {path}", file=sys.stderr)
-    print(printable_lines(terminal(comparison)))  # names in it come from score files
+    if args.output:  # before printing, which `| head` may end
+        pictures = {"images": args.image_folder, "with_images": args.images}
+        reports = {
+            "json": json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n",
+            "md": text(comparison, markdown=True),
+            "html": page(comparison, sides, **pictures, questions=args.questions),
+        }
+        for ending, report in reports.items():
+            with atomic_file(args.output / f"compare.{ending}") as temporary:
+                temporary.write_text(report, encoding="utf-8")
+            print(f"wrote {args.output}/compare.{ending}", file=sys.stderr)
+    print(printable_lines(text(comparison)))  # names in it come from score files
     return 0
 
 

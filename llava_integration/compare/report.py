@@ -97,56 +97,35 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def terminal(comparison: Comparison) -> str:
-    """What `llm2clip compare` prints."""
-    lines = [f"warning: {warning}" for warning in comparison.warnings]
+def text(comparison: Comparison, *, markdown: bool = False) -> str:
+    """The tables and notes: for a terminal, or as Markdown for a README or an issue."""
+    say, table, start, end = (escape_markdown, _markdown_table, "- ", ".") if markdown else (str, aligned, "  ", "")
+    lines = ["# Comparison", ""] if markdown else []
+    lines += [f"{'- **Warning**' if markdown else 'warning'}: {say(warning)}{end}" for warning in comparison.warnings]
     for name, rows in comparison.pairs():
-        lines += [f"{name} (new) against {comparison.names[0]} (base)", ""]
-        lines += [*aligned(HEADER, [cells(row) for row in rows]), ""]
-        lines += [f"  {row.title}: {row.power_line()}" for row in rows]
-        lines += [f"  {row.title}: note: {note}" for row in rows for note in row.notes]
-        lines.append("")
+        lines += ["", f"{'## ' if markdown else ''}{say(name)} (new) against {say(comparison.names[0])} (base)", ""]
+        lines += [*table(HEADER, [cells(row) for row in rows]), ""]
+        lines += [f"{start}{say(f'{row.title}: {row.power_line()}')}{end}" for row in rows]
+        lines += [f"{start}{say(f'{row.title}: note: {note}')}{end}" for row in rows for note in row.notes]
     if comparison.references:
-        header, *models = _published(comparison)
-        lines += [
-            f"Published, not measured here ({NOTE}):",
-            "",
-            *aligned([*header, ""], [[*row, ""] for row in models]),
-            "",
-        ]
-    lines += [f"note: {note}" for note in comparison.notes]
-    return "\n".join([*lines, *method_lines(comparison)])
+        lines += ["", f"Published, not measured here ({NOTE}):", "", *table(*_published(comparison))]
+    lines += ["", *(f"{start}{say(f'note: {note}')}{end}" for note in comparison.notes), ""]
+    return "\n".join([*lines, *method_lines(comparison)]).lstrip() + "\n" * markdown
 
 
-def markdown(comparison: Comparison) -> str:
-    """The tables for a README or an issue."""
-    lines = ["# Comparison", "", *(f"**Warning**: {escape_markdown(one)}.\n" for one in comparison.warnings)]
-    for name, rows in comparison.pairs():
-        lines += [f"## {escape_markdown(name)} (new) against {escape_markdown(comparison.names[0])} (base)", ""]
-        lines += [*_markdown_table([HEADER, *map(cells, rows)]), ""]
-        lines += [f"- {escape_markdown(f'{row.title}: {row.power_line()}')}." for row in rows]
-        lines += [f"- {escape_markdown(f'{row.title}: {note}')}." for row in rows for note in row.notes]
-        lines.append("")
-    if comparison.references:
-        lines += [f"Published, not measured here ({NOTE}):", "", *_markdown_table(_published(comparison)), ""]
-    lines += [f"Note: {escape_markdown(note)}." for note in comparison.notes]
-    return "\n".join([*lines, *method_lines(comparison)]) + "\n"
-
-
-def _published(comparison: Comparison) -> list[list[str]]:
-    """A header and a row for each model with published numbers."""
+def _published(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """A header, and a row for each model with published numbers."""
     names = [name for name in comparison.titles if any(name in values for values in comparison.references.values())]
     rows = [
         [model, *(f"{values[name]:g}" if name in values else "" for name in names)]
         for model, values in comparison.references.items()
     ]
-    return [["", *(comparison.titles[name] for name in names)], *rows]
+    return ["", *(comparison.titles[name] for name in names)], rows
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first row is the header."""
-    lines = ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows]
-    return [lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]]
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in [header, *rows]]
+    return [lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]]
 
 
 def escape_markdown(text: str) -> str:
@@ -243,25 +222,18 @@ def interval(row: Row, rows: Sequence[Row], paint: str) -> str:
     )
 
 
-IMAGE_FOLDERS = ("", "images")  # below the folder of a benchmark without a rule
-
-
 class Pictures:
     """Data URIs by key; questions about one picture share it."""
 
     def __init__(self, sides: Sequence[Side], root: Path | None, *, enabled: bool):
-        self.encoded: dict[str, str] = {}
-        self.missing: dict[str, int] = {}
-        self._enabled = enabled
-        self._benchmarks = benchmarks()
-        self._folders = {
-            name: _folders(name, root, [record.provenance for side in sides for record in side.runs.get(name, ())])
-            for name in {name for side in sides for name in side.runs}
-        }
         if root is not None and not root.is_dir():
             raise FileNotFoundError(
                 f"no folder {root} for --image-folder; pass LLaVA's playground/data/eval or one of its folders"
             )
+        self.encoded: dict[str, str] = {}
+        self.missing: dict[str, int] = {}
+        self._sides, self._root, self._enabled = sides, root, enabled
+        self._folders: dict[str, list[Path]] = {}
 
     def key(self, name: str, item: Item) -> str:
         """The key of an item's picture, "" if there is none; encodes it at first use."""
@@ -269,31 +241,28 @@ class Pictures:
             return ""
         key = f"{name}/{item['image']}"
         if key not in self.encoded:
-            encoded = thumbnail(self._read(name, item))
+            if name not in self._folders:
+                scored = [run.provenance for side in self._sides for run in side.runs.get(name, ())]
+                self._folders[name] = _folders(name, self._root, scored)
+            rule = benchmarks().get(name)
+            found = (rule.image_bytes(folder, item) if rule else _image(folder, item) for folder in self._folders[name])
+            encoded = thumbnail(next((image for image in found if image is not None), None))
             if encoded is None:
                 self.missing[name] = self.missing.get(name, 0) + 1
                 return ""
             self.encoded[key] = encoded
         return key
 
-    def _read(self, name: str, item: Item) -> bytes | None:
-        known = self._benchmarks.get(name)
-        for folder in self._folders[name]:
-            if known:
-                image = known.image_bytes(folder, item)
-            else:
-                path = find_image(IMAGE_FOLDERS, folder, str(item["image"]))
-                image = path.read_bytes() if path else None
-            if image is not None:
-                return image
-        return None
-
     def notes(self) -> list[str]:
         """How many pictures were not found."""
-        return [
-            f"{count} pictures of {name} were not found; pass their folder with --image-folder"
-            for name, count in sorted(self.missing.items())
-        ]
+        found = "were not found; pass their folder with --image-folder"
+        return [f"{count} pictures of {name} {found}" for name, count in sorted(self.missing.items())]
+
+
+def _image(folder: Path, item: Item) -> bytes | None:
+    """The picture of an item of a benchmark without a rule."""
+    path = find_image(("", "images"), folder, str(item["image"]))
+    return path.read_bytes() if path else None
 
 
 def _folders(name: str, root: Path | None, scored: Sequence[Mapping[str, Any]]) -> list[Path]:
@@ -322,16 +291,15 @@ def disagreements(row: Row, sides: Sequence[Side], pictures: Pictures, most: int
     Items without an answer, such as the queries of retrieval, are left out.
     """
     number = next(number for number, side in enumerate(sides) if side.name == row.new)
-    base_items, new_items = (
-        {str(item["id"]): item for item in side.runs[row.benchmark][0].items} for side in (sides[0], sides[number])
-    )
+    base_run, new_run = sides[0].runs[row.benchmark][0], sides[number].runs[row.benchmark][0]
+    new_items = dict(zip(new_run.ids, new_run.items, strict=True))
     pairs = [
-        (base_items[key], new_items[key])
-        for key in base_items
+        (base, new_items[key])
+        for key, base in zip(base_run.ids, base_run.items, strict=True)
         if key in new_items
-        and "answer" in base_items[key]
+        and "answer" in base
         and "answer" in new_items[key]
-        and (base_items[key].get("is_multimodal", True) or new_items[key].get("is_multimodal", True))  # ScienceQA-IMG
+        and (base.get("is_multimodal", True) or new_items[key].get("is_multimodal", True))  # ScienceQA-IMG
     ]
     won = [place for place, (base, new) in enumerate(pairs) if new["score"] > base["score"]]
     lost = [place for place, (base, new) in enumerate(pairs) if new["score"] < base["score"]]

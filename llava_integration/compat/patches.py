@@ -34,6 +34,8 @@ def loading_options(module: Any) -> None:
     ``torch_dtype=None`` (LLaVA trains in fp16 or fp32) meant float32; it now means the dtype of the file, which for
     Vicuna is float16: its weights could not be trained with a loss scale, and lose their small updates.
     ``load_in_8bit`` and ``load_in_4bit`` are gone: only ``quantization_config`` says so; other weights were float16.
+    ``llava.train.train_mem`` asks for FlashAttention 2, which is hard to install with today's torch; where it is
+    missing, torch's sdpa attention, which contains the same algorithm, takes its place.
     """
     from transformers import PreTrainedModel
 
@@ -46,8 +48,13 @@ def options_of_5(options: dict[str, Any]) -> dict[str, Any]:
     """The options of ``from_pretrained`` as transformers 5 takes them."""
     import torch
     from transformers import BitsAndBytesConfig
+    from transformers.utils import is_flash_attn_2_available
 
     options = dict(options)
+    if options.get("attn_implementation") == "flash_attention_2" and not is_flash_attn_2_available():
+        options["attn_implementation"] = "sdpa"
+        if os.environ.get("RANK", "0") == "0":
+            print("llm2clip: flash-attn is not installed; using sdpa attention", file=sys.stderr)
     bits = {name: options.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in options}
     if any(bits.values()) and options.get("quantization_config") is None:
         options["quantization_config"] = BitsAndBytesConfig(**bits)
@@ -374,23 +381,6 @@ def cpu_ranks(module: Any) -> None:
         if backend is None and int(os.environ.get("LOCAL_RANK", -1)) != -1:
             return "gloo", DistributedType.MULTI_CPU
         return backend, kind
-
-
-@completes(TRAINER, "before", transformers=">=5")
-def flash_attention(module: Any) -> None:
-    """``llava.train.train_mem`` asks for FlashAttention 2, which is hard to install with today's torch; where it is
-    missing, torch's sdpa attention, which contains the same algorithm, takes its place.
-    """
-    from transformers import PreTrainedModel
-    from transformers.utils import is_flash_attn_2_available
-
-    @replaces(PreTrainedModel, "from_pretrained")
-    def from_pretrained(original: Any, cls: Any, *arguments: Any, **options: Any) -> Any:
-        if options.get("attn_implementation") == "flash_attention_2" and not is_flash_attn_2_available():
-            options["attn_implementation"] = "sdpa"
-            if os.environ.get("RANK", "0") == "0":
-                print("llm2clip: flash-attn is not installed; training with sdpa attention", file=sys.stderr)
-        return original(cls, *arguments, **options)
 
 
 @completes(TRAINER, "before", peft=">=0.12")

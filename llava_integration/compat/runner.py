@@ -1,10 +1,8 @@
 """Which completions the installed libraries need, when they run, what is said of versions, and which one has failed."""
 
 import functools
-import importlib
 import inspect
 import os
-import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,11 +11,9 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal
 
-from llava_integration import compat
 from llm2clip_plugin.console import quiet_peft
 
 When = Literal["before", "after"]
-NOT_COMPLETIONS = ("runner", "tokenizer")  # files of the folder; the second one imports what 4.37 lacks
 TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}  # beginnings of versions, beside LLaVA's own pins
 ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"
 TRAINER = "llava.train.llava_trainer"
@@ -50,8 +46,8 @@ class Completion:
 
     @property
     def name(self) -> str:
-        """Its file and function, for messages."""
-        return f"{self.complete.__module__.rpartition('.')[2]}.py, {self.complete.__name__}"
+        """Its function, for messages."""
+        return self.complete.__name__
 
     @property
     def needed(self) -> bool:
@@ -59,7 +55,7 @@ class Completion:
         return any(has_version(library, versions) for library, versions in self.libraries.items())
 
 
-completions: list[Completion] = []  # in the order of the files and of the functions in them
+completions: list[Completion] = []  # in the order of the functions
 done: set[str] = set()  # names of completions that have run
 
 
@@ -96,9 +92,8 @@ def enabled() -> bool:
 @functools.cache
 def needed() -> list[Completion]:
     """The completions that the installed versions need."""
-    for found in pkgutil.iter_modules(compat.__path__):
-        if found.name not in NOT_COMPLETIONS:
-            importlib.import_module(f"{compat.__name__}.{found.name}")
+    from llava_integration.compat import patches  # noqa: F401 - its functions are added to the list
+
     return [completion for completion in completions if completion.needed]
 
 
@@ -123,21 +118,16 @@ def run(module: ModuleType, when: When) -> None:
                 try:
                     completion.complete(module)
                 except Exception as error:
-                    raise CompletionError(explain(completion, error)) from error
+                    found = ", ".join(f"{library} {installed_version(library)}" for library in completion.libraries)
+                    raise CompletionError(
+                        f"llava_integration/compat/patches.py, {completion.name} could not complete {module.__name__} "
+                        f"for {found}: {error!r}; {ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
+                    ) from error
                 done.add(completion.name)
     except ImportError as error:
         if module.__name__.startswith("llava.model."):
             tell_importers(sys.modules.get("llava.model"), error)
         raise
-
-
-def explain(completion: Completion, error: Exception) -> str:
-    """The message of a completion that failed."""
-    found = ", ".join(f"{library} {installed_version(library)}" for library in completion.libraries)
-    return (
-        f"llava_integration/compat/{completion.name} could not complete {completion.module} for {found}: {error!r}; "
-        f"{ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run LLaVA without completions"
-    )
 
 
 def tell_importers(package: ModuleType | None, error: ImportError) -> None:

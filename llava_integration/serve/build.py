@@ -1,4 +1,4 @@
-"""The parts of an exported model: language model and projector, vision tower, and the code of towers that are ours."""
+"""The parts of a Hugging Face LLaVA: language model and projector, vision tower, and the code of our own towers."""
 
 import importlib
 import inspect
@@ -17,12 +17,10 @@ from llava_integration.serve.checkpoint import FIX, LazyTensor, LazyTensors, Lla
 from llava_integration.towers import TowerLocation, is_ours, loading, locate_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
-from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory
-from llm2clip_plugin.vision.families import families, family_named, family_of_type, read_config
-from llm2clip_plugin.vision.family import Family, remove_tokens
-from llm2clip_plugin.vision.positions import check_pixels
-from llm2clip_plugin.vision.publish import published
+from llm2clip_plugin.vision.checkpoint import preprocessor_config, weight_files
+from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory, published
+from llm2clip_plugin.vision.families import read_config
+from llm2clip_plugin.vision.family import Family
 
 # The language model and the projector: settings and tensors, from LLaVA's names to Hugging Face's
 
@@ -34,8 +32,6 @@ PROJECTOR = {"mm_projector.0": "multi_modal_projector.linear_1", "mm_projector.2
 TOWER = "model.vision_tower."
 BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # computed; old versions saved it
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# there is no Llama without
-LANGUAGE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 BLOCK = """self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj
     input_layernorm post_attention_layernorm""".split()
 
@@ -46,14 +42,6 @@ def text_config(config: dict[str, Any], tokens: int) -> dict[str, Any]:
     rope = text.get("rope_parameters") or {}
     text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))  # transformers 4's name
     return {**text, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokens}
-
-
-def check_settings(config: dict[str, Any]) -> None:
-    """Raise ContractError for settings without which there is no Llama."""
-    for name in LANGUAGE_SIZES:
-        value = config.get(name)
-        if type(value) is not int or value < 1:
-            raise ContractError(f"config.json: {name} is {value!r}, expected a positive whole number; {FIX}")
 
 
 def hf_name(name: str) -> str:
@@ -68,14 +56,6 @@ def hf_name(name: str) -> str:
     return f"language_model.{name}"
 
 
-def expected(config: dict[str, Any]) -> list[str]:
-    """The weights that every checkpoint of this configuration has, under LLaVA's names."""
-    head = [] if config.get("tie_word_embeddings") else [HEAD]
-    blocks = [f"model.layers.{n}.{part}.weight" for n in range(config["num_hidden_layers"]) for part in BLOCK]
-    projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
-    return [EMBEDDING, *blocks, "model.norm.weight", *head, *projector]
-
-
 def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, where: Path) -> LazyTensors:
     """The language model's and the projector's tensors under Hugging Face's names, with a row for ``<image>``.
 
@@ -83,27 +63,26 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
     an embedding with fewer rows.
     """
     own = {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name) and not name.startswith(TOWER)}
-    wanted = expected(config)
+    is_tied = bool(config.get("tie_word_embeddings"))
+    blocks = [f"model.layers.{n}.{part}.weight" for n in range(config["num_hidden_layers"]) for part in BLOCK]
+    projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
+    wanted = [EMBEDDING, *blocks, "model.norm.weight", *([] if is_tied else [HEAD]), *projector]
     if missing := [name for name in wanted if name not in own]:
         raise ContractError(
             f"{where}: {len(missing)} of {len(wanted)} tensors are missing, such as {missing[0]}; {FIX}"
         )
-    biases = {f"{name.removesuffix('.weight')}.bias" for name in wanted if ".layers." in name and "norm" not in name}
+    biases = {f"{name.removesuffix('.weight')}.bias" for name in blocks if "norm" not in name}
     refuse_rest(set(own) - set(wanted) - {HEAD} - biases, where)
-    for name in {EMBEDDING, HEAD} & set(own):
-        if own[name].shape[0] < tokens:
-            raise ContractError(f"{where}: {name} has {own[name].shape[0]} rows, the tokenizer {tokens} tokens; {FIX}")
     out = {}
-    for name in sorted(own, key=_order):
-        if name == HEAD and config.get("tie_word_embeddings"):
-            continue
-        out[hf_name(name)] = with_image_row(own[name], tokens) if name in (EMBEDDING, HEAD) else own[name]
+    for name in sorted(own, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(4), name)):
+        rows = own[name]
+        if name in (EMBEDDING, HEAD):
+            if rows.shape[0] < tokens:
+                raise ContractError(f"{where}: {name} has {rows.shape[0]} rows, the tokenizer {tokens} tokens; {FIX}")
+            rows = with_image_row(rows, tokens)
+        if name != HEAD or not is_tied:
+            out[hf_name(name)] = rows
     return out
-
-
-def _order(name: str) -> list[tuple[int, str]]:
-    """Layer 2 precedes layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def with_image_row(rows: LazyTensor, tokens: int) -> LazyTensor:
@@ -123,12 +102,8 @@ def with_image_row(rows: LazyTensor, tokens: int) -> LazyTensor:
 # The code of towers that transformers does not have, saved with a model: ``trust_remote_code`` runs it anywhere. Where
 # this package is installed, ``register`` is enough, and no code of the model's is run.
 
+VISION = "llm2clip_plugin.vision"
 MODELING = "modeling_llava_tower"
-# what the package shares between towers becomes part of the file
-SHARED = {
-    f"from {function.__module__} import {function.__name__}\n": inspect.getsource(function)
-    for function in (check_pixels, remove_tokens)
-}
 LLAVA = '''\
 """LLaVA with the vision tower of {file}.py."""
 
@@ -164,27 +139,14 @@ class LlavaTowerForConditionalGeneration(LlavaForConditionalGeneration):
             kwargs.setdefault("key_mapping", RENAMED)
         return super().from_pretrained(*args, **kwargs)
 '''
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerCode:
-    """A module of this package that stands alone, but for SHARED."""
-
-    module: str
-    config: str  # names of its classes
-    model: str
-
-
-STANDALONE = "llm2clip_plugin.vision.standalone"
-CODE = {  # by family
-    "eva02": TowerCode(module="llm2clip_plugin.vision.eva02", config="Eva02Config", model="Eva02VisionModel"),
-    "openvision": TowerCode(module=f"{STANDALONE}.openvision", config="OpenVisionConfig", model="OpenVisionModel"),
-    "timm": TowerCode(module=f"{STANDALONE}.timm_vit", config="TimmVitConfig", model="TimmVit"),
+CODE = {  # family -> a file of llm2clip_plugin/vision that stands alone, and its classes: configuration, model
+    "eva02": ("eva02", "Eva02Config", "Eva02VisionModel"),
+    "openvision": ("wrapped", "OpenVisionConfig", "OpenVisionModel"),
+    "timm": ("timm_tower", "TimmVitConfig", "TimmTower"),
     # transformers' own give registers to LLaVA, too, which takes them for patches
-    "dinov3": TowerCode(module=f"{STANDALONE}.dinov3", config="Dinov3TowerConfig", model="Dinov3Tower"),
-    "radio": TowerCode(module=f"{STANDALONE}.radio", config="RadioTowerConfig", model="RadioTower"),
+    "dinov3": ("wrapped", "Dinov3TowerConfig", "Dinov3Tower"),
+    "radio": ("wrapped", "RadioTowerConfig", "RadioTower"),
 }
-TYPES = {f"llm2clip_{family}": family for family in CODE}  # ``model_type`` in vision_config
 # towers that AutoModel does not open, but which are another's architecture: family -> its model_type
 SAME_AS = {"metaclip2": "clip_vision_model"}
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForPreTraining")
@@ -192,76 +154,41 @@ AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoMo
 
 def register() -> None:
     """Let transformers' LlavaForConditionalGeneration open the towers of this package, as far as libraries allow."""
-    from transformers import AutoConfig, AutoModel
-
-    for family, code in CODE.items():
-        try:
-            own = families()[family].vision_class()
-            module: Any = importlib.import_module(code.module)
-        except ValueError:  # of newer libraries
-            continue
-        if TYPES.get(own.config_class.model_type) != family:  # DINOv3's is that of tower directories
-            own = getattr(module, code.model)
-        AutoConfig.register(own.config_class.model_type, own.config_class, exist_ok=True)
-        AutoModel.register(own.config_class, own, exist_ok=True)
+    for file, *_ in CODE.values():  # which register their classes with AutoModel
+        importlib.import_module(f"{VISION}.{file}")
 
 
-def vision_config(family: Family, config: Any, *, where: object) -> dict[str, Any]:
-    """A tower's configuration as ``vision_config`` of a LLaVA that transformers, or the code in its folder, opens.
+def register_with_vllm() -> None:
+    """The entry point ``vllm.general_plugins``: where this package is installed, ``vllm serve DIR`` knows its towers.
 
-    Raises ContractError for families without either.
+    vLLM calls it in every process, whatever it serves, so ``vllm_model`` is named here, not imported.
     """
-    from transformers import AutoModel
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports] - in an environment of its own
 
-    if family.name in SAME_AS:
-        return {**config.to_dict(), "model_type": SAME_AS[family.name]}
-    if family.name in CODE:
-        return {**config.to_diff_dict(), "model_type": f"llm2clip_{family.name}"}
-    if type(config) not in AutoModel._model_mapping:  # as AutoModel.from_config asks
-        raise ContractError(
-            f"{where}: towers of the family {family.name!r} cannot be exported: transformers' LLaVA does not open "
-            f"model_type {config.model_type!r}, and no code is known to save with the model ({', '.join(CODE)})"
-        )
-    return {**config.to_diff_dict(), "model_type": config.model_type}
-
-
-def family_of_vision(config: dict[str, Any], *, where: str) -> Family:
-    """The family of an exported ``vision_config``. Raises ValueError for an unknown model_type."""
-    kind = str(config.get("model_type", "clip_vision_model"))
-    return family_named(TYPES[kind]) if kind in TYPES else family_of_type(kind, where=where)
-
-
-def of_tower_directories(vision: dict[str, Any], family: Family) -> dict[str, Any]:
-    """``vision_config`` under the ``model_type`` that the family's tower directories have."""
-    if vision.get("model_type") in family.model_types:
-        return vision
-    return {**vision, "model_type": family.model_types[0]}
+    register()
+    name = "LlavaForConditionalGeneration"  # of transformers' LLaVA 1.5, in config.json
+    ModelRegistry.register_model(name, f"llava_integration.serve.vllm_model:{name}")
 
 
 def write_code(family: str, directory: Path) -> dict[str, str]:
     """Write a family's code into a model's folder; ``auto_map`` of its config.json, {} if transformers has it."""
-    code = CODE.get(family)
-    if code is None:
+    if family not in CODE:
         return {}
-    file = code.module.rpartition(".")[2]
-    source = inspect.getsource(importlib.import_module(code.module))
-    for line, text in SHARED.items():
-        source = source.replace(line, f"\n\n{text}\n\n" if line in source else line)
-    assert "llm2clip_plugin" not in source.replace('"""', ""), f"{code.module} is to stand alone"
+    file, config, model = CODE[family]
+    source = inspect.getsource(importlib.import_module(f"{VISION}.{file}"))
+    assert "llm2clip_plugin" not in source, f"{file}.py is to stand alone"
     (directory / f"{file}.py").write_text(source, encoding="utf-8")
-    modeling = LLAVA.format(file=file, config=code.config, model=code.model)
+    modeling = LLAVA.format(file=file, config=config, model=model)
     (directory / f"{MODELING}.py").write_text(modeling, encoding="utf-8")
     model = f"{MODELING}.LlavaTowerForConditionalGeneration"
     return {"AutoConfig": f"{MODELING}.LlavaTowerConfig", **dict.fromkeys(AUTO_CLASSES, model)}
 
 
-VISION_SIZES = (
-    "hidden_size",
-    "image_size",
-    "patch_size",
-    "num_hidden_layers",
-)  # kept where they equal a class's defaults
-MORE_SIZES = ("num_attention_heads", "intermediate_size")
+# The vision tower
+
+SIZES = ("hidden_size", "image_size", "patch_size", "num_hidden_layers")  # kept where they equal a class's defaults
+MORE_SIZES = ("num_attention_heads", "intermediate_size")  # which timm's don't have
+OF_THE_FILE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,17 +201,84 @@ class ExportedTower:
     location: TowerLocation | None  # None: not a tower of this package
 
     @property
-    def patches(self) -> int:
-        """Patches of an image, without the class token."""
-        return (self.config["image_size"] // self.config["patch_size"]) ** 2
-
-    @property
     def card(self) -> TowerCard | None:
         """The tower's card without paths of this machine."""
         return published(self.location.card) if self.location else None
 
+    @classmethod
+    def of(cls, directory: Path, location: TowerLocation | None = None) -> "ExportedTower":
+        """The tower in a directory, which ``location`` has found. Raises ContractError if LLaVA cannot have it:
+        transformers' LLaVA does not open it, and no code is known to save with the model."""
+        from transformers import AutoModel
 
-def find(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
+        family, config = read_config(directory)
+        if family.name in SAME_AS:
+            fields = {**config.to_dict(), "model_type": SAME_AS[family.name]}
+        elif family.name in CODE:
+            fields = {**config.to_diff_dict(), "model_type": f"llm2clip_{family.name}"}
+        elif type(config) in AutoModel._model_mapping:  # as AutoModel.from_config asks
+            fields = {**config.to_diff_dict(), "model_type": config.model_type}
+        else:
+            raise ContractError(
+                f"{directory}: towers of the family {family.name!r} cannot be exported: transformers' LLaVA does not "
+                f"open model_type {config.model_type!r}, and only {', '.join(CODE)} come with code"
+            )
+        fields = {key: value for key, value in fields.items() if key not in OF_THE_FILE}
+        fields |= {name: getattr(config, name) for name in SIZES}
+        fields |= {name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)}
+        return cls(directory=directory, family=family, config=fields, location=location)
+
+    def check_fit(self, config: dict[str, Any], where: Path) -> None:
+        """Raise ContractError unless LLaVA's ``config`` selects states that the tower has, of the projector's width."""
+        layer: Any = config.get("mm_vision_select_layer")
+        with errors_about(f"{where}: mm_vision_select_layer {layer!r}", fix=FIX):
+            blocks_below(operator.index(layer), self.config["num_hidden_layers"])
+        with errors_about(where, fix=FIX):
+            check_feature(config.get("mm_vision_select_feature", "patch"))
+        if (width := config.get("mm_hidden_size")) != self.config["hidden_size"]:
+            raise ContractError(
+                f"the projector of {where} expects features of width {width}, but the tower in {self.directory} has "
+                f"hidden_size {self.config['hidden_size']}; pass the tower that it was trained with as --tower"
+            )
+
+    def tensors(self, trained: LazyTensors, *, unfrozen: bool, files: ExitStack) -> LazyTensors:
+        """The tower's tensors under Hugging Face's names.
+
+        Those of the tower's directory, as LLaVA reads them; ``unfrozen``: those that LLaVA has trained take their
+        place, ``trained`` being the tensors of its checkpoint. Blocks that LLaVA never runs are in the directory alone.
+        """
+        prefix, own = self.family.file_prefix, {}
+        for path in [self.directory / WEIGHTS_FILE] if self.location else weight_files(self.directory):
+            own |= open_file(path, files)
+        left_out = self.family.not_tower or ("\0",)
+        own = {n: t for n, t in own.items() if not n.startswith(left_out) and not n.endswith("position_ids")}
+        if unfrozen:
+            inside = f"{TOWER}vision_tower."
+            new = {name.removeprefix(inside): tensor for name, tensor in trained.items() if name.startswith(inside)}
+            new = {prefix + name.removeprefix(prefix): tensor for name, tensor in new.items()}
+            if not new:
+                raise ContractError(f"unfreeze_mm_vision_tower is set, but the checkpoint has no {inside}*; {FIX}")
+            refuse_rest(set(new) - set(own), self.directory)
+            own |= new
+        return {f"vision_tower.{name}": tensor for name, tensor in own.items()}
+
+    def image_processor(self, *, pads: bool) -> dict[str, Any]:
+        """preprocessor_config.json: the tower's own; ``pads``: images are padded to squares, as LLaVA trained."""
+        own = {**preprocessor_config(self.directory), "processor_class": "LlavaProcessor"}
+        return {**own, "image_processor_type": "LlavaImageProcessor", "do_pad": True} if pads else own
+
+    def selection(self, feature: str) -> dict[str, Any]:
+        """Which tokens become image tokens, for ``mm_vision_select_feature``: settings of model and processor."""
+        has_cls, drops_class = self.family.has_cls, self.family.has_cls and feature == "patch"
+        patches = (self.config["image_size"] // self.config["patch_size"]) ** 2
+        return {
+            "vision_feature_select_strategy": "default" if drops_class else "full",
+            "num_additional_image_tokens": int(has_cls),
+            "image_seq_length": patches + int(has_cls and not drops_class),
+        }
+
+
+def find_tower(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
     """The tower that loading the checkpoint finds, or ``tower`` (path, registered name or Hub id).
 
     Raises FileNotFoundError or ContractError without that tower, or if its files are damaged.
@@ -295,66 +289,6 @@ def find(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
         with loading(str(checkpoint.directory)):
             location = locate_tower(checkpoint.directory, name, checkpoint.config, tower)
         location.check_weights()
-        directory = location.directory
-    else:
-        directory = fetch_directory(name)
-    family, config = read_config(directory)
-    fields = vision_config(family, config, where=directory)
-    sizes = {name: getattr(config, name) for name in VISION_SIZES}
-    sizes |= {name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)}
-    dropped = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures"}
-    fields = {key: value for key, value in fields.items() if key not in dropped}
-    layer: Any = checkpoint.config.get("mm_vision_select_layer")
-    with errors_about(f"{checkpoint.directory}: mm_vision_select_layer {layer!r}", fix=FIX):
-        blocks_below(operator.index(layer), sizes["num_hidden_layers"])
-    with errors_about(checkpoint.directory, fix=FIX):
-        check_feature(checkpoint.config.get("mm_vision_select_feature", "patch"))
-    width = checkpoint.config.get("mm_hidden_size")
-    if width != sizes["hidden_size"]:
-        raise ContractError(
-            f"the projector of {checkpoint.directory} expects features of width {width}, but the tower in {directory} "
-            f"has hidden_size {sizes['hidden_size']}; pass the tower that it was trained with as --tower"
-        )
-    return ExportedTower(directory=directory, family=family, config={**fields, **sizes}, location=location)
-
-
-def tower_tensors(tower: ExportedTower, trained: LazyTensors, *, unfrozen: bool, files: ExitStack) -> LazyTensors:
-    """The tower's tensors under Hugging Face's names.
-
-    Those of the tower's directory, as LLaVA reads them; ``unfrozen``: those that LLaVA has trained take their place,
-    ``trained`` being the tensors of its checkpoint. Blocks that LLaVA never runs are in the directory alone.
-    """
-    from llm2clip_plugin.vision.checkpoint import weight_files
-
-    prefix, own = tower.family.file_prefix, {}
-    for path in [tower.directory / WEIGHTS_FILE] if tower.location else weight_files(tower.directory):
-        own |= open_file(path, files)
-    own = {name: tensor for name, tensor in own.items() if not name.startswith(tower.family.not_tower or ("\0",))}
-    own = {name: tensor for name, tensor in own.items() if not name.endswith("position_ids")}
-    if unfrozen:
-        inside = f"{TOWER}vision_tower."
-        new = {name.removeprefix(inside): tensor for name, tensor in trained.items() if name.startswith(inside)}
-        new = {prefix + name.removeprefix(prefix): tensor for name, tensor in new.items()}
-        if not new:
-            raise ContractError(f"unfreeze_mm_vision_tower is set, but the checkpoint has no tensors {inside}*; {FIX}")
-        refuse_rest(set(new) - set(own), tower.directory)
-        own |= new
-    return {f"vision_tower.{name}": tensor for name, tensor in own.items()}
-
-
-def image_processor(tower: ExportedTower, *, pads: bool) -> dict[str, Any]:
-    """preprocessor_config.json: the tower's own; ``pads``: images are padded to squares, as LLaVA trained."""
-    own = preprocessor_config(tower.directory)
-    if not pads:
-        return {**own, "processor_class": "LlavaProcessor"}
-    return {**own, "image_processor_type": "LlavaImageProcessor", "do_pad": True, "processor_class": "LlavaProcessor"}
-
-
-def strategy(tower: ExportedTower, config: dict[str, Any]) -> dict[str, Any]:
-    """Which tokens of the tower become image tokens: the settings of the model and of its processor."""
-    drops_class = tower.family.has_cls and config.get("mm_vision_select_feature", "patch") == "patch"
-    return {
-        "vision_feature_select_strategy": "default" if drops_class else "full",
-        "num_additional_image_tokens": int(tower.family.has_cls),
-        "image_seq_length": tower.patches + int(tower.family.has_cls and not drops_class),
-    }
+    found = ExportedTower.of(location.directory if location else fetch_directory(name), location)
+    found.check_fit(checkpoint.config, checkpoint.directory)
+    return found

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from llava_integration.checkpoints import checkpoint_config
 from llava_integration.compat.runner import adapters_stay_fp32
-from llm2clip_plugin.files import DTYPE_BYTES, ContractError, errors_about, read_header
+from llm2clip_plugin.files import ContractError, errors_about, read_header
 from llm2clip_plugin.options import command
 from llm2clip_plugin.vision.checkpoint import read_tensors, weight_files
 from llm2clip_plugin.vision.directory import read_json
@@ -34,13 +35,13 @@ class LazyTensor:
     read: Callable[[], Tensor]
     where: str  # the file, for messages
 
-    @classmethod
-    def of(cls, tensor: Tensor, where: object) -> "LazyTensor":
-        """A tensor that is in memory already."""
-        return cls(shape=tuple(tensor.shape), read=lambda: tensor, where=str(where))
-
 
 LazyTensors = dict[str, LazyTensor]
+
+
+def in_memory(tensors: dict[str, Tensor], where: object) -> LazyTensors:
+    """Tensors that are in memory already."""
+    return {n: LazyTensor(shape=tuple(t.shape), read=lambda t=t: t, where=str(where)) for n, t in tensors.items()}
 
 
 def open_tensors(directory: Path, files: ExitStack) -> LazyTensors:
@@ -60,13 +61,8 @@ def open_tensors(directory: Path, files: ExitStack) -> LazyTensors:
 def open_file(path: Path, files: ExitStack) -> LazyTensors:
     """The tensors of one file. Raises ContractError if it is not complete."""
     if path.suffix != ".safetensors":
-        tensors = read_tensors(path)
-        _refuse_quantized({name: str(tensor.dtype) for name, tensor in tensors.items() if tensor.itemsize == 1}, path)
-        return {name: LazyTensor.of(tensor, path) for name, tensor in tensors.items()}
-    from safetensors import safe_open
-
+        return in_memory(read_tensors(path), path)
     header = read_header(path, fix=FIX)
-    _refuse_quantized({n: e.dtype for n, e in header.entries.items() if DTYPE_BYTES[e.dtype] == 1}, path)
     with errors_about(path, fix=FIX):
         handle: Any = files.enter_context(safe_open(path, framework="pt"))
     return {
@@ -75,21 +71,14 @@ def open_file(path: Path, files: ExitStack) -> LazyTensors:
     }
 
 
-def _refuse_quantized(dtypes: dict[str, str], path: Path) -> None:
-    """``dtypes``: of the tensors that have one byte a number."""
-    for name, dtype in dtypes.items():
-        raise ContractError(
-            f"{path}: {name} has dtype {dtype}, expected float weights; quantized checkpoints are not read, use the "
-            "one that this was made from"
-        )
-
-
 def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype | None) -> int:
     """Write ``tensors`` as safetensors shards with their index, and compare each with what was written; their bytes.
 
-    ``dtype`` None keeps each tensor's own.
-    Raises ContractError for a value that ``dtype`` cannot hold, or a shard that reads back differently.
+    ``dtype`` None keeps each tensor's own. Raises ContractError for a value that ``dtype`` cannot hold, or a shard that
+    reads back differently.
     """
+    from safetensors.torch import save_file
+
     shards = list(_shards(tensors, dtype))
     weight_map: dict[str, str] = {}
     total = 0
@@ -97,7 +86,11 @@ def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype | Non
         one = len(shards) == 1
         file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         state = {name: _converted(name, tensors[name], dtype) for name in names}
-        _write(state, directory / file)
+        save_file(state, directory / file, metadata={"format": "pt"})
+        with safe_open(directory / file, framework="pt") as written:
+            for name, tensor in state.items():
+                if not torch.equal(written.get_tensor(name), tensor):  # pyright: ignore[reportAttributeAccessIssue]
+                    raise ContractError(f"{directory / file}: {name} differs after reloading; check the disk and rerun")
         weight_map |= dict.fromkeys(state, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if len(shards) > 1:
@@ -126,24 +119,10 @@ def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> Tens
     # contiguous and of its own memory: safetensors refuses tensors that share it
     out = value.to(dtype or value.dtype, copy=True).contiguous()
     if not torch.isfinite(out).all():
-        large = (
-            "has values that fp16 cannot hold; pass --dtype bf16" if torch.isfinite(value).all() else f"is nan; {FIX}"
-        )
-        raise ContractError(f"{tensor.where}: {name} {large}")
+        is_large = bool(torch.isfinite(value).all())
+        reason = "has values that fp16 cannot hold; pass --dtype bf16" if is_large else f"is nan; {FIX}"
+        raise ContractError(f"{tensor.where}: {name} {reason}")
     return out
-
-
-def _write(state: dict[str, Tensor], path: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    save_file(state, path, metadata={"format": "pt"})
-    with safe_open(path, framework="pt") as written:
-        for name, tensor in state.items():
-            if not torch.equal(written.get_tensor(name), tensor):  # pyright: ignore[reportAttributeAccessIssue]
-                raise ContractError(
-                    f"{path}: {name} differs after reloading; check the disk and rerun the same command"
-                )
 
 
 def refuse_rest(names: Iterable[str], where: object) -> None:
@@ -157,16 +136,14 @@ def refuse_rest(names: Iterable[str], where: object) -> None:
 
 LORA_FILE, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight$")
-# settings of peft under which a merge is another sum, or more than one scale
-PLAIN = {"use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+# settings of peft under which a merge is another sum, or more than one scale; LLaVA's training does not set them
+OTHER_SUMS = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 
 def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTensors:
-    """``tensors`` with the adapter of ``directory`` merged into them.
-
-    Computed in fp16, as by LLaVA's loader with this environment's peft. Raises ContractError for an adapter
-    of another kind, a half that is missing, or a module that the model doesn't have.
-    """
+    """``tensors`` with the adapter of ``directory`` merged into them, in fp16, as by LLaVA's loader with this
+    environment's peft. Raises ContractError for an adapter of another kind, a half that is missing, or a module that
+    the model doesn't have."""
     config = read_json(directory / LORA_FILE)
     scale = _scale(config, directory / LORA_FILE)
     path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
@@ -181,18 +158,15 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
                 f"{path}: {name} belongs to no weight of the base model; is --model-base the right one?"
             )
         halves.setdefault(target, {})[match["half"]] = tensor
-    _refuse_missing(halves, tensors, config.get("target_modules"), path)
     out = dict(tensors)
     for name, pair in halves.items():
         if len(pair) != 2:
             raise ContractError(f"{path}: {name} has one half of its LoRA, expected lora_A and lora_B; {FIX}")
-        if pair["A"].shape[0] != config["r"]:  # another scale
-            raise ContractError(f"{path}: the LoRA of {name} has rank {pair['A'].shape[0]}, {LORA_FILE} {config['r']}")
         shape = (pair["B"].shape[0], pair["A"].shape[-1])
-        if shape != tensors[name].shape:
+        if shape != tensors[name].shape or pair["A"].shape[0] != config["r"]:
             raise ContractError(
-                f"{path}: the LoRA of {name} has shape {shape}, the base model's weight {tensors[name].shape}; "
-                "check --model-base"
+                f"{path}: the LoRA of {name} has shape {shape}, rank {pair['A'].shape[0]}, expected "
+                f"{tensors[name].shape}, {config['r']}; check --model-base"
             )
         out[name] = LazyTensor(
             shape=shape,
@@ -200,17 +174,6 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
             where=str(path),
         )
     return out
-
-
-def _refuse_missing(found: Iterable[str], tensors: LazyTensors, targets: Any, path: Path) -> None:
-    """``targets``: names of the modules that have a LoRA in every block."""
-    kinds = {str(target).split(".")[-1] for target in targets} if isinstance(targets, list) else set()
-    wanted = {name for name in tensors if name.startswith("model.layers.") and name.split(".")[-2] in kinds}
-    wanted = {name for name in wanted if name.endswith(".weight")}
-    if lost := sorted(wanted - {*found}):
-        raise ContractError(
-            f"{path}: {len(lost)} of {len(wanted)} target_modules of {LORA_FILE} have no LoRA, such as {lost[0]}; {FIX}"
-        )
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -223,11 +186,11 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 def _scale(config: dict[str, Any], where: Path) -> float:
     if config.get("peft_type") != "LORA":
         raise ContractError(f"{where} is not a LoRA's configuration; {FIX}")
-    for name, plain in PLAIN.items():
-        if (value := config.get(name)) and value != plain:
-            raise ContractError(f"{where}: {name} is {value!r}, which LLaVA's training does not set")
+    others = {name: config[name] for name in OTHER_SUMS if config.get(name)}
     if config.get("bias", "none") != "none":
-        raise ContractError(f"{where}: bias is {config['bias']!r}; LLaVA's loader merges LoRA without biases")
+        others["bias"] = config["bias"]
+    if others:
+        raise ContractError(f"{where}: {others} are settings of another LoRA than LLaVA's training makes")
     with errors_about(where, fix=FIX):
         rank, alpha = config["r"], config["lora_alpha"]
         return alpha / (rank**0.5 if config.get("use_rslora") else rank)
@@ -236,7 +199,14 @@ def _scale(config: dict[str, Any], where: Path) -> float:
 CONFIG, PROJECTOR, ADAPTER = "config.json", "mm_projector.bin", "adapter_config.json"
 NON_LORA = "non_lora_trainables.bin"
 LLAVA_TYPES = ("llava_llama", "llava")  # of LLaVA 1.5; "llava" before its releases of November 2023
-PROJECTOR_TYPE = "mlp2x_gelu"
+EXPRESSIBLE: dict[str, tuple[Any, ...]] = {  # what LLaVA and Hugging Face's LLaVA both compute
+    "mm_projector_type": ("mlp2x_gelu",),
+    **dict.fromkeys(("mm_use_im_start_end", "mm_use_im_patch_token", "s2"), (False, None)),
+    "quantization_config": (None,),
+    "image_aspect_ratio": ("square", "pad", None),
+    "mm_patch_merge_type": ("flat",),
+}
+LANGUAGE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # a Llama's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,8 +243,18 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
         kind = "full"
     if kind == "full" and base is not None:
         raise ValueError(f"{directory} is a full checkpoint; leave out --model-base {base}")
-    found = None if kind == "full" else _base(directory, kind, config, base)
-    return LlavaCheckpoint(directory=directory, kind=kind, config=config, base=found)
+    if kind != "full" and base is None:  # the one recorded
+        recorded = str(config.get("_name_or_path", ""))
+        if kind == "lora":
+            recorded = str(read_json(directory / ADAPTER).get("base_model_name_or_path") or recorded)
+        base = Path(recorded)
+    if base is not None and not base.is_dir():
+        example = command("llava", "export", directory, "--model-base", "DIR", "--format", "hf", "--output", "OUT")
+        raise FileNotFoundError(
+            f"{directory} is a {kind} checkpoint, which needs its base model, and {str(base)!r} is not a folder; "
+            f"run `{example}`"
+        )
+    return LlavaCheckpoint(directory=directory, kind=kind, config=config, base=base)
 
 
 def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
@@ -283,37 +263,19 @@ def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
         raise ContractError(f"{where}: this is a Hugging Face model already, which servers open as it is")
     kind = config.get("model_type")
     if kind not in LLAVA_TYPES or "mm_vision_tower" not in config:
+        tower = config.get("mm_vision_tower")
         raise ContractError(
-            f"{where}: model_type is {kind!r}"
-            f"{'' if 'mm_vision_tower' in config else ' and there is no mm_vision_tower'}; expected a checkpoint of "
-            "LLaVA 1.5 (llava_llama)"
+            f"{where}: model_type is {kind!r}, mm_vision_tower {tower!r}; expected LLaVA 1.5 (llava_llama)"
         )
-    if (projector := config.get("mm_projector_type", "linear")) != PROJECTOR_TYPE:
-        raise ContractError(f"{where}: mm_projector_type is {projector!r}, Hugging Face's LLaVA has {PROJECTOR_TYPE}")
-    loaded = {"mm_use_im_patch_token": True, **config}  # what LLaVA's loader takes for granted
-    for name in ("mm_use_im_start_end", "mm_use_im_patch_token", "s2"):
-        if loaded.get(name):
-            raise ContractError(f"{where}: {name} is set, which Hugging Face's LLaVA cannot express")
-    if quantized := config.get("quantization_config"):
-        kind = quantized.get("quant_method", "") if isinstance(quantized, dict) else quantized
-        raise ContractError(f"{where}: the checkpoint is quantized ({kind}); use the one that it was made from")
-    if (aspect := config.get("image_aspect_ratio")) == "anyres" or config.get("mm_patch_merge_type", "flat") != "flat":
-        raise ContractError(f"{where}: image_aspect_ratio is {aspect!r}: that is LLaVA-NeXT, not LLaVA 1.5")
-
-
-def _base(directory: Path, kind: str, config: dict[str, Any], given: Path | None) -> Path:
-    """The base model's folder: the one given, or else the recorded one if it exists."""
-    recorded = str(config.get("_name_or_path", ""))
-    if kind == "lora":
-        recorded = str(read_json(directory / ADAPTER).get("base_model_name_or_path") or recorded)
-    base = Path(recorded) if given is None else given
-    if base.is_dir():
-        return base
-    example = command("llava", "export", directory, "--model-base", "DIR", "--format", "hf", "--output", "OUT")
-    raise FileNotFoundError(
-        f"{directory} is a {kind} checkpoint, which needs its base model, and {str(base)!r} is not a folder; "
-        f"run `{example}`"
-    )
+    loaded = {"mm_projector_type": "linear", "mm_use_im_patch_token": True, "mm_patch_merge_type": "flat", **config}
+    for name, values in EXPRESSIBLE.items():
+        if loaded.get(name) not in values:
+            raise ContractError(
+                f"{where}: {name} is {loaded[name]!r}; Hugging Face's LLaVA 1.5 has {' or '.join(map(repr, values))}"
+            )
+    for name in LANGUAGE_SIZES:
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise ContractError(f"{where}: {name} is {config.get(name)!r}, expected a positive whole number; {FIX}")
 
 
 def checkpoint_tensors(checkpoint: LlavaCheckpoint, files: ExitStack) -> LazyTensors:
@@ -324,16 +286,10 @@ def checkpoint_tensors(checkpoint: LlavaCheckpoint, files: ExitStack) -> LazyTen
     tensors = {name: tensor for name, tensor in tensors.items() if "mm_projector" not in name}
     if checkpoint.kind == "projector":
         return tensors | open_file(checkpoint.directory / PROJECTOR, files)
-    return merged(tensors | _trained_beside_lora(checkpoint.directory, files), checkpoint.directory, files)
-
-
-def _trained_beside_lora(directory: Path, files: ExitStack) -> LazyTensors:
-    """The tensors of non_lora_trainables.bin, which peft's wrapper has given a prefix."""
-    path = directory / NON_LORA
-    if not path.is_file():
-        raise FileNotFoundError(f"no {NON_LORA} in {directory}, where LLaVA writes the projector of a LoRA; {FIX}")
-    found: dict[str, LazyTensor] = {}
-    for name, tensor in open_file(path, files).items():
-        short = name.removeprefix("base_model.")
-        found[short.removeprefix("model.") if short.startswith("model.model.") else short] = tensor
-    return found
+    beside = checkpoint.directory / NON_LORA  # where LLaVA writes the projector of a LoRA
+    if not beside.is_file():
+        raise FileNotFoundError(f"no {NON_LORA} in {checkpoint.directory}; {FIX}")
+    for name, tensor in open_file(beside, files).items():
+        short = name.removeprefix("base_model.")  # of peft's wrapper
+        tensors[short.removeprefix("model.") if short.startswith("model.model.") else short] = tensor
+    return merged(tensors, checkpoint.directory, files)

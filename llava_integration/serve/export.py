@@ -17,26 +17,29 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 import llm2clip_plugin
 from llava_integration.hook import CONVERSATION
-from llava_integration.serve import build as language
-from llava_integration.serve import build as vision
-from llava_integration.serve import prompt as conversation
-from llava_integration.serve.build import register, write_code
-from llava_integration.serve.checkpoint import LlavaCheckpoint, checkpoint_tensors, open_checkpoint, write_shards
-from llava_integration.serve.prompt import conversation_named, read_tokenizer, write_tokenizer
+from llava_integration.serve.build import ExportedTower, find_tower, language_tensors, register, text_config, write_code
+from llava_integration.serve.checkpoint import (
+    LazyTensors,
+    LlavaCheckpoint,
+    checkpoint_tensors,
+    open_checkpoint,
+    write_shards,
+)
+from llava_integration.serve.prompt import IMAGE, choose, conversation_named, read_tokenizer, write_tokenizer
 from llava_integration.towers import KEY as TOWER_KEY
 from llava_integration.towers import loading, tower_record
 from llm2clip_plugin.console import quiet_llava_loading, quiet_transformers
-from llm2clip_plugin.contracts import TowerCard, atomic_directory
+from llm2clip_plugin.contracts import atomic_directory
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.directory import write_json
-from llm2clip_plugin.vision.publish import LICENSE
+from llm2clip_plugin.vision.export import LICENSE, markdown_table
 
 KEY = "llm2clip_export"  # in config.json: from what it was made
 CARD = "llm2clip_tower.json"  # the tower's card; as llm2clip.json it would make the folder a tower directory
@@ -49,7 +52,7 @@ class Export:
     """What is exported, and how; everything that can be wrong with it is found before anything is written."""
 
     checkpoint: LlavaCheckpoint
-    tower: vision.ExportedTower
+    tower: ExportedTower
     conversation: str  # a name of LLaVA's
     dtype: str  # fp16 | bf16 | fp32 | keep: each tensor's own
 
@@ -59,113 +62,22 @@ class Export:
     ) -> "Export":
         """``base``: of a LoRA or projector checkpoint. Raises ValueError or FileNotFoundError for what is wrong."""
         checkpoint = open_checkpoint(directory, base)
-        language.check_settings(checkpoint.config)
         recorded = str(checkpoint.config.get(CONVERSATION, "plain" if checkpoint.kind == "projector" else ""))
         return cls(
             checkpoint=checkpoint,
-            tower=vision.find(checkpoint, tower),
-            conversation=conversation.choose(conv_mode, recorded, where=directory),
+            tower=find_tower(checkpoint, tower),
+            conversation=choose(conv_mode, recorded, where=directory),
             dtype=dtype,
         )
 
-    @property
-    def pads(self) -> bool:
-        """Images are padded to squares instead of cropped."""
-        return self.checkpoint.config.get("image_aspect_ratio") == "pad"
-
     def describe(self) -> str:
         """One line: what is exported, and how."""
-        tower, kind = self.tower, self.checkpoint.kind
-        images = "padded to squares" if self.pads else "cropped"
-        base = f" on {self.checkpoint.base}" if self.checkpoint.base else ""
+        tower, base = self.tower, f" on {self.checkpoint.base}" if self.checkpoint.base else ""
+        images = "padded to squares" if pads(self.checkpoint.config) else "cropped"
         return (
-            f"{kind} checkpoint{base}, {tower.family.name} tower at {tower.config['image_size']} px, images {images}, "
-            f"conversation {self.conversation}"
+            f"{self.checkpoint.kind} checkpoint{base}, {tower.family.name} tower at {tower.config['image_size']} px, "
+            f"images {images}, conversation {self.conversation}"
         )
-
-    def write(self, directory: Path) -> int:
-        """Write every file into an empty folder; the bytes of the weights."""
-        config, tower = self.checkpoint.config, self.tower
-        tokenizer = read_tokenizer(self.checkpoint.language_model)
-        image_id = write_tokenizer(tokenizer, directory, max_length=config.get("tokenizer_model_max_length"))
-        with ExitStack() as files:
-            own = checkpoint_tensors(self.checkpoint, files)
-            tensors = language.language_tensors(own, config, image_id, self.checkpoint.directory)
-            unfrozen = bool(config.get("unfreeze_mm_vision_tower"))
-            tensors |= vision.tower_tensors(tower, own, unfrozen=unfrozen, files=files)
-            size = write_shards(tensors, directory, DTYPES[self.dtype])
-        chosen = vision.strategy(tower, config)
-        auto_map = write_code(tower.family.name, directory)
-        own_code = {"auto_map": auto_map} if auto_map else {}
-        write_json(directory / "config.json", self.model_config(image_id, chosen) | own_code)
-        write_json(directory / "generation_config.json", {**self.special_ids(tokenizer), "do_sample": False})
-        write_json(directory / "preprocessor_config.json", vision.image_processor(tower, pads=self.pads))
-        processor = {"processor_class": "LlavaProcessor", "image_token": conversation.IMAGE}
-        processor |= {name: value for name, value in chosen.items() if name != "image_seq_length"}
-        write_json(directory / "processor_config.json", {**processor, "patch_size": tower.config["patch_size"]})
-        talk = conversation.conversation_named(self.conversation)
-        template = talk.served_template(bos=tokenizer.adds_bos, space=not tokenizer.legacy)
-        (directory / TEMPLATE).write_text(template, encoding="utf-8")
-        if tower.card:
-            tower.card.write(directory / CARD)
-        kind = tower.config["model_type"]
-        card = model_card(self.provenance(), tower.card, model_type=kind, own_code=bool(auto_map))
-        (directory / "README.md").write_text(card, encoding="utf-8")
-        return size
-
-    def model_config(self, image_id: int, chosen: dict[str, Any]) -> dict[str, Any]:
-        """config.json."""
-        config = self.checkpoint.config
-        chosen_dtype = DTYPES[self.dtype]
-        dtype = str(chosen_dtype or config.get("torch_dtype") or config.get("dtype") or "float16").removeprefix(
-            "torch."
-        )
-        text = language.text_config(config, image_id + 1)
-        return {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
-            "image_token_index": image_id,
-            "image_seq_length": chosen["image_seq_length"],
-            "projector_hidden_act": "gelu",
-            "multimodal_projector_bias": True,
-            "vision_feature_layer": config["mm_vision_select_layer"],
-            "vision_feature_select_strategy": chosen["vision_feature_select_strategy"],
-            "text_config": {**text, "torch_dtype": dtype},
-            "vision_config": {**self.tower.config, "torch_dtype": dtype},
-            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-            **{name: text[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in text},
-            "torch_dtype": dtype,
-            **self.tower_record(),
-            KEY: self.provenance(),
-        }
-
-    def tower_record(self) -> dict[str, Any]:
-        """As in LLaVA's config.json, without paths of this machine."""
-        location, width = self.tower.location, self.tower.config["hidden_size"]
-        if location is None or self.tower.card is None:
-            return {}
-        record = tower_record(replace(location, origin=self.tower.card.origin), "llm2clip", width)
-        return {TOWER_KEY: record}
-
-    def special_ids(self, tokenizer: Any) -> dict[str, int]:
-        """Of generation_config.json: the ids of the tokenizer's special tokens."""
-        ids = {name: tokenizer.id_of(name.removesuffix("_id")) for name in ("bos_token_id", "eos_token_id")}
-        pad = tokenizer.id_of("pad_token")
-        ids["pad_token_id"] = tokenizer.id_of("unk_token") if pad is None else pad
-        return {name: number for name, number in ids.items() if number is not None}
-
-    def provenance(self) -> dict[str, Any]:
-        """From what the model was made, without paths of this machine."""
-        return {
-            "version": llm2clip_plugin.__version__,
-            "checkpoint": self.checkpoint.directory.resolve().name,
-            "kind": self.checkpoint.kind,
-            "base_model": self.checkpoint.base.resolve().name if self.checkpoint.base else "",
-            "conversation": self.conversation,
-            "image_aspect_ratio": self.checkpoint.config.get("image_aspect_ratio") or "square",
-            "dtype": self.dtype,
-            "tower_sha256": self.tower.location.sha256 if self.tower.location else "",
-        }
 
 
 def export(made: Export, output: Path, *, overwrite: bool = False, verify: Any = None) -> int:
@@ -174,10 +86,103 @@ def export(made: Export, output: Path, *, overwrite: bool = False, verify: Any =
     ``verify``: called with the written folder before it gets its name. Raises FileExistsError if the folder is not
     empty, and what ``verify`` raises.
     """
+    checkpoint = made.checkpoint
+    made_from = {
+        "version": llm2clip_plugin.__version__,
+        "checkpoint": checkpoint.directory.resolve().name,  # no path of this machine
+        "kind": checkpoint.kind,
+        "base_model": checkpoint.base.resolve().name if checkpoint.base else "",
+        "conversation": made.conversation,
+        "image_aspect_ratio": checkpoint.config.get("image_aspect_ratio") or "square",
+        "dtype": made.dtype,
+        "tower_sha256": made.tower.location.sha256 if made.tower.location else "",
+    }
     with atomic_directory(output, replace=overwrite) as temporary:
-        size = made.write(temporary)
+        with ExitStack() as files:
+            size = write_model(
+                temporary,
+                config=checkpoint.config,
+                tensors=checkpoint_tensors(checkpoint, files),
+                tokenizer=checkpoint.language_model,
+                tower=made.tower,
+                conversation=made.conversation,
+                dtype=made.dtype,
+                made_from=made_from,
+            )
         if verify is not None:
             verify(temporary)
+    return size
+
+
+def pads(config: dict[str, Any]) -> bool:
+    """Whether LLaVA pads images to squares instead of cropping them."""
+    return config.get("image_aspect_ratio") == "pad"
+
+
+def write_model(
+    directory: Path,
+    *,
+    config: dict[str, Any],
+    tensors: LazyTensors,
+    tokenizer: Path,
+    tower: ExportedTower,
+    conversation: str,
+    dtype: str,
+    made_from: dict[str, Any],
+) -> int:
+    """Write every file of a Hugging Face LLaVA into an empty folder; the bytes of its weights.
+
+    ``config``: LLaVA's: the sizes of its language model, and ``mm_vision_select_layer``, ``mm_vision_select_feature``,
+    ``image_aspect_ratio``, ``unfreeze_mm_vision_tower``. ``tensors``: language model and projector under LLaVA's names.
+    ``tokenizer``: folder of the language model's. ``made_from``: recorded in config.json and told in README.md.
+    """
+    files = read_tokenizer(tokenizer)
+    image_id = write_tokenizer(files, directory, max_length=config.get("tokenizer_model_max_length"))
+    with ExitStack() as opened:
+        unfrozen = bool(config.get("unfreeze_mm_vision_tower"))
+        tower_tensors = tower.tensors(tensors, unfrozen=unfrozen, files=opened)
+        named = language_tensors(tensors, config, image_id, Path(made_from["checkpoint"])) | tower_tensors
+        size = write_shards(named, directory, DTYPES[dtype])
+    chosen = tower.selection(config.get("mm_vision_select_feature", "patch"))
+    auto_map = write_code(tower.family.name, directory)
+    stored = DTYPES[dtype] or config.get("torch_dtype") or config.get("dtype") or "float16"
+    stored = str(stored).removeprefix("torch.")
+    text, card = text_config(config, image_id + 1), tower.card
+    body = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image_id,
+        "image_seq_length": chosen["image_seq_length"],
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config["mm_vision_select_layer"],
+        "vision_feature_select_strategy": chosen["vision_feature_select_strategy"],
+        "text_config": {**text, "torch_dtype": stored},
+        "vision_config": {**tower.config, "torch_dtype": stored},
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        **{name: text[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in text},
+        "torch_dtype": stored,
+        KEY: made_from,
+    }
+    if auto_map:
+        body["auto_map"] = auto_map
+    if tower.location and card:
+        named_place = replace(tower.location, origin=card.origin)  # as in LLaVA's, without paths of this machine
+        body[TOWER_KEY] = tower_record(named_place, "llm2clip", tower.config["hidden_size"])
+        card.write(directory / CARD)
+    write_json(directory / "config.json", body)
+    ids = {f"{name}_id": files.id_of(name) for name in ("bos_token", "eos_token", "pad_token")}
+    ids["pad_token_id"] = files.id_of("unk_token") if ids["pad_token_id"] is None else ids["pad_token_id"]
+    ids = {name: number for name, number in ids.items() if number is not None}
+    write_json(directory / "generation_config.json", {**ids, "do_sample": False})
+    write_json(directory / "preprocessor_config.json", tower.image_processor(pads=pads(config)))
+    processor = {"processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": tower.config["patch_size"]}
+    processor |= {name: value for name, value in chosen.items() if name != "image_seq_length"}
+    write_json(directory / "processor_config.json", processor)
+    template = conversation_named(conversation).served_template(bos=files.adds_bos, space=not files.legacy)
+    (directory / TEMPLATE).write_text(template, encoding="utf-8")
+    readme = model_card(made_from, tower, own_code=bool(auto_map))
+    (directory / "README.md").write_text(readme, encoding="utf-8")
     return size
 
 
@@ -205,12 +210,9 @@ PLUGIN = " (`pip install llm2clip-plugin` gives vLLM the vision tower)"
 OPTION = ", trust_remote_code=True"  # runs the tower's code, which is saved with the model
 
 
-def model_card(made: dict[str, Any], tower: TowerCard | None, *, model_type: str, own_code: bool) -> str:
-    """Markdown with the Hub's front matter.
-
-    ``made``: the provenance that config.json records; ``model_type``: of the tower; ``own_code``: the tower's code is
-    saved with the model.
-    """
+def model_card(made: dict[str, Any], tower: ExportedTower, *, own_code: bool) -> str:
+    """Markdown with the Hub's front matter; ``made``: from what; ``own_code``: the tower's is saved with the model."""
+    card = tower.card
     rows = {
         "made from": f"the LLaVA 1.5 checkpoint `{made['checkpoint']}` ({made['kind']})",
         "base model": f"`{made['base_model']}`" if made["base_model"] else "",
@@ -218,17 +220,17 @@ def model_card(made: dict[str, Any], tower: TowerCard | None, *, model_type: str
         "images": "padded to squares" if made["image_aspect_ratio"] == "pad" else "resized, center-cropped",
         "dtype": made["dtype"],
     }
-    if tower:
-        rows["vision tower"] = f"{tower.family}, {tower.image_size} px, started from `{tower.origin}`"
-        rows["SHA-256 of the tower"] = f"`{tower.weights_sha256}`"
-        rows["tower's teacher LLM"] = f"`{tower.teacher['llm']}`" if tower.teacher.get("llm") else ""
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value), ""]
+    if card:
+        rows["vision tower"] = f"{card.family}, {card.image_size} px, started from `{card.origin}`"
+        rows["SHA-256 of the tower"] = f"`{card.weights_sha256}`"
+        rows["tower's teacher LLM"] = f"`{card.teacher['llm']}`" if card.teacher.get("llm") else ""
+    table = markdown_table(("", ""), [(name, value) for name, value in rows.items() if value])
     head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "license: other"]
     head += ["tags:", "- llava", "- llm2clip", "---", "", f"# {made['checkpoint']}", ""]
-    kind = "LLaVA 1.5 with an LLM2CLIP vision tower" if tower else "LLaVA 1.5"
+    kind = "LLaVA 1.5 with an LLM2CLIP vision tower" if card else "LLaVA 1.5"
     use = USE.replace("OPTION", OPTION if own_code else "")
-    use += f"{SERVED}{'' if model_type in STOCK else PLUGIN}\n"
-    return "\n".join([*head, f"{kind}, exported by llm2clip-plugin.", "", *table, *LICENSE, use])
+    use += f"{SERVED}{'' if tower.config['model_type'] in STOCK else PLUGIN}\n"
+    return "\n".join([*head, f"{kind}, exported by llm2clip-plugin.", "", table, *LICENSE, use])
 
 
 # Compare an exported model with LLaVA's own code on the same checkpoint: one question about one image.
@@ -244,8 +246,7 @@ PIXEL_TOLERANCE = 1e-5  # of normalized pixels; one level of 255 is about 0.015
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one side computes."""
 
     token_ids: list[int]  # of the prompt, one ``<image>`` for the image
@@ -273,35 +274,23 @@ def compare(made: Export, directory: Path) -> str:
         ours = hf_outcome(made, directory)
         theirs = llava_outcome(made, ours.answer)
     where = f"the exported model differs from LLaVA's own code on {made.checkpoint.directory}"
-    vocabulary = theirs.logits_TV.shape[1]
-    expected_ids = [vocabulary if token < 0 else token for token in theirs.token_ids]
-    if ours.token_ids != expected_ids:
-        raise ContractError(f"{where}: the prompt's token ids {_first_difference(ours.token_ids, expected_ids)}")
-    pixels = _largest(ours.pixels_3SS, theirs.pixels_3SS, where, "pixels")
-    logits = _largest(ours.logits_TV[:, :vocabulary], theirs.logits_TV, where, "logits")
-    top = theirs.logits_TV.abs().max().item()
-    if pixels > PIXEL_TOLERANCE:
-        raise ContractError(f"{where}: pixels by {pixels:.2g} (at most {PIXEL_TOLERANCE:g})")
-    if logits > top * LOGIT_TOLERANCE:
-        raise ContractError(f"{where}: logits by {logits:.2g}, where the largest is {top:.3g}")
-    if ours.answer != theirs.answer:
-        raise ContractError(f"{where}: the greedy answer's tokens {_first_difference(ours.answer, theirs.answer)}")
+    top, vocabulary = theirs.logits_TV.abs().max().item(), theirs.logits_TV.shape[1]
+    expected = [vocabulary if token < 0 else token for token in theirs.token_ids]
+    for what, mine, other in (("prompt", ours.token_ids, expected), ("answer", ours.answer, theirs.answer)):
+        if mine != other:
+            raise ContractError(f"{where}: the {what}'s token ids are {mine}, LLaVA's {other}")
+    largest = {}
+    for what, mine, other, limit in (
+        ("pixels", ours.pixels_3SS, theirs.pixels_3SS, PIXEL_TOLERANCE),
+        ("logits", ours.logits_TV[:, :vocabulary], theirs.logits_TV, top * LOGIT_TOLERANCE),
+    ):
+        largest[what] = (mine - other).abs().max().item() if mine.shape == other.shape else float("inf")
+        if not largest[what] <= limit:
+            raise ContractError(f"{where}: {what} by {largest[what]:.2g} (at most {limit:.2g})")
     return (
-        f"token ids equal, pixels within {pixels:.1e}, logits within {logits:.1e} (largest {top:.3g}), answers of "
-        f"{len(ours.answer)} tokens equal"
+        f"token ids equal, pixels within {largest['pixels']:.1e}, logits within {largest['logits']:.1e} "
+        f"(largest {top:.3g}), answers of {len(ours.answer)} tokens equal"
     )
-
-
-def _first_difference(ours: list[int], theirs: list[int]) -> str:
-    pairs = zip(ours, theirs, strict=False)
-    place = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(ours), len(theirs)))
-    return f"at {place} are {ours[place : place + 3]}, LLaVA's are {theirs[place : place + 3]}"
-
-
-def _largest(ours: Tensor, theirs: Tensor, where: str, what: str) -> float:
-    if ours.shape != theirs.shape:
-        raise ContractError(f"{where}: {what} have shape {tuple(ours.shape)}, LLaVA's {tuple(theirs.shape)}")
-    return (ours - theirs).abs().max().item()
 
 
 def rounded(model: Any, dtype: torch.dtype | None) -> Any:
@@ -343,7 +332,7 @@ def llava_outcome(made: Export, answer: list[int]) -> Outcome:
     logits_TV = model(torch.tensor([ids + answer]), images=pixels).logits[0]
     end = len(logits_TV) - len(answer)
     likely = logits_TV[end - 1 : -1].argmax(-1).tolist()
-    return Outcome(token_ids=ids, pixels_3SS=pixels[0], logits_TV=logits_TV[:end], answer=likely)
+    return Outcome(ids, pixels[0], logits_TV[:end], likely)
 
 
 def hf_outcome(made: Export, directory: Path) -> Outcome:
@@ -364,7 +353,7 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
     answer = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, len(ids) :].tolist()
     image_id = model.config.image_token_index
     one = [token for token, before in zip(ids, [None, *ids], strict=False) if token != image_id or before != image_id]
-    return Outcome(token_ids=one, pixels_3SS=inputs["pixel_values"][0], logits_TV=logits, answer=answer)
+    return Outcome(one, inputs["pixel_values"][0], logits, answer)
 
 
 def inputs_of_4_37(made: Export, directory: Path) -> dict[str, Any]:
@@ -375,7 +364,7 @@ def inputs_of_4_37(made: Export, directory: Path) -> dict[str, Any]:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     image_processor = transformers.CLIPImageProcessor.from_pretrained(directory)
-    aspect = SimpleNamespace(image_aspect_ratio="pad" if made.pads else None)
+    aspect = SimpleNamespace(image_aspect_ratio="pad" if pads(made.checkpoint.config) else None)
     pixels = process_images([test_image()], image_processor, aspect)
     return {**tokenizer(prompt(tokenizer, directory), return_tensors="pt"), "pixel_values": pixels}
 

@@ -24,23 +24,20 @@ VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-HUMAN = VICUNA.replace("user", "human")
-VISUAL = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """The text around the messages: a system sentence, then for each role what precedes and follows a message."""
+    """The text around the messages: a system sentence, then for each role what precedes and follows a message.
 
-    system: str = ""
-    around_system: tuple[str, str] = ("", "")
-    user: tuple[str, str]
-    assistant: tuple[str, str]
-    first_user: str | None = None  # precedes the first message in place of user[0]
-    generation: str = ""  # ends a prompt
+    The defaults are Vicuna v1's.
+    """
+
+    system: str = VICUNA
+    around_system: tuple[str, str] = ("", " ")
+    user: tuple[str, str] = ("USER: ", " ")
+    assistant: tuple[str, str] = ("ASSISTANT: ", "</s>")
+    generation: str = "ASSISTANT:"  # ends a prompt
     image: str = f"{IMAGE}\n"  # an image, before the text of its message
 
     def served_template(self, *, bos: bool, space: bool) -> str:
@@ -52,37 +49,35 @@ class Conversation:
         """
         if not bos:
             return self.chat_template()
-        first = self.user[0] if self.first_user is None else self.first_user
-        begins = self.around_system[0] + self.system + first  # "": with the image
+        begins = self.around_system[0] + self.system + self.user[0]  # "": with the image
         return "{{- bos_token -}}\n" + ("{{- '▁' -}}\n" if space and begins else "") + self.chat_template()
 
     def chat_template(self) -> str:
         """The Jinja template, for ``content`` as a string or as a list of parts (images first, as in LLaVA)."""
-        before, after = map(_quoted, self.around_system)
-        first = _quoted(self.user[0] if self.first_user is None else self.first_user)
-        user, user_end = map(_quoted, self.user)
-        assistant, assistant_end = map(_quoted, self.assistant)
+
+        def literal(text: str) -> str:
+            return json.dumps(text, ensure_ascii=False)
+
+        before, after = map(literal, self.around_system)
+        user, user_end = map(literal, self.user)
+        assistant, assistant_end = map(literal, self.assistant)
         lines = [
             "{%- if messages[0]['role'] == 'system' -%}",
             "{%- set system = messages[0]['content'] -%}",
             "{%- if system is not string -%}{%- set system = system[0]['text'] -%}{%- endif -%}",
             "{%- set turns = messages[1:] -%}",
             "{%- else -%}",
-            f"{{%- set system = {_quoted(self.system)} -%}}",
+            f"{{%- set system = {literal(self.system)} -%}}",
             "{%- set turns = messages -%}",
             "{%- endif -%}",
             f"{{{{- {before} + system + {after} -}}}}",
             "{%- for message in turns -%}",
-            "{%- if message['role'] == 'user' -%}",
-            f"{{{{- {first} if loop.first else {user} -}}}}",
-            "{%- else -%}",
-            f"{{{{- {assistant} -}}}}",
-            "{%- endif -%}",
+            f"{{{{- {user} if message['role'] == 'user' else {assistant} -}}}}",
             "{%- if message['content'] is string -%}",
             "{{- message['content'] -}}",
             "{%- else -%}",
             "{%- for part in message['content'] -%}",
-            f"{{%- if part['type'] != 'text' -%}}{{{{- {_quoted(self.image)} -}}}}{{%- endif -%}}",
+            f"{{%- if part['type'] != 'text' -%}}{{{{- {literal(self.image)} -}}}}{{%- endif -%}}",
             "{%- endfor -%}",
             "{%- for part in message['content'] -%}",
             "{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}",
@@ -90,63 +85,24 @@ class Conversation:
             "{%- endif -%}",
             f"{{{{- {user_end} if message['role'] == 'user' else {assistant_end} -}}}}",
             "{%- endfor -%}",
-            f"{{%- if add_generation_prompt -%}}{{{{- {_quoted(self.generation)} -}}}}{{%- endif -%}}",
+            f"{{%- if add_generation_prompt -%}}{{{{- {literal(self.generation)} -}}}}{{%- endif -%}}",
         ]
         return "\n".join(lines) + "\n"
 
 
-def _quoted(text: str) -> str:
-    """A Jinja string literal."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _two(system: str) -> Conversation:
-    """Vicuna v1's style."""
-    return Conversation(
-        system=system,
-        around_system=("", " "),
-        user=("USER: ", " "),
-        assistant=("ASSISTANT: ", "</s>"),
-        generation="ASSISTANT:",
-    )
-
-
-def _llama_2(system: str) -> Conversation:
-    """Llama 2's style. The tokenizer adds the first <s>."""
-    return Conversation(
-        system=system,
-        around_system=("[INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
-        user=("<s>[INST] ", " [/INST]"),
-        assistant=(" ", " </s>"),
-        first_user="",
-    )
-
-
-def _chatml(system: str) -> Conversation:
-    return Conversation(
-        system=system,
-        around_system=("<|im_start|>system\n", "<|im_end|>"),
-        user=("<|im_start|>user\n", "<|im_end|>"),
-        assistant=("<|im_start|>assistant\n", "<|im_end|>"),
-        generation="<|im_start|>assistant\n",
-    )
-
-
+CHATML = Conversation(
+    system="Answer the questions.",
+    around_system=("<|im_start|>system\n", "<|im_end|>"),
+    user=("<|im_start|>user\n", "<|im_end|>"),
+    assistant=("<|im_start|>assistant\n", "<|im_end|>"),
+    generation="<|im_start|>assistant\n",
+)
+# pretraining: the image, then its caption
+PLAIN = Conversation(system="", around_system=("", ""), user=("", ""), assistant=("", "\n"), generation="", image=IMAGE)
 CONVERSATIONS: dict[str, Conversation] = {
-    **dict.fromkeys(("v1", "vicuna_v1"), _two(VICUNA)),
-    "llava_v1": _two(HUMAN),
-    "llava_v0": Conversation(
-        system=HUMAN,
-        around_system=("", "###"),
-        user=("Human: ", "###"),
-        assistant=("Assistant: ", "###"),
-        generation="Assistant:",
-    ),
-    "llava_llama_2": _llama_2(VISUAL),
-    "mistral_instruct": Conversation(user=("[INST] ", " [/INST]"), assistant=(" ", " </s>")),
-    **dict.fromkeys(("chatml_direct", "mistral_direct"), _chatml("Answer the questions.")),
-    # pretraining: the image, then its caption
-    **dict.fromkeys(("plain", "v0_plain"), Conversation(user=("", ""), assistant=("", "\n"), image=IMAGE)),
+    **dict.fromkeys(("v1", "vicuna_v1"), Conversation()),
+    **dict.fromkeys(("chatml_direct", "mistral_direct"), CHATML),
+    **dict.fromkeys(("plain", "v0_plain"), PLAIN),
 }
 
 
@@ -242,18 +198,18 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
         proto.ParseFromString(path.read_bytes())
     if proto.trainer_spec.model_type != BPE_TYPE or not proto.pieces:
         raise ContractError(f"{path} is not a BPE tokenizer such as Llama's; {FIX}")
-    config = _json(directory / CONFIG)
-    config = {**config, **{k: v for k, v in _json(directory / "special_tokens_map.json").items() if v is not None}}
+    names = (CONFIG, "special_tokens_map.json", "added_tokens.json")
+    config, special, ids = (read_json(directory / n) if (directory / n).is_file() else {} for n in names)
+    config |= {name: token for name, token in special.items() if token is not None}
     with errors_about(directory / CONFIG, fix=FIX):
         added = {int(number): entry["content"] for number, entry in config.get("added_tokens_decoder", {}).items()}
-    added |= {number: token for token, number in _json(directory / "added_tokens.json").items()}
+    added |= {number: token for token, number in ids.items()}
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     symbols = {piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1}
-    symbols -= {*added.values()}
-    if symbols and (unreachable := symbols - {left + right for left, right in merges(pieces)}):
+    if unreachable := symbols - {*added.values()} - {left + right for left, right in merges(pieces)}:
         raise ContractError(
-            f"{path} has user-defined pieces that are no merges of others, such as {min(unreachable)[:60]!r}: the "
-            "exported tokenizer would split them; train the tokenizer without user_defined_symbols"
+            f"{path} has user-defined pieces that are no merges of others, such as {min(unreachable)[:60]!r}, which "
+            "the exported tokenizer would split"
         )
     return TokenizerFiles(
         directory=directory,
@@ -295,10 +251,6 @@ def write_tokenizer(files: TokenizerFiles, directory: Path, *, max_length: int |
     if image_id != files.size:
         raise ContractError(f"{files.directory}: ids of its added tokens have gaps; {FIX}")
     return image_id
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _tokenizer(files: TokenizerFiles) -> Any:

@@ -17,12 +17,11 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.vision import VisionEncoderInfo
 
 from llava_integration.checkpoints import blocks_below
-from llava_integration.serve.build import family_of_vision, of_tower_directories
+from llm2clip_plugin.vision.families import family_of_type
 from llm2clip_plugin.vision.towers import tower_blocks
 
 # vLLM is installed in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false
-
 
 __all__ = ["LlavaForConditionalGeneration"]
 
@@ -39,15 +38,12 @@ class EncoderInfo(VisionEncoderInfo):
         return self.hf_config.image_seq_length + dropped
 
     def get_image_size(self) -> int:
-        """Along one side, in pixels."""
         return self.vision_config.image_size
 
     def get_patch_size(self) -> int:
-        """Along one side, in pixels."""
         return self.vision_config.patch_size
 
     def get_patch_grid_length(self) -> int:
-        """Patches along one side."""
         return self.get_image_size() // self.get_patch_size()
 
 
@@ -57,13 +53,13 @@ class Tower(nn.Module):
     def __init__(self, config: Any) -> None:
         """``config``: of the whole LLaVA. The dtype is torch's default, which vLLM sets to the model's.
 
-        Raises ContractError for an unknown ``model_type``, ValueError for a state that the tower does not have.
+        Raises ValueError for an unknown ``model_type``, or a state that the tower does not have.
         """
         super().__init__()
         fields = config.vision_config.to_dict()
-        self.family = family_of_vision(fields, where="vision_config")
+        self.family = family_of_type(fields["model_type"], where="vision_config")
         own = self.family.vision_class()
-        self.vision = own.config_class.from_dict(of_tower_directories(fields, self.family))
+        self.vision = own.config_class.from_dict({**fields, "model_type": self.family.model_types[0]})
         self.model = own(self.vision).eval()
         self.state = blocks_below(config.vision_feature_layer, len(tower_blocks(self.model)))
         del tower_blocks(self.model)[self.state :]
@@ -84,9 +80,13 @@ class Tower(nn.Module):
         read, found = self.family.vision_class().from_pretrained(
             None, config=self.vision, state_dict=dict(weights), output_loading_info=True
         )
-        own = self.model.state_dict()
+        own, blocks = self.model.state_dict(), f"{self.family.blocks}."
+
+        def is_above(name: str) -> bool:  # the state that LLaVA selects
+            return name.startswith(blocks) and int(name[len(blocks) :].split(".")[0]) >= self.state
+
         missing = sorted(set(found["missing_keys"]) & {*own})
-        unknown = sorted(name for name in found["unexpected_keys"] if not self._deleted(name))
+        unknown = sorted(name for name in found["unexpected_keys"] if not is_above(name))
         if missing or unknown or found["mismatched_keys"]:
             raise ValueError(
                 f"the file's vision_tower is not a {self.family.name} tower: missing {missing or 'none'}, unknown "
@@ -96,11 +96,6 @@ class Tower(nn.Module):
         for name, value in own.items():
             value.copy_(tensors[name])
         return {f"model.{name}" for name in own}
-
-    def _deleted(self, name: str) -> bool:
-        """Whether a tensor belongs to a block above the state that LLaVA selects."""
-        blocks = f"{self.family.blocks}."
-        return name.startswith(blocks) and int(name[len(blocks) :].split(".")[0]) >= self.state
 
 
 def init_vision_tower(config: Any, *args: Any, **kwargs: Any) -> nn.Module:

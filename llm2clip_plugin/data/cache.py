@@ -16,20 +16,34 @@ Tensors of a shard with N samples and R captions (blank captions have no row, eq
 | keys           | (K,)   | uint8        | the sample keys, UTF-8, one after the other                  |
 | key_starts     | (N+1,) | int64        | where each key starts                                        |
 | row_checks     | (R,)   | int64        | CRC-32 of number, scale and row; compared at every read   |
+
+That a cache holds the captions of a source is proven once, by a digest of a shard's keys and caption hashes that both
+have: the cache since it was embedded, the source in a file next to the data, with the size and time of the shard's
+file, for each choice of caption fields. A start compares the two. Where they differ, or the file has changed, the
+captions themselves are read: by one of the processes that start together, while the others wait.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import math
 import os
+import struct
+import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import (
     CACHE_DTYPES,
     VALUE_BYTES,
@@ -40,21 +54,153 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     shard_file,
 )
-from llm2clip_plugin.data.cache_proof import check_captions
-from llm2clip_plugin.data.cache_shard import META, REDO, ShardFile, row_check, rows_digest, tensors_digest
 from llm2clip_plugin.data.index import stamps_of
-from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.files import PROGRESS, ContractError, tell_job
+from llm2clip_plugin.data.remote import RetryingFile
+from llm2clip_plugin.data.samples import Caption, caption_hash, hash_hex
+from llm2clip_plugin.data.sources.base import Shard, Source
+from llm2clip_plugin.data.workers import cores, parallel
+from llm2clip_plugin.files import PROGRESS, ContractError, errors_about, parse_header, tell_job
 from llm2clip_plugin.options import unknown
 
 log = logging.getLogger(__name__)
 
 OPEN_SHARDS = 64  # files that one process keeps open
-FEW_SHARDS = 16  # shards whose headers are read at every start
+FEW_SAMPLES = 16384  # samples whose captions this process compares alone, without a pool
 ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
+REDO = "rerun `llm2clip embed` with the options that made it: it embeds what is missing or damaged"
+
+# of a shard's file
+TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
+CHECKS = ("image_checks", "row_checks")  # caches of older versions have image_checks, which are ignored
+METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "checks_sha256", "truncated")
+META = "llm2clip"  # the metadata entry that holds METADATA as JSON
+DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
+
+
+def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over the tensors' bytes in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
+
+
+def row_check(row_W: np.ndarray, scale: float, number: int) -> int:
+    """Checksum of a stored row with its scale and its number in the shard."""
+    return zlib.crc32(row_W.data, zlib.crc32(struct.pack("<fq", scale, number)))
+
+
+def has_text(caption: Caption) -> bool:
+    """Whether a caption gets an embedding: blank ones don't."""
+    return bool(caption.text.strip())
+
+
+def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]:
+    """The rows of a shard: (index of the sample, caption hash) for each distinct caption with text, in order."""
+    rows: list[tuple[int, int]] = []
+    for index, of_sample in enumerate(captions):
+        distinct = dict.fromkeys(caption_hash(caption.text) for caption in of_sample if has_text(caption))
+        rows.extend((index, value) for value in distinct)
+    return rows
+
+
+def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
+    """SHA-256 of the keys and caption hashes that a shard's rows belong to, in order."""
+    return sha256_text(canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]]))
+
+
+class ShardFile:
+    """One shard's file, read by position: one open file, and transient errors are retried.
+
+    Raises ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = RetryingFile(path)
+        try:
+            self.size = self._file.size()  # bytes
+            header = parse_header(self.size, self._file.read)
+            self._data_start, self._entries = header.data_start, header.entries
+            if wrong := {*TENSORS, "row_checks", "image_checks"} ^ {*header.entries, "image_checks"}:
+                raise ValueError(f"unknown or missing tensors: {', '.join(sorted(wrong))}")
+            self.meta: dict[str, str] = json.loads(header.metadata[META])
+            if missing := {*METADATA} - {*self.meta}:
+                raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
+            self.captions, self.width = self._entries["embeddings"].shape
+            self.samples = self._entries["row_starts"].shape[0] - 1
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ContractError(
+                f"{path} is truncated or not a shard of an embedding cache ({error}); {REDO}"
+            ) from error
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """An entire tensor of the file."""
+        return self._read(name, 0, self._entries[name].shape[0])
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A tensor from one index of its first axis to another."""
+        entry = self._entries[name]
+        dtype, shape = np.dtype(DTYPES[entry.dtype]), (stop - start, *entry.shape[1:])
+        one = math.prod(shape[1:]) * dtype.itemsize
+        data = self._file.read(shape[0] * one, self._data_start + entry.start + start * one)
+        if len(data) != shape[0] * one:
+            raise ContractError(f"{self.path} was truncated while it was read; {REDO}")
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    def key(self, index: int) -> str:
+        """The key of a sample."""
+        start, stop = self._read("key_starts", index, index + 2).tolist()
+        return self._read("keys", start, stop).tobytes().decode()
+
+    def row_numbers(self, index: int, captions: Sequence[Caption], key: str) -> list[int]:
+        """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption was not embedded."""
+        if not 0 <= index < self.samples:
+            raise ContractError(f"{self.path} has no sample {index} of {self.samples}; {REDO}")
+        if key and self.key(index) != key:
+            raise ContractError(
+                f"{self.path}: sample {index} has key {key!r} in the data, {self.key(index)!r} in the cache; {REDO}"
+            )
+        start, stop = self._read("row_starts", index, index + 2).tolist()
+        row_of = {value: row for row, value in enumerate(self._read("caption_hashes", start, stop).tolist(), start)}
+        hashes = [caption_hash(caption.text) for caption in captions]
+        for value, caption in zip(hashes, captions, strict=True):
+            if value not in row_of:
+                known = ", ".join(map(hash_hex, row_of)) or "none"
+                text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
+                raise ContractError(
+                    f"{self.path}: sample {self.key(index)!r}: caption {text!r} (hash {hash_hex(value)}) was not "
+                    f"embedded; cached caption hashes: {known}; if its data was changed and the file's time kept, "
+                    f"`touch` that file; {REDO}"
+                )
+        return [row_of[value] for value in hashes]
+
+    def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
+        """(n, W) float32 of these rows, which should be near each other, as those of one sample are.
+
+        Raises ContractError for a row that is not finite or has another checksum.
+        """
+        first, stop = (min(rows), max(rows) + 1) if rows else (0, 0)
+        chosen = np.array(rows, dtype=np.int64) - first
+        stored_nW, scale_n = self._read("embeddings", first, stop)[chosen], self._read("scales", first, stop)[chosen]
+        checks = self._read("row_checks", first, stop)[chosen].tolist()
+        for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
+            if row_check(row_W, scale, number) != check:
+                raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {REDO}")
+        value_nW = stored_nW.astype(np.float32) * scale_n[:, None]
+        if not np.isfinite(value_nW).all():
+            raise ContractError(f"{self.path} is damaged: a row of {list(rows)} is not finite; {REDO}")
+        return torch.from_numpy(value_nW)
+
+    def damage(self) -> str:
+        """What is wrong with the file's contents, "" if nothing is; reads every byte."""
+        for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
+            digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._entries})
+            if digest != self.meta[name]:
+                return f"SHA-256 {digest}, expected {self.meta[name]}"
+        return ""
 
 
 class EmbeddingCache:
@@ -76,7 +222,7 @@ class EmbeddingCache:
         """Open a cache.
 
         Raises FileNotFoundError if there is none, ContractError if its teacher or width differs, it is incomplete,
-        or a shard is missing or truncated; the message has both values.
+        or a shard is missing or has another size; the message has both values.
         """
         directory = Path(directory)
         path = directory / CacheManifest.FILE
@@ -93,9 +239,13 @@ class EmbeddingCache:
                 f"{directory} contains embeddings of width {manifest.width} ({manifest.teacher['llm']}), expected "
                 f"{expect_width}; use the cache of the LLM that the text adapter was made for"
             )
-        cache = cls(directory, manifest)
-        cache._check_files()
-        return cache
+        paths = [str(directory / entry["file"]) for entry in manifest.shards.values()]
+        for path, entry, stamp in zip(paths, manifest.shards.values(), stamps_of(paths), strict=True):
+            if stamp is None:
+                raise ContractError(f"{path} is missing, but the manifest lists it; {REDO}")
+            if stamp[0] != entry.get("bytes", stamp[0]):  # caches of older versions have no "bytes"
+                raise ContractError(f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {REDO}")
+        return cls(directory, manifest)
 
     @property
     def width(self) -> int:
@@ -116,23 +266,6 @@ class EmbeddingCache:
         # a worker opens the files itself
         return {"directory": self.directory, "manifest": self.manifest, "_files": OrderedDict()}
 
-    def _check_files(self) -> None:
-        """Raise ContractError for a file that is missing or has another size than the manifest says.
-
-        The headers of few files, and of those without a recorded size, are compared too; the others' when they are
-        first read (``shard``).
-        """
-        entries = self.manifest.shards
-        stamps = stamps_of([str(self.directory / entry["file"]) for entry in entries.values()])
-        for (name, entry), stamp in zip(entries.items(), stamps, strict=True):
-            path = self.directory / entry["file"]
-            if stamp is None:
-                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}")
-            if len(entries) <= FEW_SHARDS or "bytes" not in entry:
-                self.shard(name)
-            elif stamp[0] != entry["bytes"]:
-                raise ContractError(f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {REDO}")
-
     def shard(self, name: str) -> ShardFile:
         """A shard's file; raises ContractError if it is missing or differs from the manifest."""
         if name in self._files:
@@ -146,7 +279,7 @@ class EmbeddingCache:
         try:
             file = ShardFile(path)
         except FileNotFoundError as error:
-            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}") from error
+            raise ContractError(f"{path} is missing, but the manifest lists it; {REDO}") from error
         actual = {"width": file.width, "samples": file.samples, "captions": file.captions, **file.meta}
         expected = {"fingerprint": self.fingerprint, "width": self.width, "dtype": self.manifest.dtype, **entry}
         expected |= {"truncated": str(entry["truncated"])}
@@ -173,7 +306,47 @@ class EmbeddingCache:
         The captions are read where digests don't show that they are the cache's, or everywhere with ``full``. Raises
         ContractError at the first difference, with both values.
         """
-        check_captions(source, self.manifest.shards, self.shard, full=full)
+        for shard in source.shards:
+            entry = self.manifest.shards.get(shard.name)
+            if entry is None or entry["samples"] != shard.size:
+                file = self.shard(shard.name)  # raises for an unknown shard
+                raise ContractError(
+                    f"{file.path}: shard {shard.name!r} has {shard.size} samples in {source.path}, {file.samples} "
+                    f"when it was embedded; {REDO}"
+                )
+        if full or self._unproven(source):
+            folder = source.side_folder
+            with folder.lock(f"compare {source.path} with its embeddings") if folder else nullcontext():
+                self._compare(source, source.shards if full else self._unproven(source), full)
+
+    def _unproven(self, source: Source) -> list[Shard]:
+        """The shards without a recorded digest that says that the cache has their captions."""
+        known, entries = _known(source), self.manifest.shards
+        return [shard for shard in source.shards if entries[shard.name]["rows_sha256"] not in known.get(shard.name, ())]
+
+    def _compare(self, source: Source, shards: Sequence[Shard], full: bool) -> None:
+        """Compare the captions of these shards with the cache, from all cores if there is much to read."""
+        results: dict[str, tuple[str, str]] = {}
+        total = sum(shard.size for shard in shards)
+        processes = min(cores(), len(shards)) if total > FEW_SAMPLES else 1
+        try:
+            with progress_bar(total=total, label="compare captions", unit="samples") as bar:
+                compared = parallel(partial(self._compare_shard, source, full), shards, processes=processes)
+                for shard, result in zip(shards, compared, strict=True):
+                    results[shard.name] = result
+                    bar.update(shard.size)
+        finally:
+            _record(source, results)
+
+    def _compare_shard(self, source: Source, full: bool, shard: Shard) -> tuple[str, str]:
+        """Digests of a shard's captions and of the cache's; ContractError at the first caption that the cache lacks."""
+        keys, captions = shard_captions(source, shard)
+        file = self.shard(shard.name)
+        digest, in_cache = rows_digest(keys, caption_rows(captions)), file.meta["rows_sha256"]
+        if full or digest != in_cache:
+            for index, (key, texts) in enumerate(zip(keys, captions, strict=True)):
+                file.row_numbers(index, list(filter(has_text, texts)), key)
+        return digest, in_cache
 
     def verify(self) -> None:
         """Read every byte and compare each shard's SHA-256 with the manifest's. Raises ContractError."""
@@ -190,19 +363,58 @@ def _check_manifest(manifest: CacheManifest, path: Path) -> None:
     for name, entry in manifest.shards.items():
         if missing := [value for value in ENTRY if value not in entry]:
             raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {REDO}")
-        if os.path.isabs(entry["file"]) or os.path.normpath(entry["file"]).startswith(".."):
-            raise ContractError(f"{path}: the file of shard {name!r}, {entry['file']!r}, is outside the cache")
-    if manifest.dtype not in CACHE_DTYPES:
-        raise ContractError(f"{path} has unknown dtype {manifest.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
-    try:
+    with errors_about(path, fix=REDO):
         teacher = TeacherIdentity(**manifest.teacher)
-    except TypeError as error:
-        raise ContractError(f"{path}: its teacher has unknown or missing settings ({error}); {REDO}") from error
     if teacher.fingerprint != manifest.fingerprint or teacher.width != manifest.width:
         raise ContractError(
             f"{path} was edited: it has fingerprint {manifest.fingerprint} and width {manifest.width}, its teacher's "
             f"settings give {teacher.fingerprint} and {teacher.width}; {REDO}"
         )
+
+
+# Digests of a source's captions
+
+
+def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]]]:
+    """Keys and captions of a shard's samples; an unreadable sample has a key and no captions."""
+    samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
+    return [key for key, _ in samples], [captions for _, captions in samples]
+
+
+def kept_digests(source: Source) -> dict[str, str]:
+    """Digest of each shard of a source whose file is still the one that was read."""
+    return {name: fits[0] for name, fits in _known(source).items()}
+
+
+def keep_digests(source: Source, digests: Mapping[str, str]) -> None:
+    """Record the digests of some shards for the next start."""
+    if source.side_folder is not None and digests:
+        with source.side_folder.lock(f"record the digests of {source.path}"):
+            _record(source, {name: (digest, digest) for name, digest in digests.items()})
+
+
+def _known(source: Source) -> dict[str, list[str]]:
+    """For each shard whose file is the one that was read: its digest, and those of caches that hold its captions."""
+    recorded = source.side_folder.read_json(source.digests) if source.side_folder else {}
+    known: dict[str, list[str]] = {}
+    for shard, stamp in zip(source.shards, source.stamps, strict=bool(recorded)):
+        match recorded.get(shard.name):
+            case {"stamp": was, "fits": [_, *_] as fits} if was == list(stamp):
+                known[shard.name] = list(map(str, fits))
+    return known
+
+
+def _record(source: Source, results: Mapping[str, tuple[str, str]]) -> None:
+    """Add (digest, digest of a cache that has these captions) of some shards; the lock is held."""
+    if source.side_folder is None or not results:
+        return
+    known, stamps = _known(source), dict(zip((shard.name for shard in source.shards), source.stamps, strict=True))
+    entries = {}
+    for name, (digest, in_cache) in results.items():
+        others = known.get(name, [digest])
+        others = {*others, in_cache} if others[0] == digest else {in_cache}
+        entries[name] = {"stamp": list(stamps[name]), "fits": [digest, *sorted(others - {digest})]}
+    source.side_folder.add_json(source.digests, entries)
 
 
 class CacheWriter:
@@ -218,9 +430,17 @@ class CacheWriter:
         self.identity = identity
         self.dtype = dtype
         self._written: list[str] = []
+        self._empty = CacheManifest(
+            teacher=dict(vars(identity)),
+            fingerprint=identity.fingerprint,
+            dtype=dtype,
+            width=identity.width,
+            shards={},
+            complete=False,
+        )
         path = self.directory / CacheManifest.FILE
         if not path.is_file():
-            self._manifest({}, complete=False).write(path)
+            self._empty.write(path)
             return
         existing = self.manifest()
         if existing.fingerprint != identity.fingerprint:
@@ -237,16 +457,6 @@ class CacheWriter:
     def manifest(self) -> CacheManifest:
         """The directory's, as it is now."""
         return CacheManifest.read(self.directory / CacheManifest.FILE)
-
-    def _manifest(self, shards: dict[str, dict[str, object]], *, complete: bool) -> CacheManifest:
-        return CacheManifest(
-            teacher=dict(vars(self.identity)),
-            fingerprint=self.identity.fingerprint,
-            dtype=self.dtype,
-            width=self.identity.width,
-            shards=shards,
-            complete=complete,
-        )
 
     def path(self, shard: str) -> Path:
         """The file of a shard."""
@@ -305,18 +515,16 @@ class CacheWriter:
         Raises ValueError for a wrong shape or a non-finite row, ContractError if int8 loses too much.
         """
         embeddings = embeddings.float()
-        shape, expected = tuple(embeddings.shape), (len(rows), self.identity.width)
-        if shape != expected:
-            raise ValueError(f"shard {shard}: embeddings of shape {shape}, expected {expected}")
-        indices = [index for index, _ in rows]
+        shape, indices = (len(rows), self.identity.width), [index for index, _ in rows]
+        if embeddings.shape != shape:
+            raise ValueError(f"shard {shard}: embeddings of shape {tuple(embeddings.shape)}, expected {shape}")
         if indices != sorted(indices) or (indices and not 0 <= indices[0] <= indices[-1] < len(keys)):
             raise ValueError(f"shard {shard}: rows must be in order of sample, with indices under {len(keys)}")
         finite = torch.isfinite(embeddings).all(dim=1)
         if not bool(finite.all()):
             worst = int((~finite).nonzero()[0])
             raise ValueError(f"shard {shard}: the embedding of a caption of {keys[indices[worst]]!r} is not finite")
-        stored, scales = quantize(embeddings, self.dtype)
-        self._refuse_inaccurate(shard, embeddings, stored)
+        stored, scales = _quantize(embeddings, self.dtype, shard)
         encoded, values = [key.encode() for key in keys], stored.numpy()
         tensors = {
             "embeddings": values,
@@ -343,18 +551,6 @@ class CacheWriter:
         self._written.append(shard)
         tell_job(PROGRESS)
 
-    def _refuse_inaccurate(self, shard: str, embeddings: torch.Tensor, stored: torch.Tensor) -> None:
-        """ContractError for int8 where a few huge dimensions would round the others away."""
-        if self.dtype != "int8" or not len(embeddings):
-            return
-        cosine = torch.nn.functional.cosine_similarity(embeddings, stored.float(), dim=1)
-        cosine = cosine[embeddings.abs().amax(dim=1) > 0]
-        if len(cosine) and float(cosine.min()) < INT8_COSINE:
-            raise ContractError(
-                f"shard {shard}: the cosine similarity of an embedding and its int8 form is {float(cosine.min()):.5f}, "
-                f"lower than {INT8_COSINE}; use --dtype float16"
-            )
-
     def finish(self, shards: Sequence[str] | None = None) -> CacheManifest | None:
         """Write and return the complete manifest if every shard exists; None while other ranks still write.
 
@@ -378,19 +574,29 @@ class CacheWriter:
                 "sha256": file.meta["sha256"],
                 "bytes": file.size,
             }
-        manifest = self._manifest(entries, complete=True)
+        manifest = replace(self._empty, shards=entries, complete=True)
         manifest.write(path)
         return manifest
 
 
-def quantize(embeddings: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, W) float32 -> stored rows (R, W) in ``dtype`` and scales (R,) float32, row x scale being the embedding."""
+def _quantize(embeddings: torch.Tensor, dtype: str, shard: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, W) float32 -> stored rows (R, W) in ``dtype`` and scales (R,) float32, row x scale being the embedding.
+
+    Raises ContractError for int8 where a few huge dimensions would round the others away.
+    """
     largest = embeddings.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    if dtype == "int8":
-        scales = largest / 127.0
-        return (embeddings / scales[:, None]).round_().to(torch.int8), scales
-    scales = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0))
-    return (embeddings / scales[:, None]).to(torch.float16), scales
+    if dtype == "float16":
+        scales = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0))
+        return (embeddings / scales[:, None]).to(torch.float16), scales
+    scales = largest / 127.0
+    stored = (embeddings / scales[:, None]).round_().to(torch.int8)
+    cosine = torch.nn.functional.cosine_similarity(embeddings, stored.float(), dim=1)[embeddings.any(dim=1)]
+    if len(cosine) and float(cosine.min()) < INT8_COSINE:
+        raise ContractError(
+            f"shard {shard}: the cosine similarity of an embedding and its int8 form is {float(cosine.min()):.5f}, "
+            f"lower than {INT8_COSINE}; use --dtype float16"
+        )
+    return stored, scales
 
 
 def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,8 +28,7 @@ from llm2clip_plugin.data.samples import (
     select_captions,
     words_of,
 )
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import check_fields, open_source
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.data.sources.rows import NO_IMAGE
 from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import check_hub_answers, printable
@@ -46,7 +45,6 @@ class CheckConfig(SourceConfig):
     validation: str = ""  # another data set: how many of its pictures and captions are in this one, too
     tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "": count words
     max_tokens: int = 512  # count captions longer than this, in tokens (or words); the teacher truncates them
-    small_side: int = 32  # count images with a side shorter than this, in pixels
     max_broken: float = 0.01  # fraction of broken samples above which training stops
     show: int = 10  # how many broken samples, duplicate captions ... to list; --json lists all broken samples
     workers: int = 0  # processes; 0: one per core
@@ -73,8 +71,8 @@ class Reading:
     broken: list[dict[str, str]] = field(default_factory=list)  # {"shard", "key", "reason"}
     without_captions: list[dict[str, str]] = field(default_factory=list)  # the same; intact, but no selected caption
     blank_captions: int = 0
-    replaced_characters: int = 0  # captions with U+FFFD, which replaces invalid UTF-8
-    captions: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, language) -> captions
+    kinds: Counter[str] = field(default_factory=Counter)  # captions of each
+    languages: Counter[str] = field(default_factory=Counter)
     unused_fields: Counter[str] = field(default_factory=Counter)  # fields with a text of words that is no caption
     nested_captions: int = 0  # samples with a caption that contains another one
     formats: Counter[str] = field(default_factory=Counter)  # JPEG, PNG, WEBP
@@ -162,7 +160,9 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
             sample = source.with_image(number)
             key, captions = sample.key, sample.captions
             reading.blank_captions += sample.blank_captions
-            reading.unused_fields.update(name for name in sample.meta.keys() - used if _is_text(sample.meta[name]))
+            texts = {name: text for name, text in sample.meta.items() if isinstance(text, str) and name not in used}
+            # words, not a name, a hash or JSON
+            reading.unused_fields.update(n for n, text in texts.items() if " " in text.strip() and text[0] not in "{[")
             value, size = _read_image(sample, reading)
             image_rows.append((value, number, *size))
         except BrokenSample as error:
@@ -181,11 +181,6 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
     reading.key_rows.append(np.array(key_rows, dtype=np.int64).reshape(-1, 2))
     reading.image_rows.append(np.array(image_rows, dtype=np.int64).reshape(-1, 4))
     return reading
-
-
-def _is_text(value: object) -> bool:
-    """Whether a field may be a caption: words, not a name, a hash or JSON."""
-    return isinstance(value, str) and " " in value.strip() and not value.startswith(("{", "["))
 
 
 def _read_image(sample: Sample, reading: Reading) -> tuple[int, tuple[int, int]]:
@@ -208,8 +203,8 @@ def _read_captions(
     distinct = {f" {text} " for text in words}
     reading.nested_captions += any(one != other and one in other for one in distinct for other in distinct)
     for caption, text in zip(captions, words, strict=True):
-        reading.captions[caption.kind, caption.language] += 1
-        reading.replaced_characters += "\ufffd" in caption.text
+        reading.kinds[caption.kind] += 1
+        reading.languages[caption.language] += 1
         yield caption_hash(caption.text), number, count(caption.text), caption_hash(text)
 
 
@@ -220,10 +215,6 @@ def build_report(
     bad = len(reading.broken) + len(reading.without_captions)  # a sample is in at most one of the two lists
     fraction = bad / reading.samples if reading.samples else 1.0
     images = reading.rows("image_rows", 4)
-    by_kind, by_language = Counter(), Counter()
-    for (kind, language), number in reading.captions.items():
-        by_kind[kind] += number
-        by_language[language] += number
     return {
         "path": config.path,
         "shards": len(source.shards),
@@ -234,18 +225,17 @@ def build_report(
         "broken_shards": [{"shard": name, "reason": reason} for name, reason in broken_shards.items()],
         "broken": reading.broken,
         "without_captions": reading.without_captions,
-        "captions": sum(by_kind.values()),
-        "captions_by_kind": dict(by_kind.most_common()),
-        "captions_by_language": dict(by_language.most_common()),
+        "captions": reading.kinds.total(),
+        "captions_by_kind": dict(reading.kinds.most_common()),
+        "captions_by_language": dict(reading.languages.most_common()),
         "empty_captions": reading.blank_captions,
-        "captions_with_invalid_utf8": reading.replaced_characters,
         "duplicate_captions": _duplicate_captions(source, reading.rows("caption_rows", 4), config.show),
         "duplicate_images": len(images) - len(np.unique(images[:, 0])),
         "nested_captions": reading.nested_captions,
         "unused_fields": dict(reading.unused_fields.most_common()),
         "duplicate_keys": _duplicate_keys(source, reading.rows("key_rows", 2), config.show),
         "caption_lengths": _lengths(config, source, reading.rows("caption_rows", 4)),
-        "images": _images(config, reading, images[:, 2:]),
+        "images": _images(reading, images[:, 2:]),
     }
 
 
@@ -305,7 +295,7 @@ def _lengths(config: CheckConfig, source: Source, captions: np.ndarray) -> dict[
     }
 
 
-def _images(config: CheckConfig, reading: Reading, sides: np.ndarray) -> dict[str, Any]:
+def _images(reading: Reading, sides: np.ndarray) -> dict[str, Any]:
     """Formats and sizes of the images that decode."""
     report: dict[str, Any] = {"whole": len(sides), "formats": dict(reading.formats.most_common())}
     if len(sides):
@@ -313,8 +303,6 @@ def _images(config: CheckConfig, reading: Reading, sides: np.ndarray) -> dict[st
         for values, name in zip(sides.T, ("width", "height"), strict=True):
             report[name] = {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
     report["transparent"] = reading.transparent
-    report["small_side"] = config.small_side
-    report["small"] = int((sides.min(axis=1) < config.small_side).sum()) if len(sides) else 0
     return report
 
 
@@ -331,8 +319,7 @@ def as_text(report: dict[str, Any], show: int) -> str:
         width, height = images["width"], images["height"]
         lines.append(
             f"  sizes       {width['min']} to {width['max']} x {height['min']} to {height['max']} pixels, median "
-            f"{width['median']} x {height['median']}, {images['mean_bytes'] / 1000:.1f} kB; "
-            f"{images['small']} smaller than {images['small_side']} pixels"
+            f"{width['median']} x {height['median']}, {images['mean_bytes'] / 1000:.1f} kB"
         )
     if longest := lengths.get("longest"):
         lines.append(
@@ -357,25 +344,20 @@ def _problems(report: dict[str, Any], show: int) -> list[str]:
         others = [one for one in others if one not in missing]
         first = missing[0]["reason"].removeprefix(NO_IMAGE)
         lines.append(f"  images that are not found: {len(missing)}, the first {first}: {WHERE_IMAGES_ARE}")
-    shards = [f"{one['shard']}: {one['reason']}" for one in report["broken_shards"]]
     for title, entries in (
-        ("broken shards", shards),
-        ("broken samples", _reasons(others)),
-        ("samples without a caption", _reasons(report["without_captions"])),
+        ("broken shards", report["broken_shards"]),
+        ("broken samples", others),
+        ("samples without a caption", report["without_captions"]),
     ):
         lines.append(f"  {title}: {len(entries)}")
-        lines += [f"    {text}" for text in entries[:show]]
+        lines += [f"    {': '.join(one.values())}" for one in entries[:show]]
     texts, keys = report["duplicate_captions"], report["duplicate_keys"]
-    lines.append(f"  empty captions: {report['empty_captions']}; invalid UTF-8: {report['captions_with_invalid_utf8']}")
+    lines.append(f"  empty captions: {report['empty_captions']}")
     lines.append(f"  duplicate captions: {texts['texts']} texts in {texts['samples']} samples")
     lines += [f"    {one['samples']} x {one['text'][:80]!r}" for one in texts["most_frequent"]]
     lines.append(f"  duplicate keys: {keys['keys']} keys in {keys['samples']} samples")
     lines += [f"    {one['samples']} x {one['key']!r} in {', '.join(one['shards'])}" for one in keys["examples"]]
     return lines
-
-
-def _reasons(samples: Sequence[dict[str, str]]) -> list[str]:
-    return [f"{one['shard']}: {one['key']}: {one['reason']}" for one in samples]
 
 
 def _notes(report: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a tower expects of an image, and how an image is prepared for evaluation.
+"""What a tower expects of an image, and how an image is prepared for evaluation and training.
 
 Shapes: S side of the tower's image in pixels, B batch. Pixels are RGB.
 """
@@ -19,6 +19,7 @@ from PIL import Image
 from llm2clip_plugin.data.samples import AugmentConfig, load, open_header
 from llm2clip_plugin.options import unknown
 
+LARGE = 1 << 16  # pixels of a crop (256 x 256) above which rounding its box to whole pixels is negligible
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's own numbers
 FITS = ("shortest", "squash")
 
@@ -57,23 +58,21 @@ class ImageConfig:
         """
         crop = bool(values.get("do_center_crop", values.get("crop_size") is not None))
         edge, height, width = _sides(values.get("size"), "size")
+        _, crop_height, crop_width = _sides(values.get("crop_size"), "crop_size") if crop else (0, height, height)
+        resample = {number: name for name, number in RESAMPLE.items()}.get(int(values.get("resample", 3)), "")
         problem = ""
         if values.get("do_resize", True) is False or values.get("do_pad"):
             problem = "do_resize false or do_pad true, so its images have no fixed size"
         elif not math.isclose(float(values.get("rescale_factor", 1 / 255)), 1 / 255, rel_tol=1e-6):
             problem = f"rescale_factor {values['rescale_factor']}; expected 1/255"
-        elif height != width:
-            problem = f"size {height} x {width}; expected a square"
+        elif height != width or crop_height != crop_width:
+            problem = f"size {height} x {width} and crop_size {crop_height} x {crop_width}; expected a square"
         elif edge and not crop:
             problem = f"shortest_edge {edge}, which keeps the aspect ratio, but no center crop"
-        resample = {number: name for name, number in RESAMPLE.items()}.get(int(values.get("resample", 3)), "")
-        if not resample:
-            problem = f"resample {values['resample']!r}; known: {RESAMPLE}"
-        _, crop_height, crop_width = _sides(values.get("crop_size"), "crop_size") if crop else (0, height, height)
-        if crop_height != crop_width:
-            problem = f"crop_size {crop_height} x {crop_width}; expected a square"
         elif not edge and height != crop_height:
             problem = f"size {height} and crop_size {crop_height}, so it stretches and crops"
+        elif not resample:
+            problem = f"resample {values['resample']!r}; known: {RESAMPLE}"
         if problem:
             raise ValueError(f"preprocessor has {problem}; not supported")
         normalize = values.get("do_normalize", True)
@@ -117,70 +116,46 @@ class Normalize:
         return values.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.shift).mul_(self.scale)
 
 
-class EvalTransform:
-    """Resize, center crop and normalize, with the same values as the tower's Hugging Face processor."""
-
-    def __init__(self, config: ImageConfig) -> None:
-        self.config = config
-        self.normalize = Normalize(config)
-
-    def __call__(self, data: bytes) -> torch.Tensor:
-        """(3, S, S) float32. Raises BrokenImage."""
-        return self.normalize(torch.from_numpy(self.pixels(data))[None])[0]
-
-    def pixels(self, data: bytes) -> np.ndarray:
-        """(S, S, 3) uint8. Raises BrokenImage."""
-        image = load(open_header(data))  # EXIF orientation is ignored, as in the towers' own preprocessors
-        side, resample = self.config.size, RESAMPLE[self.config.resample]
-        if self.config.fit == "squash":
-            return np.array(image.resize((side, side), resample))
-        edge, short, long = self.config.shortest_edge, min(image.size), max(image.size)
-        stretched = int(edge * long / short)  # Hugging Face rounds down
-        size = (edge, stretched) if image.width <= image.height else (stretched, edge)
-        image = image.resize(size, resample)
-        left, top = (size[0] - side) // 2, (size[1] - side) // 2
-        return np.array(image.crop((left, top, left + side, top + side)))
+def evaluation_pixels(data: bytes, config: ImageConfig) -> np.ndarray:
+    """(S, S, 3) uint8: resized and cropped as by the tower's Hugging Face processor. Raises BrokenImage."""
+    image = load(open_header(data))  # EXIF orientation is ignored, as in the towers' own preprocessors
+    side, resample = config.size, RESAMPLE[config.resample]
+    if config.fit == "squash":
+        return np.array(image.resize((side, side), resample))
+    edge, short, long = config.shortest_edge, min(image.size), max(image.size)
+    stretched = int(edge * long / short)  # Hugging Face rounds down
+    size = (edge, stretched) if image.width <= image.height else (stretched, edge)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return np.array(image.resize(size, resample).crop((left, top, left + side, top + side)))
 
 
-# Training images: a random crop, resized, perhaps mirrored and rotated.
+def training_pixels(data: bytes, config: ImageConfig, augment: AugmentConfig, rng: random.Random) -> np.ndarray:
+    """(S, S, 3) uint8: a random crop, resized, mirrored and rotated as configured. Equal rngs give equal pixels.
 
-LARGE = 1 << 16  # pixels of a crop (256 x 256) above which rounding its box to whole pixels is negligible
-
-
-class TrainTransform:
-    """A random crop, resized, mirrored and rotated as configured. Equal rngs give equal pixels."""
-
-    def __init__(self, config: ImageConfig, augment: AugmentConfig | None = None) -> None:
-        self.config = config
-        self.augment = augment or AugmentConfig()
-        self.normalize = Normalize(config)
-
-    def __call__(self, data: bytes, rng: random.Random) -> torch.Tensor:
-        """(3, S, S) float32. Raises BrokenImage."""
-        return self.normalize(torch.from_numpy(self.pixels(data, rng))[None])[0]
-
-    def pixels(self, data: bytes, rng: random.Random) -> np.ndarray:
-        """(S, S, 3) uint8. Raises BrokenImage."""
-        side = self.config.size
-        image = open_header(data)
-        full = image.size
-        left, top, width, height = random_crop(full, self.augment, rng)
-        mirrored = self.augment.flip and rng.random() < 0.5
-        angle = rng.uniform(-self.augment.rotate, self.augment.rotate) if self.augment.rotate else 0.0
-        needed = side * self.augment.decode_margin
-        factor = next((factor for factor in (8, 4, 2) if min(width, height) >= factor * needed), 1)
-        image = load(image, factor)
-        if image.size == full:
-            factor = 1  # not a JPEG
-        box = (left / factor, top / factor, (left + width) / factor, (top + height) / factor)
-        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-        pixels_SS3 = resize_box(image, box, side, self.config.resample)
-        if mirrored:
-            pixels_SS3 = np.ascontiguousarray(pixels_SS3[:, ::-1])
-        if angle:
-            image = Image.fromarray(pixels_SS3)
-            pixels_SS3 = np.array(image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=_corner_color(image)))
-        return pixels_SS3
+    Raises BrokenImage.
+    """
+    side = config.size
+    image = open_header(data)
+    full = image.size
+    left, top, width, height = random_crop(full, augment, rng)
+    mirrored = augment.flip and rng.random() < 0.5
+    angle = rng.uniform(-augment.rotate, augment.rotate) if augment.rotate else 0.0
+    needed = side * augment.decode_margin
+    factor = next((factor for factor in (8, 4, 2) if min(width, height) >= factor * needed), 1)
+    image = load(image, factor)
+    if image.size == full:
+        factor = 1  # not a JPEG
+    box = (left / factor, top / factor, (left + width) / factor, (top + height) / factor)
+    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+    pixels_SS3 = resize_box(image, box, side, config.resample)
+    if mirrored:
+        pixels_SS3 = np.ascontiguousarray(pixels_SS3[:, ::-1])
+    if angle:
+        # what a rotated image leaves empty is filled with the mean of the four corners
+        corners = pixels_SS3[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0).round()
+        color = tuple(int(value) for value in corners)
+        pixels_SS3 = np.array(Image.fromarray(pixels_SS3).rotate(angle, Image.Resampling.BILINEAR, fillcolor=color))
+    return pixels_SS3
 
 
 def resize_box(image: Image.Image, box: tuple[float, float, float, float], side: int, resample: str) -> np.ndarray:
@@ -221,9 +196,3 @@ def random_crop(size: tuple[int, int], augment: AugmentConfig, rng: random.Rando
     ratio = min(max(full_width / full_height, augment.ratio[0]), augment.ratio[1])
     width, height = min(full_width, full_height * ratio), min(full_height, full_width / ratio)
     return (full_width - width) / 2, (full_height - height) / 2, width, height
-
-
-def _corner_color(image: Image.Image) -> tuple[int, ...]:
-    """Mean of the four corners, which fills what a rotated image leaves empty."""
-    corners = np.asarray(image)[[0, 0, -1, -1], [0, -1, 0, -1]]  # (4, 3)
-    return tuple(int(value) for value in corners.mean(axis=0).round())

@@ -17,10 +17,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +97,16 @@ class SideFolder:
         yield
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The entries of a JSON file in both places, the newer file's first; {} for a damaged one."""
-        parts: list[tuple[float, dict[str, Any]]] = []
+        """The entries of a JSON file in both places; {} for a damaged one."""
+        entries: dict[str, Any] = {}
         for path in self.paths(name):
             try:
-                entries = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(entries, dict):
-                    raise ValueError(f"contains a {type(entries).__name__}")
-                parts.append((path.stat().st_mtime, entries))
+                entries |= json.loads(path.read_text(encoding="utf-8"))
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:
                 log.warning("cannot read %s (%s); its contents are computed again", path, error)
-        return {name: value for _, part in sorted(parts, key=lambda part: part[0]) for name, value in part.items()}
+        return entries
 
     def add_json(self, name: str, entries: dict[str, Any]) -> None:
         """Add or replace entries of a JSON file. The caller holds the lock."""
@@ -142,12 +138,20 @@ class ShardRows:
     text: bytes
 
 
-def write_index(path: Path, shards: Iterable[ShardRows], columns: int) -> None:
-    """Write an index, reading ``shards`` once."""
-    table = Table()
+def write_index(path: Path, shards: Iterator[ShardRows], columns: int) -> BaseException | None:
+    """Write an index, reading ``shards`` once; returns the error that ended them after the first one."""
+    table, failure = Table(), None
     with open(path, "wb") as file:
         file.write(b" " * HEAD_BYTES)
-        for shard in shards:
+        while True:
+            try:
+                shard = next(shards, None)
+            except BaseException as error:
+                if not table.names:
+                    raise
+                shard, failure = None, error
+            if shard is None:
+                break
             table.names.append(shard.name)
             table.stamps.append(shard.stamp)
             table.samples.append(len(shard.rows))
@@ -159,6 +163,7 @@ def write_index(path: Path, shards: Iterable[ShardRows], columns: int) -> None:
         head = {**FORMAT, "columns": columns, "table": [start, len(text)], "sha256": sha256_text(text.decode())}
         file.seek(0)
         file.write(canonical_json(head).encode().ljust(HEAD_BYTES - 1) + b"\n")
+    return failure
 
 
 class IndexFile:
@@ -168,24 +173,21 @@ class IndexFile:
         self.path = path
         self._file = RetryingFile(path)
         try:
-            self.columns, self.table = self._read_table()
-        except (ValueError, KeyError, TypeError) as error:
+            head: dict[str, Any] = json.loads(self._file.read(HEAD_BYTES, 0))
+            if any(head.get(name) != value for name, value in FORMAT.items()):
+                raise ValueError(f"kind {head.get('kind')!r}, version {head.get('format_version')!r}")
+            start, size = head["table"]
+            text = self._file.read(size, start).decode()
+            if sha256_text(text) != head["sha256"]:
+                raise ValueError("its table has another SHA-256")
+            self.columns: int = head["columns"]
+            self.table = Table(**json.loads(text))
+            self.table.stamps = [(size, time) for size, time in self.table.stamps]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error})") from error
 
     def __reduce__(self) -> tuple[type[IndexFile], tuple[Path]]:
         return IndexFile, (self.path,)
-
-    def _read_table(self) -> tuple[int, Table]:
-        head: dict[str, Any] = json.loads(self._file.read(HEAD_BYTES, 0))
-        if any(head.get(name) != value for name, value in FORMAT.items()):
-            raise ValueError(f"kind {head.get('kind')!r}, version {head.get('format_version')!r}")
-        start, size = head["table"]
-        text = self._file.read(size, start).decode()
-        if sha256_text(text) != head["sha256"]:
-            raise ValueError("its table has another SHA-256")
-        table = Table(**json.loads(text))
-        table.stamps = [(size, time) for size, time in table.stamps]
-        return head["columns"], table
 
     def row(self, shard: int, number: int) -> tuple[list[int], bytes]:
         """The columns of a sample of a shard, and its text. Raises ValueError for values that no file can have."""
@@ -214,55 +216,39 @@ def open_index(
     columns: int,
     *,
     is_current: Callable[[Table], bool],
-    build: Callable[[IndexFile | None], Iterable[ShardRows]],
+    build: Callable[[IndexFile | None], Iterator[ShardRows]],
     doing: str,
 ) -> IndexFile:
     """The index ``name`` of a folder, built by one of the processes that open it if it is not current.
 
     build: the shards of a new index, given the one that is there.
     """
-    for path in folder.paths(name):
-        if (index := _open(path, columns)) is not None and is_current(index.table):
+    for index in _readable(folder, name, columns):
+        if is_current(index.table):
             return index
     with folder.lock(doing):
-        old = None
-        for path in folder.paths(name):
-            index = _open(path, columns, warn=True)
-            if index is not None and is_current(index.table):
+        found = _readable(folder, name, columns, warn=True)
+        for index in found:
+            if is_current(index.table):
                 return index  # another process has built it
-            old = old or index
-        failures: list[BaseException] = []
-        shards = partial(_until_failure, build, old, failures)
-        written = folder.write(name, lambda path: write_index(path, shards(), columns))
-        if failures:  # what was read before stays for the next start
-            raise failures[0]
+        old, failures = found[0] if found else None, []
+        written = folder.write(name, lambda path: failures.append(write_index(path, build(old), columns)))
+        if failures[-1]:  # what was read before stays for the next start
+            raise failures[-1]
         return IndexFile(written)
 
 
-def _until_failure(
-    build: Callable[[IndexFile | None], Iterable[ShardRows]], old: IndexFile | None, failures: list[BaseException]
-) -> Iterator[ShardRows]:
-    written = 0
-    try:
-        for shard in build(old):
-            yield shard
-            written += 1
-    except BaseException as error:
-        if not written:
-            raise
-        failures.append(error)
-
-
-def _open(path: Path, columns: int, *, warn: bool = False) -> IndexFile | None:
-    try:
-        index = IndexFile(path)
-        return index if index.columns == columns else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        if warn:
-            log.warning("%s; the index is built again", error)
-        return None
+def _readable(folder: SideFolder, name: str, columns: int, *, warn: bool = False) -> list[IndexFile]:
+    found: list[IndexFile] = []
+    for path in folder.paths(name):
+        try:
+            found.append(IndexFile(path))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            if warn:
+                log.warning("%s; the index is built again", error)
+    return [index for index in found if index.columns == columns]
 
 
 def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:

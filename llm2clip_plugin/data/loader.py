@@ -12,8 +12,8 @@ import os
 import queue
 import signal
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -27,7 +27,7 @@ from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows
 from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.workers import PREFETCH_MB, LoadPlan, plan_loading
+from llm2clip_plugin.data.workers import PREFETCH_MB, plan_loading
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class PairLoader:
     """Endless batches of one rank. Counts broken samples and stops above the allowed fraction."""
 
     loader: DataLoader  # of parts of batches
-    plan: LoadPlan
+    local_batch: int  # rows
     position: int  # pairs that all ranks had consumed before the first batch
     global_batch: int  # pairs
     samples: int  # of all sources
@@ -55,47 +55,21 @@ class PairLoader:
     substituted: int = 0  # of these, rows that replace a broken sample
     retries: int = 0  # reads of data that were repeated after a transient error
     broken: dict[tuple[str, str], str] = field(default_factory=dict)  # (shard, key) -> reason
-    _ahead: Callable[[], Any] = lambda: None  # weak references: see __iter__
-    _processes: Callable[[], Any] = lambda: None
-
-    def queue(self) -> tuple[float, float]:
-        """Batches that are ready, and that there is space for: one put together, the others in parts.
-
-        (0, 0) without loader processes.
-        """
-        if not self.plan.workers:
-            return 0.0, 0.0
-        ahead, processes, parts = self._ahead(), self._processes(), 0
-        if processes is not None:  # torch has no public way to ask
-            parts = sum(len(task) > 1 for task in list(processes._task_info.values())) + processes._data_queue.qsize()
-        part = self.plan.part / self.plan.rows  # of a batch
-        return (ahead.ready if ahead else 0) + parts * part, 1 + self.plan.workers * self.plan.prefetch * part
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        closed = threading.Event()
-        processes = iter(self.loader)  # the loader processes start here
-        parts = raised(takewhile(lambda part: not closed.is_set(), processes))
-        batches = join_parts(parts, self.plan.rows, pin_memory=self.pin_memory)
-        if not self.plan.workers:
-            yield from self._finished(batches)
-            return
-        ahead = Ahead(batches, closed, device=torch.cuda.current_device() if self.pin_memory else None)
-        self._ahead, self._processes = weakref.ref(ahead), weakref.ref(processes)
-        del processes, parts, batches  # the thread alone holds the loader processes, and ends them
-        try:
-            yield from self._finished(ahead)
-        finally:
-            ahead.close()
-            # the thread's last exception refers to the thread's frame, so `ahead` lives until it is collected
-            self._ahead = self._processes = lambda: None
-
-    def _finished(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Batches whose broken samples and retries are counted, each with the position after it."""
+        closed = threading.Event()
+        parts = raised(takewhile(lambda part: not closed.is_set(), iter(self.loader)))  # loader processes start here
+        batches = join_parts(parts, self.local_batch, pin_memory=self.pin_memory)
+        if self.loader.num_workers:
+            batches = made_ahead(batches, closed, device=torch.cuda.current_device() if self.pin_memory else None)
+        del parts  # the thread alone holds the loader processes, and ends them
         try:
-            for number, batch in enumerate(batches, start=1):
-                self._count(len(batch["keys"]), batch.pop("broken"))
-                self.retries += sum(batch.pop("retries"))
-                yield {**batch, "position": self.position + number * self.global_batch, "retries": self.retries}
+            with closing(batches):
+                for number, batch in enumerate(batches, start=1):
+                    self._count(len(batch["keys"]), batch.pop("broken"))
+                    self.retries += sum(batch.pop("retries"))
+                    yield {**batch, "position": self.position + number * self.global_batch, "retries": self.retries}
         finally:
             if self.retries:
                 log.warning("retried %d reads of data while loading %d rows", self.retries, self.rows)
@@ -148,8 +122,6 @@ def make_loader(
         row_bytes=dataset.row_bytes,
         prefetch_mb=prefetch_mb,
     )
-    if not 0 <= rank < world:
-        raise ValueError(f"rank is {rank}, expected 0 .. {world - 1}")
     mixture = dataset.mixture()
     ahead = ShardsAhead(mixture, dataset.sources, whole=whole_shards)
     draws = PartDraws(mixture, position, rank, world, local_batch, plan.part, ahead)
@@ -163,7 +135,7 @@ def make_loader(
     )
     return PairLoader(
         loader,
-        plan,
+        local_batch,
         position=position,
         global_batch=local_batch * world,
         samples=len(dataset),
@@ -205,7 +177,7 @@ class PartDraws:
             position += self.local_batch * self.world
 
 
-def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Iterator[Batch]:
+def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Generator[Batch, None, None]:
     """Batches of ``rows`` rows in memory of this process, so that the parts' shared memory is free at once.
 
     A batch has one part or more, in order.
@@ -228,54 +200,43 @@ def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Iterat
             batch, filled = {}, 0
 
 
-class Ahead:
+def made_ahead(items: Iterator[Batch], closed: threading.Event, *, device: int | None) -> Generator[Batch, None, None]:
     """Items of an iterator, the next one made in a thread while the caller uses the last one.
 
-    An exception of the iterator is raised in its place.
+    An exception of the iterator is raised in its place. closed: set at the end; ``items`` should end soon after.
+    device: the GPU that memory is pinned for.
     """
+    ready: queue.SimpleQueue[tuple[Batch, BaseException | None]] = queue.SimpleQueue()
+    wanted = threading.Semaphore(1)
 
-    def __init__(self, items: Iterator[Any], closed: threading.Event, *, device: int | None = None) -> None:
-        """closed: set by ``close``; ``items`` should end soon after. device: the GPU that memory is pinned for."""
-        self._items = items
-        self._ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._wanted = threading.Semaphore(1)
-        self._closed = closed
-        self._thread = threading.Thread(target=self._run, args=(device,), name="llm2clip-ahead", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> "Ahead":
-        return self
-
-    def __next__(self) -> Any:
-        item, error = self._ready.get()
-        if error is not None:
-            self._ready.put((None, error))  # raised again by the next call
-            raise error
-        self._wanted.release()
-        return item
-
-    @property
-    def ready(self) -> int:
-        """Items that can be taken without waiting: 0 or 1."""
-        return self._ready.qsize()
-
-    def close(self) -> None:
-        """Stop; waits for the thread, unless it hangs in a read."""
-        self._closed.set()
-        self._wanted.release()
-        if threading.current_thread() is not self._thread:  # a garbage collection may run there
-            self._thread.join(SHUTDOWN)
-
-    def _run(self, device: int | None) -> None:
+    def run() -> None:
+        nonlocal items
         try:
             torch.set_num_threads(1)  # of this thread: copies must not take the training step's cores
             if device is not None:
                 torch.cuda.set_device(device)  # of this thread: pinning would open a context on GPU 0 otherwise
-            while self._wanted.acquire() and not self._closed.is_set():
-                self._ready.put((next(self._items), None))
+            while wanted.acquire() and not closed.is_set():
+                ready.put((next(items), None))
         except BaseException as error:  # StopIteration, too: the caller waits for one or the other
-            self._ready.put((None, error))
-        self._items = iter(())  # frees the loader processes
+            ready.put(({}, error))
+        items = iter(())  # frees the loader processes
+
+    thread = threading.Thread(target=run, name="llm2clip-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            wanted.release()
+            yield item
+    finally:
+        closed.set()
+        wanted.release()
+        if threading.current_thread() is not thread:  # a garbage collection may run there
+            thread.join(SHUTDOWN)  # unless it hangs in a read
 
 
 class ShardsAhead:
@@ -311,7 +272,11 @@ class ShardsAhead:
             shards, following = (self._mixture.window_shards(number, window[0], window[1] + later) for later in (0, 1))
             need, limit = source.bytes_to_fetch({*shards, *following}), _limit(source)
             if need <= limit:
-                self._begin(source, following)
+                for shard in following:
+                    self._jobs.put((source, shard))
+                if self._thread is None:
+                    self._thread = threading.Thread(target=_fetch, args=(self._jobs,), name="shards-ahead", daemon=True)
+                    self._thread.start()
             elif number not in self._warned:
                 self._warned.add(number)
                 log.warning(
@@ -322,13 +287,6 @@ class ShardsAhead:
                     "cache_gb" if is_url(source.path) else "half of the available memory",
                     limit / 1e9,
                 )
-
-    def _begin(self, source: Source, shards: Sequence[int]) -> None:
-        for shard in shards:
-            self._jobs.put((source, shard))
-        if self._thread is None:
-            self._thread = threading.Thread(target=_fetch, args=(self._jobs,), name="shards-ahead", daemon=True)
-            self._thread.start()
 
 
 def _limit(source: Source) -> float:

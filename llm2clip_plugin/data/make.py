@@ -31,18 +31,17 @@ from llm2clip_plugin.data.samples import (
     read_captions,
     select_captions,
 )
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import check_fields, open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, check_fields, open_source
 from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import printable
 from llm2clip_plugin.options import Command, command
 
-COLORS = ("", "white", "gray", "black")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 COLUMNS = ("image", "file_name", "filename", "file", "path", "filepath", "image_path", "image_file")
 STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # copied as they are; others become PNG
 LEFT_OUT = "left-out.jsonl"  # in the output: {"image", "reason"} of each picture that is in no tar
+SHOWN = 5  # pictures that are left out, printed for each reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +58,17 @@ class MakeConfig:
     file_names: bool = False  # a picture without a caption gets its file name as one: red-fox_2.jpg, "red fox"
     background: str = ""  # white | gray | black: put transparent pictures on it; "": left as they are
     shard_mb: int = 256  # size of a tar, 10^6 bytes
-    show: int = 5  # how many of the pictures that are left out to print for each reason; left-out.jsonl has all
     workers: int = 0  # processes; 0: one per core
     overwrite: bool = False  # replace the output folder
 
     def __post_init__(self) -> None:
         parse_fields(self.fields, self.language)
-        if self.background not in COLORS:
+        if self.background not in ("", "white", "gray", "black"):
             raise ValueError(f"background is {self.background!r}, expected white, gray or black")
         if self.shard_mb < 1:
             raise ValueError(f"shard_mb is {self.shard_mb}, expected at least 1")
-        inside = Path(self.output).resolve()
-        if Path(self.path).resolve().is_relative_to(inside) or (
-            self.images and Path(self.images).resolve().is_relative_to(inside)
-        ):
+        folders = [Path(folder).resolve() for folder in (self.path, self.images) if folder]
+        if any(folder.is_relative_to(Path(self.output).resolve()) for folder in folders):
             raise ValueError(f"--output {self.output} contains the pictures; choose another folder")
 
 
@@ -105,16 +101,6 @@ class Item:
         return "/".join(parts).replace(".", "_")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture as it goes into a tar."""
-
-    data: bytes
-    extension: str
-    sha256: str  # of the file
-    transparent: bool
-
-
 @dataclass
 class Made:
     """What was written."""
@@ -122,28 +108,17 @@ class Made:
     samples: int = 0
     captions: int = 0
     size: int = 0  # bytes of pictures
-    transparent: int = 0
     left_out: list[tuple[str, str]] = field(default_factory=list)  # (image, reason)
 
 
 def main(argv: list[str]) -> int:
-    """Write the tars and print what is in them; exit status 0."""
-    config = COMMAND.parse(argv)
-    made = make_data(config)
-    print("\n".join(_report(config, made)), flush=True)
-    return 0
+    """Write tars and a list of what was left out, and print what is in them; exit status 0.
 
-
-def make_data(config: MakeConfig) -> Made:
-    """Write ``config.output``: tars, and a list of what was left out.
-
-    Raises FileExistsError if it exists, FileNotFoundError without data, ValueError if nothing can be used.
+    Raises FileExistsError if the output exists, ValueError if nothing can be used.
     """
-    output = Path(config.output)
-    if not config.overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not empty; choose another --output or pass --overwrite")
+    config = COMMAND.parse(argv)
     items = list_items(config)
-    with atomic_directory(output, replace=config.overwrite) as folder:
+    with atomic_directory(config.output, replace=config.overwrite) as folder:
         made = _write(config, items, folder)
         if not made.samples:
             image, reason = made.left_out[0]
@@ -152,71 +127,76 @@ def make_data(config: MakeConfig) -> Made:
             raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {image}: {reason}")
         lines = [json.dumps({"image": image, "reason": reason}, ensure_ascii=False) for image, reason in made.left_out]
         (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
-    return made
+    print(f"{config.output}: {made.samples:,} samples, {made.captions:,} captions, {size_text(made.size)}")
+    images: dict[str, list[str]] = {}  # by kind of reason
+    for image, reason in made.left_out:
+        kind, _, detail = reason.partition(": ")
+        images.setdefault(kind, []).append(f"{image} ({detail})" if detail else image)
+    if made.left_out:
+        print(f"left out: {len(made.left_out):,}, all in {os.path.join(config.output, LEFT_OUT)}")
+    for kind, of_kind in images.items():
+        print(printable(f"  {kind}: {len(of_kind):,}: {', '.join(of_kind[:SHOWN])}"))
+    print(command("data", "check", config.output), flush=True)
+    return 0
 
 
 def list_items(config: MakeConfig) -> list[Item]:
-    """Every picture of ``config.path``, in order of name or row.
+    """Every picture of ``config.path``, in order of name or row; rows of the same picture are one.
 
     Raises ValueError if it is neither a folder nor a table, or has no pictures or captions.
     """
     path = Path(config.path)
     if path.is_dir():
-        items = list(_in_folder(path, config))
-        if all(item.problem for item in items):
-            raise ValueError(f"no pictures in {path} ({' '.join(PICTURES)}); tars are read by all commands as they are")
+        folder, rows = path, _in_folder(path)
     elif path.suffix.lower() in TABLES and path.is_file():
-        items = _in_table(path, config)
+        folder, rows = Path(config.images or path.parent), _in_table(path, config)
     else:
         raise ValueError(f"{path} is neither a folder of pictures nor a table ({' '.join(TABLES)})")
-    for item in items:
+    items: dict[str, Item] = {}
+    fields = parse_fields(config.fields, config.language)
+    used = {"captions", *(one.name for one in fields)}
+    for name, row in rows:
+        item = items.setdefault(name, Item(name, folder / name, problem="" if name else "no image path"))
+        if isinstance(row, str):
+            item.problem = row
+            continue
+        try:
+            captions, _ = read_captions(row, fields)
+        except ValueError as error:
+            item.problem = f"unreadable caption: {error}"
+            continue
+        item.captions += [new for caption in captions if (new := vars(caption)) not in item.captions]
+        item.meta = {name: value for name, value in row.items() if name not in used} | item.meta
+    if all(item.problem == "not a picture" for item in items.values()):
+        raise ValueError(f"no pictures in {path} ({' '.join(PICTURES)}); tars are read by all commands as they are")
+    for item in items.values():
         if not item.problem and not item.captions:
             if config.file_names and (text := words_of_name(item.name)):
                 item.captions = [{"text": text, "kind": "short", "language": config.language}]
             else:
                 item.problem = "no caption"
-    return items
+    return [*items.values()]
 
 
-def _in_folder(folder: Path, config: MakeConfig) -> Iterator[Item]:
+def _in_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Name of each picture, and the fields in the .json and .txt of the same name, or why it is none."""
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+        name, row = path.relative_to(folder).as_posix(), dict[str, Any]()
         if not path.is_file() or path.suffix.lower() in (".txt", ".json") or re.search(r"(^|/)(\.|__MACOSX/)", name):
             continue
-        item = Item(name, path)
-        if path.suffix.lower() in PICTURES:
-            _read_neighbors(item, config)
-        else:
-            item.problem = "not a picture"
-        yield item
+        try:
+            if (fields := path.with_suffix(".json")).is_file():
+                row = dict(json.loads(fields.read_text(encoding="utf-8-sig")))
+            if (text := path.with_suffix(".txt")).is_file():
+                row["txt"] = text.read_text(encoding="utf-8-sig")
+        except (ValueError, TypeError) as error:
+            row = f"unreadable caption: {error}"
+        yield name, row if path.suffix.lower() in PICTURES else "not a picture"
 
 
-def _read_neighbors(item: Item, config: MakeConfig) -> None:
-    """The captions and fields in the .json and .txt of the same name."""
-    values: dict[str, Any] = {}
-    text, fields = item.path.with_suffix(".txt"), item.path.with_suffix(".json")
-    try:
-        if fields.is_file():
-            values = json.loads(fields.read_text(encoding="utf-8-sig"))
-        if text.is_file():
-            values = {**values, "txt": text.read_text(encoding="utf-8-sig")}
-        _add_captions(item, values, config)
-    except (ValueError, TypeError) as error:
-        item.problem = f"unreadable caption: {error}"
-
-
-def _add_captions(item: Item, values: dict[str, Any], config: MakeConfig) -> None:
-    fields = parse_fields(config.fields, config.language)
-    captions, _ = read_captions(values, fields)
-    item.captions += [new for caption in captions if (new := vars(caption)) not in item.captions]
-    used = {"captions", *(one.name for one in fields)}
-    item.meta = {name: value for name, value in values.items() if name not in used} | item.meta
-
-
-def _in_table(path: Path, config: MakeConfig) -> list[Item]:
-    """The items of a table; rows of the same image are one."""
-    items: dict[str, Item] = {}
-    column, folder = config.image_field, Path(config.images or path.parent)
+def _in_table(path: Path, config: MakeConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name of the picture, and the other columns, of each row."""
+    column = config.image_field
     captions = {one.name for one in parse_fields(config.fields, config.language)}
     for number, row in enumerate(_rows(path)):
         if number == 0:
@@ -228,49 +208,33 @@ def _in_table(path: Path, config: MakeConfig) -> list[Item]:
                 raise ValueError(f"{path} has no caption column; set --fields NAME=short; {columns}")
             if is_url(str(row[column])):
                 raise ValueError(f"{column!r} of {path} holds URLs; img2dataset downloads them as tars")
-        name = str(row.pop(column, None) or "").replace("\\", "/")
-        item = items.setdefault(name, Item(name, folder / name, problem="" if name else "no image path"))
-        try:
-            _add_captions(item, row, config)
-        except ValueError as error:
-            item.problem = f"unreadable caption: {error}"
-    if not items:
-        raise ValueError(f"{path} has no rows")
-    return list(items.values())
+        yield str(row.pop(column, None) or "").replace("\\", "/"), row
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    kind = path.suffix.lower()
-    if kind == ".parquet":
+    if path.suffix.lower() == ".parquet":
         from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports]
 
         for batch in ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
         return
+    number = 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if kind == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _json_row(line, f"line {number} of {path}")
-                return
-            head = file.readline()
-            file.seek(0)
-            for row in csv.DictReader(file, delimiter=max(",;\t", key=head.count)):
-                row.pop(None, None)  # cells beyond the last column
+            if path.suffix.lower() == ".jsonl":
+                rows = (json.loads(line) for line in file if line.strip())
+            else:
+                head = file.readline()
+                file.seek(0)
+                rows = csv.DictReader(file, delimiter=max(",;\t", key=head.count))
+            for row in rows:
+                if not isinstance(row, dict):
+                    raise ValueError(f"a {type(row).__name__}, expected an object")
+                row.pop(None, None)  # cells beyond a CSV's last column
                 yield row
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: {error}; save it as CSV UTF-8") from error
-
-
-def _json_row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} contains a {type(row).__name__}, expected an object")
-    return row
+                number += 1
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"row {number} of {path} can't be read: {error}; expected UTF-8") from error
 
 
 def words_of_name(name: str) -> str:
@@ -286,29 +250,32 @@ def words_of_name(name: str) -> str:
     return ""
 
 
-def read_picture(background: str, item: Item) -> Picture | str:
-    """The picture of an item, decoded once; on ``background`` if it is transparent. A text says why there is none."""
+def read_picture(background: str, item: Item) -> tuple[bytes, str, str] | str:
+    """A picture as it goes into a tar, its extension, and the SHA-256 of its file; or why there is none.
+
+    It is decoded once, and put on ``background`` if it is transparent.
+    """
     if item.problem:
         return item.problem
     try:
         data = item.path.read_bytes()
         image = open_header(data)
-        transparent, kind = has_transparency(image), STORED.get(image.format or "")
+        transparent, extension = has_transparency(image), STORED.get(image.format or "", "")
         flat = load(image)
     except BrokenImage as error:
         return f"unreadable: {error}"
     except OSError as error:
         return f"no file: {item.path}" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
     sha256 = hashlib.sha256(data).hexdigest()
+    if transparent and (background or not extension):
+        flat = image.convert("RGBA")
     if transparent and background:
-        flat = Image.new("RGBA", image.size, background)
-        flat.alpha_composite(image.convert("RGBA"))
-        flat, kind, transparent = flat.convert("RGB"), None, False
-    if kind is None:
+        flat, extension = Image.alpha_composite(Image.new("RGBA", image.size, background), flat).convert("RGB"), ""
+    if not extension:
         buffer = io.BytesIO()
-        (image.convert("RGBA") if transparent else flat).save(buffer, "PNG")
-        data = buffer.getvalue()
-    return Picture(data, kind or "png", sha256, transparent)
+        flat.save(buffer, "PNG")
+        data, extension = buffer.getvalue(), "png"
+    return data, extension, sha256
 
 
 def _write(config: MakeConfig, items: list[Item], folder: Path) -> Made:
@@ -320,8 +287,8 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> Made:
     try:
         shown = track(pictures, total=len(items), label="data make", unit="pictures")
         for item, picture in zip(items, shown, strict=True):
-            if isinstance(picture, Picture) and picture.sha256 in names:
-                picture = f"copy: of {names[picture.sha256]}"
+            if not isinstance(picture, str) and picture[2] in names:
+                picture = f"copy: of {names[picture[2]]}"
             if isinstance(picture, str):
                 made.left_out.append((item.name, picture))
                 continue
@@ -330,12 +297,17 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> Made:
                 tar = None
             if tar is None:
                 tar, shard = tarfile.open(folder / f"{shard:05d}.tar", "w"), shard + 1
-            names[picture.sha256] = item.name
-            _add(tar, _unique(item.key, keys), picture, item)
+            data, extension, sha256 = picture
+            names[sha256] = item.name
+            meta = json.dumps({**item.meta, "captions": item.captions}, ensure_ascii=False, default=str)
+            key = _unique(item.key, keys)
+            for suffix, body in ((extension, data), ("json", meta.encode("utf-8", "replace"))):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(body)
+                tar.addfile(member, io.BytesIO(body))
             made.samples += 1
             made.captions += len(item.captions)
-            made.size += len(picture.data)
-            made.transparent += picture.transparent
+            made.size += len(data)
     finally:
         if tar is not None:
             tar.close()
@@ -351,35 +323,7 @@ def _unique(key: str, keys: set[str]) -> str:
     return new
 
 
-def _add(tar: tarfile.TarFile, key: str, picture: Picture, item: Item) -> None:
-    fields = {**item.meta, "captions": item.captions}
-    body = json.dumps(fields, ensure_ascii=False, default=str).encode("utf-8", "replace")
-    for extension, data in ((picture.extension, picture.data), ("json", body)):
-        member = tarfile.TarInfo(f"{key}.{extension}")
-        member.size = len(data)
-        tar.addfile(member, io.BytesIO(data))
-
-
-def _report(config: MakeConfig, made: Made) -> list[str]:
-    lines = [f"{config.output}: {made.samples:,} samples, {made.captions:,} captions, {size_text(made.size)}"]
-    images: dict[str, list[str]] = {}  # by kind of reason
-    for image, reason in made.left_out:
-        kind, _, detail = reason.partition(": ")
-        images.setdefault(kind, []).append(f"{image} ({detail})" if detail else image)
-    if made.left_out:
-        lines.append(f"left out: {len(made.left_out):,}, all in {os.path.join(config.output, LEFT_OUT)}")
-    lines += [f"  {kind}: {len(of_kind):,}: {', '.join(of_kind[: config.show])}" for kind, of_kind in images.items()]
-    if made.transparent:
-        lines.append(
-            f"note: {made.transparent:,} pictures are transparent, which training shows on black; --background white "
-            "puts them on white"
-        )
-    return [*map(printable, lines), command("data", "check", config.output)]
-
-
-# ``llm2clip llava data``: a data set as LLaVA's pretraining reads it.
-
-# The options of ``llm2clip llava data``.
+# ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it, captions.json and images.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,18 +346,13 @@ LLAVA_DATA = Command(
 )
 
 
-# ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it, a JSON and picture files.
-
-FILE, IMAGES = "captions.json", "images"  # in the output
-
-
 def main_llava_data(argv: list[str]) -> int:
     """Write the folder. Raises FileExistsError if it exists, ValueError if no sample can be used."""
     config = LLAVA_DATA.parse(argv)
     source, rows, output = open_source(config), [], Path(config.output)
     check_fields(source, needed=True)
-    with atomic_directory(output, replace=config.overwrite and (output / FILE).is_file()) as folder:
-        (folder / IMAGES).mkdir()
+    with atomic_directory(output, replace=config.overwrite and (output / "captions.json").is_file()) as folder:
+        (folder / "images").mkdir()
         for number in track(range(len(source)), total=len(source), label="llava data", unit="samples"):
             try:
                 sample = source.with_image(number)
@@ -423,12 +362,12 @@ def main_llava_data(argv: list[str]) -> int:
             except (BrokenSample, BrokenImage):
                 continue
             if captions:
-                (folder / IMAGES / name).write_bytes(data)
+                (folder / "images" / name).write_bytes(data)
                 turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": captions[0].text}]
                 rows.append({"id": sample.key, "image": name, "conversations": turns})
         if not rows:
             raise ValueError(f"no sample of {config.path} can be used; llm2clip data check {config.path} shows why")
-        (folder / FILE).write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+        (folder / "captions.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     left_out = f", {len(source) - len(rows):,} left out" * (len(rows) < len(source))
     print(f"{config.output}: {len(rows):,} images with a caption{left_out}")
     return 0

@@ -8,7 +8,7 @@ them too.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig, TrainTransform
+from llm2clip_plugin.data.images import ImageConfig, evaluation_pixels, training_pixels
 from llm2clip_plugin.data.remote import shuffle_window, take_retries
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, sample_rng
 from llm2clip_plugin.data.samples import (
@@ -49,41 +49,20 @@ class Row:
     broken: tuple[BrokenSample, ...]  # the samples that this row replaces
 
 
+@dataclass(eq=False)
 class PairDataset(Dataset):
     """The row of a draw: augmented image and one of its selected captions, a function of (seed, pass, sample)."""
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        caches: Sequence[EmbeddingCache | None],
-        images: ImageConfig | None,
-        augment: AugmentConfig | None = None,
-        *,
-        seed: int,
-        caption_weights: Mapping[str, float] | None = None,
-        captions_per_image: int = 1,
-        targets: Sequence[EmbeddingCache] = (),
-        one_source_batch: int = 0,
-    ) -> None:
-        """caption_weights: how often each kind of caption is drawn; without, captions are drawn evenly.
-
-        captions_per_image: captions k of a row; an image that has fewer repeats them. images: None for captions alone,
-        whose images are not read. targets: a second cache per source, of the same captions by another teacher.
-        one_source_batch: size of the global batches, each of one source; 0: a batch mixes the sources.
-        """
-        if len(sources) != len(caches):
-            raise ValueError(f"{len(sources)} sources but {len(caches)} embedding caches; pass one per source")
-        if len({cache.width for cache in caches if cache is not None}) > 1:
-            widths = {source.path: cache.width for source, cache in zip(sources, caches, strict=True) if cache}
-            raise ValueError(f"embedding caches differ in width: {widths}; embed all sources with the same teacher")
-        self.sources = list(sources)
-        self.caches = list(caches)
-        self.seed = seed
-        self.caption_weights = dict(caption_weights or {})
-        self.captions_per_image = captions_per_image
-        self.targets = list(targets)
-        self.one_source_batch = one_source_batch
-        self.transform = None if images is None else TrainTransform(images, augment)
+    sources: Sequence[Source]
+    caches: Sequence[EmbeddingCache | None]  # one a source
+    images: ImageConfig | None  # None for captions alone, whose images are not read
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    _: KW_ONLY
+    seed: int
+    caption_weights: Mapping[str, float] = field(default_factory=dict)  # how often each kind is drawn; {}: evenly
+    captions_per_image: int = 1  # captions k of a row; an image that has fewer repeats them
+    targets: Sequence[EmbeddingCache] = ()  # a second cache a source, of the same captions by another teacher
+    one_source_batch: int = 0  # size of the global batches, each of one source; 0: a batch mixes the sources
 
     def __len__(self) -> int:
         return sum(len(source) for source in self.sources)
@@ -92,7 +71,7 @@ class PairDataset(Dataset):
     def row_bytes(self) -> int:
         """Bytes of a row's image and embeddings."""
         widths = [next((c.width for c in caches if c is not None), 0) for caches in (self.caches, self.targets)]
-        side = 0 if self.transform is None else self.transform.config.size
+        side = 0 if self.images is None else self.images.size
         return row_bytes(side, sum(widths) * self.captions_per_image)
 
     def mixture(self) -> Mixture:
@@ -124,19 +103,21 @@ class PairDataset(Dataset):
     def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
         source, cache = self.sources[draw.source], self.caches[draw.source]
         shard, within = source.locate(draw.index)
-        sample = None if self.transform is None else source.with_image(draw.index)
+        sample = None if self.images is None else source.with_image(draw.index)
         key, all_captions = source.captions(draw.index) if sample is None else (sample.key, sample.captions)
         kinds = source.config.kinds or tuple(self.caption_weights)
         captions = select_captions(all_captions, kinds, source.config.languages)
         if not captions:
-            raise BrokenSample(shard, key, _no_caption(source, all_captions, kinds))
+            known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in all_captions})) or "none"
+            wanted = f"kinds {tuple(kinds)} and languages {source.config.languages}"
+            raise BrokenSample(shard, key, f"no caption of {wanted}; available: {known}")
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
         chosen = choose_captions(captions, self.caption_weights, self.captions_per_image, rng)
         pixels = None
-        if sample is not None and self.transform is not None:
+        if sample is not None and self.images is not None:
             try:
                 image = sample.read_image()
-                pixels = self.transform.pixels(image, rng)
+                pixels = training_pixels(image, self.images, self.augment, rng)
             except BrokenImage as error:
                 raise BrokenSample(shard, key, str(error)) from error
         embeddings, targets = (
@@ -145,13 +126,6 @@ class PairDataset(Dataset):
         )
         image_id = (draw.source << SOURCE_BITS) + draw.index
         return Row(pixels, chosen, embeddings, targets, image_id, shard, key, broken)
-
-
-def _no_caption(source: Source, captions: tuple[Caption, ...], kinds: Sequence[str]) -> str:
-    if not captions:
-        return f"no caption in the fields {', '.join(field.name for field in source.fields)}"
-    known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions}))
-    return f"no caption of kinds {tuple(kinds)} and languages {source.config.languages}; available: {known}"
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:
@@ -228,21 +202,16 @@ class EvalItem:
     meta: dict[str, Any]
 
 
+@dataclass(eq=False)
 class EvalDataset(Dataset):
     """Images of a source in order, prepared as by the tower's own preprocessor, with the selected captions."""
 
-    def __init__(
-        self,
-        source: Source,
-        cache: EmbeddingCache | None,
-        images: ImageConfig,
-        indices: Sequence[int],
-        kinds: Sequence[str] | None,
-        languages: Sequence[str],
-    ) -> None:
-        self.source, self.cache, self.indices = source, cache, list(indices)
-        self.kinds, self.languages = kinds, tuple(languages)
-        self.transform = EvalTransform(images)
+    source: Source
+    cache: EmbeddingCache | None
+    images: ImageConfig
+    indices: Sequence[int]
+    kinds: Sequence[str] | None
+    languages: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -258,7 +227,7 @@ class EvalDataset(Dataset):
                 return BrokenSample(shard, sample.key, f"no caption{selected}")
             image = sample.read_image()
             try:
-                pixels = self.transform.pixels(image)
+                pixels = evaluation_pixels(image, self.images)
             except BrokenImage as error:
                 return BrokenSample(shard, sample.key, str(error))
         except BrokenSample as error:
@@ -269,7 +238,7 @@ class EvalDataset(Dataset):
     def collate(self, items: list[EvalItem | BrokenSample]) -> dict[str, Any]:
         """Items to tensors; broken ones are listed under ``broken``."""
         good = [item for item in items if isinstance(item, EvalItem)]
-        side = self.transform.config.size
+        side = self.images.size
         pixels = np.stack([item.pixels for item in good]) if good else np.zeros((0, side, side, 3), np.uint8)
         batch: dict[str, Any] = {
             "pixels": torch.from_numpy(pixels),

@@ -14,13 +14,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from llm2clip_plugin.contracts import canonical_json
 from llm2clip_plugin.files import TIMEOUT, Retry, seconds_of_retry_after, timeout
 
 log = logging.getLogger(__name__)
@@ -32,14 +31,12 @@ WARN_EVERY = 30.0  # seconds between a process's warnings
 RANGE = 16 << 20  # bytes of a request
 COPY_TIME = 0  # modification time of every copy, so that a shard's index fits the next copy too
 SHARD = re.compile(r"[0-9a-f]{16}-.*\.tar")  # files that may be evicted
-VERSION = {"size", "etag", "last-modified", "lastmodified", "mtime", "content-md5", "md5hash", "generation", "oid"}
 ERRORS = (
     "EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EAGAIN", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EHOSTDOWN",
     "EHOSTUNREACH", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOTCONN", "EPIPE", "ENOLINK", "ECOMM", "EPROTO",
 )  # fmt: skip
 TRANSIENT = {getattr(errno, name) for name in ERRORS if hasattr(errno, name)}
-MOUNTS = "/proc/self/mounts"
-NETWORK = (  # types of file systems over a network, as /proc/mounts writes them; fuse.* in addition
+NETWORK = (  # types of file systems over a network; fuse.* in addition
     "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "9p", "afs", "glusterfs", "orangefs", "pvfs2",
     "panfs", "wekafs", "virtiofs", "fuse", "davfs", "ocfs2", "gfs2", "quobyte", "pfs",
 )  # fmt: skip
@@ -59,7 +56,7 @@ def has_suffix(path: str, suffix: str) -> bool:
     return path.split("?", 1)[0].endswith(suffix)
 
 
-def shuffle_window(configured: int, paths: Sequence[str], mounts: str = MOUNTS) -> int:
+def shuffle_window(configured: int, paths: Sequence[str]) -> int:
     """Shards that are shuffled together, 0 for whole sources: as configured, or, for -1, by where the data is.
 
     A sample read at random opens its shard, unless the process has it open. Local disks sustain that; servers of
@@ -67,24 +64,18 @@ def shuffle_window(configured: int, paths: Sequence[str], mounts: str = MOUNTS) 
     """
     if configured >= 0:
         return configured
-    return NETWORK_WINDOW if any(is_network(path, mounts) for path in paths) else 0
+    return NETWORK_WINDOW if any(map(is_network, paths)) else 0
 
 
-def is_network(path: str, mounts: str = MOUNTS) -> bool:
+def is_network(path: str) -> bool:
     """Whether ``path`` is a URL, or on a file system over a network."""
     if is_url(path):
         return True
-    real, best, kind = os.path.realpath(path), "", ""
-    try:
-        with open(mounts, encoding="utf-8", errors="replace") as file:
-            lines = [line.split() for line in file]
-    except OSError:
-        return False
-    for _, point, name, *_ in lines:
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point)
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):  # the last of several mounts at one place is on top
-            best, kind = point, name
+    import psutil  # comes with accelerate
+
+    kinds = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    real = Path(os.path.realpath(path))
+    kind = next((kinds[str(place)] for place in (real, *real.parents) if str(place) in kinds), "")
     return kind in NETWORK or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
 
 
@@ -159,11 +150,10 @@ def default_download_folder() -> Path:
 
 @dataclass(frozen=True)
 class Downloads:
-    """A local folder of copies of files at URLs, downloaded in byte ranges.
+    """A local folder of copies of files at URLs, downloaded in byte ranges, each retried.
 
-    A download goes on where a connection or process broke. A copy gets its final name when it is complete, so a reader
-    never sees part of a shard. A lock keeps the processes of a machine from downloading a shard twice. (fsspec's file
-    caches have no ranges that resume, no lock and no limit.)
+    A copy gets its final name when it is complete, so a reader never sees part of a shard. A lock keeps the processes
+    of a machine from downloading a shard twice. (fsspec's file caches have no lock and no limit.)
     """
 
     folder: Path
@@ -176,28 +166,36 @@ class Downloads:
 
     def fetch(self, url: str) -> Path:
         """The local copy of ``url``, downloaded if there is none. Raises as ``retried`` does."""
+        from filelock import FileLock  # here, because --help of every command imports this module
+
         target = self.local_path(url)
         if not target.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(Path(f"{target}.lock")):
+            with FileLock(f"{target}.lock"):
                 if not target.exists():  # another process may have been faster
-                    self._download(url, target)
-            self._evict(keep=target)
+                    _download(url, target)
+            if self.limit_bytes:
+                with FileLock(self.folder / ".evict.lock"):
+                    self._evict(keep=target)
         try:
             os.utime(target, ns=(time.time_ns(), COPY_TIME))  # mark as used
         except FileNotFoundError:
             return self.fetch(url)  # another process has just evicted it
         return target
 
-    def use(self, url: str, action: Callable[[Path], Result]) -> Result:
-        """``action`` on the local copy of ``url``, downloaded again if another process evicts it."""
+    def use(self, path: str, action: Callable[[Path], Result]) -> Result:
+        """``action`` on a local file, or on the local copy of a URL, downloaded again if another process evicts it."""
+        if not is_url(path):
+            if not os.path.isfile(path):
+                raise FileNotFoundError(f"no file at {path}")
+            return action(Path(path))
         for _ in range(RETRY.tries):
             try:
-                return action(self.fetch(url))
+                return action(self.fetch(path))
             except FileNotFoundError:
-                if self.local_path(url).exists():
+                if self.local_path(path).exists():
                     raise
-        return action(self.fetch(url))
+        return action(self.fetch(path))
 
     def forget(self, url: str) -> None:
         """Delete the local copy of ``url``, so that it is downloaded again when it is next used."""
@@ -208,59 +206,42 @@ class Downloads:
         filesystem, path = open_filesystem(url)
         return retried(lambda: filesystem.cat_file(path), url)
 
-    def _download(self, url: str, target: Path) -> None:
-        filesystem, path = open_filesystem(url)
-        info = retried(lambda: filesystem.info(path), url)
-        version = canonical_json({key.lower(): str(value) for key, value in info.items() if key.lower() in VERSION})
-        partial = target.with_name(f"{target.name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.partial")
-        for old in self.folder.glob(f"{target.name}.*.partial"):
-            if old != partial:
-                old.unlink()  # of another version of the file
-        with open(partial, "ab") as file:
-            if info.get("size") is None:  # without a size there are no ranges
-                file.truncate(0)
-                file.write(retried(lambda: filesystem.cat_file(path), url))
-            else:
-                while (done := file.tell()) < info["size"]:
-                    file.write(_read_range(filesystem, path, url, done, info["size"]))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-
     def _evict(self, keep: Path) -> None:
         """Delete the least recently used shards until the folder fits ``limit_bytes``; open files stay readable."""
-        if not self.limit_bytes:
-            return
-        with _locked(self.folder / ".evict.lock"):
-            shards = [(path.stat(), path) for path in self.folder.iterdir() if SHARD.fullmatch(path.name)]
-            size = sum(status.st_size for status, _ in shards)
-            for status, path in sorted(shards, key=lambda entry: entry[0].st_atime_ns):
-                if size <= self.limit_bytes:
-                    return
-                if path != keep:
-                    size -= status.st_size
-                    path.unlink()
+        shards = [(path.stat(), path) for path in self.folder.iterdir() if SHARD.fullmatch(path.name)]
+        size = sum(status.st_size for status, _ in shards)
+        for status, path in sorted(shards, key=lambda entry: entry[0].st_atime_ns):
+            if size <= self.limit_bytes:
+                return
+            if path != keep:
+                size -= status.st_size
+                path.unlink()
 
 
-def _locked(path: Path) -> AbstractContextManager[object]:
-    from filelock import FileLock  # here, because --help of every command imports this module
+def _download(url: str, target: Path) -> None:
+    filesystem, path = open_filesystem(url)
+    size = retried(lambda: filesystem.info(path), url).get("size")
 
-    return FileLock(path)
-
-
-def _read_range(filesystem: Any, path: str, url: str, start: int, total: int) -> bytes:
-    """The next range of a file of ``total`` bytes."""
-    stop = min(start + RANGE, total)
-
-    def read() -> bytes:
+    def read(start: int) -> bytes:
+        if size is None:  # then there are no ranges
+            return filesystem.cat_file(path)
+        stop = min(start + RANGE, size)
         data = filesystem.cat_file(path, start=start, end=stop)
-        if len(data) == total:
+        if len(data) == size:
             data = data[start:stop]  # a server without ranges sends the entire file
         if len(data) != stop - start:
             raise ConnectionError(f"received {len(data)} bytes instead of {stop - start}")
         return data
 
-    return retried(read, f"{url}, bytes {start} to {stop} of {total}")
+    incomplete = Path(f"{target}.partial")  # of a killed download: overwritten
+    with open(incomplete, "wb") as file:
+        while size is None or file.tell() < size:
+            file.write(retried(partial(read, file.tell()), f"{url}, from byte {file.tell()}"))
+            if size is None:
+                break
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(incomplete, target)
 
 
 class ReadFailedError(ConnectionError):
@@ -273,16 +254,21 @@ def retried(action: Callable[[], Result], what: str) -> Result:
     Raises ReadFailedError after too many failures, and for what is permanent FileNotFoundError, PermissionError,
     ConnectionError, or the error itself.
     """
-    for failures in itertools.count(1):
+    failures = 0
+    while True:
         try:
             return action()
         except Exception as error:  # each protocol has network errors of its own
+            failures += 1
             # fsspec's HTTP turns any error, a refused connection too, into FileNotFoundError
             cause = (error.__cause__ if isinstance(error, FileNotFoundError) else None) or error
             fields = vars(cause)  # aiohttp has status, gcsfs code
             status = next((fields[name] for name in ("status", "code") if isinstance(fields.get(name), int)), 0)
-            if not _is_transient(cause, status):
-                _raise_permanent(error, cause, status, what)
+            permanent = _permanent(error, cause, status, what)
+            if permanent is error:
+                raise
+            if permanent:
+                raise permanent from error
             reason = f"{what}: {type(cause).__name__}: {cause}"
             if isinstance(cause, TimeoutError) and cause.errno is None:
                 reason += f" (no answer within {timeout():g} s, {TIMEOUT})"
@@ -297,32 +283,26 @@ def retried(action: Callable[[], Result], what: str) -> Result:
                 _warned[0] = time.monotonic()
                 log.warning("%s; retrying in %.1f s (%d of %d)", reason, pause, failures, RETRY.tries)
             time.sleep(pause)
-    raise AssertionError("count() does not end")
 
 
-def _is_transient(cause: BaseException, status: int) -> bool:
+def _permanent(error: Exception, cause: BaseException, status: int, what: str) -> Exception | None:
+    """What to raise for an error that no retry mends; None for a transient one."""
+    shown = f" (HTTP {status})" if status else ""
+    if status in (401, 403, 407) or isinstance(cause, PermissionError):
+        return PermissionError(f"access denied to {what}{shown}; check its permissions, token or expiry date")
+    if status in (404, 410) or (not status and isinstance(cause, FileNotFoundError)):
+        return FileNotFoundError(f"no file at {what}{shown}")
     if status:
-        return status >= 500 or status in (408, 425, 429)
+        transient = status >= 500 or status in (408, 425, 429)
+        return None if transient else ConnectionError(f"the server refuses {what}: {cause}")
     if isinstance(cause, (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, ReadFailedError)):
-        return False  # an invalid URL or certificate, an option that a protocol doesn't have
+        return error  # an invalid URL or certificate, an option that a protocol doesn't have
     import ssl  # here, because --help of every command imports this module
 
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
-        if isinstance(cause, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
-            return False
-        return cause.errno is None or cause.errno < 0 or cause.errno in TRANSIENT  # below 0: of a name's look-up
-    return True
-
-
-def _raise_permanent(error: Exception, cause: BaseException, status: int, what: str) -> None:
-    shown = f" (HTTP {status})" if status else ""
-    if status in (401, 403, 407) or isinstance(cause, PermissionError):
-        raise PermissionError(f"access denied to {what}{shown}; check its permissions, token or expiry date") from error
-    if status in (404, 410) or (not status and isinstance(cause, FileNotFoundError)):
-        raise FileNotFoundError(f"no file at {what}{shown}") from error
-    if status:
-        raise ConnectionError(f"the server refuses {what}: {cause}") from error
-    raise error
+        # below 0: of a name's look-up
+        return None if cause.errno is None or cause.errno < 0 or cause.errno in TRANSIENT else error
+    return None
 
 
 def take_retries() -> int:
@@ -332,11 +312,6 @@ def take_retries() -> int:
 
 
 os.register_at_fork(after_in_child=take_retries)  # the parent's are not the child's
-
-
-def read_file(path: str | Path) -> bytes:
-    """The contents of a local file. Raises as ``retried`` does."""
-    return retried(lambda: Path(path).read_bytes(), str(path))
 
 
 class RetryingFile:
@@ -363,7 +338,10 @@ class RetryingFile:
 
     def read(self, size: int, offset: int) -> bytes:
         """``size`` bytes from ``offset`` on, fewer at the end of the file."""
-        return self._retried(lambda descriptor: _pread(descriptor, size, offset))
+        data = self._retried(lambda descriptor: os.pread(descriptor, size, offset))
+        if 0 < len(data) < size:  # a signal or a network file system may cut a read short
+            data += self.read(size - len(data), offset + len(data))
+        return data
 
     def size(self) -> int:
         """Bytes of the file."""
@@ -380,13 +358,3 @@ class RetryingFile:
                 raise
 
         return retried(attempt, self.path)
-
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    while 0 < len(data) < size:  # a signal or a network file system may cut a read short
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data

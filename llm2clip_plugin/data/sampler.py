@@ -15,6 +15,8 @@ import numpy as np
 # Hashes and permutations that are the same on every platform: what the order of samples is made of.
 
 FEISTEL_ROUNDS = 6
+# Shifts and factors of splitmix64's finalizer: each bit of the result depends on each bit of the value
+MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0))
 
 
 def hash_words(*words: int | str) -> int:
@@ -49,22 +51,17 @@ class Permutation:
         spare = np.empty_like(right)
         for key in self.round_keys:
             mixed = right + key
-            _mix(mixed, spare)
+            for shift, factor in MIXING:
+                np.right_shift(mixed, np.uint64(shift), out=spare)
+                mixed ^= spare
+                if factor:
+                    mixed *= np.uint64(factor)
             mixed &= mask
             mixed ^= left
             left, right = right, mixed
         left <<= half
         left |= right
         return left
-
-
-def _mix(values: np.ndarray, spare: np.ndarray) -> None:
-    """In place: each bit of the result depends on each bit of ``values`` (splitmix64's finalizer)."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0)):
-        np.right_shift(values, np.uint64(shift), out=spare)
-        values ^= spare
-        if factor:
-            values *= np.uint64(factor)
 
 
 # Which source each draw of an epoch, or each global batch, comes from: computed where it is needed, never stored.
@@ -169,7 +166,6 @@ class PassOrder:
     def __init__(self, shard_sizes: Sequence[int], window: int, key: int) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.key = key
-        total = int(self.sizes.sum())
         if window == 0 or window >= len(self.sizes):
             self.groups = [np.arange(len(self.sizes))]
         else:
@@ -179,7 +175,6 @@ class PassOrder:
         group_sizes = np.array([int(self.sizes[group].sum()) for group in self.groups], dtype=np.int64)
         self.group_stops = np.cumsum(group_sizes)
         self.group_starts = self.group_stops - group_sizes
-        assert total == (self.group_stops[-1] if len(self.group_stops) else 0)
 
     def window_at(self, place: int) -> int:
         """Number of the group that is read at a position of the pass."""
@@ -217,8 +212,6 @@ class Mixture:
         windows: Sequence[int] = (),  # shuffle_window of each source; () is 0 for all
         batch: int = 0,  # samples of a global batch, all of one source; 0: a batch mixes the sources
     ) -> None:
-        if len(shard_sizes) != len(weights) or not shard_sizes:
-            raise ValueError(f"{len(shard_sizes)} sources but {len(weights)} weights; pass one weight per source")
         self.shard_sizes = [tuple(sizes) for sizes in shard_sizes]
         self.lengths = [sum(sizes) for sizes in self.shard_sizes]
         if empty := [number for number, length in enumerate(self.lengths) if length == 0]:

@@ -1,4 +1,4 @@
-"""How loader processes hand over images: in parts of a batch, through a bounded amount of shared memory.
+"""Processes that share the reading of a data set, and what loader processes hand over through shared memory.
 
 Standard library only.
 """
@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
-
-# Processes that share the reading of a data set.
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -74,6 +72,8 @@ def _end_with_parent() -> None:
         parent.join()
         os._exit(1)
 
+
+# Loader processes hand over images in parts of a batch, through a bounded amount of shared memory.
 
 SHARED_MEMORY = "/dev/shm"  # where torch's loader processes put tensors on Linux
 PREFETCH_MB = 256  # of /dev/shm, for each rank; 10^6 bytes
@@ -135,12 +135,3 @@ def lacks_shared_memory(plans: Sequence[LoadPlan], ranks: int, folder: str = SHA
 def remedy(need: int) -> str:
     """How a container gets ``need`` bytes of shared memory."""
     return f"start the container with --ipc=host or --shm-size={-(-need // 10**9) + 1}g"
-
-
-def check_shared_memory(plans: Sequence[LoadPlan], ranks: int, folder: str = SHARED_MEMORY) -> None:
-    """Raise ValueError if shared memory does not hold what the loaders of ``ranks`` ranks put there.
-
-    Without this check, a process that writes beyond the end dies of SIGBUS in the middle of the run.
-    """
-    if reason := lacks_shared_memory(plans, ranks, folder):
-        raise ValueError(reason)

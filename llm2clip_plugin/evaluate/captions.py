@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +22,17 @@ from torch import Tensor
 from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile, atomic_file
 from llm2clip_plugin.data.samples import Caption, select_captions
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.evaluate.config import EVALUATE_CAPTIONS, CaptionSetConfig, EvaluateCaptionsConfig
 from llm2clip_plugin.evaluate.opening import write_scores
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
 from llm2clip_plugin.options import command
 from llm2clip_plugin.text.config import ATTENTIONS, POOLINGS, EncoderConfig, find_card
 from llm2clip_plugin.text.encoder import CPU_TOKENS, POST_FILE, CaptionEncoder, Post, first_captions, remove_components
-from llm2clip_plugin.text.llm import pool
-from llm2clip_plugin.text.tokens import collate, length_batches
+from llm2clip_plugin.text.llm import length_batches, pool
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
+ACCURACIES = ("cra", "reverse", "centred")
 SHOWN = 10  # readings in the table of --search
 READINGS = "search.json"
 
@@ -54,7 +52,19 @@ def main(argv: list[str]) -> int:
     print(table(scores))
     if encoder.count_truncated:
         print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
-    write_scores(score_file(scores, encoder, config.measure.captions), config.json, file=sys.stderr)
+    record = ScoreFile(
+        benchmark=f"caption retrieval, {Path(config.measure.captions).name}",
+        metrics={f"{row.name}/{name}": vars(row)[name] for row in scores for name in ACCURACIES},
+        items=[
+            {"id": f"{row.name}/{key}", "score": hit, "cluster": key}
+            for row in scores
+            for key, hit in zip(row.keys, row.hits, strict=True)
+        ],
+        counts={row.name: row.pairs for row in scores},
+        model=encoder.config.adapter or encoder.config.llm,
+        provenance={"teacher": dataclasses.asdict(encoder.identity())},
+    )
+    write_scores(record, config.json, file=sys.stderr)
     return 0
 
 
@@ -73,10 +83,14 @@ class CaptionScore:
 
 def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[CaptionScore]:
     """One row per ``retrieve``, per further language, and their mean. Raises ValueError as ``caption_sets``."""
-    rows = {name: score_pairs(encoder, name, pairs) for name, pairs in caption_sets(config).items()}
-    retrieve = [text.replace(":", "->") for text in config.retrieve]
-    foreign = [row for name, row in rows.items() if name not in retrieve]
-    return [*rows.values(), *([mean_row(foreign)] if foreign else [])]
+    rows = []
+    for name, pairs in caption_sets(config).items():
+        first_NW = encoder.encode([left for _, left, _ in pairs], query=True)
+        rows.append(rank_pairs(name, pairs, first_NW, encoder.encode([right for _, _, right in pairs])))
+    if foreign := [row for row in rows if row.name.replace("->", ":") not in config.retrieve]:
+        means = [sum(vars(row)[name] for row in foreign) / len(foreign) for name in (*ACCURACIES, "pairs")]
+        rows.append(CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3])))
+    return rows
 
 
 def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
@@ -100,7 +114,7 @@ def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
         languages = {c.language for _, of_sample in captions for c in of_sample if c.kind == kind} - {config.home}
         for language in sorted(languages):
             sets[f"{language}->{config.home}"] = find_pairs(captions, (kind, language), (kind, config.home))
-    return sets
+    return {name: pairs for name, pairs in sets.items() if pairs}
 
 
 def find_pairs(
@@ -114,14 +128,6 @@ def find_pairs(
         if left and right:
             pairs.setdefault((left, right), key)
     return [(key, left, right) for (left, right), key in pairs.items()]
-
-
-def score_pairs(encoder: CaptionEncoder, name: str, pairs: Pairs) -> CaptionScore:
-    """Embed both captions of each pair (the first as queries) and rank in both directions."""
-    if not pairs:
-        return CaptionScore(name, 0.0, 0.0, 0.0, 0)
-    first_NW = encoder.encode([left for _, left, _ in pairs], query=True)
-    return rank_pairs(name, pairs, first_NW, encoder.encode([right for _, _, right in pairs]))
 
 
 def rank_pairs(name: str, pairs: Pairs, first_NW: Tensor, second_NW: Tensor) -> CaptionScore:
@@ -140,12 +146,6 @@ def rank_pairs(name: str, pairs: Pairs, first_NW: Tensor, second_NW: Tensor) -> 
         hits=tuple(hits.tolist()),
         keys=tuple(key for key, _, _ in pairs),
     )
-
-
-def mean_row(rows: Sequence[CaptionScore]) -> CaptionScore:
-    """The mean over languages."""
-    means = [sum(vars(row)[name] for row in rows) / len(rows) for name in ("cra", "reverse", "centred", "pairs")]
-    return CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3]))
 
 
 def caption_ranks(
@@ -178,24 +178,6 @@ def table(scores: Sequence[CaptionScore]) -> str:
     return "\n".join(lines)
 
 
-def score_file(scores: Sequence[CaptionScore], encoder: CaptionEncoder, captions: str) -> ScoreFile:
-    """The record that `llm2clip compare` reads: one item per caption."""
-    items = [
-        {"id": f"{row.name}/{key}", "score": hit, "cluster": key}
-        for row in scores
-        for key, hit in zip(row.keys, row.hits, strict=True)
-    ]
-    metrics = {f"{row.name}/{name}": vars(row)[name] for row in scores for name in ("cra", "reverse", "centred")}
-    return ScoreFile(
-        benchmark=f"caption retrieval, {Path(captions).name}",
-        metrics=metrics,
-        items=items,
-        counts={row.name: row.pairs for row in scores},
-        model=encoder.config.adapter or encoder.config.llm,
-        provenance={"teacher": dataclasses.asdict(encoder.identity())},
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """One way of reading the LLM, and what it reached."""
@@ -212,11 +194,6 @@ class Reading:
     def score(self) -> float:
         """The mean over the rows; all languages are one."""
         return sum(self.rows.values()) / len(self.rows)
-
-    def record(self) -> dict[str, Any]:
-        """For a JSON file."""
-        kept = {name: value for name, value in vars(self).items() if name != "post"}
-        return {"score": self.score, **kept}
 
 
 def search(config: EvaluateCaptionsConfig) -> list[Reading]:
@@ -276,8 +253,7 @@ def pooled_states(
     batches = list(length_batches([len(ids) for ids in rows], CPU_TOKENS))
     for indices in track(batches, total=len(batches), label="reading", unit="batches"):
         some = [rows[index] for index in indices]
-        batch = collate(some, [frame] * len(some), pad_id=encoder.pad_id, include_bos=encoder.config.include_bos)
-        batch = batch.to(encoder.device)
+        batch = encoder.collate(some, [frame] * len(some))
         options = {"position_ids": batch.position_ids, "use_cache": False, "output_hidden_states": True}
         states = encoder.model.llm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
         depth = len(states.hidden_states) - 1
@@ -294,9 +270,8 @@ def measure(sets: dict[str, Pairs], row_of: dict[str, Tensor], retrieve: tuple[s
     """Name -> top-1 accuracy of the first captions; languages together are one row."""
     accuracy = {}
     for name, pairs in sets.items():
-        if pairs:
-            first_NW, second_NW = (torch.stack([row_of[pair[side]] for pair in pairs]) for side in (1, 2))
-            accuracy[name] = rank_pairs(name, pairs, first_NW, second_NW).cra
+        first_NW, second_NW = (torch.stack([row_of[pair[side]] for pair in pairs]) for side in (1, 2))
+        accuracy[name] = rank_pairs(name, pairs, first_NW, second_NW).cra
     home = {name: value for name, value in accuracy.items() if name.replace("->", ":") in retrieve}
     foreign = [value for name, value in accuracy.items() if name not in home]
     return {**home, **({LANGUAGES: sum(foreign) / len(foreign)} if foreign else {})}
@@ -308,8 +283,10 @@ def search_and_write(config: EvaluateCaptionsConfig) -> str:
     best, folder = readings[0], config.reading.folder
     if folder:
         with atomic_file(Path(folder) / READINGS) as temporary:
+            tried = [{"score": one.score, **vars(one)} for one in readings]
             body = {"validation": config.measure.captions, "fit_on": config.reading.fit_on}
-            text = json.dumps({**body, "readings": [one.record() for one in readings]}, indent=1, ensure_ascii=False)
+            body |= {"readings": [{name: one[name] for name in one if name != "post"} for one in tried]}
+            text = json.dumps(body, indent=1, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
         if best.post is not None:
             best.post.save(Path(folder))

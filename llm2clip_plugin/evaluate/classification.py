@@ -6,7 +6,9 @@ Shapes: N training images, M test images, C classes, P prompts of a class, D wid
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile, TowerCard, atomic_file, canonical_json, sha256_text, sha256_weights
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.data.samples import BrokenSample, Caption
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
+from llm2clip_plugin.data.sources.tars import scan_tar, split_name
 from llm2clip_plugin.evaluate.config import EVALUATE_PROBE, EVALUATE_ZEROSHOT, ProbeConfig, ZeroShotConfig
-from llm2clip_plugin.evaluate.images import ImageFeatures, InMemorySource, Row, image_features, open_labeled_images
 from llm2clip_plugin.evaluate.opening import (
+    IMAGE_ENDINGS,
+    NOTES_SHOWN,
+    InMemorySource,
+    Row,
     Teacher,
     dataset_name,
+    encode_images,
+    image_files,
+    json_field,
     on_all_ranks,
     open_tower,
-    print_scores,
     provenance,
     tower_provenance,
     write_scores,
@@ -44,17 +54,142 @@ TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
 PENALTIES = tuple(10.0**power for power in range(-6, 3))  # candidates for the linear probe
 HELD_OUT = 5  # one in five clusters of the training images is held out to choose the penalty
 QUERY_BLOCK = 1024  # test images compared at once
+NOT_A_CLASS = (".", "embeddings-")  # prefixes of other folders: hidden ones, the prompts' cache
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """N images, each with a label: the index of its class in ``classes``."""
+
+    source: Source
+    classes: list[str]  # the data's own names: folders, values of the field, or the numbers in .cls members
+    labels: list[int]
+    clusters: list[str]  # resampled together in the bootstrap, held out together
+
+
+def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:
+    """The labeled images at ``path``: with ``field`` a captioned data source, else tars with .cls or class folders.
+
+    ``field`` and ``cluster`` are fields of each sample's JSON. Raises FileNotFoundError, or ValueError for another
+    layout.
+    """
+    if field:
+        source = open_source(SourceConfig(path=path))
+        records = [source.record(number) for number in range(len(source))]
+        of_image = [str(json_field(record.meta, field, record.key, before=f"{path}: ")) for record in records]
+        clusters = [str(json_field(one.meta, cluster, one.key) if cluster else one.key) for one in records]
+        classes = sorted(set(of_image))
+    else:
+        root = Path(path)
+        rows, of_image, classes = (_of_tars if root.is_file() or any(root.rglob("*.tar")) else _of_folders)(root)
+        source, clusters = InMemorySource(path, root, rows), [row.key for row in rows]
+    number_of = {name: number for number, name in enumerate(classes)}
+    return LabeledImages(source, classes, [number_of[name] for name in of_image], clusters)
+
+
+def _of_folders(path: Path) -> tuple[list[Row], list[str], list[str]]:
+    """``CLASS/**/IMAGE.jpg``: the rows, their classes, and all classes in alphabetical order."""
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    if not names:
+        raise ValueError(
+            f"{path} has no class folders and no tars with .cls members; captioned data need --label FIELD"
+        )
+    classes = [name for name in names if not name.startswith(NOT_A_CLASS)]
+    images = [(name, file) for name in classes for file in image_files(path / name)]
+    return [Row(str(file.relative_to(path)), file) for _, file in images], [name for name, _ in images], classes
+
+
+def _of_tars(path: Path) -> tuple[list[Row], list[str], list[str]]:
+    """Tars of ``KEY.jpg`` (png, webp) with ``KEY.cls``, the class index: the rows, their classes, all classes."""
+    rows, indices = [], []
+    for tar in [path] if path.is_file() else sorted(path.rglob("*.tar")):
+        parts: dict[str, dict[str, Callable[[], bytes]]] = {}
+        for member in scan_tar(tar):
+            key, ending = split_name(member.name)
+            part = "image" if ending in IMAGE_ENDINGS else ending
+            parts.setdefault(key, {})[part] = partial(_read, tar, member.offset_data, member.size)
+        for key, of_key in parts.items():
+            if "image" not in of_key:
+                continue
+            text = of_key["cls"]().decode("utf-8", "replace").strip() if "cls" in of_key else ""
+            if not text.isdecimal():
+                raise ValueError(f"{tar}: {key}.cls contains {text!r}, expected a class index (0, 1, ...)")
+            rows.append(Row(f"{tar.stem}/{key}", of_key["image"]))
+            indices.append(int(text))
+    return rows, list(map(str, indices)), [str(number) for number in range(max(indices, default=0) + 1)]
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFeatures:
+    """Features of the readable images, in order."""
+
+    feature_ND: Tensor  # float32, on the CPU
+    label_N: Tensor  # int64
+    keys: list[str]
+    clusters: list[str]
+    broken: list[BrokenSample]
+
+    def mean_per_class(self, hit_N: Tensor) -> float:
+        """The unweighted mean over the classes of their mean hits."""
+        return float(torch.stack([hit_N[self.label_N == label].mean() for label in torch.unique(self.label_N)]).mean())
+
+    def items(self, classes: Sequence[str], hit_N: Tensor) -> list[dict[str, Any]]:
+        """One item of a score file for each image; ``part`` is the name of its class."""
+        rows = zip(self.keys, hit_N.tolist(), self.clusters, self.label_N.tolist(), strict=True)
+        return [
+            {"id": key, "score": hit, "cluster": cluster, "part": classes[label]} for key, hit, cluster, label in rows
+        ]
+
+
+def image_features(
+    encode: Callable[[Tensor], Tensor],
+    images: LabeledImages,
+    config: ImageConfig,
+    device: torch.device,
+    **options: Any,
+) -> ImageFeatures:
+    """Labeled images through ``encode``; broken ones are left out and listed in ``broken``.
+
+    ``options``: further arguments of `encode_images`. Raises ValueError if no image is readable.
+    """
+    found = encode_images(encode, images.source, config, device, **options)
+    if not found.numbers:
+        raise ValueError(f"{images.source.path} contains no readable images: {found.broken[0]}")
+    return ImageFeatures(
+        feature_ND=torch.cat(found.vectors),
+        label_N=torch.tensor([images.labels[number] for number in found.numbers]),
+        keys=found.keys,
+        clusters=[images.clusters[number] for number in found.numbers],
+        broken=found.broken,
+    )
 
 
 def main_zeroshot(argv: list[str]) -> int:
     """``llm2clip evaluate zeroshot TOWER DATA``."""
     config = EVALUATE_ZEROSHOT.parse(argv)
-    return on_all_ranks(
-        lambda all_ranks: measure_zeroshot(config, all_ranks=all_ranks), lambda scores: zeroshot_report(config, scores)
-    )
+
+    def report(scores: ScoreFile) -> None:
+        print(f"{config.tower} on {config.data}: {scores.counts['images']} images, {scores.counts['classes']} classes")
+        print_scores(scores, {"acc1": "score"})
+        write_scores(scores, config.json)
+        if config.clip_benchmark:
+            body = {"dataset": dataset_name(config.data), "model": "llm2clip", "pretrained": config.tower}
+            body |= {"task": "zeroshot_classification", "language": "en"}
+            metrics = {name: scores.metrics.get(name) for name in ("acc1", "acc5", "mean_per_class_recall")}
+            with atomic_file(config.clip_benchmark) as temporary:
+                temporary.write_text(json.dumps({**body, "metrics": metrics}) + "\n", encoding="utf-8")
+            print(f"wrote {config.clip_benchmark}")
+
+    return on_all_ranks(partial(measure_zeroshot, config), report)
 
 
-def measure_zeroshot(config: ZeroShotConfig, *, all_ranks: bool = False) -> ScoreFile:
+def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
     """Embed the prompts and the images, and classify each image as the nearest class."""
     labeled = open_labeled_images(config.data, config.label)
     names = read_class_names(config.classes, config.data, labeled.classes)
@@ -88,28 +223,17 @@ def classification_scores(features: ImageFeatures, class_CD: Tensor, names: Sequ
     return ScoreFile(benchmark="", metrics=metrics, items=items, counts=counts, notes=notes)
 
 
-def clip_benchmark_json(config: ZeroShotConfig, scores: ScoreFile) -> str:
-    """The scores in CLIP_benchmark's file format, for its tables."""
-    body = {
-        "dataset": scores.benchmark.partition(":")[2],
-        "model": "llm2clip",
-        "pretrained": config.tower,
-        "task": "zeroshot_classification",
-        "metrics": {name: scores.metrics.get(name) for name in ("acc1", "acc5", "mean_per_class_recall")},
-        "language": "en",
-    }
-    return json.dumps(body) + "\n"
-
-
-def zeroshot_report(config: ZeroShotConfig, scores: ScoreFile) -> None:
-    """Print the metrics with the interval of acc1, and write the files that were requested."""
-    print(f"{config.tower} on {config.data}: {scores.counts['images']} images, {scores.counts['classes']} classes")
-    print_scores(scores, {"acc1": "score"})
-    write_scores(scores, config.json)
-    if config.clip_benchmark:
-        with atomic_file(config.clip_benchmark) as temporary:
-            temporary.write_text(clip_benchmark_json(config, scores), encoding="utf-8")
-        print(f"wrote {config.clip_benchmark}")
+def print_scores(scores: ScoreFile, intervals: dict[str, str]) -> None:
+    """Each metric in percent, with the interval of those in ``intervals`` (metric -> field of the items)."""
+    clusters = [item["cluster"] for item in scores.items]
+    for name, value in scores.metrics.items():
+        shown = ""
+        if name in intervals:
+            interval = bootstrap_mean([item[intervals[name]] for item in scores.items], clusters)
+            shown = f"  [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
+        print(f"{name:22} {100 * value:6.2f} %{shown}")
+    for note in scores.notes[:NOTES_SHOWN]:
+        print(note)
 
 
 def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
@@ -193,12 +317,17 @@ def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, *,
 def main_probe(argv: list[str]) -> int:
     """``llm2clip evaluate probe TOWER TRAIN TEST``."""
     config = EVALUATE_PROBE.parse(argv)
-    return on_all_ranks(
-        lambda all_ranks: measure_probe(config, all_ranks=all_ranks), lambda scores: probe_report(config, scores)
-    )
+
+    def report(scores: ScoreFile) -> None:
+        count = scores.counts["images"]
+        print(f"{config.tower}: {count} images of {config.test}, classified with probes fitted on {config.train}")
+        print_scores(scores, {name: name for name in scores.metrics if not name.endswith("_mean_per_class")})
+        write_scores(scores, config.json)
+
+    return on_all_ranks(partial(measure_probe, config), report)
 
 
-def measure_probe(config: ProbeConfig, *, all_ranks: bool = False) -> ScoreFile:
+def measure_probe(config: ProbeConfig, all_ranks: bool) -> ScoreFile:
     """Encode the training and the test images, run the probes."""
     directory, device = fetch_directory(config.tower), choose_device(config.device)
     tower: Any = load_tower(directory)
@@ -306,11 +435,3 @@ def probe_scores(hits: dict[str, Tensor], test: ImageFeatures, classes: Sequence
     if unseen:
         notes.append(f"classes without training images (their test images count as wrong): {', '.join(unseen[:10])}")
     return ScoreFile(benchmark="probe", metrics=metrics, items=items, counts=counts, notes=notes)
-
-
-def probe_report(config: ProbeConfig, scores: ScoreFile) -> None:
-    """Print each probe with its interval and write the score file."""
-    count = scores.counts["images"]
-    print(f"{config.tower}: {count} images of {config.test}, classified with probes fitted on {config.train}")
-    print_scores(scores, {name: name for name in scores.metrics if not name.endswith("_mean_per_class")})
-    write_scores(scores, config.json)

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -12,9 +12,8 @@ from rich.table import Table
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.sources.open import check_fields, open_source
-from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig, RetrievalConfig
+from llm2clip_plugin.data.sources.base import check_fields, open_source
+from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig
 from llm2clip_plugin.evaluate.opening import (
     NOTES_SHOWN,
     OpenedTower,
@@ -29,11 +28,8 @@ from llm2clip_plugin.evaluate.opening import (
     write_scores,
 )
 from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, evaluate_retrieval
-from llm2clip_plugin.evaluate.suites import select_suites, suites
-from llm2clip_plugin.evaluate.suites.base import Suite
+from llm2clip_plugin.evaluate.suites import Suite, select_suites, suites
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
-
-SIDES = ("i2t", "t2i")
 
 
 def main(argv: list[str]) -> int:
@@ -42,31 +38,27 @@ def main(argv: list[str]) -> int:
     if config.suite:
         return main_suites(config)
 
-    def report(scores: ScoreFile) -> None:
-        found = intervals(scores, config.resamples)
-        clusters = len({item["cluster"] for item in scores.items})
-        caption = "i2t: image to text; ties count half" + (
-            f"; \\[95 % interval] over {clusters} clusters" if found else ""
+    def measure(all_ranks: bool) -> ScoreFile:
+        tower, report = measure_pairs(config, all_ranks=all_ranks)
+        facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
+        return dataclasses.replace(
+            report.scores(),
+            benchmark=f"retrieval:{dataset_name(config.data.path)}",
+            model=config.tower,
+            provenance=tower_provenance(tower.dual, **facts),
         )
+
+    def report(scores: ScoreFile) -> None:
+        found, caption = intervals(scores, config.resamples), "i2t: image to text; ties count half"
+        if found:
+            caption += f"; \\[95 % interval] over {len({item['cluster'] for item in scores.items})} clusters"
         console = wide_console()
-        console.print(score_table(f"{config.tower} on {config.data.path}", scores, found, caption=caption))
+        console.print(score_table(f"{config.tower} on {config.data.path}", scores, found, caption))
         for note in scores.notes[:NOTES_SHOWN]:
             console.print(note, markup=False)
         write_scores(scores, config.json)
 
-    return on_all_ranks(lambda all_ranks: measure_retrieval(config, all_ranks=all_ranks), report)
-
-
-def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> ScoreFile:
-    """``measure_pairs`` as a score file."""
-    tower, report = measure_pairs(config, all_ranks=all_ranks)
-    facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
-    return dataclasses.replace(
-        report.scores(),
-        benchmark=f"retrieval:{dataset_name(config.data.path)}",
-        model=config.tower,
-        provenance=tower_provenance(tower.dual, **facts),
-    )
+    return on_all_ranks(measure, report)
 
 
 def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
@@ -96,11 +88,9 @@ def intervals(scores: ScoreFile, resamples: int) -> dict[str, Interval]:
     }
 
 
-def score_table(
-    title: str, scores: ScoreFile, found: Mapping[str, Interval] = MappingProxyType({}), *, caption: str = ""
-) -> Table:
+def score_table(title: str, scores: ScoreFile, found: Mapping[str, Interval] | None = None, caption: str = "") -> Table:
     """Every metric in percent, with its interval in ``found``: one row per part, one column per metric."""
-    rows: dict[str, dict[str, str]] = {}
+    found, rows = found or {}, dict[str, dict[str, str]]()
     for name, value in scores.metrics.items():
         part, _, metric = name.rpartition("/")
         shown = f" \\[{100 * found[name].low:.1f}, {100 * found[name].high:.1f}]" if name in found else ""
@@ -125,24 +115,36 @@ def main_suites(config: EvaluateConfig) -> int:
         raise FileNotFoundError("\n".join(missing_lines))
 
     def report(results: dict[str, ScoreFile]) -> None:
-        print_suites(config.tower, results, config.resamples)
+        console, known = wide_console(), suites()
+        for title in dict.fromkeys(suite.table for suite in known.values() if suite.table):
+            columns = [suite for suite in known.values() if suite.table == title]
+            if any(suite.name in results for suite in columns):
+                console.print(paper_table(title, columns, config.tower, results, config.resamples))
+        for name, scores in results.items():
+            console.print(score_table(known[name].title, scores))
+            for note in scores.notes:
+                console.print(f"{name}: {note}", markup=False, soft_wrap=True)
         for line in missing_lines:
             Console(stderr=True).print(f"skipped {line}", markup=False, soft_wrap=True)
 
-    return on_all_ranks(lambda all_ranks: measure_suites(config, ready, all_ranks=all_ranks), report)
+    return on_all_ranks(partial(measure_suites, config, ready), report)
 
 
-def measure_suites(config: EvaluateConfig, ready: list[Suite], *, all_ranks: bool) -> dict[str, ScoreFile]:
+def measure_suites(config: EvaluateConfig, ready: list[Suite], all_ranks: bool) -> dict[str, ScoreFile]:
     """The score file of each suite: read if its provenance is the same, else measured and written by rank 0."""
     tower, root = open_tower(config.tower, config.device), Path(config.data.path)
     card = tower.dual.card
     teacher = Teacher(card, config.teacher, tower.device)
     output = Path(config.json) if config.json else root / f"scores-{card.weights_sha256[:12]}"
+    settings = dataclasses.asdict(config.retrieval) | {"batch": 0, "workers": 0}
+    settings = json.loads(json.dumps(settings))  # as read back
     results = {}
     for suite in ready:
         source = suite.open(root)
         cache = teacher.cache(source, all_ranks=all_ranks)
-        provenance = suite_provenance(tower, cache, config.retrieval, suite.name)
+        captions = cache.manifest.shards[suite.name]["rows_sha256"]
+        facts = {"teacher": cache.fingerprint, "captions_sha256": captions, "settings": settings}
+        provenance = tower_provenance(tower.dual, **facts)  # everything that decides the scores but the image files
         path = output / f"{suite.name}.scores.json"
         if not config.overwrite and path.is_file() and (before := ScoreFile.read(path)).provenance == provenance:
             results[suite.name] = before
@@ -157,26 +159,6 @@ def measure_suites(config: EvaluateConfig, ready: list[Suite], *, all_ranks: boo
         if rank(group_of(all_ranks)) == 0:
             results[suite.name].write(path)
     return results
-
-
-def suite_provenance(tower: OpenedTower, cache: EmbeddingCache, config: RetrievalConfig, shard: str) -> dict[str, Any]:
-    """Everything that decides the scores, except the image files."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config) | {"batch": 0, "workers": 0}))  # as read back
-    captions = cache.manifest.shards[shard]["rows_sha256"]
-    return tower_provenance(tower.dual, teacher=cache.fingerprint, captions_sha256=captions, settings=settings)
-
-
-def print_suites(model: str, results: Mapping[str, ScoreFile], resamples: int) -> None:
-    """The paper's tables with a row for ``model``, then every metric of each suite with its notes."""
-    console, known = wide_console(), suites()
-    for title in dict.fromkeys(suite.table for suite in known.values() if suite.table):
-        columns = [suite for suite in known.values() if suite.table == title]
-        if any(suite.name in results for suite in columns):
-            console.print(paper_table(title, columns, model, results, resamples))
-    for name, scores in results.items():
-        console.print(score_table(known[name].title, scores))
-        for note in scores.notes:
-            console.print(f"{name}: {note}", markup=False, soft_wrap=True)
 
 
 def paper_table(
@@ -201,7 +183,7 @@ def _pair(scores: tuple[float, float] | None) -> str:
 
 def _ours(scores: ScoreFile, resamples: int) -> str:
     """The headline, and below it the half-widths of its intervals; a mean over languages has none."""
-    names = [f"{side}_r1" for side in SIDES]
+    names = "i2t_r1", "t2i_r1"
     first = _pair((100 * scores.metrics[names[0]], 100 * scores.metrics[names[1]]))
     if not resamples or f"{ALL}/{names[0]}" in scores.metrics:
         return first

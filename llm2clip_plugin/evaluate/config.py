@@ -70,9 +70,6 @@ class ReadingConfig:
             )
 
 
-# The options of ``llm2clip evaluate captions``.
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCaptionsConfig:
     """Caption retrieval accuracy of an LLM."""
@@ -95,8 +92,6 @@ EVALUATE_CAPTIONS = Command(
     shown={"measure.captions": "data", "json": "output"},
 )
 
-
-# The options of ``llm2clip forecast``.
 
 DRAWINGS = Path(llm2clip_plugin.__file__).parent / "data" / "emoji" / "validation-noto.tar"
 
@@ -141,9 +136,6 @@ FORECAST = Command(
 )
 
 
-# The options of ``llm2clip evaluate probe``.
-
-
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
     """kNN and linear probe on a tower's features."""
@@ -174,9 +166,6 @@ EVALUATE_PROBE = Command(
     arguments="tower train test",
     shown={"json": "output"},
 )
-
-
-# The options of ``llm2clip evaluate``.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +204,6 @@ EVALUATE = Command(
 )
 
 
-# The options of ``llm2clip search``.
-
-
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """Images by text."""
@@ -254,9 +240,6 @@ SEARCH = Command(
     everyday="top-k output json cache image-folder llm adapter batch-size workers device",
     hidden="data.weight data.shuffle_window data.kinds data.languages",
 )
-
-
-# The options of ``llm2clip evaluate zeroshot``.
 
 
 @dataclass(frozen=True, kw_only=True)

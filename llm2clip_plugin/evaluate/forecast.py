@@ -20,20 +20,25 @@ from rich.table import Table
 from torch import Tensor
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile, canonical_json, sha256_text
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.pairs import eval_pairs
+from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, select_captions
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.open import check_fields, open_source
+from llm2clip_plugin.data.sources.base import Source, check_fields, open_source
 from llm2clip_plugin.evaluate.captions import has_card
 from llm2clip_plugin.evaluate.classification import weights_hash
 from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
-from llm2clip_plugin.evaluate.images import InMemorySource, Row
-from llm2clip_plugin.evaluate.opening import check_measurable, dataset_name, provenance, wide_console, write_scores
+from llm2clip_plugin.evaluate.opening import (
+    InMemorySource,
+    Row,
+    check_measurable,
+    dataset_name,
+    encode_images,
+    provenance,
+    wide_console,
+    write_scores,
+)
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -130,15 +135,22 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Capt
     if not -states <= config.select_layer < states:
         raise ValueError(f"--select-layer {config.select_layer}: {tower} has hidden states {-states} to {states - 1}")
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
-    normalize, patches, found = Normalize(images, device), [], []
-    batches = eval_pairs(source, None, images, batch=config.batch, indices=captioned.numbers)
-    for batch in track(batches, total=len(batches), label=dataset_name(tower), unit="batches"):
-        pixels = normalize(batch["pixels"]).to(model.dtype)
-        state_BPH = model(pixel_values=pixels, output_hidden_states=True).hidden_states[config.select_layer]
-        patches.append(on_grid(state_BPH[:, int(family_of(model).has_cls) :].float()).cpu())
-        found += [captioned.numbers.index(number) for number in batch["image_ids"].tolist()]
+    first = int(family_of(model).has_cls)
+
+    def encode(pixels: Tensor) -> Tensor:
+        states = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True).hidden_states
+        return on_grid(states[config.select_layer][:, first:].float())
+
+    encoded = encode_images(
+        encode, source, images, device, batch=config.batch, indices=captioned.numbers, label=dataset_name(tower)
+    )
+    found = [captioned.numbers.index(number) for number in encoded.numbers]
     clusters = [captioned.clusters[place] for place in found]
-    values = measure(torch.cat(patches).to(device), captioned.text_NW[found].to(device), clusters)
+    patch_NPH, text_NW = torch.cat(encoded.vectors).to(device), captioned.text_NW[found]
+    values = {  # of the images, whose mean is the measure
+        "neighbors": neighbors(patch_NPH, text_NW.to(device)).cpu(),
+        "probe": explained(patch_NPH.mean(1).cpu(), text_NW, clusters),
+    }
     items = [
         {"id": captioned.keys[place], "score": float(values["neighbors"][row]), "cluster": clusters[row]}
         | {name: float(value_N[row]) for name, value_N in values.items()}
@@ -148,12 +160,12 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Capt
         benchmark=f"forecast:{dataset_name(config.data.path)}",
         metrics={name: float(value_N.mean()) for name, value_N in values.items()},
         items=items,
-        counts={"images": len(found), "left_out": len(batches.broken)},
+        counts={"images": len(found), "left_out": len(encoded.broken)},
         model=tower,
         provenance=provenance(
             weights_sha256=weights_hash(directory), llm=captioned.llm, select_layer=config.select_layer
         ),
-        notes=[f"left out: {error}" for error in batches.broken],
+        notes=[f"left out: {error}" for error in encoded.broken],
     )
 
 
@@ -164,15 +176,6 @@ def on_grid(patch_BPH: Tensor) -> Tensor:
         return patch_BPH
     grid_BHSS = patch_BPH.transpose(1, 2).unflatten(2, (side, side))
     return F.adaptive_avg_pool2d(grid_BHSS, GRID).flatten(2).transpose(1, 2)
-
-
-def measure(patch_NPH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> dict[str, Tensor]:
-    """Measure -> (N,) values of the images, whose mean is the measure."""
-    mean_NH, text_cpu_NW = patch_NPH.mean(1).cpu(), text_NW.cpu()
-    return {
-        "neighbors": neighbors(patch_NPH, text_NW).cpu(),
-        "probe": explained(mean_NH, text_cpu_NW, clusters),
-    }
 
 
 def table(config: ForecastConfig, records: Sequence[ScoreFile]) -> Table:
@@ -188,7 +191,10 @@ def table(config: ForecastConfig, records: Sequence[ScoreFile]) -> Table:
     for record in records:
         table.add_row(record.model, *(str(interval(record, name)) for name in record.metrics))
         if record is not records[0]:
-            cells = (verdict(interval(record, name, records[0])) for name in record.metrics)
+            cells = []
+            for one in (interval(record, name, records[0]) for name in record.metrics):
+                word = "higher" if one.low > 0 else "lower" if one.high < 0 else "cannot tell"
+                cells.append(f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}] {word}")
             table.add_row("  less the first", *cells)
     return table
 
@@ -199,12 +205,6 @@ def interval(record: ScoreFile, name: str, base: ScoreFile | None = None) -> Int
     if base is not None:
         values = [value - item[name] for value, item in zip(values, base.items, strict=True)]
     return bootstrap_mean(values, [item["cluster"] for item in record.items])
-
-
-def verdict(difference: Interval) -> str:
-    """A difference in words: ``+0.021 [+0.010, +0.032] higher``."""
-    word = "higher" if difference.low > 0 else "lower" if difference.high < 0 else "cannot tell"
-    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] {word}"
 
 
 def neighbors(patch_NPH: Tensor, text_NW: Tensor) -> Tensor:

@@ -1,25 +1,30 @@
-"""What the commands that measure share: the tower and its teacher, checks of the data, ranks, provenance, output."""
+"""What the commands that measure share: images, the tower and its teacher, checks of the data, ranks, output.
+
+Shapes: B images of a batch, D width of a feature, S pixels a side.
+"""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 
 import torch
+from torch import Tensor
 
 from llm2clip_plugin import __version__
-from llm2clip_plugin.bootstrap import bootstrap_mean
-from llm2clip_plugin.console import phase
+from llm2clip_plugin.console import phase, track
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache, differences
-from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.samples import BrokenSample, Sample, select_captions
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.data.pairs import eval_pairs
+from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample, select_captions
+from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
@@ -27,7 +32,7 @@ from llm2clip_plugin.text.teacher import TeacherLLM, embed_command, load_dual_en
 from llm2clip_plugin.train.distributed import barrier, choose_device, gather_objects, group_of, rank, world_size
 from llm2clip_plugin.train.guard import watched_group
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
-from llm2clip_plugin.vision.directory import fetch_directory
+from llm2clip_plugin.vision.directory import fetch_directory, has_card
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
 if TYPE_CHECKING:
@@ -35,8 +40,98 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 NOTES_SHOWN = 10
 LOOKED_AT = 2048  # samples whose JSON is read before a run, evenly spaced: what fewer lack is found later
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image and its captions."""
+
+    key: str
+    image: Path | Callable[[], bytes] | None  # None: captions only
+    captions: tuple[Caption, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class InMemorySource(Source):
+    """One shard of rows, called ``name``. Captions are kept as they are: a benchmark counts a duplicate twice."""
+
+    def __init__(self, name: str, folder: Path, rows: Sequence[Row]) -> None:
+        if not rows:
+            raise ValueError(f"{name}: no images found in {folder}")
+        self.rows = list(rows)
+        super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
+        self.name = name
+
+    def record(self, number: int, *, image: bool = False) -> Sample:
+        self.place(number)
+        row = self.rows[number]
+        return Sample(row.key, {}, row.meta, partial(self._read_image, row))
+
+    def _with_captions(self, number: int, record: Sample) -> Sample:
+        return replace(record, captions=self.rows[number].captions)
+
+    def _read_image(self, row: Row) -> bytes:
+        if row.image is None:
+            raise BrokenSample(self.name, row.key, "the row has no image")
+        try:
+            return row.image.read_bytes() if isinstance(row.image, Path) else row.image()
+        except OSError as error:
+            raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error.strerror}") from error
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder, at any depth, in the order of their paths."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS)
+
+
+class EncodedImages(NamedTuple):
+    """The readable images in order, and the others."""
+
+    numbers: list[int]  # in the source
+    keys: list[str]
+    meta: list[dict[str, Any]]  # the JSON of each sample
+    vectors: list[Tensor]  # (b, D) of each batch, float32, on the CPU
+    broken: list[BrokenSample]
+
+
+@torch.no_grad()
+def encode_images(
+    encode: Callable[[Tensor], Tensor],
+    source: Source,
+    images: ImageConfig,
+    device: torch.device,
+    *,
+    all_ranks: bool = False,
+    quiet: bool = False,
+    label: str = "images",
+    **options: Any,
+) -> EncodedImages:
+    """A source's images, also those without captions, through ``encode``, (B, 3, S, S) on ``device`` -> (B, D) or more.
+
+    ``options``: batch, workers, and which samples: see `eval_pairs`. ``all_ranks``: every rank of the default process
+    group calls this, encodes a part, and gets all.
+    """
+    group, normalize = group_of(all_ranks), Normalize(images, device)
+    options = {"batch": 64, "kinds": None, "rank": rank(group), "world": world_size(group), **options}
+    batches = eval_pairs(source, None, images, **options)
+    # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
+    calls = max(gather_objects(len(batches), group))
+    own, remaining, show = EncodedImages([], [], [], [], []), iter(batches), not quiet and rank(group) == 0
+    for _ in track(range(calls), total=calls, label=label, unit="batches", show=show):
+        loaded = next(remaining, None)
+        if loaded is None:
+            encode(normalize(torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)))
+            continue
+        own.vectors.append(encode(normalize(loaded["pixels"])).float().cpu())
+        own.numbers.extend(loaded["image_ids"].tolist())
+        own.keys.extend(loaded["keys"])
+        own.meta.extend(loaded["meta"])
+    own.broken.extend(batches.broken)
+    ranks = gather_objects(own, group)
+    return EncodedImages(*([item for part in parts for item in part] for parts in zip(*ranks, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +149,7 @@ def open_tower(tower: str, device: str) -> OpenedTower:
     Raises ValueError with the command for a baseline if it has none.
     """
     directory, chosen = fetch_directory(tower), choose_device(device)
-    is_card = (directory / TowerCard.FILE).is_file()
-    if is_card and not TowerCard.read(directory / TowerCard.FILE).projection_dim:
+    if has_card(directory) and not TowerCard.read(directory / TowerCard.FILE).projection_dim:
         raise ValueError(
             f"{tower} has no projection and text adapter to compare images with captions; fit them on it, frozen: "
             f"llm2clip train-tower DATA --tower {shlex.quote(tower)} --num-train-epochs 0 --output runs/baseline"
@@ -88,19 +182,6 @@ def tower_provenance(dual: LoadedDualEncoder, **values: Any) -> dict[str, Any]:
 def dataset_name(path: str) -> str:
     """The last part of a path or URL."""
     return path.rstrip("/").rpartition("/")[2]
-
-
-def print_scores(scores: ScoreFile, intervals: dict[str, str]) -> None:
-    """Each metric in percent, with the interval of those in ``intervals`` (metric -> field of the items)."""
-    clusters = [item["cluster"] for item in scores.items]
-    for name, value in scores.metrics.items():
-        shown = ""
-        if name in intervals:
-            interval = bootstrap_mean([item[intervals[name]] for item in scores.items], clusters)
-            shown = f"  [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
-        print(f"{name:22} {100 * value:6.2f} %{shown}")
-    for note in scores.notes[:NOTES_SHOWN]:
-        print(note)
 
 
 def write_scores(scores: ScoreFile, path: str, *, file: TextIO | None = None) -> None:
@@ -151,23 +232,33 @@ class Teacher(TeacherLLM):
         is not the tower's teacher or the directory belongs to another one; FileNotFoundError without the LLM.
         """
         folder = directory or default_cache_folder(source.path, self.fingerprint)
+
+        def opened() -> EmbeddingCache:
+            cache = EmbeddingCache.open(
+                folder, expect_fingerprint=self.fingerprint, expect_width=self.llm_width or None
+            )
+            cache.check(source)
+            return cache
+
         group, cache = group_of(all_ranks), None
         with suppress(FileNotFoundError, ContractError):  # embedding redoes what is incomplete, refuses another teacher
-            cache = self._open(source, folder)
+            cache = opened()
         # decided together: a fast rank may have finished its part
         if any(gather_objects(cache is None, group)) or cache is None:
             number, ranks = rank(group), world_size(group)
             embed_source(source, self.encoder, folder, rank=number, world=ranks, quiet=number != 0)
             if all_ranks:
                 barrier()
-            cache = self._open(source, folder)
+            cache = opened()
         return cache
 
-    def _open(self, source: Source, folder: Path) -> EmbeddingCache:
-        width = self.llm_width or None
-        cache = EmbeddingCache.open(folder, expect_fingerprint=self.fingerprint, expect_width=width)
-        cache.check(source)
-        return cache
+
+def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = "") -> Any:
+    """A field of the JSON of the sample ``key``. ValueError with the known ones, after ``before``, if it has none."""
+    if name in meta:
+        return meta[name]
+    known = ", ".join(sorted(meta)) or "none"
+    raise ValueError(f"{before}sample {key!r} has no field {name!r} in its JSON; known: {known}")
 
 
 def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:
@@ -189,8 +280,4 @@ def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "
         )
     for setting, name in (("group", config.group), ("cluster", config.cluster)):
         for sample in samples if name else ():
-            if name not in sample.meta:
-                raise ValueError(
-                    f"{option}{setting} {name}: sample {sample.key!r} of {source.path} has no field {name!r} in its "
-                    f"JSON; known: {', '.join(sorted(sample.meta)) or 'none'}"
-                )
+            json_field(sample.meta, name, sample.key, before=f"{option}{setting} {name}: {source.path}: ")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -21,11 +21,10 @@ from torch import Tensor
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.pairs import eval_pairs
 from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.config import KS, RetrievalConfig
-from llm2clip_plugin.evaluate.images import encode_images
+from llm2clip_plugin.evaluate.opening import encode_images, json_field
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, sum_over_ranks, world_size
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
 
@@ -62,20 +61,12 @@ class QueryRanks:
             raise ValueError(f"recall@{k}: k must be at least 1")
         if missing := int((self.correct_equal_Q == 0).sum()):
             raise ValueError(f"{missing} of {len(self)} queries have no correct item; exclude them with select()")
-        return 1.0 - self._miss_chance(k)
-
-    def _miss_chance(self, k: int) -> Tensor:
-        """Probability that only wrong items fill the top k after the higher ones: hypergeometric.
-
-        C(e, s) / C(e + r, s) = product over j < s of (e - j) / (e + r - j): s places, e wrong and r correct equals.
-        """
         wrong_Q, correct_Q = self.wrong_equal_Q.double(), self.correct_equal_Q.double()
-        places_Q = (k - self.higher_Q).clamp(min=0)
-        miss_Q = torch.ones_like(wrong_Q)
-        for j in range(k):
+        miss_Q = torch.ones_like(wrong_Q)  # probability that wrong items alone fill the s = k - higher places
+        for j in range(k):  # C(e, s) / C(e + r, s) = product over j < s of (e - j) / (e + r - j): e wrong, r correct
             factor_Q = (wrong_Q - j).clamp(min=0) / (wrong_Q + correct_Q - j).clamp(min=1)
-            miss_Q = torch.where(places_Q > j, miss_Q * factor_Q, miss_Q)
-        return miss_Q
+            miss_Q = torch.where(k - self.higher_Q > j, miss_Q * factor_Q, miss_Q)
+        return 1.0 - miss_Q
 
 
 def rank_both(
@@ -100,8 +91,13 @@ def rank_both(
         raise ValueError(f"embeddings have different widths: {first_ND.shape[1]} and {second_MD.shape[1]}")
     group = group_of(all_ranks)
     first, second = ((vectors.float(), labels.to(vectors.device)) for vectors, labels in sides)
-    with torch.no_grad(), full_precision(first_ND.device):
-        return _rank(*first, *second, group), _rank(*second, *first, group)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(first_ND.device.type, enabled=False):
+            return _rank(*first, *second, group), _rank(*second, *first, group)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _rank(query_QD: Tensor, label_Q: Tensor, item_ID: Tensor, label_I: Tensor, group: Group) -> QueryRanks:
@@ -123,18 +119,6 @@ def _rank(query_QD: Tensor, label_Q: Tensor, item_ID: Tensor, label_I: Tensor, g
     return QueryRanks(higher_Q=higher_Q, wrong_equal_Q=wrong_equal_Q, correct_equal_Q=correct_equal_Q)
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute fp32 matrix products in fp32, without autocast, TF32 or bf16 passes, whatever the caller's settings."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
     """Ranks in both directions, and which images and captions were the queries."""
@@ -146,16 +130,23 @@ class Retrieval:
     image_label_N: Tensor
     caption_label_Q: Tensor
 
+    @property
+    def sides(self) -> dict[str, tuple[QueryRanks, Tensor]]:
+        """The ranks of each direction, and the positions of its queries."""
+        return {"i2t": (self.i2t, self.image_index_Q), "t2i": (self.t2i, self.caption_index_Q)}
+
     def metrics(self, ks: Sequence[int] = KS) -> dict[str, float]:
         """Mean hits, fractions 0 to 1: ``i2t_r1``, ``t2i_r1``, ``i2t_r5`` ..."""
-        sides = {"i2t": self.i2t, "t2i": self.t2i}
-        return {f"{side}_r{k}": float(ranks.hits(k).mean()) for k in ks for side, ranks in sides.items()}
+        return {f"{side}_r{k}": float(ranks.hits(k).mean()) for k in ks for side, (ranks, _) in self.sides.items()}
 
     def chance(self, ks: Sequence[int] = KS) -> dict[str, float]:
         """Expected value of each of `metrics` for a random order."""
         image_label_Q = self.image_label_N[self.image_index_Q]
-        sides = {"i2t": (image_label_Q, self.caption_label_Q), "t2i": (self.caption_label_Q, self.image_label_N)}
-        return {f"{side}_r{k}": _chance(*labels, k) for k in ks for side, labels in sides.items()}
+        sides = {
+            "i2t": tied(image_label_Q, self.caption_label_Q),
+            "t2i": tied(self.caption_label_Q, self.image_label_N),
+        }
+        return {f"{side}_r{k}": float(ranks.hits(k).mean()) for k in ks for side, ranks in sides.items()}
 
 
 def recall(
@@ -228,14 +219,12 @@ def shuffled(label_N: Tensor, seed: int = 0) -> Tensor:
     return successor[torch.searchsorted(label, label_N)]
 
 
-def _chance(query_label_Q: Tensor, pool_label_I: Tensor, k: int) -> float:
-    """Expected recall@k of a random order: 1 - C(I - p, k) / C(I, k), with p correct items among I."""
+def tied(query_label_Q: Tensor, pool_label_I: Tensor) -> QueryRanks:
+    """The ranks if all items had one score, so that a hit is chance."""
     label, size = torch.unique(pool_label_I, return_counts=True)
-    correct_Q, pool = size[torch.searchsorted(label, query_label_Q)].double(), len(pool_label_I)
-    miss_Q = torch.ones_like(correct_Q)
-    for j in range(min(k, pool)):
-        miss_Q *= (pool - correct_Q - j).clamp(min=0) / (pool - j)
-    return float(1 - miss_Q.mean())
+    correct_Q = size[torch.searchsorted(label, query_label_Q)]
+    wrong_Q = len(pool_label_I) - correct_Q
+    return QueryRanks(higher_Q=torch.zeros_like(correct_Q), wrong_equal_Q=wrong_Q, correct_equal_Q=correct_Q)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,24 +239,9 @@ class EmbeddedPairs:
     meta: list[dict[str, Any]]  # N: the JSON of each sample
     broken: list[BrokenSample]  # samples left out
 
-    def image_labels(self, field: str = "") -> Tensor:
-        """(N,) int64: equal for images with the same value of ``field`` in their JSON; all different for field "".
-
-        Raises ValueError if the field is missing from an image's JSON.
-        """
-        if not field:
-            return torch.arange(len(self.keys))
-        values = self.meta_values(field)
-        label_of = {value: label for label, value in enumerate(dict.fromkeys(values))}
-        return torch.tensor([label_of[value] for value in values])
-
     def meta_values(self, field: str) -> list[str]:
         """The value of a field of each image's JSON as text (N); ValueError names an image without it."""
-        for key, meta in zip(self.keys, self.meta, strict=True):
-            if field not in meta:
-                known = ", ".join(sorted(meta)) or "none"
-                raise ValueError(f"sample {key!r} has no field {field!r} in its JSON; known: {known}")
-        return [str(meta[field]) for meta in self.meta]
+        return [str(json_field(meta, field, key)) for key, meta in zip(self.keys, self.meta, strict=True)]
 
 
 def embed_pairs(
@@ -286,25 +260,22 @@ def embed_pairs(
     ``all_ranks``: every rank of the default process group calls this and gets everything; the ranks split the work.
     Raises ValueError if no sample is usable; ContractError if the cache does not belong to this source.
     """
-    group = group_of(all_ranks)
-    batches = eval_pairs(
-        source,
-        None,  # captions are read below: all of them on every rank, so that equal ones are encoded once
-        images,
-        batch=config.batch,
-        kinds=config.kinds,
-        languages=config.languages,
-        indices=range(min(config.limit or len(source), len(source))),
-        rank=rank(group),
-        world=world_size(group),
-        workers=config.workers,
-    )
     with evaluating(dual) as encoders:
-        device = next(encoders.parameters()).device
-        found = encode_images(encoders.encode_image, batches, images, device, group, show=not quiet)
+        found = encode_images(
+            encoders.encode_image,
+            source,
+            images,
+            next(encoders.parameters()).device,
+            batch=config.batch,
+            workers=config.workers,
+            indices=range(min(config.limit or len(source), len(source))),
+            kinds=config.kinds,
+            languages=config.languages,
+            all_ranks=all_ranks,
+            quiet=quiet,
+        )
         if not found.numbers:
-            reason = found.broken[0] if found.broken else "it is empty"
-            raise ValueError(f"{source.path} contains no usable images: {reason}")
+            raise ValueError(f"{source.path} contains no usable images: {(found.broken or ['it is empty'])[0]}")
         teacher_UW, distinct_M, owner_M, captions = _teacher_rows(source, cache, found.numbers, config)
         text_UD = encode_texts(encoders, teacher_UW, all_ranks)
     return EmbeddedPairs(
@@ -375,34 +346,40 @@ def evaluating(dual: Dual) -> Iterator[Dual]:
 class RetrievalReport:
     """Ranks of every part, and what identifies their queries."""
 
-    config: RetrievalConfig
+    ks: tuple[int, ...]
     parts: dict[str, Retrieval]  # ALL first
     pairs: EmbeddedPairs
     cluster_N: list[str]  # bootstrap cluster of each image
-    control: Retrieval | None = None
-    counts: dict[str, int] = field(default_factory=dict)
+    control: Retrieval | None
+    counts: dict[str, int]
 
     def metrics(self) -> dict[str, float]:
         """``i2t_r1`` ... over all captions, ``long:en/i2t_r1`` by part, ``shuffled/...`` and ``chance/...``."""
         flat: dict[str, float] = {}
         for name, part in self.parts.items():
             prefix = "" if name == ALL else f"{name}/"
-            flat |= {prefix + key: value for key, value in part.metrics(self.config.ks).items()}
+            flat |= {prefix + key: value for key, value in part.metrics(self.ks).items()}
         if self.control is not None:
-            for name, values in (("shuffled", self.control.metrics), ("chance", self.control.chance)):
-                flat |= {f"{name}/{key}": value for key, value in values(self.config.ks).items()}
+            flat |= {f"shuffled/{key}": value for key, value in self.control.metrics(self.ks).items()}
+            flat |= {f"chance/{key}": value for key, value in self.control.chance(self.ks).items()}
         return flat
 
     def items(self) -> list[dict[str, Any]]:
         """One per query: ``id``, ``score`` (hit at the first k), ``cluster``, ``part``, ``side``, ``r1`` ..."""
+        owner_M, keys = self.pairs.owner_M, self.pairs.keys
+        number_M = torch.arange(len(owner_M)) - torch.searchsorted(owner_M, owner_M)  # among its image's captions
+        captions = zip(owner_M.tolist(), number_M.tolist(), strict=True)
+        named = {  # (image, name that is the same in every run) of each possible query
+            "i2t": list(enumerate(keys)),
+            "t2i": [(image, f"{keys[image]}#{number}") for image, number in captions],
+        }
         out: list[dict[str, Any]] = []
         for name, part in self.parts.items():
-            for side, ranks, index in _sides(part):
-                hits = [ranks.hits(k).tolist() for k in self.config.ks]
-                for row, query in enumerate(index):
-                    image, label = self._query(side, query)
-                    scores = {f"r{k}": hits[column][row] for column, k in enumerate(self.config.ks)}
-                    item = {"id": f"{name}/{side}/{label}", "score": hits[0][row], "cluster": self.cluster_N[image]}
+            for side, (ranks, index_Q) in part.sides.items():
+                for query, *hits in zip(index_Q.tolist(), *(ranks.hits(k).tolist() for k in self.ks), strict=True):
+                    image, label = named[side][query]
+                    item = {"id": f"{name}/{side}/{label}", "score": hits[0], "cluster": self.cluster_N[image]}
+                    scores = {f"r{k}": hit for k, hit in zip(self.ks, hits, strict=True)}
                     out.append(item | {"part": name, "side": side, **scores})
         return out
 
@@ -410,19 +387,6 @@ class RetrievalReport:
         """The record that `llm2clip compare` reads, without the names of the benchmark and the model."""
         notes = [f"left out: {error}" for error in self.pairs.broken]
         return ScoreFile(benchmark="", metrics=self.metrics(), items=self.items(), counts=self.counts, notes=notes)
-
-    def _query(self, side: str, query: int) -> tuple[int, str]:
-        """The image of a query, and the query's name, which is the same in every run."""
-        if side == "i2t":
-            return query, self.pairs.keys[query]
-        image = int(self.pairs.owner_M[query])
-        first = int(torch.searchsorted(self.pairs.owner_M, image))
-        return image, f"{self.pairs.keys[image]}#{query - first}"
-
-
-def _sides(part: Retrieval):
-    """(name, ranks, positions of the queries) for each direction."""
-    return ("i2t", part.i2t, part.image_index_Q.tolist()), ("t2i", part.t2i, part.caption_index_Q.tolist())
 
 
 def evaluate_retrieval(
@@ -451,14 +415,21 @@ def report_retrieval(
 ) -> RetrievalReport:
     """Measure retrieval on embedded pairs; ``device``: where scores are computed."""
     image_ND, text_MD = pairs.image_ND.to(device), pairs.text_MD.to(device)
-    label_N = pairs.image_labels(config.group)
+    label_N = torch.arange(len(pairs.keys))
+    if config.group:
+        number_of: dict[str, int] = {}
+        label_N = torch.tensor([number_of.setdefault(v, len(number_of)) for v in pairs.meta_values(config.group)])
     label_M = label_N[pairs.owner_M]
 
     def ranked(image_label_N: Tensor, captions: Tensor) -> Retrieval:
         subset = None if bool(captions.all()) else captions  # all captions need no copy
         return retrieve(image_ND, text_MD, image_label_N, label_M, captions=subset, all_ranks=all_ranks)
 
-    used_M = _distinct_captions(pairs, label_M) if config.group else torch.ones(len(label_M), dtype=torch.bool)
+    used_M = torch.ones(len(label_M), dtype=torch.bool)
+    if config.group:  # the first of each group's captions with the same text, kind and language
+        first: dict[tuple[int, Caption], int] = {}
+        for place, caption in enumerate(zip(label_M.tolist(), pairs.captions, strict=True)):
+            used_M[place] = first.setdefault(caption, place) == place
     parts = {ALL: ranked(label_N, used_M)}
     names = [f"{caption.kind}:{caption.language}" for caption in pairs.captions]
     distinct = list(dict.fromkeys(names))
@@ -467,20 +438,10 @@ def report_retrieval(
             parts[name] = ranked(label_N, used_M & torch.tensor([other == name for other in names]))
     cluster = config.cluster or config.group
     return RetrievalReport(
-        config=config,
+        ks=config.ks,
         parts=parts,
         pairs=pairs,
         cluster_N=pairs.meta_values(cluster) if cluster else list(pairs.keys),
         control=ranked(shuffled(label_N), used_M) if config.control else None,
         counts={"images": len(pairs.keys), "captions": int(used_M.sum()), "left_out": len(pairs.broken)},
     )
-
-
-def _distinct_captions(pairs: EmbeddedPairs, label_M: Tensor) -> Tensor:
-    """(M,) bool: True for the first of each group's captions with the same text, kind and language."""
-    seen: set[tuple[int, Caption]] = set()
-    is_first = []
-    for caption in zip(label_M.tolist(), pairs.captions, strict=True):
-        is_first.append(caption not in seen)
-        seen.add(caption)
-    return torch.tensor(is_first)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +21,22 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
 from llm2clip_plugin.data.cache import source_digest
-from llm2clip_plugin.data.pairs import eval_pairs
 from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, Caption
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import Source, open_source
 from llm2clip_plugin.evaluate.config import SEARCH, SearchConfig
-from llm2clip_plugin.evaluate.images import InMemorySource, Row, encode_images, image_files
-from llm2clip_plugin.evaluate.opening import NOTES_SHOWN, OpenedTower, Teacher, dataset_name, on_all_ranks, open_tower
+from llm2clip_plugin.evaluate.opening import (
+    NOTES_SHOWN,
+    InMemorySource,
+    OpenedTower,
+    Row,
+    Teacher,
+    dataset_name,
+    encode_images,
+    image_files,
+    on_all_ranks,
+    open_tower,
+)
 from llm2clip_plugin.files import ContractError, printable
 from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.text.config import EncoderConfig
@@ -35,14 +44,6 @@ from llm2clip_plugin.train.distributed import barrier, gather_objects, group_of,
 
 FORMAT = 2  # of a part
 PART = 4096  # images of a file, and what a stopped command embeds again at most
-
-
-@dataclass(frozen=True)
-class Hit:
-    """An image that was found."""
-
-    number: int  # in the source
-    score: float  # cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,33 +58,27 @@ class Found:
 def main(argv: list[str]) -> int:
     """``llm2clip search TOWER DATA TEXT [TEXT ...]``."""
     config = SEARCH.parse(argv)
-    return on_all_ranks(lambda all_ranks: search(config, all_ranks=all_ranks), lambda result: report(config, *result))
+    return on_all_ranks(partial(search, config), lambda result: report(config, *result))
 
 
-def search(
-    config: SearchConfig, *, all_ranks: bool = False
-) -> tuple[Source, list[BrokenSample], dict[str, list[Found]]]:
+def search(config: SearchConfig, all_ranks: bool) -> tuple[Source, list[BrokenSample], dict[str, list[Found]]]:
     """The source, its images that were left out, and for each text the nearest of the others.
 
     The texts are embedded first, so that a teacher that is not at hand is an error before the work on the images.
     """
     source = folder_of_images(config.data.path) or open_source(config.data)
     tower = open_tower(config.tower, config.device)
-    folder = Path(config.cache) if config.cache else default_folder(config.tower)
+    if config.cache:
+        folder = Path(config.cache)
+    elif (path := Path(config.tower).expanduser()).is_dir():
+        folder = path.absolute().with_name(f"{path.absolute().name}-search")
+    else:
+        folder = default_download_folder().parent / f"{config.tower.replace('/', '--')}-search"
     text_QD = on_first_rank(lambda: embed_texts(tower, config.text, folder, config.teacher))
-    images = index_folder(tower, source, folder)
-    parts, broken = embed_images(tower, source, images, batch=config.batch, workers=config.workers, all_ranks=all_ranks)
+    parts, broken = embed_images(config, tower, source, folder, all_ranks)
     hits = on_first_rank(lambda: nearest(parts, text_QD, config.top_k))
-    found = [[_found(source, hit, picture=bool(config.output)) for hit in of_text] for of_text in hits]
+    found = [[_found(source, *hit, picture=bool(config.output)) for hit in of_text] for of_text in hits]
     return source, broken, dict(zip(config.text, found, strict=True))
-
-
-def default_folder(tower: str) -> Path:
-    """``TOWER-search`` next to a tower directory; in the folder of downloads for a tower on the Hub."""
-    path = Path(tower).expanduser()
-    if path.is_dir():
-        return path.absolute().with_name(f"{path.absolute().name}-search")
-    return default_download_folder().parent / f"{tower.replace('/', '--')}-search"
 
 
 def embed_texts(tower: OpenedTower, texts: Sequence[str], folder: Path, config: EncoderConfig) -> Tensor:
@@ -100,12 +95,12 @@ def embed_texts(tower: OpenedTower, texts: Sequence[str], folder: Path, config: 
         return tower.dual.encode_text(torch.cat(rows)).cpu()
 
 
-def _found(source: Source, hit: Hit, *, picture: bool) -> Found:
+def _found(source: Source, number: int, score: float, *, picture: bool) -> Found:
     try:
-        record = source.record(hit.number, image=True)
-        return Found(key=record.key, score=hit.score, picture=thumbnail(record.read_image()) if picture else None)
+        record = source.record(number, image=True)
+        return Found(key=record.key, score=score, picture=thumbnail(record.read_image()) if picture else None)
     except BrokenSample as error:
-        return Found(key=error.key, score=hit.score, picture=None)
+        return Found(key=error.key, score=score, picture=None)
 
 
 def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample], found: dict[str, list[Found]]) -> None:
@@ -137,34 +132,34 @@ def _write(path: str, text: str) -> None:
     print(f"wrote {path}")
 
 
-def index_folder(tower: OpenedTower, source: Source, parent: Path) -> Path:
-    """The folder below ``parent`` of a source's images, embedded by this tower."""
+def embed_images(
+    config: SearchConfig, tower: OpenedTower, source: Source, parent: Path, all_ranks: bool
+) -> tuple[list[Path], list[BrokenSample]]:
+    """Embed the images of ``source`` whose part is not yet below ``parent``; all parts, and the images left out now.
+
+    ``all_ranks``: every rank of the default process group calls this and embeds some of the parts.
+    """
     card, stamps = tower.dual.card, [str(stamp) for stamp in source.stamps]
     data = [source_digest(source), source.config.images, source.config.image_field, stamps]
     images = dataclasses.asdict(tower.images)
     digest = sha256_text(canonical_json([card.weights_sha256, card.adapter_sha256, data, images, PART, FORMAT]))
-    return parent / f"{source.name}-{digest[:12]}"
-
-
-def embed_images(
-    tower: OpenedTower, source: Source, folder: Path, *, batch: int, workers: int, all_ranks: bool = False
-) -> tuple[list[Path], list[BrokenSample]]:
-    """Embed the images of ``source`` whose part is not yet in ``folder``; all parts, and the images left out now.
-
-    ``all_ranks``: every rank of the default process group calls this and embeds some of the parts.
-    """
-    group = group_of(all_ranks)
-    starts = range(0, len(source), PART)
-    parts = [folder / f"{part:05d}.safetensors" for part in range(len(starts))]
+    group, starts = group_of(all_ranks), range(0, len(source), PART)
+    parts = [parent / f"{source.name}-{digest[:12]}" / f"{part:05d}.safetensors" for part in range(len(starts))]
     missing = [(path, start) for path, start in zip(parts, starts, strict=True) if not path.is_file()]
     broken: list[BrokenSample] = []
-    show, alone = rank(group) == 0, group_of(False)  # each rank has parts of its own
     for path, start in missing[rank(group) :: world_size(group)]:
-        some = range(start, min(start + PART, len(source)))
-        batches = eval_pairs(source, None, tower.images, batch=batch, kinds=None, indices=some, workers=workers)
-        found = encode_images(tower.dual.encode_image, batches, tower.images, tower.device, alone, show=show)
+        found = encode_images(
+            tower.dual.encode_image,
+            source,
+            tower.images,
+            tower.device,
+            batch=config.batch,
+            workers=config.workers,
+            indices=range(start, min(start + PART, len(source))),
+            quiet=rank(group) != 0,
+        )
         broken += found.broken
-        vectors = [torch.empty(0, tower.dual.card.projection_dim), *found.vectors]
+        vectors = [torch.empty(0, card.projection_dim), *found.vectors]
         tensors = {"image_ND": torch.cat(vectors).half(), "number_N": torch.tensor(found.numbers).long()}
         with atomic_file(path) as temporary:
             save_file(tensors, str(temporary))
@@ -173,8 +168,8 @@ def embed_images(
     return parts, [error for of_rank in gather_objects(broken, group) for error in of_rank]
 
 
-def nearest(parts: Sequence[Path], text_QD: Tensor, count: int) -> list[list[Hit]]:
-    """For each text the ``count`` nearest images, best first; a part at a time is in memory.
+def nearest(parts: Sequence[Path], text_QD: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """For each text (number, cosine) of the ``count`` nearest images, best first; a part at a time is in memory.
 
     Raises ContractError for a damaged part, ValueError if no image is readable.
     """
@@ -190,10 +185,7 @@ def nearest(parts: Sequence[Path], text_QD: Tensor, count: int) -> list[list[Hit
         number_Qk = numbers.gather(1, chosen)
     if not score_Qk.shape[1]:
         raise ValueError("the data has no readable images")
-    return [
-        [Hit(number, score) for number, score in zip(numbers, scores, strict=True)]
-        for numbers, scores in zip(number_Qk.tolist(), score_Qk.tolist(), strict=True)
-    ]
+    return [list(zip(*of_text, strict=True)) for of_text in zip(number_Qk.tolist(), score_Qk.tolist(), strict=True)]
 
 
 def folder_of_images(path: str) -> InMemorySource | None:

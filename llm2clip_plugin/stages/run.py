@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import llm2clip_plugin
-from llm2clip_plugin.console import each_in_phase, in_phase, loaded, phase
+from llm2clip_plugin.console import each_in_phase, loaded, phase
 from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
@@ -27,16 +27,13 @@ from llm2clip_plugin.stages.settings import TrainingConfig, flat, refuse_changes
 from llm2clip_plugin.text.teacher import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
-from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json, zero_stage
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_full_determinism, set_tf32
-from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
+from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
-from llm2clip_plugin.train.optim import Trained, parameter_groups
-from llm2clip_plugin.train.reference import Reference
-from llm2clip_plugin.train.reports import Queue
+from llm2clip_plugin.train.optim import EnginePlan, Trained, complete, parameter_groups, read_deepspeed_json, zero_stage
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions
 
@@ -138,7 +135,6 @@ class TrainingRun:
         heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
         references: Mapping[str, Reference] | None = None,
-        queue: Queue | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns the state at its end.
 
@@ -151,13 +147,13 @@ class TrainingRun:
             print(f"note: {note}", file=sys.stderr)
         state = run_loop(
             LoopParts(
-                step=in_phase("forward and backward", step),
+                step=phase("forward and backward")(step),
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
                 engine=engine,
                 references=references or {},
                 checkpoints=self.checkpoints,
-                evaluate=in_phase("evaluation", evaluate) if evaluate else None,
-                before=in_phase("evaluation before training", before) if before else None,
+                evaluate=phase("evaluation")(evaluate) if evaluate else None,
+                before=phase("evaluation before training")(before) if before else None,
                 heads=heads,
                 train=self.train,
                 optim=self.optim,
@@ -165,7 +161,6 @@ class TrainingRun:
                 run_folder=self.folder,
                 state=state,
                 stop=stop,
-                queue=queue,
             )
         )
         self.record(state)
@@ -357,7 +352,7 @@ def columns(
 
 
 def _total(memory: StepMemory, stage: int, world: int, global_batch: int, micro_batch: int) -> float:
-    """Bytes of a GPU with scripts/zeroN.json; half precision under stage 0 runs as stage 1 (see deepspeed_config)."""
+    """Bytes of a GPU with scripts/zeroN.json; half precision under stage 0 runs as stage 1 (see train.optim)."""
     stage = 1 if stage == 0 and memory.precision != "fp32" else stage
     zero = {"stage": stage, "overlap_comm": stage > 0}
     return sum(rank_bytes(memory, zero, world=world, global_batch=global_batch, micro_batch=micro_batch).values())

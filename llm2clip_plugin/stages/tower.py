@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import open_source
 from llm2clip_plugin.data.workers import lacks_shared_memory
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import run as plans

@@ -16,9 +16,8 @@ from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
 from llm2clip_plugin.vision.convert.importing import convert
-from llm2clip_plugin.vision.directory import fetch_directory
-from llm2clip_plugin.vision.export import export_tower, reexport
-from llm2clip_plugin.vision.publish import BEFORE, check_repository, located, push_to_hub, summary
+from llm2clip_plugin.vision.directory import fetch_directory, located
+from llm2clip_plugin.vision.export import BEFORE, check_repository, export_tower, push_to_hub, reexport, summary
 
 
 def main(argv: list[str]) -> int:

@@ -18,9 +18,8 @@ from llm2clip_plugin.data.loader import PairLoader, make_loader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import check_fields, check_kinds, open_source
-from llm2clip_plugin.data.workers import LoadPlan, check_shared_memory, plan_loading, row_bytes
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_fields, check_kinds, open_source
+from llm2clip_plugin.data.workers import LoadPlan, lacks_shared_memory, plan_loading, row_bytes
 from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
 from llm2clip_plugin.files import UNFINISHED_HEADS
@@ -30,13 +29,13 @@ from llm2clip_plugin.stages.tower_export import export_run
 from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Checkpoints, load_weights
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
+from llm2clip_plugin.train.engine import Reference, frozen_copy
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters, load_clip_heads
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.base import needs_reference, patch_layers, weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
-from llm2clip_plugin.train.reference import Reference, frozen_copy
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -76,7 +75,9 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         load_clip_heads(dual, config.tower.path)
     check_patch_layers(dual, config.loss)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
-    check_shared_memory(load_plans(config, images.size, data.caches[0].width, world_size()), local_world_size())
+    plans = load_plans(config, images.size, data.caches[0].width, world_size())
+    if reason := lacks_shared_memory(plans, local_world_size()):
+        raise ValueError(reason)  # else a process that writes beyond the end dies of SIGBUS in the middle of the run
     trained = trained_parameters(dual, config.optim)
     run = dataclasses.replace(open_run(config, data, hidden_size=dual.tower.config.hidden_size), command=command)
     resumed = run.find_checkpoint()
@@ -127,7 +128,6 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
             patch_layers=patch_layers(config.loss),
         ),
         batches=iter(loader),
-        queue=loader.queue if config.train.dataloader_num_workers else None,
         evaluate=evaluate,
         before=before,
         heads=curve,

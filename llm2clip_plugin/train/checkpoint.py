@@ -8,8 +8,7 @@
       state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
 
 The format is independent of the number of ranks, the ZeRO stage and the precision, except for the moments of an
-optimizer ``by_rank``. No generator state is saved: every random draw is a function of the run's seed and a position in
-its order of samples (step.py).
+optimizer ``by_rank``. No generator state is saved: every draw is a function of the run's seed and a position (step.py).
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -58,18 +57,6 @@ TWIN = "twin.safetensors"
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
 RETRY_SECONDS = 300.0  # after a save that failed
 BLOCK = 1 << 24  # bytes that are hashed and written at a time
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,51 +103,37 @@ def write_checkpoint(target: Path, state: TrainState, tensors: Mapping[str, Mapp
 
 
 def verify(path: Path, *, moments: bool = True) -> None:
-    """Read a checkpoint once and compare its hashes; without ``moments``, not the optimizer's file.
-
-    Raises FileNotFoundError or ContractError naming the file that is missing or damaged.
-    """
+    """Read a checkpoint once and compare its hashes; without ``moments``, not the optimizer's file. Raises
+    FileNotFoundError or ContractError naming the file that is missing or damaged."""
     files = TrainState.read(path / TrainState.FILE).files
     names = [name for name in files if moments or name != OPTIMIZER]
     for name in names:
-        _open(path, name)
+        TensorFile(path / name)
     with ThreadPoolExecutor() as pool:
         for name, digest in zip(names, pool.map(lambda name: sha256_file(path / name), names), strict=True):
             if digest != files[name]:
                 raise ContractError(
-                    f"{path / name} is damaged: its SHA-256 is {digest[:12]}..., {TrainState.FILE} says "
-                    f"{files[name][:12]}..."
+                    f"{path / name} is damaged: SHA-256 {digest[:12]}..., {TrainState.FILE} says {files[name][:12]}..."
                 )
 
 
 def load(path: Path, *, moments: bool = True) -> Loaded:
-    """Open a checkpoint, without the optimizer's ``moments`` where only its weights are needed; see ``verify``.
-
-    Raises FileNotFoundError or ContractError naming the file that is missing or damaged.
-    """
+    """Open a checkpoint, without the optimizer's ``moments`` where only its weights are needed. Raises as ``verify``,
+    which compares hashes."""
     state = TrainState.read(path / TrainState.FILE)
     return Loaded(
         path=path,
         state=state,
-        weights=_open(path, MODEL),
-        moments=_open(path, OPTIMIZER) if moments else {},
-        averages=_open(path, AVERAGES) if AVERAGES in state.files else {},
-        twin=_open(path, TWIN) if TWIN in state.files else {},
+        weights=TensorFile(path / MODEL),
+        moments=TensorFile(path / OPTIMIZER) if moments else {},
+        averages=TensorFile(path / AVERAGES) if AVERAGES in state.files else {},
+        twin=TensorFile(path / TWIN) if TWIN in state.files else {},
     )
-
-
-def _open(path: Path, name: str) -> "TensorFile":
-    if not (path / name).is_file():
-        raise FileNotFoundError(f"{name} is missing from the checkpoint {path}; resume from another one")
-    return TensorFile(path / name)
 
 
 @torch.no_grad()
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, where: Path) -> None:
-    """Copy a checkpoint's weights into a module, one tensor in memory at a time.
-
-    Raises ContractError if the checkpoint has other tensors than the module.
-    """
+    """Copy a checkpoint's weights into a module, one tensor in memory at a time; ContractError if those are others."""
     own = module.state_dict()
     if differing := sorted(own.keys() ^ weights.keys()):
         raise ContractError(f"{where} does not fit the model: only one of them has {', '.join(differing[:5])}")
@@ -185,9 +158,7 @@ class Checkpoints:
 
     def __init__(self, run_folder: Path, *, keep: int) -> None:
         """keep: number of checkpoints to keep, 0 for all."""
-        self.run_folder = run_folder
-        self.folder = run_folder / CHECKPOINTS
-        self.keep = keep
+        self.run_folder, self.folder, self.keep = run_folder, run_folder / CHECKPOINTS, keep
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint of a step."""
@@ -222,17 +193,13 @@ class Checkpoints:
             temporary.write_text(name + "\n", encoding="utf-8")
 
     def _prune(self, newest: Path) -> list[str]:
-        """Remove all but the newest ``keep`` checkpoints, and what a killed run left; returns what failed.
-
-        A checkpoint is renamed first: half removed, it could be taken for a complete one. What fails is tried again
-        after the next save.
-        """
+        """Remove all but the newest ``keep`` checkpoints, and what a killed run left; returns what failed."""
         older = [path for path in sorted(self.folder.glob("step-*")) if path.name < newest.name]
         old = older[: max(0, len(older) + 1 - self.keep)] if self.keep else []
         warnings = []
         for path in [*old, *self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
             try:
-                if not path.name.startswith("."):
+                if not path.name.startswith("."):  # half removed, it could be taken for a complete one
                     path = path.rename(path.with_name(f".{path.name}.{time.time_ns():x}.old"))
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:
@@ -240,11 +207,11 @@ class Checkpoints:
         return warnings
 
     def find(self, resume: str, *, moments: bool = True, option: str = "--resume") -> Path | None:
-        """The checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), or a path.
+        """The verified checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), a path.
 
-        It is verified; ``auto``, and the path of a run, fall back to an older one with a warning on stderr. Raises
-        FileNotFoundError for a path without a checkpoint, which is the value of ``option``, or a run that has lost its
-        checkpoints, ContractError if all are damaged or the named one is, FileExistsError for ``never`` if any exist.
+        ``auto``, and the path of a run, fall back to an older one with a warning. Raises FileNotFoundError for a path
+        without a checkpoint, the value of ``option``, or a run that has lost its checkpoints, ContractError if all are
+        damaged or the named one is, FileExistsError for ``never`` if any exist.
         """
         if resume == RESUME_AUTO:
             found, record = self._newest_intact(moments), self.run_folder / RunRecord.FILE
@@ -256,21 +223,17 @@ class Checkpoints:
             return found
         if resume == RESUME_NEVER:
             if self.names():
-                raise FileExistsError(
-                    f"{self.folder} contains {self.names()}; refusing to overwrite with --resume never: choose another "
-                    "--output, or delete the folder"
-                )
+                raise FileExistsError(f"{self.folder} has {self.names()}, but --resume never: choose another --output")
             return None
         path = Path(resume)
-        if not (path / TrainState.FILE).is_file():
-            path = Checkpoints(path, keep=0)._newest_intact(moments)
-            if path is None:
-                raise FileNotFoundError(
-                    f"{option} {resume}: no checkpoint found (no {TrainState.FILE}); this run has {self.names()}"
-                )
+        if (path / TrainState.FILE).is_file():
+            verify(path, moments=moments)
             return path
-        verify(path, moments=moments)
-        return path
+        if found := Checkpoints(path, keep=0)._newest_intact(moments):
+            return found
+        raise FileNotFoundError(
+            f"{option} {resume}: no checkpoint found (no {TrainState.FILE}); this run has {self.names()}"
+        )
 
     def _newest_intact(self, moments: bool) -> Path | None:
         """The newest checkpoint that is verified, with a warning if a newer one is damaged; None if there is none."""
@@ -285,10 +248,7 @@ class Checkpoints:
                 print(f"warning: {'; '.join(damaged)}\nwarning: falling back to {path}", file=sys.stderr)
             return path
         if damaged:
-            raise ContractError(
-                f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}. Restore one, or start over with "
-                "another --output"
-            )
+            raise ContractError(f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}. Restore one")
         return None
 
     def move_aside(self, resumed: Path | None) -> str:
@@ -313,23 +273,12 @@ class Checkpoints:
         return f"moved {', '.join(names)} to {aside}; delete that folder when you no longer need it"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Write:
-    """A write in progress, or the last one."""
-
-    state: TrainState
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    waited: float  # seconds that training waited
-    result: Future[tuple[float, list[str]]]  # seconds of the write, and its warnings
-
-
 class Saver:
     """Saves a run's checkpoints in the background; leaving the context waits for the write in progress.
 
     Every rank needs one. ``save`` gathers the state on rank 0 and copies it into buffers of the CPU, which later saves
-    use again; a thread hashes, writes and flushes them. At most one write is in progress, so the host holds one copy of
-    the state. A periodic save that fails leaves the last checkpoint in place and is tried again; the last one of a run
-    must succeed. No rank waits for the disk inside a collective.
+    use again; a thread hashes, writes and flushes them, one write at a time. A periodic save that fails leaves the last
+    checkpoint in place and is tried again; the last one must succeed. No rank waits for the disk inside a collective.
     """
 
     def __init__(
@@ -342,16 +291,16 @@ class Saver:
         note: Callable[[str], None] = print,
         event: Callable[[dict[str, Any]], None] = lambda values: None,
     ) -> None:
-        """engine: Engine. references: Reference by the name of its file. fallback: run folder for the last checkpoint
-        if ``checkpoints`` fails. note: shows a line. event: records a line of metrics.jsonl. Both are called on rank 0,
-        by the thread that calls this object."""
+        """references: Reference by the name of its file. fallback: run folder for the last checkpoint if
+        ``checkpoints`` fails. note: shows a line. event: records a line of metrics.jsonl."""
         self.checkpoints, self.engine, self.fallback = checkpoints, engine, fallback
         self.references = references or {}
-        self.waited = 0.0  # seconds, of the last save
+        self.waited = 0.0  # seconds that training waited for the last save
         self._note, self._event = note, event
         self._copies = {name: HostCopies() for name in (MODEL, OPTIMIZER, *self.references)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._write: _Write | None = None
+        self._write: Future[tuple[float, list[str]]] | None = None  # the last one: seconds, and warnings
+        self._written: tuple[Any, ...] = ()  # its state and tensors
         self._reported = True
         self._recording: Future[None] | None = None
         self._retry_at: float | None = None
@@ -388,8 +337,8 @@ class Saver:
         state = dataclasses.replace(state, **self.engine.scaler_state(), world_size=world_size())
         self.waited, self._retry_at = time.perf_counter() - started, None
         if rank() == 0:
-            result = self._thread.submit(_write, self.checkpoints, state, tensors)
-            self._write, self._reported = _Write(state=state, tensors=tensors, waited=self.waited, result=result), False
+            self._written, self._reported = (state, tensors), False
+            self._write = self._thread.submit(_write, self.checkpoints, state, tensors)
 
     def record_metrics(self, state: TrainState) -> None:
         """Put the evaluation of the last saved step into its checkpoint, in the background."""
@@ -398,25 +347,23 @@ class Saver:
 
     def poll(self) -> None:
         """Report a write that has ended since the last call."""
-        write = self._write
-        if write is None or self._reported or not write.result.done():
+        if self._write is None or self._reported or not self._write.done():
             return
         self._reported = True
-        step, error = write.state.step, write.result.exception()
+        step, error = self._written[0].step, self._write.exception()
         if isinstance(error, OSError):
             self._retry_at = time.monotonic() + RETRY_SECONDS
             newest = self.checkpoints.latest()
             self._note(
-                f"warning: cannot write the checkpoint {self.checkpoints.path(step)}: {_reason(error)}; "
-                f"{newest.name if newest else 'no checkpoint'} is kept, trying again in {RETRY_SECONDS / 60:.0f} "
-                "minutes at the latest"
+                f"warning: cannot write {self.checkpoints.path(step)}: {_reason(error)}; "
+                f"{newest.name if newest else 'no checkpoint'} is kept, trying again in {RETRY_SECONDS:.0f} s"
             )
             self._event({"step": step, "event": SAVE_FAILED, "reason": _reason(error)})
             return
-        seconds, warnings = write.result.result()
+        seconds, warnings = self._write.result()
         for line in warnings:
             self._note(f"warning: {line}")
-        times = {"waited_seconds": round(write.waited, 4), "write_seconds": round(seconds, 4)}
+        times = {"waited_seconds": round(self.waited, 4), "write_seconds": round(seconds, 4)}
         self._event({"step": step, "event": SAVED, **times})
 
     def finish(self) -> None:
@@ -425,42 +372,32 @@ class Saver:
         Raises OSError (FirstRankError on other ranks) if it failed; its state is then written to ``fallback``.
         """
         with phase(CHECKPOINT):
-            on_first_rank(self._finish)
+            on_first_rank(lambda: self._wait(last=True))
 
-    def _wait(self) -> None:
-        """Wait for the write in progress and report it."""
-        if self._write is not None:
-            wait([self._write.result])
-            self.poll()
-
-    def _finish(self) -> None:
-        write = self._write
-        if write is None:
-            return
-        error = write.result.exception()  # waits
-        if isinstance(error, OSError):
+    def _wait(self, *, last: bool = False) -> None:
+        """Wait for the write in progress and report it; the ``last`` one of a run must not have failed."""
+        error = self._write.exception() if self._write is not None else None  # waits
+        if last and isinstance(error, OSError):
             self._reported = True
-            raise OSError(self._give_up(write, error)) from error
-        self._wait()
-        if self._recording is not None:
+            raise OSError(self._give_up(error)) from error
+        self.poll()
+        if last and self._recording is not None:
             self._recording.result()
 
-    def _give_up(self, write: _Write, error: OSError) -> str:
+    def _give_up(self, error: OSError) -> str:
         """Write the state to the fallback folder; returns what to say."""
-        failure = f"cannot write the last checkpoint {self.checkpoints.path(write.state.step)}: {_reason(error)}. "
+        state, tensors = self._written
+        failure = f"cannot write the last checkpoint {self.checkpoints.path(state.step)}: {_reason(error)}. "
         if newest := self.checkpoints.latest():
             failure += f"The last complete one is {newest}. "
         if self.fallback is None:
-            return (
-                f"{failure}Free space and rerun the same command to resume from it; --save-fallback-dir DIR on "
-                "another disk keeps the last state in such a case"
-            )
+            return f"{failure}Free space and rerun the same command; --save-fallback-dir DIR keeps the last state"
         elsewhere = Checkpoints(self.fallback, keep=0)
         try:
-            elsewhere.write(write.state, write.tensors)
+            elsewhere.write(state, tensors)
         except OSError as second:
-            return f"{failure}Writing it to {elsewhere.path(write.state.step)} failed, too: {_reason(second)}"
-        return f"{failure}Its state is in {elsewhere.path(write.state.step)}: resume with --resume {self.fallback}"
+            return f"{failure}Writing it to {elsewhere.path(state.step)} failed, too: {_reason(second)}"
+        return f"{failure}Its state is in {elsewhere.path(state.step)}: resume with --resume {self.fallback}"
 
 
 def _reason(error: OSError) -> str:
@@ -477,13 +414,14 @@ def _write(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors of the CPU; returns the file's SHA-256. Raises OSError if the disk is full."""
+    """Write tensors of the CPU, hashed on the way; returns the file's SHA-256. Raises OSError if the disk is full."""
     ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
     header, end = {}, 0
     for name in ordered:
         tensor, start = tensors[name], end
         end += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype = str(tensor.dtype).removeprefix("torch.").replace("float", "F").replace("int", "I").upper()
+        header[name] = {"dtype": dtype.replace("UI", "U"), "shape": list(tensor.shape), "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
@@ -493,6 +431,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
                 digest.update(content[start : start + BLOCK])
                 file.write(content[start : start + BLOCK])
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class HostCopies:
@@ -513,22 +455,20 @@ class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file by name, each read when it is looked up; the file is not mapped in between."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ContractError if the file is not complete."""
+        """Raises FileNotFoundError, or ContractError if the file is not complete."""
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.name} is missing from {path.parent}; resume from another checkpoint")
         self.path = path
-        self._entries = read_header(path, fix="resume from another checkpoint").entries
+        self._names = read_header(path, fix="resume from another checkpoint").entries.keys()
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._entries:
+        if name not in self._names:
             raise KeyError(name)
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(name).clone()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._entries)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return len(self._names)

@@ -18,9 +18,6 @@ DDP_TIMEOUT = 1800.0  # seconds, as in Hugging Face's Trainer; torch's is 600 on
 STRAGGLER_SECONDS = 300.0  # without progress, after which a rank is named
 Member = TypeVar("Member")
 Monitor = Literal["tensorboard", "wandb", "csv"]
-Schedule = Literal["cosine", "linear", "constant"]
-Reference = Literal["ema", "start"]
-HeadsTarget = Literal["images", "clip_text"]
 BELOW_1 = math.nextafter(1, 0)
 
 
@@ -54,16 +51,12 @@ class TowerConfig:
     lora_alpha: int = 32  # LoRA updates are scaled by alpha / rank
 
     def __post_init__(self) -> None:
-        if self.from_scratch:
-            if self.path or not self.architecture:
-                raise ValueError(
-                    f"tower.from_scratch makes a tower of tower.architecture ({self.architecture or 'not set'}); leave "
-                    f"tower.path ({self.path or 'not set'}) unset"
-                )
-            if self.freeze or self.freeze_first_blocks or self.lora_rank or self.keep_heads:
-                raise ValueError(
-                    "tower.from_scratch trains all of a new tower; leave freeze*, lora_rank, keep_heads unset"
-                )
+        pretrained = self.path or self.freeze or self.freeze_first_blocks or self.lora_rank or self.keep_heads
+        if self.from_scratch and (pretrained or not self.architecture):
+            raise ValueError(
+                "tower.from_scratch makes a tower of tower.architecture and trains all of it; leave tower.path, "
+                "freeze*, lora_rank, keep_heads unset"
+            )
         if sum(map(bool, (self.lora_rank, self.freeze, self.freeze_first_blocks))) > 1:
             raise ValueError("tower.lora_rank, tower.freeze, tower.freeze_first_blocks: set only one")
 
@@ -74,7 +67,7 @@ class HeadsConfig:
 
     # images: fit projection and text adapter to each other | clip_text: fit the text adapter alone to the text features
     # of the tower's own CLIP (ProCLIP), whose projection and logit scale are kept
-    target: HeadsTarget = "images"
+    target: Literal["images", "clip_text"] = "images"
     steps: int = 0  # updates that train only the heads; 0: skip this phase
     batch: int = 256  # image-caption pairs per update
     lr: float = 1e-3  # of AdamW; constant, with clip_text its peak before cosine decay
@@ -90,7 +83,9 @@ class HeadsConfig:
 class DistillConfig:
     """The frozen tower that the loss terms distill and patch_reference compare with."""
 
-    reference: Reference = "ema"  # ema: a moving average of the tower | start: the tower as it was before step 1
+    reference: Literal["ema", "start"] = (
+        "ema"  # ema: a moving average of the tower | start: the tower as it was before step 1
+    )
     decay: float = 0.999  # of that moving average, a step
 
     def __post_init__(self) -> None:
@@ -117,7 +112,9 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.98)  # decay rates of Adam's moments
     eps: float = 1e-8  # Adam's epsilon
     max_grad_norm: float = 5.0  # gradient clipping by global norm; 0: none
-    schedule: Schedule = "cosine"  # after the warm-up: cosine | linear (both to min_lr_ratio) | constant
+    schedule: Literal["cosine", "linear", "constant"] = (
+        "cosine"  # after the warm-up: cosine | linear (both to min_lr_ratio) | constant
+    )
     warmup_steps: int = 0  # steps of linear warm-up
     warmup_ratio: float = 0.0  # warm-up as a fraction of all steps; set one of the two
     min_lr_ratio: float = 0.0  # where the schedule ends, as a fraction of the peak
@@ -128,9 +125,7 @@ class OptimConfig:
         check_bounds("optim", self, **dict.fromkeys(("lr", "head_lr", "weight_decay"), (0, 10)))
         check_bounds("optim", self, **dict.fromkeys(("warmup_ratio", "min_lr_ratio"), (0, 1)))
         if self.warmup_steps and self.warmup_ratio:
-            raise ValueError(
-                f"optim.warmup_steps {self.warmup_steps} and optim.warmup_ratio {self.warmup_ratio}: set only one"
-            )
+            raise ValueError(f"optim: set only one of warmup_steps and warmup_ratio {self.warmup_ratio}")
 
     def warmup(self, total_steps: int) -> int:
         """Steps of warm-up in a run of ``total_steps``."""
@@ -147,9 +142,7 @@ class TrainConfig:
     max_steps: int = 0  # optimizer steps; 0 or -1: as many as num_train_epochs makes
     precision: Precision = "fp32"  # fp32 | bf16 | fp16 (of the weights; the optimizer runs in fp32)
     tf32: Tf32 = "auto"  # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
-    communication_data_type: ReductionType = (
-        ""  # of the reduction of gradients: fp32 | bf16 | fp16; "": precision's, from 16 ranks on fp32
-    )
+    communication_data_type: ReductionType = ""  # of gradients' reduction; "": precision's, from 16 ranks on fp32
     seed: int = 0  # of the data's order, augmentation, noise, initial heads
     full_determinism: bool = False  # deterministic kernels: the same run twice is equal bit for bit; slow, to debug
     gradient_checkpointing: bool = False  # recompute the tower's blocks in the backward pass: less memory, slower
@@ -170,9 +163,7 @@ class TrainConfig:
     skip_bad_batches: int = 0  # batches with a non-finite loss or gradient to leave out; one more ends the run
     max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
     ddp_timeout: float = DDP_TIMEOUT  # seconds that a rank waits for the others in a collective before the run fails
-    straggler_seconds: float = (
-        STRAGGLER_SECONDS  # a rank without progress for so long is named, with its phase; 0: never
-    )
+    straggler_seconds: float = STRAGGLER_SECONDS  # a rank without progress for so long is named; 0: never
 
     def __post_init__(self) -> None:
         check_choices("train", self)
@@ -195,8 +186,7 @@ class TrainConfig:
         unit = world * min(micro, local) or world
         fits = [f"--global-batch {max(unit, self.global_batch // unit * unit)}"] if rest or micro < local else []
         if not rest:
-            divisors = [size for size in range(1, min(micro, local) + 1) if local % size == 0]
-            fits.append(f"--micro-batch {divisors[-1]}")
+            fits.append(f"--micro-batch {max(n for n in range(1, min(micro, local) + 1) if local % n == 0)}")
         shares = f"{world} ranks" + (f" x train.micro_batch {self.micro_batch}" if self.micro_batch else "")
         raise ValueError(
             f"train.global_batch {self.global_batch} is not a multiple of {shares}; try {' or '.join(fits)}"
@@ -251,12 +241,12 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
         numbers = term.start >= 0 and term.end >= 0 and term.peak < math.inf and 0 < term.until <= 1
         if not (name and numbers and (colon or not at)):
             raise ValueError(
-                f"loss.terms: {word!r} is not NAME, NAME=WEIGHT, NAME=START:END or NAME=START:END@FRACTION, with "
-                "weights of at least 0, as in infonce=1 distill=0.2 or distill=0:0.2@0.1"
+                f"loss.terms: {word!r} is not NAME, NAME=WEIGHT, NAME=START:END or NAME=START:END@FRACTION, "
+                "with weights of at least 0"
             )
+        if name in [other.name for other in terms]:
+            raise ValueError(f"loss.terms {' '.join(words)} names {name} twice")
         terms.append(term)
-    if twice := sorted({term.name for term in terms if [other.name for other in terms].count(term.name) > 1}):
-        raise ValueError(f"loss.terms {' '.join(words)} names {', '.join(twice)} twice")
     if not terms:
         raise ValueError("loss.terms is empty; give at least one term, as in --loss.terms infonce")
     for progress in (0.0, *(term.until for term in terms)):  # where the sum of the weights can be lowest

@@ -1,4 +1,4 @@
-"""The launcher's processes: join them, choose their device, exchange what they hold.
+"""The launcher's processes: join them, choose their device, exchange what they hold, measure where a step's time goes.
 
 Everything here also works in one process without a process group, so callers need no special case for it.
 """
@@ -13,11 +13,11 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from datetime import timedelta
-from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,22 +26,19 @@ from torch.distributed import ProcessGroup
 
 from llm2clip_plugin.train.config import DDP_TIMEOUT, Tf32
 from llm2clip_plugin.train.errors import FirstRankError
-from llm2clip_plugin.train.timing import timed
 
 TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
 MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a line
+# of a step. data: waiting for the loader. communication: features and losses of all ranks, and the reduction of
+# gradients that DeepSpeed begins after the backward pass; what it overlaps with another phase is part of that phase
+PHASES = ("data", "forward", "backward", "optimizer", "communication")
+STEP = "step"  # the whole step, by the host's clock
 
 Value = TypeVar("Value")
 
 
-class Alone(Enum):
-    """Stands for a process group of this rank alone, whatever other ranks exist."""
-
-    ALONE = "alone"
-
-
-ALONE = Alone.ALONE
-Group = ProcessGroup | Alone | None  # None: all ranks
+ALONE: Literal["alone"] = "alone"  # this rank alone, whatever other ranks exist
+Group = ProcessGroup | Literal["alone"] | None  # None: all ranks
 
 
 def group_of(all_ranks: bool) -> Group:
@@ -51,12 +48,12 @@ def group_of(all_ranks: bool) -> Group:
 
 def world_size(group: Group = None) -> int:
     """Number of ranks; 1 without a process group."""
-    return 1 if group is ALONE or not dist.is_initialized() else dist.get_world_size(group)
+    return 1 if group == ALONE or not dist.is_initialized() else dist.get_world_size(group)
 
 
 def rank(group: Group = None) -> int:
     """This process's number; 0 without a process group."""
-    return 0 if group is ALONE or not dist.is_initialized() else dist.get_rank(group)
+    return 0 if group == ALONE or not dist.is_initialized() else dist.get_rank(group)
 
 
 def choose_device(name: str = "") -> torch.device:
@@ -71,15 +68,6 @@ def choose_device(name: str = "") -> torch.device:
         raise ValueError(f"--device {name} is not there; this machine has {known}") from error
 
 
-def set_default_timeout(seconds: float) -> None:
-    """Set the timeout of process groups that are made from now on without one, as DeepSpeed makes its own.
-
-    torch has a default for each backend, which no argument of the first group and no environment variable changes.
-    """
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        setattr(dist.distributed_c10d, name, timedelta(seconds=seconds))
-
-
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
     """(rank, world size) of the launcher's processes, which form a group inside the block; (0, 1) for one process."""
@@ -87,21 +75,19 @@ def process_group() -> Iterator[tuple[int, int]]:
     if world == 1:
         yield 0, 1
         return
-    device = choose_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    with joining():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=DDP_TIMEOUT))
+    join_ranks(choose_device(), DDP_TIMEOUT)
     try:
         yield dist.get_rank(), world
     finally:
         dist.destroy_process_group()
 
 
-@contextmanager
-def joining() -> Iterator[None]:
-    """Around the start of a process group: a line if this rank has waited for others for MISSING_SECONDS, and OSError
-    if another process listens on the launcher's port."""
+def join_ranks(device: torch.device, timeout: float) -> None:
+    """Start the process group: a line if this rank has waited for others for MISSING_SECONDS, and OSError if another
+    process listens on the launcher's port. timeout: seconds after which a collective that a rank does not join fails.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
     line = f"waiting for the other ranks of this launch ({found}); for a run in one process unset these variables"
@@ -109,7 +95,7 @@ def joining() -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        yield
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
             raise
@@ -129,24 +115,113 @@ def free_port() -> int:
 
 
 def set_single_process_environment() -> None:
-    """Without a launcher, set what one would set for a single process; DeepSpeed needs mpi4py otherwise.
-
-    Raises ValueError for one of several tasks of srun or mpirun: each of them would train alone, in the same folder.
-    """
+    """Without a launcher, set what one would set for a single process; DeepSpeed needs mpi4py otherwise. Raises
+    ValueError for one of several tasks of srun or mpirun, each of which would train alone, in the same folder."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         for program, variable in TASKS.items():
             if (tasks := int(os.environ.get(variable) or 1)) > 1:
                 raise ValueError(
-                    f"{program} started {tasks} tasks ({variable}), but RANK and WORLD_SIZE are not set, so each would "
-                    "train alone; let it start one `torchrun --nnodes NODES ...` per node (docs/scaling.md)"
+                    f"{program} started {tasks} tasks ({variable}) without RANK and WORLD_SIZE; let it start one "
+                    "`torchrun --nnodes NODES ...` per node (docs/scaling.md)"
                 )
         port = str(free_port())
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     elif "MASTER_ADDR" not in os.environ and not dist.is_initialized():
         raise ValueError(
-            f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are set, MASTER_ADDR is "
-            "not; start the ranks with `torchrun` or `deepspeed`, or unset RANK and WORLD_SIZE for one process"
+            "RANK and WORLD_SIZE are set, MASTER_ADDR is not; start with `torchrun` or `deepspeed`, or unset them"
         )
+
+
+class StepTimer:
+    """Seconds of a step by phase, measured without making the device wait.
+
+    On a CPU a clock is read where one phase ends and the next begins. On a GPU an event is recorded there, and read
+    when the device has passed it; so a step that is still being computed is part of a later lap. Used as a context
+    manager, it is the one that ``timed`` reports to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []  # phase, and where it begins; empty between steps
+        self._started = 0.0
+        self._pending: deque[tuple[float, list[tuple[str, Any]]]] = deque()  # seconds by the host's clock, marks
+        self._sums: Counter[str] = Counter()  # by phase, of the steps that the device has finished
+        self._steps = 0
+        self._laps: dict[str, tuple[int, Counter[str]]] = {}
+
+    def __enter__(self) -> "StepTimer":
+        global _active
+        _active = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        global _active
+        _active = None
+
+    def _mark(self, phase: str) -> None:
+        moment: Any = torch.cuda.Event(enable_timing=True) if self._on_gpu else time.perf_counter()
+        if self._on_gpu:
+            moment.record()
+        self._marks.append((phase, moment))
+
+    def start(self) -> None:
+        """A step begins, with waiting for its data."""
+        self._started, self._marks = time.perf_counter(), []
+        self._mark("data")
+
+    def switch(self, phase: str) -> str | None:
+        """Another phase begins; returns the one before, None (and nothing is measured) between steps."""
+        before = self._marks[-1][0] if self._marks else None
+        if before is not None and before != phase:
+            self._mark(phase)
+        return before
+
+    def stop(self) -> None:
+        """The step ends."""
+        self._mark("")
+        self._pending.append((time.perf_counter() - self._started, self._marks))
+        self._marks = []
+
+    def lap(self, name: str, *, wait: bool = False) -> dict[str, float]:
+        """Seconds by phase of the mean step since the last lap of this name, {} without a step; ``wait``: for the
+        device to finish them all."""
+        while self._pending:
+            wall, marks = self._pending[0]
+            end: Any = marks[-1][1]
+            if self._on_gpu and wait:
+                end.synchronize()
+            if self._on_gpu and not end.query():
+                break
+            self._pending.popleft()
+            self._steps += 1
+            self._sums[STEP] += wall  # pyright: ignore[reportArgumentType]
+            for (phase, first), (_, last) in itertools.pairwise(marks):
+                self._sums[phase] += first.elapsed_time(last) / 1000 if self._on_gpu else last - first
+        steps, sums = self._laps.get(name, (0, Counter()))
+        self._laps[name] = self._steps, Counter(self._sums)
+        steps = self._steps - steps
+        return {phase: (self._sums[phase] - sums[phase]) / steps for phase in (STEP, *PHASES)} if steps else {}
+
+
+_active: StepTimer | None = None
+
+
+class timed(ContextDecorator):  # noqa: N801 - used like a function; a generator would cost twice as much
+    """``with timed("backward"):`` the block is this phase of the step; the phase around it is interrupted. Also a
+    decorator of a function."""
+
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
+
+    def _recreate_cm(self) -> "timed":  # for each call of a decorated function
+        return timed(self.phase)
+
+    def __enter__(self) -> None:
+        self.before = None if _active is None else _active.switch(self.phase)
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is not None and _active is not None:
+            _active.switch(self.before)
 
 
 def gather_rows(local: Tensor, group: Group = None) -> Tensor:
@@ -216,8 +291,8 @@ _turns = itertools.count()  # of on_first_rank and leaving_together: the same on
 def on_first_rank(work: Callable[[], Value]) -> Value:
     """Call ``work`` on rank 0 alone; returns its (small) result on every rank, which all must call this.
 
-    The others ask the process group's store and wait in no collective, so ``work`` may take hours, whatever the group's
-    timeout. If it raises ValueError or OSError, they raise FirstRankError. If rank 0 dies, the launcher ends them.
+    The others wait in no collective, so ``work`` may take hours, whatever the group's timeout. If it raises ValueError
+    or OSError, they raise FirstRankError.
     """
     if world_size() == 1:
         return work()
@@ -243,10 +318,7 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
 
 @contextmanager
 def leaving_together() -> Iterator[None]:
-    """Every rank enters the block, and none leaves it before all are at its end, however long some take.
-
-    They don't wait in a collective, whose time is limited.
-    """
+    """Every rank enters the block, and none leaves it before all are at its end; no collective limits their time."""
     if world_size() == 1:
         yield
         return
@@ -284,11 +356,8 @@ def barrier() -> None:
 
 
 def set_tf32(tf32: Tf32, precision: str, device: torch.device) -> None:
-    """Allow or forbid TF32, with 10 bits of mantissa, in products and convolutions of fp32 tensors on a GPU.
-
-    auto: where the features come from half precision anyway, whose 7 or 10 bits round as much. torch's own defaults
-    are no rule: they allow it in convolutions alone.
-    """
+    """Allow or forbid TF32, with 10 bits of mantissa, in products and convolutions of fp32 tensors on a GPU; auto:
+    where the features come from half precision anyway, whose 7 or 10 bits round as much."""
     if device.type == "cuda":
         allowed = tf32 == "on" or (tf32 == "auto" and precision != "fp32")
         torch.set_float32_matmul_precision("high" if allowed else "highest")
@@ -297,10 +366,7 @@ def set_tf32(tf32: Tf32, precision: str, device: torch.device) -> None:
 
 def set_full_determinism() -> None:
     """Use deterministic kernels alone, before CUDA is initialized; an operation that has none raises RuntimeError.
-
-    What Hugging Face's ``enable_full_determinism`` sets, without its seeds: every random draw here is a function of the
-    run's seed anyway.
-    """
+    As Hugging Face's ``enable_full_determinism``, without its seeds: every draw is a function of the run's anyway."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
     torch.use_deterministic_algorithms(True)

@@ -1,7 +1,10 @@
-"""The only import of DeepSpeed: an engine that trains a module, and reads and writes its state."""
+"""The only import of DeepSpeed: an engine that trains a module, reads and writes its state, and the copies of the
+weights that follow the training: the moving average that is exported, and the frozen tower of loss terms.
+"""
 
 import atexit
 import contextlib
+import copy
 import io
 import math
 import os
@@ -22,62 +25,47 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from packaging.version import Version
 from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_deepspeed
 from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.config import DDP_TIMEOUT, OptimConfig
-from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
 from llm2clip_plugin.train.distributed import (
     choose_device,
-    joining,
+    join_ranks,
     rank,
-    set_default_timeout,
     set_single_process_environment,
+    timed,
     world_size,
 )
-from llm2clip_plugin.train.optim import chosen_optimizer
-from llm2clip_plugin.train.timing import timed
+from llm2clip_plugin.train.optim import chosen_optimizer, offloads_optimizer, zero_stage
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the import below
 
-
+WAITS_FOR_EVERY_GATHER = Version("0.19.8")  # gloo finishes several gathers in any order
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
-    """Join the process group (of one process, without a launcher); returns this rank's device.
-
-    Raises OSError if another process listens on the launcher's port.
-    timeout: seconds after which a collective that a rank does not join fails, in this group and DeepSpeed's own.
-    """
+    """Join the process group (of one process, without a launcher); returns this rank's device. timeout: of collectives,
+    in this group and DeepSpeed's own. Raises as ``join_ranks``."""
     set_single_process_environment()
     prepare_deepspeed()
-    accelerator: Any = deepspeed.get_accelerator()
-    backend = accelerator.communication_backend_name()
-    if not dist.is_initialized():
-        atexit.register(_leave_ranks)
-    set_default_timeout(timeout)
-    with joining():
-        deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of groups made without one, as by DeepSpeed
+        setattr(dist.distributed_c10d, name, timedelta(seconds=timeout))
     device = choose_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        join_ranks(device, timeout)
+        # the group's threads could abort the process while the interpreter exits
+        atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout))
     return device
 
 
-def _leave_ranks() -> None:
-    """Destroy the process group before the interpreter exits: its threads could abort the process then."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def prepare_deepspeed() -> None:
-    """Keep DeepSpeed's informational log lines off the terminal, and its shared-memory extension from being built.
-
-    That C++ extension only serves tensor-parallel inference on CPUs, but is compiled for a minute at first use, needs
-    a compiler, and leaves a lock behind if the build is killed, which every later run waits for.
-    """
+    """Keep DeepSpeed's informational log lines off the terminal, and its shared-memory extension, which only serves
+    tensor-parallel inference on CPUs, from being compiled for a minute."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     quiet_deepspeed()
 
@@ -101,8 +89,7 @@ class Engine:
 
     Weights and moments are read and written one parameter at a time, complete, in fp32 and under the module's own
     names, whatever the ZeRO stage, the precision and the number of ranks: a checkpoint of 8 ranks under ZeRO-3 resumes
-    on 2 under ZeRO-1. (DeepSpeed's universal checkpoints give every parameter group the settings of the first.) The
-    moments of an optimizer ``by_rank`` are the exception. Every rank calls each of these methods.
+    on 2 under ZeRO-1. The moments of an optimizer ``by_rank`` are the exception. Every rank calls each of these.
     """
 
     def __init__(
@@ -114,10 +101,12 @@ class Engine:
         *,
         keep_frozen: bool = True,
     ) -> None:
-        """groups: see optim.parameter_groups. config: of deepspeed_config.complete. keep_frozen: checkpoints include
-        what is frozen; not so for an LLM, whose weights are in its own files."""
-        self.stage = zero_stage(config)
-        self.module = module
+        """groups: see optim.parameter_groups. config: of optim.complete. keep_frozen: checkpoints include what is
+        frozen; not so for an LLM, whose weights are in its own files."""
+        self.stage, self.module, self.keep_frozen = zero_stage(config), module, keep_frozen
+        on_cpu = not torch.cuda.is_available()
+        if self.stage == 3 and on_cpu and Version(deepspeed.__version__) < WAITS_FOR_EVERY_GATHER:
+            raise ValueError("ZeRO-3 on CPUs would compute with weights that have not arrived; use deepspeed>=0.19.8")
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
         self.optimizer = chosen_optimizer(optim)
@@ -141,8 +130,6 @@ class Engine:
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.keep_frozen = keep_frozen
-        self.frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad and keep_frozen]
         self._local_norm: float | None = None
         self._left_out = 0  # updates of ZeRO-0 whose gradient was not finite
         if self._scaler is not None:
@@ -152,8 +139,6 @@ class Engine:
         self._constants = {p: whole[n] for n, p in module.named_parameters() if n in whole and not p.requires_grad}
         if self.stage == 0 and world_size() == 1:
             self.device_engine.enable_backward_allreduce = False  # it would copy every gradient there and back
-        if self.stage == 3 and self.device.type == "cpu":
-            _wait_for_every_gather()
 
     def __call__(self, *inputs: Tensor | None, **options: int) -> Any:
         """The forward pass of the module."""
@@ -231,27 +216,24 @@ class Engine:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
             yield
 
-    def report(self, values: dict[str, float], samples: int) -> None:
-        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0; x is ``samples``."""
-        if self._monitor.enabled:
-            self._monitor.write_events([(label, value, samples) for label, value in values.items()])
+    def report(self, values: dict[str, float], x: int, *, of_run: bool = True) -> None:
+        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0; ``x``: samples of the run.
 
-    def report_at(self, values: dict[str, float], x: float) -> None:
-        """Send labeled values whose ``x`` does not belong to the run's samples, to the monitors with an axis per label.
-
-        Not to W&B, whose one axis only goes forward: it would drop all values of the run that come at a smaller x.
+        of_run: False for another x, which W&B does not get: its one axis only goes forward.
         """
         if self._monitor.enabled:
-            for monitor in filter(None, (self._monitor.tb_monitor, self._monitor.csv_monitor)):
+            each = [self._monitor] if of_run else filter(None, (self._monitor.tb_monitor, self._monitor.csv_monitor))
+            for monitor in each:
                 monitor.write_events([(label, value, x) for label, value in values.items()])
 
     def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
         values = self.read_trained(copy)
-        for name, parameter in self.frozen:
-            with self.gathered([parameter]):
-                if copy:
-                    values[name] = copy(name, parameter, torch.float32)
+        for name, parameter in self.module.named_parameters():
+            if self.keep_frozen and not parameter.requires_grad:
+                with self.gathered([parameter]):
+                    if copy:
+                        values[name] = copy(name, parameter, torch.float32)
         if copy and self.keep_frozen:
             persistent = self.module.state_dict(keep_vars=True).keys()
             values |= {n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent}
@@ -279,27 +261,25 @@ class Engine:
     def exchanged(self, others: list[Tensor]) -> Iterator[None]:
         """Inside the block, ``masters()`` hold the values of ``others``, and ``others`` theirs. For reading and writing
         alone: the module's weights stay as they are."""
-        self._exchange(others)
-        yield
-        self._exchange(others)
 
-    @torch.no_grad()
-    def _exchange(self, others: list[Tensor]) -> None:
-        for master, other in zip(self.masters(), others, strict=True):
-            value = master.clone()
-            master.copy_(other)
-            other.copy_(value)
+        @torch.no_grad()
+        def exchange() -> None:
+            for master, other in zip(self.masters(), others, strict=True):
+                value = master.clone()
+                master.copy_(other)
+                other.copy_(value)
+
+        exchange()
+        yield
+        exchange()
 
     def moments(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """The optimizer's moments, ``NAME.exp_avg`` and so on, as made by ``copy``; {} before the first update and on
         ranks without one."""
-        moments: dict[str, Tensor] = {}
         if self.updates == 0:
-            return moments
-        for name, value in self._moments_by_rank() if self.optimizer.by_rank else self._moments_by_name():
-            if copy:
-                moments[name] = copy(name, value)
-        return moments
+            return {}
+        pairs = self._moments_by_rank() if self.optimizer.by_rank else self._moments_by_name()
+        return {name: copy(name, value) for name, value in pairs if copy}
 
     def _moments_by_name(self) -> Iterator[tuple[str, Tensor]]:
         self._link()
@@ -310,23 +290,25 @@ class Engine:
 
     def _moments_by_rank(self) -> Iterator[tuple[str, Tensor]]:
         """``zero2-of-4.0.1.state1``: of rank 0's second master. Masters have the same shapes on all ranks."""
-        for number, master in enumerate(self.masters()):
-            for moment in self._held(master):
-                own = self._base.state[master][moment]
-                for source in range(world_size() if self.stage else 1):
-                    value = own if source == rank() or not self.stage else torch.empty_like(own)
-                    if self.stage and world_size() > 1:
-                        dist.broadcast(value, source)
-                    yield f"{self._layout}.{source}.{number}.{moment}", value
+        layout, parts = self._layout
+        for name, own in self._held():
+            for source in range(parts):
+                value = own if parts == 1 or source == rank() else torch.empty_like(own)
+                if parts > 1:
+                    dist.broadcast(value, source)
+                yield f"{layout}.{source}.{name}", value
 
-    def _held(self, master: Tensor) -> list[str]:
-        """The moments of a master; one that is too small for 8 bits has fewer."""
-        return [moment for moment in self.optimizer.moments if moment in self._base.state.get(master, {})]
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        """``1.state1``: the moments of this rank's masters; one that is too small for 8 bits has fewer."""
+        for number, master in enumerate(self.masters()):
+            state = self._base.state.get(master, {})
+            yield from ((f"{number}.{moment}", state[moment]) for moment in self.optimizer.moments if moment in state)
 
     @property
-    def _layout(self) -> str:
-        """What decides which values a rank's masters hold."""
-        return f"zero{self.stage}-of-{world_size() if self.stage else 1}"
+    def _layout(self) -> tuple[str, int]:
+        """What decides which values a rank's masters hold, and among how many ranks they are parted."""
+        parts = world_size() if self.stage else 1
+        return f"zero{self.stage}-of-{parts}", parts
 
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held ``weights`` when the
@@ -347,29 +329,26 @@ class Engine:
 
     def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
         self._link()
-        restored = 0  # a parameter without gradient has no moments
-        for moment in self.optimizer.moments:
-            for name, parameter in self.trained:
-                if (saved := moments.get(f"{name}.{moment}")) is not None:
-                    self._write(parameter, moment, saved.to(self.device))
-                    restored += 1
-        if not restored:
+        names = [(moment, name, p) for moment in self.optimizer.moments for name, p in self.trained]
+        found = [(moment, name, p) for moment, name, p in names if f"{name}.{moment}" in moments]
+        if not found:
             raise ValueError(
                 f"the checkpoint's moments ({next(iter(moments))}, ...) are not those of {self.optimizer.name}: resume "
                 "with the --optimizer that wrote it"
             )
+        for moment, name, parameter in found:  # a parameter without gradient has no moments
+            self._write(parameter, moment, moments[f"{name}.{moment}"].to(self.device))
 
     def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
-        for number, master in enumerate(self.masters()):
-            for moment in self._held(master):
-                own = self._base.state[master][moment]
-                saved = moments.get(f"{self._layout}.{rank() if self.stage else 0}.{number}.{moment}")
-                if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
-                    raise ValueError(
-                        f"the checkpoint's moments ({next(iter(moments))}, ...) do not fit {self.optimizer.name} in "
-                        f"{self._layout}: resume on as many ranks, with the ZeRO stage and --optimizer that wrote it"
-                    )
-                own.copy_(saved)
+        layout, parts = self._layout
+        for name, own in self._held():
+            saved = moments.get(f"{layout}.{rank() if parts > 1 else 0}.{name}")
+            if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                raise ValueError(
+                    f"the checkpoint's moments ({next(iter(moments))}, ...) do not fit {self.optimizer.name} in "
+                    f"{layout}: resume on as many ranks, with the ZeRO stage and --optimizer that wrote it"
+                )
+            own.copy_(saved)
 
     @property
     def updates(self) -> int:
@@ -436,19 +415,75 @@ class Engine:
             self.device_engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _wait_for_every_gather() -> None:
-    """Make ZeRO-3's gathers synchronous on CPU ranks. DeepSpeed before 0.19.8 only waits for the last of several,
-    and gloo finishes them in any order, so a layer could run on weights that have not arrived yet."""
-    from deepspeed import comm
+class Reference:
+    """A moving average of the trained weights, and the frozen module that computes with it, if there is one.
 
-    gather = comm.all_gather_into_tensor
-    if gather.__name__ == "gather_and_wait":
-        return
+    average <- d average + (1 - d) weight after each step, of the fp32 masters: an average of bf16 weights would not
+    move with updates below a bf16 ulp. Under ZeRO each rank averages its partition of the masters, without ZeRO all
+    weights; nothing is sent until the values are read.
+    """
 
-    def gather_and_wait(*args: Any, **kwargs: Any) -> Any:
-        handle = gather(*args, **kwargs)
-        if handle is not None:
-            handle.wait()
-        return handle
+    def __init__(
+        self,
+        engine: Engine,
+        decay: float,
+        *,
+        warmup: bool = False,
+        module: Any = None,
+        updates: int = 0,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """decay: d; 1 stays at the weights of the start. warmup: d = min(decay, (1 + n) / (10 + n)) after n updates, so
+        that early weights are forgotten quickly. module: of ``frozen_copy``. values: of a checkpoint, by name; without
+        them the average starts at the weights. Raises ValueError if the masters are on NVMe."""
+        self.engine, self.decay, self.warmup, self.updates, self.module = engine, decay, warmup, updates, module
+        self.averages = [master.detach().clone() for master in engine.masters()]
+        if not all(average.numel() for average in self.averages):
+            raise ValueError("moving averages do not support offload_optimizer to NVMe; use the device cpu")
+        if values:
+            with engine.exchanged(self.averages):
+                engine.write_trained(values)
+        self.names = [name for name, _ in engine.trained]
+        if module is not None:
+            module.to(engine.device, next(p.dtype for p in engine.module.parameters() if p.is_floating_point()))
+            own = dict(module.named_parameters())
+            self.names = [name for name in self.names if name in own]
+            self._show()
 
-    comm.all_gather_into_tensor = gather_and_wait
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the weights after a step to the average. Every rank must call this."""
+        self.updates += 1
+        if self.decay == 1:
+            return
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        torch._foreach_lerp_(self.averages, self.engine.masters(), 1 - decay)
+        if self.module is not None:
+            self._show()
+
+    def values(self, copy: HostCopies | None) -> dict[str, Tensor]:
+        """The averages by name, as made by ``copy``, {} on ranks without one; every rank must call this."""
+        with self.engine.exchanged(self.averages):
+            return self.engine.read_trained(copy, self.names)
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, 3, S, S) preprocessed pixels -> the module's features (B, D), L2-normalized, and the patches (B, T, H) of
+        its hidden state ``layer``, None without one; float32, without gradient."""
+        if layer is None:
+            return self.module.encode_image(pixel_values), None
+        return self.module.encode_with_patches(pixel_values, patches=layer)[:2]
+
+    @torch.no_grad()
+    def _show(self) -> None:
+        """Copy the averages into the module, which every rank holds whole."""
+        own = dict(self.module.named_parameters())
+        with self.engine.exchanged(self.averages):
+            self.engine.read_trained(lambda name, value: own[name].copy_(value), self.names)
+
+
+def frozen_copy(dual: Any) -> Any:
+    """The image side of a dual encoder in evaluation mode, to be made before DeepSpeed may partition ``dual``."""
+    module = copy.deepcopy(dual)
+    module.text_adapter = None
+    return module.eval().requires_grad_(False)

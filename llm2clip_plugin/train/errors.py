@@ -8,9 +8,10 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from llm2clip_plugin.console import Interrupted, is_loading
 
@@ -58,10 +59,8 @@ class FirstRankError(ValueError):
 
 
 def lost_rank(error: RuntimeError) -> str:
-    """The message for a collective that failed because another rank is gone; "" for any other error.
-
-    torch raises a DistError for NCCL and the store, a plain RuntimeError for gloo.
-    """
+    """The message for a collective that failed because another rank is gone; "" for any other error."""
+    # torch raises a DistError for NCCL and the store, a plain RuntimeError for gloo
     if "gloo/" not in str(error) and not any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return ""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -73,21 +72,35 @@ def lost_rank(error: RuntimeError) -> str:
     )
 
 
-# Requests to stop a run: SIGTERM, SIGHUP, Ctrl-C, SIGUSR1, or the `deepspeed` command that started it has ended.
-
 # SIGHUP: the terminal or connection is gone; SIGUSR1: Slurm's warning before the time limit
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """True once this rank has been requested to stop."""
+    """True once this rank has been requested to stop: by a signal, or as the `deepspeed` command that started it has
+    ended. (On one node a SIGTERM ends that command without its ranks, which would train on in the background.)"""
 
-    def __init__(self, launcher_ended: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self) -> None:
         self.signals: list[int] = []
-        self._launcher_ended = launcher_ended
+        self._launcher: Any = None
+        if "LOCAL_SIZE" in os.environ:  # set by deepspeed.launcher.launch, whose parent is that command
+            import psutil  # comes with DeepSpeed
+
+            self._launcher = psutil.Process().parent()
+            self._command = self._launcher.ppid() if self._launcher is not None else 0
 
     def __bool__(self) -> bool:
         return bool(self.signals) or self._launcher_ended()
+
+    def _launcher_ended(self) -> bool:
+        if self._launcher is None:
+            return False
+        import psutil
+
+        try:
+            return self._launcher.ppid() != self._command
+        except psutil.NoSuchProcess:
+            return True
 
     @property
     def reason(self) -> str:
@@ -99,12 +112,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record the signals of STOPPING and print a notice of the first instead of exiting.
-
-    After a Ctrl-C, which reaches the ranks too, DeepSpeed's launcher sends them a SIGTERM. While the run is loading
-    there is nothing to save, and a signal raises Interrupted; later a second SIGINT raises KeyboardInterrupt.
-    """
-    request, owner = StopRequest(watch_launcher()), os.getpid()
+    """Record the signals of STOPPING and print a notice of the first instead of exiting; a second SIGINT raises
+    KeyboardInterrupt. While the run is loading there is nothing to save, and a signal raises Interrupted."""
+    request, owner = StopRequest(), os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
         if is_loading() and os.getpid() == owner and number != signal.SIGUSR1:
@@ -124,24 +134,3 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def watch_launcher() -> Callable[[], bool]:
-    """A function that returns whether the `deepspeed` command that started this rank has ended; False without one.
-
-    On one node, a SIGTERM ends that command without ending its ranks, which would train on in the background.
-    """
-    if "LOCAL_SIZE" not in os.environ:  # DeepSpeed's launcher sets it
-        return lambda: False
-    import psutil  # comes with DeepSpeed
-
-    launcher = psutil.Process().parent()  # deepspeed.launcher.launch
-    command = launcher.ppid() if launcher is not None else 0
-
-    def ended() -> bool:
-        try:
-            return launcher is not None and launcher.ppid() != command
-        except psutil.NoSuchProcess:
-            return True
-
-    return ended

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -47,12 +46,12 @@ from llm2clip_plugin.train.errors import (
     lost_rank,
 )
 
+NAMED = 4  # late ranks that name themselves
 GRACE = 10.0  # seconds in which a rank may end by itself after another has failed
 TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
 SLOWEST_BEAT = 5.0  # seconds between signs of life, at most
-NAMED = 4  # late ranks that are named
 WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # files whose frames wait for other ranks
-WAITING_FUNCTIONS = ("_poll", "gather_and_wait")  # of this package, which do so, too
+WAITING_FUNCTIONS = ("_poll",)  # of this package, which do so, too
 SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
 LISTED = 12  # differing facts that a message lists
 LEASE = 100.0  # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
@@ -96,45 +95,31 @@ def watched_group() -> Iterator[tuple[int, int]]:
         yield ranks
 
 
-class Rank:
-    """What is known of a rank: its latest sign of life (Watch._beat), and when that came."""
-
-    def __init__(self, number: int, beat: dict[str, Any]) -> None:
-        self.number, self.beat, self.heard = number, beat, time.monotonic()
-        self.silence_told = 0.0  # seconds of silence that were reported
-
-    def update(self, beat: dict[str, Any]) -> None:
-        """Its newest sign of life, which may be the old one."""
-        if beat != self.beat:
-            self.beat, self.heard = beat, time.monotonic()
-
-    def __str__(self) -> str:
-        return f"rank {self.number} ({self.beat['host']}, pid {self.beat['pid']})"
-
-
 class Watch:
     """Two threads of a rank, which end with it. ``start``, ``stop``, ``failed`` are called by its main thread.
 
-    Every rank sends a sign of life, about a hundred bytes every few seconds, through the process group's store. Rank 0
-    reads them and names the late ones; the late rank prints where it is. One thread talks to the store and may be
-    blocked by it (rank 0 can host it, and be the one that is stopped), the other only looks at what the first has read.
+    Every rank sends a sign of life every few seconds through the process group's store. Rank 0 names ranks that send
+    none, rank 1 names rank 0; a rank that sends them, but makes no progress, names itself. One thread talks to the
+    store and may be blocked by it (rank 0 can host it, and be stopped), the other looks at what the first has read.
 
-    An error ends all ranks on NCCL, too: the others wait in a kernel that no Python exception and no signal handler
-    reaches. Their watch reads the failure from the store and ends the process without asking its main thread.
+    An error ends all ranks on NCCL, too, where the others wait in a kernel that no exception and no signal handler
+    reaches: their watch reads it from the store and ends the process without asking its main thread.
     """
 
     def __init__(self, *, straggler_seconds: float, timeout: float) -> None:
         self.straggler_seconds, self.timeout = straggler_seconds, timeout
         self.interval = max(0.2, min(SLOWEST_BEAT, (straggler_seconds or timeout) / 5))
-        self.rank = rank()
-        self.others: dict[int, Rank] = {}  # those that this rank watches
+        self.rank, self.world = rank(), world_size()
+        self.others: dict[int, dict[str, Any]] = {}  # the latest signs of life of those that this rank watches
+        self._heard: dict[int, float] = {}  # when those came
+        self._told: dict[int, float] = {}  # seconds of silence that were reported
         self.answered = time.monotonic()  # when the store last answered
         self._gone = math.inf  # since when it has refused connections
         self.failure = ""  # of another rank, as it published it
+        self._found = ""  # a failure that this rank has seen first, to be published
         self.deadline = math.inf  # when this process ends, whatever its main thread does
         self._beats = 0
-        self._outbox: list[tuple[str, str]] = []  # keys and values that _talk sends
-        self._lateness_told = (0, 0.0)  # number of a phase, seconds of lateness in it that were reported
+        self._late_told = (0, 0.0)  # number of a phase, seconds of lateness in it that were reported
         self._main = threading.get_ident()
         self._stopped = threading.Event()
 
@@ -144,12 +129,11 @@ class Watch:
         store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
         self.store = dist.PrefixStore(f"llm2clip/watch/{broadcast_object(os.urandom(6).hex())}", store)
         self.store.set_timeout(timedelta(seconds=30))
-        # rank 0 watches all, rank 1 watches rank 0
-        watches = range(1, world_size()) if self.rank == 0 else [0] if self.rank == 1 else []
-        beats = gather_objects(json.loads(self._beat()))
-        self.others = {number: Rank(number, beats[number]) for number in watches}
-        self.store.set(f"beat/{self.rank}", self._beat())
+        self.store.set(f"beat/{self.rank}", json.dumps(self._beat()))
         barrier()  # all beats are there
+        # rank 0 watches all, rank 1 watches rank 0
+        self._watched = range(1, self.world) if self.rank == 0 else [0] if self.rank == 1 else []
+        self._read_beats()
         for work in (self._talk, self._look):
             threading.Thread(target=work, daemon=True, name=work.__name__).start()
 
@@ -177,31 +161,40 @@ class Watch:
         """End this process so many seconds from now, if it still runs."""
         self.deadline = min(self.deadline, time.monotonic() + seconds)
 
+    def _beat(self) -> dict[str, Any]:
+        now = phases.current()
+        self._beats += 1
+        frame = sys._current_frames().get(self._main)  # none while the interpreter ends; NCCL's kernels are not seen
+        code = frame.f_code if frame else None
+        waits = code and (code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN))
+        beat = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats, "phase": _doing()}
+        return {**beat, "number": now.number, "seconds": time.monotonic() - now.since, "waits": bool(waits)}
+
+    def _beats_of(self, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
+        found = self.store.multi_get([f"beat/{number}" for number in ranks]) if ranks else []
+        return dict(zip(ranks, map(json.loads, found), strict=True))
+
+    def _read_beats(self) -> None:
+        for number, beat in self._beats_of(self._watched).items():
+            if beat != self.others.get(number):
+                self.others[number], self._heard[number] = beat, time.monotonic()
+
     def _read_failure(self) -> None:
         if not self.failure and self.store.check(["failed"]):
             self.failure = self.store.get("failed").decode()
-
-    def _beat(self) -> str:
-        now = phases.current()
-        self._beats += 1
-        beat = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats, "phase": _doing()}
-        beat |= {"number": now.number, "seconds": time.monotonic() - now.since}
-        frame = sys._current_frames().get(self._main)  # none while the interpreter ends
-        return json.dumps({**beat, "waits": frame is not None and waits(frame)})
 
     def _talk(self) -> None:
         """Send signs of life and read those of others; may block for long."""
         while not self._stopped.wait(self.interval):
             try:
-                self.store.set(f"beat/{self.rank}", self._beat())
-                keys = [f"beat/{number}" for number in self.others]
-                for number, beat in zip(self.others, self.store.multi_get(keys) if keys else [], strict=True):
-                    self.others[number].update(json.loads(beat))
-                while self._outbox:
-                    self.store.set(*self._outbox.pop())
+                beat = self._beat()
+                self.store.set(f"beat/{self.rank}", json.dumps(beat))
+                self._read_beats()
+                if self._found:
+                    self.store.set("failed", self._found)
                 self._read_failure()
-                if self.store.check([f"where/{self.rank}"]) and self.store.delete_key(f"where/{self.rank}"):
-                    self._print_stack()
+                if self.straggler_seconds and not self.failure:
+                    self._name_if_late(beat)
                 self.answered, self._gone = time.monotonic(), math.inf
             except dist.DistNetworkError:
                 self._gone = min(self._gone, time.monotonic())
@@ -209,107 +202,92 @@ class Watch:
                 continue
 
     def _look(self) -> None:
-        """Name late ranks, end this process if it must end."""
+        """Name silent ranks, end this process if it must end."""
         checked_at = time.monotonic()
         while not self._stopped.wait(self.interval / 2):
             now = time.monotonic()
             if now - checked_at > self.interval + 1:  # this process itself was stopped: what it knows is old
                 self.answered = now
-                for other in self.others.values():
-                    other.heard = now
+                self._heard.update(dict.fromkeys(self._heard, now))
             checked_at = now
             self._end_if_due(now)
             if self.straggler_seconds and not self.failure:
                 self._name_silent(now)
-                if self.rank == 0:
-                    self._name_late()
 
     def _end_if_due(self, now: float) -> None:
-        silent = next((other for other in self.others.values() if now - other.heard > self.timeout), None)
-        if silent is not None and not self.failure:
-            self.failure = f"{silent} has sent no sign of life for {now - silent.heard:.0f} s"
-            self._outbox.append(("failed", self.failure))
-        elif now - self.answered > self.timeout and not self.failure:
+        silent = [number for number in self.others if now - self._heard[number] > self.timeout]
+        if self.failure:
+            pass
+        elif silent:
+            name, silence = self._name(silent[0]), now - self._heard[silent[0]]
+            self.failure = self._found = f"{name} has sent no sign of life for {silence:.0f} s"
+        elif now - self.answered > self.timeout:
             self.failure = f"the store of the process group has not answered for {now - self.answered:.0f} s"
-        elif now - self._gone > GRACE and not self.failure:
+        elif now - self._gone > GRACE:
             self.failure = "the process that holds the group's store (rank 0, or torchrun on its host) has ended"
         if self.failure and self.deadline == math.inf:
             self.end_within(GRACE)
-            if self.rank == 0 or (self.rank == 1 and silent is not None):
+            if self.rank == 0 or (self.rank == 1 and silent):
                 _say(f"{self.failure}; ending all ranks")
         if now > self.deadline + (TO_WRITE if phases.current().name == phases.CHECKPOINT else 0.0):
             sys.stderr.flush()
             os._exit(1)
 
+    def _name(self, number: int) -> str:
+        return f"rank {number} ({self.others[number]['host']}, pid {self.others[number]['pid']})"
+
     def _name_silent(self, now: float) -> None:
         """Ranks whose process does not run."""
         limit = max(self.straggler_seconds, 3 * self.interval)
-        for other in self.others.values():
-            silence = now - other.heard
-            if silence > max(limit, 2 * other.silence_told):
-                other.silence_told = silence
+        for number, beat in self.others.items():
+            silence, told = now - self._heard[number], self._told.get(number, 0.0)
+            if silence > max(limit, 2 * told):
+                self._told[number] = silence
                 _say(
-                    f"late: {other} has sent no sign of life for {silence:.0f} s, since phase {other.beat['phase']}: "
-                    "its process is stopped, or its host is down or cut off"
+                    f"late: {self._name(number)} has sent no sign of life for {silence:.0f} s, since phase "
+                    f"{beat['phase']}: its process is stopped, or its host is down or cut off"
                 )
-            elif other.silence_told and silence < limit:
-                _say(f"{other} is back after {other.silence_told:.0f} s or more, in phase {other.beat['phase']}")
-                other.silence_told = 0.0
+            elif silence < limit:
+                self._told[number] = 0.0
 
-    def _name_late(self) -> None:
-        """Ranks that run, but make no progress and wait for nobody; of these, the ones that are furthest behind."""
-        ranks = [Rank(0, json.loads(self._beat())), *self.others.values()]
-        stuck = [one for one in ranks if one.beat["seconds"] > self.straggler_seconds and not one.beat["waits"]]
-        behind = min((one.beat["number"] for one in stuck), default=0)
-        late = [one for one in stuck if one.beat["number"] == behind][:NAMED]
-        seconds = min((one.beat["seconds"] for one in late), default=0.0)
-        phase, told = self._lateness_told
-        if not late or seconds < max(self.straggler_seconds, 2 * told if phase == behind else 0.0):
+    def _name_if_late(self, own: dict[str, Any]) -> None:
+        """Say where this rank is if it runs, but makes no progress and waits for nobody; of several such ranks, those
+        that are furthest behind do."""
+        phase, told = self._late_told
+        seconds, limit = own["seconds"], self.straggler_seconds
+        if own["waits"] or seconds <= max(limit, 2 * told if phase == own["number"] else 0.0):
             return
-        self._lateness_told = behind, seconds
-        for one in late:
-            _say(f"late: {one} has been in phase {one.beat['phase']} for {seconds:.0f} s")
-            if one.number == 0:
-                self._print_stack()
-            else:
-                self._outbox.append((f"where/{one.number}", ""))
-
-    def _print_stack(self) -> None:
-        stack = "".join(traceback.format_stack(sys._current_frames().get(self._main)))
-        _say(f"rank {self.rank} is in phase {_doing()}; its main thread:\n{stack}")
+        beats = self._beats_of(range(self.world)).items()
+        stuck = {number: beat for number, beat in beats if beat["seconds"] > limit and not beat["waits"]}
+        behind = min(beat["number"] for beat in stuck.values())
+        if self.rank in [number for number, beat in stuck.items() if beat["number"] == behind][:NAMED]:
+            self._late_told = own["number"], seconds
+            stack = "".join(traceback.format_stack(sys._current_frames().get(self._main)))
+            _say(
+                f"late: rank {self.rank} ({own['host']}, pid {own['pid']}) has been in phase {own['phase']} for "
+                f"{seconds:.0f} s; its main thread:\n{stack}"
+            )
 
 
 def _doing() -> str:
-    """``data of step 7``."""
     now = phases.current()
     return now.name + (f" of step {now.step}" if now.step else "")
 
 
 def _say(text: str) -> None:
-    """Print to stderr, apart from a progress bar's line."""
-    print(f"\n{text}", file=sys.stderr, flush=True)
-
-
-def waits(frame: FrameType) -> bool:
-    """Whether the innermost Python function of a thread waits for other ranks. Kernels of NCCL are not seen."""
-    code = frame.f_code
-    return code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN)
+    print(f"\n{text}", file=sys.stderr, flush=True)  # apart from a progress bar's line
 
 
 def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
     """Compare what all ranks must have in common before the first step; every rank must call this.
 
-    Ranks that disagree would train on with plausible losses (one resumes, another starts over) or wait for each other
-    forever (one evaluates, another does not). ``advice``: the first word of a fact -> what to do if it differs. Raises
-    DisagreementError on every rank, with every value and the hosts and ranks that have it.
+    ``advice``: the first word of a fact -> what to do if it differs. Raises DisagreementError on every rank, with every
+    value and the hosts and ranks that have it.
     """
     digests = gather_objects(sha256_text(canonical_json(dict(facts))))
-    if len(set(digests)) > 1:
-        raise DisagreementError(disagreement(gather_objects((socket.gethostname(), dict(facts))), advice))
-
-
-def disagreement(ranks: Sequence[tuple[str, Facts]], advice: Mapping[str, str]) -> str:
-    """The message about the facts of all ranks, given as (host, facts) in order of rank."""
+    if len(set(digests)) == 1:
+        return
+    ranks = gather_objects((socket.gethostname(), dict(facts)))
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
     differing = [name for name in names if len({facts.get(name) for _, facts in ranks}) > 1]
     lines, advised = ["the ranks disagree before the first step:"], set()
@@ -325,26 +303,16 @@ def disagreement(ranks: Sequence[tuple[str, Facts]], advice: Mapping[str, str]) 
         advised.add(advice.get(name.split()[0], ""))
     if len(differing) > LISTED:
         lines.append(f"  and {len(differing) - LISTED} more")
-    return "\n".join([*lines, *sorted(advised - {""})])
+    raise DisagreementError("\n".join([*lines, *sorted(advised - {""})]))
 
 
 def shared_folder(folder: Path) -> str:
-    """Whether this rank sees what rank 0 writes into ``folder``, as a fact; every rank must call this.
-
-    Raises OSError if rank 0 cannot write there.
-    """
+    """Whether this rank sees what rank 0 writes into ``folder``, which is ``locked``, as a fact; every rank must call
+    this."""
     if world_size() == 1:
         return "shared"
     file = folder / broadcast_object(f".shared-{uuid.uuid4().hex[:12]}")
-
-    def write() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.touch()
-        except OSError as error:
-            raise OSError(f"cannot write in --output {folder}: {error.strerror}") from error
-
-    on_first_rank(write)
+    on_first_rank(file.touch)
     seen = _appears(file)
     gather_objects(seen)  # all have looked
     if rank() == 0:
@@ -366,21 +334,18 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
     """A checkpoint as this rank reads it: the digest of its state, and the sizes of its files."""
     if not _appears(path / state_file):
         return f"{path.name} is missing"
-    try:
-        sizes = [f"{file.name} {file.stat().st_size} bytes" for file in sorted(path.glob("*.safetensors"))]
-        return f"{path.name} {sha256_file(path / state_file)[:12]}, {', '.join(sizes)}"
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
+    sizes = [f"{file.name} {file.stat().st_size} bytes" for file in sorted(path.glob("*.safetensors"))]
+    return f"{path.name} {sha256_file(path / state_file)[:12]}, {', '.join(sizes)}"
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, which is created, inside the block; every rank must enter it. A folder that was
-    created here and is empty at the end is removed.
+    """Hold the lock of a run folder, which is created (and removed if it stays empty), inside the block; every rank
+    must enter it.
 
-    The lock is the kernel's (fcntl), so it ends with rank 0, however that ends; NFS and Lustre pass it on to other
-    hosts. Loader workers, which may outlive a killed rank, do not inherit it. ``run.lock`` says who holds it. Raises
-    OSError on every rank if another process trains in the folder, or if it cannot be written.
+    The lock is the kernel's (fcntl): it ends with rank 0, loader workers do not inherit it, NFS and Lustre pass it on
+    to other hosts. ``run.lock`` says who holds it. Raises OSError on every rank if another process trains in the
+    folder, or if it cannot be written.
     """
     held: list[tuple[bool, int]] = []
     on_first_rank(lambda: held.append((folder.exists(), acquire(folder))))
@@ -397,24 +362,34 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def acquire(folder: Path, *, patience: float = LEASE) -> int:
-    """Take the lock; returns its open descriptor. Raises OSError. patience: seconds to wait for another host's."""
+    """Take and sign the lock; returns its open descriptor. Raises OSError. patience: seconds to wait for another host's
+    lock."""
     path, deadline, reported = folder / LOCK, time.monotonic() + patience, False
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)  # each time: a refused run removes the folder that it made
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise FileExistsError(f"--output {folder} is a file, or below one; choose a folder") from error
         except OSError as error:
-            raise OSError(f"cannot write in --output {folder}: {error.strerror}") from error
+            raise OSError(f"cannot write in --output {folder}: {error.strerror}; choose another folder") from error
         try:
-            if _lock(descriptor, path):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks = True
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, *NO_LOCKS):
+                raise
+            if locks := error.errno in NO_LOCKS:
+                print(f"warning: {folder} is on a disk without locks: start only one run in it", file=sys.stderr)
+        if locks and path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:  # not removed meanwhile
+            me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(me).encode(), 0)
+            os.fsync(descriptor)
+            return descriptor
         os.close(descriptor)
-        holder = _holder(path)
+        try:
+            holder = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            holder = {}  # another process is just starting or ending
         if holder.get("host") == socket.gethostname() or time.monotonic() > deadline:
             raise FileExistsError(
                 f"{folder} is in use by process {holder.get('pid')} on {holder.get('host')} ({path}): wait for its "
@@ -423,34 +398,7 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
         if holder and not reported:
             print(f"{folder} is locked from {holder['host']}; waiting up to {patience:.0f} s", file=sys.stderr)
             reported = True
-        time.sleep(0.2)  # without a holder: another process is just starting or ending
-
-
-def _lock(descriptor: int, path: Path) -> bool:
-    """Lock and sign the file; False if another process holds it."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        if error.errno not in NO_LOCKS:
-            raise
-        print(f"warning: the file system of {path} has no locks: start only one run in this folder", file=sys.stderr)
-    if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-        return False  # its holder removed it meanwhile
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(me).encode(), 0)
-    os.fsync(descriptor)
-    return True
-
-
-def _holder(path: Path) -> dict[str, Any]:
-    """Host, pid and start of the process that the file names; {} for an empty or damaged one."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+        time.sleep(0.2)
 
 
 def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
@@ -459,10 +407,8 @@ def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
     One pass over the weights, .6 s of a CPU for a billion.
     """
     for name, value in module.state_dict().items():
-        if not value.is_floating_point() or not value.numel():
-            continue
-        low, high = torch.aminmax(value.detach())  # NaN in both if there is one; isfinite takes 17 times as long
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        # NaN in both ends if there is one; isfinite of all takes 17 times as long
+        if value.is_floating_point() and value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
             bad = int((~torch.isfinite(value)).sum())
             raise ValueError(
                 f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite, so training cannot start "

@@ -1,8 +1,7 @@
 """An optional first phase: fit the heads while the tower is frozen.
 
-``heads.target images``: projection and text adapter meet at the frozen tower's features. Gradients of untrained heads
-distort a pretrained tower. Here every training image is encoded once, without augmentation, and the heads are fitted to
-these features with a separate batch size and learning rate, at a fraction of the cost of training the tower.
+``heads.target images``: projection and text adapter meet at the frozen tower's features, because gradients of untrained
+heads distort a pretrained tower. Every training image is encoded once, without augmentation.
 
 ``heads.target clip_text``: the text adapter alone learns the text space of the tower's own CLIP, from captions, as in
 ProCLIP's first stage (arXiv 2510.18795); projection and logit scale are the CLIP's.
@@ -42,7 +41,7 @@ from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_f
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.losses.base import Features, heads_terms
 from llm2clip_plugin.train.losses.distill import Distill
-from llm2clip_plugin.train.optim import is_vector, lr_factor
+from llm2clip_plugin.train.optim import AdamW, Trained, is_vector, lr_factor, parameter_groups, set_lr
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
 from llm2clip_plugin.vision.family import DualConfig
@@ -92,26 +91,26 @@ def fit_heads(
 ) -> list[FitLine]:
     """Fit the heads in place, equal on every rank; returns the curve, a line every ``logging_steps`` and of the last.
 
-    bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn, as in training.
-    clip_caches: of target clip_text, CLIP's features of the captions, a cache per source; ``workers`` processes read.
-    Raises StoppedError on every rank when ``stop`` asks for it; the fit's state is then in the file ``unfinished``,
-    from which the next call continues, to the same heads as without a stop.
+    bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn. clip_caches: of
+    target clip_text, CLIP's features of the captions, a cache per source. Raises StoppedError on every rank when
+    ``stop`` asks for it; the fit's state is then in the file ``unfinished``, from which the next call continues.
     """
     model.to(device)
-    products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    if config.target == "clip_text":
-        dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=caption_weights, targets=clip_caches)
-        make_batches = partial(CaptionBatches, model, dataset, config.batch, workers, products, device)
-    else:
+    products, weights = torch.autocast(device.type, torch.bfloat16, enabled=bf16), caption_weights or {}
+    features: FrozenFeatures | None = None
+    if config.target == "images":
         with products:
-            features = frozen_features(
-                model, sources, caches, images, config.max_images, device, caption_weights or {}, stop
-            )
-        make_batches = partial(ImageBatches, model, features, config.batch, seed, products, device)
-    # the others wait in no collective, whose timeout a long fit would exceed
-    curve, done = on_first_rank(
-        lambda: _fit(model, make_batches(), config, loss, device, seed, logging_steps, stop, unfinished)
-    )
+            features = frozen_features(model, sources, caches, images, config.max_images, device, weights, stop)
+
+    def fit() -> tuple[list[FitLine], int]:
+        if features is not None:
+            batches = ImageBatches(model, features, config.batch, seed, device)
+        else:
+            dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=weights, targets=clip_caches)
+            batches = CaptionBatches(model, dataset, config.batch, workers, device)
+        return _fit(model, batches, products, config, loss, device, seed, logging_steps, stop, unfinished)
+
+    curve, done = on_first_rank(fit)  # the others wait in no collective, whose timeout a long fit would exceed
     if done < config.steps:
         saved = f"saved in {unfinished}" if unfinished else "not saved"
         raise StoppedError(
@@ -124,10 +123,8 @@ def fit_heads(
 
 
 def load_clip_heads(model: DualEncoder, source: str) -> None:
-    """Load the projection and logit scale of an imported CLIP, which has no text adapter, into ``model``, in place.
-
-    Raises ValueError for a directory that has other settings than ``model``, or a text adapter.
-    """
+    """Load the projection and logit scale of an imported CLIP, which has no text adapter, into ``model``, in place;
+    ValueError for a directory that has other settings than ``model``, or a text adapter."""
     default = DualConfig()
     config = dataclasses.replace(model.config, **{name: getattr(default, name) for name in TEXT_SIDE})
     own = DualEncoder(model.tower, config)
@@ -151,34 +148,30 @@ def frozen_features(
     caption_weights: Mapping[str, float],
     stop: StopRequest | None = None,
 ) -> FrozenFeatures | None:
-    """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None on the others.
-
-    Raises StoppedError on every rank if ``stop`` asks for it on one.
-    """
+    """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None on the others."""
     model.eval()
     normalize = Normalize(images, device)
-    blocks = [
-        (number, indices)
-        for number, source in enumerate(sources)
-        for indices in _blocks(len(source), max(2, max_images // len(sources)))
-    ]
+    blocks: list[tuple[int, list[int]]] = []  # number of a source, samples evenly spaced in it
+    for number, source in enumerate(sources):
+        used = min(len(source), max(2, max_images // len(sources)))
+        chosen = [index * len(source) // used for index in range(used)]
+        blocks += [(number, chosen[start : start + BLOCK_IMAGES]) for start in range(0, used, BLOCK_IMAGES)]
     encoded: dict[int, list[tuple[Tensor, ...]]] = {}
     broken: list[BrokenSample] = []
-    numbers = range(rank(), len(blocks), world_size())
+    own = range(rank(), len(blocks), world_size())
     label = "features of the frozen tower"
-    for number in track(numbers, total=len(numbers), label=label, unit="blocks") if rank() == 0 else numbers:
+    for number in track(own, total=len(own), label=label, unit="blocks", show=rank() == 0):
         if stop:
             break
-        source_number, indices = blocks[number]
-        config = sources[source_number].config
+        source, cache = sources[blocks[number][0]], caches[blocks[number][0]]
         pairs = eval_pairs(
-            sources[source_number],
-            caches[source_number],
+            source,
+            cache,
             images,
             batch=BLOCK_IMAGES,
-            kinds=config.kinds,
-            languages=config.languages,
-            indices=indices,
+            kinds=source.config.kinds,
+            languages=source.config.languages,
+            indices=blocks[number][1],
         )
         encoded[number] = [_encode(model, batch, normalize, caption_weights) for batch in pairs]
         broken += pairs.broken
@@ -207,13 +200,6 @@ def frozen_features(
     )
 
 
-def _blocks(length: int, limit: int) -> list[list[int]]:
-    """Samples 0 .. length-1, or ``limit`` of them evenly spaced, in blocks of BLOCK_IMAGES."""
-    used = min(length, limit)
-    chosen = [number * length // used for number in range(used)]
-    return [chosen[start : start + BLOCK_IMAGES] for start in range(0, used, BLOCK_IMAGES)]
-
-
 def _encode(
     model: DualEncoder, batch: dict, normalize: Normalize, caption_weights: Mapping[str, float]
 ) -> tuple[Tensor, ...]:
@@ -230,6 +216,7 @@ def _encode(
 def _fit(
     model: DualEncoder,
     batches: "ImageBatches | CaptionBatches",
+    products: torch.autocast,
     config: HeadsConfig,
     loss_config: LossConfig,
     device: torch.device,
@@ -240,47 +227,41 @@ def _fit(
 ) -> tuple[list[FitLine], int]:
     """Train the heads, or the text adapter alone; returns the curve and the number of steps that are done."""
     of_clip = config.target == "clip_text"
-    parameters = [p for name, p in head_parameters(model) if name.startswith("text_adapter.") or not of_clip]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if not is_vector(p)], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if is_vector(p)], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(0.9, 0.98),
-        eps=CLIP_TEXT_OPTIM.eps if of_clip else 1e-8,
-        fused=device.type == "cuda",
-    )
+    trained = [
+        Trained(name=name, parameter=p, lr=config.lr, decay=not is_vector(p))
+        for name, p in head_parameters(model)
+        if name.startswith("text_adapter.") or not of_clip
+    ]
+    parameters = [item.parameter for item in trained]
+    groups, eps = parameter_groups(trained, config.weight_decay), CLIP_TEXT_OPTIM.eps if of_clip else 1e-8
+    optimizer = AdamW().make(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
     terms = {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss_config, group=ALONE)
-    curve: list[FitLine] = []
-    done = 0
-    fit_of = canonical_json([dataclasses.asdict(config), dataclasses.asdict(loss_config), seed, batches.samples])
+    curve, done = [], 0
+    fit_of = canonical_json(["2", *map(dataclasses.asdict, (config, loss_config)), seed, batches.samples])
     if unfinished is not None and unfinished.is_file():
         saved = torch.load(unfinished, weights_only=True)
         if saved["fit_of"] == fit_of:
             done, curve = saved["done"], saved["curve"]
-            batches.restore(saved["batches"], done)
+            batches.skip(done)
             optimizer.load_state_dict(saved["optimizer"])
             for parameter, value in zip(parameters, saved["parameters"], strict=True):
                 parameter.data.copy_(value)
             log.warning("continuing the heads' fit at step %d of %d, from %s", done, config.steps, unfinished)
     started, before = time.perf_counter(), done
-    bar = progress_bar(total=config.steps, label="heads", unit="steps")
-    bar.update(done)
+    bar = progress_bar(total=config.steps, label="heads", unit="steps", initial=done)
     for step in range(done + 1, config.steps + 1):
         if stop:
             break
-        batch = batches.draw()
+        with products:
+            batch = batches.draw()
         losses = {f"loss_{name}": term(batch) for name, term in terms.items()}
         loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
-        lr = config.lr
+        factor = lr_factor(step - 1, config.steps, CLIP_TEXT_OPTIM) if of_clip else 1.0
+        set_lr(optimizer.param_groups, factor)
         if of_clip:
             torch.nn.utils.clip_grad_norm_(parameters, CLIP_TEXT_OPTIM.max_grad_norm)
-            lr *= lr_factor(step - 1, config.steps, CLIP_TEXT_OPTIM)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
@@ -290,14 +271,15 @@ def _fit(
                 values["cosine"] = (batch.anchor_bD * batch.reference_bD).sum(1).mean()
             line = {name: float(value.detach()) for name, value in values.items()}
             rate = (step - before) * batches.size / (time.perf_counter() - started)
-            curve.append({"step": step, "samples": step * batches.size, **line, "lr": lr, "samples_per_second": rate})
+            line |= {"lr": config.lr * factor, "samples_per_second": rate}
+            curve.append({"step": step, "samples": step * batches.size, **line})
             bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
         bar.update()
         done = step
     bar.close()
     optimizer.zero_grad()  # or these gradients are added to those of the first training step
     if done < config.steps and unfinished is not None:
-        state = {"fit_of": fit_of, "done": done, "curve": curve, "batches": batches.state()}
+        state: dict[str, Any] = {"fit_of": fit_of, "done": done, "curve": curve}
         state |= {"optimizer": optimizer.state_dict(), "parameters": [parameter.detach() for parameter in parameters]}
         with atomic_file(unfinished) as temporary:
             torch.save(state, temporary)
@@ -308,66 +290,62 @@ class ImageBatches:
     """Images drawn without replacement in each pass, with one random caption each."""
 
     def __init__(
-        self,
-        model: DualEncoder,
-        features: FrozenFeatures | None,
-        size: int,
-        seed: int,
-        products: torch.autocast,
-        device: torch.device,
+        self, model: DualEncoder, features: FrozenFeatures, size: int, seed: int, device: torch.device
     ) -> None:
-        assert features is not None  # of rank 0
-        self.model, self.features, self.products, self.device = model, features, products, device
+        self.model, self.features, self.device = model, features, device
         self.samples = len(features.count_I)
         self.size = min(size, self.samples)
         self.generator = torch.Generator().manual_seed(position_seed(seed, -1))
         self.queue = torch.empty(0, dtype=torch.int64)
 
-    def state(self) -> dict[str, Any]:
-        return {"queue": self.queue, "generator": self.generator.get_state()}
-
-    def restore(self, state: dict[str, Any], done: int) -> None:
-        self.queue = state["queue"]
-        self.generator.set_state(state["generator"])
-
-    def draw(self) -> Features:
+    def _choose(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers of images (B,), of a caption of each (B,), and noise for the captions' embeddings (B, W)."""
         if len(self.queue) < self.size:
             self.queue = torch.cat([self.queue, torch.randperm(self.samples, generator=self.generator)])
-        chosen, self.queue = self.queue[: self.size], self.queue[self.size :]
-        with self.products:
-            return _features(self.model, self.features, chosen, self.generator, self.device)
+        chosen_B, self.queue = self.queue[: self.size], self.queue[self.size :]
+        caption_B = _draw_captions(self.features, chosen_B, torch.rand(self.size, generator=self.generator))
+        width = self.features.embedding_MW.shape[1]
+        return chosen_B, caption_B, torch.randn(self.size, width, generator=self.generator)
+
+    def skip(self, steps: int) -> None:
+        """As if so many batches had been drawn."""
+        for _ in range(steps):
+            self._choose()
+
+    def draw(self) -> Features:
+        """Output of the heads."""
+        (chosen_B, caption_B, noise_BW), model = self._choose(), self.model
+        embedding_BW = self.features.embedding_MW[caption_B].float().to(self.device)
+        pooled_BP = self.features.pooled_IP[chosen_B].to(self.device)
+        image_BD = F.normalize(model.visual_projection(model.visual_norm(pooled_BP)).float(), dim=-1)
+        return Features(
+            anchor_bD=image_BD,
+            positive_bkD=model.encode_text(embedding_BW, noise_BW.to(self.device))[:, None],
+            log_scale=model.logit_scale,
+            bias=torch.zeros(1, device=self.device) if model.logit_bias is None else model.logit_bias,
+            caption_hashes=self.features.caption_hashes_M[caption_B].to(self.device),
+            image_ids=chosen_B.to(self.device),
+        )
 
 
 class CaptionBatches:
     """Captions with CLIP's text features of them as the reference, in the order of a training's samples."""
 
-    def __init__(
-        self,
-        model: DualEncoder,
-        dataset: PairDataset,
-        size: int,
-        workers: int,
-        products: torch.autocast,
-        device: torch.device,
-    ) -> None:
-        self.model, self.products, self.device = model, products, device
-        self.size, self.samples = size, len(dataset)
+    def __init__(self, model: DualEncoder, dataset: PairDataset, size: int, workers: int, device: torch.device) -> None:
+        self.model, self.size, self.samples, self.device = model, size, len(dataset), device
         self.load = partial(make_loader, dataset, local_batch=size, workers=workers)
         self.batches = iter(self.load())
 
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any], done: int) -> None:
-        self.batches = iter(self.load(position=done * self.size))
+    def skip(self, steps: int) -> None:
+        """As if so many batches had been drawn."""
+        self.batches = iter(self.load(position=steps * self.size))
 
     def draw(self) -> Features:
+        """Output of the text adapter."""
         batch = next(self.batches)
-        with self.products:
-            feature_BD = self.model.encode_text(batch["embeddings"].to(self.device))
         target_BD = F.normalize(batch["targets"].to(self.device).float(), dim=-1)
         return Features(
-            anchor_bD=feature_BD,
+            anchor_bD=self.model.encode_text(batch["embeddings"].to(self.device)),
             positive_bkD=target_BD[:, None],
             log_scale=self.model.logit_scale,
             bias=torch.zeros(1, device=self.device),
@@ -376,26 +354,6 @@ class CaptionBatches:
             reference_bD=target_BD,
             group=ALONE,
         )
-
-
-def _features(
-    model: DualEncoder, features: FrozenFeatures, chosen_B: Tensor, generator: torch.Generator, device: torch.device
-) -> Features:
-    """Output of the heads for chosen images, with a random caption of each."""
-    caption_B = _draw_captions(features, chosen_B, torch.rand(len(chosen_B), generator=generator))
-    embedding_BW = features.embedding_MW[caption_B].float().to(device)
-    noise_BW = torch.randn(embedding_BW.shape, generator=generator).to(device)
-    pooled_BP = features.pooled_IP[chosen_B].to(device)
-    image_BD = F.normalize(model.visual_projection(model.visual_norm(pooled_BP)).float(), dim=-1)
-    bias = torch.zeros(1, device=device) if model.logit_bias is None else model.logit_bias
-    return Features(
-        anchor_bD=image_BD,
-        positive_bkD=model.encode_text(embedding_BW, noise_BW)[:, None],
-        log_scale=model.logit_scale,
-        bias=bias,
-        caption_hashes=features.caption_hashes_M[caption_B].to(device),
-        image_ids=chosen_B.to(device),
-    )
 
 
 def _draw_captions(features: FrozenFeatures, chosen_B: Tensor, draw_B: Tensor) -> Tensor:

@@ -5,20 +5,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llm2clip_plugin.console import phase
 from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
-from llm2clip_plugin.train.distributed import on_first_rank, sum_over_ranks, world_size
-from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.distributed import on_first_rank, sum_over_ranks, timed, world_size
+from llm2clip_plugin.train.engine import Engine, Reference
 from llm2clip_plugin.train.errors import NonFiniteLossError, StopRequest
 from llm2clip_plugin.train.optim import lr_factor, set_lr
-from llm2clip_plugin.train.reference import Reference
-from llm2clip_plugin.train.reports import Queue, Reports, peak_memory
+from llm2clip_plugin.train.reports import Reports, peak_memory
 from llm2clip_plugin.train.step import Batch, first_samples
-from llm2clip_plugin.train.timing import timed
 
 StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
 Evaluate = Callable[[], dict[str, float]]
@@ -42,7 +41,6 @@ class LoopParts:
     run_folder: Path
     state: TrainState  # of the checkpoint resumed from, or a new run's
     stop: StopRequest
-    queue: Queue | None = None  # of the loader; called between batches
 
 
 def run_loop(parts: LoopParts) -> TrainState:
@@ -52,9 +50,7 @@ def run_loop(parts: LoopParts) -> TrainState:
     checkpoint is unchanged.
     """
     fallback = parts.train.save_fallback_dir
-    with Reports(
-        parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps, queue=parts.queue
-    ) as reports:
+    with Reports(parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps) as reports:
         with Saver(
             parts.checkpoints,
             parts.engine,
@@ -68,10 +64,10 @@ def run_loop(parts: LoopParts) -> TrainState:
                 state, stopped = _steps(parts, reports, saver)
                 saver.finish()
             except (Exception, KeyboardInterrupt) as error:
-                reports.failed(error)
+                reports.ended(str(error) or type(error).__name__, failed=True)
                 raise
         if stopped:
-            reports.stopped(state, parts.stop.reason)
+            reports.ended(parts.stop.reason, failed=False)
     return state
 
 
@@ -80,49 +76,44 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
     state, saved_at, save_due = parts.state, time.monotonic(), False
     stop = _any_rank(parts, bool(parts.stop))[0]
     if parts.before is not None and state.step == 0 and not state.before and not stop:
-        state = _evaluate_start(parts.before, parts, state, reports)
+        state = replace(state, before=parts.before())
+        reports.scores(state, state.before)
+        if not parts.total_steps:  # these are the run's scores
+            state = replace(state, metrics=state.before, evaluated=0)
     if stop or state.step >= parts.total_steps:  # no step to make: requested before the first, or resumed at the end
         if not on_first_rank(lambda: parts.checkpoints.path(state.step).is_dir()):  # resumed from another folder
             with phase("gathering the checkpoint"):
                 saver.save(state, last=True)
         if stop:
             return state, True
-    if state.evaluated < state.step and _evaluation_due(parts, state):
-        state = _evaluate(parts, state, reports, saver)  # killed between a checkpoint and its evaluation
+    if state.evaluated < state.step:  # killed between a checkpoint and its evaluation, perhaps
+        state = _evaluate_if_due(parts, state, reports, saver)
     while state.step < parts.total_steps:
         state, seconds, values = _timed_step(parts, state, reports)
         minutes_over = 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved_at
         stop, due, busy = _any_rank(parts, bool(parts.stop), minutes_over or saver.retry_due, saver.busy)
         last = stop or state.step == parts.total_steps
         reports.step(state, seconds, values, always=last)
-        save_due = save_due or due or _every(parts.train.save_steps, state.step)
+        save_due = save_due or due or _due(parts.train.save_steps, state.step)
         if last or (save_due and not busy):  # a save that comes while one is written waits for it
             with phase("gathering the checkpoint"):
                 saver.save(state, last=last)
-            reports.progress.values["save_seconds"] = saver.waited
+            reports.values["save_seconds"] = saver.waited
             saved_at, save_due = time.monotonic(), False
         if stop:
             return state, True
-        if _evaluation_due(parts, state):
-            state = _evaluate(parts, state, reports, saver)
+        state = _evaluate_if_due(parts, state, reports, saver)
     return state, False
 
 
-def _evaluation_due(parts: LoopParts, state: TrainState) -> bool:
-    done = state.step == parts.total_steps
-    return parts.evaluate is not None and (done or _every(parts.train.eval_steps, state.step))
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
-def _evaluate_start(before: Evaluate, parts: LoopParts, state: TrainState, reports: Reports) -> TrainState:
-    """Evaluate before step 1; in a run without steps these are its scores."""
-    state = replace(state, before=before())
-    reports.scores(state, state.before)
-    return state if parts.total_steps else replace(state, metrics=state.before, evaluated=0)
-
-
-def _evaluate(parts: LoopParts, state: TrainState, reports: Reports, saver: Saver) -> TrainState:
-    """Evaluate, after the checkpoint of the same step, which gets the scores."""
-    assert parts.evaluate is not None
+def _evaluate_if_due(parts: LoopParts, state: TrainState, reports: Reports, saver: Saver) -> TrainState:
+    """Evaluate every so many steps and at the end, after the checkpoint of the same step, which gets the scores."""
+    if parts.evaluate is None or not (state.step == parts.total_steps or _due(parts.train.eval_steps, state.step)):
+        return state
     state = replace(state, metrics=parts.evaluate(), evaluated=state.step)
     reports.scores(state, state.metrics)
     saver.record_metrics(state)
@@ -130,48 +121,48 @@ def _evaluate(parts: LoopParts, state: TrainState, reports: Reports, saver: Save
 
 
 def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[TrainState, float, dict[str, float]]:
-    """Wait for a batch and make its step; also returns the seconds of both, and values to report."""
-    started = time.perf_counter()
-    reports.timer.start()
-    batch = next(parts.batches)
-    waited = time.perf_counter() - started
-    reports.timer.switch("forward")
-    bad = len(state.bad_batches)
-    with reports.count_flops():
-        state, values = _one_step(parts, state, batch)
-    if len(state.bad_batches) > bad:
-        reports.left_out(state, parts.train.skip_bad_batches)
-    reports.timer.stop()
-    seconds = time.perf_counter() - started
-    values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
-    return replace(state, seconds=state.seconds + seconds), seconds, values
-
-
-def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
-    """Learning rate, update, moving averages.
+    """Wait for a batch and make its step: learning rate, update, moving averages; also the seconds of both, and values
+    to report.
 
     A batch with a non-finite loss or gradient is left out and listed in the state: a step like any other, whose update
     is missing. One more than train.skip_bad_batches raises NonFiniteLossError.
     """
+    started, engine = time.perf_counter(), parts.engine
+    reports.timer.start()
+    batch = next(parts.batches)
+    waited = time.perf_counter() - started
+    reports.timer.switch("forward")
     factor = lr_factor(state.step, parts.total_steps, parts.optim)
-    set_lr(parts.engine.groups, factor)
-    try:
-        values = _update(parts, batch)
-    except NonFiniteLossError as error:
-        if len(state.bad_batches) >= parts.train.skip_bad_batches:
-            raise
-        bad = {"step": state.step + 1, "samples": batch["position"], "reason": error.what}
-        state, values = replace(state, bad_batches=[*state.bad_batches, bad]), {}
-    with timed("optimizer"):
-        for reference in parts.references.values():
-            reference.update()
-    values["lr"] = parts.optim.lr * factor
+    set_lr(engine.groups, factor)
+    bad: list[dict[str, Any]] = []
+    with reports.count_flops():
+        try:
+            values = _update(parts, batch)
+        except NonFiniteLossError as error:
+            if len(state.bad_batches) >= parts.train.skip_bad_batches:
+                raise
+            values, bad = {}, [{"step": state.step + 1, "samples": batch["position"], "reason": error.what}]
+        with timed("optimizer"):
+            for reference in parts.references.values():
+                reference.update()
+    reports.timer.stop()
+    seconds = time.perf_counter() - started
+    state = replace(
+        state,
+        step=state.step + 1,
+        samples=batch["position"],
+        seconds=state.seconds + seconds,
+        bad_batches=[*state.bad_batches, *bad],
+    )
+    if bad:
+        reports.left_out(state, parts.train.skip_bad_batches)
+    values |= {"lr": parts.optim.lr * factor, "peak_gib": peak_memory(engine.device)}
+    values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
     if parts.train.precision == "fp16":
-        values["skipped"] = parts.engine.skipped
+        values["skipped"] = engine.skipped
     if batch.get("retries"):
         values["data_retries"] = batch["retries"]
-    values["peak_gib"] = peak_memory(parts.engine.device)
-    return replace(state, step=state.step + 1, samples=batch["position"]), values
+    return state, seconds, values
 
 
 def _update(parts: LoopParts, batch: Batch) -> dict[str, float]:
@@ -197,7 +188,3 @@ def _any_rank(parts: LoopParts, *flags: bool) -> list[bool]:
     if world_size() == 1:
         return list(flags)
     return [flag > 0 for flag in sum_over_ranks(torch.tensor(flags, device=parts.engine.device).float()).tolist()]
-
-
-def _every(steps: int, step: int) -> bool:
-    return steps > 0 and step % steps == 0

@@ -14,15 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
-from llm2clip_plugin.train.deepspeed_config import offloads_optimizer
-from llm2clip_plugin.train.optim import Trained, is_vector
+from llm2clip_plugin.train.optim import Trained, is_vector, offloads_optimizer
 from llm2clip_plugin.vision.dual import DualEncoder, load_heads
 from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import (
     add_lora,
     freeze_tower,
     load_tower,
-    meta_tower,
     new_tower,
     parameters_in,
     pretrained_log_scale,
@@ -33,15 +31,10 @@ from llm2clip_plugin.vision.towers import (
 
 
 def with_llm_width(config: DualConfig, width: int) -> DualConfig:
-    """``config`` with ``llm_width`` set to the cache's width, and without an adapter the joint width, too.
-
-    Raises ValueError if ``llm_width`` is set to another one.
-    """
+    """``config`` with the cache's width as ``llm_width``, and without an adapter as the joint width, too; ValueError if
+    ``llm_width`` is set to another one."""
     if config.llm_width not in (0, width):
-        raise ValueError(
-            f"dual.llm_width is {config.llm_width}, but the embedding cache has width {width}; "
-            "leave it unset, or use a cache of that width"
-        )
+        raise ValueError(f"dual.llm_width {config.llm_width}, but the cache has width {width}; leave it unset")
     joint = width if config.adapter == "none" else config.projection_dim
     return dataclasses.replace(config, llm_width=width, projection_dim=joint)
 
@@ -57,12 +50,8 @@ def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncode
         vision = new_tower(tower.architecture, image_size=tower.image_size or None)
         return _trainable(DualEncoder(vision, dual), tower)
     if not tower.path:
-        hint = (
-            f"; create {tower.architecture} with `llm2clip import CHECKPOINT --output towers/{tower.architecture}`"
-            if tower.architecture
-            else ""
-        )
-        raise ValueError(f"no tower to train: set --tower to a directory or Hub id{hint}")
+        wanted = f" (made by `llm2clip import` for {tower.architecture})" if tower.architecture else ""
+        raise ValueError(f"no tower to train: set --tower to a directory{wanted} or Hub id")
     vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
     if dual.logit_scale_init is None:
         dual = dataclasses.replace(dual, logit_scale_init=pretrained_log_scale(tower.path))
@@ -74,15 +63,14 @@ def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncode
 
 
 def shape_dual(tower: TowerConfig, dual: DualConfig) -> DualEncoder:
-    """The model of ``build_dual`` on the meta device: shapes and what trains, without weights or downloads.
-
-    Raises ValueError if the architecture is unknown, FileNotFoundError for a directory without config.json.
-    """
+    """The model of ``build_dual`` on the meta device: shapes and what trains, without weights or downloads."""
     source = tower.path or tower.architecture
     if not source:
         raise ValueError("no tower to plan for: set --tower, or set --architecture to a known architecture")
     with torch.device("meta"):
-        return _trainable(DualEncoder(meta_tower(source, image_size=tower.image_size or None), dual), tower)
+        return _trainable(
+            DualEncoder(new_tower(source, image_size=tower.image_size or None, device="meta"), dual), tower
+        )
 
 
 def _trainable(model: DualEncoder, tower: TowerConfig) -> DualEncoder:
@@ -110,12 +98,10 @@ def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]
     Depth 0 is the embeddings, 1 to L the blocks, L + 1 what follows them in the tower (final norm, pooling head) and
     ``config.full_lr``, at the full rate. Position tables have no weight decay, the patch convolution has.
     """
-    blocks = tower_blocks(model.tower)
-    depth = {id(p): number + 1 for number, block in enumerate(blocks) for p in block.parameters()}
-    embeddings = {id(p) for p in tower_embeddings_parameters(model.tower)}
+    blocks, embeddings = tower_blocks(model.tower), {id(p) for p in tower_embeddings_parameters(model.tower)}
     top = len(blocks) + 1
-    depth |= dict.fromkeys(embeddings, 0)
-    depth |= {id(p): top for p in parameters_in(model.tower, config.full_lr)}
+    depth = {id(p): number + 1 for number, block in enumerate(blocks) for p in block.parameters()}
+    depth |= dict.fromkeys(embeddings, 0) | {id(p): top for p in parameters_in(model.tower, config.full_lr)}
     trained = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -132,7 +118,6 @@ def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]
 
 # Memory of a training step: activations from a pass over fake tensors, everything else in closed form.
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -173,10 +158,9 @@ def activation_bytes(
 ) -> int:
     """Bytes that a forward and backward pass adds, at its peak, to parameters, buffers, gradients and inputs.
 
-    The pass is real (attention kernels, gradient checkpointing, gradients in flight), its tensors are fake: shapes
-    without values, so that a model of any size takes seconds and no memory. ``module`` (on the meta device) is left
-    with fake tensors; ``forward`` calls it on the inputs and returns a scalar. What a kernel allocates internally is
-    not counted.
+    The pass is real, its tensors are fake: shapes without values, so that a model of any size takes seconds and no
+    memory. ``module`` (on the meta device) is left with fake tensors; ``forward`` calls it on the inputs and returns a
+    scalar. What a kernel allocates internally is not counted.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
         module.to_empty(device="cpu")
@@ -215,7 +199,7 @@ def rank_bytes(
     al. 2020, arXiv 1910.02054, section 5). Fp32 masters are added except under ZeRO-0; bf16 gradients of several
     micro-batches are summed in fp32. CUDA's context and the allocator's gaps come on top.
     """
-    stage, size = int(zero.get("stage", 0)), BYTES[memory.precision]
+    stage, size = int(zero.get("stage", 0)), DTYPES[memory.precision].itemsize
     local = global_batch // world
     summed = 4 if memory.precision == "bf16" and micro_batch < local else 0
     shares = [world if stage >= first else 1 for first in (1, 2, 3)]  # ranks that share states, gradients, weights
@@ -225,29 +209,22 @@ def rank_bytes(
         "gradients": memory.trained * (size + summed) / shares[1],
         "AdamW": memory.trained * states / shares[0],
     }
-    if memory.averages:
-        parts["averages"] = memory.trained * memory.averages * 4 / shares[0]
-    if memory.frozen_tower_bytes:
-        parts["frozen tower"] = memory.frozen_tower_bytes
+    buckets = 0.0  # of gradients (two with overlap_comm), and the full weights that ZeRO-3 has gathered at once
+    if stage:
+        buckets = float(zero.get("reduce_bucket_size", 5e8)) * size * (2 if zero.get("overlap_comm") else 1)
+    if stage == 3:
+        gathered = min(float(zero.get("stage3_max_live_parameters", 1e9)) / memory.parameters, 1.0)
+        buckets += gathered * (memory.trained * size + memory.frozen_bytes)
     if offloads_optimizer({"zero_optimization": zero}):
         parts.pop("AdamW")  # in the host's memory
-    parts["activations"] = micro_batch * memory.pair_bytes
-    if memory.pixels:
-        parts["images"] = memory.pixels * (local + micro_batch * size)  # bytes, and a micro-batch normalized
-    if memory.patches:
-        parts["patches"] = 4.0 * memory.patches * local
-    # both sides of the local batch and all ranks' texts, with gradients; logits in blocks of at most 512 MiB, three at
-    # once
-    parts["loss"] = 8 * memory.width * (2 * local + global_batch) + 3 * min(4 * local * global_batch, 1 << 29)
-    parts["buckets"] = bucket_bytes(memory, zero)
-    return parts
-
-
-def bucket_bytes(memory: StepMemory, zero: dict[str, Any]) -> float:
-    """DeepSpeed's gradient buckets (two with overlap_comm), and the full weights that ZeRO-3 has gathered at once."""
-    stage, size = int(zero.get("stage", 0)), BYTES[memory.precision]
-    if stage == 0:
-        return 0.0
-    bucket = float(zero.get("reduce_bucket_size", 5e8)) * size * (2 if zero.get("overlap_comm") else 1)
-    gathered = min(float(zero.get("stage3_max_live_parameters", 1e9)) / memory.parameters, 1.0) if stage == 3 else 0.0
-    return bucket + gathered * (memory.trained * size + memory.frozen_bytes)
+    parts |= {
+        "averages": memory.trained * memory.averages * 4 / shares[0],
+        "frozen tower": memory.frozen_tower_bytes,
+        "activations": micro_batch * memory.pair_bytes,
+        "images": memory.pixels * (local + micro_batch * size),  # bytes, and a micro-batch normalized
+        "patches": 4.0 * memory.patches * local,
+        # both sides of the local batch and all ranks' texts, with gradients; three blocks of at most 512 MiB of logits
+        "loss": 8 * memory.width * (2 * local + global_batch) + 3 * min(4 * local * global_batch, 1 << 29),
+        "buckets": buckets,
+    }
+    return {name: value for name, value in parts.items() if value or name == "buckets"}

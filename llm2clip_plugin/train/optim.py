@@ -1,4 +1,4 @@
-"""The optimizers, their parameter groups and the learning-rate schedule.
+"""The optimizers, their parameter groups, the learning-rate schedule, and DeepSpeed's JSON.
 
 Groups: layer-wise lr decay (Bao et al. 2021, arXiv 2106.08254, section 3.2): a parameter at depth d of ``top`` gets
 ``layer_decay ** (top - d)`` of the learning rate. Weight decay is not applied to vectors (norms, biases, class tokens,
@@ -8,19 +8,30 @@ A *master* is a tensor that the optimizer updates: a parameter under ZeRO-0; und
 flat fp32 buffer that holds many parameters, whose boundaries have nothing to do with those of the part.
 """
 
+import copy
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from llm2clip_plugin.options import unknown
-from llm2clip_plugin.train.config import OptimConfig, from_named_args
+from llm2clip_plugin.options import closest, unknown
+from llm2clip_plugin.train.config import OptimConfig, Precision, ReductionType, from_named_args
 
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
+FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
+SECTIONS = (
+    *("zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "data_types", "aio", "flops_profiler"),
+    *("tensorboard", "wandb", "csv_monitor", "comet", "activation_checkpointing", "comms_logger"),
+)
+SIMILAR = 0.85  # of a misspelling
 State = dict[str, Any]  # optimizer.state[master]
+Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weight_decay``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +47,8 @@ class AdamW:
     by_rank: ClassVar[bool] = False
     state_bytes: ClassVar[float] = 8.0  # of the moments of one parameter
 
-    def make(
-        self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
-    ) -> torch.optim.Optimizer:
-        """The optimizer over parameter groups that have their own ``lr`` and ``weight_decay``."""
+    def make(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+        """The optimizer over parameter groups."""
         # torch's own needs no C++ build, which takes minutes at first use; on CPUs the fused kernel rounds differently
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available())
 
@@ -55,13 +64,9 @@ class AdamW:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bit(AdamW):
-    """``--optimizer adamw_8bit``, as Hugging Face's Trainer calls it: bitsandbytes', a quarter of the states' memory.
-
-    Dettmers et al. 2022 (arXiv 2110.02861): moments are stored in 8 bits, as an index into a table of 256 values from
-    -1 (0 for exp_avg_sq) to 1 times the largest magnitude of their block of 256. A master smaller than
-    ``min_8bit_size`` keeps fp32 moments. The blocks of a master end where no parameter does, so a checkpoint holds each
-    rank's states as they are.
-    """
+    """``--optimizer adamw_8bit``: bitsandbytes', a quarter of the states' memory (Dettmers et al. 2022, arXiv
+    2110.02861). Moments are in 8 bits, as an index into a table of values times the largest magnitude of their block of
+    256, which may end inside of a parameter; so a checkpoint holds each rank's states as they are."""
 
     min_8bit_size: int = 4096  # values of a master from which its moments are in 8 bits
 
@@ -70,13 +75,9 @@ class AdamW8bit(AdamW):
     by_rank: ClassVar[bool] = True
     state_bytes: ClassVar[float] = 2 * (1 + 4 / BLOCK)
 
-    def make(
-        self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
-    ) -> torch.optim.Optimizer:
-        try:
-            from bitsandbytes.optim import AdamW8bit as Optimizer
-        except ImportError as error:
-            raise ValueError("optim.name adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
+    def make(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+        from bitsandbytes.optim import AdamW8bit as Optimizer
+
         return Optimizer(groups, lr=lr, betas=betas, eps=eps, min_8bit_size=self.min_8bit_size)
 
     def empty_state(self, optimizer: Any, master: Tensor, updates: int) -> State:
@@ -117,17 +118,13 @@ def is_vector(parameter: Tensor) -> bool:
     return parameter.numel() == max(parameter.shape, default=1)
 
 
-def parameter_groups(trained: Iterable[Trained], weight_decay: float) -> list[dict[str, Any]]:
-    """The optimizer's groups, one per (learning rate, weight decay), in order of first use.
-
-    The schedule multiplies the ``peak_lr`` of a group.
-    """
+def parameter_groups(trained: Iterable[Trained], weight_decay: float) -> Groups:
+    """The optimizer's groups, one per (learning rate, weight decay), in order of first use; the schedule multiplies
+    the ``peak_lr`` of a group."""
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for item in trained:
-        key = (item.lr, item.decay)
-        decay = weight_decay if item.decay else 0.0
-        group = groups.setdefault(key, {"params": [], "lr": item.lr, "peak_lr": item.lr, "weight_decay": decay})
-        group["params"].append(item.parameter)
+        new = {"params": [], "lr": item.lr, "peak_lr": item.lr, "weight_decay": weight_decay if item.decay else 0.0}
+        groups.setdefault((item.lr, item.decay), new)["params"].append(item.parameter)
     return list(groups.values())
 
 
@@ -143,7 +140,179 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 
-def set_lr(groups: list[dict[str, Any]], factor: float) -> None:
+def set_lr(groups: Groups, factor: float) -> None:
     """Set the learning rate of each group to ``factor`` times its peak."""
     for group in groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+# DeepSpeed's JSON: "auto" values are filled in, conflicts with the run's settings reported. Settings of ZeRO, offload,
+# buckets, loss scaling, profilers and monitors are passed on unchanged. What the run sets (batch, precision, clipping,
+# optimizer, schedule) may be absent, "auto", or equal.
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnginePlan:
+    """The run's settings, in DeepSpeed's terms."""
+
+    global_batch: int  # pairs per optimizer step, over all ranks
+    micro_batch: int  # pairs per forward pass on one rank
+    accumulation: int  # micro-batches per optimizer step on one rank
+    precision: Precision
+    optim: OptimConfig
+    warmup_steps: int
+    total_steps: int
+    hidden_size: int  # of the tower: sets the sizes of ZeRO-3's "auto" buckets
+    communication_data_type: ReductionType = ""  # in which gradients are reduced over ranks; "": see complete
+    report_to: tuple[str, ...] = ()  # tensorboard | wandb | csv
+    output_dir: str = ""
+    run_name: str = ""
+
+
+def read_deepspeed_json(path: str) -> dict[str, Any]:
+    """The user's file, or a ZeRO-0 configuration for "". Raises FileNotFoundError, or ValueError for invalid JSON."""
+    if not path:
+        return {"zero_optimization": {"stage": 0}}
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no DeepSpeed configuration at {path}")
+    try:
+        body = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ValueError(f"{path} contains a {type(body).__name__}, expected a JSON object of DeepSpeed settings")
+    return body
+
+
+def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSpeed configuration") -> dict[str, Any]:
+    """The configuration for ``deepspeed.initialize``; ValueError lists every conflict with the run.
+
+    ``optimizer`` and ``scheduler`` sections are checked and removed: the engine builds the optimizer (for layer-wise
+    groups), and the loop sets the learning rate. Half-precision gradients of 16 ranks or more are reduced in fp32 if
+    neither the file nor the run sets a type.
+    """
+    config = copy.deepcopy(user)
+    _check_names(config, where)
+    if conflicts := _set_run_values(config, plan) + _remove_schedule(config, plan):
+        raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
+    ranks = plan.global_batch // (plan.micro_batch * plan.accumulation)
+    reduced = config.get("communication_data_type", "auto")
+    if plan.precision != "fp32" and ranks >= FP32_REDUCTION_RANKS and reduced == "auto":
+        config["communication_data_type"] = "fp32"
+    _fill_zero(config, plan)
+    if type(chosen_optimizer(plan.optim)) is not AdamW:
+        if offloads_optimizer(config):
+            raise ValueError(f"{where} offloads optimizer states: set --optimizer adamw, or remove offload_optimizer")
+        config.setdefault("zero_allow_untested_optimizer", True)
+    _add_monitors(config, plan)
+    if unresolved := sorted(_paths_with_auto(config)):
+        raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
+    config.setdefault("steps_per_print", 1 << 31)  # the run has its own progress bar
+    return config
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """The ZeRO stage of a configuration, 0 by default."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether optimizer states live on the CPU (or NVMe)."""
+    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return device not in ("none", None)
+
+
+def _check_names(config: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a misspelled ``zero_optimization``, which DeepSpeed would ignore, a section that is no
+    object, or a ZeRO stage that does not exist."""
+    for name, value in config.items():
+        if name not in SECTIONS and (near := closest(name, SECTIONS, SIMILAR)):
+            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near!r}?")
+        if name in SECTIONS and not isinstance(value, dict):
+            raise ValueError(f'{where}: {name} is {value!r}, expected an object such as {{"enabled": true}}')
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; known: 0, 1, 2, 3")
+
+
+def _set_run_values(config: dict[str, Any], plan: EnginePlan) -> list[str]:
+    """Set what the run decides; returns what the user has set to another value."""
+    rows: list[tuple[str, Any, str]] = [
+        ("train_batch_size", plan.global_batch, "--global-batch"),
+        ("train_micro_batch_size_per_gpu", plan.micro_batch, "--micro-batch"),
+        ("gradient_accumulation_steps", plan.accumulation, "--micro-batch"),
+        ("gradient_clipping", plan.optim.max_grad_norm, "--max-grad-norm"),
+    ]
+    if plan.communication_data_type:
+        rows.append(("communication_data_type", plan.communication_data_type, "--communication-data-type"))
+    for kind in ("bf16", "fp16"):
+        if kind in config or plan.precision == kind:
+            rows.append((f"{kind}.enabled", plan.precision == kind, "--precision"))
+    conflicts = []
+    for path, value, option in rows:
+        section, _, name = path.rpartition(".")
+        inside = config.setdefault(section, {}) if section else config
+        given = inside.get(name, "auto")
+        if given not in ("auto", value):
+            conflicts.append(f"{path} is {given!r}, but the run uses {value!r} ({option})")
+        inside[name] = value
+    return conflicts
+
+
+def _remove_schedule(config: dict[str, Any], plan: EnginePlan) -> list[str]:
+    """Remove the optimizer's and the scheduler's sections; returns what they set to another value than the run."""
+    own = {name: getattr(plan.optim, name) for name in ("lr", "eps", "weight_decay")}
+    own |= {"betas": list(plan.optim.betas), "warmup_max_lr": plan.optim.lr, "warmup_min_lr": 0}
+    own |= {"warmup_num_steps": plan.warmup_steps, "total_num_steps": plan.total_steps}
+    conflicts = []
+    if (kind := config.get("optimizer", {}).get("type", "AdamW")) not in ("Adam", "AdamW"):
+        conflicts.append(f"optimizer.type is {kind!r}, but the run uses {plan.optim.name!r} (--optimizer)")
+    for section in ("optimizer", "scheduler"):
+        for name, given in config.pop(section, {}).get("params", {}).items():
+            if name in own and given not in ("auto", own[name]):
+                conflicts.append(f"{section}.params.{name} is {given!r}, but the run uses {own[name]!r} (--optim)")
+    return conflicts
+
+
+def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
+    """Fill ZeRO's "auto" sizes as Hugging Face's integration does, and set what an external optimizer needs."""
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    square = plan.hidden_size**2
+    for name, value in (
+        ("reduce_bucket_size", square),
+        ("allgather_bucket_size", square),
+        ("stage3_prefetch_bucket_size", int(0.9 * square)),
+        ("stage3_param_persistence_threshold", 10 * plan.hidden_size),
+        ("stage3_gather_16bit_weights_on_model_save", False),
+    ):
+        if zero.get(name) == "auto":
+            zero[name] = value
+    if plan.precision != "fp32" and zero.get("stage", 0) == 0:
+        # same results in less memory; DeepSpeed's fp16 optimizer of stage 0 divides gradients by a loss scale that
+        # was never applied, and starts AdamW with a step of zero gradients
+        zero["stage"] = 1
+    if offloads_optimizer(config):
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    if plan.precision == "bf16" and plan.accumulation > 1 and zero.get("stage", 0) >= 1:
+        # in bf16, a micro-batch's gradient below 1/256 of the sum so far is rounded away
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def _add_monitors(config: dict[str, Any], plan: EnginePlan) -> None:
+    """Add a section for each requested monitor that the file lacks."""
+    for monitor in plan.report_to:
+        section: dict[str, Any] = {"enabled": True}
+        if monitor == "wandb":
+            section |= {"project": "llm2clip"} | ({"group": plan.run_name} if plan.run_name else {})
+        else:
+            section |= {"output_path": str(Path(plan.output_dir) / "monitor"), "job_name": plan.run_name or monitor}
+        config.setdefault(MONITORS[monitor], section)
+
+
+def _paths_with_auto(value: Any, path: str = "") -> list[str]:
+    """Dotted paths of the remaining "auto" values."""
+    if value == "auto":
+        return [path]
+    if isinstance(value, dict):
+        return [hit for name, item in value.items() for hit in _paths_with_auto(item, f"{path}.{name}".lstrip("."))]
+    return []

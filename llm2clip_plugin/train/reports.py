@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,20 @@ from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.files import FAILED, HEADS, LEFT_OUT, METRICS, STOPPED
 from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState
 from llm2clip_plugin.train.config import TrainConfig
-from llm2clip_plugin.train.distributed import gather_objects, gather_rows, on_first_rank, rank, world_size
+from llm2clip_plugin.train.distributed import (
+    STEP,
+    StepTimer,
+    gather_objects,
+    gather_rows,
+    on_first_rank,
+    rank,
+    world_size,
+)
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.timing import STEP, CudaClock, HostClock, StepTimer, compare_ranks
 
 PROFILE = "profile"  # folder of a run for traces
 COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
 WARM_UP = 5  # steps before the traced ones, if the run has as many
-OPERATORS = 10  # rows of a profile's table
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
 
 # Values of a step that are labeled time/ for DeepSpeed's monitors; the others are train/, scores are eval/.
@@ -69,8 +75,6 @@ PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
     (r"\bV100-SXM", (125, 0, 15.7)),
 )
 
-Queue = Callable[[], tuple[float, float]]  # batches that are ready, and that the loader has space for
-
 
 class Reports:
     """The progress bar, metrics.jsonl and DeepSpeed's monitors: rank 0's, silent on the others.
@@ -79,35 +83,39 @@ class Reports:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        run_folder: Path,
-        state: TrainState,
-        train: TrainConfig,
-        *,
-        total_steps: int,
-        queue: Queue | None = None,
+        self, engine: Engine, run_folder: Path, state: TrainState, train: TrainConfig, total_steps: int
     ) -> None:
         """state: where training starts."""
-        self.engine, self.run_folder, self.queue = engine, run_folder, queue
+        self.engine, self.run_folder = engine, run_folder
         self.total_steps, self.global_batch, self.logging_steps = total_steps, train.global_batch, train.logging_steps
-        self._step = state.step  # the last one that was reported
-        self._file: MetricsFile | None = None  # of rank 0
+        self.values: dict[str, Any] = {}  # the latest ones, for the bar
+        self.timer = StepTimer(engine.device)
+        self._step = self._compared_at = state.step  # the last one that was reported, and in which ranks were compared
+        self._samples_per_second = 0.0  # smoothed
+        self._file: Any = None  # of rank 0
         on_first_rank(lambda: self._open(state))
-        self.progress = Progress(total_steps, start=state.step, show=rank() == 0)
-        self.timer = StepTimer(CudaClock() if engine.device.type == "cuda" else HostClock())
-        self._line = self._compared = self.timer.totals()  # as of the last line, and of the last comparison of ranks
+        self._show = rank() == 0 and total_steps > 0  # heads alone have no steps
+        self._bar = progress_bar(
+            total=total_steps, label="train", unit="steps", initial=state.step, show=self._show, delay=0.0
+        )
         self._flops: Counter[torch.dtype] | None = None  # of a step on this rank; counted by rank 0 alone
-        remaining, steps = total_steps - state.step, train.profile_steps
-        self._profiler: StepProfiler | None = None
-        if min(steps, remaining) > 0 and (train.profile_all_ranks or rank() == 0):
-            self._profiler = StepProfiler(run_folder / PROFILE, steps, remaining=remaining, note=self.note)
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
+        self._profile: Any = None
+        if train.profile_steps and total_steps > state.step and (train.profile_all_ranks or rank() == 0):
+            self._start_profile(train.profile_steps, total_steps - state.step)
 
     def _open(self, state: TrainState) -> None:
+        """Open metrics.jsonl, without the lines of steps that a killed run made after its last checkpoint."""
         new = state.step == 0 and not state.before and Checkpoints(self.run_folder, keep=0).latest() is None
-        self._file = MetricsFile(self.run_folder / METRICS, from_step=-1 if new else state.step)
+        path = self.run_folder / METRICS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            last = -1 if new else state.step
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last]
+            with atomic_file(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "Reports":
         self.timer.__enter__()
@@ -115,11 +123,10 @@ class Reports:
 
     def __exit__(self, *error: object) -> None:
         self.timer.__exit__(*error)
-        if self._profiler is not None:
-            self._profiler.close()
+        self._end_profile()
         if self._file is not None:
             self._attempt(self._file.close)
-        self.progress.close()
+        self._bar.close()
 
     @contextmanager
     def count_flops(self) -> Iterator[None]:
@@ -136,10 +143,16 @@ class Reports:
         self._step = state.step
         if always or state.step % self.logging_steps == 0:
             values = values | self._speed(last=always)
-            self._values(state, values)
-        self.progress.advance(self.global_batch, seconds, values)
-        if self._profiler is not None:
-            self._profiler.step()
+            self._line(state, values)
+        rate = self.global_batch / max(seconds, 1e-9)
+        self._samples_per_second = 0.9 * (self._samples_per_second or rate) + 0.1 * rate
+        self.values |= values
+        self._bar.set_postfix_str(self._description(), refresh=False)
+        self._bar.update()
+        if self._profile is not None:
+            self._profile.step()
+            if state.step == self._traced:
+                self._end_profile()
 
     def left_out(self, state: TrainState, allowed: int) -> None:
         """The last batch had no update; ``allowed``: as many as the run may leave out."""
@@ -149,8 +162,9 @@ class Reports:
 
     def scores(self, state: TrainState, scores: dict[str, float]) -> None:
         """An evaluation, in ``state``."""
-        self.progress.show_values(scores)
-        self._values(state, scores, phase="eval")
+        self.values |= scores
+        self._bar.set_postfix_str(self._description())
+        self._line(state, scores, phase="eval")
 
     def heads(self, curve: Iterable[dict[str, float]]) -> None:
         """The fit of the heads before step 1, on lines of its own; its ``samples`` are the monitors' x."""
@@ -158,95 +172,119 @@ class Reports:
             self.event({"step": 0, "samples": 0, "event": HEADS, **{f"heads_{name}": x for name, x in line.items()}})
             if self._file is not None:
                 numbers = {label(name, "heads"): x for name, x in line.items() if name not in ("step", "samples")}
-                self._attempt(self.engine.report_at, numbers, int(line["samples"]))
+                self._attempt(self.engine.report, numbers, int(line["samples"]), of_run=False)
 
-    def failed(self, error: BaseException) -> None:
-        """The run ends by an error, after the last step that was reported."""
-        self._ended(FAILED, self._step, str(error) or type(error).__name__)
-
-    def stopped(self, state: TrainState, reason: str) -> None:
-        """The run stops before its end."""
-        self._ended(STOPPED, state.step, reason)
-        self.note(f"{reason}: saved step {state.step} of {self.total_steps}; rerun the same command to resume")
-
-    def _ended(self, event: str, step: int, reason: str) -> None:
-        """A line of metrics.jsonl that says why no more follow."""
-        self.event({"step": step, "event": event, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+    def ended(self, reason: str, *, failed: bool) -> None:
+        """The run ends before its last step, by an error or on request."""
+        event, now = FAILED if failed else STOPPED, time.strftime("%Y-%m-%d %H:%M:%S")
+        self.event({"step": self._step, "event": event, "reason": reason, "time": now})
+        if not failed:
+            self.note(f"{reason}: saved step {self._step} of {self.total_steps}; rerun the same command to resume")
 
     def event(self, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
         if self._file is not None:
-            self._attempt(self._file.write, values)
+            self._attempt(self._file.write, json.dumps(values) + "\n")
+            self._attempt(self._file.flush)
 
     def note(self, text: str) -> None:
         """A line above the bar."""
-        self.progress.note(text)
+        if self._show:
+            self._bar.write(text, file=sys.stderr)
 
     def _speed(self, *, last: bool) -> dict[str, Any]:
-        """Time by phase and MFU of the mean step since the last line, ranks compared, the loader's queue."""
-        now = self.timer.totals(wait=last)
-        mean = now.mean_since(self._line)
-        self._line = now
+        """Time by phase and MFU of the mean step since the last line, ranks compared."""
+        mean = self.timer.lap("line", wait=last)
         values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
         if mean and self._flops:
             values["tflops"] = sum(self._flops.values()) / mean[STEP] / 1e12
             least = least_seconds(self._flops, self.engine.device)
             values |= {"mfu": least / mean[STEP]} if least else {}
-        if self.queue is not None:
-            values["loader_ready"], values["loader_capacity"] = self.queue()
-        if world_size() > 1 and (last or now.steps - self._compared.steps >= COMPARE_EVERY):
+        if world_size() > 1 and (last or self._step - self._compared_at >= COMPARE_EVERY):
+            self._compared_at = self._step
             values |= self._compare()
         return values
 
     def _compare(self) -> dict[str, Any]:
-        """Smallest and largest over ranks of the mean step since the last comparison."""
-        now = self.timer.totals(wait=True)
-        mean = now.mean_since(self._compared)
-        self._compared = now
+        """Smallest and largest over ranks, of seconds of the mean step since the last comparison."""
+        mean = self.timer.lap("ranks", wait=True)
         own = torch.tensor([[mean.get(name, math.nan) for name in (STEP, "data", "communication")]])
-        return compare_ranks(gather_rows(own.to(self.engine.device)).tolist(), self._hosts)
+        steps, data, communication = gather_rows(own.to(self.engine.device)).T.tolist()
+        busy = [step - waited for step, waited in zip(steps, communication, strict=True)]
+        values: dict[str, Any] = {}
+        for name, column in ((STEP, steps), ("data", data), ("busy", busy)):
+            values |= {f"{name}_seconds_min": min(column), f"{name}_seconds_max": max(column)}
+        slowest = busy.index(max(busy))  # all finish a step together: the slowest waits least for the others
+        return {**values, "slowest_rank": slowest, "slowest_host": self._hosts[slowest]}
 
-    def _values(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
+    def _line(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
         self.event({"step": state.step, "samples": state.samples, **values})
         if self._file is not None:
             numbers = {label(name, phase): value for name, value in values.items() if not isinstance(value, str)}
             self._attempt(self.engine.report, numbers, state.samples)
 
-    def _attempt(self, write: Callable[..., object], *values: object) -> None:
+    def _attempt(self, write: Callable[..., object], *values: Any, **options: Any) -> None:
         try:
-            write(*values)
+            write(*values, **options)
         except OSError as error:  # metrics.jsonl keeps its lines in memory until the disk has space again
             if not self._failed:
                 self.note(f"warning: cannot log to {self.run_folder}: {error}; training continues")
             self._failed = True
+
+    def _description(self) -> str:
+        """``loss 3.21  72 samples/s  MFU 41 %  R@1 image->text 0.12, text->image 0.14  1.9 GiB memory  save 0.4 s``."""
+        values = self.values
+        parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+        parts.append(f"{self._samples_per_second:.3g} samples/s")
+        if "mfu" in values:
+            parts.append(f"MFU {100 * values['mfu']:.3g} %")
+        elif "tflops" in values:
+            parts.append(f"{values['tflops']:.3g} TFLOP/s")
+        if values.get("wait_share", 0) >= 0.05:
+            parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
+        if "i2t_r1" in values:
+            parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
+        if "peak_gib" in values:
+            parts.append(f"{values['peak_gib']:.2f} GiB memory")
+        if "save_seconds" in values:
+            parts.append(f"save {values['save_seconds']:.1f} s")
+        if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
+            parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
+        return "  ".join(parts)
+
+    def _start_profile(self, steps: int, remaining: int) -> None:
+        """Trace so many of the ``remaining`` steps of this rank, after a warm-up."""
+        steps = min(steps, remaining)
+        skipped = min(WARM_UP, remaining - steps)
+        self._traced = self._step + skipped + steps  # the last step of the trace
+        warm = min(skipped, 1)  # in which the profiler itself warms up
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a run that has no step for that
+            schedule = torch.profiler.schedule(skip_first=skipped - warm, wait=0, warmup=warm, active=steps, repeat=1)
+            self._profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write_profile)
+            self._profile.start()
+
+    def _end_profile(self) -> None:
+        """Stop; what was traced of a run that ends early is written."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
+
+    def _write_profile(self, profile: Any) -> None:
+        """``HOST-rankN.TIME.pt.trace.json``, for chrome://tracing, ui.perfetto.dev and TensorBoard's profiler."""
+        folder = self.run_folder / PROFILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.profiler.tensorboard_trace_handler(str(folder), f"{socket.gethostname()}-rank{rank()}")(profile)
+            self.note(f"profile: trace in {folder} (chrome://tracing, TensorBoard)")
+        except (OSError, RuntimeError) as error:
+            self.note(f"warning: cannot write the profile to {folder}: {error}; training continues")
 
 
 def label(name: str, phase: str) -> str:
     """What monitors call a value of ``phase`` (train, eval, heads): train/loss, time/data_seconds, eval/i2t_r1."""
     is_time = phase == "train" and (name in TIME_VALUES or any(part in name for part in TIME_PARTS))
     return f"{'time' if is_time else phase}/{name}"
-
-
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object per line, written by one rank."""
-
-    def __init__(self, path: Path, *, from_step: int) -> None:
-        """Drops the lines of steps after ``from_step``, which a killed run made after its last checkpoint."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= from_step]
-            with atomic_file(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, values: dict[str, Any]) -> None:
-        """Append one line and flush it."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def _step_of(line: str) -> float:
@@ -264,117 +302,11 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-class Progress:
-    """A bar on stderr: steps, time left, loss, samples/s, held-out recall, peak memory. Silent unless ``show``."""
-
-    def __init__(self, total_steps: int, *, start: int, show: bool) -> None:
-        self.show = show = show and total_steps > 0  # heads alone have no steps
-        self.values: dict[str, Any] = {}
-        self.samples_per_second = 0.0  # smoothed
-        self._bar = progress_bar(total=total_steps, label="train", unit="steps", initial=start, show=show, delay=0.0)
-
-    def close(self) -> None:
-        """Leave the last state on the terminal."""
-        self._bar.close()
-
-    def advance(self, samples: int, seconds: float, values: dict[str, Any]) -> None:
-        """Show a finished step of ``samples`` pairs."""
-        rate = samples / max(seconds, 1e-9)
-        self.samples_per_second = 0.9 * (self.samples_per_second or rate) + 0.1 * rate
-        self.values |= values
-        self._bar.set_postfix_str(self.description(), refresh=False)
-        self._bar.update()
-
-    def show_values(self, values: dict[str, Any]) -> None:
-        """Show values that came after the step, such as an evaluation's; the last state of the bar has them, too."""
-        self.values |= values
-        self._bar.set_postfix_str(self.description())
-
-    def description(self) -> str:
-        """``loss 3.21  72 samples/s  MFU 41 %  R@1 image->text 0.123, text->image 0.141  1.9 GiB memory  save 0.4 s``.
-
-        TFLOP/s where the peak is unknown. data: fraction of the step spent waiting for it, from 5 % on. save: how long
-        training waited for the last checkpoint. slow: a rank that computes at least 1.2 times as long as the fastest.
-        """
-        values = self.values
-        parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
-        parts.append(f"{self.samples_per_second:.3g} samples/s")
-        if "mfu" in values:
-            parts.append(f"MFU {100 * values['mfu']:.3g} %")
-        elif "tflops" in values:
-            parts.append(f"{values['tflops']:.3g} TFLOP/s")
-        if values.get("wait_share", 0) >= 0.05:
-            parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
-        if "i2t_r1" in values:
-            parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
-        if "peak_gib" in values:
-            parts.append(f"{values['peak_gib']:.2f} GiB memory")
-        if "save_seconds" in values:
-            parts.append(f"save {values['save_seconds']:.1f} s")
-        if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
-            parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
-        return "  ".join(parts)
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self.show:
-            self._bar.write(text, file=sys.stderr)
-
-
-class StepProfiler:
-    """Traces ``steps`` steps of this rank after a warm-up and writes them to ``folder``.
-
-    ``HOST-rankN.TIME.pt.trace.json``: for chrome://tracing, ui.perfetto.dev, and TensorBoard's profiler plugin with
-    ``folder`` as its log directory. ``operators-rankN.txt``: the operators with the most time of their own.
-    """
-
-    def __init__(self, folder: Path, steps: int, *, remaining: int, note: Callable[[str], object]) -> None:
-        """remaining: steps that the run still makes; the trace has no more. note: called with where it was written."""
-        self.folder, self.note = folder, note
-        steps = min(steps, remaining)
-        skipped = min(WARM_UP, remaining - steps)
-        self._left = skipped + steps  # until the trace is complete
-        warm = min(skipped, 1)  # in which the profiler itself warms up
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a run that has no step for that
-            schedule = torch.profiler.schedule(skip_first=skipped - warm, wait=0, warmup=warm, active=steps, repeat=1)
-            self._profile: Any = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
-            self._profile.start()
-
-    def step(self) -> None:
-        """A step has ended."""
-        if self._profile is not None:
-            self._profile.step()
-            self._left -= 1
-            if not self._left:
-                self.close()
-
-    def close(self) -> None:
-        """Stop; what was traced of a run that ends early is written."""
-        if self._profile is not None:
-            self._profile.stop()
-            self._profile = None
-
-    def _write(self, profile: Any) -> None:
-        table = self.folder / f"operators-rank{rank()}.txt"
-        order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.profiler.tensorboard_trace_handler(str(self.folder), f"{socket.gethostname()}-rank{rank()}")(profile)
-            with atomic_file(table) as temporary:
-                temporary.write_text(profile.key_averages().table(sort_by=order, row_limit=OPERATORS), encoding="utf-8")
-        except (OSError, RuntimeError) as error:
-            self.note(f"warning: cannot write the profile to {self.folder}: {error}; training continues")
-            return
-        self.note(f"profile: trace in {self.folder} (chrome://tracing, TensorBoard), {OPERATORS} operators in {table}")
-
-
 class ModelFlops(TorchDispatchMode):
     """Counts the FLOPs of matrix products, convolutions and attention under it, by the dtype that they run in.
 
-    They are those that the model needs, one forward and one backward pass over each sample (Chowdhery et al. 2022,
-    PaLM, arXiv 2204.02311, appendix B): what is computed again (gradient checkpointing, the first pass of gradient
-    caching) does not count.
+    They are those that the model needs (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B): what is computed
+    again (gradient checkpointing, the first pass of gradient caching) does not count.
     """
 
     supports_higher_order_operators = True  # passed through, not counted
@@ -416,32 +348,21 @@ def _recomputing() -> bool:
     return False
 
 
-def peak_of(name: str, dtype: torch.dtype, *, tf32: bool) -> float | None:
-    """FLOP/s of a device at best, by its name; None if unknown. tf32: products of fp32 tensors may run in TF32."""
-    half, tensor_float, single = next((peaks for pattern, peaks in PEAKS if re.search(pattern, name)), (0, 0, 0))
-    peak = half if dtype in (torch.bfloat16, torch.float16) else (tensor_float if tf32 else 0) or single
-    return peak * 1e12 or None
-
-
 def least_seconds(flops: Counter[torch.dtype], device: torch.device) -> float | None:
     """Seconds that the device needs for them at its peak; None on a CPU or if the peak is unknown."""
     if device.type != "cuda" or not flops:
         return None
-    name, tf32 = torch.cuda.get_device_name(device), torch.get_float32_matmul_precision() != "highest"
-    peaks = {dtype: peak_of(name, dtype, tf32=tf32) for dtype in flops}
-    seconds = [count / peak for dtype, count in flops.items() if (peak := peaks[dtype])]
-    return sum(seconds) if len(seconds) == len(flops) else None
+    name = torch.cuda.get_device_name(device)
+    half, tf32, single = next((peaks for pattern, peaks in PEAKS if re.search(pattern, name)), (0, 0, 0))
+    if tf32 and torch.get_float32_matmul_precision() != "highest":
+        single = tf32
+    peaks = {dtype: half if dtype in (torch.bfloat16, torch.float16) else single for dtype in flops}
+    return sum(flops[dtype] / (peak * 1e12) for dtype, peak in peaks.items()) if all(peaks.values()) else None
 
 
 @contextmanager
 def count_model_flops() -> Iterator[Counter[torch.dtype]]:
     """Count what the block computes. Slower by a little Python for each operation; compiled modules run eagerly."""
-    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds
-    eager = torch.compiler.set_stance("force_eager") if dynamo is not None else None
-    mode = ModelFlops()
-    with mode:
-        if eager is None:
-            yield mode.by_dtype
-        else:
-            with eager:
-                yield mode.by_dtype
+    compiles = "torch._dynamo" in sys.modules  # importing it takes seconds
+    with ModelFlops() as mode, torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+        yield mode.by_dtype

@@ -23,13 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.train.distributed import gather_objects, rank, sum_over_ranks, world_size
-from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.distributed import gather_objects, rank, sum_over_ranks, timed, world_size
+from llm2clip_plugin.train.engine import Engine, Reference
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.losses.base import Features, Terms
-from llm2clip_plugin.train.reference import Reference
 from llm2clip_plugin.train.reports import repeated
-from llm2clip_plugin.train.timing import timed
 
 MAX_LOG_SCALE = math.log(100)  # upper bound of the logit scale, as in CLIP
 NAMED_KEYS = 8  # keys per rank that an error lists
@@ -52,18 +50,13 @@ SCALARS = ("log_scale", "bias")  # fields of Encoded that belong to no row
 
 
 class ContrastiveStep(ABC):
-    """One optimizer step over this rank's rows of a global batch, whatever the two sides of its pairs are.
-
-    ``batch``: caption_hashes and image_ids (b,), keys (b), ``position`` (samples that the run has consumed after it),
-    and what the subclass encodes.
-    """
+    """One optimizer step over this rank's rows of a global batch, whatever the two sides of its pairs are. ``batch``:
+    caption_hashes and image_ids (b,), keys (b), ``position`` (samples that the run has consumed after it), and what the
+    subclass encodes."""
 
     def __init__(self, engine: Engine, terms: Terms, *, seed: int, total_samples: int = 0) -> None:
         """total_samples: pairs of the whole run, over which the terms' weights may change."""
-        self.engine = engine
-        self.terms = terms
-        self.seed = seed
-        self.total_samples = total_samples
+        self.engine, self.terms, self.seed, self.total_samples = engine, terms, seed, total_samples
         self._fp32: dict[str, Tensor] = {}  # logit_scale and logit_bias since the last update
 
     @abstractmethod
@@ -93,11 +86,14 @@ class ContrastiveStep(ABC):
     def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
         """Update the parameters; returns the loss of the global batch and values to report.
 
-        Raises NonFiniteLossError on every rank, before the backward pass, naming the keys of the samples; where fp16
-        can still lower its loss scale, it does that instead, without an update.
+        Raises NonFiniteLossError on every rank, before the backward pass, where fp16 can't lower its loss scale.
         """
         batch = self._on_device(batch)
-        micro_batches = self._micro_batches(batch)
+        rows = len(batch["keys"])  # of this rank
+        size, first = rows // self.engine.accumulation, batch["position"] - (world_size() - rank()) * rows
+        micro_batches = [
+            {**self._rows(batch, slice(start, start + size)), "first": first + start} for start in range(0, rows, size)
+        ]
         if len(micro_batches) == 1:
             reference = self._reference(micro_batches[0])
             loss, values = self._loss(self._encode(micro_batches[0]), batch, *reference)
@@ -110,26 +106,23 @@ class ContrastiveStep(ABC):
 
     def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> dict[str, float]:
         """Features without a graph, the gradient of the loss for each, and a second pass that propagates it."""
-        references = zip(*(self._reference(micro) for micro in micro_batches), strict=True)
+        references = map(_joined, zip(*(self._reference(micro) for micro in micro_batches), strict=True))
         with torch.no_grad(), repeated():
             parts = [self._encode(micro) for micro in micro_batches]
         columns = zip(Encoded._fields, zip(*parts, strict=True), strict=True)
         joined = {name: column[0].clone() if name in SCALARS else _joined(column) for name, column in columns}
         leaves = {name: leaf.requires_grad_() for name, leaf in joined.items() if leaf is not None}
-        loss, values = self._loss(Encoded(**leaves), batch, *map(_joined, references))
+        loss, values = self._loss(Encoded(**leaves), batch, *references)
         with timed("backward"):
-            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        filled = {
-            name: torch.zeros_like(leaf) if grad is None else grad
-            for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
-        }
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        grads = dict(zip(leaves, found, strict=True))
         size = len(parts[0].anchor_mD)
         for i, micro in enumerate(micro_batches):
             rows = slice(i * size, (i + 1) * size)
             encoded = self._encode(micro)
             products = [
                 (getattr(encoded, name) * (grad / len(parts) if name in SCALARS else grad[rows])).sum()
-                for name, grad in filled.items()
+                for name, grad in grads.items()
             ]
             self.engine.backward(torch.stack(products).sum())
             self.engine.step()
@@ -144,10 +137,8 @@ class ContrastiveStep(ABC):
         )
 
     def _exact(self, name: str, rounded: Tensor) -> Tensor:
-        """The fp32 value of a scalar parameter with the gradient of the module's ``rounded`` copy.
-
-        Rounded to bf16, the logit scale moves in steps of 1.6 to 3 % and ends at 98.86 instead of 100.
-        """
+        """The fp32 value of a scalar parameter with the gradient of the module's ``rounded`` copy: in bf16, the logit
+        scale would move in steps of 1.6 to 3 % and end at 98.86 instead of 100."""
         parameter = getattr(self.engine.module, name, None)
         if parameter is None or parameter.dtype == torch.float32:
             return rounded
@@ -186,14 +177,6 @@ class ContrastiveStep(ABC):
         values["logit_scale"] = float(encoded.log_scale.detach().exp())
         return loss, values
 
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """``accumulation`` equal parts of this rank's rows, each with the position of its first sample."""
-        rows = len(batch["keys"])
-        size = rows // self.engine.accumulation
-        first = batch["position"] - (world_size() - rank()) * rows
-        starts = range(0, rows, size)
-        return [{**self._rows(batch, slice(start, start + size)), "first": first + start} for start in starts]
-
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     """The rows of micro-batches together; None if they have none."""
@@ -214,9 +197,9 @@ def _non_finite(values: dict[str, float], encoded: Encoded, batch: Batch) -> Non
     """Names the samples with non-finite features on every rank, or the first samples of the batch if there are none."""
     finite_b = torch.isfinite(encoded.anchor_mD).all(1) & torch.isfinite(encoded.positive_mkD).flatten(1).all(1)
     bad = [key for key, finite in zip(batch["keys"], finite_b.tolist(), strict=True) if not finite]
-    ranks = gather_objects((len(bad), bad[:NAMED_KEYS]))
-    if count := sum(bad_count for bad_count, _ in ranks):
-        samples = f"{count} samples have non-finite features: {_by_rank([keys for _, keys in ranks])}"
+    ranks = gather_objects(bad)
+    if count := sum(map(len, ranks)):
+        samples = f"{count} samples have non-finite features: {_by_rank([keys[:NAMED_KEYS] for keys in ranks])}"
     else:
         samples = f"all features are finite; the batch starts with {first_samples(batch)}"
     terms = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -245,22 +228,16 @@ class TowerStep(ContrastiveStep):
         reference: Reference | None = None,
         patch_layers: Mapping[str, int] | None = None,
     ) -> None:
-        """patch_layers: LossConfig.patch_layers of the terms."""
+        """text_noise: whether the text adapter adds noise to its input. patch_layers: losses.base.patch_layers."""
         super().__init__(engine, terms, seed=seed, total_samples=total_samples)
-        self.normalize = normalize
-        self.reference = reference
+        self.normalize, self.reference, self.text_noise = normalize, reference, text_noise
         self.patch_layers = patch_layers or {}
-        self.text_noise = text_noise  # whether the text adapter adds noise to its input
         self.dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
 
     def _on_device(self, batch: Batch) -> Batch:
-        """Pixels stay bytes, the local batch in a quarter of the memory; embeddings stay fp32 because the adapter
-        normalizes them first."""
+        """Pixels stay bytes; embeddings stay fp32 because the adapter normalizes them first."""
         device = self.engine.device
-        moved = {
-            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if (hashes := moved["caption_hashes"]).dim() > 1:  # (b, k) of k captions an image; losses take (k, b)
             moved["caption_hashes"] = hashes.T.contiguous()
         return moved
@@ -282,11 +259,9 @@ class TowerStep(ContrastiveStep):
 
     def _noise(self, micro: Batch) -> Tensor:
         """Standard normal values like the embeddings; each row is a function of the seed and its sample's position."""
-        noise_mW = torch.empty(micro["embeddings"].shape)
-        generator = torch.Generator()
-        for i in range(len(noise_mW)):
-            generator.manual_seed(position_seed(self.seed + 1, micro["first"] + i))
-            noise_mW[i].normal_(generator=generator)
+        noise_mW, generator = torch.empty(micro["embeddings"].shape), torch.Generator()
+        for i, noise_W in enumerate(noise_mW):
+            noise_W.normal_(generator=generator.manual_seed(position_seed(self.seed + 1, micro["first"] + i)))
         return noise_mW.to(micro["embeddings"].device)
 
 

@@ -33,21 +33,6 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
     return own | (UNNORMALIZED if body.get("do_normalize") is False else {})
 
 
-def check_crop(directory: Path, image_size: int) -> None:
-    """Raise ContractError unless a tower directory's preprocessor_config.json, which LLaVA uses as it is, crops images
-    to the tower's size."""
-    path = directory / PREPROCESSOR_FILE
-    body = read_json(path)
-    for name in ("crop_size", "size"):
-        sizes = body.get(name)
-        values = set(sizes.values()) if isinstance(sizes, dict) else {sizes}
-        if values != {image_size}:
-            raise ContractError(
-                f"{path}: {name} is {sizes}, but the tower's images have {image_size} pixels a side; copy or export "
-                "the tower again"
-            )
-
-
 def preprocessor_config(source: Tower | str | os.PathLike[str]) -> dict[str, Any]:
     """preprocessor_config.json for a tower or a tower directory.
 
@@ -78,25 +63,22 @@ def preprocessor_config(source: Tower | str | os.PathLike[str]) -> dict[str, Any
 
 
 def config_in(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
-    """The configuration file in the folder of a checkpoint; {} without one.
-
-    Some repositories contain a model twice, in OpenCLIP's and in Hugging Face's layout, each with its own file.
-    """
+    """The configuration file in the folder of a checkpoint, which may hold OpenCLIP's beside Hugging Face's; or {}."""
     is_open_clip = any(key.startswith("visual.") for key in state)
     names = ("open_clip_config.json", "config.json") if is_open_clip else ("config.json",)
-    files = [path / name for name in names if (path / name).is_file()]
-    return read_json(files[0]) if files else {}
+    return next((read_json(path / name) for name in names if (path / name).is_file()), {})
 
 
 def preprocessor_in(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Mean, deviation, filter of OpenCLIP's ``preprocess_cfg``, else of the folder's preprocessor_config.json."""
-    if "model_cfg" not in config:
-        return own_preprocessor(path)
-    values = section(config, "preprocess_cfg")
+    return normalization(section(config, "preprocess_cfg")) if "model_cfg" in config else own_preprocessor(path)
+
+
+def normalization(values: dict[str, Any]) -> dict[str, Any]:
+    """Mean, deviation and filter, under Hugging Face's names, of OpenCLIP's or timm's ``values``."""
     own = {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
-    if values.get("interpolation") in RESAMPLE:
-        own["resample"] = RESAMPLE[values["interpolation"]]
-    return own
+    resample = RESAMPLE.get(str(values.get("interpolation")))
+    return own if resample is None else {**own, "resample": resample}
 
 
 def lift_model_cfg(config: dict[str, Any]) -> dict[str, Any]:
@@ -178,9 +160,7 @@ def weight_files(directory: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"no checkpoint in {directory}: no .safetensors, {', '.join(PICKLE_SUFFIXES)} file")
     if len(files) > 1:
-        raise ContractError(
-            f"{directory} contains several checkpoints; choose one of {', '.join(p.name for p in files)}"
-        )
+        raise ContractError(f"{directory} has several checkpoints; choose one of {', '.join(p.name for p in files)}")
     return files
 
 
@@ -196,7 +176,7 @@ def _read_pickle(path: Path) -> Any:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise ContractError(
             f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434, fixed in 2.6); "
-            "import it in the training environment, or convert it to .safetensors"
+            "import it in the training environment"
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -204,14 +184,8 @@ def _read_pickle(path: Path) -> Any:
         # torch's own reason is long and explains how to run the file nevertheless
         name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
         reason = f"would run or construct {name[1]}" if name else "contains other objects than tensors"
-        raise ContractError(
-            f"{path} {reason}; nothing in it was run. Use a .safetensors file of the weights"
-        ) from error
+        raise ContractError(f"{path} {reason}; nothing in it was run. Use the weights as .safetensors") from error
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        if "TorchScript" in str(error):
-            raise ContractError(
-                f"{path} is a TorchScript archive, a program; use the same weights from the Hub"
-            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ContractError(f"{path} is not a complete torch checkpoint ({reason}); download it again") from error
 

@@ -1,15 +1,16 @@
-"""A tower directory on disk: its files, and where to get one."""
+"""A tower directory on disk: its files, where to get one, its hashes, and the places that its card names."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import TowerCard, sha256_weights
-from llm2clip_plugin.files import ContractError, can_only_be_a_path, hub_snapshot
+from llm2clip_plugin.files import ContractError, can_only_be_a_path, hub_snapshot, read_json_value
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "text_adapter.safetensors"
@@ -42,10 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no {path.name} in {path.parent}; create a tower directory with `llm2clip import CHECKPOINT --output DIR`"
         )
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ContractError(f"{path} is not valid JSON: {error}") from error
+    body = read_json_value(path)
     if not isinstance(body, dict):
         raise ContractError(f"{path} contains a {type(body).__name__}, expected a JSON object")
     return body
@@ -56,37 +54,14 @@ def write_json(path: Path, body: dict[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-# Whether a tower directory is what was written: its card against its config.json, and the hashes of its weights.
+# Whether a tower directory is what was written: the hashes of its weights.
 
-CARD_OF_CONFIG = {  # field of the card -> field of config.json
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "patch_size": "patch_size",
-    "image_size": "image_size",
-}
 REMEDY = "the directory was modified or only partly copied; copy or export the tower again"
 
 
 def has_card(directory: Path) -> bool:
     """Whether a directory is a tower directory of this package, not just a Hugging Face model."""
     return (directory / TowerCard.FILE).is_file()
-
-
-def check_description(directory: Path, family: str, config: Mapping[str, Any], *, has_cls: bool) -> None:
-    """Compare a tower directory's card, if it has one, with its configuration; ContractError has both values.
-
-    family, has_cls: what ``model_type`` in config.json stands for; config: its fields.
-    """
-    if not has_card(directory):
-        return
-    card = TowerCard.read(directory / TowerCard.FILE)
-    pairs = {name: (getattr(card, name), config.get(other)) for name, other in CARD_OF_CONFIG.items()}
-    pairs |= {"family": (card.family, family), "has_cls": (card.has_cls, has_cls)}
-    if different := [f"{name} is {ours!r}, not {theirs!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]:
-        raise ContractError(
-            f"{directory / TowerCard.FILE} does not describe the tower in {CONFIG_FILE}: {'; '.join(different)}; "
-            f"{REMEDY}"
-        )
 
 
 def check_hash(directory: Path, file: str) -> None:
@@ -114,3 +89,55 @@ def check_card(directory: Path, *, adapter: bool = True) -> TowerCard:
     if card.projection_dim and adapter:
         check_hash(directory, ADAPTER_FILE)
     return card
+
+
+# The places that a card names: origin, teacher and its adapter. A relative path in a card starts with ./ or ../, so it
+# is never mistaken for a Hub id, and stays right when a folder with the tower and its teacher is moved.
+
+TEACHER_ADAPTER = "teacher-adapter"  # folder in a tower directory: the adapter of its teacher, if it is portable
+TEACHER_PLACES = ("llm", "adapter")  # fields of a TeacherIdentity
+
+
+def is_local(place: str) -> bool:
+    """Whether a place is a path of this machine, rather than a Hub id or the name of a model in a library."""
+    return place.startswith(("/", "~", "./", "../")) or place in (".", "..") or os.path.exists(place)
+
+
+def recorded(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
+    """The card as it is written into ``folder``: local paths made relative to it, absolute where only / is shared."""
+    inside = Path(folder).expanduser().absolute()
+
+    def relative(place: str) -> str:
+        path = Path(place).expanduser().absolute()
+        if not is_local(place) or os.path.commonpath([path, inside]) == path.anchor:
+            return str(path) if is_local(place) else place
+        shown = os.path.relpath(path, inside)
+        return shown if shown.startswith("..") else f"./{shown}"
+
+    return _with_places(card, relative)
+
+
+def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
+    """The card that was read from ``folder``, its relative paths made absolute."""
+    inside = Path(folder).expanduser().absolute()
+    return _with_places(card, lambda p: os.path.normpath(inside / p) if p.startswith(("./", "../")) else p)
+
+
+def published(card: TowerCard) -> TowerCard:
+    """The card without local paths: only the name of a folder is left of the weights', nothing of an adapter's that is
+    not in the directory."""
+
+    def is_private(place: str) -> bool:
+        return is_local(place) and place != f"./{TEACHER_ADAPTER}"
+
+    named = _with_places(card, lambda place: Path(place).expanduser().absolute().name if is_private(place) else place)
+    if is_private(str(card.teacher.get("adapter", ""))):
+        del named.teacher["adapter"]  # a copy of the card's
+    return named
+
+
+def _with_places(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
+    """The card with ``change`` applied to each place in it; "" stays."""
+    places = {name: value for name in TEACHER_PLACES if isinstance(value := card.teacher.get(name), str) and value}
+    teacher = card.teacher | {name: change(place) for name, place in places.items()}
+    return dataclasses.replace(card, origin=change(card.origin) if card.origin else "", teacher=teacher)

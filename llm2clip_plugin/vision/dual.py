@@ -16,16 +16,12 @@ from torch import Tensor, nn
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError, from_plain, load_tensors
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.vision.directory import ADAPTER_FILE, check_hash, fetch_directory
+from llm2clip_plugin.vision.directory import ADAPTER_FILE, check_hash, fetch_directory, located
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig, Tower
-from llm2clip_plugin.vision.publish import located
 from llm2clip_plugin.vision.towers import final_norm, load_tower, parameters_in
 
 # The text side of stage 2: maps a cached LLM embedding to the space of the image features.
-
-KINDS = ("mlp", "linear", "none")
-INPUT_SCALES = ("unit", "sqrt_width")
 
 
 class AdapterBlock(nn.Module):
@@ -44,43 +40,25 @@ class AdapterBlock(nn.Module):
 class TextAdapter(nn.Module):
     """LLM2CLIP's adapter: L2 normalization, residual MLP blocks, LayerNorm, Linear (arXiv 2411.04997, section 3).
 
-    ``kind``: "mlp" as above; "linear" has no blocks; "none" returns the scaled input (then W must equal D).
-    The output is not normalized.
-    ``input_scale``: "unit" keeps the L2-normalized input, "sqrt_width" multiplies it by sqrt(W), so that its entries
-    have unit variance and the eps of the first norm is negligible.
-    ``input_noise``: standard deviation of Gaussian noise added to the scaled input in training, from torch's global
-    generator of the input's device; a second forward pass repeats it only from the same generator state.
+    ``adapter``: "mlp" as above; "linear" has no blocks; "none" returns the scaled input (then W must equal D).
+    The output is not normalized. ``input_scale`` "sqrt_width" multiplies the L2-normalized input by sqrt(W), so that
+    its entries have unit variance and the eps of the first norm is negligible. ``input_noise`` is drawn from torch's
+    global generator of the input's device; a second forward pass repeats it only from the same generator state.
     """
 
-    def __init__(
-        self,
-        llm_width: int,
-        projection_dim: int,
-        *,
-        blocks: int = 4,
-        expansion: int = 2,
-        kind: str = "mlp",
-        normalise_input: bool = True,
-        input_scale: str = "unit",
-        input_noise: float = 0.0,
-    ) -> None:
+    def __init__(self, config: DualConfig) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(unknown("adapter kind", kind, KINDS))
-        if input_scale not in INPUT_SCALES:
-            raise ValueError(unknown("input_scale", input_scale, INPUT_SCALES))
-        if kind == "none" and llm_width != projection_dim:
-            raise ValueError(
-                f"adapter kind 'none' needs llm_width == projection_dim, got {llm_width} and {projection_dim}"
-            )
-        self.llm_width = llm_width
-        self.normalise_input = normalise_input
-        self.input_factor = llm_width**0.5 if input_scale == "sqrt_width" else 1.0
-        self.input_noise = input_noise
-        depth = blocks if kind == "mlp" else 0
-        self.blocks = nn.ModuleList(AdapterBlock(llm_width, expansion) for _ in range(depth))
-        self.norm = nn.Identity() if kind == "none" else nn.LayerNorm(llm_width, eps=1e-5)
-        self.projection = nn.Identity() if kind == "none" else nn.Linear(llm_width, projection_dim)
+        width, is_none = config.llm_width, config.adapter == "none"
+        if is_none and width != config.projection_dim:
+            raise ValueError(f"adapter 'none' needs llm_width == projection_dim, got {width}, {config.projection_dim}")
+        self.llm_width = width
+        self.normalise_input = config.normalise_input
+        self.input_factor = width**0.5 if config.input_scale == "sqrt_width" else 1.0
+        self.input_noise = config.input_noise
+        depth = config.adapter_blocks if config.adapter == "mlp" else 0
+        self.blocks = nn.ModuleList(AdapterBlock(width, config.adapter_expansion) for _ in range(depth))
+        self.norm = nn.Identity() if is_none else nn.LayerNorm(width, eps=1e-5)
+        self.projection = nn.Identity() if is_none else nn.Linear(width, config.projection_dim)
 
     def forward(self, embeddings_NW: Tensor, noise_NW: Tensor | None = None) -> Tensor:
         """(N, W) raw embeddings of any dtype -> (N, D) in the parameters' dtype.
@@ -106,8 +84,12 @@ class TextAdapter(nn.Module):
         return self.projection(self.norm(x_NW))
 
 
-POOLS = ("pooled", "cls", "mean", "cls_mean")
-PROJECTIONS = ("linear", "mlp", "none")
+CHOICES = {
+    "pool": ("pooled", "cls", "mean", "cls_mean"),
+    "projection": ("linear", "mlp", "none"),
+    "adapter": ("mlp", "linear", "none"),
+    "input_scale": ("unit", "sqrt_width"),
+}
 MAX_LOGIT_SCALE = 100.0  # as CLIP clamps it
 
 
@@ -136,7 +118,13 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.family = family_of(tower)
         log_scale = LOG_SCALE if config.logit_scale_init is None else config.logit_scale_init
-        check_dual_config(config, has_cls=self.family.has_cls)
+        for name, known in CHOICES.items():
+            if (chosen := getattr(config, name)) not in known:
+                raise ValueError(unknown(name, chosen, known))
+        if config.pool in ("cls", "cls_mean") and not self.family.has_cls:
+            raise ValueError(
+                f"pool {config.pool!r} requires a class token, but this tower has none; use pooled or mean"
+            )
         self.tower = tower
         # as the card records it: the scale as a number, and no initial deviation
         self.config = dataclasses.replace(config, logit_scale_init=log_scale, projection_init_std=None)
@@ -156,7 +144,7 @@ class DualEncoder(nn.Module):
         elif config.projection == "mlp":  # LIFT: open_clip/lift_model.py:24-39
             layers = nn.Linear(width, config.projection_dim), nn.Linear(config.projection_dim, config.projection_dim)
             self.visual_projection = nn.Sequential(layers[0], nn.GELU(), layers[1])
-        self.text_adapter = make_adapter(config) if config.llm_width else None
+        self.text_adapter = TextAdapter(config) if config.llm_width else None
         self.logit_scale = nn.Parameter(torch.full((1,), log_scale))
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
@@ -266,30 +254,6 @@ class LoadedDualEncoder(nn.Module):
         if not isinstance(texts, Tensor):
             texts = self._embed([texts] if isinstance(texts, str) else list(texts))
         return self.dual.encode_text(texts.to(self.logit_scale.device))
-
-
-def check_dual_config(config: DualConfig, *, has_cls: bool) -> None:
-    """ValueError for an unknown option or one that the tower does not support."""
-    if config.pool not in POOLS:
-        raise ValueError(unknown("pool", config.pool, POOLS))
-    if config.projection not in PROJECTIONS:
-        raise ValueError(unknown("projection", config.projection, PROJECTIONS))
-    if config.pool in ("cls", "cls_mean") and not has_cls:
-        raise ValueError(f"pool {config.pool!r} requires a class token, but this tower has none; use pooled or mean")
-
-
-def make_adapter(config: DualConfig) -> TextAdapter:
-    """The text adapter that a configuration describes."""
-    return TextAdapter(
-        config.llm_width,
-        config.projection_dim,
-        blocks=config.adapter_blocks,
-        expansion=config.adapter_expansion,
-        kind=config.adapter,
-        normalise_input=config.normalise_input,
-        input_scale=config.input_scale,
-        input_noise=config.input_noise,
-    )
 
 
 def heads_state(dual: DualEncoder) -> dict[str, Tensor]:

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llm2clip_plugin.vision.positions import check_pixels
-
 ROPE_THETA = 10000.0
 Rope: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # cosines and sines (T, E), complex turns (T, E/2)
 
@@ -79,6 +77,15 @@ class Eva02Config(PretrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
+
+
+def check_pixels(pixel_values: Tensor, image_size: int) -> None:
+    """ValueError unless images (B, 3, S, S) have the size in pixels that the positions are for."""
+    if pixel_values.shape[-2:] != (image_size, image_size):
+        raise ValueError(
+            f"images have {tuple(pixel_values.shape[-2:])} pixels, but the tower expects {image_size} x {image_size}; "
+            "interpolate its positions with load_tower(..., image_size=N)"
+        )
 
 
 def rope_tables(

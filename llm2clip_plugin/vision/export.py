@@ -1,4 +1,4 @@
-"""Write a tower directory, and verify it: reload what was written and compare weights and features.
+"""Write a tower directory, and verify it: reload what was written and compare weights and features; upload it.
 
 | file                           | contents                                                                   |
 |--------------------------------|----------------------------------------------------------------------------|
@@ -12,6 +12,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,25 @@ from torch import Tensor, nn
 import llm2clip_plugin
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import EncoderCard, TowerCard, atomic_directory, sha256_weights
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.files import ContractError, check_hub_answers
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     PREPROCESSOR_FILE,
+    TEACHER_ADAPTER,
     WEIGHTS_FILE,
+    check_card,
     fetch_directory,
+    is_local,
+    located,
+    published,
     read_json,
+    recorded,
     write_json,
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_dual
-from llm2clip_plugin.vision.families import family_of
+from llm2clip_plugin.vision.families import families, family_of
 from llm2clip_plugin.vision.family import Tower, tower_in
-from llm2clip_plugin.vision.publish import TEACHER_ADAPTER, is_local, located, model_card, recorded
 from llm2clip_plugin.vision.towers import load_tower, merged, resize_tower, resized_from
 
 # The same code with the same weights: only nondeterministic kernels can differ.
@@ -56,10 +62,8 @@ def export_tower(
     """Write ``model`` (a DualEncoder or a tower) to ``directory``, completely or not at all; returns its card.
 
     ``origin``: path or Hub id that the tower started from. ``teacher``: TeacherIdentity as a dict. Local paths in them
-    are recorded relative to ``directory``.
-    ``training``: steps, samples, data ...; ``resized_from`` is added if positions were interpolated.
-    ``adapter``: folder of the teacher's adapter, which is copied into the directory.
-    LoRA layers are merged into a copy; the model itself does not change.
+    are recorded relative to ``directory``. ``training``: steps, samples, data ... ``adapter``: folder of the teacher's
+    adapter, which is copied into the directory. LoRA layers are merged into a copy; the model itself does not change.
     Raises FileExistsError (directory not empty), ContractError (the reloaded directory differs from the model).
     """
     model = merged(model)
@@ -136,17 +140,28 @@ def save_tower(tower: Tower, directory: Path) -> None:
         save_file({prefix + name: value for name, value in state.items()}, directory / WEIGHTS_FILE, {"format": "pt"})
 
 
-def save_heads(dual: DualEncoder, directory: Path) -> dict[str, Any]:
-    """text_adapter.safetensors; returns the card's fields about it."""
+def save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    """Copies of tensors, which may share memory, as safetensors."""
     from safetensors.torch import save_file
 
-    state = {name: value.detach().contiguous().cpu() for name, value in heads_state(dual).items()}
-    save_file(state, directory / ADAPTER_FILE, metadata={"format": "pt"})
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    save_file(copies, path, metadata={"format": "pt"})
+
+
+def save_heads(dual: DualEncoder, directory: Path) -> dict[str, Any]:
+    """text_adapter.safetensors; returns the card's fields about it."""
+    save_tensors(heads_state(dual), directory / ADAPTER_FILE)
     return {
         "projection_dim": dual.config.projection_dim,
         "adapter_sha256": sha256_weights(directory / ADAPTER_FILE),
         "dual": {name: value for name, value in dataclasses.asdict(dual.config).items() if value is not None},
     }
+
+
+def load_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The dual encoder of a tower directory, or the tower if it contains nothing else."""
+    has_heads = TowerCard.read(directory / TowerCard.FILE).projection_dim
+    return load_dual(directory, dtype=dtype)[0] if has_heads else load_tower(directory, dtype=dtype)
 
 
 def reexport(
@@ -159,14 +174,12 @@ def reexport(
 ) -> TowerCard:
     """Write a tower directory again with this release: same weights, same card except for the versions.
 
-    ``adapter``: as for ``export_tower``; None copies the one that the directory contains, if it does.
-
-    ``image_size``, in pixels, interpolates the positions if it is not the tower's own; the metrics are dropped then,
-    because they were measured at the old size.
+    ``adapter``: as for ``export_tower``; None copies the one that the directory contains, if it does. ``image_size``,
+    in pixels, interpolates the positions if it is not the tower's own; the metrics, measured at the old one, go.
     """
     directory = fetch_directory(source)
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
-    model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)
+    model = load_model(directory)
     if adapter is None and (inside := directory / TEACHER_ADAPTER).is_dir():
         adapter = inside
     metrics = card.metrics
@@ -230,11 +243,163 @@ def compare_features(expected: dict[str, Tensor], actual: dict[str, Tensor], *, 
 def verify_directory(model: nn.Module, directory: Path) -> None:
     """Reload a tower directory; raise ContractError unless every weight (bit by bit) and feature is ``model``'s."""
     tower = tower_in(model)
-    is_dual = isinstance(model, DualEncoder)
-    reloaded = load_dual(directory, dtype=tower.dtype)[0] if is_dual else load_tower(directory, dtype=tower.dtype)
-    reloaded = reloaded.to(tower.device).eval()
+    reloaded = load_model(directory, dtype=tower.dtype).to(tower.device).eval()
     before, after = model.state_dict(), reloaded.state_dict()
     unequal = {name for name in before if name not in after or not torch.equal(before[name], after[name])}
     if unequal := sorted(unequal | (after.keys() - before.keys())):
         raise ContractError(f"{directory}: tensors differ after reloading: {unequal}")
     compare_features(probe_features(model), probe_features(reloaded), where=str(directory))
+
+
+# The README.md of a tower directory, and its upload to the Hub.
+
+BEFORE = "before"  # of a card's training: scores before step 1
+LICENSE = (
+    "## License",
+    "",
+    "Not stated. The tower inherits terms from the weights that it started from, from its teacher LLM and from its "
+    "training data. Complete this section and `license` above before you publish it.",
+    "",
+)
+PAGE = """\
+---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+license: other
+tags:
+- llm2clip
+- vision
+- {family}
+---
+
+# LLM2CLIP tower ({family})
+
+{facts}
+{training}{metrics}{license}
+## Use
+
+{limits}In LLaVA 1.5, with `llm2clip-plugin` installed in the same environment:
+
+```sh
+--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2
+```
+
+In Python:
+
+```python
+from llm2clip_plugin import load_dual_encoder, load_tower
+
+tower = load_tower("PATH_OR_HUB_ID")
+{dual}```
+"""
+DUAL = """\
+dual = load_dual_encoder("PATH_OR_HUB_ID")  # teacher=PATH: where the LLM is, if not there
+image_features, text_features = dual.encode_image(pixel_values), dual.encode_text(["a bird on a wire"])
+"""
+
+
+def model_card(card: TowerCard) -> str:
+    """Markdown with the Hub's front matter: what the tower is, how it was made, its metrics, how to use it."""
+    tokens = f"{card.num_patches} patches" + (" + 1 class token" if card.has_cls else ", no class token")
+    facts = {
+        "started from": f"`{card.origin}`",
+        "image size": f"{card.image_size} px, patches of {card.patch_size} px: {tokens}",
+        "blocks x width": f"{card.num_layers} x {card.hidden_size}",
+        "projection_dim": str(card.projection_dim or ""),
+        "teacher LLM": f"`{card.teacher.get('llm', '')}`, embeddings of width {card.teacher.get('width', '?')}",
+        "SHA-256 of the weights": f"`{card.weights_sha256}`",
+    }
+    if not card.teacher:
+        del facts["teacher LLM"]
+    before, metrics = card.training.get(BEFORE, {}), sorted(card.metrics.items())
+    scores = [(name, f"{before[name]:.4f}" if name in before else "", f"{value:.4f}") for name, value in metrics]
+    frozen = "Before: the start tower, frozen, with fitted projection and text adapter.\n\n" if before else ""
+    training = [(name, str(value)) for name, value in sorted(card.training.items()) if name != BEFORE]
+    texts = f"# {texts}\n" if (texts := needs_for_texts(card)) else ""
+    return PAGE.format(
+        family=card.family,
+        facts=markdown_table(("", ""), [(name, text) for name, text in facts.items() if text]),
+        training=f"## Training\n\n{markdown_table(('', ''), training)}\n" if training else "",
+        metrics=f"## Metrics\n\n{frozen}{markdown_table(('metric', 'before', 'after'), scores)}\n" if scores else "",
+        license="\n".join(LICENSE),
+        limits=f"This tower {reason}.\n\n" if (reason := beyond_llava(card)) else "",
+        dual=texts + DUAL if card.projection_dim else "",
+    )
+
+
+def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:], ""])
+
+
+def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
+    """A written tower directory in one line; others if LLaVA's pinned environment cannot run it, and about texts."""
+    lines = [f"{card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"]
+    return "\n".join(f"{place}: {line}" for line in [*lines, beyond_llava(card), needs_for_texts(card)] if line)
+
+
+def beyond_llava(card: TowerCard) -> str:
+    """Why LLaVA 1.5 cannot run a tower in its pinned environment; "" if it can."""
+    needs = families()[card.family].needs
+    pinned = "cannot run in LLaVA 1.5's pinned environment (transformers 4.37.2, timm 0.6.13)"
+    return f"needs {needs}: {pinned}; LLaVA runs it in the training environment" if needs else ""
+
+
+def needs_for_texts(card: TowerCard) -> str:
+    """What encode_text needs in addition to the directory; "" for a tower without a teacher that has an adapter."""
+    if not card.teacher.get("adapter_sha256"):
+        return ""
+    llm, adapter = card.teacher.get("llm", ""), card.teacher.get("adapter", "")
+    if adapter == f"./{TEACHER_ADAPTER}":
+        return f"texts need the LLM {llm}; the adapter is in {TEACHER_ADAPTER}/"
+    where = f"the adapter {adapter}" if adapter else "its adapter"
+    return f"texts need the LLM {llm} and {where}; `llm2clip export --with-adapter` puts the adapter into the directory"
+
+
+def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: bool = True) -> str:
+    """Upload a tower directory to the Hub as ``owner/name``; returns the URL of the commit.
+
+    The uploaded card and README name no local path: of the weights' and the LLM's only the folder's name is left, of
+    the adapter's nothing. The directory itself does not change.
+
+    Raises ContractError if the weights don't match the card, OSError if the Hub rejects the upload.
+    """
+    directory = Path(directory)
+    card = check_card(directory)
+    message = f"LLM2CLIP {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256[:12]}"
+    public = published(card)
+    replaced = {TowerCard.FILE: public.to_json().encode(), "README.md": model_card(public).encode()}
+    return upload(directory, repository, message, private=private, replaced=replaced if public != card else None)
+
+
+def upload(
+    directory: Path, repository: str, message: str, *, private: bool = True, replaced: dict[str, bytes] | None = None
+) -> str:
+    """Upload a folder to the Hub as ``owner/name`` in one commit; returns its URL.
+
+    ``replaced``: contents that are uploaded in place of files. Raises OSError, whatever the upload fails with: the
+    folder is complete and can be uploaded later.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
+
+    paths = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    names = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    try:
+        check_hub_answers(repository)
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        files = [CommitOperationAdd(name, (replaced or {}).get(name, directory / name)) for name in names]
+        return str(api.create_commit(repository, files, commit_message=message).commit_url)
+    except Exception as error:  # an LFS error is a ValueError or RuntimeError, others by the client's version
+        said = ": ".join(str(each) for each in (error, error.__cause__) if each is not None)  # the cause has the status
+        reason = " ".join(said.split()) or type(error).__name__
+        raise OSError(
+            f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the directory is complete: "
+            f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `hf upload {repository} {directory}`"
+        ) from error
+
+
+def check_repository(repository: str | None) -> None:
+    """Raise ValueError for what cannot be a repository's name; for commands that upload at their end."""
+    if repository is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+        raise ValueError(f"--push {repository!r} is no name of a repository, expected OWNER/NAME")

@@ -1,5 +1,6 @@
 """What the package needs to know about a family of vision towers, as plain data."""
 
+import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -24,19 +25,19 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 class Family:
     """One family of towers.
 
-    Dotted names are relative to the module that contains the blocks: transformers 4 wraps CLIP and SigLIP in
-    ``vision_model``, transformers 5 does not; ``towers.core_of`` returns it.
+    Dotted names are relative to the module that contains the blocks: ``vision_model``, in which transformers 4 wraps
+    CLIP and SigLIP, or the tower itself.
     """
 
     name: str  # in the TowerCard
     model_types: tuple[str, ...]  # `model_type` in config.json, of the vision model and of models that contain it
     vision_class: Callable[[], Any]  # returns the Hugging Face class, which is imported only then
     has_cls: bool  # a class token precedes the patches
-    positions: str  # the position table; "" if the family has none
-    blocks: str  # the ModuleList of transformer blocks
-    embeddings: tuple[str, ...]  # modules and parameters below the first block
+    positions: str = "embeddings.position_embedding.weight"  # the position table; "" if the family has none
+    blocks: str = "encoder.layers"  # the ModuleList of transformer blocks
+    embeddings: tuple[str, ...] = ("embeddings",)  # modules and parameters below the first block
     final_norm: str  # the norm after the last block
-    last_state_is_normed: bool  # last_hidden_state is the output of final_norm
+    last_state_is_normed: bool = True  # last_hidden_state is the output of final_norm
     pooling_head: tuple[str, ...] = ()  # modules that only pooler_output uses (SigLIP's attention pooling)
     never_trained: tuple[str, ...] = ()  # parameters that the tower's forward pass never reads
     file_prefix: str = ""  # of the tower's tensors in files on the Hub
@@ -51,7 +52,12 @@ class Family:
 
 def in_transformers(name: str) -> Callable[[], Any]:
     """A function that imports and returns ``transformers.NAME``."""
-    return lambda: getattr(importlib.import_module("transformers"), name)
+    return in_module("transformers", name)
+
+
+def in_module(module: str, name: str) -> Callable[[], Any]:
+    """A function that imports ``module`` and returns ``name`` from it."""
+    return lambda: getattr(importlib.import_module(module), name)
 
 
 def tower_in(model: Any) -> Tower:
@@ -59,33 +65,23 @@ def tower_in(model: Any) -> Tower:
     return model.tower if "tower" in dict(model.named_children()) else model
 
 
-def newer_transformers(name: str, *, title: str, since: str) -> Any:
-    """``transformers.NAME``, which the family ``title`` needs; ValueError with the version that has it."""
-    transformers = importlib.import_module("transformers")
-    if not hasattr(transformers, name):
-        raise ValueError(f"{title} requires transformers {since} or newer; {transformers.__version__} is installed")
-    return getattr(transformers, name)
+def wrapped(name: str, *, of: str, title: str, since: str) -> Callable[[], Any]:
+    """A function that returns class ``name`` of ``vision/wrapped.py`` as ``transformers.OF``, its base.
 
-
-def under_the_hubs_name(model: Any, base: Any) -> Any:
-    """A subclass of ``model`` with the name and the configuration of ``base``, a class of transformers'.
-
-    transformers translates the Hub's tensor names for its own classes alone; this one counts as such.
+    It has the base's name and configuration, as transformers translates the Hub's tensor names for its own classes
+    alone. Raises ValueError in versions of transformers before ``since``.
     """
-    own = {"config_class": base.config_class, "is_custom_code": classmethod(lambda cls: False)}
-    return type(base.__name__, (model,), own)
 
+    @functools.lru_cache(maxsize=1)
+    def made() -> type:
+        transformers = importlib.import_module("transformers")
+        if (base := getattr(transformers, of, None)) is None:
+            raise ValueError(f"{title} requires transformers {since} or newer; {transformers.__version__} is installed")
+        model = in_module("llm2clip_plugin.vision.wrapped", name)()
+        own = {"config_class": base.config_class, "is_custom_code": classmethod(lambda cls: False)}
+        return type(of, (model,), own)
 
-def remove_tokens(output: Any, start: int, stop: int) -> Any:
-    """A model's output whose states (B, T, H) lack the tokens ``start`` to ``stop - 1``, such as registers."""
-
-    def kept(state: Any) -> Any:
-        return state[:, [*range(start), *range(stop, state.shape[1])]]
-
-    output.last_hidden_state = kept(output.last_hidden_state)
-    if output.hidden_states is not None:
-        output.hidden_states = tuple(kept(state) for state in output.hidden_states)
-    return output
+    return made
 
 
 # The settings of a dual encoder; read without torch.

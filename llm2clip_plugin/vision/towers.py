@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.vision.checkpoint import check_pickles, own_preprocessor, read_tensor, weight_files
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, WEIGHTS_FILE, check_hash, fetch_directory
+from llm2clip_plugin.vision.eva02 import check_pixels
 from llm2clip_plugin.vision.families import families, family_of, read_config
 from llm2clip_plugin.vision.family import RESAMPLE, Tower
-from llm2clip_plugin.vision.positions import check_pixels, resize_positions
-from llm2clip_plugin.vision.standalone.timm_vit import TimmVit, TimmVitConfig, allowed
+from llm2clip_plugin.vision.timm_tower import TimmTower, TimmVitConfig, make_timm
 
 TIMM_PREFIX = "timm:"
 
@@ -54,10 +56,7 @@ def load_tower(
 
 
 def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
-    """The natural logarithm of the logit scale that a tower was trained with; None if its source has none.
-
-    ``source``: as for ``load_tower``.
-    """
+    """The natural logarithm of the logit scale of a source of ``load_tower``; None if it has none."""
     if str(source).startswith(TIMM_PREFIX):
         return None
     directory = fetch_directory(source)
@@ -80,21 +79,17 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
         try:
             tower, info = read()
         except RuntimeError:  # misshapen tensors, which transformers lists only with ignore_mismatched_sizes
-            try:
-                tower, info = read(ignore_mismatched_sizes=True)  # not at once: under ZeRO-3 all parameters are empty
-            except RuntimeError as error:
-                raise ContractError(f"the weights in {directory} do not match its config.json: {error}") from error
+            tower, info = read(ignore_mismatched_sizes=True)  # not at once: under ZeRO-3 all parameters are empty
     # old files on the Hub contain position_ids: a counter, not a weight
     extra = [key for key in info["unexpected_keys"] if not key.endswith("embeddings.position_ids")]
     unexpected = sorted(key for key in extra if not key.startswith(family.not_tower))
-    misshapen = {
-        name: f"{tuple(actual)}, expected {tuple(expected)}" for name, actual, expected in info["mismatched_keys"]
-    }
+    misshapen = {name: (tuple(actual), tuple(wanted)) for name, actual, wanted in info["mismatched_keys"]}
     missing = sorted(set(info["missing_keys"]) - set(misshapen))
     if missing or unexpected or misshapen:
+        shapes = [f"{name} is {actual}, expected {wanted}" for name, (actual, wanted) in sorted(misshapen.items())]
         raise ContractError(
             f"the weights in {directory} do not match its config.json: missing {missing}, unexpected {unexpected}, "
-            f"misshapen {[f'{name} is {shapes}' for name, shapes in sorted(misshapen.items())]}"
+            f"misshapen {shapes}"
         )
     tower.own_preprocessor = own_preprocessor(directory)
     return tower
@@ -127,6 +122,25 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
     return resized.train(tower.training)
 
 
+def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid: int) -> Tensor:
+    """Interpolate the patch rows and keep the class rows: (..., c + g*g, C) -> (..., c + G*G, C).
+
+    Bicubic without antialias, in float32, as LLM2CLIP's reference does from 224 to 336 pixels, and transformers 5 for
+    DINOv2. Raises ValueError if the number of rows does not match ``old_grid``.
+    """
+    rows = table.shape[-2]
+    if rows != class_rows + old_grid**2:
+        raise ValueError(f"the position table has {rows} rows, expected {class_rows} + {old_grid} x {old_grid}")
+    if new_grid == old_grid:
+        return table
+    flat = table.reshape(rows, table.shape[-1])
+    patches = rearrange(flat[class_rows:].float(), "(h w) c -> 1 c h w", h=old_grid)
+    patches = F.interpolate(patches, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
+    patches = rearrange(patches, "1 c h w -> (h w) c").to(table.dtype)
+    resized = torch.cat((flat[:class_rows], patches))
+    return resized.reshape(*table.shape[:-2], *resized.shape)
+
+
 def _reject_other_sizes(tower: Tower) -> None:
     """Make the forward pass raise for images of any other size: DINOv2 would interpolate its positions silently, and
     differently in each version of transformers."""
@@ -154,18 +168,13 @@ def core_prefix(tower: Tower) -> str:
     return "vision_model." if "vision_model" in dict(tower.named_children()) else ""
 
 
-def core_of(tower: Tower) -> Any:
-    """The module that contains embeddings, blocks and final norm."""
-    return tower.get_submodule(core_prefix(tower).rstrip("."))
-
-
 def tower_blocks(tower: Tower) -> nn.ModuleList:
     """The transformer blocks, first to last."""
-    return core_of(tower).get_submodule(family_of(tower).blocks)
+    return tower.get_submodule(core_prefix(tower) + family_of(tower).blocks)
 
 
 def parameters_in(tower: Tower, names: Iterable[str]) -> list[nn.Parameter]:
-    """The parameters that ``names`` (of modules or parameters, relative to ``core_of``) stand for."""
+    """The parameters that ``names`` (of modules or parameters, without ``core_prefix``) stand for."""
     full_names = tuple(core_prefix(tower) + name for name in names)
     prefixes = tuple(f"{name}." for name in full_names)
     return [value for name, value in tower.named_parameters() if name in full_names or name.startswith(prefixes)]
@@ -178,7 +187,7 @@ def tower_embeddings_parameters(tower: Tower) -> list[nn.Parameter]:
 
 def final_norm(tower: Tower) -> nn.Module:
     """The norm after the last block."""
-    return core_of(tower).get_submodule(family_of(tower).final_norm)
+    return tower.get_submodule(core_prefix(tower) + family_of(tower).final_norm)
 
 
 def use_fastest_attention(tower: Tower, device: torch.device, *, bf16: bool) -> None:
@@ -192,10 +201,7 @@ def use_fastest_attention(tower: Tower, device: torch.device, *, bf16: bool) -> 
 
 
 def freeze_tower(tower: Tower, *, first_blocks: int | None = None) -> None:
-    """Stop gradients for all of the tower, or for its embeddings and its first blocks.
-
-    Raises ValueError if the tower has fewer blocks.
-    """
+    """Stop gradients for all of the tower, or for its embeddings and its first blocks; ValueError if it has fewer."""
     if first_blocks is None:
         tower.requires_grad_(False)
         return
@@ -236,27 +242,20 @@ def use_quick_gelu(tower: nn.Module) -> int:
     """Replace every QuickGELUActivation of transformers in ``tower``, in place; returns their number."""
     from transformers.activations import QuickGELUActivation
 
-    places = [
-        (module, name)
-        for module in tower.modules()
-        for name, child in module.named_children()
-        if isinstance(child, QuickGELUActivation)
-    ]
-    for module, name in places:
-        setattr(module, name, QuickGELU())
-    return len(places)
+    count = 0
+    for module in tower.modules():
+        for name, child in module.named_children():
+            if isinstance(child, QuickGELUActivation):
+                setattr(module, name, QuickGELU())
+                count += 1
+    return count
 
 
 # A tower of a known architecture without a checkpoint: on torch's meta device for plans, or with random weights.
 
 
-def meta_tower(source: str, *, image_size: int | None = None) -> Tower:
-    """A tower's modules on the meta device, nothing downloaded; arguments and errors as ``new_tower``'s."""
-    return new_tower(source, image_size=image_size, device="meta")
-
-
 def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu") -> Tower:
-    """A tower with the random weights that its library gives it, from torch's generator, in float32.
+    """A tower with the random weights that its library gives it, from torch's generator, in float32; none on "meta".
 
     ``source``: a tower directory (its config.json), one of the families' ``shapes``, or ``timm:NAME``. Raises
     ValueError for anything else, FileNotFoundError for a directory without config.json.
@@ -287,16 +286,10 @@ def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu"
 # LoRA on a tower (PEFT): low-rank updates of the blocks' Linears train, the tower's own weights are frozen.
 
 
-def has_lora(model: nn.Module) -> bool:
-    """Whether a model carries LoRA layers; doesn't need PEFT."""
-    return any(".lora_A." in name for name, _ in model.named_parameters())
-
-
 def add_lora(tower: Tower, *, rank: int, alpha: int) -> None:
     """Add LoRA layers to every Linear of the tower's blocks, in place; the tower's own weights are frozen.
 
-    The update of a weight is ``alpha / rank * B @ A``; B starts at zero, so the outputs don't change at first.
-    Raises ValueError if PEFT is not installed.
+    The update of a weight is ``alpha / rank * B @ A``; B starts at zero. Raises ValueError if PEFT is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -311,7 +304,7 @@ def add_lora(tower: Tower, *, rank: int, alpha: int) -> None:
 
 def merged(model: nn.Module) -> nn.Module:
     """A copy with all LoRA updates merged into the weights; the model itself if it has none."""
-    if not has_lora(model):
+    if not any(".lora_A." in name for name, _ in model.named_parameters()):
         return model
     from peft.tuners.lora import LoraLayer
 
@@ -327,48 +320,12 @@ def merged(model: nn.Module) -> nn.Module:
 # Any timm vision transformer as a tower: ``load_tower("timm:vit_base_patch16_224")``. Needs timm 1.0 or newer.
 
 
-def make_timm(
-    name: str, image_size: int | None, *, pretrained: bool, arguments: Mapping[str, Any] | None = None
-) -> Any:
-    """The timm model without its classifier; ValueError for an unknown name, with similar ones, or argument."""
-    try:
-        import timm
-    except ImportError as error:
-        raise ValueError("this tower is a timm model; install timm: pip install 'timm>=1.0'") from error
-    if timm.__version__.startswith("0."):
-        raise ValueError(f"this tower requires timm 1.0 or newer; {timm.__version__} is installed")
-    if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
-        raise ValueError(f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}")
-    settings = allowed(arguments or {})
-    if image_size is not None:
-        settings["img_size"] = image_size
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(
-            f"timm {timm.__version__} cannot build {name!r} with {dict(arguments or {})}: {error}"
-        ) from error
+def timm_tower(name: str, *, pretrained: bool = True, arguments: Mapping[str, Any] | None = None) -> Any:
+    """A tower from a timm name, at its native size; ``arguments`` override those of the named model.
 
-
-class TimmTower(TimmVit):
-    """A timm vision transformer with the states and outputs of a tower."""
-
-    @staticmethod
-    def build(config: TimmVitConfig) -> Any:
-        """timm's model, as ``make_timm``."""
-        return make_timm(config.timm_name, config.image_size, pretrained=False, arguments=config.timm_args)
-
-
-def timm_tower(
-    name: str, *, pretrained: bool = True, image_size: int | None = None, arguments: Mapping[str, Any] | None = None
-) -> Any:
-    """A tower from a timm name, at its native size unless ``image_size`` is given, with timm's pretrained weights.
-
-    ``arguments`` override those of the named model.
     Raises ValueError unless the model is a plain vision transformer: one list of blocks, square patches, a square grid.
     """
-    model = make_timm(name, image_size, pretrained=pretrained, arguments=arguments)
+    model = make_timm(name, None, pretrained=pretrained, arguments=arguments)
     tower = TimmTower(timm_config(model, name, arguments or {}))
     tower.model.load_state_dict(model.state_dict())
     return tower.eval()

@@ -1,4 +1,4 @@
-# Sourced by pretrain.sh, finetune.sh, finetune_lora.sh and eval/benchmark.sh: options, gradient accumulation, launcher.
+# Sourced by pretrain.sh, finetune.sh, finetune_lora.sh and eval.sh: options, LLaVA's own, launcher.
 # Every option is also an environment variable of its name in capitals: --tower = TOWER, --global-batch = GLOBAL_BATCH ...
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -49,9 +49,10 @@ need() { # need NAME...: fails unless these variables are set
 need_file() { [ -e "$1" ] || fail "$1 does not exist"; }
 
 # inspect: refuses options that would stop the stage; sets LLAVA (its package), SCRIPT (training program), GPUS (per node),
-# WORLD, CUDA (0 or 1), REPORT_TO, QUIET (options of DeepSpeed's launcher).
+# ACCUMULATION (of gradients, so that the global batch does not depend on the number of GPUs), CUDA (0 or 1), REPORT_TO,
+# QUIET (options of DeepSpeed's launcher).
 inspect() {
-    local inspected words=("$(basename "$0" .sh)" --model "$MODEL" --data "$DATA" --image-folder "$IMAGE_FOLDER" --tower "$TOWER" --output "$OUTPUT")
+    local inspected world words=("$(basename "$0" .sh)" --model "$MODEL" --data "$DATA" --image-folder "$IMAGE_FOLDER" --tower "$TOWER" --output "$OUTPUT")
     [ -z "${PROJECTOR:-}" ] || words+=(--projector "$PROJECTOR")
     [ -z "$DEEPSPEED" ] || need_file "$DEEPSPEED"
     has_llava "$PYTHON" ||
@@ -65,14 +66,18 @@ inspect() {
     PORT=${PORT:-$FREE_PORT}
     if [ -n "${HOSTFILE:-}" ]; then
         need_file "$HOSTFILE"
-        WORLD=$(sed 's/#.*//' "$HOSTFILE" | awk 'match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }')
-        [ "$WORLD" -gt 0 ] || fail "$HOSTFILE has no line such as: node-1 slots=8"
+        world=$(sed 's/#.*//' "$HOSTFILE" | awk 'match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }')
+        [ "$world" -gt 0 ] || fail "$HOSTFILE has no line such as: node-1 slots=8"
         check_deepspeed_env
     else
-        WORLD=$((GPUS * ${SLURM_JOB_NUM_NODES:-1}))
+        world=$((GPUS * ${SLURM_JOB_NUM_NODES:-1}))
         [ "$SEEN" = 0 ] || [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] || [ "$GPUS" -le "$SEEN" ] ||
             fail "--gpus $GPUS: only $SEEN are visible on this machine"
     fi
+    local once=$((world * MICRO_BATCH))
+    [ $((GLOBAL_BATCH % once)) -eq 0 ] ||
+        fail "--global-batch $GLOBAL_BATCH is not a multiple of $world ranks x --micro-batch $MICRO_BATCH = $once; choose another --micro-batch"
+    ACCUMULATION=$((GLOBAL_BATCH / once))
 }
 
 # DeepSpeed passes only some variables to the other nodes, and those in ~/.deepspeed_env.
@@ -82,14 +87,6 @@ check_deepspeed_env() {
         [ -z "${!name:-}" ] || grep -qs "^$name=" ~/.deepspeed_env .deepspeed_env ||
             fail "$name is not passed to the other nodes; add $name=${!name} to ~/.deepspeed_env"
     done
-}
-
-# accumulation: gradient accumulation steps, so that the global batch does not depend on the number of GPUs.
-accumulation() {
-    local once=$((WORLD * MICRO_BATCH))
-    [ $((GLOBAL_BATCH % once)) -eq 0 ] ||
-        fail "--global-batch $GLOBAL_BATCH is not a multiple of $WORLD ranks x --micro-batch $MICRO_BATCH = $once; choose another --micro-batch"
-    echo $((GLOBAL_BATCH / once))
 }
 
 # attended WORDS...: run them; Ctrl-C, SIGTERM and SIGHUP reach them.
@@ -115,6 +112,14 @@ attended() {
 launch() {
     local launcher words=() result=$1 next=$2
     shift 2
+    local shared=( # by LLaVA 1.5's stages
+        --model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGE_FOLDER" --vision_tower "$TOWER" --output_dir "$OUTPUT"
+        --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False
+        --bf16 True --num_train_epochs 1 --gradient_accumulation_steps "$ACCUMULATION"
+        --per_device_train_batch_size "$MICRO_BATCH" --per_device_eval_batch_size 4
+        --evaluation_strategy no --save_strategy steps --save_total_limit 1 --logging_steps 1
+        --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+        --model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True)
     if [ "$CUDA" = 1 ]; then words+=(--tf32 True); else export DS_ACCELERATOR=cpu; fi
     launcher=$(dirname "$(command -v "$PYTHON")")/deepspeed
     [ -x "$launcher" ] || launcher=deepspeed
@@ -131,7 +136,7 @@ launch() {
         launcher="$launcher --num_gpus $GPUS --master_port $PORT"
     fi
     # shellcheck disable=SC2206 # launchers are words on purpose
-    words=($launcher "$SCRIPT" --deepspeed "$DEEPSPEED" "$@" "${words[@]}" --report_to "$REPORT_TO" "${EXTRA[@]}")
+    words=($launcher "$SCRIPT" --deepspeed "$DEEPSPEED" "${shared[@]}" "$@" "${words[@]}" --report_to "$REPORT_TO" "${EXTRA[@]}")
     echo "${words[*]}" >&2
     [ -z "${DRY_RUN:-}" ] || return 0
     attended "${words[@]}"

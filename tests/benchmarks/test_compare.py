@@ -102,9 +102,7 @@ def test_runs_below_a_folder_are_seeds(tmp_path):
     row = build(load_sides([tmp_path / "base", tmp_path / "new"], []), resamples=500).rows[0]
     assert row.runs == (3, 3) and row.result.spread_base > 0
     assert row.result.test == "t over images and runs" and row.result.low > 0
-    mean = np.mean(
-        [100 * np.mean([item["score"] for item in r.items]) for r in load_side(tmp_path / "new").runs["gqa"]]
-    )
+    mean = np.mean([100 * np.mean(run.scores) for run in load_side(tmp_path / "new").runs["gqa"]])
     assert row.result.new == pytest.approx(mean)
 
 
@@ -138,8 +136,8 @@ def test_retrieval_files_become_rows_by_direction(tmp_path):
         )
     paths = [tmp_path / "base.scores.json", tmp_path / "new.scores.json"]
     rows = build(load_sides(paths, []), resamples=200).rows
-    main([*map(str, paths), "--resamples", "100", "--html", str(tmp_path / "x.html")])
-    assert "No question with an answer to show" in (tmp_path / "x.html").read_text()  # no empty cards
+    main([*map(str, paths), "--resamples", "100", "--output", str(tmp_path / "out")])
+    assert "No question with an answer to show" in (tmp_path / "out" / "compare.html").read_text()  # no empty cards
     assert {row.title: row.result.difference for row in rows} == {
         "emoji image→text R@1": 50.0,
         "emoji image→text R@10": 0.0,

@@ -6,7 +6,6 @@ import pytest
 from golden_mllm import ROOT
 
 from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.benchmark import Options
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.benchmarks.score import score_answers
 
@@ -39,13 +38,13 @@ def llava_bench(tmp_path):
 def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
     """Means over reviews, the failed one averaged in: reference 26/4 = 6.5, model 20/4 = 5, relative 76.9."""
     folder, said, reviews = llava_bench
-    record = score_answers("llava_bench", folder, read_answers(said), Options(reviews=reviews))
+    record = score_answers("llava_bench", folder, read_answers(said), reviews=reviews)
     assert record.metrics["all"] == 76.9
     assert (record.metrics["all.reference"], record.metrics["all.model"]) == (65.0, 50.0)
     assert record.metrics["llava_bench_conv"] == round(5.5 / 8.5 * 100, 1)
     assert record.counts["failed_reviews"] == 1 and record.items[1]["answer"] == "It is 1."
     assert benchmark("llava_bench").statistic(record.items).full() == pytest.approx(100 * 20 / 26)
-    alone = score_answers("llava_bench", folder, read_answers(reviews), Options())  # the reviews as --answers
+    alone = score_answers("llava_bench", folder, read_answers(reviews))  # the reviews as --answers
     assert alone.metrics["all"] == record.metrics["all"]
 
 
@@ -63,7 +62,7 @@ def test_mmvet_over_runs_and_capabilities(tmp_path):
         "v1_2": {"model": ["g"], "content": ["1"], "score": [0.0, 0.2]},
     }))  # fmt: skip
     said = write_lines(tmp_path / "a.jsonl", [{"question_id": n, "prompt": f"q{n}", "text": f"t{n}"} for n in range(3)])
-    record = score_answers("mmvet", folder, read_answers(said), Options(reviews=grades))
+    record = score_answers("mmvet", folder, read_answers(said), reviews=grades)
     assert record.metrics["total"] == pytest.approx(50.0)
     assert record.metrics["capability.rec"] == pytest.approx(100 * (0.9 + 0.5) / 2)
     assert record.metrics["capability.math"] == pytest.approx(10.0)
@@ -75,21 +74,19 @@ def test_log_in_another_order_is_joined_or_refused(tmp_path):
     """gqa rows name no question: shuffled documents are joined by text where it is unique, refused where it is not."""
     source = next((ROOT / "lmms_eval" / "synthetic__model-a").glob("*_samples_gqa.jsonl"))
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    whole = {
-        item["id"]: item["score"] for item in score_answers("gqa", ROOT / "gqa", read_answers(source), Options()).items
-    }
+    whole = {item["id"]: item["score"] for item in score_answers("gqa", ROOT / "gqa", read_answers(source)).items}
     texts = [row["input"] for row in rows]
     unique = [row for row in rows if texts.count(row["input"]) == 1]
     assert len(unique) > 20
     for number, row in enumerate(reversed(unique)):
         row["doc_id"] = number
     turned = write_lines(tmp_path / "x_samples_gqa.jsonl", unique[::-1])
-    record = score_answers("gqa", ROOT / "gqa", read_answers(turned), Options(allow=1.0))
+    record = score_answers("gqa", ROOT / "gqa", read_answers(turned), allow=1.0)
     answered = [item for item in record.items if not item["missing"]]
     assert len(answered) == len(unique) and all(whole[item["id"]] == item["score"] for item in answered)
     same = [
         {**row, "doc_id": 1000 + n, "input": rows[0]["input"], "target": "none of them"} for n, row in enumerate(rows)
     ]
     assert texts.count(rows[0]["input"]) > 1
-    with pytest.raises(ValueError, match="name no question"):
-        score_answers("gqa", ROOT / "gqa", read_answers(write_lines(tmp_path / "y_samples_gqa.jsonl", same)), Options())
+    with pytest.raises(ValueError, match="match no question"):
+        score_answers("gqa", ROOT / "gqa", read_answers(write_lines(tmp_path / "y_samples_gqa.jsonl", same)))

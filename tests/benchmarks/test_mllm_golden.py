@@ -6,7 +6,6 @@ import pytest
 from golden_mllm import BENCHMARKS, MODELS, ROOT, answers, expected
 
 from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.benchmark import Options
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.benchmarks.score import score_answers
 
@@ -19,7 +18,7 @@ NOT_ITS_RULE = {"vqav2": {"score_raw_percent"}, "vizwiz": {"score"}}  # by item
 
 
 def score(name, model, **options):
-    return score_answers(name, ROOT / name, read_answers(answers(name, model)), Options(**options))
+    return score_answers(name, ROOT / name, read_answers(answers(name, model)), **options)
 
 
 def numbers(tree, prefix=""):
@@ -108,7 +107,7 @@ def test_pope_is_joined_never_zipped(run):
     """The official script's numbers of a shuffled or short file are wrong; ours are not."""
     quirk = expected("pope")["quirk_runs"][run]
     path = ROOT / "pope" / "quirk_answers" / f"{run}.jsonl"
-    record = score_answers("pope", ROOT / "pope", read_answers(path), Options())
+    record = score_answers("pope", ROOT / "pope", read_answers(path))
     by_id = {item["id"]: item["score"] for item in score("pope", "model-a").items}
     assert all(by_id[item["id"]] == item["score"] for item in record.items if not item["missing"])
     if run == "model-a_shuffled":
@@ -123,7 +122,7 @@ def test_pope_is_joined_never_zipped(run):
 @pytest.mark.parametrize("name", ["pope", "mme", "gqa", "textvqa", "scienceqa", "mmbench", "vqav2", "seedbench"])
 def test_lmms_eval_logs_give_the_same_as_llava_files(name, model):
     folder = ROOT / "lmms_eval" / f"synthetic__{model}"
-    record = score_answers(name, ROOT / name, read_answers(folder, tasks=benchmark(name).lmms_eval_tasks), Options())
+    record = score_answers(name, ROOT / name, read_answers(folder, tasks=benchmark(name).lmms_eval_tasks))
     llava = {item["id"]: item for item in score(name, model).items}
     for item in record.items:
         if not llava[item["id"]]["missing"]:
@@ -149,8 +148,8 @@ def test_older_lmms_eval_layouts(name, version, tmp_path):
         folder = tmp_path
     read = read_answers(folder, tasks=benchmark(name).lmms_eval_tasks)
     with pytest.raises(ValueError, match="have no answer"):
-        score_answers(name, ROOT / name, read, Options())
-    record = score_answers(name, ROOT / name, read, Options(allow=1.0))
+        score_answers(name, ROOT / name, read)
+    record = score_answers(name, ROOT / name, read, allow=1.0)
     llava = {item["id"]: item for item in score(name, "model-b").items}
     answered = [item for item in record.items if not item["missing"]]
     assert len(answered) == 40
@@ -176,5 +175,5 @@ def test_submission_is_the_official_converters(name, model, tmp_path):
     else:
         assert json.loads(ours) == json.loads(theirs)
     if name != "mmbench":
-        record, headline = score_answers(name, ROOT / name, read_answers(output), Options()), benchmark(name).headline
+        record, headline = score_answers(name, ROOT / name, read_answers(output)), benchmark(name).headline
         assert record.metrics[headline] == pytest.approx(score(name, model).metrics[headline], abs=TOLERANCE)

@@ -123,10 +123,10 @@ def test_what_makes_numbers_meaningless_comes_first(tmp_path, capsys):
         counts = {"answered": 12, "empty": empty}
         record = ScoreFile(benchmark="own", metrics={}, items=items, model=side, provenance={"precision": precision})
         replace(record, counts=counts).write(tmp_path / side / "own.scores.json")
-    compare([str(tmp_path / "old"), str(tmp_path / "new"), "--html", str(tmp_path / "x.html"), "--resamples", "100"])
+    compare([str(tmp_path / "old"), str(tmp_path / "new"), "--output", str(tmp_path), "--resamples", "100"])
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert "7 of the 12 answers of new" in first and "old in fp32, new in bf16" in second
-    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert text.index("7 of the 12 answers") < text.index('class="verdict"')
 
 
@@ -143,7 +143,7 @@ def own_benchmark(folder, pictures, **provenance):
     pictures.mkdir()
     for n in range(12):
         Image.new("RGB", (64, 64), (20 * n, 0, 0)).save(pictures / f"{n}.png")
-    return [str(folder / "old"), str(folder / "new"), "--resamples", "100", "--html", str(folder / "x.html")]
+    return [str(folder / "old"), str(folder / "new"), "--resamples", "100", "--output", str(folder)]
 
 
 def test_pictures_are_found_by_option_and_never_outside(tmp_path):
@@ -153,11 +153,11 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
 
     def pictured(*more):
         compare([*arguments, *more])
-        return [bool(question["image"]) for question in embedded(tmp_path / "x.html")["questions"]]
+        return [bool(question["image"]) for question in embedded(tmp_path / "compare.html")["questions"]]
 
     assert pictured() == [False] * 12
     told = "12 pictures of our own were not found; pass their folder with --image-folder"
-    assert told in (tmp_path / "x.html").read_text()
+    assert told in (tmp_path / "compare.html").read_text()
     assert pictured("--image-folder", pictures) == [True] * 12
     assert pictured("--image-folder", pictures, "--no-images") == [False] * 12
     assert find_image(("",), tmp_path / "pictures", "../old/own.scores.json") is None
@@ -176,6 +176,6 @@ def test_hostile_names_and_ids_stay_text(tmp_path):
         record = ScoreFile(benchmark="simulated<b>", metrics={}, items=items, model=HOSTILE + name)
         record.write(tmp_path / f"{name}.scores.json")
     files = [str(tmp_path / f"{name}.scores.json") for name in ("base", "new")]
-    compare([*files, "--html", str(tmp_path / "x.html"), "--resamples", "100"])
-    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    compare([*files, "--output", str(tmp_path), "--resamples", "100"])
+    text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "<img" not in text and "<b>red" not in text and text.count("<script") == 2

@@ -124,14 +124,6 @@ def test_notices_name_every_style_and_license_texts_exist() -> None:
     assert not list(EMOJI.glob("*openmoji*")), "share-alike art must not be shipped"
 
 
-def test_an_installed_package_without_the_pictures_says_so(tmp_path, monkeypatch) -> None:
-    from llm2clip_plugin.data.sources import open as sources
-
-    monkeypatch.setattr(sources, "EMOJI", tmp_path)
-    with pytest.raises(FileNotFoundError, match="built-in emoji"):
-        sources.open_source(sources.SourceConfig(path=str(tmp_path / "train-*.tar")))
-
-
 def test_split_is_exact_deterministic_and_refuses_what_cannot_be_filled(builder) -> None:
     sizes = {f"family-{i}": 1 + i % 4 for i in range(60)} | {"series": 30}
     split = builder.split_families(sizes, test=31, validation=17)

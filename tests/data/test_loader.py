@@ -11,14 +11,12 @@ import pytest
 import torch
 from data_world import TEACHER, img2dataset_members, jpeg, write_shards, write_tar
 
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache
-from llm2clip_plugin.data.cache_shard import caption_rows
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import SOURCE_BITS, PairDataset, eval_pairs
 from llm2clip_plugin.data.samples import AugmentConfig, caption_hash
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 
 IMAGES = ImageConfig(size=16)

@@ -23,8 +23,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources import tars
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
 from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.config import PairsConfig

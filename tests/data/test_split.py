@@ -11,9 +11,8 @@ from tiny_data import make_shards
 
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.data import split as writing
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.data.split import decide, is_held_out
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
+from llm2clip_plugin.data.split import decide, hash_of, is_held_out
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def test_tars_are_copied_whole_to_two_sides(shards: Path, tmp_path: Path, capsys
     )
     before, train, held_out = (content(read(path)) for path in (shards, output / "train", output / "validation"))
     assert train | held_out == before and not train.keys() & held_out.keys()
-    assert held_out.keys() == {key for key in before if is_held_out(key, 0.25)} and 4 < len(held_out) < 24
+    assert held_out.keys() == {key for key in before if hash_of(key) < 0.25 * 2**64} and 4 < len(held_out) < 24
     assert f"validation: {len(held_out)} samples ({100 * len(held_out) / 48:.2f} %)" in said
     summary = json.loads((output / "split.json").read_text())
     assert summary["samples"] == {"train": len(train), "validation": len(held_out)}
@@ -68,7 +67,8 @@ def test_tars_are_copied_whole_to_two_sides(shards: Path, tmp_path: Path, capsys
 
 def test_a_side_depends_on_the_key_alone(shards: Path, tmp_path: Path):
     def held_out(source: Source) -> set[str]:
-        return {source.key(number) for number in decide(source, 0.3, "").held_out_N.nonzero()[0].tolist()}
+        held_out_N = is_held_out(decide(source, 0.3, ""), 0.3)
+        return {source.key(number) for number in held_out_N.nonzero()[0].tolist()}
 
     first = held_out(read(shards))
     shutil.move(shards / "00000.tar", shards / "z.tar")  # another order, and other names
@@ -88,9 +88,6 @@ def test_groups_stay_together_and_rows_stay_as_they_are(rows: Path, tmp_path: Pa
     assert sorted(lines["train"] + lines["validation"]) == sorted(rows.read_text().splitlines())  # byte by byte
     assert f"--validation {output}/validation.jsonl --image-folder {tmp_path}/images" in said
     assert f"{len(places['validation'])} values of 'place'" in said
-    captions = {side: [json.loads(line)["caption"].lower() for line in text] for side, text in lines.items()}
-    shared = sum(caption in captions["train"] for caption in captions["validation"])
-    assert shared and f"warning: {shared} of the {len(lines['validation'])} validation captions also occur in" in said
 
 
 def test_llava_s_list_stays_a_list(tmp_path: Path):
@@ -124,7 +121,6 @@ def test_a_killed_split_is_resumed(shards: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(writing, "_copy_shard", dies)
     assert run("data split", words) == 130 and not output.exists() and copied == ["00000"]
     copied.clear()
-    assert run("data split", [*words[:-3], "0.5", "--workers", "1"]) == 2  # of other settings: not mixed
     assert run("data split", words) == 0 and copied == ["00001"]
     assert content(read(output / "train")) | content(read(output / "validation")) == content(read(shards))
 

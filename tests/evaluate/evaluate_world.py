@@ -10,8 +10,7 @@ from tiny_llm import save_tiny_llm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter
-from llm2clip_plugin.data.cache_shard import caption_rows
+from llm2clip_plugin.data.cache import CacheWriter, caption_rows
 from llm2clip_plugin.data.samples import caption_hash
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower

@@ -15,19 +15,21 @@ from transformers import AutoTokenizer
 
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig
+from llm2clip_plugin.data.images import ImageConfig, Normalize, evaluation_pixels
 from llm2clip_plugin.evaluate.classification import (
+    ImageFeatures,
     class_vectors,
     classification_scores,
     fit_logistic,
+    image_features,
     knn,
     linear_probe,
+    open_labeled_images,
     predict,
     prompt_source,
     read_class_names,
     read_templates,
 )
-from llm2clip_plugin.evaluate.images import ImageFeatures, image_features, open_labeled_images
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
@@ -159,7 +161,7 @@ def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
     assert cli(words) == 2 and "--llm" in capsys.readouterr().err  # its card names no teacher
     assert cli([*words, "--llm", str(clip)]) == 0
     tokenizer = AutoTokenizer.from_pretrained(clip)
-    transform = EvalTransform(ImageConfig.from_preprocessor(preprocessor_config(Path(imported))))
+    images = ImageConfig.from_preprocessor(preprocessor_config(Path(imported)))
 
     def normalized(output):
         return F.normalize(getattr(output, "pooler_output", output)[0], dim=0)
@@ -173,7 +175,8 @@ def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
         hits = {}
         for number, name in enumerate(sorted(COLOURS)):
             for file in sorted((data / f"the_{name}").iterdir()):
-                image_D = normalized(model.get_image_features(pixel_values=transform(file.read_bytes())[None]))
+                pixels = torch.from_numpy(evaluation_pixels(file.read_bytes(), images))[None]
+                image_D = normalized(model.get_image_features(pixel_values=Normalize(images)(pixels)))
                 hits[f"the_{name}/{file.name}"] = float((torch.stack(text_CD) @ image_D).argmax() == number)
     assert {item["id"]: item["score"] for item in ScoreFile.read(before).items} == hits
 

@@ -12,9 +12,8 @@ from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.images import ImageConfig, Normalize, evaluation_pixels
+from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.evaluate.commands import intervals
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval, recall
@@ -67,8 +66,8 @@ def test_all_and_parts_equal_recall_on_the_same_embeddings(opened):
     alone = recall(pairs.image_ND, pairs.text_MD[part], pairs.owner_M[part])
     assert {key.removeprefix("long:en/"): value for key, value in metrics.items() if key.startswith("long:en")} == alone
     with torch.no_grad():
-        pixels = torch.stack([EvalTransform(IMAGES)(source[index].read_image()) for index in range(12)])
-        expected = dual.encode_image(pixels)
+        pixels = [torch.from_numpy(evaluation_pixels(source[index].read_image(), IMAGES)) for index in range(12)]
+        expected = dual.encode_image(Normalize(IMAGES)(torch.stack(pixels)))
     assert torch.allclose(pairs.image_ND, expected, atol=1e-6)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.cli import main as cli
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
+from llm2clip_plugin.data.images import ImageConfig, Normalize, evaluation_pixels
 from llm2clip_plugin.evaluate import search as image_index
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -40,12 +40,12 @@ def run(place, *words, texts=TEXTS):
 def naive(place):
     """Key -> cosine for each text, one image at a time."""
     dual, images = load_dual_encoder(place / "tower"), ImageConfig(size=32)
-    transform, normalize = EvalTransform(images), Normalize(images, torch.device("cpu"))
+    normalize = Normalize(images, torch.device("cpu"))
     with torch.no_grad():
         text_QD = dual.encode_text(TEXTS)
         scores = []
         for path in sorted((place / "data" / "images").iterdir()):
-            pixels = normalize(torch.from_numpy(transform.pixels(path.read_bytes()))[None])
+            pixels = normalize(torch.from_numpy(evaluation_pixels(path.read_bytes(), images))[None])
             scores.append((path.name, (text_QD @ dual.encode_image(pixels)[0]).tolist()))
     return [{name: of_texts[number] for name, of_texts in scores} for number in range(len(TEXTS))]
 

@@ -14,8 +14,7 @@ from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
-from llm2clip_plugin.evaluate.suites import select_suites, suites
-from llm2clip_plugin.evaluate.suites.base import hard_negative_scores
+from llm2clip_plugin.evaluate.suites import hard_negative_scores, select_suites, suites
 from llm2clip_plugin.evaluate.suites.sharegpt4v_1k import first_items
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -255,9 +254,7 @@ def test_hard_negatives_count_a_tie_as_half():
 PHOTOS_100 = '''
 """Photos-100: a hundred photos, one caption each."""
 
-from llm2clip_plugin.evaluate.images import Row
-from llm2clip_plugin.evaluate.suites.base import Suite
-from llm2clip_plugin.evaluate.suites.base import read_json, to_captions
+from llm2clip_plugin.evaluate.suites import Row, Suite, read_json, to_captions
 
 
 def read(folder):

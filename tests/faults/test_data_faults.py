@@ -18,7 +18,7 @@ def cut(path: Path) -> None:
     Fault(
         "tar that is cut",
         "",
-        "{w}/data/00001.tar: no tar, truncated or damaged: ...; copy or write it again",
+        "{w}/data/00001.tar: no tar, compressed, truncated or damaged: ...; copy or write it again",
         lambda w: cut(w.path("data/00001.tar")),
     ),
     Fault(

@@ -20,7 +20,7 @@ POPE = Path(__file__).parents[1] / "golden" / "mllm" / "pope"
 NO_SPACE = (
     "cannot write {w}/disk/%s: No space left on device (0.0... MB free); free space there, and rerun the same command"
 )
-RERUN = ("cache/", ".split.partial/")  # what a rerun of the same command completes
+RERUN = ("cache/", ".split.")  # what a rerun of the same command completes
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ SPLIT = "data split {w}/data --output {w}/disk/split --validation 0.2"
         "pope...",
         0,
     ),
-    full("data split, without space for a list", SPLIT, ".split.partial/split.json", 0),
-    full("data split", SPLIT, ".split.partial/train/00000.tar"),
+    full("data split, on a full disk", SPLIT, ".split...partial/train/00000.tar", 0),
+    full("data split", SPLIT, ".split...partial/train/00000.tar"),
 )
 def test_written_whole_or_not_at_all(fault: Fault, small: World, capsys: pytest.CaptureFixture[str]) -> None:
     disk, command = small.path("disk"), fault.words.replace("{w}", str(small.folder)).split()

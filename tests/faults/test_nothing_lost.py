@@ -97,6 +97,6 @@ def test_embed_replaces_with_overwrite_and_grows_without(complete: World) -> Non
 
 def test_a_split_inside_its_data(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     output = f"{world.folder}/data/held-out"
-    fault = Fault("", "", f"--output {output} is inside the data at {{w}}/data, ...")
+    fault = Fault("", "", f"--output {output} is inside the data, ...")
     meet(fault, world, ["data", "split", str(world.path("data")), "--output", output, "--validation", "0.3"], capsys)
     assert not list(world.path("data").rglob("split.json"))

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 def raw(folder) -> list[scores.Tower]:
     """Both seeds of "raw", measured."""
     caches, sets = report.open_caches(folder / "data"), scores.open_sets(folder / "data" / "all")
-    return [report.measure(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
+    return [scores.measure_tower(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
 
 
 def test_report_measures_every_tower_on_every_test(folder) -> None:
@@ -104,9 +104,9 @@ def test_ties_are_in_random_order() -> None:
 
 def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
     tuned = [dataclasses.replace(tower, name="tuned", seed=1 - tower.seed) for tower in raw]
-    made = report.in_order(scores.make_claims(scores.tower_tests([*raw, *tuned])))
+    made = scores.make_claims(scores.tower_tests([*raw, *tuned]))
     first = made[0]
-    assert first.name == report.HEADLINE[0] and len(made) == len(raw[0].tests)
+    assert first.name == scores.HEADLINE[0] and len(made) == len(raw[0].tests)
     by_hand = (raw[1].queries(LANGUAGES_TEST, "t2i").scores - raw[0].queries(LANGUAGES_TEST, "t2i").scores).mean()
     assert by_hand != 0
     each = {seed: difference.difference for seed, difference in first.by_seed.items()}
@@ -170,4 +170,4 @@ def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
     write_cache(folder / "data" / "all", tmp_path / "cache" / "raw", other)
     sets = scores.open_sets(folder / "data" / "all")
     with pytest.raises(ContractError, match=other.fingerprint):
-        report.measure(folder / "out" / "towers" / "raw-seed0", sets, report.open_caches(tmp_path))
+        scores.measure_tower(folder / "out" / "towers" / "raw-seed0", sets, report.open_caches(tmp_path))

@@ -15,7 +15,7 @@ from llm2clip_plugin.stages.tower_config import RECIPES, recipe
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
 from llm2clip_plugin.train.model import build_dual, shape_dual, trained_parameters
 from llm2clip_plugin.vision.family import DualConfig
-from llm2clip_plugin.vision.towers import meta_tower
+from llm2clip_plugin.vision.towers import new_tower
 
 AFTER = [name for name in RECIPES if name.startswith(("proclip", "lift"))]  # methods that came after the paper's
 PAPER = [name for name in RECIPES if name not in ("base", "quickstart", *AFTER)]
@@ -43,7 +43,7 @@ def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_shapes_of_known_towers_have_the_published_number_of_parameters(name: str):
-    tower = meta_tower(name)
+    tower = new_tower(name, device="meta")
     assert {p.device.type for p in tower.parameters()} == {"meta"}
     assert sum(p.numel() for p in tower.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], rel=2e-3)
 

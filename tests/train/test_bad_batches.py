@@ -13,8 +13,8 @@ from train_helpers import allow_fp16, new_state, parts_of, run_ranks, tiny_batch
 
 from llm2clip_plugin.files import LEFT_OUT
 from llm2clip_plugin.train.checkpoint import AVERAGES, Checkpoints, HostCopies, load
+from llm2clip_plugin.train.engine import Reference
 from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.reference import Reference
 
 STEPS, BAD = 8, 7  # the seventh batch has a NaN on the last rank
 WAYS: dict[str, dict[str, Any]] = {

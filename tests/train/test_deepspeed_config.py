@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
-from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.distributed import set_tf32
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
-from llm2clip_plugin.train.optim import chosen_optimizer, lr_factor
+from llm2clip_plugin.train.optim import EnginePlan, chosen_optimizer, complete, lr_factor, read_deepspeed_json
 from llm2clip_plugin.vision.family import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -108,7 +107,7 @@ def test_tf32_is_for_half_precision_unless_asked_for(monkeypatch, tf32: Any, pre
 def test_equal_values_and_a_scheduler_without_values_are_accepted():
     user = {"train_batch_size": 512, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}
     assert "scheduler" not in complete(user, PLAN)
-    assert complete({}, PLAN)["zero_optimization"]["stage"] == 1  # half precision without ZeRO: see deepspeed_config
+    assert complete({}, PLAN)["zero_optimization"]["stage"] == 1  # half precision without ZeRO: see train.optim
     assert complete({}, dataclasses.replace(PLAN, precision="fp32"))["zero_optimization"]["stage"] == 0
 
 

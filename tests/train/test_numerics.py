@@ -12,7 +12,7 @@ from tiny_data import make_all
 from train_helpers import TinyDual, allow_fp16, new_state, run_ranks, save_now, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TWIN, HostCopies, load
-from llm2clip_plugin.train.reference import Reference, frozen_copy
+from llm2clip_plugin.train.engine import Reference, frozen_copy
 
 HALF = {
     "bf16 zero1": {"stage": 1, "precision": "bf16", "micro": 16},

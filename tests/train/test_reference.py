@@ -10,7 +10,7 @@ import torch
 from train_helpers import TinyDual, new_state, run_ranks, save_now, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.checkpoint import TWIN, HostCopies, load
-from llm2clip_plugin.train.reference import Reference, frozen_copy
+from llm2clip_plugin.train.engine import Reference, frozen_copy
 
 STEPS, SAVED_AT, DECAY = 4, 2, 0.8
 TERMS = ("infonce", "distill=0.5")

@@ -33,8 +33,8 @@ STEPS = 8
 def train(rank: int, world: int, folder: str, stage: int, stuck_in: str = "") -> None:
     """Start or resume a run. stuck_in: the write of this file of the second checkpoint never ends."""
     from llm2clip_plugin.train import checkpoint
+    from llm2clip_plugin.train.engine import Reference
     from llm2clip_plugin.train.loop import run_loop
-    from llm2clip_plugin.train.reference import Reference
 
     run = Path(folder)
     write = checkpoint.write_tensors

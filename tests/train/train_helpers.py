@@ -123,9 +123,8 @@ def tiny_engine(
 ) -> Any:
     """An engine over a TinyDual with two learning rates, made as stages.py makes one."""
     from llm2clip_plugin.train.config import OptimConfig
-    from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
     from llm2clip_plugin.train.engine import Engine
-    from llm2clip_plugin.train.optim import Trained, is_vector, parameter_groups
+    from llm2clip_plugin.train.optim import EnginePlan, Trained, complete, is_vector, parameter_groups
 
     torch.manual_seed(0)
     module = dual or TinyDual()

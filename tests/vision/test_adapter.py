@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llm2clip_plugin.vision.dual import TextAdapter
+from llm2clip_plugin.vision.family import DualConfig
 
 from .conftest import REFERENCE, golden_config, largest_difference, read
 
@@ -12,9 +13,13 @@ TOLERANCE = 1e-4
 NAMES = {"ln.": "norm.", "fn.0.": "up.", "fn.3.": "down."}
 
 
+def adapter_of(width: int, projection_dim: int, **options) -> TextAdapter:
+    return TextAdapter(DualConfig(llm_width=width, projection_dim=projection_dim, **options))
+
+
 def golden_adapter(folder, **options) -> TextAdapter:
     config = golden_config(folder)
-    adapter = TextAdapter(config["llm_embedding_dim"], config["output_dim"], **options)
+    adapter = adapter_of(config["llm_embedding_dim"], config["output_dim"], **options)
     state = {}
     for key, value in read(folder, "weights.safetensors").items():
         index, rest = key.removeprefix("text.text_adaptor.").split(".", 1)
@@ -51,9 +56,9 @@ def test_equals_the_reference(name, path, normalise):
 def test_input_scale_and_noise():
     torch.manual_seed(1)
     x = torch.randn(5, 16)
-    unit = TextAdapter(16, 16, kind="none")
+    unit = adapter_of(16, 16, adapter="none")
     assert torch.allclose(unit(x).norm(dim=-1), torch.ones(5))
-    scaled = TextAdapter(16, 16, kind="none", input_scale="sqrt_width", input_noise=0.5)
+    scaled = adapter_of(16, 16, adapter="none", input_scale="sqrt_width", input_noise=0.5)
     assert torch.allclose(scaled.eval()(x), 4 * unit(x))
     torch.manual_seed(3)
     first = scaled.train()(x)
@@ -65,13 +70,13 @@ def test_input_scale_and_noise():
 
 
 def test_kinds():
-    linear = [name for name, _ in TextAdapter(8, 6, kind="linear").named_parameters()]
+    linear = [name for name, _ in adapter_of(8, 6, adapter="linear").named_parameters()]
     assert linear == ["norm.weight", "norm.bias", "projection.weight", "projection.bias"]
-    assert not list(TextAdapter(8, 8, kind="none").parameters())
+    assert not list(adapter_of(8, 8, adapter="none").parameters())
     with pytest.raises(ValueError, match="embeddings have width 9, but the text adapter expects 8"):
-        TextAdapter(8, 6)(torch.zeros(1, 9))
+        adapter_of(8, 6)(torch.zeros(1, 9))
 
 
 def test_half_precision_parameters_take_float32_embeddings():
-    adapter = TextAdapter(16, 8).to(torch.bfloat16)
+    adapter = adapter_of(16, 8).to(torch.bfloat16)
     assert adapter(torch.randn(3, 16)).dtype == torch.bfloat16

@@ -9,7 +9,7 @@ import torch
 from llm2clip_plugin import load_tower
 from llm2clip_plugin.vision import families
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.towers import meta_tower
+from llm2clip_plugin.vision.towers import new_tower
 
 MEMBERS = Path(__file__).parent / "new_members"
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
@@ -29,7 +29,7 @@ def released(monkeypatch, tmp_path) -> Path:
 
 
 def test_a_new_family_is_planned_and_runs_in_llava(released, tmp_path):
-    assert meta_tower("OFA-Sys/chinese-clip-vit-base-patch16", image_size=336).config.image_size == 336
+    assert new_tower("OFA-Sys/chinese-clip-vit-base-patch16", image_size=336, device="meta").config.image_size == 336
     from llava_integration.tower import LLM2CLIPVisionTower
     from llava_integration.towers import locate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm2clip_plugin.files import discover, literals
+from llm2clip_plugin.files import discover
 from llm2clip_plugin.options import unknown
 
 if TYPE_CHECKING:
@@ -15,12 +15,6 @@ def benchmarks() -> dict[str, Benchmark]:
     """Every benchmark by name, in the order of LLaVA's table."""
     members: dict[str, Benchmark] = discover(__name__, "BENCHMARK")
     return dict(sorted(members.items(), key=lambda member: (member[1].order, member[0])))
-
-
-def benchmark_names() -> list[str]:
-    """The names of all benchmarks, in the same order; imports none of them."""
-    known = literals(__name__, "BENCHMARK")
-    return sorted(known, key=lambda name: (known[name].get("order", 1000), name))
 
 
 def benchmark(name: str) -> Benchmark:

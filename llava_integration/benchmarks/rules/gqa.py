@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json
+from llava_integration.benchmarks.answers import Answer, Answers, Row
+from llm2clip_plugin.files import read_json_value
 
 NOT_A_STEP = ("exist", "query: name", "choose name")  # operations that ask rather than reason
 BREAKDOWNS = {  # metric -> field of the items
@@ -23,27 +24,24 @@ BREAKDOWNS = {  # metric -> field of the items
 
 
 class GQA(base.Benchmark):
-    """Exact match over the balanced questions."""
-
     def load(self, folder: Path) -> list[base.Question]:
-        """The balanced questions, in the file's order."""
         where = "questions1.2.zip at https://cs.stanford.edu/people/dorarad/gqa/download.html, into data/"
         return [
             base.Question(
                 id=identifier,
                 text=entry["question"],
-                cluster=str(entry["imageId"]),
                 truth=entry["answer"],
                 image=f"{entry['imageId']}.jpg",
+                cluster=str(entry["imageId"]),
                 category=entry["types"]["structural"],
                 extra={
                     "semantic": entry["types"]["semantic"],
-                    "steps": _steps(entry["semantic"]),
+                    "steps": _reasoning_steps(entry["semantic"]),
                     "words": len(entry["question"].split()),
                     "group": entry["groups"]["global"],
                 },
             )
-            for identifier, entry in read_json(self.require(folder, *self.annotations, where=where)).items()
+            for identifier, entry in read_json_value(self.require(folder, *self.annotations, where=where)).items()
             if entry.get("isBalanced", True)
         ]
 
@@ -56,11 +54,9 @@ class GQA(base.Benchmark):
             answer,
             score=int(answer is not None and prediction == question.truth),
             prediction=prediction,
-            **question.extra,
         )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """The official script's numbers: percent, and the counts of each part."""
         query = [item for item in items if item["category"] == "query"]
         binary = [item for item in items if item["category"] != "query"]
         tree: dict[str, Any] = {
@@ -82,8 +78,7 @@ class GQA(base.Benchmark):
         return [{"questionId": answer.id, "prediction": convert(answer.text or "")} for answer in answers.rows]
 
 
-def _steps(program: Sequence[dict]) -> int:
-    """Reasoning steps of a question's program."""
+def _reasoning_steps(program: Sequence[dict]) -> int:
     names = [f"{step['operation']}: {step['argument']}" for step in program]
     return sum(not any(word in name for word in NOT_A_STEP) for name in names)
 

@@ -12,20 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, Answers, read_jsonl
+from llava_integration.benchmarks.answers import Answer, read_jsonl
 
 
 class LLaVABench(base.Benchmark):
-    """The judge's score relative to the reference's, overall and by category."""
-
     def load(self, folder: Path) -> list[base.Question]:
-        """The questions, in the file's order."""
         where = "from https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
         return [
             base.Question(
                 id=row["question_id"],
                 text=row["text"],
-                cluster=row["image"],
                 truth="",
                 image=row["image"],
                 category=row.get("category", ""),
@@ -33,17 +29,13 @@ class LLaVABench(base.Benchmark):
             for row in read_jsonl(self.require(folder, *self.annotations, where=where))
         ]
 
-    def score(self, folder: Path, answers: Answers, options: base.Options) -> base.Scored:
-        """Notes the failed reviews."""
-        scored = super().score(folder, answers, options)
-        if failed := scored.counts["failed_reviews"]:
-            scored.notes.append(f"{failed} reviews have no scores; the official script averages them in as -1")
-        return scored
-
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """``answer`` is the review; the model's score out of 10 is the item's."""
         row = answer.row if answer else {}
-        reference, model = _marks(answer)
+        marks = row.get("tuple", [0.0, 0.0])
+        if not isinstance(marks, list) or len(marks) != 2:
+            raise ValueError(f"the review of {question.id} has tuple {marks!r}, expected [reference, model]")
+        reference, model = map(float, marks)
         return base.item_of(
             question,
             answer,
@@ -57,42 +49,28 @@ class LLaVABench(base.Benchmark):
         )
 
     def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
-        """Reviews that could not be parsed."""
+        """Reviews without scores, which the official script averages in as -1."""
         return {"failed_reviews": sum(item["failed"] for item in items)}
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """See ``numbers``."""
-        return numbers([item for item in items if not item["missing"]])
+        """``<category>``: relative score; ``.reference`` and ``.model``: mean scores x 10, all rounded as printed."""
+        given = [item for item in items if not item["missing"]]
+        metrics = {}
+        for name in ("all", *sorted({item["category"] for item in given})):
+            chosen = [item for item in given if name in ("all", item["category"])]
+            reference, model = (
+                round(float(np.mean([item[field] for item in chosen])), 3) if chosen else 0.0
+                for field in ("mark_reference", "mark_model")
+            )
+            metrics[name] = round(model / reference * 100, 1) if reference else 0.0
+            metrics[f"{name}.reference"] = round(reference * 10, 1)
+            metrics[f"{name}.model"] = round(model * 10, 1)
+        return metrics
 
     def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """100 x sum of the model's scores / sum of the reference's."""
         sums = np.array([[item["mark_model"], item["mark_reference"]] for item in items], dtype=float)
         return base.Statistic(sums, lambda totals: 100 * base.ratio(totals[..., 0], totals[..., 1]))
-
-
-def _marks(review: Answer | None) -> tuple[float, float]:
-    """The judge's scores of the reference's and the model's answer."""
-    if review is None:
-        return 0.0, 0.0
-    marks = review.row.get("tuple")
-    if not isinstance(marks, list) or len(marks) != 2:
-        raise ValueError(f"line {review.line} of the reviews has tuple {marks!r}, expected [reference, model]")
-    return float(marks[0]), float(marks[1])
-
-
-def numbers(items: Sequence[base.Item]) -> dict[str, float]:
-    """``<category>``: relative score; ``.reference`` and ``.model``: mean scores x 10, all rounded as printed."""
-    metrics = {}
-    for name in ("all", *sorted({item["category"] for item in items})):
-        chosen = [item for item in items if name in ("all", item["category"])]
-        reference, model = (
-            round(float(np.mean([item[field] for item in chosen])), 3) if chosen else 0.0
-            for field in ("mark_reference", "mark_model")
-        )
-        metrics[name] = round(model / reference * 100, 1) if reference else 0.0
-        metrics[f"{name}.reference"] = round(reference * 10, 1)
-        metrics[f"{name}.model"] = round(model * 10, 1)
-    return metrics
 
 
 BENCHMARK = LLaVABench(

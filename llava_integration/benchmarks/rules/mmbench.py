@@ -51,7 +51,7 @@ LAST_WORDS = 4  # a letter counts only among the last words
 
 
 class MMBench(base.Benchmark):
-    """Circular accuracy, by category. Items are groups of rotations, questions single rotations."""
+    """Items are groups of rotations, questions single rotations."""
 
     def load(self, folder: Path) -> list[base.Question]:
         """One question per row of the table (a rotation), in its order."""
@@ -79,25 +79,38 @@ class MMBench(base.Benchmark):
                     truth=row["answer"],
                     image=str(group),
                     category=row.get("category") or "",
-                    extra={"row": row},
+                    rule=row,
                 )
             )
         return questions
 
-    def score(self, folder: Path, answers: Answers, options: base.Options) -> base.Scored:
-        """Scores every rotation, then the groups."""
-        questions, matched = self.join(folder, answers, options)
-        rows = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
-        items = group_items(questions, rows)
-        unread = sum(row["inferred"] is None and not row["missing"] for row in rows)
-        counts = {**matched.counts, "unread": unread}
-        return base.Scored(metrics=self.metrics(items), items=items, counts=counts, notes=matched.notes)
+    def items(self, questions: Sequence[base.Question], answers: Sequence[Answer | None]) -> list[base.Item]:
+        """One item for each group whose first rotation is in the table; the official rule ignores others."""
+        groups: dict[int, list[tuple[base.Question, base.Item]]] = {}
+        for question, row in zip(questions, super().items(questions, answers), strict=True):
+            groups.setdefault(int(question.id) % ROTATION, []).append((question, row))
+        return [
+            base.item_of(
+                first,
+                None,
+                score=int(all(rotation["correct"] for _, rotation in members)),
+                answer=row["text"],
+                missing=any(rotation["missing"] for _, rotation in members),
+                choices=list(choices_of(first.rule).values()),
+                l2_category=first.rule.get("l2-category") or "",
+                split=first.rule.get("split") or "",
+                rows=[rotation for _, rotation in members],
+            )
+            for group, members in groups.items()
+            for first, row in members
+            if first.id == group
+        ]
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """One rotation: the letter that the rule reads."""
         said = base.text_of(answer)
         text = "nan" if said in PANDAS_MISSING else said  # through a spreadsheet and back
-        letter = letter_of(text, choices_of(question.extra["row"]))
+        letter = letter_of(text, choices_of(question.rule))
         return {
             "index": question.id,
             "inferred": letter,
@@ -106,6 +119,10 @@ class MMBench(base.Benchmark):
             "text": said,
             "missing": answer is None,
         }
+
+    def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
+        rows = [row for item in items for row in item["rows"]]
+        return {"unread": sum(row["inferred"] is None and not row["missing"] for row in rows)}
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """Circular accuracy, overall and by ability and category."""
@@ -185,34 +202,6 @@ def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
         return None
     contained = [letter for letter, text in options.items() if text.lower() in answer.lower()]
     return contained[0] if len(contained) == 1 else None
-
-
-def group_items(questions: Sequence[base.Question], rows: Sequence[base.Item]) -> list[base.Item]:
-    """One item for each group of rotations whose first rotation is in the table; the official rule ignores others."""
-    groups: dict[int, list[tuple[base.Question, base.Item]]] = {}
-    for question, row in zip(questions, rows, strict=True):
-        groups.setdefault(int(question.id) % ROTATION, []).append((question, row))
-    items = []
-    for group, members in groups.items():
-        first = next((pair for pair in members if pair[0].id == group), None)
-        if first is None:
-            continue
-        question, row = first
-        table_row, rotations = question.extra["row"], [member for _, member in members]
-        items.append(
-            base.item_of(
-                question,
-                None,
-                score=int(all(rotation["correct"] for rotation in rotations)),
-                answer=row["text"],
-                missing=any(rotation["missing"] for rotation in rotations),
-                choices=list(choices_of(table_row).values()),
-                l2_category=table_row.get("l2-category") or "",
-                split=table_row.get("split") or "",
-                rows=rotations,
-            )
-        )
-    return items
 
 
 @lru_cache(maxsize=1)  # since a table has every picture

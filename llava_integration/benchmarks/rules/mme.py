@@ -6,7 +6,6 @@ lower-cased answer decide: 'yes' in them, else 'no' in them, else other, which i
 file, in any order. Perception sums ten subtasks (2000), cognition four (800).
 """
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
@@ -25,8 +24,6 @@ LOGGED_SCORES = ("mme_perception_score", "mme_percetion_score", "mme_cognition_s
 
 
 class MME(base.Benchmark):
-    """Scores of the subtasks and their sums."""
-
     def load(self, folder: Path) -> list[base.Question]:
         """The questions of all subtasks there, in the tool's order and LLaVA's within a subtask; two per file."""
         root = folder / RELEASE
@@ -35,7 +32,9 @@ class MME(base.Benchmark):
                 f"{folder} has no {RELEASE} (one folder per subtask, one .txt per image); request it as described at "
                 "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
             )
-        images = self._images(folder)
+        llavas = base.first_file(folder, *self.question_files)  # it names the pictures
+        rows = read_jsonl(llavas) if llavas else []
+        images = {(row["category"], Path(row["image"]).stem): row["image"] for row in rows}
         questions = []
         for category in (*PERCEPTION, *COGNITION):
             inner = root / category / "questions_answers_YN"
@@ -47,14 +46,7 @@ class MME(base.Benchmark):
             raise FileNotFoundError(f"{root} has none of MME's subtasks ({', '.join(PERCEPTION)} ...)")
         return questions
 
-    def _images(self, folder: Path) -> dict[tuple[str, str], str]:
-        """Image paths by (subtask, file stem), from LLaVA's question file if the folder has one."""
-        path = base.first_file(folder, *self.question_files)
-        rows = read_jsonl(path) if path else []
-        return {(row["category"], Path(row["image"]).stem): row["image"] for row in rows}
-
     def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
-        """(subtask/stem, question)."""
         return ((question.cluster, question.text),)
 
     def answer_key(self, answer: Answer) -> Hashable | None:
@@ -62,7 +54,6 @@ class MME(base.Benchmark):
         return _key(answer.id, answer.prompt)
 
     def logged_key(self, answer: Answer) -> Hashable | None:
-        """lmms-eval's id is like LLaVA's."""
         identifier = base.logged_field(answer, "question_id", *LOGGED_SCORES)
         return None if identifier is None else _key(identifier, answer.prompt)
 
@@ -76,15 +67,12 @@ class MME(base.Benchmark):
             question_id=question.image,
             gt=question.truth,
             parsed=parse(text),
-            **question.extra,
         )
 
     def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
-        """Answers that are neither yes nor no."""
         return {"other": sum(item["parsed"] == "other" and not item["missing"] for item in items)}
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """Each subtask's numbers and the sums."""
         categories = {}
         for category in (*PERCEPTION, *COGNITION):
             if chosen := [item for item in items if item["category"] == category]:
@@ -179,21 +167,11 @@ def complete_pairs(items: Sequence[base.Item]) -> dict[str, bool]:
 
 def subtask(items: Sequence[base.Item]) -> dict[str, float]:
     """One subtask: confusion counts, accuracy, accuracy of complete pairs, score; 'other' is in no confusion count."""
-    counts = Counter((item["parsed"], item["gt"]) for item in items)
-    true_yes, false_no = counts["yes", "yes"], counts["no", "yes"]
-    true_no, false_yes = counts["no", "no"], counts["yes", "no"]
-    precision, recall, _ = base.precision_recall_f1(true_yes, false_yes, false_no)
-    complete = complete_pairs(items)
-    accuracy = (true_yes + true_no) / len(items)
-    accuracy_plus = sum(complete.values()) / len(complete)
+    counts = base.yes_no_numbers([(item["parsed"], item["gt"]) for item in items])
+    accuracy, accuracy_plus = base.mean_of(items), base.mean(list(complete_pairs(items).values()))
     return {
-        "TP": true_yes,
-        "FN": false_no,
-        "TN": true_no,
-        "FP": false_yes,
-        "precision": precision,
-        "recall": recall,
-        "other_num": counts["other", "yes"] + counts["other", "no"],
+        **{name: value for name, value in counts.items() if name != "f1"},
+        "other_num": sum(item["parsed"] == "other" for item in items),
         "acc": accuracy,
         "acc_plus": accuracy_plus,
         "score": accuracy * 100 + accuracy_plus * 100,

@@ -12,35 +12,28 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, read_json
+from llava_integration.benchmarks.answers import Answer
+from llm2clip_plugin.files import read_json_value
 
 
 class MMVet(base.Benchmark):
-    """The judge's mean score, overall and by capability."""
-
     def load(self, folder: Path) -> list[base.Question]:
-        """The questions with their capabilities."""
         path = self.require(folder, *self.annotations, where="from https://github.com/yuweihao/MM-Vet (mm-vet.zip)")
         return [
             base.Question(
                 id=identifier,
                 text=entry["question"],
-                cluster=entry["imagename"],
                 truth=entry["answer"],
                 image=entry["imagename"],
                 category="+".join(sorted(entry["capability"])),
                 extra={"capabilities": list(entry["capability"])},
             )
-            for identifier, entry in read_json(path).items()
+            for identifier, entry in read_json_value(path).items()
         ]
 
-    def question_keys(self, question: base.Question) -> tuple[str, ...]:
-        """MM-Vet's id."""
-        return (_mmvet_id(question.id),)
-
     def answer_key(self, answer: Answer) -> str:
-        """MM-Vet's id."""
-        return _mmvet_id(answer.id)
+        """LLaVA's question ids are numbers, MM-Vet's are v1_<number>."""
+        return f"v1_{str(answer.id).removeprefix('v1_')}"
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """``answer`` is the judge's grade; the item's score is its mean over runs."""
@@ -53,7 +46,6 @@ class MMVet(base.Benchmark):
             score=base.mean(runs),
             runs=runs,
             answer=answer.row.get("model_answer", "") if answer else "",
-            **question.extra,
         )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
@@ -71,15 +63,6 @@ class MMVet(base.Benchmark):
             metrics["std_over_runs"] = float(np.std(totals, ddof=1))
         return metrics
 
-    def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
-        """Mean score of the answered questions, percent."""
-        return base.answered_statistic(items)
-
-
-def _mmvet_id(identifier: object) -> str:
-    """LLaVA's question ids are numbers, MM-Vet's are v1_<number>."""
-    return str(identifier) if str(identifier).startswith("v1_") else f"v1_{identifier}"
-
 
 BENCHMARK = MMVet(
     name="mmvet",
@@ -93,5 +76,6 @@ BENCHMARK = MMVet(
     evaluate_options=base.LONG_ANSWERS,
     lmms_eval_tasks=("mmvet",),
     judge="MM-Vet's evaluator",
+    answered_only=True,
     published=base.published_scores(llava_7b=31.1, llava_13b=36.1, reproduced_7b=34.3, llm2clip_7b=34.8),
 )

@@ -18,8 +18,6 @@ AVERAGED = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
 class POPE(base.Benchmark):
-    """Accuracy, precision, recall and F1 of each category and their plain means."""
-
     def load(self, folder: Path) -> list[base.Question]:
         """LLaVA's questions with the label of (category, image, question), in the question file's order."""
         path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
@@ -43,11 +41,10 @@ class POPE(base.Benchmark):
                 base.Question(
                     id=row["question_id"],
                     text=text,
-                    cluster=row["image"],
                     truth=label["label"],
                     image=row["image"],
                     category=row["category"],
-                    extra={"label_id": str(label["question_id"])},
+                    rule=str(label["question_id"]),
                 )
             )
         return questions
@@ -57,10 +54,9 @@ class POPE(base.Benchmark):
 
         Where these are equal in two categories, the same was asked about the same image.
         """
-        return str(question.id), (question.extra["label_id"], base.squeeze(question.text), question.truth)
+        return str(question.id), (question.rule, base.squeeze(question.text), question.truth)
 
     def logged_key(self, answer: Answer) -> Hashable | None:
-        """See ``question_keys``."""
         question = base.squeeze(answer.prompt.split("\n")[0])
         return base.logged_field(answer, "question_id", "pope_accuracy"), question, answer.row.get("target")
 
@@ -70,12 +66,11 @@ class POPE(base.Benchmark):
         return base.item_of(question, answer, score=int(parsed == question.truth), parsed=parsed, label=question.truth)
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """Each category's numbers and the plain mean of the categories'."""
         pairs: dict[str, list[tuple[str, str]]] = {item["category"]: [] for item in items}
         for item in items:
             if not item["missing"]:
                 pairs[item["category"]].append((item["parsed"], item["label"]))
-        categories = {category: confusion(part) for category, part in pairs.items()}
+        categories = {category: numbers(part) for category, part in pairs.items()}
         means = {name: base.mean([values[name] for values in categories.values()]) for name in AVERAGED}
         return base.flatten({"categories": categories, "average_over_categories": means})
 
@@ -112,23 +107,13 @@ def parse(text: str) -> str:
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
-def confusion(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+def numbers(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Numbers of one category from (parsed, label) pairs; what cannot be divided is 0."""
-    counts = Counter(pairs)
-    true_yes, false_yes = counts["yes", "yes"], counts["yes", "no"]
-    true_no, false_no = counts["no", "no"], counts["no", "yes"]
-    precision, recall, f1 = base.precision_recall_f1(true_yes, false_yes, false_no)
     return {
         "n": len(pairs),
-        "TP": true_yes,
-        "FP": false_yes,
-        "TN": true_no,
-        "FN": false_no,
-        "accuracy": (true_yes + true_no) / len(pairs) if pairs else 0.0,
-        "precision": precision,
-        "recall": recall,
-        "f1": f1,
-        "yes_ratio": sum(parsed == "yes" for parsed, _ in pairs) / len(pairs) if pairs else 0.0,
+        "accuracy": base.mean([parsed == label for parsed, label in pairs]),
+        "yes_ratio": base.mean([parsed == "yes" for parsed, _ in pairs]),
+        **base.yes_no_numbers(pairs),
     }
 
 

@@ -13,16 +13,14 @@ from pathlib import Path
 from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Row, read_jsonl
 from llava_integration.benchmarks.vqa_text import m4c
-from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.files import ContractError
 
 
 class Questions(base.Benchmark):
-    """Accuracy over the questions."""
-
     def load(self, folder: Path) -> list[base.Question]:
         """The questions, in the file's order. Raises ContractError for a row without one of the three fields."""
-        path = self.file(folder)
+        where = "each line needs image, question and answer"
+        path = folder if folder.is_file() else self.require(folder, *self.annotations, where=where)
         questions: list[base.Question] = []
         for number, row in enumerate(read_jsonl(path), 1):
             answer = row.get("answer")
@@ -36,7 +34,6 @@ class Questions(base.Benchmark):
                 base.Question(
                     id=row.get("id", number),
                     text=row["question"],
-                    cluster=row["image"],
                     truth=truths,
                     image=row["image"],
                     category=str(row.get("category", "")),
@@ -45,19 +42,6 @@ class Questions(base.Benchmark):
         if len({str(one.id) for one in questions}) < len(questions):
             raise ContractError(f"{path} has an id twice; give each question its own, or none")
         return questions
-
-    def file(self, folder: Path) -> Path:
-        """``folder`` itself, or the file in it."""
-        where = "each line needs image, question and answer"
-        return folder if folder.is_file() else self.require(folder, *self.annotations, where=where)
-
-    def data_digest(self, folder: Path) -> str:
-        """The SHA-256 of the file."""
-        return sha256_file(folder) if folder.is_file() else super().data_digest(folder)
-
-    def image_bytes(self, folder: Path, item: base.Item) -> bytes | None:
-        """Images are relative to the file."""
-        return super().image_bytes(self.file(folder).parent, item)
 
     def question_rows(self, folder: Path) -> list[Row]:
         """LLaVA's question file, with its request for a short answer."""
@@ -69,7 +53,6 @@ class Questions(base.Benchmark):
         return base.item_of(question, answer, score=int(any(is_right(text, truth) for truth in question.truth)))
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """Percent right, of all and of each category."""
         parts = base.percents([item for item in items if item["category"]], "category")
         return base.flatten({"accuracy_percent": 100 * base.mean_of(items), "categories": parts})
 

@@ -9,21 +9,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, Answers, read_json
+from llava_integration.benchmarks.answers import Answer, Answers
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.files import read_json_value
 
 LETTERS = ("A", "B", "C", "D", "E")
 ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
 class ScienceQA(base.Benchmark):
-    """Accuracy over all questions of the test split and over those with an image."""
-
     def load(self, folder: Path) -> list[base.Question]:
-        """The questions of the test split, in its order."""
         where = "from https://github.com/lupantech/ScienceQA (data/scienceqa)"
-        problems, splits = (read_json(self.require(folder, name, where=where)) for name in self.annotations)
+        problems, splits = (read_json_value(self.require(folder, name, where=where)) for name in self.annotations)
         return [
             base.Question(
                 id=identifier,
@@ -40,23 +40,23 @@ class ScienceQA(base.Benchmark):
     def arrange(self, questions: list[base.Question], answers: Answers) -> list[base.Question]:
         """lmms-eval's prompts have no ``<image>``, and its scienceqa_img has the questions with an image only."""
         if answers.layout == "lmms_eval":
-            questions = [replace(q, extra={**q.extra, "img": bool(q.image)}) for q in questions]
+            questions = [replace(question, rule=bool(question.image)) for question in questions]
             pictured = [question for question in questions if question.image]
             questions = pictured if len(answers.rows) <= len(pictured) else questions
         return questions
 
-    def score(self, folder: Path, answers: Answers, options: base.Options) -> base.Scored:
+    def score(self, folder: Path, answers: Answers, **options: Any) -> ScoreFile:
         """Raises ValueError if the model answered without the images."""
-        scored = super().score(folder, answers, options)
-        if not any(item["is_multimodal"] for item in scored.items):
+        record = super().score(folder, answers, **options)
+        if not any(item["is_multimodal"] for item in record.items):
             raise ValueError(
                 f"no prompt in {answers.path} has <image>: the model answered without the images, which "
                 "ScienceQA-IMG is about; evaluate with LLaVA's question file and --image-folder"
             )
         if answers.layout == "lmms_eval":  # part of the split: these are numbers of all of it
             for name in ("total", "correct", "accuracy_percent"):
-                del scored.metrics[name]
-        return scored
+                del record.metrics[name]
+        return record
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """``is_multimodal``: in the official IMG part; ``pred_idx``: -1 where no choice is recognized."""
@@ -70,10 +70,9 @@ class ScienceQA(base.Benchmark):
             score=int(index == LETTERS.index(question.truth)),
             parsed=letter,
             pred_idx=index,
-            is_multimodal=question.extra.get("img", bool(answer and "<image>" in answer.prompt)),
+            is_multimodal=bool(answer and "<image>" in answer.prompt) if question.rule is None else question.rule,
             has_image=bool(question.image),
             ground_truth=question.truth,
-            choices=choices,
         )
 
     def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
@@ -81,7 +80,6 @@ class ScienceQA(base.Benchmark):
         return {"no_letter": sum(item["parsed"] == "FAILED" and not item["missing"] for item in items)}
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """The official script's numbers."""
         img = [item for item in items if item["is_multimodal"]]
         return {
             "total": float(len(items)),

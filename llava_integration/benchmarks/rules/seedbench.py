@@ -9,20 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json
+from llava_integration.benchmarks.answers import Answer, Answers, Row
+from llm2clip_plugin.files import read_json_value
 
 PRINTED = {"all": "Total accuracy", "image": "image accuracy", "video": "video accuracy"}  # the official script's
 
 
 class SEEDBench(base.Benchmark):
-    """Accuracy per question type, over all, over images and over videos."""
-
     def _annotations(self, folder: Path) -> dict:
         where = "from https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
-        return read_json(self.require(folder, *self.annotations, where=where))
+        return read_json_value(self.require(folder, *self.annotations, where=where))
 
     def load(self, folder: Path) -> list[base.Question]:
-        """All questions, in the file's order."""
         data = self._annotations(folder)
         names = {number: name for name, number in data["question_type"].items()}
         return [
@@ -43,8 +41,7 @@ class SEEDBench(base.Benchmark):
         ]
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
-        """The letter, exactly."""
-        return base.item_of(question, answer, score=int(base.text_of(answer) == question.truth), **question.extra)
+        return base.item_of(question, answer, score=int(base.text_of(answer) == question.truth))
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """The official script's printed percentages, and the same unrounded."""

@@ -10,25 +10,23 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, read_json
+from llava_integration.benchmarks.answers import Answer
 from llava_integration.benchmarks.vqa_text import m4c, m4c_accuracy
+from llm2clip_plugin.files import read_json_value
 
 TOKENS_FIRST = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
 class TextVQA(base.Benchmark):
-    """M4C accuracy over the answered questions."""
-
     def load(self, folder: Path) -> list[base.Question]:
-        """The annotated questions, in the file's order; ``extra`` has the truth that the official script uses."""
         path = self.require(
             folder,
             "TextVQA_0.5.1_val.json",
             "TextVQA*val*.json",
             where="https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json",
         )
-        entries = read_json(path)["data"]
-        official = {(entry["image_id"], entry["question"].lower()): entry for entry in entries}  # the last one
+        entries = read_json_value(path)["data"]
+        last = {(entry["image_id"], entry["question"].lower()): entry for entry in entries}
         return [
             base.Question(
                 id=entry["question_id"],
@@ -37,7 +35,7 @@ class TextVQA(base.Benchmark):
                 truth=entry["answers"],
                 image=f"{entry['image_id']}.jpg",
                 category=(entry.get("image_classes") or [""])[0],
-                extra={"official": official[entry["image_id"], entry["question"].lower()]},
+                rule=last[entry["image_id"], entry["question"].lower()],
             )
             for entry in entries
         ]
@@ -55,7 +53,7 @@ class TextVQA(base.Benchmark):
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """``line``: the answer's line in the file, from 0; -1 for none."""
-        text, official = base.text_of(answer), question.extra["official"]
+        text, official = base.text_of(answer), question.rule
         return base.item_of(
             question,
             answer,
@@ -68,17 +66,12 @@ class TextVQA(base.Benchmark):
         )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """Mean accuracy over the answers, also rounded as printed."""
         given = [item for item in items if not item["missing"]]
         return {
             "samples": float(len(given)),
             "accuracy_percent": 100 * base.mean_of(given),
             "accuracy_printed": round(100 * base.mean_of(given), 2),
         }
-
-    def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
-        """Mean score of the answered questions, percent."""
-        return base.answered_statistic(items)
 
 
 def question_in(prompt: str) -> str | None:
@@ -101,6 +94,7 @@ BENCHMARK = TextVQA(
     question_files=("llava_textvqa*.jsonl",),
     image_folders=("train_images", "train_val_images/train_images", "images", ""),
     lmms_eval_tasks=("textvqa_val", "textvqa_val_lite", "textvqa"),
+    answered_only=True,
     logged_id=("question_id", "submission", "doc"),
     published=base.published_scores(llava_7b=58.2, llava_13b=61.3, reproduced_7b=57.48, llm2clip_7b=58.35),
 )

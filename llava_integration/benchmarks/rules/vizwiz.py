@@ -8,15 +8,14 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json, read_jsonl
+from llava_integration.benchmarks.answers import Answer, Answers, Row, read_jsonl
 from llava_integration.benchmarks.vqa_text import m4c, vqa_api_accuracy, vqa_api_numbers
+from llm2clip_plugin.files import read_json_value
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
 class VizWiz(base.Benchmark):
-    """Accuracy against ten human answers on val; test answers are converted for the server."""
-
     def load(self, folder: Path) -> list[base.Question]:
         """Questions of val.json, with the ids of LLaVA's question file of val, or else their positions in val.json."""
         annotations = self.require(
@@ -26,7 +25,7 @@ class VizWiz(base.Benchmark):
             where="val.json is in Annotations.zip at https://vizwiz.org/tasks-and-datasets/vqa; the test split is "
             "scored by the server: write --submission FILE",
         )
-        entries = read_json(annotations)
+        entries = read_json_value(annotations)
         path = base.first_file(folder, *self.scored_question_files)
         ids = {row["image"]: row["question_id"] for row in read_jsonl(path)} if path else {}
         if path and (unknown := [entry["image"] for entry in entries if entry["image"] not in ids]):
@@ -38,7 +37,6 @@ class VizWiz(base.Benchmark):
             base.Question(
                 id=ids.get(entry["image"], place),
                 text=entry["question"],
-                cluster=entry["image"],
                 truth=[answer["answer"] for answer in entry["answers"]],
                 image=entry["image"],
                 category=entry.get("answer_type", ""),
@@ -64,17 +62,16 @@ class VizWiz(base.Benchmark):
         """A missing answer scores 0."""
         submission = m4c(base.text_of(answer))
         score = vqa_api_accuracy(submission, question.truth) if answer else 0.0
-        return base.item_of(question, answer, score=score, submission=submission, **question.extra)
+        return base.item_of(question, answer, score=score, submission=submission)
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """The VQA API's numbers."""
         return base.flatten({"vqa_api": vqa_api_numbers(items, "answer_type")})
 
     def question_rows(self, folder: Path) -> list[Row]:
         """VizWiz val with LLaVA's prompt of the test split."""
         return [
             base.question_row(place, entry["image"], f"{entry['question']}\n{UNANSWERABLE}\n{base.SHORT_ANSWER}")
-            for place, entry in enumerate(read_json(folder / "val.json"))
+            for place, entry in enumerate(read_json_value(folder / "val.json"))
         ]
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:

@@ -9,17 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json, read_jsonl
+from llava_integration.benchmarks.answers import Answer, Answers, Row, read_jsonl
 from llava_integration.benchmarks.vqa_text import m4c, vqa_api_accuracy, vqa_api_numbers
+from llm2clip_plugin.files import read_json_value
 
 VAL_QUESTIONS = ("*OpenEnded*val2014_questions*.json", "*OpenEnded*questions*.json")
 
 
 class VQAv2(base.Benchmark):
-    """The VQA API's accuracy on val2014; test-dev answers are converted for the server."""
-
     def load(self, folder: Path) -> list[base.Question]:
-        """Questions with their human answers, in the order of the question file."""
         annotations = self.require(
             folder,
             "*val2014_annotations*.json",
@@ -28,10 +26,11 @@ class VQAv2(base.Benchmark):
             "server https://eval.ai/web/challenges/challenge-page/830",
         )
         path = self.require(folder, *VAL_QUESTIONS, where="https://visualqa.org/download.html")
-        truths = {entry["question_id"]: entry for entry in read_json(annotations)["annotations"]}
-        images = self._images(folder)
+        truths = {entry["question_id"]: entry for entry in read_json_value(annotations)["annotations"]}
+        llavas = base.first_file(folder, *self.question_files)  # it names the pictures
+        images = {str(row["question_id"]): str(row.get("image", "")) for row in read_jsonl(llavas)} if llavas else {}
         questions = []
-        for entry in read_json(path)["questions"]:
+        for entry in read_json_value(path)["questions"]:
             truth = truths.get(entry["question_id"])
             if truth is None:
                 raise ValueError(
@@ -51,20 +50,14 @@ class VQAv2(base.Benchmark):
             )
         return questions
 
-    def _images(self, folder: Path) -> dict[str, str]:
-        """Image files by question id, from LLaVA's question file if the folder has one."""
-        path = base.first_file(folder, *self.question_files)
-        return {str(row["question_id"]): str(row.get("image", "")) for row in read_jsonl(path)} if path else {}
-
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """A missing answer is submitted as '' by the converter."""
         text = base.text_of(answer)
         submission = text if answer and answer.layout == "submission" else m4c(text)
         score = vqa_api_accuracy(submission, question.truth)
-        return base.item_of(question, answer, score=score, submission=submission, **question.extra)
+        return base.item_of(question, answer, score=score, submission=submission)
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """The VQA API's numbers."""
         return base.flatten({"converted_submission": vqa_api_numbers(items, "answer_type", "question_type")})
 
     def question_rows(self, folder: Path) -> list[Row]:
@@ -72,7 +65,7 @@ class VQAv2(base.Benchmark):
         path = base.first_file(folder, *VAL_QUESTIONS)
         return [
             base.question_row(entry["question_id"], _val_image(entry), f"{entry['question']}\n{base.SHORT_ANSWER}")
-            for entry in (read_json(path)["questions"] if path else [])
+            for entry in (read_json_value(path)["questions"] if path else [])
         ]
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:

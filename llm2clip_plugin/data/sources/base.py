@@ -1,24 +1,28 @@
-"""What a source offers: samples by number. Each format of captioned images is one file of this folder."""
+"""What a source offers: samples by number; and how one is opened. Each format is one file of this folder."""
 
 from __future__ import annotations
 
+import json
+import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.remote import Downloads, default_download_folder
 from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Caption, Sample, parse_fields, read_captions
 from llm2clip_plugin.files import discover
-from llm2clip_plugin.options import unknown
+from llm2clip_plugin.options import command, joined, nearest, unknown
 
 if TYPE_CHECKING:  # index imports numpy, and --help of every command this module
     from llm2clip_plugin.data.index import SideFolder, Stamp
 
+PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur
+KIND_PROBES = 64  # samples in which kinds of captions are looked for
 READING = 1  # version of how captions are read from a sample; another one makes kept digests void
 
 
@@ -29,18 +33,13 @@ class SourceFormat:
     name: str  # for --format
     help: str  # the paths that it reads, as in "a .jsonl file"
     recognizes: Callable[[str], bool]  # whether a path or URL is of this format, by its name
-    open: Callable[[SourceConfig, dict[str, str] | None], Source]  # the arguments of sources.open.open_source
+    open: Callable[[SourceConfig, dict[str, str] | None], Source]  # the arguments of open_source
     fallback: bool = False  # used only for paths that no other format recognizes
 
 
 def formats() -> dict[str, SourceFormat]:
     """Every format by name."""
     return discover("llm2clip_plugin.data.sources", "SOURCE")
-
-
-def format_help() -> str:
-    """The formats and the paths that they read, for --help and errors."""
-    return "; ".join(f"{known.name}: {known.help}" for known in formats().values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +147,6 @@ class Source(ABC):
         reading = [READING, type(self).__name__, names, self.config.key_field, self.config.image_field]
         return f"captions-{sha256_text(canonical_json(reading))[:16]}.json"
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r}, {len(self)} samples in {len(self.shards)} shards)"
-
     def __getitem__(self, number: int) -> Sample:
         """A sample with its captions. Raises BrokenSample if its JSON or its captions can't be read."""
         return self._with_captions(number, self.record(number))
@@ -187,7 +183,93 @@ class Source(ABC):
         return self.shards[shard].name, within
 
 
+def parse_object(data: bytes, shard: str, key: str, what: str = "") -> dict[str, Any]:
+    """The JSON object of a sample. Raises BrokenSample for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BrokenSample(shard, key, f"{what}is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BrokenSample(shard, key, f"{what}contains a {type(value).__name__}, expected an object")
+    return value
+
+
 def shards_of(names: Sequence[str], sizes: Sequence[int]) -> tuple[Shard, ...]:
     """Shards one after another."""
     starts = accumulate(sizes, initial=0)
     return tuple(Shard(*shard) for shard in zip(names, sizes, starts, strict=False))
+
+
+def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = None) -> Source:
+    """The source of ``config``, indexed, and downloaded if it is at a URL.
+
+    A broken shard is left out and noted in ``broken_shards`` (name -> reason); without it, it raises ValueError. Raises
+    FileNotFoundError if there is no data, ValueError if the format cannot be determined.
+    """
+    if config.format != "auto":
+        return formats()[config.format].open(config, broken_shards)
+    for known in sorted(formats().values(), key=lambda known: known.fallback):
+        if known.recognizes(config.path):
+            return known.open(config, broken_shards)
+    if not os.path.exists(config.path):
+        raise FileNotFoundError(f"no data at {config.path}")
+    known = "; ".join(f"{known.name}: {known.help}" for known in formats().values())
+    raise ValueError(
+        f"cannot determine the format of {config.path}; choose one with --format ({known}), "
+        f"or {how_to_make_tars(config.path)}"
+    )
+
+
+def check_fields(*sources: Source, needed: bool = False) -> None:
+    """Raise ValueError for a field of ``--fields`` that no sample of the sources has; the default's may be missing.
+
+    ``needed``: also if no sample has a caption. Stops at the sample that shows what is looked for, mostly the first.
+    """
+    fields = sources[0].config.fields if sources else ()
+    missing = {} if fields == DEFAULT_FIELDS else {field.partition("=")[0]: field for field in fields}
+    broken: list[BrokenSample] = []
+    known, captions = set[str](), not needed
+    if captions and not missing:
+        return
+    for sample in (sample for source in sources for sample in _probe(source, PROBES, broken)):
+        known |= sample.values.keys()
+        missing = {name: field for name, field in missing.items() if not sample.values.get(name)}
+        captions = captions or bool(sample.captions)
+        if captions and not missing:
+            return
+    where = ", ".join(source.path for source in sources)
+    if broken and not known:
+        raise ValueError(f"{where}: no sample can be read; the first: {broken[0]}")
+    if missing:
+        name, field = next(iter(missing.items()))
+        problem = f"no sample of {where} has a field {name!r} (--fields {field}){nearest(name, known)}"
+    else:
+        problem = f"no sample of {where} has a caption in {', '.join(field.name for field in sources[0].fields)}"
+    raise ValueError(joined(problem, f"known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND"))
+
+
+def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:
+    """Raise ValueError if ``weights`` names a kind that no source declares and none of its first captions has."""
+    declared = {field.kind for source in sources for field in source.fields}
+    samples = [sample for source in sources for sample in _probe(source, KIND_PROBES)] if weights else []
+    known = declared | {caption.kind for sample in samples for caption in sample.captions}
+    if unknown := sorted(set(weights) - known):
+        raise ValueError(
+            f"caption weights name the kinds {', '.join(unknown)}, which the data does not have; "
+            f"known: {', '.join(sorted(known))}"
+        )
+
+
+def _probe(source: Source, count: int, broken: list[BrokenSample] | None = None) -> Iterator[Sample]:
+    """About ``count`` evenly spaced samples; those that can't be read go to ``broken``."""
+    for number in range(0, len(source), len(source) // count + 1):
+        try:
+            yield source[number]
+        except BrokenSample as error:
+            if broken is not None:
+                broken.append(error)
+
+
+def how_to_make_tars(path: str) -> str:
+    """What to do with pictures or a table."""
+    return f"make some of pictures or a table: {command('data', 'make', path, '--output', 'DIR')}"

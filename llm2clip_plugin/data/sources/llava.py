@@ -26,15 +26,9 @@ class LlavaSource(RowSource):
         return pack_rows((n, item) for n, item in enumerate(items) if not isinstance(item, dict) or item.get("image"))
 
     def values(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "gpt": first_answer(row)}
-
-
-def first_answer(row: dict[str, Any]) -> str:
-    """The first answer of a conversation without ``<image>`` placeholders; "" if there is none."""
-    for turn in row["conversations"]:
-        if turn["from"] == "gpt":
-            return turn["value"].replace("<image>", "").strip()
-    return ""
+        """With the first answer, without ``<image>`` placeholders, as "gpt"."""
+        answers = (turn["value"] for turn in row["conversations"] if turn["from"] == "gpt")
+        return {**row, "gpt": next(answers, "").replace("<image>", "").strip()}
 
 
 SOURCE = SourceFormat(

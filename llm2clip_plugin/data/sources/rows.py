@@ -1,4 +1,4 @@
-"""Sources that are one file of rows, with the images in a folder or at a URL."""
+"""Sources that are one file of rows, with the images in a folder or at a URL; JSON Lines, an object a line."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.data.index import IndexFile, ShardRows, SideFolder, open_index, stamp_of
-from llm2clip_plugin.data.remote import RetryingFile, is_url, read_file
+from llm2clip_plugin.data.remote import RetryingFile, has_suffix, is_url, retried
 from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, shards_of
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, SourceFormat, parse_object, shards_of
+from llm2clip_plugin.files import refuse_encoding
 
 NO_IMAGE = "no image "  # how the reason begins if there is no such file
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 ROWS_PER_SHARD = 16384  # ranks embed shards in parallel, and a killed run loses one at most
 COLUMNS = 5  # start and size in the file, number for messages, start and size in the index's own text
-Rows = Iterable[
-    tuple[int, int, int, bytes]
-]  # number for messages, start and size in the file, or 0 and the row as JSON
+Row = tuple[int, int, int, bytes]  # number for messages, start and size in the file, or 0 and the row as JSON
+Rows = Iterable[Row]
 
 
 class RowSource(Source):
@@ -84,24 +84,14 @@ class RowSource(Source):
         """What captions are read from; KeyError, TypeError or AttributeError for a row without it."""
         return row
 
-    def row(self, number: int) -> bytes:
-        """A sample's JSON as it is stored."""
-        return self._row(number)[1]
-
-    def _row(self, number: int) -> tuple[int, bytes]:
-        """The number for messages, and the JSON."""
+    def row(self, number: int) -> tuple[int, bytes]:
+        """A sample's number for messages, and its JSON as it is stored."""
         (start, size, line, _, _), text = self._index.row(*self.place(number))
         return line, text or self._file.read(size, start)
 
     def record(self, number: int, *, image: bool = False) -> Sample:
-        shard = self.locate(number)[0]
-        line, data = self._row(number)
-        try:
-            row = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise BrokenSample(shard, f"line {line}", f"not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise BrokenSample(shard, f"line {line}", f"contains a {type(row).__name__}, expected an object")
+        shard, (line, data) = self.locate(number)[0], self.row(number)
+        row = parse_object(data, shard, f"line {line}")
         key, picture = row.get(self.config.key_field), row.get(self.config.image_field)
         key = well_formed(str(key) if key not in (None, "") else str(picture or f"line {line}"))
         try:
@@ -119,7 +109,8 @@ class RowSource(Source):
         try:
             if is_url(self.images_folder):
                 return self._downloads.read(self.images_folder.rstrip("/") + "/" + name)
-            return read_file(os.path.join(self.images_folder, name))
+            path = Path(self.images_folder, name)
+            return retried(path.read_bytes, str(path))
         except OSError as error:
             if not isinstance(error, MISSING) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
@@ -144,3 +135,34 @@ def _shards(rows: Rows, stem: str, stamp: tuple[int, int]) -> Iterator[ShardRows
             text += data
         name = stem if len(first) == 1 else f"{stem}-{number:05}"
         yield ShardRows(name, stamp, np.array(table, dtype=np.int64), bytes(text))
+
+
+class JsonlSource(RowSource):
+    """The lines that aren't blank."""
+
+    rows_version = 1
+
+    def read_rows(self, path: Path) -> Rows:
+        start = 0
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+            refuse_encoding(path, head)
+            first = head.strip().partition(b"\n")[0].rstrip()
+            if first.startswith(b"[") or (first.startswith(b"{") and first.endswith(b"},")):
+                raise ValueError(
+                    f"{path} is a list, expected an object a line: `jq -c '.[]' {path} > NEW.jsonl`, or, without "
+                    f"brackets, `sed 's/}},$/}}/' {path} > NEW.jsonl`"
+                )
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, start, len(line), b""
+                start += len(line)
+
+
+SOURCE = SourceFormat(
+    name="jsonl",
+    help="a .jsonl file",
+    recognizes=lambda path: has_suffix(path, ".jsonl"),
+    open=lambda config, broken_shards: JsonlSource(config),
+)

@@ -8,16 +8,14 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
-import json
 import os
 import tarfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,23 +33,28 @@ from llm2clip_plugin.data.remote import (
     retried,
 )
 from llm2clip_plugin.data.samples import BrokenSample, Sample
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, SourceFormat, shards_of
+from llm2clip_plugin.data.sources.base import (
+    Source,
+    SourceConfig,
+    SourceFormat,
+    how_to_make_tars,
+    parse_object,
+    shards_of,
+)
 from llm2clip_plugin.data.workers import cores, map_in_order, parallel
-from llm2clip_plugin.options import command
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 PARTS = ("image", "txt", "json")
 COLUMNS = 8  # offset and size of image, text and JSON; start and size of the key among all keys
 ABSENT = -1  # offset of a part that the sample does not have
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples of it
-COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # gzip, zstd
 OPEN_FILES = 64  # tars held open by one process
 PIECE = 4 << 20  # bytes of one read of an entire shard
 GAP = 64 << 10  # bytes between two parts of a sample that are read too: a second read of a network disk costs more
 DOWNLOADS_AT_ONCE = 4
 FEW = 16  # tars that are indexed in this process, without a pool
 
-OpenedTars = tuple[tuple[str, ...], SideFolder, IndexFile]  # paths or URLs, and the index of all, in the same order
+OpenedTars = tuple[list[str], SideFolder, IndexFile]  # paths or URLs, and the index of all, in the same order
 Part = tuple[int, int]  # of a sample: byte of its content in the tar, and size
 
 
@@ -60,15 +63,12 @@ class BrokenShard(ValueError):  # noqa: N818
 
 
 class TarSource(Source):
-    """Samples of tars in a folder, or of the local copies of tars at a URL.
-
-    A broken shard raises BrokenShard, or, if ``broken_shards`` is given, is noted there (name -> reason) and left out.
-    """
+    """Samples of tars in a folder, or of the local copies of tars at a URL; ``broken_shards`` as in ``open_source``."""
 
     def __init__(
         self, config: SourceConfig, broken_shards: dict[str, str] | None = None, opened: OpenedTars | None = None
     ) -> None:
-        self._files: OrderedDict[int, RetryingFile] = OrderedDict()  # shard number -> its tar, last used last
+        self._file = lru_cache(OPEN_FILES)(self._retrying_file)  # of a shard's number; the last used stay open
         self._downloads = config.downloads
         self._opened = opened or open_tars(config.path, self._downloads, broken_shards)
         self._tars, self.side_folder, self._index = self._opened
@@ -77,8 +77,8 @@ class TarSource(Source):
         self.stamps = table.stamps
         if not len(self) and not broken_shards:
             raise ValueError(
-                f"{config.path}: none of the {len(self.shards)} tars has an image, .txt or .json member; a member's "
-                "key ends at its first dot (WebDataset's rule), so 'a.b.jpg' is no .jpg: rename such members"
+                f"{config.path}: no tar has an image, .txt or .json; a name's extension begins at its first dot, so "
+                "'a.b.jpg' is no .jpg: rename such members"
             )
 
     def __reduce__(self) -> tuple[type[TarSource], tuple[object, ...]]:
@@ -105,27 +105,18 @@ class TarSource(Source):
 
     def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
         """``action`` on the tar of a shard as a local file, downloaded if it is at a URL."""
-        return use_tar(self._downloads, self._tars[shard], action)
+        return self._downloads.use(self._tars[shard], action)
 
     def record(self, number: int, *, image: bool = False) -> Sample:
         shard, within = self.place(number)
-        columns, text = self._index.row(shard, within)
-        key, name = text.decode(), self.shards[shard].name
+        columns, name = self._index.row(shard, within)
+        key = name.decode()
         picture, caption, fields = zip(columns[0:6:2], columns[1:6:2], strict=True)  # (offset, size) of each part
         wanted = [part for part in (fields, caption, *[picture] * image) if part[0] != ABSENT]
         contents = self._read(shard, key, wanted)
-        meta: dict[str, Any] = {}
-        if fields in contents:
-            try:
-                meta = json.loads(contents[fields])
-            except (ValueError, RecursionError) as error:
-                raise BrokenSample(name, key, f"its .json is not valid JSON: {error}") from error
-            if not isinstance(meta, dict):
-                raise BrokenSample(name, key, f"its .json contains a {type(meta).__name__}, expected an object")
-        values = meta
-        if caption in contents:
-            values = {**meta, "txt": contents[caption].decode("utf-8", "replace")}
-        return Sample(key, values, meta, partial(self._image, shard, key, picture, contents.get(picture)))
+        meta = parse_object(contents[fields], self.shards[shard].name, key, "its .json ") if fields in contents else {}
+        text = {"txt": contents[caption].decode("utf-8", "replace")} if caption in contents else {}
+        return Sample(key, meta | text, meta, partial(self._image, shard, key, picture, contents.get(picture)))
 
     def _image(self, shard: int, key: str, part: Part, data: bytes | None) -> bytes:
         """The image, which ``data`` is if it was read with the sample."""
@@ -153,18 +144,13 @@ class TarSource(Source):
                 contents[offset, size] = data[at : at + size]
         return contents
 
-    def _file(self, shard: int) -> RetryingFile:
-        if shard not in self._files:
-            self._files[shard] = RetryingFile(self._tars[shard], partial(self._open, shard))
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(shard)
-        return self._files[shard]
+    def _retrying_file(self, shard: int) -> RetryingFile:
+        return RetryingFile(self._tars[shard], partial(self._open, shard))
 
     def _open(self, shard: int) -> int:
         """A descriptor of the tar, whose size must be the indexed one."""
         tar, expected = self._tars[shard], self.stamps[shard][0]
-        descriptor = use_tar(self._downloads, tar, lambda path: os.open(path, os.O_RDONLY))
+        descriptor = self._downloads.use(tar, lambda path: os.open(path, os.O_RDONLY))
         size = os.fstat(descriptor).st_size
         if size != expected:
             os.close(descriptor)
@@ -185,36 +171,32 @@ def join_parts(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) -> OpenedTars:
-    """The tars (paths or URLs) at ``path`` and the index of all of them, in the same order.
-
-    They are downloaded if they are at a URL, and indexed, by one process of those that open them. Raises
-    FileNotFoundError without tars, BrokenShard for a broken one; with ``broken``, these are noted there (name ->
-    reason) and left out.
-    """
-    listed = list_tars(path)
-    tars, base = dict(listed), _base_folder(path, [tar for _, tar in listed])
+    """The tars at ``path``, downloaded from a URL, and indexed by one process of those that open them."""
+    base, tars = list_tars(path)
     pattern = path[len(base) :] if is_url(path) else os.path.relpath(path, base or ".")
     folder = SideFolder.of(base or ".", downloads.folder)
     index = open_index(
         folder,
         f"shards-{hashlib.sha256(pattern.encode()).hexdigest()[:16]}.index",
         COLUMNS,
-        is_current=lambda table: table.names == list(tars) and _unchanged(table, tars, downloads) == set(tars),
+        is_current=lambda table: table.names == list(tars) and len(_unchanged(table, tars, downloads)) == len(tars),
         build=partial(_build, tars, downloads, broken),
         doing=f"index {path}",
     )
-    return tuple(tars[shard] for shard in index.table.names), folder, index
+    return [tars[shard] for shard in index.table.names], folder, index
 
 
-def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> set[str]:
-    """Names of the shards whose tars are those that were indexed; the copy of one at a URL may have been evicted."""
-    names = [name for name in table.names if name in tars]
-    files = [str(downloads.local_path(tars[name])) if is_url(tars[name]) else tars[name] for name in names]
-    expected = dict(zip(table.names, table.stamps, strict=True))
+def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict[str, int]:
+    """The shards whose tars are those that were indexed, with their numbers; a copy from a URL may be evicted."""
+    files = {
+        number: str(downloads.local_path(tars[name])) if is_url(tars[name]) else tars[name]
+        for number, name in enumerate(table.names)
+        if name in tars
+    }
     return {
-        name
-        for name, stamp in zip(names, stamps_of(files), strict=True)
-        if stamp == expected[name] or (stamp is None and is_url(tars[name]))
+        table.names[number]: number
+        for number, stamp in zip(files, stamps_of([*files.values()]), strict=True)
+        if stamp == table.stamps[number] or (stamp is None and is_url(tars[table.names[number]]))
     }
 
 
@@ -222,8 +204,7 @@ def _build(
     tars: dict[str, str], downloads: Downloads, broken: dict[str, str] | None, old: IndexFile | None
 ) -> Iterator[ShardRows]:
     """The rows of each tar, from ``old`` if it is unchanged."""
-    known = _unchanged(old.table, tars, downloads) if old else set()
-    place = {name: number for number, name in enumerate(old.table.names)} if old else {}
+    known = _unchanged(old.table, tars, downloads) if old else {}
     todo = [tar for name, tar in tars.items() if name not in known]
     job = partial(_index, downloads)
     with ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as threads:
@@ -232,10 +213,7 @@ def _build(
         else:
             results = parallel(job, todo, processes=cores() if len(todo) > FEW else 1)
         for name in track(tars, total=len(tars), label="index", unit="shards"):
-            if old and name in known:
-                yield old.shard(place[name])
-                continue
-            result = next(results)
+            result = old.shard(known[name]) if old and name in known else next(results)
             if isinstance(result, ShardRows):
                 yield replace(result, name=name)
             elif broken is None:
@@ -247,39 +225,20 @@ def _build(
 def _index(downloads: Downloads, tar: str) -> ShardRows | Exception:
     """The rows of one tar, or why there are none. A copy that is no tar is deleted."""
     try:
-        return use_tar(downloads, tar, _rows)
+        return downloads.use(tar, index_tar)
     except (FileNotFoundError, PermissionError) as error:
         return error
     except BrokenShard as error:
-        if is_url(tar):
-            downloads.forget(tar)
-            return BrokenShard(f"{tar}: {error}; the copy is deleted, so the next start downloads it again")
-        return error
+        if not is_url(tar):
+            return error
+        downloads.forget(tar)
+        return BrokenShard(f"{tar}: {error}; the copy is deleted, so the next start downloads it again")
 
 
-def _rows(path: Path) -> ShardRows:
-    stamp = stamp_of(path)
-    return ShardRows("", stamp, *index_tar(path))
+def list_tars(path: str) -> tuple[str, dict[str, str]]:
+    """``path``, or the longest folder or URL that all its tars share, and name -> path or URL of each, in order.
 
-
-def use_tar(downloads: Downloads, tar: str, action: Callable[[Path], Result]) -> Result:
-    """``action`` on a tar as a local file, downloaded if it is at a URL.
-
-    Raises FileNotFoundError if there is no such tar, PermissionError if access is denied, ConnectionError if its
-    download fails.
-    """
-    if is_url(tar):
-        return downloads.use(tar, action)
-    if not os.path.isfile(tar):
-        raise FileNotFoundError(f"no file at {tar}")
-    return action(Path(tar))
-
-
-def list_tars(path: str) -> list[tuple[str, str]]:
-    """(shard name, path or URL) of each tar of ``path``, in order of name.
-
-    A shard's name is its path relative to the longest folder that all tars share, without ``.tar``. Raises
-    FileNotFoundError if there is none, ValueError for a duplicate name.
+    A shard's name is its path relative to that folder, without ``.tar``.
     """
     if is_url(path):
         tars = list_urls(path, ".tar")
@@ -289,25 +248,12 @@ def list_tars(path: str) -> list[tuple[str, str]]:
         tars = _expand(path)
     if not tars:
         raise FileNotFoundError(f"no .tar files in {path}; {how_to_make_tars(path)}")
-    base = _base_folder(path, tars)
-    names = [
-        (tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".")).removesuffix(".tar")
-        for tar in tars
-    ]
+    base = path if os.path.isdir(path) else _common_folder(tars)
+    names = [tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".") for tar in tars]
     if len(set(names)) < len(names):
         duplicates = [name for name, count in sorted(Counter(names).items()) if count > 1]
         raise ValueError(f"{path} lists shards more than once: {', '.join(duplicates)}")
-    return list(zip(names, tars, strict=True))
-
-
-def _base_folder(path: str, tars: Sequence[str]) -> str:
-    """The folder or URL that shard names are relative to: ``path`` itself, or the longest one that all tars share."""
-    return path if os.path.isdir(path) else _common_folder(tars)
-
-
-def how_to_make_tars(path: str) -> str:
-    """What to do with pictures or a table."""
-    return f"make some of pictures or a table: {command('data', 'make', path, '--output', 'DIR')}"
+    return base, {name.removesuffix(".tar"): tar for name, tar in zip(names, tars, strict=True)}
 
 
 def data_folder(path: str) -> Path:
@@ -345,58 +291,50 @@ def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
     writer that was killed between two members), which tarfile takes for the end.
     """
     try:
-        with open(path, "rb") as file:
-            if file.read(4).startswith(COMPRESSED):
-                raise BrokenShard(f"{path}: is compressed; decompress it to a plain .tar")
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
-                for member in tar:
-                    if member.issparse():
-                        raise BrokenShard(f"{path}: {member.name!r} is a sparse file; write the tar without --sparse")
-                    if member.size < 0:
-                        raise tarfile.ReadError(f"{member.name!r} has a size of {member.size}")
-                    if member.isreg():
-                        yield member
-                file.seek(tar.offset)
-                end = file.read(BLOCK)
-                if len(end) < BLOCK or any(end):
-                    raise tarfile.ReadError(f"no end-of-archive marker or member at byte {tar.offset}")
-                if tar.offset == 0 and file.seek(0, os.SEEK_END) > tarfile.RECORDSIZE:  # of a tar without members
-                    raise tarfile.ReadError("it begins with zeros")
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
+            for member in tar:
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{member.name!r} has a size of {member.size}")
+                if member.isreg():
+                    yield member
+            file.seek(tar.offset)
+            end = file.read(BLOCK)
+            if len(end) < BLOCK or any(end):
+                raise tarfile.ReadError(f"no end-of-archive marker or member at byte {tar.offset}")
+            if tar.offset == 0 and file.seek(0, os.SEEK_END) > tarfile.RECORDSIZE:  # of a tar without members
+                raise tarfile.ReadError("it begins with zeros")
     except (tarfile.TarError, ValueError) as error:
-        if isinstance(error, BrokenShard):
-            raise
-        raise BrokenShard(f"{path}: no tar, truncated or damaged: {error}; copy or write it again") from error
+        raise BrokenShard(
+            f"{path}: no tar, compressed, truncated or damaged: {error}; copy or write it again"
+        ) from error
 
 
-def index_tar(path: Path) -> tuple[np.ndarray, bytes]:
-    """The samples of a tar: (samples, COLUMNS) int64 and all keys. Raises BrokenShard.
+def index_tar(path: Path) -> ShardRows:
+    """The samples of a tar: rows of COLUMNS, and all keys as text. Raises BrokenShard.
 
     Members with the same key are a sample, in order of first appearance. A key whose part repeats starts another
     sample of the same key, so nothing is lost or overwritten; ``data check`` reports duplicate keys. Hidden files
     (macOS's ``._x.jpg``) and members other than an image, .txt and .json are ignored.
     """
-    return retried(lambda: _group_members(path), str(path))
-
-
-def _group_members(path: Path) -> tuple[np.ndarray, bytes]:
-    samples: list[tuple[str, dict[str, Part]]] = []
+    stamp, members = retried(lambda: (stamp_of(path), list(scan_tar(path))), str(path))
+    samples: list[tuple[bytes, dict[str, Part]]] = []
     latest: dict[str, dict[str, Part]] = {}
-    for member in scan_tar(path):
+    for member in members:
         key, extension = split_name(member.name)
         part = "image" if extension in IMAGE_EXTENSIONS else extension
         if part not in PARTS or key.rpartition("/")[2] == "":
             continue
         if key not in latest or part in latest[key]:
             latest[key] = {}
-            samples.append((key, latest[key]))
+            samples.append((key.encode(), latest[key]))
         latest[key][part] = (member.offset_data, member.size)
-    keys, rows, start = [key.encode() for key, _ in samples], [], 0
-    for key, (_, parts) in zip(keys, samples, strict=True):
+    rows, start = [], 0
+    for key, parts in samples:
         offsets = [number for part in PARTS for number in parts.get(part, (ABSENT, 0))]
         rows.append([*offsets, start, len(key)])
         start += len(key)
-    return np.array(rows, dtype=np.int64).reshape(-1, COLUMNS), b"".join(keys)
+    table = np.array(rows, dtype=np.int64).reshape(-1, COLUMNS)
+    return ShardRows(path.name, stamp, table, b"".join(key for key, _ in samples))
 
 
 def is_header_of(header: bytes, key: str, size: int) -> bool:
@@ -408,9 +346,8 @@ def is_header_of(header: bytes, key: str, size: int) -> bool:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.TarError:
         return False
-    if member.size not in (size, 0):  # 0: pax records may hold the size
-        return False
-    return not key.isascii() or len(key) >= 80 or split_name(member.name)[0] == key
+    same_key = not key.isascii() or len(key) >= 80 or split_name(member.name)[0] == key
+    return member.size in (size, 0) and same_key  # 0: pax records may hold the size
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -420,15 +357,11 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _holds_tars(path: str) -> bool:
-    """Whether a path is a .tar, a wildcard or braces, or a folder or URL, which may hold anything."""
-    return has_suffix(path, ".tar") or os.path.isdir(path) or is_url(path) or bool({*path} & {*"*{"})
-
-
 SOURCE = SourceFormat(
     name="webdataset",
     help="a .tar, or a folder of .tar shards",
-    recognizes=_holds_tars,
+    # a wildcard or braces, or a folder or URL, which may hold anything
+    recognizes=lambda path: has_suffix(path, ".tar") or os.path.isdir(path) or is_url(path) or bool({*path} & {*"*{"}),
     open=TarSource,
     fallback=True,
 )

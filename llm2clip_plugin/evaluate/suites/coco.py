@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.images import Row
-from llm2clip_plugin.evaluate.suites.base import COCO_VAL2014, KARPATHY, Suite, karpathy_test
+from llm2clip_plugin.evaluate.suites import COCO_VAL2014, KARPATHY, Row, Suite, karpathy_test
 
 
 def read(folder: Path) -> list[Row]:

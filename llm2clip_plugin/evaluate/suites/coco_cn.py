@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.images import Row
-from llm2clip_plugin.evaluate.suites.base import COCO_VAL2014, Suite, first_existing, to_captions
+from llm2clip_plugin.evaluate.suites import COCO_VAL2014, Row, Suite, first_existing, to_captions
 
 NAMES, CAPTIONS = "coco-cn_test.txt", "imageid.human-written-caption.txt"
 HOME = "https://github.com/li-xirong/coco-cn (on request)"

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.images import Row
-from llm2clip_plugin.evaluate.suites.base import Suite, expected_layout, read_json_lines, to_captions
+from llm2clip_plugin.evaluate.suites import Row, Suite, expected_layout, read_json_lines, to_captions
 
 DOWNLOADS = "https://storage.googleapis.com/docci/data"
 

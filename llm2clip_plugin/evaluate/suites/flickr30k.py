@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.images import Row
-from llm2clip_plugin.evaluate.suites.base import FLICKR30K_IMAGES, KARPATHY, Suite, karpathy_test
+from llm2clip_plugin.evaluate.suites import FLICKR30K_IMAGES, KARPATHY, Row, Suite, karpathy_test
 
 
 def read(folder: Path) -> list[Row]:

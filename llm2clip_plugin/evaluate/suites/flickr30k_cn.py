@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.images import Row
-from llm2clip_plugin.evaluate.suites.base import FLICKR30K_IMAGES, Suite, first_existing, to_captions
+from llm2clip_plugin.evaluate.suites import FLICKR30K_IMAGES, Row, Suite, first_existing, to_captions
 
 FILES = ("flickr30k_cn_test.txt", "flickr30k_cna_test.txt")
 LINE = re.compile(r"(\d+)(?:\.jpg)?(?:#\S*)?[\s,]+(.*)")

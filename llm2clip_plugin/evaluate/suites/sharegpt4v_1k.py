@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.evaluate.images import Row
-from llm2clip_plugin.evaluate.suites.base import Suite, expected_layout, to_captions
+from llm2clip_plugin.evaluate.suites import Row, Suite, expected_layout, to_captions
 
 FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
 ITEMS = 1000  # Long-CLIP excludes the first thousand from training

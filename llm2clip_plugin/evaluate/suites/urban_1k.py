@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.images import Row
-from llm2clip_plugin.evaluate.suites.base import Suite, to_captions
+from llm2clip_plugin.evaluate.suites import Row, Suite, to_captions
 
 HUB = "https://huggingface.co/datasets/BeichenZhang/Urban1k"
 

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.evaluate.images import Row
-from llm2clip_plugin.evaluate.suites.base import Suite, expected_layout, read_json_lines, recall_by_language
+from llm2clip_plugin.evaluate.suites import Row, Suite, expected_layout, read_json_lines, recall_by_language
 
 
 def read(folder: Path) -> list[Row]:

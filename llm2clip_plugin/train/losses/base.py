@@ -6,7 +6,7 @@ of the features, T patches of an image, H width of the tower, j kinds of ids.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -46,12 +46,7 @@ class Features:
     @property
     def of_batch(self) -> dict[str, Any]:
         """The keyword arguments that contrastive_loss and sigmoid_loss have in common."""
-        return {
-            "caption_hashes": self.caption_hashes,
-            "image_ids": self.image_ids,
-            "block": self.block,
-            "group": self.group,
-        }
+        return {name: getattr(self, name) for name in ("caption_hashes", "image_ids", "block", "group")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +79,8 @@ class PairBlocks:
     """The rows of this rank against the columns of all ranks, and which pairs are excluded.
 
     A loss over all pairs takes their logits in blocks of rows, so that no N x N matrix is ever held. It computes its
-    gradient in the forward pass and communicates nothing in the backward pass: under an engine that averages the
-    gradients of parameters over ranks (DDP, DeepSpeed), the result is the gradient of the loss of one big batch.
+    gradient in the forward pass (``with_gradients``) and communicates nothing in the backward pass: under an engine
+    that averages the gradients of parameters over ranks, the result is the gradient of the loss of one big batch.
 
     Row i of the anchors and of the positives are a pair; rank r holds the rows [r b, (r + 1) b) of the N.
     """
@@ -95,11 +90,9 @@ class PairBlocks:
             raise ValueError(
                 f"anchors {tuple(anchor_bD.shape)} and positives {tuple(positive_bD.shape)} must have one shape (b, D)"
             )
-        self.anchor_bD = anchor_bD.detach()
-        self.positive_ND = gather_rows(positive_bD, group)
-        self.group = group
-        self.rows = len(anchor_bD)
-        self.columns = len(self.positive_ND)
+        self.anchor_bD, self.positive_ND = anchor_bD.detach(), gather_rows(positive_bD, group)
+        self.group: Group = group
+        self.rows, self.columns = len(anchor_bD), len(self.positive_ND)
         self.first = rank(group) * self.rows  # column of row 0's own positive
         self.ids_jb = ids_jb
         self.ids_jN = None if ids_jb is None else gather_rows(ids_jb.T.contiguous(), group).T.contiguous()
@@ -135,9 +128,24 @@ class PairBlocks:
         return same_RN
 
 
-def gradients_as(grads: tuple[Tensor, ...], *inputs: Tensor) -> list[Tensor]:
-    """Each gradient in the dtype and shape of its input."""
-    return [grad.to(given.dtype).reshape(given.shape) for grad, given in zip(grads, inputs, strict=True)]
+class _Known(torch.autograd.Function):
+    """A loss, then inputs and as many gradients -> the loss as a function of the inputs."""
+
+    @staticmethod
+    def forward(ctx, loss, *tensors):
+        inputs, grads = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        ctx.save_for_backward(*(g.to(x.dtype).reshape(x.shape) for x, g in zip(inputs, grads, strict=True)))
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grads = [upstream * grad for grad in ctx.saved_tensors]
+        return None, *grads, *[None] * len(grads)
+
+
+def with_gradients(loss: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """``loss`` (), whose gradient with respect to each input is known already, in any dtype."""
+    return _Known.apply(loss, *inputs, *grads)  # pyright: ignore[reportReturnType]
 
 
 Terms = dict[str, Callable[[Features], Tensor]]  # name -> weighted loss; a step minimizes their sum
@@ -168,14 +176,10 @@ def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
 
 def check_terms(config: LossConfig, dual: DualConfig) -> None:
     """Raise ValueError if the terms and the dual encoder are incompatible."""
-    with_bias = [term.name for _, term in chosen_terms(config) if term.uses_bias]
-    if with_bias and dual.logit_bias_init is None:
+    if any(term.uses_bias for _, term in chosen_terms(config)) != (dual.logit_bias_init is not None):
         raise ValueError(
-            f"loss term {with_bias[0]} learns a logit bias: set --dual.logit-bias-init (SigLIP starts at -10)"
-        )
-    if dual.logit_bias_init is not None and not with_bias:
-        raise ValueError(
-            f"loss.terms {' '.join(config.terms)} does not use a logit bias: leave dual.logit_bias_init unset"
+            f"loss.terms {' '.join(config.terms)}, dual.logit_bias_init {dual.logit_bias_init}: sigmoid learns a logit "
+            "bias, from --dual.logit-bias-init (SigLIP's is -10); the other terms have none"
         )
 
 

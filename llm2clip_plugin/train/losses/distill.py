@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import Group
-from llm2clip_plugin.train.losses.base import Features, LossTerm, PairBlocks, gradients_as
+from llm2clip_plugin.train.losses.base import Features, LossTerm, PairBlocks, with_gradients
 
 LEAST = 1e-12  # of a squared distance that is divided by: equal features have no direction
 
@@ -27,7 +27,9 @@ def structure_loss(anchor_bD: Tensor, reference_bD: Tensor, *, block: int = 0, g
     anchor, reference: (b, D), L2-normalized; products are taken in fp32. block: rows of the distances held at once.
     The gradient with respect to the anchors is that of sum_r loss_r; the reference gets none.
     """
-    return _Structure.apply(anchor_bD, reference_bD, block, group)  # pyright: ignore[reportReturnType]
+    with torch.no_grad():
+        loss, grad_bD = _loss_and_gradient(anchor_bD.float(), reference_bD.float(), block, group)
+    return with_gradients(loss, (anchor_bD,), (grad_bD,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,34 +61,25 @@ class Distill(LossTerm):
 TERM = Distill
 
 
-class _Structure(torch.autograd.Function):
+def _loss_and_gradient(anchor_bD: Tensor, reference_bD: Tensor, block: int, group: Group) -> tuple[Tensor, Tensor]:
     """One pass over blocks of rows against all columns. A pair is seen from both of its rows, on their ranks, so each
     rank has the complete gradient of its own rows and sends none."""
-
-    @staticmethod
-    def forward(ctx, anchor_bD, reference_bD, block, group):
-        rows = PairBlocks(anchor_bD.float(), anchor_bD.float(), None, block, group)
-        targets = PairBlocks(reference_bD.float(), reference_bD.float(), None, block, group)
-        pairs = max(1, rows.rows * (rows.columns - 1))
-        loss = torch.zeros((), device=anchor_bD.device)
-        grad_bD = torch.empty(rows.anchor_bD.shape, device=anchor_bD.device)
-        for part in rows:
-            square_RN, target_RN = _squares(rows, part), _squares(targets, part)
-            distance_RN = square_RN.sqrt()
-            difference_RN = distance_RN - target_RN.sqrt_()
-            rows.diagonal(part, difference_RN).zero_()
-            size_RN = difference_RN.abs()
-            loss += torch.where(size_RN < 1, 0.5 * size_RN.square(), size_RN - 0.5).sum() / pairs
-            # d smooth_l1 / d distance x d distance / d x_i = clamp(difference) (x_i - x_j) / distance; twice, as the
-            # pair counts in row j too
-            slope_RN = difference_RN.clamp_(-1, 1).div_(distance_RN.clamp_(min=LEAST**0.5)).mul_(2 / pairs)
-            grad_bD[part] = slope_RN.sum(1, keepdim=True) * rows.anchor_bD[part] - slope_RN @ rows.positive_ND
-        ctx.save_for_backward(*gradients_as((grad_bD,), anchor_bD))
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return upstream * ctx.saved_tensors[0], None, None, None
+    rows, targets = (PairBlocks(x_bD, x_bD, None, block, group) for x_bD in (anchor_bD, reference_bD))
+    pairs = max(1, rows.rows * (rows.columns - 1))
+    loss = torch.zeros((), device=anchor_bD.device)
+    grad_bD = torch.empty(rows.anchor_bD.shape, device=anchor_bD.device)
+    for part in rows:
+        square_RN, target_RN = _squares(rows, part), _squares(targets, part)
+        distance_RN = square_RN.sqrt()
+        difference_RN = distance_RN - target_RN.sqrt_()
+        rows.diagonal(part, difference_RN).zero_()
+        size_RN = difference_RN.abs()
+        loss += torch.where(size_RN < 1, 0.5 * size_RN.square(), size_RN - 0.5).sum() / pairs
+        # d smooth_l1 / d distance x d distance / d x_i = clamp(difference) (x_i - x_j) / distance; twice, as the
+        # pair counts in row j too
+        slope_RN = difference_RN.clamp_(-1, 1).div_(distance_RN.clamp_(min=LEAST**0.5)).mul_(2 / pairs)
+        grad_bD[part] = slope_RN.sum(1, keepdim=True) * rows.anchor_bD[part] - slope_RN @ rows.positive_ND
+    return loss, grad_bD
 
 
 def _squares(blocks: PairBlocks, rows: slice) -> Tensor:

@@ -1,7 +1,6 @@
 """CLIP's loss, symmetric InfoNCE: each anchor picks its positive among all of the batch, each positive its anchor."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import Group, gather_rows, sum_own_rows, world_size
-from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, gradients_as, stack_ids
+from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, stack_ids, with_gradients
 
 
 def contrastive_loss(
@@ -38,9 +37,24 @@ def contrastive_loss(
     The gradient with respect to the features is that of sum_r loss_r (golden D: local loss, gathered with
     gradient); with respect to ``scale`` it is this rank's part, so that the mean over ranks is right. Weights put on
     the result must be the same on every rank. Not for a batch of one pair, which has no negatives.
+
+    Two passes over the blocks: sums of exponentials of rows and columns, then gradients from them. A block's logits
+    serve its rows (anchor to positive) and its columns (positive to anchor) at once; the columns' sums are joined over
+    blocks and ranks. Four matrix products in all, against three of the full matrix.
     """
-    ids_jb = stack_ids(caption_hashes, image_ids)
-    return _InfoNCE.apply(anchor_bD, positive_bD, scale, ids_jb, block, group)  # pyright: ignore[reportReturnType]
+    with torch.no_grad():
+        blocks = PairBlocks(anchor_bD, positive_bD, stack_ids(caption_hashes, image_ids), block, group)
+        s = scale.float().reshape(())
+        row, column, pair_b, logits_RN = _exponential_sums(blocks, s)
+        own_top_b, own_total_b = (x_N[blocks.own_columns] for x_N in column)
+        there_b, back_b = row[0] - pair_b + row[1].log(), own_top_b - pair_b + own_total_b.log()
+        loss = 0.5 * (there_b + back_b).mean()
+    inputs = (anchor_bD, positive_bD, scale)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        return loss
+    with torch.no_grad():
+        grads = _gradients(blocks, s, row, column, logits_RN)
+    return with_gradients(loss, inputs, grads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,72 +71,38 @@ class InfoNCE(LossTerm):
 TERM = InfoNCE
 
 
-class _InfoNCE(torch.autograd.Function):
-    """Two passes over the blocks: sums of exponentials of rows and columns, then gradients from them.
-
-    A block's logits serve its rows (anchor to positive) and its columns (positive to anchor) at once; the columns'
-    sums are joined over blocks and ranks. Four matrix products in all, against three of the full matrix.
-    """
-
-    @staticmethod
-    def forward(ctx, anchor_bD, positive_bD, scale, ids_jb, block, group):
-        blocks = PairBlocks(anchor_bD, positive_bD, ids_jb, block, group)
-        s = scale.detach().float().reshape(())
-        row, column, pair_b, logits_RN = _exponential_sums(blocks, s)
-        loss = 0.5 * (row.log_minus(pair_b) + column.part(blocks.own_columns).log_minus(pair_b)).mean()
-        if any(ctx.needs_input_grad):
-            grads = _gradients(blocks, s, row, column, logits_RN)
-            ctx.save_for_backward(*gradients_as(grads, anchor_bD, positive_bD, scale))
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return *(upstream * grad for grad in ctx.saved_tensors), None, None, None
+# sum_j exp(x_j) of many rows as ``total * exp(top)``, top the largest x: a rounded logarithm near 100 would cost 1e-5
+ExpSums = tuple[Tensor, Tensor]
 
 
-@dataclass
-class _ExpSums:
-    """sum_j exp(x_j) of many rows as ``total * exp(top)``: a rounded logarithm near 100 would cost 1e-5 of it."""
-
-    top: Tensor  # the largest x
-    total: Tensor  # sum of exp(x - top)
-
-    def part(self, which: slice) -> _ExpSums:
-        return _ExpSums(self.top[which], self.total[which])
-
-    def log_minus(self, logit: Tensor) -> Tensor:
-        """log of the sum, minus a logit."""
-        return (self.top - logit) + self.total.log()
-
-    @classmethod
-    def joined(cls, parts: list[_ExpSums]) -> _ExpSums:
-        """The sums over all parts."""
-        top = torch.stack([part.top for part in parts]).amax(0)
-        return cls(top, sum((part.total * (part.top - top).exp() for part in parts), torch.zeros_like(top)))
+def _joined(parts: Iterable[ExpSums]) -> ExpSums:
+    """The sums over all parts."""
+    tops, totals = map(torch.stack, zip(*parts, strict=True))
+    top = tops.amax(0)
+    return top, (totals * (tops - top).exp()).sum(0)
 
 
-def _exponential_sums(blocks: PairBlocks, s: Tensor) -> tuple[_ExpSums, _ExpSums, Tensor, Tensor | None]:
+def _exponential_sums(blocks: PairBlocks, s: Tensor) -> tuple[ExpSums, ExpSums, Tensor, Tensor | None]:
     """Sums of each local row (b,), of each column over all ranks (N,), and the pairs' own logits (b,).
 
     The logits (b, N) themselves are returned too if they are a single block, else None.
     """
-    device = blocks.anchor_bD.device
-    row = _ExpSums(torch.empty(blocks.rows, device=device), torch.empty(blocks.rows, device=device))
-    pair_b = torch.empty(blocks.rows, device=device)
-    columns: list[_ExpSums] = []
+    row_top_b, row_total_b, pair_b = (torch.empty(blocks.rows, device=blocks.anchor_bD.device) for _ in range(3))
+    column: ExpSums | None = None
     logits_RN = None
     for rows in blocks:
         logits_RN = _logits(blocks, rows, s)
         pair_b[rows] = blocks.diagonal(rows, logits_RN)
-        row.top[rows] = logits_RN.amax(1)
-        row.total[rows] = (logits_RN - row.top[rows, None]).exp_().sum(1)
+        row_top_b[rows] = logits_RN.amax(1)
+        row_total_b[rows] = (logits_RN - row_top_b[rows, None]).exp_().sum(1)
         top_N = logits_RN.amax(0)
-        columns.append(_ExpSums(top_N, (logits_RN - top_N).exp_().sum(0)))
-        columns = [_ExpSums.joined(columns)]
+        part = top_N, (logits_RN - top_N).exp_().sum(0)
+        column = part if column is None else _joined([column, part])
+    assert column is not None
     if world_size(blocks.group) > 1:
-        tops_WN, totals_WN = (gather_rows(x[None], blocks.group) for x in (columns[0].top, columns[0].total))
-        columns = [_ExpSums.joined([_ExpSums(*pair) for pair in zip(tops_WN, totals_WN, strict=True)])]
-    return row, columns[0], pair_b, logits_RN if blocks.block >= blocks.rows else None
+        tops_WN, totals_WN = (gather_rows(x_N[None], blocks.group) for x_N in column)
+        column = _joined(zip(tops_WN, totals_WN, strict=True))
+    return (row_top_b, row_total_b), column, pair_b, logits_RN if blocks.block >= blocks.rows else None
 
 
 def _logits(blocks: PairBlocks, rows: slice, s: Tensor) -> Tensor:
@@ -133,16 +113,16 @@ def _logits(blocks: PairBlocks, rows: slice, s: Tensor) -> Tensor:
 
 
 def _gradients(
-    blocks: PairBlocks, s: Tensor, row: _ExpSums, column: _ExpSums, all_logits_RN: Tensor | None
+    blocks: PairBlocks, s: Tensor, row: ExpSums, column: ExpSums, all_logits_RN: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum_r loss_r: local anchors (b, D), local positives (b, D), this rank's part for the scale ()."""
     anchor_grad_bD = torch.empty(blocks.anchor_bD.shape, device=blocks.anchor_bD.device)
     positive_grad_ND = torch.zeros(blocks.positive_ND.shape, device=blocks.anchor_bD.device)
-    row_weight_b, column_weight_N = 0.5 / blocks.rows / row.total, 0.5 / blocks.rows / column.total
+    row_weight_b, column_weight_N = (0.5 / blocks.rows / total for _, total in (row, column))
     for rows in blocks:
         logits_RN = _logits(blocks, rows, s) if all_logits_RN is None else all_logits_RN
-        grad_RN = (logits_RN - row.top[rows, None]).exp_().mul_(row_weight_b[rows, None])
-        grad_RN.addcmul_(logits_RN.sub_(column.top).exp_(), column_weight_N)
+        grad_RN = (logits_RN - row[0][rows, None]).exp_().mul_(row_weight_b[rows, None])
+        grad_RN.addcmul_(logits_RN.sub_(column[0]).exp_(), column_weight_N)
         blocks.diagonal(rows, grad_RN).sub_(1 / blocks.rows)
         grad_RN = grad_RN.to(blocks.anchor_bD.dtype)
         anchor_grad_bD[rows] = (grad_RN @ blocks.positive_ND).float()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import gather_rows, sum_own_rows
-from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, gradients_as, stack_ids
+from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, stack_ids, with_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +27,12 @@ class PatchCaptions(LossTerm):
     temperature: float = 0.1  # of the softmax over the patches of an image
 
     def __call__(self, features: Features) -> Tensor:
-        patch_bTD, scale, settings = features.patch_features_bTD, features.log_scale.exp(), features.of_batch
-        if patch_bTD is None:
+        if features.patch_features_bTD is None:
             raise ValueError("loss term patch_captions has no patches to pool: this step encodes no images")
-        return _PatchCaptions.apply(patch_bTD, features.positive_bkD[:, 0], scale, self.temperature, settings)  # pyright: ignore[reportReturnType]
+        inputs = (features.patch_features_bTD, features.positive_bkD[:, 0], features.log_scale.exp())
+        with torch.no_grad():
+            loss, grads = _loss_and_gradients(*inputs, self.temperature, features)
+        return with_gradients(loss, inputs, grads)
 
 
 TERM = PatchCaptions
@@ -43,35 +45,28 @@ def _logits(patch_RTD: Tensor, caption_ND: Tensor, scale: Tensor, temperature: f
     return scale * (weight_RNT * cosine_RNT).sum(-1) / (weight_RNT @ patch_RTD).norm(dim=-1).clamp(min=1e-6)
 
 
-class _PatchCaptions(torch.autograd.Function):
+def _loss_and_gradients(
+    patch_bTD: Tensor, caption_bD: Tensor, scale: Tensor, temperature: float, features: Features
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """All logits of this rank's images, then the gradients of a block of images at a time."""
-
-    @staticmethod
-    def forward(ctx, patch_bTD, caption_bD, scale, temperature, settings):
-        ids_jb, group = stack_ids(settings["caption_hashes"], settings["image_ids"]), settings["group"]
-        blocks = PairBlocks(caption_bD, caption_bD, ids_jb, settings["block"], group)
-        blocks.block = settings["block"] or max(1, blocks.block // sum(patch_bTD.shape[1:]))  # also holds v_ij
-        whole_bTD, *others = (x.detach().float() for x in (patch_bTD, blocks.positive_ND, scale))
-        logits_bN = torch.cat([_logits(whole_bTD[rows], others[0], others[1], temperature) for rows in blocks])
-        every = slice(0, blocks.rows)
-        if (excluded_bN := blocks.excluded(every)) is not None:
-            logits_bN.masked_fill_(excluded_bN, EXCLUDED)
-        row_b, column_N = logits_bN.logsumexp(1), gather_rows(logits_bN.logsumexp(0)[None], group).logsumexp(0)
-        loss = 0.5 * (row_b + column_N[blocks.own_columns] - 2 * blocks.diagonal(every, logits_bN)).mean()
-        slope_bN = ((logits_bN - row_b[:, None]).exp() + (logits_bN - column_N).exp()) * (0.5 / blocks.rows)
-        blocks.diagonal(every, slope_bN).sub_(1 / blocks.rows)
-        patch_grads, sums = [], [torch.zeros_like(x) for x in others]
-        for rows in blocks:
-            leaves = [x.requires_grad_() for x in (whole_bTD[rows].clone(), *others)]
-            with torch.enable_grad():
-                logits_RN = _logits(leaves[0], leaves[1], leaves[2], temperature)
-            patch_grad, *parts = torch.autograd.grad(logits_RN, leaves, slope_bN[rows])
-            patch_grads.append(patch_grad)
-            sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)]
-        grads = torch.cat(patch_grads), sum_own_rows(sums[0], group), sums[1]
-        ctx.save_for_backward(*gradients_as(grads, patch_bTD, caption_bD, scale))
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return *(upstream * grad for grad in ctx.saved_tensors), None, None
+    ids_jb, group = stack_ids(features.caption_hashes, features.image_ids), features.group
+    blocks = PairBlocks(caption_bD, caption_bD, ids_jb, features.block, group)
+    blocks.block = features.block or max(1, blocks.block // sum(patch_bTD.shape[1:]))  # also holds v_ij
+    whole_bTD, *others = (x.detach().float() for x in (patch_bTD, blocks.positive_ND, scale))
+    logits_bN = torch.cat([_logits(whole_bTD[rows], others[0], others[1], temperature) for rows in blocks])
+    every = slice(0, blocks.rows)
+    if (excluded_bN := blocks.excluded(every)) is not None:
+        logits_bN.masked_fill_(excluded_bN, EXCLUDED)
+    row_b, column_N = logits_bN.logsumexp(1), gather_rows(logits_bN.logsumexp(0)[None], group).logsumexp(0)
+    loss = 0.5 * (row_b + column_N[blocks.own_columns] - 2 * blocks.diagonal(every, logits_bN)).mean()
+    slope_bN = ((logits_bN - row_b[:, None]).exp() + (logits_bN - column_N).exp()) * (0.5 / blocks.rows)
+    blocks.diagonal(every, slope_bN).sub_(1 / blocks.rows)
+    patch_grads, sums = [], [torch.zeros_like(x) for x in others]
+    for rows in blocks:
+        leaves = [x.requires_grad_() for x in (whole_bTD[rows].clone(), *others)]
+        with torch.enable_grad():
+            logits_RN = _logits(leaves[0], leaves[1], leaves[2], temperature)
+        patch_grad, *parts = torch.autograd.grad(logits_RN, leaves, slope_bN[rows])
+        patch_grads.append(patch_grad)
+        sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)]
+    return loss, (torch.cat(patch_grads), sum_own_rows(sums[0], group), sums[1])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import Group, sum_own_rows
-from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, gradients_as, stack_ids
+from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, stack_ids, with_gradients
 
 
 def sigmoid_loss(
@@ -29,8 +29,13 @@ def sigmoid_loss(
     Arguments as for contrastive_loss; ``bias`` has one element. Start it near -ln(N), or the negatives drown
     the first steps.
     """
-    ids_jb = stack_ids(caption_hashes, image_ids)
-    return _Sigmoid.apply(anchor_bD, positive_bD, scale, bias, ids_jb, block, group)  # pyright: ignore[reportReturnType]
+    with torch.no_grad():  # one pass: the loss of a pair depends on its own logit alone, its gradient is known with it
+        blocks = PairBlocks(anchor_bD, positive_bD, stack_ids(caption_hashes, image_ids), block, group)
+        s, shift = scale.float().reshape(()), bias.float().reshape(())
+        loss, anchor_grad_bD, positive_grad_ND, bias_grad = _loss_and_gradients(blocks, s, shift)
+        scale_grad = (anchor_grad_bD * blocks.anchor_bD.float()).sum()
+        grads = (anchor_grad_bD * s, sum_own_rows(positive_grad_ND, group) * s, scale_grad, bias_grad)
+    return with_gradients(loss, (anchor_bD, positive_bD, scale, bias), grads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,25 +51,6 @@ class Sigmoid(LossTerm):
 
 
 TERM = Sigmoid
-
-
-class _Sigmoid(torch.autograd.Function):
-    """One pass: the loss of a pair depends on its own logit alone, so its gradient is known with it."""
-
-    @staticmethod
-    def forward(ctx, anchor_bD, positive_bD, scale, bias, ids_jb, block, group):
-        blocks = PairBlocks(anchor_bD, positive_bD, ids_jb, block, group)
-        s, shift = scale.detach().float().reshape(()), bias.detach().float().reshape(())
-        loss, anchor_grad_bD, positive_grad_ND, bias_grad = _loss_and_gradients(blocks, s, shift)
-        scale_grad = (anchor_grad_bD * blocks.anchor_bD.float()).sum()
-        positive_grad_bD = sum_own_rows(positive_grad_ND, group)
-        grads = (anchor_grad_bD * s, positive_grad_bD * s, scale_grad, bias_grad)
-        ctx.save_for_backward(*gradients_as(grads, anchor_bD, positive_bD, scale, bias))
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return *(upstream * grad for grad in ctx.saved_tensors), None, None, None
 
 
 def _loss_and_gradients(blocks: PairBlocks, s: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

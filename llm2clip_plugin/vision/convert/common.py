@@ -1,16 +1,13 @@
 """What importers of all layouts share: tensors by name, a parsed checkpoint, and the text adapter in it.
 
-The adapter is found by its structure, whatever its tensors are called.
-
-Releases nest the adapter differently (``text.text_adaptor.0.fn.0``, ``text_adapter.adaptor.0.fn.0`` ...); only its
-structure is fixed: numbered residual blocks (one norm, two Linears each), then a norm, then a Linear, which are
-numbered like the blocks or are modules next to them. An adapter at ``text.text_proj.text_adaptor`` was trained with
-the LLM in the loop, whose embeddings the reference does not normalize.
+Releases nest the adapter differently (``text.text_adaptor.0.fn.0``, ``text_adapter.adaptor.0.fn.0`` ...); its parts are
+numbered: residual blocks (a norm, two Linears each), then a norm, then a Linear. An adapter at
+``text.text_proj.text_adaptor`` was trained with the LLM in the loop, whose embeddings the reference does not normalize.
 Shapes: W width of an LLM embedding, D projection_dim.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,122 +16,54 @@ from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.family import DualConfig
 
 IN_THE_LOOP = "text.text_proj.text_adaptor."  # the reference's names if its text tower contains the LLM too
+PARTS = {"ln": "norm", "fn.0": "up", "fn.3": "down"}  # of a block: the reference's names -> ours
+ADAPTER = r"(?P<prefix>.*\b(text_)?adaptor\.)(?P<number>\d+)\.((?P<part>ln|fn\.0|fn\.3)\.)?(?P<kind>weight|bias)"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AdapterMatch:
     """An adapter in a checkpoint: its sizes, its tensors under our names, and our name -> the checkpoint's name."""
 
-    llm_width: int
-    projection_dim: int
-    blocks: int
-    expansion: int
-    normalise_input: bool = True
-    state: dict[str, Tensor] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
+    config: DualConfig
+    state: dict[str, Tensor]
+    names: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
-    def add(self, ours: str, value: Tensor, theirs: str) -> None:
-        """A tensor under both names."""
-        self.state[ours], self.names[ours] = value, theirs
 
-
-def candidate_prefixes(names: Iterable[str]) -> list[str]:
-    """Every prefix that precedes a number: ``text.text_adaptor.`` in ``text.text_adaptor.0.ln.bias``."""
-    return sorted({match[1] for name in names if (match := re.match(r"(.*?\.)\d+\.", name))})
-
-
-def match_adapter(state: dict[str, Tensor], prefix: str) -> AdapterMatch | None:
-    """The adapter whose parts are numbered after ``prefix``, or None if the tensors there have another structure."""
-    parts: dict[int, dict[str, Tensor]] = {}
-    for name, value in state.items():
-        if not name.startswith(prefix):
-            continue
-        match = re.fullmatch(r"(\d+)\.(.+)", name.removeprefix(prefix))
-        if match is None:
-            return None
-        parts.setdefault(int(match[1]), {})[match[2]] = value
-    order = sorted(parts)
-    if not order or order != list(range(len(order))):
+def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
+    """The text adapter in a checkpoint; ContractError for several ones, or one without its last Linear."""
+    found = [match for name in state if (match := re.fullmatch(ADAPTER, name))]
+    if not found:
         return None
-    modules = [(f"{prefix}{index}.", parts[index]) for index in order]
-    numbered = _assemble(dict(modules[:-2]), dict(modules[-2:]))
-    return numbered or _assemble(dict(modules), _siblings(state, prefix))
-
-
-def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each module, which is named with a final "."."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        module, dot, kind = name.rpartition(".")
-        modules.setdefault(module + dot, {})[kind] = value
-    return modules
-
-
-def _siblings(state: dict[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
-    """The modules next to the one at ``prefix``: ``text_adapter.norm.`` for ``text_adapter.blocks.``."""
-    parent = ".".join(prefix.split(".")[:-2])
-    is_sibling = re.compile(rf"{re.escape(parent)}\.[^.]+\.").fullmatch
-    modules = _by_module(state) if parent else {}
-    return {module: tensors for module, tensors in modules.items() if is_sibling(module) and module != prefix}
-
-
-def _assemble(blocks: dict[str, dict[str, Tensor]], ends: dict[str, dict[str, Tensor]]) -> AdapterMatch | None:
-    """An adapter of residual blocks, then a norm (W) and a Linear (D, W), all as module name -> tensors; None if the
-    shapes don't fit."""
-    axes = {tensors["weight"].dim(): module for module, tensors in ends.items() if "weight" in tensors}
-    if len(ends) != 2 or axes.keys() != {1, 2}:
-        return None
-    norm, last = ends[axes[1]], ends[axes[2]]
-    if norm.keys() != {"weight", "bias"} or not last.keys() <= {"weight", "bias"}:
-        return None
-    width, projection_dim = norm["weight"].shape[0], last["weight"].shape[0]
-    matched = {module: _match_block(tensors, width) for module, tensors in blocks.items()}
-    if last["weight"].shape[1] != width or any(block is None for block in matched.values()):
-        return None
-    expansions = {block["up.weight"][1].shape[0] // width for block in matched.values() if block is not None}
-    if len(expansions) > 1:
-        return None
-    adapter = AdapterMatch(width, projection_dim, len(blocks), expansions.pop() if expansions else 2)
-    name = axes[2].rstrip(".")
-    if axes[2].startswith(IN_THE_LOOP):
-        adapter.normalise_input = False
-        adapter.notes.append(f"{name} was trained with the LLM in the loop: its input is not normalized")
-    for index, (module, block) in enumerate(matched.items()):
-        for ours, (theirs, value) in (block or {}).items():
-            adapter.add(f"blocks.{index}.{ours}", value, f"{module}{theirs}")
-    for ours, module in (("norm", axes[1]), ("projection", axes[2])):
-        for kind, value in ends[module].items():
-            adapter.add(f"{ours}.{kind}", value, f"{module}{kind}")
-    if "bias" not in last:
-        adapter.state["projection.bias"] = torch.zeros(projection_dim, dtype=last["weight"].dtype)
-        adapter.notes.append(f"{name} has no bias: filled with zeros")
+    if len(prefixes := sorted({match["prefix"] for match in found})) > 1:
+        raise ContractError(f"the checkpoint contains several text adapters: {prefixes}")
+    prefix, last = prefixes[0], max(int(match["number"]) for match in found)
+    names = {}
+    for match in found:
+        ends = {last - 1: "norm", last: "projection"}
+        part = f"blocks.{match['number']}.{PARTS[match['part']]}" if match["part"] else ends.get(int(match["number"]))
+        names[f"{part}.{match['kind']}"] = match[0]
+    own = {ours: state[theirs] for ours, theirs in names.items()}
+    weight, up = own.get("projection.weight"), own.get("blocks.0.up.weight")
+    if weight is None or weight.dim() != 2:
+        raise ContractError(f"the checkpoint is missing {prefix}{last}.weight, the last Linear of its text adapter")
+    config = DualConfig(
+        projection_dim=len(weight),
+        llm_width=weight.shape[1],
+        adapter_blocks=last - 1,
+        adapter_expansion=2 if up is None else len(up) // weight.shape[1],
+        normalise_input=prefix != IN_THE_LOOP,
+    )
+    adapter = AdapterMatch(config=config, state=own, names=names)
+    if prefix == IN_THE_LOOP:
+        adapter.notes.append(f"{prefix}* was trained with the LLM in the loop: its input is not normalized")
+    if "projection.bias" not in own:
+        own["projection.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
+        adapter.notes.append(f"{prefix}{last} has no bias: filled with zeros")
     return adapter
-
-
-def _match_block(tensors: dict[str, Tensor], width: int) -> dict[str, tuple[str, Tensor]] | None:
-    """Our name -> (theirs, tensor) in a residual block: one norm (W), up (k W, W) and down (W, k W), with biases."""
-    modules = _by_module(tensors)
-    if any(set(module) != {"weight", "bias"} for module in modules.values()):
-        return None
-    norms = [name for name, module in modules.items() if module["weight"].shape == (width,)]
-    linears = sorted(name for name, module in modules.items() if module["weight"].dim() == 2)
-    if len(modules) != 3 or len(norms) != 1 or len(linears) != 2:
-        return None
-    # with expansion 1 both are square, and the order of their names decides
-    if modules[linears[0]]["weight"].shape[1] != width or modules[linears[1]]["weight"].shape[0] != width:
-        linears.reverse()
-    roles = {"norm": norms[0], "up": linears[0], "down": linears[1]}
-    up, down = modules[roles["up"]]["weight"], modules[roles["down"]]["weight"]
-    if up.shape[1] != width or up.shape[0] % width or down.shape != (width, up.shape[0]):
-        return None
-    return {
-        f"{role}.{kind}": (f"{theirs}{kind}", value)
-        for role, theirs in roles.items()
-        for kind, value in modules[theirs].items()
-    }
 
 
 # A parsed checkpoint: every tensor belongs to the tower or its heads, or has a reason to be left out.
@@ -183,28 +112,16 @@ class ParsedCheckpoint:
         return self.state.get(name)
 
     def find_text_side(self, *own_text: str) -> None:
-        """Find logit scale and bias, and the adapter by its structure; leave out names that start with ``own_text``."""
+        """Find logit scale and bias, and the adapter; leave out names that start with ``own_text``."""
         for name in [key for key in self.state if key.split(".")[-1] in ("logit_scale", "logit_bias")]:
             if self.state[name].numel() != 1:
                 raise ContractError(f"{name} is {tuple(self.state[name].shape)}, expected one number")
             setattr(self, name.split(".")[-1], self.take(name))
-        rest = [key for key in self.state if key not in self.used and key not in self.left_out]
-        matches = [match for prefix in candidate_prefixes(rest) if (match := match_adapter(self.state, prefix))]
-        if len(matches) > 1:
-            names = [next(iter(match.names.values())) for match in matches]
-            raise ContractError(f"the checkpoint contains several text adapters: {names}")
-        if matches:
-            self.adapter = matches[0]
-            self.used |= set(self.adapter.names.values())
-        self.left_out |= {key: OWN_TEXT for key in rest if key not in self.used and key.startswith(own_text)}
-
-    def check_complete(self, *, where: str) -> None:
-        """ContractError if a tensor is neither used nor left out for a reason."""
-        if unused := sorted(self.state.keys() - self.used - self.left_out.keys()):
-            raise ContractError(
-                f"{where}: {len(unused)} of {len(self.state)} tensors do not belong to a {self.layout} model: "
-                f"{unused[:10]}; a tensor was renamed, or --config must describe the architecture"
-            )
+        if (adapter := match_adapter(self.state)) is not None:
+            self.adapter = adapter
+            self.used |= set(adapter.names.values())
+        rest = self.state.keys() - self.used - self.left_out.keys()
+        self.left_out |= {key: OWN_TEXT for key in rest if key.startswith(own_text)}
 
     def report(self) -> list[str]:
         """What was matched and what was left out, line by line."""
@@ -213,17 +130,14 @@ class ParsedCheckpoint:
             bias = "" if self.projection_bias is None else " with bias"
             lines.append(f"projection {tuple(self.projection.shape)}{bias}")
         if (adapter := self.adapter) is not None:
-            lines.append(
-                f"text adapter matched by structure: {adapter.blocks} blocks of width {adapter.llm_width}, "
-                f"expansion {adapter.expansion}, then {adapter.llm_width} -> {adapter.projection_dim}"
-            )
+            sizes = adapter.config
+            widths = f"width {sizes.llm_width}, expansion {sizes.adapter_expansion}, then {sizes.projection_dim}"
+            lines.append(f"text adapter: {sizes.adapter_blocks} blocks of {widths}")
             lines += [f"  {theirs} -> text_adapter.{ours}" for ours, theirs in adapter.names.items()]
             lines += [f"  {note}" for note in adapter.notes]
         for reason in sorted(set(self.left_out.values())):
             names = sorted(name for name, why in self.left_out.items() if why == reason)
-            lines.append(
-                f"left out ({reason}): {len(names)} tensors ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-            )
+            lines.append(f"left out ({reason}): {len(names)} tensors ({', '.join([*names[:3], '...'][: len(names)])})")
         return lines
 
 
@@ -246,60 +160,40 @@ class TensorNames:
         Raises ContractError if two tensors map to one name, or if a fused tensor cannot be split.
         """
         tower: dict[str, Tensor] = {}
-        source: dict[str, str] = {}
-        for key, value in state.items():
-            for ours, part in self._ours(key, value).items():
-                if ours in tower:
-                    raise ContractError(f"{source[ours]} and {key} both map to {ours}")
-                tower[ours], source[ours] = part, key
-        return tower, set(source.values())
-
-    def _ours(self, key: str, value: Tensor) -> dict[str, Tensor]:
-        """The tensors that one of theirs contains, under our names; {} if it is not part of the tower."""
-        name = key.removeprefix(self.prefixes[0])
-        if not key.startswith(self.prefixes[0]):
-            return {}
-        if (match := re.fullmatch(rf"{re.escape(self.blocks[0])}(\d+)\.(.+)", name)) is None:
-            ours = _translate(name, self.outside)
-            return {self.prefixes[1] + ours: value} if ours else {}
-        block, rest = f"{self.prefixes[1]}{self.blocks[1]}{match[1]}.", match[2]
-        if ours := _translate(rest, self.inside):
-            return {block + ours: value}
-        kind = rest.removeprefix(self.fused[0])
-        if rest not in (f"{self.fused[0]}weight", f"{self.fused[0]}bias"):
-            return {}
-        if value.shape[0] % 3:
-            raise ContractError(f"{key} has {value.shape[0]} rows, expected a multiple of 3 (query, key, value)")
-        parts = zip("qkv", value.chunk(3), strict=True)
-        return {block + self.fused[1].format(part) + kind: rows for part, rows in parts}
+        used: set[str] = set()
+        for theirs, names in self._table(depth(state, self.prefixes[0] + self.blocks[0])).items():
+            if (value := state.get(theirs)) is None:
+                continue
+            if len(names) > 1 and (value.dim() == 0 or len(value) % 3):
+                raise ContractError(f"{theirs} is {tuple(value.shape)}, expected a multiple of 3 rows (q, k, v)")
+            if again := tower.keys() & names:
+                raise ContractError(f"{theirs} and another tensor both map to {again.pop()}")
+            tower |= zip(names, value.chunk(3) if len(names) > 1 else [value], strict=True)
+            used.add(theirs)
+        return tower, used
 
     def to_theirs(self, tower: dict[str, Tensor]) -> dict[str, Tensor]:
         """The checkpoint's tensors from the tower's (``tower`` must be complete)."""
-        outside, inside = ({ours: theirs for theirs, ours in names.items()} for names in (self.outside, self.inside))
-        fused = re.escape(self.fused[1]).replace(re.escape("{}"), "([qkv])") + "(.+)"
-        state: dict[str, Tensor] = {}
-        pieces: dict[str, dict[str, Tensor]] = {}
-        for key, value in tower.items():
-            name = key.removeprefix(self.prefixes[1])
-            if (match := re.fullmatch(rf"{re.escape(self.blocks[1])}(\d+)\.(.+)", name)) is None:
-                theirs = _translate(name, outside)
-                assert theirs is not None, key
-                state[self.prefixes[0] + theirs] = value
-                continue
-            block, rest = f"{self.prefixes[0]}{self.blocks[0]}{match[1]}.", match[2]
-            if theirs := _translate(rest, inside):
-                state[block + theirs] = value
-            elif part := re.fullmatch(fused, rest):
-                pieces.setdefault(f"{block}{self.fused[0]}{part[2]}", {})[part[1]] = value
-        return state | {name: torch.cat([parts[part] for part in "qkv"]) for name, parts in pieces.items()}
+        rest, state = dict(tower), {}
+        for theirs, names in self._table(depth(tower, self.prefixes[1] + self.blocks[1])).items():
+            if rest.keys() >= set(names):
+                parts = [rest.pop(name) for name in names]
+                state[theirs] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return state
 
-
-def _translate(name: str, names: dict[str, str]) -> str | None:
-    """The new name of a tensor, by itself or by its module."""
-    module, _, kind = name.rpartition(".")
-    if name in names:
-        return names[name]
-    return f"{names[f'{module}.']}{kind}" if f"{module}." in names and kind in ("weight", "bias") else None
+    def _table(self, blocks: int) -> dict[str, list[str]]:
+        """Their name of each tensor in a tower of so many blocks -> ours, three for a fused tensor."""
+        modules = {theirs: [ours] for theirs, ours in self.outside.items()}
+        for number in range(blocks):
+            before, own = (f"{name}{number}." for name in self.blocks)
+            modules |= {before + theirs: [own + ours] for theirs, ours in self.inside.items()}
+            for kind in ("weight", "bias"):
+                modules[f"{before}{self.fused[0]}{kind}"] = [own + self.fused[1].format(part) + kind for part in "qkv"]
+        return {
+            f"{self.prefixes[0]}{theirs}{kind}": [f"{self.prefixes[1]}{name}{kind}" for name in names]
+            for theirs, names in modules.items()
+            for kind in (("weight", "bias") if theirs.endswith(".") else ("",))
+        }
 
 
 def require(state: dict[str, Tensor], *names: str) -> None:
@@ -316,6 +210,14 @@ def patch_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
             f"{name} is {shape}, expected (width, 3, patch, patch); the tensor is transposed or truncated"
         )
     return shape[0], shape[2]
+
+
+def check_sizes(vision: dict[str, Any], **sizes: int) -> None:
+    """ContractError if ``vision_cfg`` contradicts the ``sizes`` of the tensors."""
+    for name, size in sizes.items():
+        if (configured := vision.get(name)) not in (None, size, [size, size]):
+            hint = f"; pass --image-size {configured} to interpolate" if name == "image_size" else ""
+            raise ContractError(f"vision_cfg.{name} is {configured}, but the tensors have {size}{hint}")
 
 
 def depth(state: dict[str, Tensor], prefix: str) -> int:

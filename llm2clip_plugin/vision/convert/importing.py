@@ -37,22 +37,24 @@ from llm2clip_plugin.vision.checkpoint import (
     weight_files,
 )
 from llm2clip_plugin.vision.convert import FORMATS, IMPORT
-from llm2clip_plugin.vision.convert.common import OWN_TEXT, ParsedCheckpoint
+from llm2clip_plugin.vision.convert.common import PARTS, ParsedCheckpoint
 from llm2clip_plugin.vision.convert.layouts import layouts
 from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, fetch_directory, read_json, write_json
-from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_dual
+from llm2clip_plugin.vision.dual import DualEncoder, heads_state
 from llm2clip_plugin.vision.export import (
     compare_features,
     export_tower,
+    load_model,
     probe_features,
     probe_images,
     reexport,
+    save_tensors,
     save_tower,
+    summary,
 )
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import DualConfig, Tower, tower_in
-from llm2clip_plugin.vision.publish import summary
 from llm2clip_plugin.vision.towers import TIMM_PREFIX, load_tower
 
 
@@ -78,9 +80,9 @@ def import_tower(
 
     ``config``: a config.json (Hugging Face's, EVA-CLIP's or OpenCLIP's) for a source that has none and whose tensors
     don't determine the architecture, or fields that override the source's own. ``image_size``, in pixels, interpolates
-    the positions if it is not the source's own; the card records it.
-    Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an unknown, missing or
-    misshapen tensor; a file that is truncated or contains code).
+    the positions if it is not the source's own.
+    Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an unknown, missing or misshapen tensor;
+    a file that is truncated or contains code).
     """
     if str(source).startswith(TIMM_PREFIX):
         if config is not None:
@@ -91,20 +93,20 @@ def import_tower(
         path = Path(source).expanduser()
         place = path if path.is_file() else fetch_directory(source)
         if place.is_dir() and (place / TowerCard.FILE).is_file():
-            old_size = TowerCard.read(place / TowerCard.FILE).image_size
             card = reexport(place, output, image_size=image_size, replace=replace)
-            resized = f"positions interpolated from {old_size} to {card.image_size} px"
-            change = "weights verified and unchanged" if card.image_size == old_size else resized
-            return card, [f"a tower directory: {change}"]
+            return card, ["a tower directory", *_resized(card)]
         parsed = parse_checkpoint(place, None if config is None else read_json(Path(config)))
         with naming_full_disk(output):
             model = build_model(parsed, str(source), temporary=Path(output).resolve().parent, image_size=image_size)
         imported_as, report = parsed.layout, parsed.report()
         origin = path.name if path.exists() else str(source)
     card = export_tower(model, output, origin=origin, training={"imported_as": imported_as}, replace=replace)
-    if (old_size := card.training.get("resized_from")) is not None:
-        report.append(f"positions interpolated from {old_size} to {card.image_size} px")
-    return card, report
+    return card, [*report, *_resized(card)]
+
+
+def _resized(card: TowerCard) -> list[str]:
+    old_size = card.training.get("resized_from")
+    return [] if old_size is None else [f"positions interpolated from {old_size} to {card.image_size} px"]
 
 
 def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoint:
@@ -133,7 +135,11 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
         )
     parsed.preprocessor = preprocessor_in(path, config)
     _check_text_side(parsed, given)
-    parsed.check_complete(where=str(path))
+    if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
+        raise ContractError(
+            f"{path}: {len(unused)} of {len(parsed.state)} tensors do not belong to a {parsed.layout} model: "
+            f"{unused[:10]}; a tensor was renamed, or --config must describe the architecture"
+        )
     return parsed
 
 
@@ -141,18 +147,18 @@ def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
     """ContractError for an incomplete text side, unless --config (``given``) states that the release has no logit scale
     (``logit_scale_init_value``) or no bias after the adapter (``text_cfg.proj_bias``)."""
     start, adapter = given.get("logit_scale_init_value"), parsed.adapter
-    if parsed.logit_scale is None and (adapter is not None or OWN_TEXT in parsed.left_out.values()):
+    if parsed.logit_scale is None and parsed.is_image_text:
         if not isinstance(start, int | float):
             raise ContractError(
-                "the checkpoint is missing logit_scale; if it never had one, set the initial value: --config with "
-                '{"logit_scale_init_value": 2.6592} (a natural logarithm; CLIP starts at 2.6592)'
+                "the checkpoint is missing logit_scale; if it never had one, pass --config with the natural logarithm "
+                'that it starts at, such as CLIP\'s {"logit_scale_init_value": 2.6592}'
             )
         parsed.logit_scale = torch.tensor(float(start))
-    if adapter is None:
+    if adapter is None or "projection.bias" in adapter.names:
         return
     last = adapter.names["projection.weight"]
     is_reference = last.split(".")[-3] in ("text_adaptor", "adaptor")  # the reference's adapter has a bias
-    if is_reference and "projection.bias" not in adapter.names and section(given, "text_cfg").get("proj_bias", True):
+    if is_reference and section(given, "text_cfg").get("proj_bias", True):
         raise ContractError(
             f"the checkpoint is missing {last.replace('weight', 'bias')}; if it never had one, pass --config with "
             '{"text_cfg": {"proj_bias": false}}'
@@ -164,34 +170,34 @@ def build_model(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image
 
     ``temporary``: folder for temporary files of the tower's size. ``source``: for error messages.
     """
-    tower = _build_tower(parsed, source, temporary=temporary, image_size=image_size)
+    temporary.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=temporary, prefix=".import-") as name:
+        folder = Path(name)
+        write_json(folder / "config.json", parsed.config)
+        write_json(folder / PREPROCESSOR_FILE, parsed.preprocessor)
+        save_tensors(parsed.tower, folder / WEIGHTS_FILE)
+        try:
+            tower = load_tower(folder, image_size=image_size)
+        except ContractError as error:
+            raise ContractError(str(error).replace(name, source)) from error
     if parsed.projection is None and parsed.adapter is None and parsed.logit_scale is None:
         return tower
     dual = DualEncoder(tower, _dual_config(parsed, tower, source))
-    state, expected = _heads(parsed), heads_state(dual)
+    state = {
+        "visual_projection.weight": parsed.projection,
+        "visual_projection.bias": parsed.projection_bias,
+        "logit_scale": None if parsed.logit_scale is None else parsed.logit_scale.reshape(1),
+        "logit_bias": None if parsed.logit_bias is None else parsed.logit_bias.reshape(1),
+    }
+    if parsed.adapter is not None:
+        state |= {f"text_adapter.{name}": value for name, value in parsed.adapter.state.items()}
+    state, expected = {name: value for name, value in state.items() if value is not None}, heads_state(dual)
     missing = sorted(expected.keys() - state.keys() - {"logit_scale"})  # which then keeps CLIP's initial value
     wrong = sorted(name for name in state if name not in expected or state[name].shape != expected[name].shape)
     if missing or wrong:
         raise ContractError(f"{source}: missing tensors {missing}, unexpected or misshapen tensors {wrong}")
     dual.load_state_dict(state, strict=False)  # the tower is loaded; the rest was just checked
     return dual
-
-
-def _build_tower(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image_size: int | None) -> Tower:
-    """The tower, loaded as strictly as any tower directory."""
-    from safetensors.torch import save_file
-
-    temporary.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=temporary, prefix=".import-") as name:
-        folder = Path(name)
-        write_json(folder / "config.json", parsed.config)
-        write_json(folder / PREPROCESSOR_FILE, parsed.preprocessor)
-        tensors = {name: value.contiguous().clone() for name, value in parsed.tower.items()}
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        try:
-            return load_tower(folder, image_size=image_size)
-        except ContractError as error:
-            raise ContractError(str(error).replace(name, source)) from error
 
 
 def _dual_config(parsed: ParsedCheckpoint, tower: Tower, source: str) -> DualConfig:
@@ -202,38 +208,18 @@ def _dual_config(parsed: ParsedCheckpoint, tower: Tower, source: str) -> DualCon
             f"{source}: the visual projection is {tuple(projection.shape)}, expected (projection_dim, {width})"
         )
     width = width if projection is None else projection.shape[0]
-    if adapter is not None and adapter.projection_dim != width:
-        widths = f"image features have width {width}, but the text adapter's outputs {adapter.projection_dim}"
-        raise ContractError(f"{source}: {widths}; one of them belongs to another model")
-    config = DualConfig(
-        projection_dim=width,
+    config = DualConfig(projection_dim=width) if adapter is None else adapter.config
+    if config.projection_dim != width:
+        raise ContractError(
+            f"{source}: image features have width {width}, but the adapter's outputs {config.projection_dim}"
+        )
+    return dataclasses.replace(
+        config,
         projection="none" if projection is None else "linear",
         projection_bias=parsed.projection_bias is not None,
         logit_scale_init=None if parsed.logit_scale is None else float(parsed.logit_scale),
         logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias),
     )
-    if adapter is None:
-        return config
-    return dataclasses.replace(
-        config,
-        llm_width=adapter.llm_width,
-        adapter_blocks=adapter.blocks,
-        adapter_expansion=adapter.expansion,
-        normalise_input=adapter.normalise_input,
-    )
-
-
-def _heads(parsed: ParsedCheckpoint) -> dict[str, Tensor]:
-    """Everything but the tower, under our names."""
-    adapter = {} if parsed.adapter is None else parsed.adapter.state
-    tensors = {
-        "visual_projection.weight": parsed.projection,
-        "visual_projection.bias": parsed.projection_bias,
-        "logit_scale": None if parsed.logit_scale is None else parsed.logit_scale.reshape(1),
-        "logit_bias": None if parsed.logit_bias is None else parsed.logit_bias.reshape(1),
-    }
-    tensors |= {f"text_adapter.{name}": value for name, value in adapter.items()}
-    return {name: value for name, value in tensors.items() if value is not None}
 
 
 # Convert a tower directory to another library's format; each reloads what it wrote and compares the features.
@@ -241,7 +227,6 @@ def _heads(parsed: ParsedCheckpoint) -> dict[str, Tensor]:
 ONNX_FILE = "image_encoder.onnx"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_ONNX = 1 << 30  # bytes of weights; protobuf is limited to 2 GiB, larger weights are written to a separate file
-IN_ADAPTER_BLOCK = {"norm": "ln", "up": "fn.0", "down": "fn.3"}  # ours -> LLM2CLIP's trainer
 OTHER = "--format onnx converts every tower, and the tower directory itself opens with transformers' AutoModel"
 
 
@@ -256,8 +241,7 @@ def convert(
     if format_name not in FORMATS:
         raise ValueError(unknown("format", format_name, ["tower", *FORMATS]))
     directory = fetch_directory(source)
-    card = TowerCard.read(directory / TowerCard.FILE)
-    model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)
+    model = load_model(directory)
     write = {"clip": write_clip, "onnx": write_onnx, "openclip": write_openclip}[format_name]
     with atomic_directory(output, replace=replace) as temporary:
         write(model.eval(), temporary, preprocessor_config(directory))
@@ -266,13 +250,12 @@ def convert(
 
 def write_clip(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
     """A CLIP tower and its projection as transformers' CLIPVisionModelWithProjection."""
-    from safetensors.torch import save_file
     from transformers import CLIPVisionModelWithProjection
 
     dual = projected_dual(model, "clip", ("clip",))
     save_tower(dual.tower, directory)
     projection = {"visual_projection.weight": dual.visual_projection.weight.detach()}
-    save_file(load_tensors(directory / WEIGHTS_FILE) | projection, directory / WEIGHTS_FILE, {"format": "pt"})
+    save_tensors(load_tensors(directory / WEIGHTS_FILE) | projection, directory / WEIGHTS_FILE)
     fields = {"projection_dim": dual.config.projection_dim, "architectures": ["CLIPVisionModelWithProjection"]}
     write_json(directory / "config.json", read_json(directory / "config.json") | fields)
     write_json(directory / PREPROCESSOR_FILE, preprocessor)
@@ -301,14 +284,13 @@ def projected_dual(model: nn.Module, format_name: str, families: tuple[str, ...]
 
 
 class _ImageEncoder(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if isinstance(self.model, DualEncoder):
-            return self.model.encode_image(pixel_values)
-        return self.model(pixel_values=pixel_values).pooler_output
+        is_dual = isinstance(self.model, DualEncoder)
+        return self.model.encode_image(pixel_values) if is_dual else self.model(pixel_values).pooler_output
 
 
 def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
@@ -346,8 +328,6 @@ def write_openclip(model: nn.Module, directory: Path, preprocessor: dict[str, An
     OpenCLIP's and EVA-CLIP's image towers load it, and `llm2clip import`. OpenCLIP's ``create_model`` does not: it
     needs a text tower, which the LLM has replaced.
     """
-    from safetensors.torch import save_file
-
     layout_of = {layout.family: layout for layout in layouts().values() if layout.family}
     dual = projected_dual(model, "openclip", tuple(layout_of))
     layout = layout_of[family_of(dual.tower).name]
@@ -358,8 +338,7 @@ def write_openclip(model: nn.Module, directory: Path, preprocessor: dict[str, An
     state["logit_scale"] = dual.logit_scale.reshape(())
     if dual.logit_bias is not None:
         state["logit_bias"] = dual.logit_bias.reshape(())
-    tensors = {name: value.detach().clone().contiguous() for name, value in state.items()}
-    save_file(tensors, directory / "open_clip_model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, directory / "open_clip_model.safetensors")
     width = dual.config.llm_width
     text = {"text_cfg": {"use_embedding": True, "llm_embedding_dim": width} if width else {}}
     chosen = {name: preprocessor[f"image_{name}"] for name in ("mean", "std")}
@@ -374,17 +353,16 @@ def adapter_state(dual: DualEncoder) -> dict[str, Tensor]:
     config, adapter = dual.config, dual.text_adapter
     if adapter is None:
         return {}
-    if config.adapter != "mlp" or not config.normalise_input or config.input_scale != "unit":
+    if (config.adapter, config.normalise_input, config.input_scale) != ("mlp", True, "unit"):
         raise ValueError(
             "format 'openclip' supports the paper's adapter (mlp, normalise_input, input_scale 'unit'); this one has "
             f"{config.adapter!r}, normalise_input {config.normalise_input}, input_scale {config.input_scale!r}"
         )
-    state = {}
-    for name, value in adapter.state_dict().items():
-        *module, kind = name.split(".")  # blocks.0.norm.weight, norm.weight, projection.weight
-        if module[0] == "blocks":
-            place = f"{module[1]}.{IN_ADAPTER_BLOCK[module[2]]}"
-        else:
-            place = str(config.adapter_blocks + ["norm", "projection"].index(module[0]))
-        state[f"text.text_adaptor.{place}.{kind}"] = value
-    return state
+    blocks = range(config.adapter_blocks)
+    modules = {f"blocks.{n}.{ours}": f"{n}.{theirs}" for n in blocks for theirs, ours in PARTS.items()}
+    modules |= {"norm": str(len(blocks)), "projection": str(len(blocks) + 1)}
+    return {
+        f"text.text_adaptor.{theirs}.{kind}": getattr(adapter.get_submodule(ours), kind)
+        for ours, theirs in modules.items()
+        for kind in ("weight", "bias")
+    }

@@ -4,21 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.files import discover, errors_about
-from llm2clip_plugin.options import command, unknown
-from llm2clip_plugin.vision.directory import CONFIG_FILE, check_description, read_json
+from llm2clip_plugin.options import command
+from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json
 from llm2clip_plugin.vision.family import Family, Tower
 
 
 def families() -> dict[str, Family]:
     """Every family by name."""
     return discover(__name__, "FAMILY")
-
-
-def family_named(name: str) -> Family:
-    """The family of that name; ValueError lists the known ones."""
-    if name not in families():
-        raise ValueError(unknown("tower family", name, sorted(families())))
-    return families()[name]
 
 
 def family_of_type(model_type: str, *, where: str) -> Family:
@@ -37,7 +30,7 @@ def family_of(tower: Tower) -> Family:
 def read_config(directory: Path) -> tuple[Family, Any]:
     """Family and vision configuration of a directory; the latter is part of an image-text model's, if it is one.
 
-    Raises ContractError if the configuration is damaged, or a tower directory's card describes another tower.
+    Raises ContractError if the configuration is damaged.
     """
     file = directory / CONFIG_FILE
     body = read_json(file)
@@ -47,6 +40,4 @@ def read_config(directory: Path) -> tuple[Family, Any]:
         )
     family = family_of_type(str(body.get("model_type")), where=str(file))
     with errors_about(file, fix="copy or export the tower again"):
-        config = family.vision_class().config_class.from_pretrained(directory)
-    check_description(directory, family.name, config.to_dict(), has_cls=family.has_cls)
-    return family, config
+        return family, family.vision_class().config_class.from_pretrained(directory)

@@ -3,14 +3,7 @@
 Sizes: EVA-CLIP's model configurations (arXiv 2303.15389, table 8; arXiv 2303.11331, table 2 for SwiGLU's widths).
 """
 
-from llm2clip_plugin.vision.family import BASE, LARGE, Family
-
-
-def _vision_class() -> type:
-    from llm2clip_plugin.vision.eva02 import Eva02VisionModel
-
-    return Eva02VisionModel
-
+from llm2clip_plugin.vision.family import BASE, LARGE, Family, in_module
 
 B = {**BASE, "intermediate_size": 2048, "patch_size": 16, "rope_pretrained_grid": 16}
 L = {**LARGE, "intermediate_size": 2730, "patch_size": 14, "rope_pretrained_grid": 16}  # int(1024 * 2.6667)
@@ -21,13 +14,11 @@ G = {**PLAIN, "hidden_size": 1408, "num_hidden_layers": 40, "intermediate_size":
 FAMILY = Family(
     name="eva02",
     model_types=("llm2clip_eva02",),
-    vision_class=_vision_class,
+    vision_class=in_module("llm2clip_plugin.vision.eva02", "Eva02VisionModel"),
     has_cls=True,
     positions="embeddings.position_embedding",
     blocks="blocks",
-    embeddings=("embeddings",),
     final_norm="norm",
-    last_state_is_normed=True,
     shapes={
         "eva02-b16": {**B, "image_size": 224},
         "eva02-l14-224": {**L, "image_size": 224},

@@ -3,16 +3,7 @@
 It runs in LLaVA's pinned environment too.
 """
 
-from typing import Any
-
-from llm2clip_plugin.vision.family import BASE, IMAGENET_MEAN, IMAGENET_STD, LARGE, Family
-
-
-def _vision_class() -> Any:
-    from llm2clip_plugin.vision.standalone.openvision import OpenVisionModel
-
-    return OpenVisionModel
-
+from llm2clip_plugin.vision.family import BASE, IMAGENET_MEAN, IMAGENET_STD, LARGE, Family, in_module
 
 ALL = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
 B = {**BASE, **ALL, "intermediate_size": 3072}
@@ -21,11 +12,8 @@ L = {**LARGE, **ALL, "intermediate_size": 4096, "patch_size": 14}
 FAMILY = Family(
     name="openvision",
     model_types=("llm2clip_openvision",),
-    vision_class=_vision_class,
+    vision_class=in_module("llm2clip_plugin.vision.wrapped", "OpenVisionModel"),
     has_cls=True,
-    positions="embeddings.position_embedding.weight",
-    blocks="encoder.layers",
-    embeddings=("embeddings",),
     final_norm="post_layernorm",
     last_state_is_normed=False,
     file_prefix="vision_model.",

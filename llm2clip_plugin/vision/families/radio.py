@@ -1,26 +1,14 @@
 """RADIO (C-RADIO, transformers 5): one class token a teacher, registers, positions for any grid, pixels in [0, 1]."""
 
-import functools
-
-from llm2clip_plugin.vision.family import Family, newer_transformers, under_the_hubs_name
-
-
-@functools.lru_cache(maxsize=1)
-def _vision_class() -> type:
-    base = newer_transformers("RadioModel", title="RADIO", since="5.24")
-    from llm2clip_plugin.vision.standalone.radio import RadioTower
-
-    return under_the_hubs_name(RadioTower, base)
-
+from llm2clip_plugin.vision.family import Family, wrapped
 
 FAMILY = Family(
     name="radio",
-    model_types=("radio",),
-    vision_class=_vision_class,
+    model_types=("radio", "llm2clip_radio"),  # and in an exported LLaVA
+    vision_class=wrapped("RadioTower", of="RadioModel", title="RADIO", since="5.24"),
     has_cls=True,
     positions="",  # one table of the largest size, interpolated in the forward pass
     blocks="encoder.layer",
-    embeddings=("embeddings",),
     final_norm="",
     last_state_is_normed=True,  # as far as it ever is
     never_trained=("embeddings.video_patch_projection",),

@@ -10,12 +10,9 @@ import pytest
 import torch
 
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data import cache as reader
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache
-from llm2clip_plugin.data.cache_shard import caption_rows, rows_digest
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, rows_digest
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 
 WIDTH = 640
@@ -130,12 +127,9 @@ def test_changed_captions_keys_and_counts_are_refused_with_both_values(source, t
         cache.check(unknown)
 
 
-def test_files_of_a_large_cache_are_compared_by_size_and_when_they_are_read(
-    source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_compared_by_size_and_when_they_are_read(source, tmp_path: Path) -> None:
     fill(tmp_path / "cache", source)
     fill(tmp_path / "other", source, teacher=dataclasses.replace(TEACHER, pooling="last"))
-    monkeypatch.setattr(reader, "FEW_SHARDS", 0)
     file, whole = tmp_path / "cache" / "pairs.safetensors", (tmp_path / "other" / "pairs.safetensors").read_bytes()
     file.write_bytes(whole)
     with pytest.raises(ContractError, match="differs from the manifest: fingerprint"):

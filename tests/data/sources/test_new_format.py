@@ -14,8 +14,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import detect_format, open_source
+from llm2clip_plugin.data.sources.base import SourceConfig, formats, open_source
 from llm2clip_plugin.text.embed import embed_source
 
 CSV = '''"""CSV with a header row: its columns are the fields of a sample."""
@@ -58,7 +57,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_it_is_recognized_embedded_and_trained_on(table: Path) -> None:
-    assert detect_format(str(table)) == detect_format("https://host/x.csv?token=1") == "csv"
+    assert formats()["csv"].recognizes("https://host/x.csv?token=1")
     source = open_source(SourceConfig(path=str(table)))
     encoder: Any = LengthEncoder()
     manifest, _ = embed_source(source, encoder, table.parent / "cache", quiet=True)

@@ -1,4 +1,4 @@
-"""Files at URLs and on failing disks: downloaded once, resumed, retried, or refused with what to do."""
+"""Files at URLs and on failing disks: downloaded once, retried, or refused with what to do."""
 
 import errno
 import logging
@@ -18,8 +18,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import Downloads, take_retries
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
 
 BODY = os.urandom(300_000)
 pread = os.pread
@@ -35,38 +34,6 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield waited
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name.split("-", 1)[1] for path in folder.iterdir() if not path.name.endswith(".lock"))
-
-
-def fetch_slowly(arguments: tuple[Path, str]) -> None:
-    remote.RANGE = 1000
-    Downloads(arguments[0]).fetch(arguments[1])
-
-
-def test_a_killed_download_resumes_unless_the_file_has_changed(tmp_path: Path) -> None:
-    """SIGKILL in the middle: no file has the final name, no lock remains, and no byte is requested again."""
-    server = DroppingServer({"/a.tar": BODY})
-    with serving(server) as address:
-        url = f"{address}/a.tar"
-        process = multiprocessing.get_context("spawn").Process(target=fetch_slowly, args=[(tmp_path, url)])
-        process.start()
-        while server.sent < 20_000:
-            assert process.is_alive()
-            process.join(0.01)
-        process.kill()
-        process.join()
-        (partial,) = tmp_path.glob("*.partial")
-        size = partial.stat().st_size
-        server.requests = []
-        assert Downloads(tmp_path).fetch(url).read_bytes() == BODY
-        assert server.requests == [("/a.tar", f"bytes={size}-{len(BODY) - 1}")]
-        Downloads(tmp_path).forget(url)
-        partial.write_bytes(BODY[:1000])
-        server.files["/a.tar"] = BODY[::-1]
-        assert Downloads(tmp_path).fetch(url).read_bytes() == BODY[::-1] and names(tmp_path) == ["a.tar"]
-
-
 def test_a_url_never_leaves_the_folder(tmp_path: Path) -> None:
     for url in ("http://h/..%2f..%2fetc%2fpasswd", "http://h/a/../..", "http://h/", "http://h/x?token=/../secret"):
         path = Downloads(tmp_path / "cache").local_path(url)
@@ -80,6 +47,7 @@ def fetch_once(arguments: tuple[Path, str]) -> int:
 def test_processes_share_one_download(tmp_path: Path) -> None:
     server = DroppingServer({"/a.tar": BODY})
     with serving(server) as address, multiprocessing.get_context("spawn").Pool(3) as pool:
+        Path(f"{Downloads(tmp_path).local_path(f'{address}/a.tar')}.partial").write_bytes(BODY[::-1])  # of a killed one
         sizes = pool.map(fetch_once, [(tmp_path, f"{address}/a.tar")] * 3)
     assert sizes == [len(BODY)] * 3 and server.sent == len(BODY)
 
@@ -229,7 +197,7 @@ def test_a_read_that_fails_for_a_while_is_repeated_with_the_file_opened_again(
 ) -> None:
     source = source_of(write_shards(tmp_path, [2]))
     expected = source.with_image(1)
-    before = source._files[0]._descriptor  # type: ignore[attr-defined]
+    before = source._file(0)._descriptor  # type: ignore[attr-defined]
     os.dup2(os.open(os.devnull, os.O_RDONLY), before)  # a stale handle
     disk.failures = [number, number]
 

@@ -1,11 +1,9 @@
 """The completions of LLaVA's code: which run where, what is said of versions, how one that fails is named."""
 
-import sys
 from types import ModuleType
 
 import pytest
 
-from llava_integration import compat
 from llava_integration.compat import runner
 from llava_integration.compat.runner import Completion, installed_version
 from llm2clip_plugin.console import numbers
@@ -20,28 +18,6 @@ def test_nothing_is_touched_with_the_libraries_that_llava_pins():
     assert TODAY or runner.watched() == set()
     for member in runner.completions:
         assert member.module.startswith("llava.") and member.complete.__doc__, member.name
-
-
-@pytest.fixture
-def fresh(monkeypatch):
-    """No completion is known, and none has run."""
-    monkeypatch.setattr(runner, "completions", [])
-    monkeypatch.setattr(runner, "done", set())
-    monkeypatch.setattr(runner, "needed", runner.needed.__wrapped__)
-
-
-def test_a_file_in_the_folder_is_found(fresh, monkeypatch, tmp_path):
-    """An open list: a new file, and nothing else, completes a module."""
-    (tmp_path / "mine.py").write_text(
-        "from llava_integration.compat.runner import completes\n"
-        "@completes('llava.model.builder', 'after', transformers='>=4')\n"
-        "def mine(module):\n    module.mine = 1\n"
-    )
-    monkeypatch.setattr(compat, "__path__", [str(tmp_path)])
-    module = ModuleType("llava.model.builder")
-    runner.run(module, "after")
-    sys.modules.pop("llava_integration.compat.mine")
-    assert vars(module)["mine"] == 1
 
 
 def member(module, complete, when="after"):

@@ -7,8 +7,7 @@ import pytest
 from faults import Fault, World, copied, flip, meet, rows
 from llava_world import untrained
 
-from llava_integration.hook import refuse_selection
-from llava_integration.preflight import check_tower
+from llava_integration.preflight import check_tower, llava_options
 
 pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.both_stacks]
 LLAVA, TOWER = "llava-1", "towers/mine"
@@ -79,24 +78,12 @@ SELECTED = (
 
 
 @rows(*SELECTED)
-def test_selected_by_the_options_of_a_training(fault, made, monkeypatch, capsys):
-    """Of scripts/llava/*.sh after --, and on the command line of LLaVA's own program, which then has not begun."""
+def test_selected_by_the_options_of_a_training(fault, made):
+    """Of scripts/llava/*.sh after --."""
     tower = f"llm2clip:{made[1] / TOWER}"
-    list(check_tower(tower, None, ["--mm_vision_select_layer", "-2"]))
-    (problem,) = check_tower(tower, None, fault.words.split())
+    list(check_tower(tower, None, llava_options(["--mm_vision_select_layer", "-2"])))
+    (problem,) = check_tower(tower, None, llava_options(fault.words.split()))
     assert problem == fault.says
-    monkeypatch.setattr("sys.argv", ["train.py", "--vision_tower", tower, *fault.words.split()])
-    with pytest.raises(SystemExit) as ended:
-        refuse_selection()
-    assert ended.value.code == 2 and capsys.readouterr().err == f"error: {fault.says}\n"
-
-
-def test_llavas_program_ends_before_it_loads_a_model(world):
-    """The language model is not there, which would be the first error of its loading."""
-    tower = f"llm2clip:{world.towers['clip']}"
-    options = ["--model_name_or_path", "/nowhere", "--vision_tower", tower, *SELECTED[0].words.split()]
-    told = world.forked("-m", "llava.train.train", *options, "--output_dir", world.root / "llava-no", fails=True)
-    assert told.splitlines()[-1] == f"error: {SELECTED[0].says}" and "Traceback" not in told
 
 
 def questions(name, text, says):

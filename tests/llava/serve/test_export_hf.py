@@ -23,9 +23,8 @@ from serve_checkpoints import (
 )
 from transformers import LlavaForConditionalGeneration
 
-from llava_integration.serve import export as parity
 from llava_integration.serve.build import register
-from llava_integration.serve.export import Export, export
+from llava_integration.serve.export import Export, compare, export
 from llava_integration.serve.prompt import CONVERSATIONS, IMAGE
 from llm2clip_plugin.cli import main as llm2clip
 
@@ -54,7 +53,7 @@ def check(checkpoint, output):
     """Export it in fp32; what LLaVA's own code computes, to 1e-6 in pixels and 1e-4 in logits."""
     export_made = Export.of(checkpoint, dtype="fp32")
     export(export_made, output)
-    said = parity.compare(export_made, output)
+    said = compare(export_made, output)
     found = re.fullmatch(r"token ids equal, pixels within (\S+), logits within (\S+) .* of (\d+) tokens equal", said)
     assert found is not None, said
     assert float(found[1]) <= 1e-6 and float(found[2]) <= 1e-4 and int(found[3]) > 3
@@ -183,7 +182,7 @@ def refused(capsys, *words):
 def test_another_conversation_is_refused(exported, tmp_path, capsys):
     out = tmp_path / "hf"
     assert "was trained with the conversation 'v1'" in refused(
-        capsys, exported[0], "--conv-mode", "llava_v0", "--output", out
+        capsys, exported[0], "--conv-mode", "chatml_direct", "--output", out
     )
     assert "did you mean 'vicuna_v1'" in refused(capsys, exported[0], "--conv-mode", "vicuna", "--output", out)
     assert "is a Hugging Face model already" in refused(capsys, exported[1], "--output", out)

@@ -13,16 +13,7 @@ from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.checkpoint import section, vision_fields
-from llm2clip_plugin.vision.convert.common import (
-    COMPUTED,
-    NESTED_TEXT,
-    Layout,
-    ParsedCheckpoint,
-    TensorNames,
-    depth,
-    patch_shape,
-    require,
-)
+from llm2clip_plugin.vision.convert import common
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, rope_tables
 
@@ -40,7 +31,7 @@ IN_BLOCK = {name: name for name in ("norm1.", "norm2.", "mlp.fc1.", "mlp.fc2.")}
 }
 SPLIT = {f"attn.{part}_proj.": f"attention.{part}_proj." for part in "qkv"}
 BIASES = {f"attn.{part}_bias": f"attention.{part}_proj.bias" for part in "qv"}
-FUSED_NAMES = TensorNames(  # as the reference writes towers without sub-norms
+FUSED_NAMES = common.TensorNames(  # as the reference writes towers without sub-norms
     prefixes=("visual.", ""),
     outside={
         "cls_token": "embeddings.cls_token",
@@ -71,13 +62,11 @@ def is_timm_eva(state: dict[str, Tensor]) -> bool:
 
 def matches(state: dict[str, Tensor]) -> bool:
     """Whether a checkpoint contains an EVA-CLIP tower."""
-    return any(name.startswith(BLOCKS) for name in state) or is_timm_eva(state)
+    return common.depth(state, BLOCKS) > 0 or is_timm_eva(state)
 
 
 def rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that timm names under EVA-CLIP's names; all others unchanged."""
-    if not is_timm_eva(state):
-        return state
+    """Tensors that timm names under EVA-CLIP's names."""
     has_swiglu = f"{TRUNK}blocks.0.mlp.fc1_g.weight" in state
     renamed = {}
     for key, value in state.items():
@@ -89,91 +78,57 @@ def rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def config_from_fields(vision: dict[str, Any]) -> Eva02Config:
-    """A configuration from the ``vision_cfg`` of an EVA-CLIP config.json; ValueError for unsupported settings."""
-    if vision.get("global_average_pool"):
-        raise ValueError("global_average_pool is true; EVA-CLIP towers with average pooling are not supported")
-    width, image_size, patch = vision["width"], vision["image_size"], vision["patch_size"]
-    rope, grid = bool(vision.get("rope", False)), image_size // patch
-    pretrained_grid = vision.get("pt_hw_seq_len", 16)
-    if rope and not vision.get("intp_freq", False) and grid != pretrained_grid:
-        raise ValueError(
-            f"intp_freq is false, but the grid of {grid} x {grid} patches differs from pt_hw_seq_len {pretrained_grid}"
-        )
-    return Eva02Config(
-        hidden_size=width,
-        num_hidden_layers=vision["layers"],
-        num_attention_heads=width // vision.get("head_width", 64),
-        intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),  # truncated, as in the reference
-        image_size=image_size,
-        patch_size=patch,
-        hidden_act="swiglu" if vision.get("naiveswiglu", False) else "gelu",
-        sub_norm=bool(vision.get("subln", False)),
-        post_norm=bool(vision.get("postnorm", False)),
-        rope=rope,
-        rope_pretrained_grid=pretrained_grid,
-        layer_scale=vision.get("ls_init_value") is not None,
-        qkv_bias=bool(vision.get("qkv_bias", True)),
-    )
+def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Config:
+    """The configuration of a checkpoint: sizes from its tensors, the rest from ``vision``, EVA-CLIP's ``vision_cfg``.
 
-
-def config_from_tensors(state: dict[str, Tensor]) -> Eva02Config:
-    """The configuration of a checkpoint, inferred from its tensors.
-
-    Widths and depth are in the shapes; the width of a head and the grid of pretraining are in the rotary tables if the
-    checkpoint has them, else those of the released tower of this width. Post-norm leaves no trace: only bigE has it.
-    Raises ValueError if the tensors are not enough; then a config.json is needed.
+    Without one, the width of a head and the grid of pretraining are those of the rotary tables if the checkpoint has
+    them, else of the released tower of its width; post-norm, which leaves no trace, is bigE's alone. Raises ValueError
+    for an unknown width or unsupported settings, ContractError if ``vision`` contradicts the tensors.
     """
     first = {key.removeprefix(f"{BLOCKS}0."): value for key, value in state.items() if key.startswith(f"{BLOCKS}0.")}
     swiglu = any(name.startswith(("mlp.w1.", "mlp.w2.", "mlp.w3.")) for name in first)
     hidden = f"{BLOCKS}0.mlp.{'w1' if swiglu else 'fc1'}.weight"
-    require(state, "visual.patch_embed.proj.weight", "visual.pos_embed", hidden)
-    width, patch = patch_shape(state, "visual.patch_embed.proj.weight")
-    cosines = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
-    if cosines is None and width not in HEAD_WIDTHS:
+    common.require(state, "visual.patch_embed.proj.weight", "visual.pos_embed", hidden)
+    width, patch = common.patch_shape(state, "visual.patch_embed.proj.weight")
+    image_size = round((state["visual.pos_embed"].shape[-2] - 1) ** 0.5) * patch
+    if "width" not in vision:
+        table = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
+        if table is None and width not in HEAD_WIDTHS:
+            raise ValueError(f"no released EVA-CLIP tower has width {width}; pass --config with vision_cfg.head_width")
+        # the released towers have SwiGLU and rotary positions, or neither; some files omit the tables
+        vision = {"rope": swiglu, "intp_freq": True, "head_width": HEAD_WIDTHS.get(width), "postnorm": width == 1792}
+        if table is not None:  # its second row: the angle of a step of one column is pt_hw_seq_len / grid
+            step = float(table[1, table.shape[1] // 2].float().acos())
+            vision |= {"head_width": table.shape[1], "pt_hw_seq_len": round(step * len(table) ** 0.5)}
+    layers, pretrained_grid = common.depth(state, BLOCKS), vision.get("pt_hw_seq_len", 16)
+    common.check_sizes(vision, width=width, layers=layers, patch_size=patch, image_size=image_size)
+    if vision.get("global_average_pool"):
+        raise ValueError("global_average_pool is true; EVA-CLIP towers with average pooling are not supported")
+    if vision.get("rope") and not vision.get("intp_freq") and image_size // patch != pretrained_grid:
         raise ValueError(
-            f"the width of an attention head is unknown: no released EVA-CLIP tower has width {width}; "
-            "describe the architecture with --config config.json"
+            f"intp_freq is false, but the grid {image_size // patch} is not pt_hw_seq_len {pretrained_grid}"
         )
-    head_width, pretrained_grid = (HEAD_WIDTHS[width], 16) if cosines is None else read_rope_table(cosines)
     return Eva02Config(
         hidden_size=width,
-        num_hidden_layers=depth(state, BLOCKS),
-        num_attention_heads=width // head_width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // vision.get("head_width", 64),
         intermediate_size=state[hidden].shape[0],
-        image_size=round((state["visual.pos_embed"].shape[-2] - 1) ** 0.5) * patch,
+        image_size=image_size,
         patch_size=patch,
         hidden_act="swiglu" if swiglu else "gelu",
         sub_norm="attn.inner_attn_ln.weight" in first,
-        post_norm=width == 1792,
-        rope=swiglu,  # the released towers have both or neither; some files omit the tables
+        post_norm=bool(vision.get("postnorm")),
+        rope=bool(vision.get("rope")),
         rope_pretrained_grid=pretrained_grid,
         layer_scale="gamma_1" in first,
         qkv_bias="attn.q_bias" in first or "attn.q_proj.bias" in first,
     )
 
 
-def read_rope_table(cosines: Tensor) -> tuple[int, int]:
-    """Width of a head and grid of pretraining that a table of cosines (grid * grid, E) was computed for."""
-    head_width, grid = cosines.shape[-1], round(cosines.shape[0] ** 0.5)
-    for pretrained_grid in range(1, 129):
-        table = rope_tables(grid=grid, pretrained_grid=pretrained_grid, head_width=head_width)[0]
-        if is_same_table(cosines, table):
-            return head_width, pretrained_grid
-    raise ContractError(f"rotary table {tuple(cosines.shape)} matches no pretraining grid up to 128 x 128")
-
-
-def is_same_table(table: Tensor, expected: Tensor) -> bool:
-    """Whether a checkpoint's cosines or sines are the expected ones; half precision rounds values near 1 by 4e-3."""
-    tolerance = 1e-4 if table.dtype == torch.float32 else 1e-2
-    return table.shape == expected.shape and torch.allclose(table.float(), expected, atol=tolerance)
-
-
 def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str]:
     """Names of a checkpoint's rotary tables, after comparing each with what the configuration gives for its grid.
 
-    They are recomputed for the grid in use, so none is kept; but a difference means another architecture:
-    ContractError names the first one.
+    They are recomputed for the grid in use, but a difference means another architecture: ContractError.
     """
     names = sorted(key for key in state if re.fullmatch(r"visual\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", key))
     if names and not config.rope:
@@ -181,7 +136,8 @@ def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str
     for name in names:
         table, grid = state[name], round(state[name].shape[0] ** 0.5)
         expected = tables_of(config, grid)[name.endswith("sin")]
-        if not is_same_table(table, expected):
+        tolerance = 1e-4 if table.dtype == torch.float32 else 1e-2  # half precision rounds values near 1 by 4e-3
+        if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=tolerance):
             raise ContractError(
                 f"{name} {tuple(table.shape)} differs from the table {tuple(expected.shape)} for grid {grid}, "
                 f"pt_hw_seq_len {config.rope_pretrained_grid} and {config.num_attention_heads} heads; "
@@ -196,35 +152,23 @@ def tables_of(config: Eva02Config, grid: int) -> tuple[Tensor, Tensor]:
     return rope_tables(grid=grid, pretrained_grid=config.rope_pretrained_grid, head_width=head_width)
 
 
-def check_positions(state: dict[str, Tensor], config: Eva02Config) -> None:
-    """ContractError if the position table is for another image size than the configuration's."""
-    require(state, "visual.pos_embed")
-    rows, size = state["visual.pos_embed"].shape[-2], config.image_size
-    if rows != 1 + (size // config.patch_size) ** 2:
-        raise ContractError(
-            f"visual.pos_embed has {rows} rows, for image size {round((rows - 1) ** 0.5) * config.patch_size}, but the "
-            f"configuration specifies {size}; pass the checkpoint's --config, and --image-size {size} to interpolate"
-        )
-
-
-def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> common.ParsedCheckpoint:
     """``visual.*``, ``text.*`` (adapter or EVA-CLIP's own text tower), ``logit_scale``."""
-    state = rename_timm(state)
+    state = rename_timm(state) if is_timm_eva(state) else state
     vision = section(config, "vision_cfg")
     # a config.json in the same folder may be of another kind, or name a timm model; then the tensors are enough
     if "width" not in vision and (section(given, "vision_cfg") or "model_type" in given):
         raise ValueError(f"--config: an EVA-CLIP tower needs vision_cfg.width; the configuration has {sorted(config)}")
-    tower_config = config_from_fields(vision) if "width" in vision else config_from_tensors(state)
-    tower_config.architectures = ["Eva02VisionModel"]
-    check_positions(state, tower_config)
+    eva = tower_config(state, vision)
+    eva.architectures = ["Eva02VisionModel"]
     tower, used = READ_NAMES.to_ours(state)
-    fields = json.loads(tower_config.to_json_string(use_diff=False))
-    parsed = ParsedCheckpoint(layout="eva-clip", state=state, config=fields, tower=tower, used=used)
-    parsed.left_out.update(dict.fromkeys(check_rope_tables(state, tower_config), COMPUTED))
+    fields = json.loads(eva.to_json_string(use_diff=False))
+    parsed = common.ParsedCheckpoint(layout="eva-clip", state=state, config=fields, tower=tower, used=used)
+    parsed.left_out.update(dict.fromkeys(check_rope_tables(state, eva), common.COMPUTED))
     parsed.projection = parsed.take("visual.head.weight")
     parsed.projection_bias = parsed.take("visual.head.bias")
-    parsed.find_text_side(*NESTED_TEXT)
-    require(state, "visual.head.weight", "visual.head.bias")
+    parsed.find_text_side(*common.NESTED_TEXT)
+    common.require(state, "visual.head.weight", "visual.head.bias")
     return parsed
 
 
@@ -264,6 +208,6 @@ def model_config(dual: DualEncoder) -> dict[str, Any]:
     return {"embed_dim": dual.config.projection_dim, "vision_cfg": vision}
 
 
-LAYOUT = Layout(
+LAYOUT = common.Layout(
     name="eva-clip", matches=matches, parse=parse, family="eva02", visual_state=visual_state, model_config=model_config
 )

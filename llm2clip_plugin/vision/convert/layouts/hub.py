@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision.checkpoint import section
+from llm2clip_plugin.vision.checkpoint import normalization, section
 from llm2clip_plugin.vision.convert.common import OWN_TEXT, ParsedCheckpoint, require
-from llm2clip_plugin.vision.families import families, family_named, family_of_type
-from llm2clip_plugin.vision.family import RESAMPLE, Family
+from llm2clip_plugin.vision.families import families, family_of_type
+from llm2clip_plugin.vision.family import Family
+from llm2clip_plugin.vision.towers import make_timm, timm_config
 
 CLASSIFIER = ("head.", "fc.")  # of timm's models
 NOT_ARGUMENTS = ("num_classes", "in_chans", "img_size")  # of model_args, read elsewhere or without effect on a tower
@@ -75,7 +76,7 @@ def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
     if any(name.startswith("siglip2") for name in types):
         if not patches or patches[0].dim() != 4:
             raise ValueError("SigLIP2 NaFlex models are not supported; import a fixed-resolution SigLIP2")
-        return family_named("siglip")
+        return families()["siglip"]
     known = {kind for family in families().values() for kind in family.model_types}
     return family_of_type(next((name for name in types if name in known), types[0]), where="config.json")
 
@@ -86,14 +87,11 @@ def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCh
     size = given.get("img_size") or (published.get("input_size") or [None])[-1]
     arguments = {name: value for name, value in given.items() if name not in NOT_ARGUMENTS}
     fields = tower_config(str(config["architecture"]), side_of(size), arguments)
-    own = {f"image_{key}": published[key] for key in ("mean", "std") if key in published}
-    if published.get("interpolation") in RESAMPLE:
-        own["resample"] = RESAMPLE[published["interpolation"]]
     inside = {key for key in state if not key.startswith(CLASSIFIER)}
     return ParsedCheckpoint(
         layout="timm",
         state=state,
-        config=fields | own,
+        config=fields | normalization(published),
         tower={f"model.{key}": state[key] for key in state if key in inside},
         used=inside,
         left_out=dict.fromkeys(state.keys() - inside, "classifier"),
@@ -110,8 +108,6 @@ def side_of(size: Any) -> int | None:
 
 def tower_config(name: str, image_size: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the tower that a timm model makes; ValueError for an unknown model or argument."""
-    from llm2clip_plugin.vision.towers import make_timm, timm_config
-
     config = timm_config(make_timm(name, image_size, pretrained=False, arguments=arguments), name, arguments)
     config.architectures = ["TimmTower"]
     return json.loads(config.to_json_string(use_diff=False))

@@ -4,22 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.checkpoint import section, vision_fields
-from llm2clip_plugin.vision.convert.common import (
-    NESTED_TEXT,
-    OPEN_CLIP_TEXT,
-    Layout,
-    ParsedCheckpoint,
-    TensorNames,
-    depth,
-    patch_shape,
-    require,
-)
+from llm2clip_plugin.vision.convert import common
 from llm2clip_plugin.vision.dual import DualEncoder
 
 BLOCKS = "visual.transformer.resblocks."
-NAMES = TensorNames(
+NAMES = common.TensorNames(
     prefixes=("visual.", "vision_model."),
     outside={
         "class_embedding": "embeddings.class_embedding",
@@ -45,28 +35,31 @@ UNSUPPORTED = ("act_kwargs", "attentional_pool", "final_ln_after_pool", "norm_kw
 
 def matches(state: dict[str, Tensor]) -> bool:
     """Whether a checkpoint contains OpenCLIP's own vision transformer with a norm before the blocks."""
-    return any(name.startswith(BLOCKS) for name in state) and any(name.startswith("visual.ln_pre.") for name in state)
+    return common.depth(state, BLOCKS) > 0 and any(name.startswith("visual.ln_pre.") for name in state)
 
 
 def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
     """A CLIP vision config.json from the tensors; ``fields`` is OpenCLIP's model config (embed_dim, vision_cfg ...).
 
-    Raises ValueError if ``fields`` don't name the activation, which leaves no trace in the tensors, or describe an
-    unsupported model; ContractError if they contradict the tensors.
+    Raises ValueError if ``fields`` don't name the activation, or describe an unsupported model; ContractError if they
+    contradict the tensors.
     """
     vision = section(fields, "vision_cfg")
     if "quick_gelu" not in fields and "width" not in vision:  # a complete model config omits it when it is false
         raise ValueError(
-            "an OpenCLIP checkpoint does not record its activation: OpenAI's weights need QuickGELU, LAION's GELU, and "
-            'the wrong one loads without an error. Set it with --config: a file with {"quick_gelu": true} or '
-            '{"quick_gelu": false}, or the model\'s open_clip_config.json'
+            "an OpenCLIP checkpoint does not record its activation; pass its open_clip_config.json as --config, "
+            'or {"quick_gelu": true} (OpenAI\'s weights), {"quick_gelu": false} (LAION\'s)'
         )
     hidden = f"{BLOCKS}0.mlp.c_fc.weight"
-    require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
-    width, patch = patch_shape(state, "visual.conv1.weight")
+    common.require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
+    width, patch = common.patch_shape(state, "visual.conv1.weight")
     image_size = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5) * patch
-    layers = depth(state, BLOCKS)
-    _check_vision(vision, layers=layers, width=width, patch_size=patch, image_size=image_size)
+    layers = common.depth(state, BLOCKS)
+    common.check_sizes(vision, layers=layers, width=width, patch_size=patch, image_size=image_size)
+    if vision.get("pool_type") not in (None, "tok"):
+        raise ValueError(f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is supported")
+    if settings := [f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)]:
+        raise ValueError(f"unsupported settings in vision_cfg: {', '.join(settings)}")
     head_width = vision.get("head_width") or HEAD_WIDTHS.get(width)
     if head_width is None:
         raise ValueError(f"no known CLIP tower has width {width}; set vision_cfg.head_width with --config")
@@ -85,33 +78,16 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     }
 
 
-def _check_vision(vision: dict[str, Any], **sizes: int) -> None:
-    """ContractError if ``vision_cfg`` contradicts the ``sizes`` of the tensors; ValueError for an unsupported pooling,
-    activation or norm."""
-    for name, size in sizes.items():
-        configured = vision.get(name)
-        if configured not in (None, size, [size, size]):
-            hint = f"; pass --image-size {configured} to interpolate" if name == "image_size" else ""
-            raise ContractError(
-                f"vision_cfg.{name} is {configured}, but the tensors have {size}: the checkpoint is incomplete, or the "
-                f"configuration belongs to another one{hint}"
-            )
-    if vision.get("pool_type") not in (None, "tok"):
-        raise ValueError(f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is supported")
-    if settings := [f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)]:
-        raise ValueError(f"unsupported settings in vision_cfg: {', '.join(settings)}")
-
-
-def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> common.ParsedCheckpoint:
     """A CLIP needs its projection if the checkpoint has a text side."""
     tower_config = clip_config(state, config)
     tower, used = NAMES.to_ours(state)
-    parsed = ParsedCheckpoint(layout="open_clip", state=state, config=tower_config, tower=tower, used=used)
+    parsed = common.ParsedCheckpoint(layout="open_clip", state=state, config=tower_config, tower=tower, used=used)
     projection = parsed.take("visual.proj")  # (H, D): OpenCLIP multiplies from the right
     parsed.projection = None if projection is None else projection.T.contiguous()
-    parsed.find_text_side(*OPEN_CLIP_TEXT, *NESTED_TEXT)
+    parsed.find_text_side(*common.OPEN_CLIP_TEXT, *common.NESTED_TEXT)
     if parsed.is_image_text:
-        require(state, "visual.proj")
+        common.require(state, "visual.proj")
     return parsed
 
 
@@ -130,6 +106,6 @@ def model_config(dual: DualEncoder) -> dict[str, Any]:
     }
 
 
-LAYOUT = Layout(
+LAYOUT = common.Layout(
     name="open_clip", matches=matches, parse=parse, family="clip", visual_state=visual_state, model_config=model_config
 )

@@ -6,21 +6,12 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.vision.checkpoint import section
-from llm2clip_plugin.vision.convert.common import (
-    NESTED_TEXT,
-    OPEN_CLIP_TEXT,
-    Layout,
-    ParsedCheckpoint,
-    TensorNames,
-    depth,
-    patch_shape,
-    require,
-)
+from llm2clip_plugin.vision.convert import common
 from llm2clip_plugin.vision.dual import DualEncoder
 
 TRUNK = "visual.trunk."
 POSITIONS, POOLING = f"{TRUNK}pos_embed", f"{TRUNK}attn_pool."
-NAMES = TensorNames(  # after `join_pooling`
+NAMES = common.TensorNames(  # after `join_pooling`
     prefixes=(TRUNK, "vision_model."),
     outside={
         "pos_embed": "embeddings.position_embedding.weight",
@@ -68,8 +59,8 @@ def split_pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def siglip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
     """A SigLIP vision config.json from the tensors; ``fields`` may set vision_cfg.heads."""
     patches, hidden = f"{TRUNK}patch_embed.proj.weight", f"{TRUNK}blocks.0.mlp.fc1.weight"
-    require(state, patches, POSITIONS, hidden)
-    width, patch = patch_shape(state, patches)
+    common.require(state, patches, POSITIONS, hidden)
+    width, patch = common.patch_shape(state, patches)
     heads = section(fields, "vision_cfg").get("heads") or HEADS.get(width)
     if heads is None:
         raise ValueError(f"no released SigLIP tower has width {width}; set vision_cfg.heads with --config")
@@ -82,19 +73,21 @@ def siglip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str,
         "intermediate_size": state[hidden].shape[0],
         "layer_norm_eps": 1e-6,
         "num_attention_heads": heads,
-        "num_hidden_layers": depth(state, f"{TRUNK}blocks."),
+        "num_hidden_layers": common.depth(state, f"{TRUNK}blocks."),
         "patch_size": patch,
     }
 
 
-def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> common.ParsedCheckpoint:
     """SigLIP's own models have no projection; the pooled feature is the embedding."""
     tower_config = siglip_config(state, config)
     state = join_pooling(state)
     tower, used = NAMES.to_ours(state)
-    parsed = ParsedCheckpoint(layout="open_clip-siglip", state=state, config=tower_config, tower=tower, used=used)
+    parsed = common.ParsedCheckpoint(
+        layout="open_clip-siglip", state=state, config=tower_config, tower=tower, used=used
+    )
     parsed.projection = parsed.take("visual.head.proj.weight")
-    parsed.find_text_side(*OPEN_CLIP_TEXT, *NESTED_TEXT)
+    parsed.find_text_side(*common.OPEN_CLIP_TEXT, *common.NESTED_TEXT)
     return parsed
 
 
@@ -121,7 +114,7 @@ def model_config(dual: DualEncoder) -> dict[str, Any]:
     return {"embed_dim": dual.config.projection_dim, "vision_cfg": vision, "quick_gelu": False}
 
 
-LAYOUT = Layout(
+LAYOUT = common.Layout(
     name="open_clip-siglip",
     matches=matches,
     parse=parse,

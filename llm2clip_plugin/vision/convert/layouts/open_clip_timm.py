@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from llm2clip_plugin.vision.checkpoint import section
-from llm2clip_plugin.vision.convert.common import NESTED_TEXT, OPEN_CLIP_TEXT, Layout, ParsedCheckpoint
+from llm2clip_plugin.vision.convert import common
 from llm2clip_plugin.vision.convert.layouts import eva_clip, open_clip_siglip
 from llm2clip_plugin.vision.convert.layouts.hub import side_of, tower_config
 
@@ -18,7 +18,7 @@ def matches(state: dict[str, Tensor]) -> bool:
     return any(name.startswith(TRUNK) for name in state) and not is_known
 
 
-def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> common.ParsedCheckpoint:
     """The timm model that vision_cfg names; its head, or OpenCLIP's, is the projection.
 
     ``vision_cfg.timm_args``, not OpenCLIP's, override arguments of the model. Raises ValueError without a name.
@@ -33,12 +33,12 @@ def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any
     fields = tower_config(vision["timm_model_name"], side_of(vision.get("image_size")), arguments)
     inside = {key for key in state if key.startswith(TRUNK) and not key.startswith(f"{TRUNK}head.")}
     tower = {f"model.{key.removeprefix(TRUNK)}": state[key] for key in state if key in inside}
-    parsed = ParsedCheckpoint(layout=LAYOUT.name, state=state, config=fields, tower=tower, used=inside)
+    parsed = common.ParsedCheckpoint(layout=LAYOUT.name, state=state, config=fields, tower=tower, used=inside)
     head = f"{TRUNK}head." if f"{TRUNK}head.weight" in state else "visual.head.proj."
     parsed.projection, bias = parsed.take(f"{head}weight"), parsed.take(f"{head}bias")
     parsed.projection_bias = bias if bias is not None and bias.any() else None
-    parsed.find_text_side(*OPEN_CLIP_TEXT, *NESTED_TEXT)
+    parsed.find_text_side(*common.OPEN_CLIP_TEXT, *common.NESTED_TEXT)
     return parsed
 
 
-LAYOUT = Layout(name="open_clip-timm", matches=matches, parse=parse)
+LAYOUT = common.Layout(name="open_clip-timm", matches=matches, parse=parse)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.checkpoint import section
-from llm2clip_plugin.vision.convert.common import Layout, ParsedCheckpoint
+from llm2clip_plugin.vision.convert import common
 from llm2clip_plugin.vision.convert.layouts import open_clip
 from llm2clip_plugin.vision.dual import DualEncoder
 
@@ -15,17 +15,16 @@ SETTINGS = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True} 
 
 def matches(state: dict[str, Tensor]) -> bool:
     """Whether a checkpoint contains OpenCLIP's vision transformer without a norm before the blocks."""
-    return any(name.startswith(open_clip.BLOCKS) for name in state) and not open_clip.matches(state)
+    return common.depth(state, open_clip.BLOCKS) > 0 and not open_clip.matches(state)
 
 
-def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> common.ParsedCheckpoint:
     """As a CLIP; ContractError if the configuration is not OpenVision's: the tensors don't show how it pools."""
     vision = section(config, "vision_cfg")
     if different := [f"{name} {vision.get(name)!r}" for name, value in SETTINGS.items() if vision.get(name) != value]:
         raise ContractError(
             "the checkpoint has no visual.ln_pre, like OpenVision's, but its configuration has vision_cfg."
-            f"{', '.join(different)}, expected {SETTINGS}; tensors are missing, or pass the model's "
-            "open_clip_config.json as --config"
+            f"{', '.join(different)}, expected {SETTINGS}; pass the model's open_clip_config.json as --config"
         )
     eps = section(vision, "norm_kwargs").get("eps", 1e-5)
     plain = {name: value for name, value in vision.items() if name not in (*SETTINGS, "norm_kwargs")}
@@ -43,7 +42,7 @@ def model_config(dual: DualEncoder) -> dict[str, Any]:
     return {**fields, "vision_cfg": {**fields["vision_cfg"], **SETTINGS, **eps}}
 
 
-LAYOUT = Layout(
+LAYOUT = common.Layout(
     name="openvision",
     matches=matches,
     parse=parse,

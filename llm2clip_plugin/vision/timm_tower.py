@@ -1,7 +1,9 @@
 """Any timm vision transformer as a Hugging Face vision model whose states are its patches. Needs timm 1.0 or newer.
 
 Prefix tokens (class, registers) differ between models, so the states contain only the patches; pooler_output is the
-model's own pooling. Shapes: B images, N patches, P prefix tokens, H width, S image size in pixels.
+model's own pooling. This file stands alone, as it is saved with a LLaVA that is exported to Hugging Face.
+
+Shapes: B images, N patches, P prefix tokens, H width, S image size in pixels.
 """
 
 from __future__ import annotations
@@ -21,18 +23,30 @@ ARGUMENTS = (
 )
 
 
-def allowed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments; ValueError for one that a configuration may not set."""
-    if unknown := sorted(set(arguments) - set(ARGUMENTS)):
+def make_timm(
+    name: str, image_size: int | None, *, pretrained: bool, arguments: Mapping[str, Any] | None = None
+) -> Any:
+    """The timm model without its classifier; ValueError for an unknown name, with similar ones, or argument."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError("this tower is a timm model; install timm: pip install 'timm>=1.0'") from error
+    if timm.__version__.startswith("0."):
+        raise ValueError(f"this tower requires timm 1.0 or newer; {timm.__version__} is installed")
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
+        raise ValueError(f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}")
+    settings: dict[str, Any] = dict(arguments or {}) | ({} if image_size is None else {"img_size": image_size})
+    if unknown := sorted(set(settings) - {*ARGUMENTS, "img_size"}):
         raise ValueError(f"timm_args: {unknown[0]!r} cannot be set here; known: {', '.join(ARGUMENTS)}")
-    return dict(arguments)
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm {timm.__version__} cannot build {name!r} with {settings}: {error}") from error
 
 
 class TimmVitConfig(PretrainedConfig):
-    """The name of a timm model, and what is needed to know about it.
-
-    ``timm_args`` override the arguments of the named model.
-    """
+    """The name of a timm model, and what is needed to know about it; ``timm_args`` override its arguments."""
 
     model_type = "llm2clip_timm"
 
@@ -61,11 +75,11 @@ class TimmVitConfig(PretrainedConfig):
         self.image_mean = image_mean
         self.image_std = image_std
         self.resample = resample
-        self.timm_args = allowed(timm_args or {})
+        self.timm_args = dict(timm_args or {})
         super().__init__(**kwargs)
 
 
-class TimmVit(PreTrainedModel):
+class TimmTower(PreTrainedModel):
     """A timm vision transformer with the states and outputs of a Hugging Face vision model."""
 
     config_class = TimmVitConfig
@@ -75,17 +89,9 @@ class TimmVit(PreTrainedModel):
 
     def __init__(self, config: TimmVitConfig) -> None:
         super().__init__(config)
-        self.model: Any = self.build(config)
+        self.model: Any = make_timm(config.timm_name, config.image_size, pretrained=False, arguments=config.timm_args)
         self.is_built_without_memory = any(parameter.is_meta for parameter in self.model.parameters())
         self.post_init()
-
-    @staticmethod
-    def build(config: TimmVitConfig) -> Any:
-        """timm's model with random weights, without its classifier."""
-        import timm
-
-        sizes = {"num_classes": 0, "img_size": config.image_size, **config.timm_args}
-        return timm.create_model(config.timm_name, pretrained=False, **sizes)
 
     def _init_weights(self, module: nn.Module) -> None:
         """timm initializes its own weights. Its tables of rotary positions are in no file, and transformers builds
@@ -132,4 +138,4 @@ class TimmVit(PreTrainedModel):
 
 
 AutoConfig.register(TimmVitConfig.model_type, TimmVitConfig, exist_ok=True)
-AutoModel.register(TimmVitConfig, TimmVit, exist_ok=True)
+AutoModel.register(TimmVitConfig, TimmTower, exist_ok=True)
