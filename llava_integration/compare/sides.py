@@ -7,6 +7,7 @@ mean over its languages, each with its own candidates.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from llava_integration.benchmarks.benchmark import Item, Statistic, mean_of_parts, mean_statistic
 from llava_integration.benchmarks.rules import benchmarks
+from llava_integration.compare.readers import read_logs, readers
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError
 
@@ -74,20 +76,19 @@ class Side:
 
 
 def load_side(path: Path, name: str = "") -> Side:
-    """Read a score file, or every score file below a folder; files of one benchmark are its runs (seeds).
+    """Read a score file or another evaluator's log, or all below a folder; several of one benchmark are its runs.
 
-    Raises FileNotFoundError, or ContractError for a score file that can't be compared.
+    Raises FileNotFoundError, or ContractError for what can't be read or compared.
     """
-    if path.is_dir():
-        records = [(file, ScoreFile.read(file)) for file in sorted(path.rglob("*.json")) if _is_score_file(file)]
-        if not records:
-            raise FileNotFoundError(
-                f"{path} has no score files; `llm2clip score BENCHMARK DATA --answers FILE --output FILE` writes them"
-            )
-    elif path.is_file():
-        records = [(path, ScoreFile.read(path))]
-    else:
-        raise FileNotFoundError(f"no score file or folder {path}")
+    if not path.exists():
+        raise FileNotFoundError(f"no score file, log or folder {path}")
+    own = [file for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path]) if _is_score_file(file)]
+    records = [(file, ScoreFile.read(file)) for file in own] or read_logs(path)
+    if not records:
+        raise FileNotFoundError(
+            f"{path} has no score files (`llm2clip score BENCHMARK DATA --answers FILE --output FILE` writes them) and "
+            f"no logs of {', '.join(readers())}; a table needs the columns item and score"
+        )
     runs: dict[str, list[Run]] = {}
     notes = []
     for file, record in records:
@@ -106,9 +107,9 @@ def load_side(path: Path, name: str = "") -> Side:
 
 
 def _is_score_file(path: Path) -> bool:
-    """Whether a JSON file is a score file; others below a folder are ignored."""
-    if path.name.endswith(".scores.json"):
-        return True
+    """Whether a file is a score file; others below a folder are ignored."""
+    if path.suffix != ".json" or path.name.endswith(".scores.json"):
+        return path.suffix == ".json"
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -131,7 +132,7 @@ def _check(path: Path, record: ScoreFile) -> None:
                 raise ContractError(f"{path}: {key} of item {item['id']!r} is {value!r}, expected a finite number")
     names = [str(item["id"]) for item in record.items]
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, times in Counter(names).items() if times > 1)
         raise ContractError(f"{path} has item {twice} twice; score the answers again")
 
 

@@ -80,6 +80,8 @@ def read(path: Path) -> Iterator[ScoreFile]:
         if got.get("category"):
             item["category"] = str(got["category"])
         tables.setdefault((str(got.get("task") or path.stem), str(got.get("run") or "")), []).append(item)
+    if not tables:
+        raise ContractError(f"{path} has no items below its first line")
     for (task, _), items in tables.items():
         yield ScoreFile(benchmark=task, metrics={}, items=items)
 

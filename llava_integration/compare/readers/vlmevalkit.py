@@ -16,7 +16,9 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError, errors_about, read_json_value
 
 SCORES = ("hit", "score", "eval_score", "verifier_match")
-ENDING = re.compile(r"(_[\w.-]*?)?_(auxmatch|result|results|detailed_results|score)$")
+ENDING = re.compile(
+    r"(_(exact_matching|openai|chatgpt[\w.-]*?|gpt[\w.-]*?))?_(auxmatch|result|results|detailed_results|score)$"
+)
 TEXT = {"True": 1.0, "False": 0.0}
 
 
