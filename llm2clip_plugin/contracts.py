@@ -196,7 +196,6 @@ class VersionedRecord:
     VERSION: ClassVar[int] = 1
 
     def to_json(self) -> str:
-        """The record as indented JSON."""
         body = {"kind": self.KIND, "format_version": self.VERSION, **dataclasses.asdict(self)}
         return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
 

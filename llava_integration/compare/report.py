@@ -9,7 +9,6 @@ scored: a score file from elsewhere must not bring another picture of this machi
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from llm2clip_plugin.pages import page_style, render, thumbnail
 HERE = Path(__file__).parent
 SIDES = 6  # colors of page.css, base first
 FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
-WIDTH, HEIGHT = 240, 18
+WIDTH = 240  # of a drawing
 
 # Text
 
@@ -162,7 +161,8 @@ def page(
         verdicts=[(f"{new} against {base}", _verdict(rows)) for new, base, rows in comparison.pairs()],
         notes=[*_notes(comparison), *pictures.notes()],
         data={"names": comparison.names, "questions": shown, "images": pictures.encoded},
-        interval=lambda row: interval(row, comparison.rows, color(comparison.names.index(row.new))),
+        positions=lambda row: positions(row, comparison.rows),
+        width=WIDTH,
         header=HEADER,
         cells=cells,
         number=number,
@@ -206,21 +206,12 @@ def _ends(row: Row) -> tuple[float, float, float]:
     return row.result.low / size, row.result.difference / size, row.result.high / size
 
 
-def interval(row: Row, rows: Sequence[Row], paint: str) -> str:
-    """The row's difference on the scale of all ``rows``; the mark is filled if the difference is significant."""
+def positions(row: Row, rows: Sequence[Row]) -> list[float]:
+    """Where zero and a row's low end, estimate and high end are in a drawing on the scale of all ``rows``."""
     every = [value for one in rows for value in _ends(one)]
     low, high = min(*every, 0.0), max(*every, 0.0)
     span = (high - low) or 1.0
-    zero, left, middle, right = (8 + (value - low) / span * (WIDTH - 16) for value in (0.0, *_ends(row)))
-    fill = "var(--paper)" if row.verdict == "no difference shown" else paint
-    y = HEIGHT / 2
-    return (
-        f'<svg class="interval" role="img" viewBox="0 0 {WIDTH} {HEIGHT}" xmlns="http://www.w3.org/2000/svg">'
-        f"<title>{escape(f'{row.title}, {row.new}: {row.verdict}')}</title>"
-        f'<line x1="{zero:.1f}" y1="0" x2="{zero:.1f}" y2="{HEIGHT}" stroke="var(--ink)"/>'
-        f'<line x1="{left:.1f}" y1="{y}" x2="{right:.1f}" y2="{y}" stroke="{paint}" stroke-width="2.5"/>'
-        f'<circle cx="{middle:.1f}" cy="{y}" r="5" stroke="{paint}" stroke-width="2.5" fill="{fill}"/></svg>'
-    )
+    return [round(8 + (value - low) / span * (WIDTH - 16), 1) for value in (0.0, *_ends(row))]
 
 
 class Pictures:

@@ -7,7 +7,6 @@ mean over its languages, each with its own candidates.
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -121,19 +120,20 @@ def _check(path: Path, record: ScoreFile) -> None:
     """ContractError if a score file's items can't be compared."""
     if not record.items:
         raise ContractError(f"{path} has no items; a comparison needs one item per question")
+    seen: set[str] = set()
     for number, item in enumerate(record.items):
-        if "id" not in item or "score" not in item:
-            raise ContractError(f"{path}: item {number} has the fields {sorted(item)}; every item needs id and score")
-        if not isinstance(item["id"], (str, int)):
-            raise ContractError(f"{path}: item {number} has the id {item['id']!r}, expected a text or a whole number")
-        numbers = {key: value for key, value in item.items() if isinstance(value, float)}
-        for key, value in {**numbers, "score": item["score"]}.items():
-            if not isinstance(value, (int, float)) or not abs(value) <= 1e12:
+        if not isinstance(item.get("id"), (str, int)) or "score" not in item:
+            raise ContractError(
+                f"{path}: item {number} has {sorted(item)}; expected an id (text or number) and a score"
+            )
+        for key, value in item.items():
+            if (key == "score" or isinstance(value, float)) and not (
+                isinstance(value, (int, float)) and abs(value) <= 1e12
+            ):
                 raise ContractError(f"{path}: {key} of item {item['id']!r} is {value!r}, expected a finite number")
-    names = [str(item["id"]) for item in record.items]
-    if len(set(names)) != len(names):
-        twice = next(name for name, times in Counter(names).items() if times > 1)
-        raise ContractError(f"{path} has item {twice} twice; score the answers again")
+        if str(item["id"]) in seen:
+            raise ContractError(f"{path} has item {item['id']} twice; score the answers again")
+        seen.add(str(item["id"]))
 
 
 def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:

@@ -30,7 +30,7 @@ def _mme(path: Path) -> list[Line]:
     seen: Counter[str] = Counter()
     for where, line in json_lines(path):
         value = line.get("mme_perception_score") or line.get("mme_cognition_score")
-        with_fields(value, ("question_id", "category", "score"), where)
+        value = with_fields(value, ("question_id", "category", "score"), where)
         image = str(value["question_id"])
         seen[image] += 1
         items.append({"id": f"{image}#{seen[image]}", "category": value["category"], "cluster": image})

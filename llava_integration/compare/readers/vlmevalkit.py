@@ -69,7 +69,7 @@ def read(path: Path) -> Iterator[ScoreFile]:
     items = []
     for place, values in enumerate(lines, 2):
         row = dict(zip(names, values, strict=False))
-        value = TEXT.get(row[column], row[column]) if isinstance(row[column], str) else row[column]
+        value: Any = TEXT.get(str(row[column]), row[column])
         try:
             score = number(float(value), f"{path}, row {place}: {column}")
         except (TypeError, ValueError) as error:
