@@ -107,10 +107,8 @@ def cache_plan(config: EmbedConfig) -> str:
     settings = llm_config(config.encoder)
     clip = hasattr(settings, "vision_config") and hasattr(settings, "projection_dim")
     width = int(settings.projection_dim if clip else settings.get_text_config().hidden_size)
-    # 9 bytes: img2dataset's keys
-    sizes = {dtype: shard_bytes(len(source), rows, width, dtype, key_bytes=9) for dtype in CACHE_DTYPES}
+    samples, key_bytes = len(source), 9  # as img2dataset's keys
+    sizes = {dtype: shard_bytes(samples, rows, width, dtype, key_bytes=key_bytes) for dtype in CACHE_DTYPES}
     listed = ", ".join(f"{dtype} {tqdm.format_sizeof(size, 'B')}" for dtype, size in sizes.items())
-    return (
-        f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}\n"
-        f"cache on disk: {rows:,} captions x {width}: {listed}"
-    )
+    found = f"{samples:,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}"
+    return f"{found}\ncache on disk: {rows:,} captions x {width}: {listed}"

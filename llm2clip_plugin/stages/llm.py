@@ -75,8 +75,7 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
             if parameter.requires_grad:
                 parameter.data.copy_(resumed.weights[name])
     on_first_rank(lambda: check_finite(module, config.encoder.llm if resumed is None else resumed.path))
-    trained = trained_parameters(module, config)
-    engine = run.make_engine(module, trained, resumed, keep_frozen=False)
+    engine = run.make_engine(module, trained_parameters(module, config), resumed, keep_frozen=False)
     start = run.start_state(resumed)
     evaluate = evaluation(encoder, config)
     tokenizer, workers = PairTokenizer(encoder.tokenizer, encoder.config), config.train.dataloader_num_workers
@@ -101,9 +100,6 @@ def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
     starts = {f"start adapter {number}": adapters.adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
     return TrainingRun(
         config=config,
-        config_hash=config.hash,
-        train=config.train,
-        optim=config.optim,
         run_settings={**dataclasses.asdict(config), "samples": data.samples},
         teacher={},
         total_steps=plan.total_steps,
@@ -114,7 +110,7 @@ def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
 
 def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[EnginePlan, dict[str, Any]]:
     """The run in DeepSpeed's terms. Raises ValueError for settings that exclude each other."""
-    plan, deepspeed = plan_engine(config, config.train, config.optim, samples=samples, world=world, hidden_size=1024)
+    plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
         raise ValueError("ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
     if not config.train.has_steps:
@@ -273,9 +269,8 @@ def llm_plan(config: FinetuneConfig) -> str:
     stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
     mean = f"{sum(lengths) / len(lengths):.4g} tokens (the mean)"
     for memory, tokens in ((usual, mean), (long, f"{encoder.max_tokens} tokens (max_tokens)")):
-        table = plans.columns(memory, config.train, gpu_gib, stages=stages)
         about = f", for pairs of {texts} texts of {tokens}"
-        parts.append(plans.describe_columns(table, config.train.global_batch, gpu_gib, about))
+        parts.append(plans.describe_columns(memory, config.train, gpu_gib, about=about, stages=stages))
     return "\n".join(parts)
 
 
@@ -360,8 +355,7 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int])
 
 def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
     """The LLM's frozen parameters and the adapter's."""
-    lora = config.lora
-    trained = trained_parameters(shape.llm, config)
+    lora, trained = config.lora, trained_parameters(shape.llm, config)
     dtype = ("NF4 and " if config.encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
     starts = "".join(f"; {name} merged" for name in config.start_adapters)
     return (

@@ -107,8 +107,7 @@ def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
     from peft import LoraConfig, PeftModel
 
     linear = sorted({name.rpartition(".")[2] for name, module in llm.named_modules() if isinstance(module, nn.Linear)})
-    unknown = [name for name in settings.targets if name != ALL_LINEAR and name not in linear]
-    if unknown:
+    if unknown := [name for name in settings.targets if name not in (ALL_LINEAR, *linear)]:
         raise ValueError(f"unknown LoRA targets {unknown}; linear layers of this LLM: {', '.join(linear)}, all-linear")
     config = LoraConfig(
         r=settings.r,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +47,23 @@ class ContrastConfig:
             raise ValueError(f"scale {self.scale} must be in (0, 100], length_groups {self.length_groups} at least 1")
 
 
+@dataclass(frozen=True)
+class PairKind:
+    """Kinds of the query and the positive caption, and how often they are drawn."""
+
+    query: str
+    positive: str
+    weight: float = 1.0
+
+    @property
+    def of_positive(self) -> str:
+        """The kind of the positive caption."""
+        return self.query if self.positive == "same" else self.positive
+
+    def __str__(self) -> str:
+        return f"{self.query}:{self.positive}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
     """Training data, and which two texts form a pair."""
@@ -74,58 +90,41 @@ class PairsConfig:
             raise ValueError(f"{len(self.weights)} weights for {len(self.data)} data sets; pass one for each, or none")
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"weights are {self.weights}, expected numbers above 0")
-        parse_kinds(self.pair_kinds)
-        parse_lists(self.lists)
-        parse_instructions(self.instructions)
-
-
-@dataclass(frozen=True)
-class PairKind:
-    """Kinds of the query and the positive caption, and how often they are drawn."""
-
-    query: str
-    positive: str
-    weight: float = 1.0
+        _ = self.kinds, self.drawn_items, self.instruction_of
 
     @property
-    def of_positive(self) -> str:
-        """The kind of the positive caption."""
-        return self.query if self.positive == "same" else self.positive
+    def kinds(self) -> tuple[PairKind, ...]:
+        """``pair_kinds`` as they are read; raises ValueError for another form."""
+        if not self.pair_kinds:
+            raise ValueError("no pair kinds configured; set at least one with --pair-kinds, such as short:long")
+        found = []
+        for text in self.pair_kinds:
+            match = re.fullmatch(r"([^:=]+):([^:=]+)(?:=(\d+\.?\d*|\.\d+))?", text)
+            if match is None or not float(match[3] or 1):
+                raise ValueError(f"invalid pair kind {text!r}; expected QUERY:POSITIVE[=WEIGHT]: short:long=0.5")
+            found.append(PairKind(match[1], match[2], float(match[3] or 1)))
+        return tuple(found)
 
-    def __str__(self) -> str:
-        return f"{self.query}:{self.positive}"
+    @property
+    def drawn_items(self) -> dict[str, tuple[int, int]]:
+        """Of ``lists``: kind -> least and most items drawn; raises ValueError for another form."""
+        bounds = {}
+        for text in self.lists:
+            match = re.fullmatch(r"([^=]+)=(\d+):(\d+)", text)
+            if match is None or not 0 < int(match[2]) <= int(match[3]):
+                raise ValueError(f"invalid list {text!r}; expected KIND=LOW:HIGH, such as keywords=2:6")
+            bounds[match[1]] = (int(match[2]), int(match[3]))
+        return bounds
 
-
-def parse_kinds(specifications: Sequence[str]) -> tuple[PairKind, ...]:
-    """Read ``short:long`` or ``short:keywords=0.8``; raises ValueError for another form."""
-    if not specifications:
-        raise ValueError("no pair kinds configured; set at least one with --pair-kinds, such as short:long")
-    found = []
-    for text in specifications:
-        match = re.fullmatch(r"([^:=]+):([^:=]+)(?:=(\d+\.?\d*|\.\d+))?", text)
-        if match is None or not float(match[3] or 1):
-            raise ValueError(f"invalid pair kind {text!r}; expected QUERY:POSITIVE[=WEIGHT], such as short:long=0.5")
-        found.append(PairKind(match[1], match[2], float(match[3] or 1)))
-    return tuple(found)
-
-
-def parse_lists(specifications: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Read ``keywords=2:6``: kind -> least and most items drawn; raises ValueError for another form."""
-    bounds = {}
-    for text in specifications:
-        match = re.fullmatch(r"([^=]+)=(\d+):(\d+)", text)
-        if match is None or not 0 < int(match[2]) <= int(match[3]):
-            raise ValueError(f"invalid list {text!r}; expected KIND=LOW:HIGH, such as keywords=2:6")
-        bounds[match[1]] = (int(match[2]), int(match[3]))
-    return bounds
-
-
-def parse_instructions(specifications: Sequence[str]) -> dict[str, str]:
-    """Read ``short=Find the long caption: ``: kind of the query -> text; raises ValueError for another form."""
-    parsed = {kind: text for kind, equals, text in (item.partition("=") for item in specifications) if kind and equals}
-    if len(parsed) != len(specifications):
-        raise ValueError(f"instructions {list(specifications)} must be KIND=TEXT, one for each kind of query")
-    return parsed
+    @property
+    def instruction_of(self) -> dict[str, str]:
+        """Of ``instructions``: kind of the query -> text; raises ValueError for another form."""
+        parsed = {
+            kind: text for kind, equal, text in (one.partition("=") for one in self.instructions) if kind and equal
+        }
+        if len(parsed) != len(self.instructions):
+            raise ValueError(f"instructions {list(self.instructions)} must be KIND=TEXT, one for each kind of query")
+        return parsed
 
 
 # The settings that determine a caption's embedding, and where they come from: options, presets, the encoder card.

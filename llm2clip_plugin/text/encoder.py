@@ -230,9 +230,7 @@ def open_post(path: Path, width: int, sha256: str = "") -> tuple[Post, str]:
         raise ContractError(f"{path} is for embeddings of width {len(post.mean)}, but the LLM's have {width}")
     actual = sha256_weights(path)
     if sha256 not in ("", actual):
-        raise ContractError(
-            f"{path} has SHA-256 {actual}, but {EncoderCard.FILE} records {sha256}; copy the folder again"
-        )
+        raise ContractError(f"{path} has SHA-256 {actual}, {EncoderCard.FILE} has {sha256}; copy the folder again")
     return post, actual
 
 
@@ -244,9 +242,7 @@ def remove_components(embeddings_NW: Tensor, counts: Sequence[int]) -> list[Post
     """
     captions, width = embeddings_NW.shape
     if not 0 <= max(counts) < min(captions, width):
-        raise ValueError(
-            f"cannot remove {max(counts)} components, fitted on {captions} captions, of a width of {width}"
-        )
+        raise ValueError(f"cannot remove {max(counts)} components of {width}, fitted on {captions} captions")
     mean_W = embeddings_NW.double().mean(dim=0)
     _, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))  # ascending
     removed = [directions_WW[:, width - count :].float() if count else None for count in counts]

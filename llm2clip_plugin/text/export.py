@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.contracts import EncoderCard, atomic_directory
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.adapter import attach_adapter, merge
+from llm2clip_plugin.text.adapter import adapter_folder, attach_adapter, merge
 from llm2clip_plugin.text.config import CARD_SETTINGS, COMMAND, MODULES, EncoderConfig, ExportConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import keep_layers, load_backbone
@@ -30,7 +30,7 @@ def export_llm(config: ExportConfig) -> Path:
         raise ValueError("an adapter cannot be merged into 4-bit weights; omit --load-in-4bit")
     encoder = CaptionEncoder(encoding, "cpu")
     if config.layout == "sentence-transformers":
-        refuse_unsupported(encoder.config, has_bos=encoder.frame.has_bos, post=encoder.post is not None)
+        refuse_unsupported(encoder)
     with atomic_directory(config.output, replace=config.overwrite) as temporary:
         write_merged(encoder, temporary)
         if config.layout == "sentence-transformers":
@@ -63,7 +63,7 @@ def merge_into_all_blocks(model: PreTrainedModel, config: EncoderConfig) -> PreT
         return model
     blocks, norm, depth = model.get_submodule("layers"), model.get_submodule("norm"), model.config.num_hidden_layers
     keep_layers(model, config.layer)
-    merged = merge(attach_adapter(model, Path(config.adapter)))
+    merged = merge(attach_adapter(model, adapter_folder(config.adapter)))
     lower = list(merged.get_submodule("layers"))  # type: ignore[call-overload]
     merged.set_submodule("layers", nn.ModuleList([*lower, *list(blocks)[len(lower) :]]))  # type: ignore[call-overload]
     merged.set_submodule("norm", norm)
@@ -71,16 +71,16 @@ def merge_into_all_blocks(model: PreTrainedModel, config: EncoderConfig) -> PreT
     return merged
 
 
-def refuse_unsupported(config: EncoderConfig, *, has_bos: bool, post: bool) -> None:
+def refuse_unsupported(encoder: CaptionEncoder) -> None:
     """Raise ValueError for settings that sentence-transformers does not support.
 
-    It pools the last layer, over all tokens or all but prompt and BOS, without a template. has_bos: the tokenizer
-    puts a BOS first; post: embeddings are centered.
+    It pools the last layer, over all tokens or all but prompt and BOS, without a template.
     """
+    config = encoder.config
     prompts = [prompt for prompt in (config.prompt, config.query_prompt) if prompt]
-    bos = config.pooling == "mean" and has_bos
+    bos = config.pooling == "mean" and encoder.frame.has_bos
     unsupported = {
-        "centering": post,
+        "centering": encoder.post is not None,
         "a chat template": bool(config.chat_template),
         f"layer {config.layer}": config.layer != -1,
         "pooling BOS but not the prompt": bos and config.include_bos and bool(prompts),
@@ -104,8 +104,6 @@ def write_sentence_transformers(config: EncoderConfig, width: int, folder: Path)
         "word_embedding_dimension": width,
         "pooling_mode_mean_tokens": config.pooling == "mean",
         "pooling_mode_lasttoken": config.pooling == "last",
-        "pooling_mode_cls_token": False,
-        "pooling_mode_max_tokens": False,
         "include_prompt": False,
     }
     files = {

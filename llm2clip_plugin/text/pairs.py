@@ -22,14 +22,7 @@ from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, s
 from llm2clip_plugin.data.samples import BrokenSample, Caption, caption_hash, select_captions
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.files import refuse_encoding
-from llm2clip_plugin.text.config import (
-    EncoderConfig,
-    PairKind,
-    PairsConfig,
-    parse_instructions,
-    parse_kinds,
-    parse_lists,
-)
+from llm2clip_plugin.text.config import EncoderConfig, PairKind, PairsConfig
 from llm2clip_plugin.text.llm import build_frame, literal_template, tokenize
 
 SURVEYED = 5000  # samples read before training, to detect a wrong configuration
@@ -74,12 +67,9 @@ class CaptionPairs(PairSource):
     """Two captions of one image."""
 
     def __init__(self, source: Source, config: PairsConfig) -> None:
-        super().__init__(source.path, parse_kinds(config.pair_kinds), [shard.size for shard in source.shards])
-        self.source = source
-        self.lists = parse_lists(config.lists)
-        self.instructions = parse_instructions(config.instructions)
-        self.random_negatives = config.random_negatives
-        self.group = config.group
+        super().__init__(source.path, config.kinds, [shard.size for shard in source.shards])
+        self.source, self.config = source, config
+        self.drawn_items, self.instruction_of = config.drawn_items, config.instruction_of
 
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
         try:
@@ -91,12 +81,12 @@ class CaptionPairs(PairSource):
         positive = self._text(captions, kind.of_positive, rng, query)
         if not query or not positive:
             return None
-        group = str(sample.meta.get(self.group, "")) if self.group else ""
-        return Pair(sample.key, query, positive, group=group, instruction=self.instructions.get(kind.query))
+        group = str(sample.meta.get(self.config.group, "")) if self.config.group else ""
+        return Pair(sample.key, query, positive, group=group, instruction=self.instruction_of.get(kind.query))
 
     def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
         """Adds a caption of the positive's kind, of a random image of another key and group; ValueError without one."""
-        if not self.random_negatives:
+        if not self.config.random_negatives:
             return pair
         for _ in range(NEGATIVES_TRIED):
             other = self.pair(rng.randrange(len(self)), kind, rng)
@@ -114,10 +104,10 @@ class CaptionPairs(PairSource):
         if not texts:
             return ""
         text = rng.choice(texts)
-        if kind not in self.lists:
+        if kind not in self.drawn_items:
             return text
         items = [item.strip() for item in text.split(",") if item.strip()]
-        low, high = self.lists[kind]
+        low, high = self.drawn_items[kind]
         rng.shuffle(items)
         return ", ".join(items[: rng.randint(min(low, len(items)), min(high, len(items)))])
 

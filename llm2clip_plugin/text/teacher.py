@@ -29,7 +29,8 @@ from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
 from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole
 from llm2clip_plugin.vision.checkpoint import lift_model_cfg, read_tensors, section, weight_files
-from llm2clip_plugin.vision.convert.common import TensorNames, depth, require
+from llm2clip_plugin.vision.convert.common import depth, require
+from llm2clip_plugin.vision.convert.layouts.open_clip import NAMES
 from llm2clip_plugin.vision.directory import is_local, read_json
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual
 from llm2clip_plugin.vision.families import families
@@ -38,6 +39,11 @@ MAY_DIFFER = ("llm", "revision", "max_tokens", "compute_dtype")  # settings of E
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # settings of OpenCLIP's text_cfg that make it another tower, and the values with which it is CLIP's own
 PLAIN = dict(pool_type="argmax", no_causal_mask=False, embed_cls=False, hf_model_name=None, proj_type="linear")
+OUTSIDE = {  # OpenCLIP's names -> the model's, outside the blocks
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.": "final_layer_norm.",
+}
 TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
 GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
@@ -174,35 +180,15 @@ def _open_clip(folder: Path) -> tuple[nn.Module, int, bool, int]:
             eos_token_id=2,  # the feature is read at the largest id, as OpenCLIP does
         )
     )
-    theirs, _ = _names(model).to_ours(tensors)
+    # names begin with text_model. in some versions of transformers
+    own = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
+    theirs, _ = dataclasses.replace(NAMES, prefixes=("", own), outside=OUTSIDE).to_ours(tensors)
     theirs["text_projection.weight"] = tensors["text_projection"].T
     with errors_about(folder):  # a shape
         missing, unexpected = model.load_state_dict(theirs, strict=False)
     if wrong := sorted(name for name in (*missing, *unexpected) if not name.endswith("position_ids")):
         raise ContractError(f"{folder}: unknown or missing tensors of the text tower: {', '.join(wrong[:5])}")
     return model, context, False, tensors["text_projection"].shape[1]
-
-
-def _names(model: nn.Module) -> TensorNames:
-    """OpenCLIP's names and the model's, which begin with text_model. in every version of transformers but not all."""
-    prefix = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
-    return TensorNames(
-        prefixes=("", prefix),
-        outside={
-            "token_embedding.weight": "embeddings.token_embedding.weight",
-            "positional_embedding": "embeddings.position_embedding.weight",
-            "ln_final.": "final_layer_norm.",
-        },
-        blocks=("transformer.resblocks.", "encoder.layers."),
-        inside={
-            "ln_1.": "layer_norm1.",
-            "ln_2.": "layer_norm2.",
-            "attn.out_proj.": "self_attn.out_proj.",
-            "mlp.c_fc.": "mlp.fc1.",
-            "mlp.c_proj.": "mlp.fc2.",
-        },
-        fused=("attn.in_proj_", "self_attn.{}_proj."),
-    )
 
 
 def load_dual_encoder(
@@ -276,11 +262,6 @@ class TeacherLLM:
             raise ContractError(
                 f"{config.llm} is not the tower's teacher: {differences(vars(self.identity), loaded)}; "
                 "pass the correct one with --llm and --adapter (in Python: teacher= and adapter=)"
-            )
-        if self.llm_width and encoder.width != self.llm_width:
-            raise ContractError(
-                f"{config.llm} gives embeddings of width {encoder.width}, but the tower's text adapter expects "
-                f"{self.llm_width}; {GIVE_LLM}"
             )
         return encoder
 
