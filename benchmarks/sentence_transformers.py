@@ -33,7 +33,7 @@ from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.text.contrast import CaptionStep, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pairs import PairBatches, open_pairs
+from llm2clip_plugin.text.pairs import PairBatches, PairTokenizer, open_pairs
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
 
@@ -104,7 +104,8 @@ def ours(args: argparse.Namespace) -> Step:
     groups = [{"params": [p for p in module.parameters() if p.requires_grad]}]
     engine = Engine(module, groups, OPTIM, ds_config, keep_frozen=False)
     step = CaptionStep(engine, caption_terms(CONTRAST), encoder, CONTRAST, seed=0)
-    return lambda batch: step(batch)[0]
+    tokenize = PairTokenizer(encoder.tokenizer, encoder.config)
+    return lambda batch: step({**batch, "tokens": tokenize(batch["pairs"])})[0]
 
 
 STEPS: dict[str, Callable[[argparse.Namespace], Step]] = {"sentence-transformers": theirs, "llm2clip": ours}

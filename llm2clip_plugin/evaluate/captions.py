@@ -29,8 +29,7 @@ from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
 from llm2clip_plugin.options import command
 from llm2clip_plugin.text.config import ATTENTIONS, POOLINGS, EncoderConfig, find_card
 from llm2clip_plugin.text.encoder import CPU_TOKENS, POST_FILE, CaptionEncoder, Post, first_captions, remove_components
-from llm2clip_plugin.text.llm import pool
-from llm2clip_plugin.text.tokens import collate, length_batches
+from llm2clip_plugin.text.llm import length_batches, pool
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
 ACCURACIES = ("cra", "reverse", "centred")
@@ -254,8 +253,7 @@ def pooled_states(
     batches = list(length_batches([len(ids) for ids in rows], CPU_TOKENS))
     for indices in track(batches, total=len(batches), label="reading", unit="batches"):
         some = [rows[index] for index in indices]
-        batch = collate(some, [frame] * len(some), pad_id=encoder.pad_id, include_bos=encoder.config.include_bos)
-        batch = batch.to(encoder.device)
+        batch = encoder.collate(some, [frame] * len(some))
         options = {"position_ids": batch.position_ids, "use_cache": False, "output_hidden_states": True}
         states = encoder.model.llm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
         depth = len(states.hidden_states) - 1

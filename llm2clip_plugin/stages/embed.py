@@ -1,6 +1,4 @@
-"""``llm2clip embed``, stage 1.5: captions and a frozen LLM in, a cache of embeddings out; in one process or under a
-launcher.
-"""
+"""``llm2clip embed``, stage 1.5: captions and a frozen LLM in, a cache of embeddings out."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from llm2clip_plugin.console import phase, track
 from llm2clip_plugin.contracts import CACHE_DTYPES, EmbedRecord
@@ -19,11 +18,10 @@ from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_bytes
 from llm2clip_plugin.data.sources.base import Source, check_fields, open_source
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages.settings import EMBED, EmbedConfig, rank_and_world
-from llm2clip_plugin.text.clip_text import open_encoder
-from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
 from llm2clip_plugin.text.encoder import TextEncoder
 from llm2clip_plugin.text.llm import llm_config
+from llm2clip_plugin.text.teacher import open_encoder
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
 
@@ -35,7 +33,7 @@ def main(argv: list[str]) -> int:
         if rank_and_world()[0] == 0:
             print(cache_plan(config))
     elif config.verify:
-        print(verify_cache(config))
+        print(verify(*open_all(config)))
     else:
         for line in embed_captions(config, started_by("embed", argv)):
             print(line)
@@ -43,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -> list[str]:
-    """Embed this rank's shards; returns the report as lines. ``command``: run_files.started_by, to be recorded."""
+    """Embed this rank's shards; returns the report as lines. ``command``: files.started_by, to be recorded."""
     with _ranks() as (rank, world):
         source, encoder, directory = open_all(config)
         if rank == 0:
@@ -69,9 +67,8 @@ def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -
     prefix = f"rank {rank}: " if world > 1 else ""
     lines = [prefix + line for line in summary.lines(encoder.config.max_tokens)]
     if manifest is not None:
-        lines.append(
-            f"{directory}: {manifest.captions} captions in {len(manifest.shards)} shards, {manifest.dtype}, complete"
-        )
+        held = f"{manifest.captions} captions in {len(manifest.shards)} shards, {manifest.dtype}"
+        lines.append(f"{directory}: {held}, complete")
     return lines
 
 
@@ -88,17 +85,10 @@ def _ranks() -> Iterator[tuple[int, int]]:
         yield ranks
 
 
-def verify_cache(config: EmbedConfig) -> str:
-    """Compare the cache with the data and the LLM; ContractError at the first difference."""
-    return verify(*open_all(config))
-
-
 def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
     """The captions, the LLM and the cache's folder. Raises ValueError for data at a URL without ``cache``."""
     if not config.cache:  # before anything is downloaded or loaded
-        place = default_cache_folder(config.source.path, "").parent
-        if place.is_dir() and not config.verify and not os.access(place, os.W_OK):
-            raise PermissionError(f"{place} is read-only, so the cache cannot be next to the data; set --cache DIR")
+        default_cache_folder(config.source.path, "")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     source = open_source(config.source)
@@ -109,38 +99,16 @@ def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
 
 
 def cache_plan(config: EmbedConfig) -> str:
-    """The number of captions and the cache's size in both formats; reads every caption, but no weights.
-
-    Raises ValueError for data at a URL without ``cache``.
-    """
-    if not config.cache:
-        default_cache_folder(config.source.path, "")  # raises for a URL, before anything is downloaded
+    """The number of captions and the cache's size in both formats; reads every caption, but no weights."""
     source = open_source(config.source)
     check_fields(source, needed=True)
-    rows = key_bytes = 0
-    for number in track(range(len(source)), total=len(source), label="captions", unit="samples"):
-        key, captions = source.captions(number)
-        key_bytes += len(key.encode())
-        rows += len(caption_rows([captions]))
-    width = width_of(config.encoder)
-    sizes = {dtype: shard_bytes(len(source), rows, width, dtype, key_bytes=0) + key_bytes for dtype in CACHE_DTYPES}
-    listed = ", ".join(f"{dtype} {readable(size)}" for dtype, size in sizes.items())
-    return (
-        f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}\n"
-        f"cache on disk: {rows:,} captions x {width}: {listed}"
-    )
-
-
-def readable(size: float) -> str:
-    """A number of bytes in the unit that gives 1 to 999."""
-    units = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-    unit = next((name for name, factor in units.items() if size < 1000 * factor), "TB")
-    return f"{size / units[unit]:.1f} {unit}"
-
-
-def width_of(config: EncoderConfig) -> int:
-    """Width of the embeddings, from the model's config.json. Raises FileNotFoundError if there is none."""
-    settings = llm_config(config)
-    if hasattr(settings, "vision_config") and hasattr(settings, "projection_dim"):
-        return int(settings.projection_dim)  # a CLIP
-    return int(settings.get_text_config().hidden_size)
+    numbers = track(range(len(source)), total=len(source), label="captions", unit="samples")
+    rows = sum(len(caption_rows([source.captions(number)[1]])) for number in numbers)
+    settings = llm_config(config.encoder)
+    clip = hasattr(settings, "vision_config") and hasattr(settings, "projection_dim")
+    width = int(settings.projection_dim if clip else settings.get_text_config().hidden_size)
+    samples, key_bytes = len(source), 9  # as img2dataset's keys
+    sizes = {dtype: shard_bytes(samples, rows, width, dtype, key_bytes=key_bytes) for dtype in CACHE_DTYPES}
+    listed = ", ".join(f"{dtype} {tqdm.format_sizeof(size, 'B')}" for dtype, size in sizes.items())
+    found = f"{samples:,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}"
+    return f"{found}\ncache on disk: {rows:,} captions x {width}: {listed}"

@@ -6,14 +6,15 @@ The loop, engine, checkpoints and loss are those of stage 2; what belongs to the
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from llm2clip_plugin.console import phase
 from llm2clip_plugin.contracts import EncoderCard
@@ -25,20 +26,12 @@ from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import plan_or_train, rank_and_world
-from llm2clip_plugin.text.adapter import (
-    adapter_folder,
-    adapter_sha256,
-    add_lora,
-    autocast_adapter,
-    merge_adapters,
-    save_adapter,
-)
-from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, apply_card, apply_preset, find_card
+from llm2clip_plugin.text import adapter as adapters
+from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, effective
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms, equal_parts
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import CaptionModel, LlmShape, llm_config, shape_llm
-from llm2clip_plugin.text.pairs import Pair, PairBatches, PairTokenizer, Survey, open_pairs, survey, tokenized_batches
-from llm2clip_plugin.text.tokens import literal_template, query_frames, token_ids
+from llm2clip_plugin.text.pairs import PairBatches, PairTokenizer, Survey, open_pairs, survey, tokenized_batches
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import stop_requests
@@ -48,7 +41,8 @@ from llm2clip_plugin.train.model import StepMemory, activation_bytes, enable_gra
 from llm2clip_plugin.train.optim import EnginePlan, Trained, chosen_optimizer, is_vector, zero_stage
 from llm2clip_plugin.vision.export import library_versions
 
-ADAPTER = "adapter"
+ASSUMED_TOKENS = 64  # of a text, template and prompt included, in a plan without data
+TEXTS = 64  # of the passes that measure activations
 
 
 def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path:
@@ -56,7 +50,7 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
 
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
     ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
-    see run_files.started_by; recorded in run.json.
+    files.started_by, for run.json.
     """
     with training_ranks(config.train) as device, locked(Path(config.output_dir)):
         return _train(config, device, command or {})
@@ -65,56 +59,47 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
 def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]) -> Path:
     """From the data on: LLM, engine, loop, adapter."""
     with phase("opening the data"):
-        data = open_data(config, rank(), world_size())
+        data = Data(config, rank(), world_size())
     run = dataclasses.replace(open_run(config, data), command=command)
     if rank() == 0:
-        print("\n".join(data.lines()), flush=True)
+        print("\n".join(data.lines), flush=True)
     if config.evaluation.captions:
         on_first_rank(lambda: len(caption_sets(config.evaluation)))  # fails here rather than after the first steps
     resumed = run.find_checkpoint()
     encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
     for result in data.surveys:
-        line = count_truncated(result, encoder, cut_queries=config.pairs.cut_queries)
-        if line and rank() == 0:
-            print(line)
+        count_truncated(result, encoder, cut_queries=config.pairs.cut_queries)
     terms, module = caption_terms(config.contrast), trained_module(encoder, config)
     if resumed is not None:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(resumed.weights[name])
     on_first_rank(lambda: check_finite(module, config.encoder.llm if resumed is None else resumed.path))
-    trained = trained_parameters(module, config)
-    engine = run.make_engine(module, trained, resumed, keep_frozen=False)
+    engine = run.make_engine(module, trained_parameters(module, config), resumed, keep_frozen=False)
     start = run.start_state(resumed)
     evaluate = evaluation(encoder, config)
+    tokenizer, workers = PairTokenizer(encoder.tokenizer, encoder.config), config.train.dataloader_num_workers
     with stop_requests() as stop:
         state = run.train_to_end(
             engine,
             start,
             step=CaptionStep(engine, terms, encoder, config.contrast, seed=config.train.seed),
-            batches=tokenized_batches(
-                data.batches, encoder, position=start.samples, workers=config.train.dataloader_num_workers
-            ),
+            batches=tokenized_batches(data.batches, tokenizer, position=start.samples, workers=workers),
             evaluate=evaluate,
             before=evaluate if config.train.eval_on_start else None,
             stop=stop,
         )
     run.write_result(lambda: write_adapter(run, encoder, config, state))
-    return run.folder / ADAPTER
+    return run.folder / "adapter"
 
 
 def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
-    """The run's DeepSpeed configuration and what its checkpoints are compared with.
-
-    Raises FileNotFoundError for a start adapter that is missing.
-    """
+    """The run, with DeepSpeed's configuration and what its checkpoints are compared with."""
     plan, deepspeed = plan_stage(config, data.samples, world_size())
-    starts = {f"start adapter {number}": adapter_sha256(path) for number, path in enumerate(start_folders(config), 1)}
+    folders = map(adapters.adapter_folder, config.start_adapters)
+    starts = {f"start adapter {number}": adapters.adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
     return TrainingRun(
         config=config,
-        config_hash=config.hash,
-        train=config.train,
-        optim=config.optim,
         run_settings={**dataclasses.asdict(config), "samples": data.samples},
         teacher={},
         total_steps=plan.total_steps,
@@ -125,99 +110,81 @@ def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
 
 def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[EnginePlan, dict[str, Any]]:
     """The run in DeepSpeed's terms. Raises ValueError for settings that exclude each other."""
-    plan, deepspeed = plan_engine(config, config.train, config.optim, samples=samples, world=world, hidden_size=1024)
+    plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
         raise ValueError("ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
     if not config.train.has_steps:
         raise ValueError("num_train_epochs and max_steps are both 0: nothing to train")
-    if config.train.ema_decay:
-        raise ValueError(f"train.ema_decay is {config.train.ema_decay}, which adapters do not support; set it to 0")
     if config.start_adapters and (config.encoder.adapter or config.encoder.load_in_4bit or config.lora.dora):
-        raise ValueError(
-            f"start_adapters {' '.join(config.start_adapters)} are merged before a new LoRA is added: leave out "
-            "--adapter, --load-in-4bit and --lora-dora, or pass no --start-adapters"
-        )
-    if any(path.endswith(".txt") for path in config.pairs.data) and not config.lora.dropout:
-        raise ValueError("a text paired with itself differs only by dropout, but lora.dropout is 0; set it to 0.1")
+        raise ValueError("start_adapters exclude --adapter, --load-in-4bit and --lora-dora")
     if config.train.precision != "fp32" and config.encoder.compute_dtype == "float32":
         raise ValueError(
             f"train.precision {config.train.precision} would convert the LLM's float32 weights; leave precision (the "
-            "adapter's) at fp32 and set the LLM's dtype with --compute-dtype"
+            "adapter's) at fp32, and set --compute-dtype"
         )
     return plan, deepspeed
 
 
-@dataclass(frozen=True, kw_only=True)
 class Data:
-    """The pairs of a run."""
+    """The pairs of a run, and what the first samples of each source have."""
 
-    surveys: tuple[Survey, ...]  # one for each source
-    samples: int  # pairs of an epoch
-    batches: PairBatches  # of one rank
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """What is compared between ranks: the number of samples, and the texts of the first ones."""
-        return {
+    def __init__(self, config: FinetuneConfig, rank: int, world: int) -> None:
+        """Raises FileNotFoundError or ValueError for a data set that is missing, too small or without pairs."""
+        pairs, sources = config.pairs, open_pairs(config.pairs)
+        self.batches = PairBatches(
+            sources,
+            pairs.weights,
+            seed=config.train.seed,
+            global_batch=config.train.global_batch,
+            rank=rank,
+            world=world,
+            mix_kinds=pairs.mix_kinds,
+        )
+        self.samples = sum(epoch_draws([*map(len, sources)], pairs.weights or [1.0] * len(sources)))  # of an epoch
+        self.surveys = [survey(source) for source in sources]
+        # what is compared between ranks: the number of samples, and the texts of the first ones
+        self.digests = {
             str(number): f"{len(source)} samples ({short_digest([[p.query, p.positive] for p in result.pairs])})"
-            for number, (source, result) in enumerate(zip(self.batches.sources, self.surveys, strict=True), 1)
+            for number, (source, result) in enumerate(zip(sources, self.surveys, strict=True), 1)
         }
-
-    def lines(self) -> list[str]:
-        """The surveys' findings."""
-        return [line for result in self.surveys for line in result.lines()]
-
-
-def open_data(config: FinetuneConfig, rank: int, world: int) -> Data:
-    """Open and survey every data set. Raises FileNotFoundError or ValueError for one that is missing or too small."""
-    sources = open_pairs(config.pairs)
-    batches = PairBatches(
-        sources,
-        config.pairs.weights,
-        seed=config.train.seed,
-        global_batch=config.train.global_batch,
-        rank=rank,
-        world=world,
-        mix_kinds=config.pairs.mix_kinds,
-    )
-    samples = sum(epoch_draws(list(map(len, sources)), config.pairs.weights or [1.0] * len(sources)))
-    return Data(surveys=tuple(survey(source) for source in sources), samples=samples, batches=batches)
+        self.lines = [
+            f"{result.path}: {usable} of the first {result.samples} samples have a pair {kind}"
+            for result in self.surveys
+            for kind, usable in result.usable.items()
+        ]
 
 
-def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> str:
-    """How many of a survey's queries will be truncated to max_tokens, as a line; "" if none.
+def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> None:
+    """Print how many of a survey's queries will be truncated to max_tokens, on rank 0.
 
     Raises ValueError if there are any, unless ``cut_queries``: a query's end is its caption, which would be lost.
     """
     limit = encoder.config.max_tokens
-    frames = PairTokenizer(encoder).query_frames(result.pairs)
-    queries = encoder.lengths([pair.query for pair in result.pairs], frames)
-    long = [(length, pair.key) for length, pair in zip(queries, result.pairs, strict=True) if length > limit]
+    tokenizer = PairTokenizer(encoder.tokenizer, dataclasses.replace(encoder.config, max_tokens=sys.maxsize))
+    queries = tokenizer(result.pairs)["query"]
+    long = [(len(ids), pair.key) for ids, pair in zip(queries, result.pairs, strict=True) if len(ids) > limit]
     if not long:
-        return ""
+        return
     counted = f"{result.path}: {len(long)} of the first {len(queries)} queries are longer than max_tokens {limit}"
     if not cut_queries:
         length, key = max(long)
         raise ValueError(f"{counted}, the longest {length} (sample {key!r}); raise --max-tokens, or set --cut-queries")
-    return f"{counted} and are truncated"
+    if rank() == 0:
+        print(f"{counted} and are truncated")
 
 
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:
     """The encoder's LLM with an adapter, which alone trains."""
     if not config.encoder.adapter:
-        llm = merge_adapters(encoder.model.llm, start_folders(config))  # type: ignore[arg-type]
+        starts = [*map(adapters.adapter_folder, config.start_adapters)]
+        llm = adapters.merge_adapters(encoder.model.llm, starts)  # type: ignore[arg-type]
         torch.manual_seed(config.train.seed)
-        encoder.model.llm = add_lora(llm, config.lora, base=config.encoder.llm)
+        encoder.model.llm = adapters.add_lora(llm, config.lora, base=config.encoder.llm)
     if config.train.precision == "fp32":  # otherwise DeepSpeed converts the adapter
-        encoder.model.autocast = autocast_adapter(encoder.model.llm, encoder.dtype)
+        encoder.model.autocast = adapters.autocast_adapter(encoder.model.llm, encoder.dtype)
     if config.train.gradient_checkpointing:
         enable_gradient_checkpointing(encoder.model.llm)
     return PairModule(encoder.model, config.contrast).train()
-
-
-def start_folders(config: FinetuneConfig) -> list[Path]:
-    """The folders of the adapters that training starts from, downloaded unless they are cached."""
-    return [adapter_folder(name) for name in config.start_adapters]
 
 
 def trained_parameters(module: torch.nn.Module, config: FinetuneConfig) -> list[Trained]:
@@ -249,8 +216,8 @@ def write_adapter(run: TrainingRun, encoder: CaptionEncoder, config: FinetuneCon
     verify(last, moments=False)
     prefix = "model.llm."
     trained = {n.removeprefix(prefix): t for n, t in load(last, moments=False).weights.items() if n.startswith(prefix)}
-    card, starts = card_of(encoder, config, state), start_folders(config)
-    save_adapter(encoder.model.llm, trained, card, run.folder / ADAPTER, starts=starts, replace=True)
+    card, starts = card_of(encoder, config, state), [*map(adapters.adapter_folder, config.start_adapters)]
+    adapters.save_adapter(encoder.model.llm, trained, card, run.folder / "adapter", starts=starts, replace=True)
 
 
 def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) -> EncoderCard:
@@ -265,11 +232,7 @@ def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) 
             "samples": state.samples,
             "global_batch": config.train.global_batch,
             "data": [Path(path).name for path in config.pairs.data],
-            "pair_kinds": list(config.pairs.pair_kinds),
-            "instructions": list(config.pairs.instructions),
             "start_adapters": [Path(path).name for path in config.start_adapters],
-            "scale": config.contrast.scale,
-            "symmetric": config.contrast.symmetric,
             "quantization": identity.quantization,
             "config_hash": config.hash,
         },
@@ -278,149 +241,93 @@ def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) 
     )
 
 
-# The command line of stage 1: ``llm2clip finetune-llm``.
-
-ASSUMED_TOKENS = 64  # of a text, template and prompt included
-TEXTS = 64  # of the passes that measure activations
-
-
 def main(argv: list[str]) -> int:
     """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
     config = FINETUNE_LLM.parse(argv)
-    return plan_or_train(
-        config.dry_run,
-        lambda: llm_plan(config),
-        lambda: finetune_llm(config, started_by("finetune-llm", argv)),
-        "adapter",
-    )
+    train = partial(finetune_llm, config, started_by("finetune-llm", argv))
+    return plan_or_train(config.dry_run, partial(llm_plan, config), train, "adapter")
 
 
 def llm_plan(config: FinetuneConfig) -> str:
-    """The plan as text.
-
-    Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself; memory is left out for an
-    LLM without a config.json.
-    """
+    """The plan as text, without memory for an LLM without a config.json. Raises what would stop the run itself."""
     _, world = rank_and_world()
-    encoder = apply_preset(config.encoder)
-    encoder = apply_card(encoder, find_card(encoder.adapter or encoder.llm), encoder.adapter or encoder.llm)
-    config = dataclasses.replace(config, encoder=encoder)
-    size = measure_data(config)
-    plan, deepspeed = plan_stage(config, size.pairs, world)
-    parts = [
-        *size.found,
-        *(f"assumed: {line}" for line in size.assumed),
-        plans.describe_run(plan, deepspeed, samples=size.pairs, world=world),
-    ]
+    encoder = config.encoder
+    if encoder.llm:
+        encoder, _ = effective(encoder, Path(encoder.llm), Path(encoder.adapter) if encoder.adapter else None)
+        config = dataclasses.replace(config, encoder=encoder)
+    pairs, texts, lengths, notes = measure_data(config)
+    plan, deepspeed = plan_stage(config, pairs, world)
+    parts = [*notes, plans.describe_run(plan, deepspeed, samples=pairs, world=world)]
     try:
         settings = llm_config(encoder)
     except FileNotFoundError as error:
-        parts.append(f"memory is not planned: {error}")
-    else:
-        longest, gpu_gib, train = encoder.max_tokens, config.plan.gpu_gib, config.train
-        shape = shape_llm(settings, encoder, config.lora, train.precision)
-        usual, long = (step_memory(config, settings, size, lengths, shape) for lengths in (size.lengths, (longest,)))
-        stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
-        parts += [
-            describe_llm(config, shape),
-            plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib),
-        ]
-        for memory, tokens in (
-            (usual, f"{size.tokens:.4g} tokens (the mean)"),
-            (long, f"{longest} tokens (max_tokens)"),
-        ):
-            table = plans.columns(memory, train, gpu_gib, stages=stages)
-            about = f", for pairs of {size.texts} texts of {tokens}"
-            parts.append(plans.describe_columns(table, train.global_batch, gpu_gib, about))
+        return "\n".join([*parts, f"memory is not planned: {error}"])
+    gpu_gib, shape = config.plan.gpu_gib, shape_llm(settings, encoder, config.lora, config.train.precision)
+    usual = step_memory(config, settings, shape, texts, lengths)
+    long = step_memory(config, settings, shape, texts, [encoder.max_tokens])
+    parts += [describe_llm(config, shape), plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib)]
+    stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
+    mean = f"{sum(lengths) / len(lengths):.4g} tokens (the mean)"
+    for memory, tokens in ((usual, mean), (long, f"{encoder.max_tokens} tokens (max_tokens)")):
+        about = f", for pairs of {texts} texts of {tokens}"
+        parts.append(plans.describe_columns(memory, config.train, gpu_gib, about=about, stages=stages))
     return "\n".join(parts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSize:
-    """Size of the data and length of its texts."""
-
-    pairs: int
-    texts: int  # of a pair: query and positive, and a hard negative if the data has them
-    lengths: tuple[int, ...]  # tokens of texts, truncated to max_tokens
-    found: tuple[str, ...]  # what the surveys of the data say
-    assumed: tuple[str, ...]
-
-    @property
-    def tokens(self) -> float:
-        """Of a text, on average."""
-        return sum(self.lengths) / len(self.lengths)
-
-
-def measure_data(config: FinetuneConfig) -> DataSize:
-    """Size of the data and length of its texts; what is missing is assumed."""
-    encoder, assumed = config.encoder, []
-    if encoder.adapter:
-        assumed.append(f"{encoder.adapter} has rank {config.lora.r} (--lora-rank), on the layers below")
+def measure_data(config: FinetuneConfig) -> tuple[int, int, list[int], list[str]]:
+    """Number of pairs, texts of a pair, tokens of texts, and what to say of the data; what is missing is assumed."""
+    encoder, pairs, notes = config.encoder, config.plan.images, []
+    texts = 3 if config.pairs.random_negatives else 2  # query and positive, perhaps a hard negative
+    lengths, missing = [], "no DATA"
     if config.pairs.data:
-        data = open_data(config, rank=0, world=1)
-        pairs = [pair for survey in data.surveys for pair in survey.pairs]
-        negatives = config.pairs.random_negatives or any(pair.negative for pair in pairs)
-        samples, texts, found = data.samples, 3 if negatives else 2, data.lines()
-        lengths, missing = token_counts(encoder, pairs), "the LLM's tokenizer is not on this machine"
+        data = Data(config, rank=0, world=1)
+        pairs, missing = data.samples, "the LLM's tokenizer is not on this machine"
+        texts = 3 if any(result.pairs[0].negative for result in data.surveys) else texts
+        lengths = token_counts(encoder, data.surveys)
+        notes += data.lines
     else:
-        texts = 3 if config.pairs.random_negatives else 2
-        samples, found = config.plan.images, []
-        lengths, missing = [], "no DATA"
-        assumed.append(f"{samples:,} pairs of a query and a positive (--assumed-samples, or DATA)")
+        notes.append(f"assumed: {pairs:,} pairs of a query and a positive (--assumed-samples, or DATA)")
+    if encoder.adapter:
+        notes.append(f"assumed: {encoder.adapter} has rank {config.lora.r} (--lora-rank), on the layers below")
     if not lengths:
         lengths = [min(ASSUMED_TOKENS, encoder.max_tokens)]
-        assumed.append(f"{lengths[0]} tokens per text, template and prompt included: {missing}")
-    return DataSize(pairs=samples, texts=texts, lengths=tuple(lengths), found=tuple(found), assumed=tuple(assumed))
+        notes.append(f"assumed: {lengths[0]} tokens per text, template and prompt included: {missing}")
+    return pairs, texts, lengths, notes
 
 
-def token_counts(encoder: EncoderConfig, pairs: Sequence[Pair]) -> list[int]:
+def token_counts(encoder: EncoderConfig, surveys: Sequence[Survey]) -> list[int]:
     """Tokens of each text, truncated to max_tokens; [] without a tokenizer in the folder or the local Hub cache."""
-    from transformers import AutoTokenizer
-
     if not encoder.llm:
         return []
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            encoder.llm, revision=encoder.revision or "main", local_files_only=True
-        )
+        revision = encoder.revision or "main"
+        tokenizer = AutoTokenizer.from_pretrained(encoder.llm, revision=revision, local_files_only=True)
     except (OSError, ValueError):
         return []
-    template = literal_template(tokenizer, encoder.chat_template)
-    framed = [(encoder.query_prompt if pair.instruction is None else pair.instruction, pair.query) for pair in pairs]
-    framed += [(encoder.prompt, text) for pair in pairs for text in (pair.positive, pair.negative) if text]
-    prompts, texts = zip(*framed, strict=True)
-    frames = query_frames(tokenizer, template, prompts)
-    counts = zip(frames, token_ids(tokenizer, frames, texts), strict=True)
-    return [frame.size + min(len(ids), frame.caption_budget(encoder.max_tokens)) for frame, ids in counts]
+    counts: list[int] = []
+    for result in surveys:
+        rows = PairTokenizer(tokenizer, encoder)(result.pairs)
+        counts += [len(ids) for side in ("query", "positive", "negative") for ids in rows.get(side, [])]
+    return counts
 
 
 def step_memory(
-    config: FinetuneConfig,
-    settings: PretrainedConfig,
-    size: DataSize,
-    lengths: Sequence[int],
-    shape: LlmShape | None = None,
+    config: FinetuneConfig, settings: PretrainedConfig, shape: LlmShape, texts: int, lengths: Sequence[int]
 ) -> StepMemory:
-    """Measured on fake tensors with texts of these lengths, on a few blocks: memory grows linearly with blocks.
-
-    ``shape``: of all blocks, if it is known.
-    """
-
-    def shaped(blocks: int) -> LlmShape:
-        return shape_llm(settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks)
-
-    shape = shape or shaped(0)
-    few, more = min(1, shape.blocks), min(2, shape.blocks)
-    text_bytes = texts_bytes(config, shaped(more), lengths)
-    if more > few:
-        slope = (text_bytes - texts_bytes(config, shaped(few), lengths)) / (more - few)
-        text_bytes += slope * (shape.blocks - more)
+    """Of pairs of ``texts`` texts, measured on a few blocks of fake tensors: memory grows linearly with blocks."""
+    bytes_of: dict[int, float] = {}
+    for blocks in {min(1, shape.blocks), min(2, shape.blocks)}:
+        part = shape_llm(settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks)
+        bytes_of[blocks] = texts_bytes(config, part, lengths)
+    few, more = min(bytes_of), max(bytes_of)
+    slope = (bytes_of[more] - bytes_of[few]) / max(1, more - few)
+    text_bytes = bytes_of[more] + slope * (shape.blocks - more)
     return StepMemory(
         precision=config.train.precision,
         trained=sum(p.numel() for p in shape.llm.parameters() if p.requires_grad),
         frozen_bytes=shape.frozen_bytes,
         parameters=shape.parameters,
-        pair_bytes=size.texts * text_bytes / TEXTS,
+        pair_bytes=texts * text_bytes / TEXTS,
         width=shape.width,
         state_bytes=chosen_optimizer(config.optim).state_bytes,
     )
@@ -431,7 +338,7 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int])
     ordered = sorted(lengths)
     spread = [ordered[i * len(ordered) // TEXTS] for i in range(TEXTS)]
     model = CaptionModel(shape.llm, config.encoder.pooling)
-    model.autocast = autocast_adapter(shape.llm, shape.dtype)
+    model.autocast = adapters.autocast_adapter(shape.llm, shape.dtype)
     module = PairModule(model, config.contrast).train()
     if config.train.gradient_checkpointing:
         enable_gradient_checkpointing(shape.llm)
@@ -448,8 +355,7 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int])
 
 def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
     """The LLM's frozen parameters and the adapter's."""
-    lora = config.lora
-    trained = trained_parameters(shape.llm, config)
+    lora, trained = config.lora, trained_parameters(shape.llm, config)
     dtype = ("NF4 and " if config.encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
     starts = "".join(f"; {name} merged" for name in config.start_adapters)
     return (

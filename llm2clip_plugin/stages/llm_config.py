@@ -1,7 +1,7 @@
 """FinetuneConfig: everything that decides an LLM's training. The sections are declared where they are read."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
@@ -23,6 +23,7 @@ class FinetuneConfig(TrainingConfig):
     # LoRA adapters (folders or Hub ids) that are merged into the LLM, in this order, before the new one is added
     start_adapters: tuple[str, ...] = ()
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    # betas, clipping and no weight decay are defaults of Hugging Face's Trainer
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=2e-4, weight_decay=0.0, layer_decay=1.0, betas=(0.9, 0.999), max_grad_norm=1.0, warmup_steps=300
@@ -98,54 +99,35 @@ def _paper(name: str, encoder: EncoderConfig) -> FinetuneConfig:
             cut_queries=True,  # their tokenizer truncates
         ),
         # HardNegativeNLLLoss of llm2vec: queries retrieve positives, and nothing is masked
-        contrast=dataclasses.replace(common.contrast, symmetric=False, mask_same=False),
+        contrast=ContrastConfig(scale=50.0, symmetric=False, mask_same=False),
         optim=dataclasses.replace(common.optim, schedule="linear"),  # Trainer's default
     )
 
 
 def _common(name: str, encoder: EncoderConfig, *, gradient_checkpointing: bool) -> FinetuneConfig:
-    """What both sides have in common. Betas, clipping and no weight decay are defaults of Hugging Face's Trainer."""
-    return FinetuneConfig(
+    """What both sides have in common, beside the default optimizer, LoRA, scale, batch and length."""
+    default = FinetuneConfig()
+    return dataclasses.replace(
+        default,
         output_dir=f"runs/{name}",
         encoder=dataclasses.replace(encoder, max_tokens=512, compute_dtype="bfloat16"),
-        lora=LoraSettings(r=16, alpha=32, dropout=0.05),
-        contrast=ContrastConfig(scale=50.0),
-        optim=OptimConfig(
-            lr=2e-4, weight_decay=0.0, layer_decay=1.0, betas=(0.9, 0.999), max_grad_norm=1.0, warmup_steps=300
-        ),
-        train=TrainConfig(
-            global_batch=512,
-            num_train_epochs=1.0,
-            gradient_checkpointing=gradient_checkpointing,
-            save_steps=500,
-            dataloader_num_workers=2,
+        train=dataclasses.replace(
+            default.train, gradient_checkpointing=gradient_checkpointing, save_steps=500, dataloader_num_workers=2
         ),
     )
 
 
-LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
-    "paper": paper,
-    "paper-llama-8b": paper_llama_8b,
-    "paper-llama-1b": paper_llama_1b,
-    "llama-8b": llama_8b,
-    "llama-1b": llama_1b,
-}
-PAPERS = [name for name in LLM_RECIPES if name.startswith("paper")]
+RECIPES: tuple[Callable[[], FinetuneConfig], ...] = (paper, paper_llama_8b, paper_llama_1b, llama_8b, llama_1b)
+LLM_RECIPES = {make.__name__.replace("_", "-"): make for make in RECIPES}
 
 
 def llm_recipe(name: str) -> FinetuneConfig:
-    """The recipe of that name; ValueError lists the known ones."""
+    """The recipe of that name, "" for the default; ValueError lists the known ones."""
+    if not name:
+        return FinetuneConfig()
     if name not in LLM_RECIPES:
         raise ValueError(unknown("recipe", name, LLM_RECIPES))
     return LLM_RECIPES[name]()
-
-
-# The options of ``llm2clip finetune-llm``.
-
-
-def starting_point(extras: Mapping[str, str]) -> FinetuneConfig:
-    """The configuration of --recipe, or the default, which the other options override."""
-    return llm_recipe(extras["recipe"]) if extras.get("recipe") else FinetuneConfig()
 
 
 FINETUNE_LLM = Command(
@@ -154,7 +136,7 @@ FINETUNE_LLM = Command(
     about="Stage 1: fine-tune an LLM contrastively on captions, two of an image for each pair. Rerun the same command "
     "to resume.",
     settings=FinetuneConfig,
-    default=starting_point,
+    default=lambda extras: llm_recipe(extras.get("recipe", "")),
     arguments="pairs.data",
     everyday="recipe llm pair-kinds fields output global-batch micro-batch lr num-train-epochs max-steps load-in-4bit "
     "deepspeed dry-run",
@@ -167,19 +149,16 @@ FINETUNE_LLM = Command(
         "plan.images": "assumed-samples",
     },
     extras={
-        "recipe": f"the authors' settings: {', '.join(PAPERS)}; ours on the paper's LLMs: "
-        f"{', '.join(name for name in LLM_RECIPES if name not in PAPERS)}"
+        "recipe": "the authors' settings: paper, paper-llama-8b, paper-llama-1b; ours on the paper's LLMs: llama-8b, "
+        "llama-1b"
     },
     # the first is read by the tower's training alone, as are the others; an adapter has one learning rate
     hidden="pairs.read.shuffle_window train.max_broken train.torch_compile train.dataloader_prefetch_mb "
-    "optim.layer_decay optim.full_lr optim.head_lr",
+    "train.ema_decay optim.layer_decay optim.full_lr optim.head_lr",
     replaces=REPLACES,
     needs={
         **NEEDS,
-        "train.eval_steps": "evaluation.captions",
-        "evaluation": "evaluation.captions",
-        "lora.r": "not encoder.adapter",
-        "lora.alpha": "not encoder.adapter",
-        "lora.targets": "not encoder.adapter",
+        **dict.fromkeys(("train.eval_steps", "evaluation"), "evaluation.captions"),
+        **dict.fromkeys(("lora.r", "lora.alpha", "lora.targets"), "not encoder.adapter"),
     },
 )

@@ -23,23 +23,18 @@ from llm2clip_plugin.contracts import (
 from llm2clip_plugin.files import ContractError, can_only_be_a_path, errors_about, hub_snapshot, read_json_value
 from llm2clip_plugin.text.config import ALL_LINEAR, LoraSettings
 
-# The files of an LLM or adapter: found or downloaded, and hashed.
-
 SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Settings of an adapter that change its output; the rest of its configuration is left out of the hash.
 ADAPTER_SETTINGS = (
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "target_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
+    *("r", "lora_alpha", "use_rslora", "use_dora"),
+    *("target_modules", "rank_pattern", "alpha_pattern", "layers_to_transform"),
 )
+# An adapter trained on the model with its language head names the blocks one level deeper.
+HEAD_PREFIX = re.compile(r"^base_model\.model\.model\.")
+BLOCK = re.compile(r"\blayers\.(\d+)\.")
 
 
 def local_folder(llm: str, revision: str = "") -> Path:
@@ -58,25 +53,18 @@ def local_folder(llm: str, revision: str = "") -> Path:
 
 
 def adapter_folder(adapter: str) -> Path:
-    """The folder of a PEFT adapter: ``adapter`` itself, or its snapshot from the Hub, downloaded unless it is cached.
-
-    Raises FileNotFoundError if neither a folder nor the Hub has it.
-    """
+    """The folder of a PEFT adapter, as ``local_folder``."""
     if Path(adapter).is_dir() or can_only_be_a_path(adapter) or "/" not in adapter:
         return Path(adapter)
     return _snapshot("adapter", adapter, "", SNAPSHOT_PATTERNS)
 
 
 def _snapshot(kind: str, name: str, revision: str, patterns: list[str]) -> Path:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         return hub_snapshot(name, revision=revision or None, patterns=patterns)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:  # ValueError: the name is no id of the Hub
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{kind} {name!r} is not a local folder and cannot be loaded from the Hub: {reason}"
-        ) from error
+        raise FileNotFoundError(f"{kind} {name!r}: no local folder, and the Hub does not give it: {reason}") from error
 
 
 def weights_sha256(folder: Path) -> str:
@@ -88,7 +76,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def files_sha256(paths: Sequence[Path]) -> str:
-    """SHA-256 over files of weights."""
+    """SHA-256 over files of weights, in this order."""
     hashes = [sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else sha256_text(canonical_json(hashes))
 
@@ -98,24 +86,16 @@ def adapter_sha256(folder: Path) -> str:
 
     Raises FileNotFoundError for a folder without an adapter.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no adapter at {folder}; expected the folder of a PEFT adapter, or a Hub id")
-    config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
-    for path in (config, weights):
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not a PEFT adapter: {path.name} is missing")
-    settings = read_json_value(config)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a PEFT adapter: {name} is missing; pass its folder or Hub id")
+    settings = read_json_value(folder / ADAPTER_CONFIG)
     if not isinstance(settings, dict):
-        raise ContractError(f"{config} contains a {type(settings).__name__}, expected the settings of a PEFT adapter")
+        raise ContractError(f"{folder / ADAPTER_CONFIG} contains no object; copy the adapter again")
     relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
     if isinstance(relevant["target_modules"], list):
         relevant["target_modules"] = sorted(map(str, relevant["target_modules"]))  # PEFT writes a set in random order
-    return sha256_text(canonical_json([sha256_weights(weights), relevant]))
-
-
-# An adapter trained on the model with its language head names the blocks one level deeper.
-HEAD_PREFIX = re.compile(r"^base_model\.model\.model\.")
-BLOCK = re.compile(r"\blayers\.(\d+)\.")
+    return sha256_text(canonical_json([sha256_weights(folder / ADAPTER_WEIGHTS), relevant]))
 
 
 def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
@@ -127,8 +107,7 @@ def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
     from peft import LoraConfig, PeftModel
 
     linear = sorted({name.rpartition(".")[2] for name, module in llm.named_modules() if isinstance(module, nn.Linear)})
-    unknown = [name for name in settings.targets if name != ALL_LINEAR and name not in linear]
-    if unknown:
+    if unknown := [name for name in settings.targets if name not in (ALL_LINEAR, *linear)]:
         raise ValueError(f"unknown LoRA targets {unknown}; linear layers of this LLM: {', '.join(linear)}, all-linear")
     config = LoraConfig(
         r=settings.r,
@@ -181,19 +160,14 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     config, tensors = read_adapter(folder)
     config.inference_mode = not trainable
     blocks = len(model.get_submodule("layers"))  # type: ignore[arg-type]
-    saved = {name: tensor for name, tensor in tensors.items() if block_number(name) < blocks}
-    try:
-        with errors_about(folder / ADAPTER_CONFIG, fix="copy the adapter again"):
-            wrapped = PeftModel(model, config)
-            expected = get_peft_model_state_dict(wrapped)
-    except ContractError as error:
-        raise ContractError(f"{folder} does not fit {model.name_or_path}: {error}") from error
-    ours, theirs = ({(name, tuple(x.shape)) for name, x in each.items()} for each in (expected, saved))
-    if ours != theirs:
-        raise ContractError(
-            f"{folder} does not fit {model.name_or_path}: expected {sorted(ours - theirs)[:3]}, it has "
-            f"{sorted(theirs - ours)[:3]}"
-        )
+    block_of = {name: int(match[1]) for name in tensors if (match := BLOCK.search(name))}
+    saved = {name: tensor for name, tensor in tensors.items() if block_of.get(name, -1) < blocks}
+    with errors_about(f"{folder}, which does not fit {model.name_or_path},"):
+        wrapped = PeftModel(model, config)
+        expected = get_peft_model_state_dict(wrapped)
+        ours, theirs = ({(name, tuple(x.shape)) for name, x in each.items()} for each in (expected, saved))
+        if ours != theirs:
+            raise ValueError(f"expected {sorted(ours - theirs)[:3]}, it has {sorted(theirs - ours)[:3]}")
     set_peft_model_state_dict(wrapped, saved)
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(trainable and ".lora_" in name)
@@ -214,11 +188,10 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
 def read_lora(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """As ``read_adapter``; raises ValueError for an adapter that is more than one rank and scale, such as DoRA."""
     config, tensors = read_adapter(folder)
-    special = [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if getattr(config, name)]
-    if special:
+    if special := [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if getattr(config, name)]:
         raise ValueError(
-            f"{folder} cannot be a start adapter: its {ADAPTER_CONFIG} sets {', '.join(special)}; merge it with "
-            "llm2clip export-llm, and pass the merged LLM as --llm"
+            f"{folder} cannot be a start adapter: it sets {', '.join(special)}; merge it with llm2clip export-llm, and "
+            "pass the merged LLM as --llm"
         )
     return config, tensors
 
@@ -253,20 +226,6 @@ def stack(adapters: Sequence[tuple[Any, dict[str, Tensor]]]) -> tuple[Any, dict[
     targets = sorted({layer.rpartition(".")[2] for layer in layers})
     last = adapters[-1][0]
     return dataclasses.replace(last, r=rank, lora_alpha=rank, use_rslora=False, target_modules=targets), stacked
-
-
-def block_number(name: str) -> int:
-    """The transformer block that a tensor belongs to; -1 for none."""
-    match = BLOCK.search(name)
-    return int(match.group(1)) if match else -1
-
-
-def cast_adapter(wrapped, dtype: torch.dtype):
-    """The model with the adapter's weights in ``dtype``, so that activations are not converted at every layer."""
-    for name, parameter in wrapped.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.to(dtype)
-    return wrapped
 
 
 def autocast_adapter(wrapped: nn.Module, dtype: torch.dtype) -> torch.dtype | None:

@@ -1,7 +1,7 @@
 """The settings of stage 1 (pairs, adapter, loss) and of an LLM as caption encoder; read without torch."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +11,6 @@ from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.files import ContractError, read_json_value
 from llm2clip_plugin.options import Command, unknown
 
-PostKind = Literal["none", "centre", "whiten"]
-PAIR_FORMATS = ("auto", "captions", "pairs", "text")
 ALL_LINEAR = "all-linear"
 
 
@@ -45,48 +43,8 @@ class ContrastConfig:
     symmetric: bool = True  # half of the loss retrieves queries from positives; without, all retrieves positives
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale <= 100:
-            raise ValueError(f"scale is {self.scale}; expected a number above 0, at most 100")
-        if self.length_groups < 1:
-            raise ValueError(f"length_groups is {self.length_groups}; expected 1 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairsConfig:
-    """Training data, and which two texts form a pair."""
-
-    data: tuple[str, ...] = ()  # caption sets (as for the tower), .jsonl of text pairs, .txt with one text per line
-    weights: tuple[float, ...] = ()  # how often a sample of each is drawn; empty: all equal
-    pair_format: str = "auto"  # auto | captions | pairs | text (each text with itself: unsupervised SimCSE by dropout)
-    # of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind
-    pair_kinds: tuple[str, ...] = ("short:long",)
-    mix_kinds: bool = False  # draw a kind for each pair; without, all pairs of a batch are of one kind
-    # of caption sets: text before the queries of a kind of caption, KIND=TEXT, not pooled; others have query_prompt
-    instructions: tuple[str, ...] = ()
-    # of caption sets: a hard negative for each pair, the caption of the positive's kind of a random other image
-    random_negatives: bool = False
-    lists: tuple[str, ...] = ()  # KIND=LOW:HIGH: captions of this kind are comma-separated; draw LOW to HIGH items
-    group: str = ""  # field of a sample's JSON: samples with equal values are not used as negatives of each other
-    query_field: str = "query"  # of text-pair files
-    positive_field: str = "positive"  # of text-pair files; a text, or a list whose first text is used
-    negative_field: str = "negative"  # of text-pair files: a hard negative, in all rows or in none
-    instruction_field: str = "instruction"  # of text-pair files: text before the query, not pooled; else query_prompt
-    cut_queries: bool = False  # truncate queries above max_tokens; otherwise they are an error before training
-    # how caption sets are read; stage 1 has an order of its own, without windows
-    read: ReadConfig = field(default_factory=lambda: ReadConfig(shuffle_window=0))
-
-    def __post_init__(self) -> None:
-        if self.pair_format not in PAIR_FORMATS:
-            raise ValueError(unknown("pair_format", self.pair_format, PAIR_FORMATS))
-        if self.weights and len(self.weights) != len(self.data):
-            raise ValueError(
-                f"{len(self.weights)} weights for {len(self.data)} data sets; pass one weight per data set, or none"
-            )
-        if any(not weight > 0 for weight in self.weights):
-            raise ValueError(f"weights are {self.weights}, expected numbers above 0")
-        parse_kinds(self.pair_kinds)
-        parse_lists(self.lists)
-        parse_instructions(self.instructions)
+        if not 0 < self.scale <= 100 or self.length_groups < 1:
+            raise ValueError(f"scale {self.scale} must be in (0, 100], length_groups {self.length_groups} at least 1")
 
 
 @dataclass(frozen=True)
@@ -106,42 +64,67 @@ class PairKind:
         return f"{self.query}:{self.positive}"
 
 
-def parse_kinds(specifications: Sequence[str]) -> tuple[PairKind, ...]:
-    """Read ``short:long`` or ``short:keywords=0.8``; raises ValueError for another form."""
-    kinds_of_pairs = []
-    for text in specifications:
-        kinds, _, weight = text.partition("=")
-        query, colon, positive = kinds.partition(":")
-        try:
-            number = float(weight) if weight else 1.0
-        except ValueError:
-            number = -1.0
-        if not (query and colon and positive and number > 0):
-            raise ValueError(f"invalid pair kind {text!r}; expected QUERY:POSITIVE[=WEIGHT], such as short:long=0.5")
-        kinds_of_pairs.append(PairKind(query, positive, number))
-    if not kinds_of_pairs:
-        raise ValueError("no pair kinds configured; set at least one with --pair-kinds, such as short:long")
-    return tuple(kinds_of_pairs)
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Training data, and which two texts form a pair."""
 
+    # caption sets (as for the tower), or .jsonl of text pairs: query, positive, in all rows or none a hard negative,
+    # and instruction, text before the query (not pooled) in place of query_prompt
+    data: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # how often a sample of each is drawn; empty: all equal
+    # of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind
+    pair_kinds: tuple[str, ...] = ("short:long",)
+    mix_kinds: bool = False  # draw a kind for each pair; without, all pairs of a batch are of one kind
+    # of caption sets: text before the queries of a kind of caption, KIND=TEXT, not pooled; others have query_prompt
+    instructions: tuple[str, ...] = ()
+    # of caption sets: a hard negative for each pair, the caption of the positive's kind of a random other image
+    random_negatives: bool = False
+    lists: tuple[str, ...] = ()  # KIND=LOW:HIGH: captions of this kind are comma-separated; draw LOW to HIGH items
+    group: str = ""  # field of a sample's JSON: samples with equal values are not used as negatives of each other
+    cut_queries: bool = False  # truncate queries above max_tokens; otherwise they are an error before training
+    # how caption sets are read; stage 1 has an order of its own, without windows
+    read: ReadConfig = field(default_factory=lambda: ReadConfig(shuffle_window=0))
 
-def parse_lists(specifications: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Read ``keywords=2:6``: kind -> least and most items drawn; raises ValueError for another form."""
-    bounds_of = {}
-    for text in specifications:
-        kind, _, bounds = text.partition("=")
-        low, _, high = bounds.partition(":")
-        if not (kind and low.isdigit() and high.isdigit() and 0 < int(low) <= int(high)):
-            raise ValueError(f"invalid list {text!r}; expected KIND=LOW:HIGH, such as keywords=2:6")
-        bounds_of[kind] = (int(low), int(high))
-    return bounds_of
+    def __post_init__(self) -> None:
+        if self.weights and len(self.weights) != len(self.data):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.data)} data sets; pass one for each, or none")
+        if any(not weight > 0 for weight in self.weights):
+            raise ValueError(f"weights are {self.weights}, expected numbers above 0")
+        _ = self.kinds, self.drawn_items, self.instruction_of
 
+    @property
+    def kinds(self) -> tuple[PairKind, ...]:
+        """``pair_kinds`` as they are read; raises ValueError for another form."""
+        if not self.pair_kinds:
+            raise ValueError("no pair kinds configured; set at least one with --pair-kinds, such as short:long")
+        found = []
+        for text in self.pair_kinds:
+            match = re.fullmatch(r"([^:=]+):([^:=]+)(?:=(\d+\.?\d*|\.\d+))?", text)
+            if match is None or not float(match[3] or 1):
+                raise ValueError(f"invalid pair kind {text!r}; expected QUERY:POSITIVE[=WEIGHT]: short:long=0.5")
+            found.append(PairKind(match[1], match[2], float(match[3] or 1)))
+        return tuple(found)
 
-def parse_instructions(specifications: Sequence[str]) -> dict[str, str]:
-    """Read ``short=Find the long caption: ``: kind of the query -> text; raises ValueError for another form."""
-    parsed = {kind: text for kind, equals, text in (item.partition("=") for item in specifications) if kind and equals}
-    if len(parsed) != len(specifications):
-        raise ValueError(f"instructions {list(specifications)} must be KIND=TEXT, one for each kind of query")
-    return parsed
+    @property
+    def drawn_items(self) -> dict[str, tuple[int, int]]:
+        """Of ``lists``: kind -> least and most items drawn; raises ValueError for another form."""
+        bounds = {}
+        for text in self.lists:
+            match = re.fullmatch(r"([^=]+)=(\d+):(\d+)", text)
+            if match is None or not 0 < int(match[2]) <= int(match[3]):
+                raise ValueError(f"invalid list {text!r}; expected KIND=LOW:HIGH, such as keywords=2:6")
+            bounds[match[1]] = (int(match[2]), int(match[3]))
+        return bounds
+
+    @property
+    def instruction_of(self) -> dict[str, str]:
+        """Of ``instructions``: kind of the query -> text; raises ValueError for another form."""
+        parsed = {
+            kind: text for kind, equal, text in (one.partition("=") for one in self.instructions) if kind and equal
+        }
+        if len(parsed) != len(self.instructions):
+            raise ValueError(f"instructions {list(self.instructions)} must be KIND=TEXT, one for each kind of query")
+        return parsed
 
 
 # The settings that determine a caption's embedding, and where they come from: options, presets, the encoder card.
@@ -196,20 +179,13 @@ class EncoderConfig:
             raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 4")
         if self.chat_template not in ("", "user") and self.chat_template.count(CAPTION) != 1:
             raise ValueError(
-                f'chat_template {self.chat_template!r} must be "", "user", or a text with {CAPTION} exactly once'
+                f"chat_template {self.chat_template!r} must be 'user' or a text with one {CAPTION}, or empty"
             )
 
 
-CARD_SETTINGS = (
-    "attention",
-    "pooling",
-    "layer",
-    "prompt",
-    "query_prompt",
-    "chat_template",
-    "include_bos",
-    "max_tokens",
-)
+# of EncoderConfig, in the identity of a teacher and, with query_prompt, in the encoder card
+IDENTITY_SETTINGS = ("attention", "pooling", "layer", "prompt", "chat_template", "include_bos", "max_tokens")
+CARD_SETTINGS = (*IDENTITY_SETTINGS, "query_prompt")
 
 
 def find_card(folder: str) -> EncoderCard | None:
@@ -218,19 +194,21 @@ def find_card(folder: str) -> EncoderCard | None:
     return EncoderCard.read(path) if folder and path.is_file() else None
 
 
-def apply_card(config: EncoderConfig, card: EncoderCard | None, where: str) -> EncoderConfig:
-    """The configuration with the card's settings; raises ContractError for a setting that contradicts it."""
-    if card is None:
-        return config
-    return apply_settings(config, {name: vars(card)[name] for name in CARD_SETTINGS}, f"{where} was trained with")
-
-
-def apply_preset(config: EncoderConfig) -> EncoderConfig:
-    """The configuration with its preset's settings; raises ContractError for a setting that contradicts it."""
-    if not config.preset:
-        return config
-    settings = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
-    return dataclasses.replace(settings, preset="")
+def effective(
+    config: EncoderConfig, folder: Path, adapter: Path | None = None
+) -> tuple[EncoderConfig, EncoderCard | None]:
+    """The configuration with what its preset, the card of the adapter or LLM, or sentence-transformers' files say, and
+    the card. Raises ContractError for a setting that contradicts them."""
+    card = find_card(str(adapter or folder))
+    if config.preset:
+        settled = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
+        config = dataclasses.replace(settled, preset="")
+    if card is not None:
+        settings = {name: vars(card)[name] for name in CARD_SETTINGS}
+        config = apply_settings(config, settings, f"{config.adapter or config.llm} was trained with")
+    elif is_sentence_transformers(folder):
+        config = apply_sentence_transformers(config, folder)
+    return config, card
 
 
 def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str) -> EncoderConfig:
@@ -238,9 +216,8 @@ def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str)
 
     Raises ContractError, with both values and ``reason``, for an option that differs from its default and from them.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(EncoderConfig)}
     for name, value in settings.items():
-        if (given := vars(config)[name]) not in (defaults[name], value):
+        if (given := vars(config)[name]) not in (getattr(EncoderConfig, name), value):
             raise ContractError(f"{name} is {given!r}, but {reason} {value!r}; omit {name}")
     return dataclasses.replace(config, **settings)
 
@@ -253,10 +230,7 @@ class ExportConfig:
     """Export a fine-tuned LLM."""
 
     output: str  # folder to write
-    layout: Literal["merged", "adapter", "sentence-transformers"] = "merged"  # merged: model folder and encoder card
-    post: PostKind = "none"  # center or whiten the embeddings, fitted on --post-data
-    post_data: str = ""  # captioned images whose captions are used to fit it
-    post_captions: int = 20000  # maximum number of distinct captions for it
+    layout: Literal["merged", "sentence-transformers"] = "merged"  # merged: model folder and encoder card
     overwrite: bool = False  # replace an existing folder
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
@@ -264,10 +238,10 @@ class ExportConfig:
 COMMAND = Command(
     name="export-llm",
     example="llm2clip export-llm --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter --output llms/cc3m",
-    about="Export a fine-tuned LLM: merged weights, an adapter with its card, or a sentence-transformers folder. It is "
-    "reloaded, and its embeddings are compared, before it counts.",
+    about="Export a fine-tuned LLM: merged weights, or a sentence-transformers folder. It is reloaded, and its "
+    "embeddings are compared, before it counts.",
     settings=ExportConfig,
-    everyday="llm adapter preset output format post post-data overwrite",
+    everyday="llm adapter preset output format overwrite",
     shown={"layout": "format"},
 )
 
@@ -276,8 +250,8 @@ COMMAND = Command(
 
 MODULES = "modules.json"
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # Normalize changes no direction
-POOLING_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}  # their flag -> our pooling
-POOLING_NAMES = {"mean": "mean", "lasttoken": "last"}  # of the newer form, "pooling_mode"
+# their pooling: the flag pooling_mode_NAME, or in newer files the value of pooling_mode -> ours
+POOLING_MODES = {"mean_tokens": "mean", "mean": "mean", "lasttoken": "last"}
 
 
 def is_sentence_transformers(folder: Path) -> bool:
@@ -290,48 +264,31 @@ def apply_sentence_transformers(config: EncoderConfig, folder: Path) -> EncoderC
 
     Raises ContractError for unsupported modules or pooling, or settings that contradict the files.
     """
-    pooling = _read(_pooling_folder(folder) / "config.json")
-    lengths = _read(folder / "sentence_bert_config.json").get("max_seq_length")
-    prompts = _read(folder / "config_sentence_transformers.json").get("prompts", {})
+
+    def read(name: str) -> Any:
+        return read_json_value(folder / name) if (folder / name).is_file() else {}
+
+    modules = read(MODULES)
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    if "Pooling" not in kinds or set(kinds) - set(KNOWN_MODULES):
+        raise ContractError(f"{folder} has the modules {kinds}; supported: {', '.join(KNOWN_MODULES)}")
+    pooling = read(f"{modules[kinds.index('Pooling')]['path']}/config.json")
+    prefix = "pooling_mode_"
+    names = {name.removeprefix(prefix) for name, on in pooling.items() if name.startswith(prefix) and on}
+    modes = {POOLING_MODES.get(name) for name in names | {pooling.get("pooling_mode")} - {None}}
+    if len(modes) != 1 or None in modes:
+        raise ContractError(f"{folder} has unsupported pooling {pooling}; supported: mean, last token")
+    model = read("config.json")
+    # decoders are causal unless their configuration has is_causal false; encoders never are
+    decoder = any("ForCausalLM" in name for name in model.get("architectures") or []) or "num_key_value_heads" in model
+    prompts = read("config_sentence_transformers.json").get("prompts", {})
     settings: dict[str, Any] = {
-        "pooling": _pooling(pooling, folder),
-        "attention": _attention(_read(folder / "config.json")),
+        "pooling": modes.pop(),
+        "attention": "causal" if model.get("is_causal", decoder) else "bidirectional",
         "prompt": prompts.get("document") or prompts.get("passage") or "",
         "query_prompt": prompts.get("query") or "",
         "include_bos": pooling.get("include_prompt", True) or not any(prompts.values()),
     }
-    if isinstance(lengths, int):
-        settings["max_tokens"] = lengths
+    length = read("sentence_bert_config.json").get("max_seq_length")
+    settings |= {"max_tokens": length} if isinstance(length, int) else {}
     return apply_settings(config, settings, f"the files of {folder.name} specify")
-
-
-def _pooling_folder(folder: Path) -> Path:
-    """Folder of the pooling module; raises ContractError for unsupported modules."""
-    modules = _read(folder / MODULES)
-    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    if "Pooling" not in kinds or set(kinds) - set(KNOWN_MODULES):
-        raise ContractError(f"{folder} has the modules {kinds}; supported: {', '.join(KNOWN_MODULES)}")
-    return folder / modules[kinds.index("Pooling")]["path"]
-
-
-def _pooling(settings: dict[str, Any], folder: Path) -> str:
-    """mean or last, from either form of the pooling module's configuration."""
-    modes = {name for name, on in settings.items() if name.startswith("pooling_mode_") and on}
-    kinds = [POOLING_FLAGS.get(name) for name in modes]
-    if settings.get("pooling_mode") in POOLING_NAMES and modes <= set(POOLING_FLAGS):
-        kinds = [POOLING_NAMES[settings["pooling_mode"]]]
-    if len(kinds) != 1 or kinds[0] is None:
-        raise ContractError(f"{folder} has unsupported pooling {settings}; supported: mean, last token")
-    return kinds[0]
-
-
-def _attention(settings: dict[str, Any]) -> str:
-    """Decoders are causal unless their configuration has is_causal false; encoders never are."""
-    decoder = any("ForCausalLM" in name for name in settings.get("architectures") or [])
-    causal = settings.get("is_causal", decoder or "num_key_value_heads" in settings)
-    return "causal" if causal else "bidirectional"
-
-
-def _read(path: Path) -> Any:
-    """A JSON file; {} if it is missing."""
-    return read_json_value(path) if path.is_file() else {}

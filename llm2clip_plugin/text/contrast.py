@@ -6,6 +6,7 @@ G texts of one length group, T tokens, W embedding width.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,7 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.text.config import ContrastConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import CaptionModel
-from llm2clip_plugin.text.pairs import PairTokenizer
-from llm2clip_plugin.text.tokens import Batch as TokenBatch
-from llm2clip_plugin.text.tokens import collate
+from llm2clip_plugin.text.llm import CaptionModel, TokenBatch
 from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.losses.base import EXCLUDED, Features, Terms, stack_ids
@@ -41,7 +39,7 @@ class PairModule(nn.Module):
 
 
 class CaptionStep(ContrastiveStep):
-    """A step of the LLM: ``batch["tokens"]`` holds this rank's b pairs (see PairTokenizer).
+    """A step of the LLM: ``batch["tokens"]`` holds this rank's b pairs (see pairs.PairTokenizer).
 
     The positives' features are (m, 1, W), or (m, 2, W) with the hard negatives second.
     """
@@ -53,14 +51,8 @@ class CaptionStep(ContrastiveStep):
         self.encoder = encoder
         self.config = config
 
-    def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
-        loss, values = super().__call__(batch)
-        return loss, {**values, "masked_per_row": masked_per_row(batch) if self.config.mask_same else 0.0}
-
     def _on_device(self, batch: Batch) -> Batch:
-        """Ids on the device; a batch that comes without tokens is tokenized here."""
-        moved = {key: v.to(self.engine.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-        return moved if "tokens" in moved else {**moved, "tokens": PairTokenizer(self.encoder)(batch["pairs"])}
+        return {key: v.to(self.engine.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
     def _rows(self, batch: Batch, rows: slice) -> Batch:
         return {"tokens": {side: ids[rows] for side, ids in batch["tokens"].items()}}
@@ -73,13 +65,8 @@ class CaptionStep(ContrastiveStep):
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         tensors: list[Tensor] = []
         for part in equal_parts(order, self.config.length_groups):
-            group = collate(
-                [rows[index] for index in part],
-                [frames[index] for index in part],
-                pad_id=self.encoder.pad_id,
-                include_bos=self.encoder.config.include_bos,
-            )
-            tensors += vars(group.to(self.engine.device)).values()
+            group = self.encoder.collate([rows[index] for index in part], [frames[index] for index in part])
+            tensors += vars(group).values()
         sorted_RW, log_scale = self.engine(*tensors)
         features_RW = sorted_RW[torch.argsort(torch.tensor(order, device=sorted_RW.device))]
         size = len(queries)
@@ -89,10 +76,9 @@ class CaptionStep(ContrastiveStep):
 
 
 def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """Split ``items`` into at most ``parts`` contiguous parts of nearly equal length.
+    """Split ``items`` into at most ``parts`` contiguous parts of like length.
 
-    The number of parts depends only on the number of items, so all ranks call the module equally often, as ZeRO-3
-    requires.
+    Their number follows from that of the items alone: all ranks call the module equally often, as ZeRO-3 requires.
     """
     size = -(-len(items) // parts)
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -102,19 +88,12 @@ def caption_terms(config: ContrastConfig) -> Terms:
     """The loss: InfoNCE, with hard negatives if the batch has them."""
 
     def infonce(x: Features) -> Tensor:
-        hashes, images = (x.caption_hashes, x.image_ids) if config.mask_same else (None, None)
+        ids: dict[str, Any] = {"caption_hashes": x.caption_hashes, "image_ids": x.image_ids} if config.mask_same else {}
         positive_bW, scale = x.positive_bkD[:, 0], x.log_scale.exp()
         if config.symmetric and x.positive_bkD.shape[1] == 1:
-            return contrastive_loss(x.anchor_bD, positive_bW, scale, caption_hashes=hashes, image_ids=images)
-        return pair_loss(
-            x.anchor_bD,
-            positive_bW,
-            x.positive_bkD[:, 1:].flatten(0, 1),
-            scale,
-            symmetric=config.symmetric,
-            caption_hashes=hashes,
-            image_ids=images,
-        )
+            return contrastive_loss(x.anchor_bD, positive_bW, scale, **ids)
+        negative_nW = x.positive_bkD[:, 1:].flatten(0, 1)
+        return pair_loss(x.anchor_bD, positive_bW, negative_nW, scale, symmetric=config.symmetric, **ids)
 
     return {"infonce": infonce}
 
@@ -139,15 +118,17 @@ def pair_loss(
 
     query, positive: (b, W) of length 1; negative: (n, W), n a multiple of b or 0; scale: (1,); ids as in
     ``contrastive_loss``: pairs that share one are excluded from the sums over positives. The mean over ranks is the
-    loss of the whole batch, and an engine that averages gradients gets that loss's gradient. Not for batches whose
-    (b, 3 N) logits are too large to hold.
+    loss of the whole batch, in its gradient, too. Not for batches whose (b, 3 N) logits are too large to hold.
     """
     b, first = len(query_bW), rank() * len(query_bW)
     s = scale.float()
     there_bM = s * query_bW.float() @ gather_with_gradient(positive_bW).float().T
     target_b = torch.arange(first, first + b, device=query_bW.device)
-    excluded_bN = same_ids(caption_hashes, image_ids, first)
-    if excluded_bN is not None:
+    ids_kb, excluded_bN = stack_ids(caption_hashes, image_ids), None
+    if ids_kb is not None:
+        ids_kN = gather_rows(ids_kb.T.contiguous()).T
+        excluded_bN = (ids_kb[:, :, None] == ids_kN[:, None, :]).any(0)
+        excluded_bN.diagonal(first)[:b].fill_(False)
         there_bM = there_bM.masked_fill(excluded_bN, EXCLUDED)
     if len(negative_nW):
         there_bM = torch.cat([there_bM, s * query_bW.float() @ gather_with_gradient(negative_nW).float().T], 1)
@@ -167,21 +148,3 @@ def gather_with_gradient(local: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(local.contiguous()))
-
-
-def same_ids(caption_hashes: Tensor | None, image_ids: Tensor | None, first: int) -> Tensor | None:
-    """(b, N) bool: off-diagonal pairs that share an id; None without ids."""
-    ids_kb = stack_ids(caption_hashes, image_ids)
-    if ids_kb is None:
-        return None
-    ids_kN = gather_rows(ids_kb.T.contiguous()).T
-    same_bN = (ids_kb[:, :, None] == ids_kN[:, None, :]).any(0)
-    same_bN.diagonal(first)[: same_bN.shape[0]].fill_(False)
-    return same_bN
-
-
-def masked_per_row(batch: Batch) -> float:
-    """Mean number of this rank's pairs that share a text or an image with a pair: its masked false negatives."""
-    ids_kb = torch.cat([batch["caption_hashes"].reshape(-1, len(batch["keys"])), batch["image_ids"][None]])
-    same_bb = (ids_kb[:, :, None] == ids_kb[:, None, :]).any(0)
-    return (float(same_bb.sum()) - len(same_bb)) / len(same_bb)

@@ -6,12 +6,12 @@ all of them written writes the manifest. A killed run resumes: shards that are c
 
 import random
 import time
-from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,7 +22,6 @@ from llm2clip_plugin.data.cache import (
     CacheWriter,
     EmbeddingCache,
     caption_rows,
-    differences,
     has_text,
     keep_digests,
     kept_digests,
@@ -56,18 +55,15 @@ class EmbedSummary:
     def lines(self, max_tokens: int) -> list[str]:
         """The report."""
         rate = self.captions / max(self.seconds, 1e-9)
+        empty, keys = len(self.empty), ", ".join(self.empty[:3])
         done = f"embedded {self.captions} captions of {self.shards} shards"
-        lines = [f"{done} in {self.seconds:.1f} s ({rate:.1f} captions/s)"]
-        if self.skipped:
-            lines.append(f"{self.skipped} shards already complete, skipped")
-        if self.truncated:
-            lines.append(f"{self.truncated} captions truncated to {max_tokens} tokens (--max-tokens)")
-        if self.empty:
-            keys = ", ".join(self.empty[:3])
-            lines.append(
-                f"{len(self.empty)} samples without a readable caption, such as {keys}; see `llm2clip data check`"
-            )
-        return lines
+        lines = {
+            f"{done} in {self.seconds:.1f} s ({rate:.1f} captions/s)": True,
+            f"{self.skipped} shards already complete, skipped": self.skipped,
+            f"{self.truncated} captions truncated to {max_tokens} tokens (--max-tokens)": self.truncated,
+            f"{empty} samples without a readable caption, such as {keys}; see `llm2clip data check`": empty,
+        }
+        return [line for line, applies in lines.items() if applies]
 
 
 def default_cache_folder(source_path: str, fingerprint: str) -> Path:
@@ -82,28 +78,6 @@ def shards_of_rank(shards: Sequence[Shard], rank: int, world: int) -> list[Shard
     by_size = sorted(shards, key=lambda shard: (-shard.size, shard.name))
     rounds = [by_size[start : start + world] for start in range(0, len(by_size), world)]
     return [group[rank] for group in (r[:: 1 if i % 2 == 0 else -1] for i, r in enumerate(rounds)) if rank < len(group)]
-
-
-class EmbeddingMemory:
-    """Embeds captions, and keeps embeddings of up to ``limit`` bytes for captions that occur again."""
-
-    def __init__(self, encoder: TextEncoder, tokens_per_batch: int, limit: int = MEMORY_BYTES) -> None:
-        self._encoder = encoder
-        self._tokens_per_batch = tokens_per_batch
-        self._bytes_left = limit
-        self._rows: dict[str, torch.Tensor] = {}
-
-    def embed(self, texts: Sequence[str], on_batch: Callable[[int, int], object]) -> torch.Tensor:
-        """(N, W) float32 of ``texts``; ``on_batch`` as in ``CaptionEncoder.encode``, for those not in memory."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
-        new_NW = self._encoder.encode(new, tokens_per_batch=self._tokens_per_batch, on_batch=on_batch)
-        rows = ChainMap(dict(zip(new, new_NW, strict=True)), self._rows)
-        for text, row in zip(new, new_NW, strict=True):
-            self._bytes_left -= row.nbytes
-            if self._bytes_left < 0:
-                break
-            self._rows[text] = row.clone()
-        return torch.stack([rows[text] for text in texts]) if texts else torch.empty(0, self._encoder.width)
 
 
 def embed_source(
@@ -125,7 +99,7 @@ def embed_source(
     it has captions that would be lost (``CacheWriter.refuse_loss``).
     """
     writer = CacheWriter(directory, encoder.identity(), dtype)
-    summary, memory = EmbedSummary(), EmbeddingMemory(encoder, tokens_per_batch)
+    summary, memory = EmbedSummary(), dict[str, torch.Tensor]()
     shards, digests = shards_of_rank(source.shards, rank, world), {}
     started = time.monotonic()
     total = sum(shard.size for shard in shards)
@@ -145,7 +119,8 @@ def embed_source(
             else:
                 before = encoder.count_truncated
                 on_batch = partial(_move_bar, bar, start, shard.size)
-                embeddings = memory.embed([content.text_of[value] for _, value in content.rows], on_batch)
+                texts = [content.text_of[value] for _, value in content.rows]
+                embeddings = _embed(encoder, texts, memory, tokens_per_batch=tokens_per_batch, on_batch=on_batch)
                 truncated = encoder.count_truncated - before
                 writer.write_shard(shard.name, content.keys, content.rows, embeddings, truncated=truncated)
                 summary.shards += 1
@@ -191,6 +166,16 @@ def _read_shard(
     )
 
 
+def _embed(encoder: TextEncoder, texts: Sequence[str], memory: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    """(N, W) float32 of ``texts``; ``memory``: text -> row of those that may occur again; ``options`` of ``encode``."""
+    new = [text for text in dict.fromkeys(texts) if text not in memory]
+    row_of = dict(zip(new, encoder.encode(new, **options), strict=True))
+    rows = [row_of[text] if text in row_of else memory[text] for text in texts]
+    room = MEMORY_BYTES // (4 * encoder.width) - len(memory)
+    memory |= {text: row_of[text].clone() for text in new[: max(0, room)]}
+    return torch.stack(rows) if rows else torch.empty(0, encoder.width)
+
+
 def _move_bar(bar: tqdm, start: int, size: int, done: int, total: int) -> None:
     """Show ``done`` of ``total`` captions of a shard that has ``size`` samples and begins at sample ``start``."""
     bar.update(start + size * done // total - bar.n)
@@ -201,12 +186,7 @@ def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
 
     Raises ContractError or FileNotFoundError at the first problem.
     """
-    cache, teacher = EmbeddingCache.open(directory), encoder.identity()
-    if cache.fingerprint != teacher.fingerprint:
-        raise ContractError(
-            f"{directory} belongs to another teacher: {differences(cache.manifest.teacher, teacher)} "
-            f"(fingerprints {cache.fingerprint[:12]} and {teacher.fingerprint[:12]})"
-        )
+    cache = EmbeddingCache.open(directory, expect_fingerprint=encoder.identity().fingerprint)
     cache.verify()
     cache.check(source, full=True)
     numbers = random.Random(0).sample(range(len(source)), min(len(source), VERIFY_SAMPLES))
@@ -218,8 +198,8 @@ def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
         cosine = float(torch.nn.functional.cosine_similarity(stored_W, row_W, dim=0))
         if cosine < VERIFY_COSINE:
             raise ContractError(
-                f"{directory}: the cached embedding of {key!r} has cosine similarity {cosine:.4f} with a new one from "
-                f"{encoder.config.llm}; expected at least {VERIFY_COSINE}. Delete the cache and embed again"
+                f"{directory}: the cached embedding of {key!r} has cosine similarity {cosine:.4f} with a new one, "
+                f"expected at least {VERIFY_COSINE}; delete the cache and embed again"
             )
     return (
         f"{directory} is complete: {len(cache.manifest.shards)} shards, {cache.manifest.captions} captions, "

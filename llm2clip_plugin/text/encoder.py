@@ -16,30 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity, sha256_weights
+from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity, sha256_text, sha256_weights
 from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256, local_folder, weights_sha256
-from llm2clip_plugin.text.config import (
-    EncoderConfig,
-    PostKind,
-    apply_card,
-    apply_preset,
-    apply_sentence_transformers,
-    find_card,
-    is_sentence_transformers,
-)
-from llm2clip_plugin.text.llm import CaptionModel, default_device, fastest_dtype, is_decoder, load_backbone
-from llm2clip_plugin.text.tokens import (
-    Frame,
-    build_frame,
-    collate,
-    length_batches,
-    literal_template,
-    token_ids,
-    tokenize,
-    tokenizer_identity,
-)
+from llm2clip_plugin.text import adapter as adapters
+from llm2clip_plugin.text import llm as llms
+from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig, effective
+from llm2clip_plugin.train.distributed import choose_device
 
 # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
 CPU_TOKENS = 1024
@@ -51,8 +34,12 @@ class TextEncoder(ABC):
 
     config: EncoderConfig  # the effective settings
     width: int  # W
-    device: torch.device
     count_truncated: int = 0  # captions truncated to ``max_tokens`` so far
+
+    def __init__(self, config: EncoderConfig, device: torch.device | str | None) -> None:
+        self.device = choose_device(str(device or ""))
+        auto = config.compute_dtype == "auto"
+        self.dtype = llms.fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
 
     @abstractmethod
     def identity(self) -> TeacherIdentity:
@@ -63,7 +50,7 @@ class TextEncoder(ABC):
         """Token ids of each caption, with what surrounds it, truncated to ``max_tokens``."""
 
     @abstractmethod
-    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> torch.Tensor:
+    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
         """(B, W) float32 on the CPU: embeddings of rows of token ids, as one batch."""
 
     def padded_length(self, ids: Sequence[int]) -> int:
@@ -77,7 +64,7 @@ class TextEncoder(ABC):
         tokens_per_batch: int = 0,
         query: bool = False,
         on_batch: Callable[[int, int], object] | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """(N, W) float32 on the CPU: the embeddings of ``captions``, in their order.
 
         tokens_per_batch: tokens of a batch, padding included; 0 for the device's default.
@@ -90,7 +77,7 @@ class TextEncoder(ABC):
         budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
         rows = self.tokenize(list(distinct), query=query)
         done = 0
-        for indices in length_batches([self.padded_length(ids) for ids in rows], budget):
+        for indices in llms.length_batches([self.padded_length(ids) for ids in rows], budget):
             embeddings_UW[indices] = self.embed_tokens([rows[index] for index in indices], query=query)
             done += len(indices)
             if on_batch is not None:
@@ -109,187 +96,125 @@ class CaptionEncoder(TextEncoder):
     def __init__(
         self, config: EncoderConfig, device: torch.device | str | None = None, *, trainable_adapter: bool = False
     ) -> None:
-        self.device = torch.device(device) if device is not None else default_device()
-        self.folder = local_folder(config.llm, config.revision)
-        adapter = adapter_folder(config.adapter) if config.adapter else None
-        self._adapter_sha256 = adapter_sha256(adapter) if adapter else ""
-        card = find_card(str(adapter)) if adapter else find_card(str(self.folder))
-        config = apply_card(apply_preset(config), card, config.adapter or config.llm)
-        if card is None and is_sentence_transformers(self.folder):
-            config = apply_sentence_transformers(config, self.folder)
-        self._weights_sha256 = weights_sha256(self.folder)
+        super().__init__(config, device)
+        self.folder = adapters.local_folder(config.llm, config.revision)
+        adapter = adapters.adapter_folder(config.adapter) if config.adapter else None
+        self._adapter_sha256 = adapters.adapter_sha256(adapter) if adapter else ""
+        config, card = effective(config, self.folder, adapter)
+        self._weights_sha256 = adapters.weights_sha256(self.folder)
         if card is not None and card.base_sha256 not in ("", self._weights_sha256):
             raise ContractError(
                 f"{config.adapter} was trained on {card.base} with weights {card.base_sha256[:12]}..., but "
                 f"{config.llm} has {self._weights_sha256[:12]}...; pass the LLM that it was trained on"
             )
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        template = literal_template(self.tokenizer, config.chat_template)
+        template = llms.literal_template(self.tokenizer, config.chat_template)
         self.config = dataclasses.replace(config, chat_template=template)
-        self.frame = build_frame(self.tokenizer, template, config.prompt)
-        self.query_frame = build_frame(self.tokenizer, template, config.query_prompt)
-        auto = config.compute_dtype == "auto"
-        self.dtype = fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
-        llm = load_backbone(self.folder, config, self.dtype, self.device)
+        self.frame = llms.build_frame(self.tokenizer, template, config.prompt)
+        self.query_frame = llms.build_frame(self.tokenizer, template, config.query_prompt)
+        llm = llms.load_backbone(self.folder, config, self.dtype, self.device)
         llm.requires_grad_(False)
         self.width: int = llm.config.get_text_config().hidden_size
         wrapped = self._with_adapter(llm, adapter, trainable_adapter)
         self.post: Post | None = None
-        self._post_sha256 = ""
-        if card is not None and card.post_sha256:
-            path = (adapter or self.folder) / POST_FILE
-            self.post, self._post_sha256 = open_post(path, self.width, card.post_sha256)
-        if config.post_file and self.post is not None:
+        self._post_sha256, own = "", "" if card is None else card.post_sha256
+        if own and config.post_file:
             raise ContractError(f"{config.adapter or config.llm} has post-processing of its own; omit post_file")
-        if config.post_file:
-            self.post, self._post_sha256 = open_post(Path(config.post_file), self.width)
-        self.model = CaptionModel(wrapped, config.pooling, decoder=is_decoder(llm)).eval()
+        if own or config.post_file:
+            path = Path(config.post_file or (adapter or self.folder) / POST_FILE)
+            self.post, self._post_sha256 = open_post(path, self.width, own)
+        self.model = llms.CaptionModel(wrapped, config.pooling, decoder=llms.is_decoder(llm)).eval()
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
-        """The LLM with its adapter.
+        """The LLM with its adapter: merged in float32, if frozen.
 
-        A frozen adapter is merged in float32. In half precision it stays separate, cast to the LLM's dtype: a small
-        change added to a bfloat16 weight may round to nothing.
+        In half precision it stays separate: a small change added to a bfloat16 weight may round to nothing.
         """
         if adapter is None:
             return llm
-        from llm2clip_plugin.text.adapter import attach_adapter, cast_adapter, merge
+        wrapped = adapters.attach_adapter(llm, adapter, trainable=trainable)
+        if not trainable and self.dtype == torch.float32 and not self.config.load_in_4bit:
+            return adapters.merge(wrapped)
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name and not trainable:  # otherwise activations would be converted at every layer
+                parameter.data = parameter.data.to(self.dtype)
+        return wrapped
 
-        wrapped = attach_adapter(llm, adapter, trainable=trainable)
-        if trainable:
-            return wrapped
-        if self.dtype == torch.float32 and not self.config.load_in_4bit:
-            return merge(wrapped)
-        return cast_adapter(wrapped, self.dtype)
+    def collate(self, rows: Sequence[Sequence[int]], frames: Sequence[llms.Frame]) -> llms.TokenBatch:
+        """Rows of token ids, each with its frame, as one (B, T) batch on the encoder's device, padded on the right.
 
-    @property
-    def pad_id(self) -> int:
-        """Id of the padding token; its value does not matter, since padding is masked."""
-        return self.tokenizer.pad_token_id or 0
+        The tokens of the frame's head are not pooled, except BOS with ``include_bos``.
+        """
+        shape = (len(rows), max(map(len, rows)))
+        input_ids = torch.full(shape, self.tokenizer.pad_token_id or 0)  # padding is masked
+        attention_mask, position_ids = torch.zeros(2, *shape, dtype=torch.int64)
+        pool_mask = torch.zeros(shape, dtype=torch.bool)
+        for index, (ids, frame) in enumerate(zip(rows, frames, strict=True)):
+            stop = len(ids)
+            input_ids[index, :stop] = torch.tensor(ids)
+            attention_mask[index, :stop] = 1
+            position_ids[index, :stop] = torch.arange(stop)
+            pool_mask[index, len(frame.head) : stop] = True
+            if frame.has_bos and self.config.include_bos:
+                pool_mask[index, 0] = True
+        return llms.TokenBatch(input_ids, attention_mask, position_ids, pool_mask).to(self.device)
 
     def identity(self) -> TeacherIdentity:
-        config = self.config
+        # token ids, so that a re-saved tokenizer keeps its identity
+        probe = ",".join(map(str, self.tokenizer(llms.PROBE_TEXT)["input_ids"]))
         return TeacherIdentity(
-            llm=_place(config.llm),
-            revision=config.revision,
+            llm=absolute(self.config.llm),
+            revision=self.config.revision,
             weights_sha256=self._weights_sha256,
             adapter_sha256=self._adapter_sha256,
-            attention=config.attention,
-            pooling=config.pooling,
-            layer=config.layer,
-            prompt=config.prompt,
-            chat_template=config.chat_template,
-            max_tokens=config.max_tokens,
+            **{name: vars(self.config)[name] for name in IDENTITY_SETTINGS},
             width=self.width,
-            include_bos=config.include_bos,
-            tokenizer=tokenizer_identity(self.tokenizer),
-            quantization="nf4" if config.load_in_4bit else "",
+            tokenizer=sha256_text(probe)[:16],
+            quantization="nf4" if self.config.load_in_4bit else "",
             post=self._post_sha256,
-            adapter=_place(config.adapter),
+            adapter=absolute(self.config.adapter),
         )
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
         frames = [self.query_frame if query else self.frame] * len(captions)
-        rows, truncated = tokenize(self.tokenizer, frames, captions, self.config.max_tokens)
+        rows, truncated = llms.tokenize(self.tokenizer, frames, captions, self.config.max_tokens)
         self.count_truncated += truncated
         return rows
 
-    def lengths(self, captions: Sequence[str], frames: Sequence[Frame]) -> list[int]:
-        """Tokens of each caption in its frame, before truncation."""
-        for frame in frames:
-            frame.caption_budget(self.config.max_tokens)  # raises if there is none
-        untruncated = token_ids(self.tokenizer, frames, captions) if captions else []
-        return [frame.size + len(ids) for frame, ids in zip(frames, untruncated, strict=True)]
-
     @torch.no_grad()  # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
-    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False, side: str = "right") -> torch.Tensor:
-        """(B, W) float32 on the CPU: embeddings of rows of token ids, as one batch padded on ``side``."""
-        frame = self.query_frame if query else self.frame
-        frames = [frame] * len(rows)
-        batch = collate(rows, frames, pad_id=self.pad_id, include_bos=self.config.include_bos, side=side)
-        embeddings_BW = self.model(batch.to(self.device)).cpu()
+    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
+        frames = [self.query_frame if query else self.frame] * len(rows)
+        embeddings_BW = self.model(self.collate(rows, frames)).cpu()
         return embeddings_BW if self.post is None else self.post(embeddings_BW)
 
 
-def _place(name: str) -> str:
-    """A local folder as an absolute path, so that it is found from any other; a Hub id as it is."""
+def absolute(name: str) -> str:
+    """A local folder as an absolute path; a Hub id as it is."""
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
-# Centering, whitening and removed components of embeddings after pooling, fitted on captions and saved as a file.
+# Centering and removed components of embeddings after pooling, fitted on captions and saved as a file.
 
 POST_FILE = "llm2clip_post.safetensors"
-# fraction of the mean variance that is added to every variance, so that nearly constant directions are not blown up
-SHRINKAGE = 0.01
 
 
 @dataclass(frozen=True)
 class Post:
-    """embedding -> (embedding - mean) @ matrix, or without its part along the removed directions."""
+    """embedding -> embedding - mean, without its part along the removed directions."""
 
-    mean_W: Tensor
-    matrix_WW: Tensor | None = None  # None: only centering
-    removed_WK: Tensor | None = None  # orthonormal columns
+    mean: Tensor  # (W,)
+    removed: Tensor | None = None  # (W, K), orthonormal columns
 
     def __call__(self, embeddings_NW: Tensor) -> Tensor:
         """(N, W) float32 -> (N, W)."""
-        centered_NW = embeddings_NW - self.mean_W
-        if self.removed_WK is not None:
-            centered_NW = centered_NW - centered_NW @ self.removed_WK @ self.removed_WK.T
-        return centered_NW if self.matrix_WW is None else centered_NW @ self.matrix_WW
+        centered_NW = embeddings_NW - self.mean
+        return centered_NW if self.removed is None else centered_NW - centered_NW @ self.removed @ self.removed.T
 
     def save(self, folder: Path) -> str:
         """Write POST_FILE into ``folder``; returns its hash, which the card records."""
-        tensors = {"mean": self.mean_W, "matrix": self.matrix_WW, "removed": self.removed_WK}
-        present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        present = {name: tensor.contiguous() for name, tensor in vars(self).items() if tensor is not None}
         save_file(present, str(folder / POST_FILE))
         return sha256_weights(folder / POST_FILE)
-
-
-def fit_post(embeddings_NW: Tensor, kind: PostKind) -> Post | None:
-    """The mean and, to whiten, the symmetric matrix (ZCA) that gives (N, W) embeddings equal variance everywhere.
-
-    None for kind "none". Raises ValueError for too few captions: whitening needs 2 W.
-    """
-    if kind == "none":
-        return None
-    count, width = embeddings_NW.shape
-    least = 2 * width if kind == "whiten" else 2
-    if count < least:
-        raise ValueError(f"{kind} needs at least {least} distinct captions, but the data has {count}")
-    mean_W = embeddings_NW.double().mean(dim=0)
-    if kind == "centre":
-        return Post(mean_W.float())
-    variances_W, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))
-    scale_W = (variances_W.clamp_min(0) + SHRINKAGE * variances_W.mean()).rsqrt()
-    return Post(mean_W.float(), (directions_WW * scale_W @ directions_WW.T).float())
-
-
-def remove_components(embeddings_NW: Tensor, counts: Sequence[int]) -> list[Post]:
-    """Centering, then without the ``count`` largest principal components of (N, W), for each of ``counts``.
-
-    All-but-the-top (Mu & Viswanath 2018, arXiv 1702.01417). Raises ValueError if there are too few captions or
-    directions for a count.
-    """
-    captions, width = embeddings_NW.shape
-    if not 0 <= max(counts) < min(captions, width):
-        raise ValueError(
-            f"cannot remove {max(counts)} components, fitted on {captions} captions, of a width of {width}"
-        )
-    mean_W = embeddings_NW.double().mean(dim=0)
-    _, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))  # ascending
-    removed = [directions_WW[:, width - count :].float() if count else None for count in counts]
-    return [Post(mean_W.float(), removed_WK=removed_WK) for removed_WK in removed]
-
-
-def first_captions(data: str, limit: int) -> list[str]:
-    """The first ``limit`` distinct captions of a data set, of any kind and language."""
-    source, texts = open_source(SourceConfig(path=data)), dict[str, None]()
-    for number in range(len(source)):
-        texts |= dict.fromkeys(caption.text for caption in source.captions(number)[1])
-        if len(texts) >= limit:
-            break
-    return list(texts)[:limit]
 
 
 def open_post(path: Path, width: int, sha256: str = "") -> tuple[Post, str]:
@@ -300,13 +225,35 @@ def open_post(path: Path, width: int, sha256: str = "") -> tuple[Post, str]:
     if not path.is_file():
         raise FileNotFoundError(f"no post-processing at {path}; `llm2clip evaluate captions --search` writes one")
     with errors_about(path, fix="write it again"):
-        tensors = load_file(path)
-        post = Post(tensors["mean"], tensors.get("matrix"), tensors.get("removed"))
-    if len(post.mean_W) != width:
-        raise ContractError(f"{path} is for embeddings of width {len(post.mean_W)}, but the LLM's have {width}")
+        post = Post(**load_file(path))
+    if len(post.mean) != width:
+        raise ContractError(f"{path} is for embeddings of width {len(post.mean)}, but the LLM's have {width}")
     actual = sha256_weights(path)
     if sha256 not in ("", actual):
-        raise ContractError(
-            f"{path} has SHA-256 {actual}, but {EncoderCard.FILE} records {sha256}; copy the folder again"
-        )
+        raise ContractError(f"{path} has SHA-256 {actual}, {EncoderCard.FILE} has {sha256}; copy the folder again")
     return post, actual
+
+
+def remove_components(embeddings_NW: Tensor, counts: Sequence[int]) -> list[Post]:
+    """Centering, then without the ``count`` largest principal components of (N, W), for each of ``counts``.
+
+    All-but-the-top (Mu & Viswanath 2018, arXiv 1702.01417). Raises ValueError if there are too few captions or
+    directions for a count.
+    """
+    captions, width = embeddings_NW.shape
+    if not 0 <= max(counts) < min(captions, width):
+        raise ValueError(f"cannot remove {max(counts)} components of {width}, fitted on {captions} captions")
+    mean_W = embeddings_NW.double().mean(dim=0)
+    _, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))  # ascending
+    removed = [directions_WW[:, width - count :].float() if count else None for count in counts]
+    return [Post(mean_W.float(), removed_WK) for removed_WK in removed]
+
+
+def first_captions(data: str, limit: int) -> list[str]:
+    """The first ``limit`` distinct captions of a data set, of any kind and language."""
+    source, texts = open_source(SourceConfig(path=data)), dict[str, None]()
+    for number in range(len(source)):
+        texts |= dict.fromkeys(caption.text for caption in source.captions(number)[1])
+        if len(texts) >= limit:
+            break
+    return list(texts)[:limit]

@@ -2,19 +2,17 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import EncoderCard, atomic_directory
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter, merge
+from llm2clip_plugin.text.adapter import adapter_folder, attach_adapter, merge
 from llm2clip_plugin.text.config import CARD_SETTINGS, COMMAND, MODULES, EncoderConfig, ExportConfig
-from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions, fit_post
+from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import keep_layers, load_backbone
 
 SAMPLE_CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # compared before and after
@@ -27,50 +25,22 @@ def export_llm(config: ExportConfig) -> Path:
 
     Raises ValueError for settings that the layout does not support, ContractError if the reloaded embeddings differ.
     """
-    if (config.post == "none") is bool(config.post_data):
-        raise ValueError(f"post is {config.post!r} and post_data is {config.post_data!r}; set both or neither")
-    if config.layout == "adapter" and not config.encoder.adapter:
-        raise ValueError("--format adapter needs an adapter; set --adapter DIR")
     encoding = dataclasses.replace(config.encoder, compute_dtype="float32")
     if encoding.load_in_4bit:
-        raise ValueError(
-            "an adapter cannot be merged into 4-bit weights; omit --load-in-4bit (the adapter is the same)"
-        )
+        raise ValueError("an adapter cannot be merged into 4-bit weights; omit --load-in-4bit")
     encoder = CaptionEncoder(encoding, "cpu")
-    if config.post != "none":
-        captions = first_captions(config.post_data, config.post_captions)
-        with progress_bar(total=len(captions), label="embedding", unit="captions") as bar:
-            embeddings_NW = encoder.encode(captions, on_batch=lambda done, _: bar.update(done - bar.n))
-        encoder.post = fit_post(embeddings_NW, config.post)
     if config.layout == "sentence-transformers":
-        refuse_unsupported(encoder.config, has_bos=encoder.frame.has_bos, post=encoder.post is not None)
+        refuse_unsupported(encoder)
     with atomic_directory(config.output, replace=config.overwrite) as temporary:
-        reloading = EncoderConfig(llm=str(temporary), compute_dtype="float32")
-        if config.layout == "adapter":
-            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                shutil.copyfile(Path(encoding.adapter) / name, temporary / name)
-            write_card(encoder, temporary, base_sha256=encoder.identity().weights_sha256)
-            reloading = EncoderConfig(llm=encoding.llm, adapter=str(temporary), compute_dtype="float32")
-        else:
-            write_merged(encoder, temporary)
+        write_merged(encoder, temporary)
         if config.layout == "sentence-transformers":
             write_sentence_transformers(encoder.config, encoder.width, temporary)
-        before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, CaptionEncoder(reloading, "cpu")))
+        reloaded = CaptionEncoder(EncoderConfig(llm=str(temporary), compute_dtype="float32"), "cpu")
+        before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, reloaded))
         worst = float(((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max())
         if not worst < TOLERANCE:
             raise ContractError(f"{config.output}: reloaded embeddings differ by {worst:.2g} of their norm")
     return Path(config.output)
-
-
-def write_card(encoder: CaptionEncoder, folder: Path, *, base_sha256: str) -> None:
-    """Write the encoder card for the weights in ``folder``, and the parameters of centering or whitening."""
-    EncoderCard(
-        base=encoder.config.llm,
-        base_sha256=base_sha256,
-        **{name: vars(encoder.config)[name] for name in CARD_SETTINGS},
-        post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
-        training={"adapter_sha256": encoder.identity().adapter_sha256},
-    ).write(folder / EncoderCard.FILE)
 
 
 def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
@@ -78,7 +48,13 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
     model = load_backbone(encoder.folder, dataclasses.replace(encoder.config, layer=-1), torch.float32, encoder.device)
     merge_into_all_blocks(model, encoder.config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(encoder.folder).save_pretrained(folder)
-    write_card(encoder, folder, base_sha256="")  # the folder itself holds the weights
+    EncoderCard(
+        base=encoder.config.llm,
+        base_sha256="",  # the folder itself holds the weights
+        **{name: vars(encoder.config)[name] for name in CARD_SETTINGS},
+        post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
+        training={"adapter_sha256": encoder.identity().adapter_sha256},
+    ).write(folder / EncoderCard.FILE)
 
 
 def merge_into_all_blocks(model: PreTrainedModel, config: EncoderConfig) -> PreTrainedModel:
@@ -87,7 +63,7 @@ def merge_into_all_blocks(model: PreTrainedModel, config: EncoderConfig) -> PreT
         return model
     blocks, norm, depth = model.get_submodule("layers"), model.get_submodule("norm"), model.config.num_hidden_layers
     keep_layers(model, config.layer)
-    merged = merge(attach_adapter(model, Path(config.adapter)))
+    merged = merge(attach_adapter(model, adapter_folder(config.adapter)))
     lower = list(merged.get_submodule("layers"))  # type: ignore[call-overload]
     merged.set_submodule("layers", nn.ModuleList([*lower, *list(blocks)[len(lower) :]]))  # type: ignore[call-overload]
     merged.set_submodule("norm", norm)
@@ -95,25 +71,26 @@ def merge_into_all_blocks(model: PreTrainedModel, config: EncoderConfig) -> PreT
     return merged
 
 
-def refuse_unsupported(config: EncoderConfig, *, has_bos: bool, post: bool) -> None:
+def refuse_unsupported(encoder: CaptionEncoder) -> None:
     """Raise ValueError for settings that sentence-transformers does not support.
 
-    It pools the last layer, over all tokens or all but prompt and BOS, without a template. has_bos: the tokenizer
-    puts a BOS first; post: embeddings are centered or whitened.
+    It pools the last layer, over all tokens or all but prompt and BOS, without a template.
     """
-    reasons = ["centering or whitening"] if post else []
-    if config.chat_template:
-        reasons.append("a chat template")
-    if config.layer != -1:
-        reasons.append(f"layer {config.layer}")
+    config = encoder.config
     prompts = [prompt for prompt in (config.prompt, config.query_prompt) if prompt]
-    if config.pooling == "mean" and has_bos and (config.include_bos is bool(prompts)):
-        reasons.append("pooling BOS but not the prompt" if prompts else "leaving BOS out without a prompt")
-    if config.pooling == "mean" and has_bos and len(prompts) == 1:
-        reasons.append("a prompt for queries or captions only (BOS would be pooled for the others)")
-    if any(prompt.endswith(" ") for prompt in prompts):
-        reasons.append("a prompt that ends in a space (it counts the caption's first token as the prompt's)")
-    if reasons:
+    bos = config.pooling == "mean" and encoder.frame.has_bos
+    unsupported = {
+        "centering": encoder.post is not None,
+        "a chat template": bool(config.chat_template),
+        f"layer {config.layer}": config.layer != -1,
+        "pooling BOS but not the prompt": bos and config.include_bos and bool(prompts),
+        "leaving BOS out without a prompt": bos and not config.include_bos and not prompts,
+        "a prompt for queries or captions only (BOS would be pooled for the others)": bos and len(prompts) == 1,
+        "a prompt that ends in a space (it counts the caption's first token as the prompt's)": any(
+            prompt.endswith(" ") for prompt in prompts
+        ),
+    }
+    if reasons := [name for name, applies in unsupported.items() if applies]:
         raise ValueError(f"sentence-transformers does not support {' and '.join(reasons)}; use --format merged")
 
 
@@ -127,8 +104,6 @@ def write_sentence_transformers(config: EncoderConfig, width: int, folder: Path)
         "word_embedding_dimension": width,
         "pooling_mode_mean_tokens": config.pooling == "mean",
         "pooling_mode_lasttoken": config.pooling == "last",
-        "pooling_mode_cls_token": False,
-        "pooling_mode_max_tokens": False,
         "include_prompt": False,
     }
     files = {

@@ -1,10 +1,13 @@
-"""The LLM and its pooling: a batch of tokens in, one embedding per caption out; its attention, probed; its shape.
+"""Captions to tokens, and tokens to embeddings: template and prompt, batches, the LLM and its pooling, its shape.
 
-Shape letters: B captions, T tokens, H hidden width, W embedding width (= H).
+Shape letters: B captions of a batch, T tokens of its longest, H hidden width, W embedding width (= H).
 """
+
+from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +19,116 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, P
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import check_hub_answers, errors_about
 from llm2clip_plugin.text.adapter import add_lora
-from llm2clip_plugin.text.config import EncoderConfig, LoraSettings, is_sentence_transformers
-from llm2clip_plugin.text.tokens import Batch
+from llm2clip_plugin.text.config import CAPTION, EncoderConfig, LoraSettings, is_sentence_transformers
 from llm2clip_plugin.train.model import DTYPES
 
-TOKENS = 6  # of the probe; below every sliding window
-PADDING = 3  # padding tokens of its second pass
-# difference between the states of padded and unpadded tokens, as a fraction of their norm: rounding stays far below,
-# another kind of attention is far above
-TOLERANCE = {torch.float32: 1e-3}
-HALF_TOLERANCE = 0.1
+PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # its token ids identify a tokenizer
+TEMPLATE_DATE = "26 Jul 2024"  # Llama 3's template contains the date; an embedding must not depend on the day
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The tokens around every caption: [bos] head caption tail."""
+
+    head: tuple[int, ...]  # before the caption, BOS included
+    tail: tuple[int, ...]  # after it
+    lead: str  # the prompt's trailing spaces, tokenized with the caption's first word, as in "Query: " + caption
+    has_bos: bool  # whether head starts with the beginning-of-text token
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A padded batch of token ids, and which of them are pooled."""
+
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64, 1 on tokens
+    position_ids: Tensor  # (B, T) int64, from 0 at each caption's first token
+    pool_mask: Tensor  # (B, T) bool, True on tokens that are pooled
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The batch on ``device``."""
+        return TokenBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+def literal_template(tokenizer, chat_template: str) -> str:
+    """The chat template as a text with {caption} in it; "" for none.
+
+    Raises ValueError if the tokenizer has no chat template, or one that changes the user's text.
+    """
+    if chat_template != "user":
+        return chat_template
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; set one: '<|user|>{CAPTION}<|end|>'"
+        )
+    turn = [{"role": "user", "content": CAPTION}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, date_string=TEMPLATE_DATE)
+    if text.count(CAPTION) != 1:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} changes or repeats the user's text: {text!r}")
+    return text
+
+
+def build_frame(tokenizer, template: str, prompt: str) -> Frame:
+    """The tokens around a caption, from a literal template ("" for none) and a prompt.
+
+    Without a template these are the tokenizer's special tokens. A template replaces the special tokens at the end, and
+    keeps those at the beginning unless it starts with them itself. Spaces at the end of the prompt are tokenized with
+    the caption, as in running text.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
+    begin, end = framed[:start], framed[start + len(plain) :]
+    before, _, after = template.partition(CAPTION)
+    if template and begin and before.startswith(tokenizer.decode(begin)):
+        begin = []  # the template contains them
+    text = before + prompt
+    lead = text[len(text.rstrip(" ")) :]
+    head = begin + tokenizer(text[: len(text) - len(lead)], add_special_tokens=False)["input_ids"]
+    tail = tokenizer(after, add_special_tokens=False)["input_ids"] if template else end
+    has_bos = bool(head) and head[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    return Frame(tuple(head), tuple(tail), lead, has_bos)
+
+
+def tokenize(
+    tokenizer, frames: Sequence[Frame], captions: Sequence[str], max_tokens: int
+) -> tuple[list[list[int]], int]:
+    """Token ids of each caption in its frame, and how many captions were truncated to ``max_tokens``.
+
+    The spelling of a special token ("</s>") in a caption is plain text. Raises ValueError for a blank caption, and if
+    a frame alone fills ``max_tokens``.
+    """
+    room = [max_tokens - len(frame.head) - len(frame.tail) for frame in frames]
+    if min(room, default=1) < 1:
+        used = max_tokens - min(room)
+        raise ValueError(f"max_tokens is {max_tokens}, but prompt and template use {used}; raise it or shorten them")
+    for index, caption in enumerate(captions):
+        if not caption.strip():
+            raise ValueError(f"caption {index} of {len(captions)} is blank")
+    if not captions:
+        return [], 0
+    texts = [frame.lead + caption for frame, caption in zip(frames, captions, strict=True)]
+    whole = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    rows = [[*frame.head, *ids[:most], *frame.tail] for frame, ids, most in zip(frames, whole, room, strict=True)]
+    return rows, sum(len(ids) > most for ids, most in zip(whole, room, strict=True))
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Batches of indices, longest rows first, each of at most ``tokens_per_batch`` tokens, padding included.
+
+    Longest first: a lack of memory shows at once, and the estimate of the time left is not too low.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    start = 0
+    while start < len(order):
+        count = max(1, tokens_per_batch // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+# The LLM, and its pooling.
+
+TOKENS, PADDING = 6, 3  # of the probe of attention; below every sliding window
 WORKING = "Llama, Qwen 2 and 3, Mistral, Gemma 1 to 3, Phi-3, OLMo, StableLM, Nemotron"
 
 
@@ -42,7 +145,7 @@ class CaptionModel(nn.Module):
         self.decoder = decoder
         self.autocast: torch.dtype | None = None  # of products in the LLM, see text.adapter.autocast_adapter
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: TokenBatch) -> Tensor:
         """(B, W) float32 embeddings, not normalized."""
         options = {"position_ids": batch.position_ids, "use_cache": False} if self.decoder else {}
         with torch.autocast(batch.input_ids.device.type, self.autocast, enabled=self.autocast is not None):
@@ -50,7 +153,7 @@ class CaptionModel(nn.Module):
         return pool(outputs.last_hidden_state, batch.pool_mask, self.pooling)
 
 
-def pool(hidden_BTH: torch.Tensor, pool_mask_BT: torch.Tensor, kind: str) -> torch.Tensor:
+def pool(hidden_BTH: Tensor, pool_mask_BT: Tensor, kind: str) -> Tensor:
     """(B, T, H), (B, T) bool -> (B, H) float32: the mean over the marked tokens (kind "mean") or the last of them."""
     if kind == "mean":
         weights_BT = pool_mask_BT / pool_mask_BT.sum(dim=1, keepdim=True)
@@ -65,56 +168,56 @@ def pool(hidden_BTH: torch.Tensor, pool_mask_BT: torch.Tensor, kind: str) -> tor
 def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The LLM's blocks up to the pooled layer, in evaluation mode.
 
-    Raises ValueError for missing weights, a model that is not a decoder or cannot attend as configured, or a layer out
-    of range.
+    Raises ValueError for missing weights, a model that is no decoder or cannot attend as configured, an unknown layer.
     """
     with errors_about(folder / "config.json", fix="download or copy the LLM again"):
         settings = AutoConfig.from_pretrained(folder)
     if getattr(settings, "quantization_config", None):
         raise ValueError(
-            f"{folder} is saved quantized, and LoRA, merging and its fingerprint need the original weights; take the "
-            "model that it was made from, with --load-in-4bit if memory is short"
+            f"{folder} is saved quantized, expected the original weights; take the model that it was made from, with "
+            "--load-in-4bit if memory is short"
         )
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
     set_attention(settings, config.attention)
-    # tensor by tensor to the device: the ranks of a machine share the file's pages, and none holds a copy of the LLM
-    extra: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    options: dict[str, Any] = {"config": settings, "dtype": dtype}
+    if device.type != "cpu" or config.load_in_4bit:
+        # tensor by tensor to the device: ranks of a machine share the file's pages, and none holds a copy of the LLM
+        options["device_map"] = {"": device}
     if config.load_in_4bit:
-        extra = {"quantization_config": nf4(dtype), "device_map": {"": device}}
-    with quiet_transformers():  # it warns about the language head, which is left out on purpose
-        model, report = AutoModel.from_pretrained(
-            folder, config=settings, dtype=dtype, output_loading_info=True, **extra
-        )
-    refuse_incomplete(model, report, folder)
+        from transformers import BitsAndBytesConfig
+
+        nf4: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
+    model = load_whole(AutoModel, folder, **options)
     if text is not settings:  # a multimodal model: its language part
         model = model.language_model
-    decoder = is_decoder(model)
-    if decoder:
+    model.eval()
+    for module in model.modules() if config.load_in_4bit else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' kernel for widths that are multiples of 32
+            module.support_avx512bf16_for_cpu = False
+    if is_decoder(model):
         keep_layers(model, config.layer)
         set_kernels(model, config.attention)
+        check_attention(model, config.attention, where=str(folder))
     elif not is_sentence_transformers(folder) or config.layer != -1 or config.adapter:
         raise ValueError(
-            f"{folder} is a {type(model).__name__}; expected a decoder LLM such as Llama, Qwen, Mistral or Gemma, or a "
-            "sentence-transformers folder (with layer -1 and no adapter)"
+            f"{folder} is a {type(model).__name__}; expected a decoder LLM ({WORKING}), or a sentence-transformers "
+            "folder, with layer -1 and no adapter"
         )
-    if config.load_in_4bit:
-        avoid_packed_cpu_kernel(model)
-    else:
-        nn.Module.to(model, device)
-    model.eval()
-    if decoder:
-        check_attention(model, config.attention, where=str(folder))
     return model
 
 
-def refuse_incomplete(model: nn.Module, report: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if weights were missing, by the loading report of transformers."""
+def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
+    """``kind.from_pretrained``; raises ValueError for missing weights, which transformers would draw at random."""
+    with quiet_transformers():  # it warns about a language head, which is left out on purpose
+        model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
     if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise ValueError(
             f"{folder} is not a complete {type(model).__name__}: {len(names)} weights are missing or misshapen: "
             f"{', '.join(names[:5])}"
         )
+    return model
 
 
 def is_decoder(model: nn.Module) -> bool:
@@ -132,9 +235,7 @@ def keep_layers(model: PreTrainedModel, layer: int) -> None:
     depth = len(blocks)
     count = layer if layer >= 0 else depth + 1 + layer
     if not 0 <= count <= depth:
-        raise ValueError(
-            f"layer {layer} is out of range: hidden states are 0 (embeddings) to {depth}, or -{depth + 1} to -1"
-        )
+        raise ValueError(f"layer {layer} is out of range: states are 0 (embeddings) to {depth}, or -{depth + 1} to -1")
     if layer != -1 and count < depth:
         model.set_submodule("layers", blocks[:count])
         model.set_submodule("norm", nn.Identity())
@@ -157,35 +258,13 @@ def refuse_length_dependent_rope(text_config, max_tokens: int) -> None:
                 )
 
 
-def nf4(dtype: torch.dtype):
-    """bitsandbytes' settings: NF4 weights, double quantization, computation in ``dtype``."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def avoid_packed_cpu_kernel(model: nn.Module) -> None:
-    """Turn off bitsandbytes' packed CPU kernel, which fails in evaluation for widths that are not multiples of 32."""
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
 def set_attention(settings: PretrainedConfig, attention: str) -> None:
     """Make a model that is built from ``settings`` bidirectional or causal; ``set_kernels`` completes it."""
     settings.is_causal = settings.get_text_config().is_causal = attention == "causal"
 
 
 def set_kernels(model: nn.Module, attention: str) -> None:
-    """Make the attention layers bidirectional, too: for a batch without padding a model makes no mask, and then the
-    layer's own flag decides. Most models override it with the configuration's, StableLM and Nemotron do not."""
+    """Make the attention layers bidirectional, too: StableLM's and Nemotron's own flag decides if nothing is padded."""
     if attention == "bidirectional":
         for module in model.modules():
             if isinstance(getattr(module, "is_causal", None), bool):
@@ -195,25 +274,22 @@ def set_kernels(model: nn.Module, attention: str) -> None:
 def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> None:
     """Raise ValueError if a block of a bidirectional LLM is causal, or if padding changes other tokens' states."""
     ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 11) % model.config.vocab_size
+    # of rounding they differ far less than the tolerances below, of another kind of attention far more
     plain_BTH, padded_BTH = _states(model, ids_BT, 0), _states(model, ids_BT, PADDING)[:, :TOKENS]
-    name = type(model).__name__
-    if not bool(padded_BTH.isfinite().all()):
-        raise ValueError(
-            f"{where} is a {name}, whose states are not finite in {model.dtype}: its weights are damaged, or too large "
-            "for float16; copy the LLM again, or set --compute-dtype bfloat16 or float32"
-        )
-    if attention == "bidirectional" and (causal := causal_blocks(model, ids_BT)):
-        raise ValueError(
-            f"{where} is a {name}, whose blocks {', '.join(map(str, causal))} cannot attend to later tokens. Set "
-            f"--attention causal, or use an LLM with attention in all blocks ({WORKING})"
-        )
     difference_BT = (plain_BTH - padded_BTH).norm(dim=-1) / plain_BTH.norm(dim=-1)
-    typical, allowed = float(difference_BT.median()), TOLERANCE.get(model.dtype, HALF_TOLERANCE)
-    if typical > allowed:
-        raise ValueError(
-            f"{where} is a {name}, whose states change by {typical:.2g} of their norm if the batch has padding (at "
-            f"most {allowed} is rounding): an embedding would depend on its batch. Use another LLM ({WORKING})"
-        )
+    typical, allowed = float(difference_BT.median()), 1e-3 if model.dtype == torch.float32 else 0.1
+    if not bool(padded_BTH.isfinite().all()):
+        problem = f"states are not finite in {model.dtype}: its weights are damaged, or too large for float16"
+        fix = "copy the LLM again, or set --compute-dtype bfloat16"
+    elif attention == "bidirectional" and (causal := causal_blocks(model, ids_BT)):
+        problem = f"blocks {', '.join(map(str, causal))} cannot attend to later tokens"
+        fix = f"set --attention causal, or use an LLM with attention in all blocks ({WORKING})"
+    elif typical > allowed:
+        problem = f"states change by {typical:.2g} of their norm if the batch has padding, expected {allowed} at most"
+        fix = f"use another LLM ({WORKING})"
+    else:
+        return
+    raise ValueError(f"{where} is a {type(model).__name__}, whose {problem}; {fix}")
 
 
 @torch.no_grad()
@@ -234,12 +310,12 @@ def causal_blocks(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
     rounding of half precision.
     """
     calls = []
-    hooks = [
-        block.register_forward_pre_hook(
-            lambda block, args, kwargs: calls.append((block, args, dict(kwargs))), with_kwargs=True
-        )
-        for block in model.get_submodule("layers").children()
-    ]
+
+    def keep(block: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((block, args, dict(kwargs)))
+
+    blocks = model.get_submodule("layers").children()
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
     _states(model, ids_BT, 0)
     for hook in hooks:
         hook.remove()
@@ -255,11 +331,6 @@ def causal_blocks(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
     return causal
 
 
-def default_device() -> torch.device:
-    """This process's accelerator if there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
     """bfloat16 on a GPU that supports it, else float16; on a CPU the faster of float32 and bfloat16, measured in 0.2 s.
 
@@ -267,43 +338,27 @@ def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
     """
     if device.type != "cpu":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    rates = {dtype: _matmul_rate(dtype, width) for dtype in (torch.float32, torch.bfloat16)}
+    rates: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.randn(256, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
+        product = torch.mm(left, right)  # the first call picks a kernel
+        started, count = time.perf_counter(), 0
+        while (passed := time.perf_counter() - started) < 0.1:
+            torch.mm(left, right, out=product)
+            count += 1
+        rates[dtype] = count / passed
     return max(rates, key=lambda dtype: rates[dtype])
-
-
-def _matmul_rate(dtype: torch.dtype, width: int, seconds: float = 0.1) -> float:
-    """Products per second of (256, width) @ (width, width) on the CPU."""
-    left, right = torch.randn(256, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
-    product = torch.mm(left, right)  # the first call picks a kernel
-    started, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - started) < seconds:
-        torch.mm(left, right, out=product)
-        count += 1
-    return count / passed
 
 
 # The LLM's shape from its config.json alone, for plans.
 
-COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # bytes of a value in bitsandbytes' NF4 with double quantization: half a byte, a byte of scale for 64 values, 4 bytes of
 # a scale's scale for 256 x 64 (Dettmers et al. 2023, arXiv 2305.14314)
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (256 * 64)
-_LLAMA_3 = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
 SHAPES: dict[str, dict[str, Any]] = {  # gated on the Hub: their config.json needs a login
-    "meta-llama/Llama-3.2-1B-Instruct": {
-        **_LLAMA_3,
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "head_dim": 64,
-        "intermediate_size": 8192,
-        "tie_word_embeddings": True,
-    },
-    "meta-llama/Meta-Llama-3-8B-Instruct": {
-        **_LLAMA_3,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "intermediate_size": 14336,
-    },
+    "meta-llama/Llama-3.2-1B-Instruct": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192},
+    "meta-llama/Meta-Llama-3-8B-Instruct": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336},
 }
 
 
@@ -314,10 +369,11 @@ def llm_config(config: EncoderConfig) -> PretrainedConfig:
     """
     if not config.llm:
         raise FileNotFoundError("no LLM given; set --llm PATH_OR_HUB_ID")
-    if not Path(config.llm).is_dir() and config.llm in SHAPES:
-        return LlamaConfig(**SHAPES[config.llm])
+    local = Path(config.llm).is_dir()
+    if not local and config.llm in SHAPES:
+        return LlamaConfig(**LLAMA_3, **SHAPES[config.llm])
     try:
-        if not Path(config.llm).is_dir():
+        if not local:
             check_hub_answers(config.llm, revision=config.revision or None)
         return AutoConfig.from_pretrained(config.llm, revision=config.revision or None)
     except (OSError, ValueError) as error:
@@ -351,14 +407,13 @@ def shape_llm(
     refuse_length_dependent_rope(text, config.max_tokens)
     set_attention(settings, config.attention)
     # "auto" is bfloat16 on GPUs; precision is the adapter's, and bf16 and fp16 are the LLM's too
-    dtype = COMPUTE.get(config.compute_dtype, torch.bfloat16) if precision == "fp32" else DTYPES[precision]
+    compute = "bfloat16" if config.compute_dtype == "auto" else config.compute_dtype
+    dtype = getattr(torch, compute) if precision == "fp32" else DTYPES[precision]
     with torch.device("meta"):
         llm = AutoModel.from_config(settings, dtype=dtype)
         llm = llm if text is settings else llm.language_model
         if not is_decoder(llm):
-            raise ValueError(
-                f"{config.llm} is a {type(llm).__name__}; expected a decoder such as Llama, Qwen, Mistral or Gemma"
-            )
+            raise ValueError(f"{config.llm} is a {type(llm).__name__}; expected a decoder LLM ({WORKING})")
         keep_layers(llm, config.layer)
         set_kernels(llm, config.attention)
         blocks = llm.get_submodule("layers")

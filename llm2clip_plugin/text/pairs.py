@@ -9,7 +9,6 @@ import json
 import os
 import random
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,13 @@ from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, s
 from llm2clip_plugin.data.samples import BrokenSample, Caption, caption_hash, select_captions
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.files import refuse_encoding
-from llm2clip_plugin.text.config import PairKind, PairsConfig, parse_instructions, parse_kinds, parse_lists
-from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.tokens import Frame, query_frames, tokenize
+from llm2clip_plugin.text.config import EncoderConfig, PairKind, PairsConfig
+from llm2clip_plugin.text.llm import build_frame, literal_template, tokenize
 
 SURVEYED = 5000  # samples read before training, to detect a wrong configuration
 NEGATIVES_TRIED = 100  # random images in which a negative is searched
+SUBSTITUTES = 100  # samples tried in place of one without a pair of the batch's kind
+PREFETCH = 2  # batches that each process reads ahead
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,10 @@ class Pair:
 class PairSource(ABC):
     """Samples that pairs are made of."""
 
-    def __init__(self, path: str, kinds: tuple[PairKind, ...]) -> None:
+    def __init__(self, path: str, kinds: tuple[PairKind, ...], sizes: list[int]) -> None:
         self.path = path
         self.kinds = kinds
-
-    @abstractmethod
-    def sizes(self) -> list[int]:
-        """Samples of each shard."""
+        self.sizes = sizes  # samples of each shard
 
     @abstractmethod
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
@@ -63,22 +60,16 @@ class PairSource(ABC):
         return pair
 
     def __len__(self) -> int:
-        return sum(self.sizes())
+        return sum(self.sizes)
 
 
 class CaptionPairs(PairSource):
     """Two captions of one image."""
 
     def __init__(self, source: Source, config: PairsConfig) -> None:
-        super().__init__(source.path, parse_kinds(config.pair_kinds))
-        self.source = source
-        self.lists = parse_lists(config.lists)
-        self.instructions = parse_instructions(config.instructions)
-        self.random_negatives = config.random_negatives
-        self.group = config.group
-
-    def sizes(self) -> list[int]:
-        return [shard.size for shard in self.source.shards]
+        super().__init__(source.path, config.kinds, [shard.size for shard in source.shards])
+        self.source, self.config = source, config
+        self.drawn_items, self.instruction_of = config.drawn_items, config.instruction_of
 
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
         try:
@@ -90,15 +81,12 @@ class CaptionPairs(PairSource):
         positive = self._text(captions, kind.of_positive, rng, query)
         if not query or not positive:
             return None
-        group = str(sample.meta.get(self.group, "")) if self.group else ""
-        return Pair(sample.key, query, positive, group=group, instruction=self.instructions.get(kind.query))
+        group = str(sample.meta.get(self.config.group, "")) if self.config.group else ""
+        return Pair(sample.key, query, positive, group=group, instruction=self.instruction_of.get(kind.query))
 
     def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
-        """Adds a caption of the positive's kind, of a random image of another key and group.
-
-        Raises ValueError if NEGATIVES_TRIED random images have none.
-        """
-        if not self.random_negatives:
+        """Adds a caption of the positive's kind, of a random image of another key and group; ValueError without one."""
+        if not self.config.random_negatives:
             return pair
         for _ in range(NEGATIVES_TRIED):
             other = self.pair(rng.randrange(len(self)), kind, rng)
@@ -107,8 +95,7 @@ class CaptionPairs(PairSource):
             if other.positive not in (pair.query, pair.positive):
                 return dataclasses.replace(pair, negative=other.positive)
         raise ValueError(
-            f"{self.path}: {NEGATIVES_TRIED} random images have no {kind.of_positive} caption for a negative of sample "
-            f"{pair.key!r}; leave out --random-negatives"
+            f"{self.path}: {NEGATIVES_TRIED} random images have no negative for {pair.key!r}; omit --random-negatives"
         )
 
     def _text(self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str) -> str:
@@ -117,42 +104,28 @@ class CaptionPairs(PairSource):
         if not texts:
             return ""
         text = rng.choice(texts)
-        if kind not in self.lists:
+        if kind not in self.drawn_items:
             return text
         items = [item.strip() for item in text.split(",") if item.strip()]
-        low, high = self.lists[kind]
+        low, high = self.drawn_items[kind]
         rng.shuffle(items)
         return ", ".join(items[: rng.randint(min(low, len(items)), min(high, len(items)))])
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a file that are not blank, with their numbers; ValueError if it is not UTF-8 or has none."""
-    data = path.read_bytes()
-    refuse_encoding(path, data)
-    lines = data.decode("utf-8-sig", "replace").split("\n")
-    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise ValueError(f"{path} has no text")
-    return rows
-
-
 class TextPairs(PairSource):
-    """Rows of a JSON Lines file: query, positive, and optionally a hard negative."""
+    """Rows of a JSON Lines file: query, positive, and optionally a hard negative and an instruction."""
 
-    def __init__(self, path: Path, config: PairsConfig) -> None:
-        super().__init__(str(path), (PairKind("query", "positive"),))
-        self.fields = (config.query_field, config.positive_field, config.negative_field)
-        self.instruction = config.instruction_field
-        self.rows = read_lines(path)
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError naming the line for a row without a text, and for a negative that not all rows have."""
+        data = path.read_bytes()
+        refuse_encoding(path, data)
+        lines = data.decode("utf-8-sig", "replace").split("\n")
+        self.rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        super().__init__(str(path), (PairKind("query", "positive"),), [len(self.rows)])
         with_negative = [bool(self.read(index).negative) for index in range(len(self.rows))]
         if any(with_negative) and not all(with_negative):
             line = self.rows[with_negative.index(False)][0]
-            raise ValueError(
-                f"{path}, line {line}: no {self.fields[2]!r}, which other lines have; set it in all lines or in none"
-            )
-
-    def sizes(self) -> list[int]:
-        return [len(self.rows)]
+            raise ValueError(f"{path}, line {line}: no 'negative', which other lines have; set it in all or in none")
 
     def read(self, index: int) -> Pair:
         """A row. Raises ValueError naming the file, the line and the field."""
@@ -161,85 +134,50 @@ class TextPairs(PairSource):
             row = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}, line {line}: not valid JSON ({error})") from error
-        texts = [first_text(row.get(name)) if isinstance(row, dict) else "" for name in self.fields]
-        for name, text in zip(self.fields[:2], texts[:2], strict=True):
-            if not text:
-                has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(f"{self.path}, line {line}: no text in field {name!r}; fields: {has}")
-        instruction = row.get(self.instruction)
-        return Pair(str(line), *texts, instruction=instruction if isinstance(instruction, str) else None)
+        texts = {name: text for name, text in row.items() if isinstance(text, str)} if isinstance(row, dict) else {}
+        query, positive, negative = (texts.get(name, "").strip() for name in ("query", "positive", "negative"))
+        if not query or not positive:
+            missing = "positive" if query else "query"
+            raise ValueError(f"{self.path}, line {line}: no text in field {missing!r}; texts: {', '.join(texts)}")
+        return Pair(str(line), query, positive, negative, instruction=texts.get("instruction"))
 
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
         return self.read(number)
-
-
-class PlainTexts(PairSource):
-    """One text per line, paired with itself: dropout makes the two embeddings differ (SimCSE, Gao et al. 2021)."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path), (PairKind("text", "text"),))
-        self.texts = [line for _, line in read_lines(path)]
-
-    def sizes(self) -> list[int]:
-        return [len(self.texts)]
-
-    def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
-        return Pair(str(number), self.texts[number], self.texts[number])
-
-
-def first_text(value: Any) -> str:
-    """A text, or the first of a list of texts; "" for anything else."""
-    if isinstance(value, list):
-        value = value[0] if value else ""
-    return value.strip() if isinstance(value, str) else ""
 
 
 def open_pairs(config: PairsConfig) -> list[PairSource]:
     """Every data set of the configuration. Raises FileNotFoundError or ValueError, naming the data set."""
     if not config.data:
         raise ValueError("no training data; pass captions or text pairs: llm2clip finetune-llm DATA ...")
-    opened = [_open(path, config) for path in config.data]
+    opened: list[PairSource] = []
+    for path in config.data:
+        if path.endswith(".jsonl") and Path(path).is_file() and _has_queries(path):
+            opened.append(TextPairs(Path(path)))
+        else:
+            opened.append(CaptionPairs(open_source(SourceConfig(path=path, **vars(config.read))), config))
     check_fields(*(pairs.source for pairs in opened if isinstance(pairs, CaptionPairs)))
     return opened
 
 
-def _open(path: str, config: PairsConfig) -> PairSource:
-    kind = config.pair_format if config.pair_format != "auto" else _detect(path, config)
-    if kind == "captions":
-        return CaptionPairs(open_source(SourceConfig(path=path, **vars(config.read))), config)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no text pairs at {path}")
-    return TextPairs(Path(path), config) if kind == "pairs" else PlainTexts(Path(path))
-
-
-def _detect(path: str, config: PairsConfig) -> str:
-    """text for .txt, pairs for a .jsonl whose first row has the query field, else captions."""
-    if path.endswith(".txt"):
-        return "text"
-    if path.endswith(".jsonl") and Path(path).is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:  # JsonlSource names another encoding
-            first = next((line for line in file if line.strip()), "{}")
-        try:
-            row = json.loads(first)
-        except (ValueError, RecursionError):
-            return "captions"
-        return "pairs" if isinstance(row, dict) and config.query_field in row else "captions"
-    return "captions"
+def _has_queries(path: str) -> bool:
+    """Whether the first row of a JSON Lines file is a text pair; what is wrong with a file, JsonlSource says."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        first = next((line for line in file if line.strip()), "{}")
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "query" in row
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Statistics of a source's first samples."""
+    """What a source's first samples have."""
 
     path: str
     samples: int
     usable: dict[str, int]  # kind of pair -> samples that have one
     pairs: tuple[Pair, ...]  # of these samples
-
-    def lines(self) -> Iterator[str]:
-        """The report before training."""
-        for kind, usable in self.usable.items():
-            yield f"{self.path}: {usable} of the first {self.samples} samples have a pair {kind}"
 
 
 def survey(source: PairSource) -> Survey:
@@ -251,28 +189,15 @@ def survey(source: PairSource) -> Survey:
         drawn = [source.pair(number, kind, sample_rng(0, 0, 0, number)) for number in range(samples)]
         of_kind = [pair for pair in drawn if pair is not None]
         if not of_kind:
-            raise ValueError(_nothing_usable(source, kind, samples))
+            assert isinstance(source, CaptionPairs)  # every row of a text-pair file has a pair
+            known = sorted({caption.kind for number in range(samples) for caption in source.source.captions(number)[1]})
+            raise ValueError(
+                f"{source.path}: none of the first {samples} samples has two different captions {kind}; known kinds: "
+                f"{', '.join(known) or 'none'}. Set --fields and --pair-kinds"
+            )
         usable[str(kind)] = len(of_kind)
         pairs += of_kind
     return Survey(source.path, samples, usable, tuple(pairs))
-
-
-def _nothing_usable(source: PairSource, kind: PairKind, samples: int) -> str:
-    """Why no sample has such a pair: the kinds of captions that they have."""
-    kinds: Counter[str] = Counter()
-    if isinstance(source, CaptionPairs):
-        for number in range(samples):
-            kinds.update({caption.kind for caption in source.source.captions(number)[1]})
-    seen = ", ".join(f"{name} ({count})" for name, count in kinds.most_common()) or "none"
-    return (
-        f"{source.path}: none of the first {samples} samples has two different captions {kind}; kinds of captions "
-        f"(samples with them): {seen}. Set --fields and --pair-kinds"
-    )
-
-
-# Global batches of pairs, a function of (seed, samples consumed), and each rank's rows of them.
-
-SUBSTITUTES = 100  # samples tried in place of one without a pair of the batch's kind
 
 
 class PairBatches:
@@ -289,31 +214,19 @@ class PairBatches:
         world: int,
         mix_kinds: bool = False,
     ) -> None:
-        """weights: how often a sample of each source is drawn; () for all equal.
-
-        mix_kinds: each pair has a kind of its own, instead of one of the batch.
-        """
+        """weights: how often a sample of each source is drawn, () for all equal; mix_kinds: a kind for each pair."""
         self.sources = list(sources)
         self.seed = seed
         self.global_batch = global_batch
         self.rank, self.world = rank, world
         self.mix_kinds = mix_kinds
-        sizes = [source.sizes() for source in sources]
+        sizes = [source.sizes for source in sources]
         self.mixture = Mixture(sizes, weights or [1.0] * len(sources), hash_words("pairs", seed, 0), batch=global_batch)
         small = [f"{source.path} ({len(source)})" for source in sources if len(source) < global_batch]
         if small:
             raise ValueError(
                 f"global_batch {global_batch} is larger than {', '.join(small)}; lower it, a batch has one source"
             )
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.start(0)
-
-    def start(self, position: int) -> Iterator[dict[str, Any]]:
-        """This rank's endless batches from ``position`` (samples consumed) on."""
-        while True:
-            yield self.batch(position)
-            position += self.global_batch
 
     def batch(self, position: int) -> dict[str, Any]:
         """``pairs``, ``keys``, ``caption_hashes`` (2, b) of positives and queries, ``image_ids`` (b,), ``position``."""
@@ -355,38 +268,27 @@ def choose_kind(kinds: Sequence[PairKind], *words: int) -> PairKind:
     return rng.choices(list(kinds), [kind.weight for kind in kinds])[0]
 
 
-# Stage 1's batches read and tokenized in processes of their own, in the same order as without them.
-
-PREFETCH = 2  # batches that each process reads ahead
-
-
 class PairTokenizer:
-    """What tokenizing needs of an encoder, without its LLM."""
+    """Pairs to token ids, as an LLM with these settings reads them; without the LLM."""
 
-    def __init__(self, encoder: CaptionEncoder) -> None:
-        self.tokenizer = encoder.tokenizer
-        self.frame, self.template = encoder.frame, encoder.config.chat_template
-        self.query_prompt, self.max_tokens = encoder.config.query_prompt, encoder.config.max_tokens
+    def __init__(self, tokenizer: Any, config: EncoderConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.template = literal_template(tokenizer, config.chat_template)
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, list[Any]]:
         """Token ids of the queries, the positives and, if the pairs have them, the hard negatives; queries' frames."""
-        query_frames, frames = self.query_frames(pairs), [self.frame] * len(pairs)
-        rows: dict[str, list[Any]] = {
-            "query": self._rows([pair.query for pair in pairs], query_frames),
-            "query_frame": query_frames,
-            "positive": self._rows([pair.positive for pair in pairs], frames),
+        query_prompt, prompt = self.config.query_prompt, self.config.prompt
+        prompts = [query_prompt if pair.instruction is None else pair.instruction for pair in pairs]
+        frames = {text: build_frame(self.tokenizer, self.template, text) for text in {*prompts, prompt}}
+        frames_of = {"query": [frames[text] for text in prompts]}
+        for side in ("positive", "negative") if pairs[0].negative else ("positive",):
+            frames_of[side] = [frames[prompt]] * len(pairs)
+        rows = {
+            side: tokenize(self.tokenizer, own, [vars(pair)[side] for pair in pairs], self.config.max_tokens)[0]
+            for side, own in frames_of.items()
         }
-        if pairs[0].negative:
-            rows["negative"] = self._rows([pair.negative for pair in pairs], frames)
-        return rows
-
-    def query_frames(self, pairs: Sequence[Pair]) -> list[Frame]:
-        """What surrounds each query: its pair's instruction, or the encoder's query prompt."""
-        prompts = [self.query_prompt if pair.instruction is None else pair.instruction for pair in pairs]
-        return query_frames(self.tokenizer, self.template, prompts)
-
-    def _rows(self, texts: Sequence[str], frames: Sequence[Frame]) -> list[list[int]]:
-        return tokenize(self.tokenizer, frames, texts, self.max_tokens)[0]
+        return {**rows, "query_frame": frames_of["query"]}
 
 
 class TokenizedPairs(IterableDataset):
@@ -405,10 +307,12 @@ class TokenizedPairs(IterableDataset):
             position += count * self.batches.global_batch
 
 
-def tokenized_batches(batches: PairBatches, encoder: CaptionEncoder, *, position: int, workers: int) -> Iterator[Any]:
+def tokenized_batches(
+    batches: PairBatches, tokenizer: PairTokenizer, *, position: int, workers: int
+) -> Iterator[dict[str, Any]]:
     """This rank's batches from ``position`` (samples consumed) on; the same for any number of ``workers``."""
     loader = DataLoader(
-        TokenizedPairs(batches, PairTokenizer(encoder), position),
+        TokenizedPairs(batches, tokenizer, position),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,

@@ -1,31 +1,194 @@
-"""A tower's teacher in Python: the LLM (or CLIP) that the tower's card names, for texts that no cache holds.
+"""Who embeds a caption: an LLM or a CLIP's own text tower, and the teacher that a tower's card names.
 
-Importable in LLaVA's environment, where texts cannot be embedded, but cached embeddings can be encoded.
+``llm2clip embed DATA --llm CLIP`` caches a CLIP's features as it caches an LLM's embeddings, for ``--heads.target
+clip_text``. Importable in LLaVA's environment, where texts cannot be embedded, but cached embeddings can be encoded.
+
+Shape letters: B captions of a batch, T tokens, D width of the features.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
-from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard
+from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard, sha256_text
 from llm2clip_plugin.data.cache import differences
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.options import command
-from llm2clip_plugin.text.clip_text import open_encoder
-from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig
-from llm2clip_plugin.text.encoder import TextEncoder
-from llm2clip_plugin.vision.directory import is_local
+from llm2clip_plugin.text.adapter import files_sha256, local_folder
+from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
+from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
+from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole
+from llm2clip_plugin.vision.checkpoint import lift_model_cfg, read_tensors, section, weight_files
+from llm2clip_plugin.vision.convert.common import depth, require
+from llm2clip_plugin.vision.convert.layouts.open_clip import NAMES
+from llm2clip_plugin.vision.directory import is_local, read_json
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual
+from llm2clip_plugin.vision.families import families
 
-IDENTITY_SETTINGS = tuple(name for name in CARD_SETTINGS if name != "query_prompt")
+MAY_DIFFER = ("llm", "revision", "max_tokens", "compute_dtype")  # settings of EncoderConfig that apply to a CLIP
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# settings of OpenCLIP's text_cfg that make it another tower, and the values with which it is CLIP's own
+PLAIN = dict(pool_type="argmax", no_causal_mask=False, embed_cls=False, hf_model_name=None, proj_type="linear")
+OUTSIDE = {  # OpenCLIP's names -> the model's, outside the blocks
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.": "final_layer_norm.",
+}
+TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
 GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
+
+
+def open_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> TextEncoder:
+    """The encoder of captions at ``config.llm``: a CLIP's own text tower, else an LLM."""
+    folder = clip_folder(config.llm, config.revision)
+    return CaptionEncoder(config, device) if folder is None else ClipTextEncoder(folder, config, device)
+
+
+def clip_folder(llm: str, revision: str = "") -> Path | None:
+    """The folder of an image-text model that has its own text tower, None for another; raises as ``local_folder``."""
+    own = bool(llm) and (Path(llm) / OPEN_CLIP_CONFIG).is_file()  # perhaps without a config.json
+    folder = Path(llm) if own else local_folder(llm, revision)
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return folder
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # the reader of LLMs says what is wrong
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    known = {name for family in families().values() if family.image_text_class for name in family.model_types}
+    return folder if kind in known and isinstance(config.get("text_config"), dict) else None
+
+
+class ClipTextEncoder(TextEncoder):
+    """The features of captions by a CLIP's own text tower, before normalization, as its images are compared with them.
+
+    Hugging Face's CLIP, SigLIP and other families with an image-text model, and OpenCLIP's folders. Raises ValueError
+    for a setting of LLMs, which a CLIP does not have.
+    """
+
+    def __init__(self, folder: Path, config: EncoderConfig, device: torch.device | str | None = None) -> None:
+        default = vars(EncoderConfig())
+        if other := [name for name, value in vars(config).items() if name not in MAY_DIFFER and value != default[name]]:
+            raise ValueError(f"{config.llm} is a CLIP, which is read as it was trained; omit {', '.join(other)}")
+        super().__init__(config, device)
+        own = folder / "config.json"
+        is_hugging_face = own.is_file() and "model_type" in read_json(own)
+        loaded = _hugging_face(folder) if is_hugging_face else _open_clip(folder)
+        self.model: nn.Module = loaded[0].requires_grad_(False).eval().to(self.device, self.dtype)
+        self.context, self.pads_to_context, self.width = loaded[1:]
+        if not any((folder / name).is_file() for name in TOKENIZERS):
+            raise ValueError(f"{folder} has no tokenizer; copy tokenizer.json of the same model into it")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
+        self.folder = folder
+
+    def identity(self) -> TeacherIdentity:
+        return TeacherIdentity(
+            llm=absolute(self.config.llm),
+            revision=self.config.revision,
+            weights_sha256=files_sha256(weight_files(self.folder)),
+            adapter_sha256="",
+            attention="own",
+            pooling=PROJECTED,
+            layer=-1,
+            prompt="",
+            chat_template="",
+            max_tokens=self.config.max_tokens,
+            width=self.width,
+            tokenizer=sha256_text(json.dumps(self._tokens([PROBE_TEXT]))),
+        )
+
+    def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
+        rows, limit = self._tokens(captions), self.config.max_tokens
+        self.count_truncated += sum(len(ids) > limit for ids in rows)
+        # the last token marks the end, and is where a CLIP reads its feature
+        return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
+
+    def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids with those of begin and end, not truncated."""
+        return [list(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]] if captions else []
+
+    def padded_length(self, ids: Sequence[int]) -> int:
+        return self.context if self.pads_to_context else len(ids)
+
+    @torch.no_grad()
+    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
+        length = max(map(self.padded_length, rows))
+        pad = self.tokenizer.pad_token_id
+        ids_BT = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in rows], device=self.device)
+        options = {}
+        if not self.pads_to_context:  # SigLIP was trained to see its padding
+            own_B1 = torch.tensor([[len(ids)] for ids in rows], device=self.device)
+            options["attention_mask"] = (torch.arange(length, device=self.device) < own_B1).long()
+        output: Any = getattr(self.model, "get_text_features", self.model)(input_ids=ids_BT, **options)
+        if not isinstance(output, Tensor):
+            output = output.text_embeds if "text_embeds" in output else output.pooler_output
+        return output.float().cpu()
+
+
+def _hugging_face(folder: Path) -> tuple[nn.Module, int, bool, int]:
+    """Model, tokens of a context, whether every text is padded to it, width of the features."""
+    settings = AutoConfig.from_pretrained(folder)
+    family = next(family for family in families().values() if settings.model_type in family.model_types)
+    assert family.image_text_class is not None
+    model = load_whole(family.image_text_class(), folder, dtype=torch.float32)
+    text = settings.text_config
+    siglip = settings.model_type.startswith("siglip")
+    width = getattr(text, "projection_size", text.hidden_size) if siglip else settings.projection_dim
+    return model, text.max_position_embeddings, siglip, width
+
+
+def _open_clip(folder: Path) -> tuple[nn.Module, int, bool, int]:
+    """The text tower of a folder with open_clip_config.json; tokens of a context, False, width of the features.
+
+    Raises ValueError for a text tower that is not CLIP's, ContractError for missing or misshapen tensors.
+    """
+    config = lift_model_cfg(read_json(folder / OPEN_CLIP_CONFIG))
+    text = section(config, "text_cfg", where=OPEN_CLIP_CONFIG)
+    if other := [f"{name} {text[name]!r}" for name, value in PLAIN.items() if text.get(name, value) != value]:
+        raise ValueError(f"{folder}: the text tower has {', '.join(other)}; supported is CLIP's own")
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        state |= read_tensors(file)
+    prefix = "text." if "text.token_embedding.weight" in state else ""
+    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    first = "transformer.resblocks.0.mlp.c_fc.weight"
+    require(tensors, "token_embedding.weight", "positional_embedding", "text_projection", "ln_final.weight", first)
+    vocabulary, width = tensors["token_embedding.weight"].shape
+    context = len(tensors["positional_embedding"])
+    model = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=len(tensors[first]),
+            num_hidden_layers=depth(tensors, "transformer.resblocks."),
+            num_attention_heads=int(text.get("heads", width // 64)),
+            max_position_embeddings=context,
+            hidden_act="quick_gelu" if config.get("quick_gelu") else "gelu",
+            projection_dim=tensors["text_projection"].shape[1],
+            eos_token_id=2,  # the feature is read at the largest id, as OpenCLIP does
+        )
+    )
+    # names begin with text_model. in some versions of transformers
+    own = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
+    theirs, _ = dataclasses.replace(NAMES, prefixes=("", own), outside=OUTSIDE).to_ours(tensors)
+    theirs["text_projection.weight"] = tensors["text_projection"].T
+    with errors_about(folder):  # a shape
+        missing, unexpected = model.load_state_dict(theirs, strict=False)
+    if wrong := sorted(name for name in (*missing, *unexpected) if not name.endswith("position_ids")):
+        raise ContractError(f"{folder}: unknown or missing tensors of the text tower: {', '.join(wrong[:5])}")
+    return model, context, False, tensors["text_projection"].shape[1]
 
 
 def load_dual_encoder(
@@ -42,8 +205,8 @@ def load_dual_encoder(
     has no text adapter: its teacher is its own text tower (``teacher=CLIP``), whose features are compared as they are.
 
     teacher: path or Hub id of the LLM that embeds strings, by default the one that the tower's card names; it is loaded
-    by the first call with strings, onto the tower's device. If the card names none, an EncoderConfig says how the LLM
-    embeds. adapter: folder or Hub id of its adapter, by default where the card says that it is.
+    by the first call with strings. If the card names none, an EncoderConfig says how the LLM embeds. adapter: folder or
+    Hub id of its adapter, by default where the card says that it is.
 
     Raises FileNotFoundError without a card, ValueError if the directory contains only a tower. ``encode_text`` raises
     ValueError or FileNotFoundError if the teacher is not at hand, ContractError for another LLM than the tower's.
@@ -67,40 +230,27 @@ class TeacherLLM:
     """The LLM that a tower's card names: loaded on first use, and compared with the card.
 
     ``config``: where the LLM and its adapter are, if not where the card says; the card decides every other setting.
-    ``device``: None for the accelerator, if there is one.
     """
 
     def __init__(
         self, card: TowerCard, config: EncoderConfig | None = None, device: torch.device | None = None
     ) -> None:
-        self.card = card
         self.llm_width = int(card.dual.get("llm_width", 0))
         self.config = config or EncoderConfig()
         self.device = device
-        self._encoder: TextEncoder | None = None
-
-    @cached_property
-    def identity(self) -> TeacherIdentity | None:
-        """The teacher that the card names."""
-        return teacher_of(self.card)
+        self.identity = teacher_of(card)
 
     @property
     def fingerprint(self) -> str:
         """The teacher's fingerprint, from the card, else from the LLM."""
         return (self.identity or self.encoder.identity()).fingerprint
 
-    @property
+    @cached_property
     def encoder(self) -> TextEncoder:
         """The LLM. Raises FileNotFoundError or ValueError if it is not at hand, ContractError if it is another one."""
-        if self._encoder is None:
-            self._encoder = self._load()
-        return self._encoder
-
-    def _load(self) -> TextEncoder:
         if self.identity is None and not self.config.llm:
             raise ValueError(f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}")
         config = self.config if self.identity is None else encoder_config(self.identity, self.config)
-
         try:
             encoder = open_encoder(config, self.device)
         except FileNotFoundError as error:
@@ -112,11 +262,6 @@ class TeacherLLM:
             raise ContractError(
                 f"{config.llm} is not the tower's teacher: {differences(vars(self.identity), loaded)}; "
                 "pass the correct one with --llm and --adapter (in Python: teacher= and adapter=)"
-            )
-        if self.llm_width and encoder.width != self.llm_width:
-            raise ContractError(
-                f"{config.llm} gives embeddings of width {encoder.width}, but the tower's text adapter expects "
-                f"{self.llm_width}; {GIVE_LLM}"
             )
         return encoder
 
@@ -132,27 +277,22 @@ def teacher_of(card: TowerCard) -> TeacherIdentity | None:
 def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderConfig:
     """The settings of the card's teacher; the LLM and the adapter are where ``config`` says, else where the card does.
 
-    Raises ValueError if the teacher has an adapter whose place is unknown, or where none is any more.
+    Raises ValueError if the adapter's place is unknown, or empty.
     """
+    llm = config.llm or identity.llm
+    revision = config.revision or ("" if config.llm else identity.revision)
     if identity.pooling == PROJECTED:  # a CLIP's text tower has no other settings
-        return EncoderConfig(
-            llm=config.llm or identity.llm,
-            revision=config.revision or ("" if config.llm else identity.revision),
-            max_tokens=identity.max_tokens,
-            compute_dtype=config.compute_dtype,
-        )
+        max_tokens, dtype = identity.max_tokens, config.compute_dtype
+        return EncoderConfig(llm=llm, revision=revision, max_tokens=max_tokens, compute_dtype=dtype)
     adapter = config.adapter or identity.adapter
-    if identity.adapter_sha256 and not adapter:
-        raise ValueError(
-            f"the tower's teacher is {identity.llm} with an adapter (weights {identity.adapter_sha256[:12]}), which is "
-            f"needed to embed texts that are not cached, and the card does not say where it is; {GIVE_ADAPTER}"
-        )
-    if not config.adapter and adapter and is_local(adapter) and not Path(adapter).is_dir():
-        raise ValueError(f"the adapter of the tower's teacher is no longer at {adapter}; {GIVE_ADAPTER}")
+    lost = is_local(adapter) and not Path(adapter).is_dir() if adapter else bool(identity.adapter_sha256)
+    if lost and not config.adapter:
+        where = (adapter and f"no longer at {adapter}") or "at a place that the card does not name"
+        raise ValueError(f"the adapter of the tower's teacher {llm} is {where}; {GIVE_ADAPTER}")
     return dataclasses.replace(
         config,
-        llm=config.llm or identity.llm,
-        revision=config.revision or ("" if config.llm else identity.revision),
+        llm=llm,
+        revision=revision,
         adapter=adapter,
         load_in_4bit=identity.quantization == "nf4",
         **{name: getattr(identity, name) for name in IDENTITY_SETTINGS},

@@ -61,7 +61,7 @@ def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -
         settings = {name: vars(one)[name] for name in ("attention", "pooling", "layer", "chat_template")}
         if one.post is not None:
             plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu")
-            assert torch.allclose(one.post.mean_W, plain.encode(training).mean(0), atol=1e-5)
+            assert torch.allclose(one.post.mean, plain.encode(training).mean(0), atol=1e-5)
             (tmp_path / str(number)).mkdir()
             one.post.save(tmp_path / str(number))
             settings["post_file"] = str(tmp_path / str(number) / POST_FILE)

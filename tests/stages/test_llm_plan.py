@@ -15,12 +15,12 @@ from tensor_memory import peak_bytes
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from llm2clip_plugin.cli import run
-from llm2clip_plugin.stages.llm import DataSize, step_memory, trained_module
+from llm2clip_plugin.stages.llm import step_memory, trained_module
 from llm2clip_plugin.stages.llm_config import LLM_RECIPES, FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig
 from llm2clip_plugin.text.contrast import equal_parts
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import llm_config
+from llm2clip_plugin.text.llm import llm_config, shape_llm
 
 PARAMETERS = {  # published, less the 8B's head of 128,256 x 4096 (the 1B's is its table of embeddings)
     "llama-1b": 1_235_814_400,
@@ -98,6 +98,7 @@ def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, dtyp
         torch.nn.functional.cross_entropy(logits, torch.arange(TEXTS // 2)).backward()
 
     step()  # makes the gradients themselves
-    size = DataSize(pairs=1, texts=2, lengths=(TOKENS,), found=(), assumed=())
-    memory = step_memory(config, llm_config(config.encoder), size, size.lengths)
+    settings = llm_config(config.encoder)
+    shape = shape_llm(settings, config.encoder, config.lora, config.train.precision)
+    memory = step_memory(config, settings, shape, texts=2, lengths=(TOKENS,))
     assert 0.85 < peak_bytes(step) / (TEXTS / 2 * memory.pair_bytes) < 1.15

@@ -8,7 +8,6 @@ from text_helpers import moved
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.tokens import collate
 
 CAPTIONS = ["two dogs run over the wet grass", "a red bicycle leans against a brick wall", "a boat", "the lake"]
 
@@ -33,7 +32,7 @@ def pass_through(
         return tensor
 
     rows = encoder.tokenize(CAPTIONS)
-    batch = collate(rows, [encoder.frame] * len(rows), pad_id=0, include_bos=True)
+    batch = encoder.collate(rows, [encoder.frame] * len(rows))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         embeddings = encoder.model(batch)
     (embeddings * torch.linspace(-1, 1, embeddings.shape[1])).sum().backward()

@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from tiny_clip import save_tiny_clip
 from tiny_llm import tiny_tokenizer
 
-from llm2clip_plugin.text.clip_text import ClipTextEncoder, clip_folder
 from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.teacher import ClipTextEncoder, clip_folder
 
 TEXTS = ["a red bird", "seven grey stones in the rain, and a very long sentence that goes on", "blue", "a red bird"]
 
 
 def save_open_clip(folder: Path, *, nested: bool) -> Any:
-    """A random OpenCLIP model in the Hub's format, without a tokenizer."""
+    """A random OpenCLIP model in the Hub's format; its tokenizer is another's."""
     import open_clip
 
     torch.manual_seed(0)
@@ -27,7 +27,7 @@ def save_open_clip(folder: Path, *, nested: bool) -> Any:
     model = kind(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=not nested)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    folder.mkdir()
+    tiny_tokenizer(eos=True).save_pretrained(folder)
     save_file({n: v.contiguous() for n, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, "quick_gelu": not nested}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
@@ -67,7 +67,9 @@ def test_features_of_open_clip_are_open_clips(tmp_path: Path, nested: bool):
 
     model = save_open_clip(tmp_path / "open", nested=nested)
     ours = encoder(tmp_path / "open")
+    ids = open_clip.tokenize(TEXTS)
     with torch.no_grad():
-        expected = model.encode_text(open_clip.tokenize(TEXTS))
-    torch.testing.assert_close(ours.encode(TEXTS), expected, atol=1e-5, rtol=1e-4)
+        expected = model.encode_text(ids)
+    found = ours.embed_tokens([row[row > 0].tolist() for row in ids])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert (expected[0] - expected[2]).norm() > 0.1 and ours.width == 24

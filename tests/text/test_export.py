@@ -1,7 +1,6 @@
 """Merged weights and sentence-transformers directories give the adapter's embeddings."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.text.config import EncoderConfig, ExportConfig
-from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, remove_components
 from llm2clip_plugin.text.export import export_llm
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain", "x", "猫"]
@@ -65,35 +64,17 @@ def test_sentence_transformers_gives_the_same(llama: Path, tmp_path: Path, setti
     assert torch.allclose(queries, ours.encode(TEXTS, query=True), atol=1e-4)
 
 
-def write_captions(path: Path, count: int) -> Path:
-    words = "a red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
-    texts = [" ".join(words[i % 11 : i % 11 + 1 + i % 5]) + f" {i}" for i in range(count)]
-    rows = [{"id": str(i), "image": "x", "caption": text} for i, text in enumerate(texts)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-@pytest.mark.parametrize("post", ["centre", "whiten"])
-@pytest.mark.parametrize("layout", ["adapter", "merged"])
-def test_centering_and_whitening_are_stored_with_the_card(llama: Path, tmp_path: Path, post: str, layout: str) -> None:
+def test_post_processing_is_stored_with_the_card(llama: Path, tmp_path: Path) -> None:
     _, adapter = write_moved(llama, tmp_path / "adapter")
-    data = write_captions(tmp_path / "c.jsonl", 100)
+    where = {"llm": str(llama), "adapter": str(adapter)}
+    before = CaptionEncoder(EncoderConfig(**where, compute_dtype="float32"), "cpu")
+    (post,) = remove_components(before.encode(TEXTS), (1,))
+    post.save(tmp_path)
     command = ["export-llm", "--llm", str(llama), "--adapter", str(adapter), "--output", str(tmp_path / "out")]
-    assert main([*command, "--format", layout, "--post", post, "--post-data", str(data)]) == 0
-    plain = CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32"), "cpu")
-    where = (
-        {"llm": str(llama), "adapter": str(tmp_path / "out")} if layout == "adapter" else {"llm": str(tmp_path / "out")}
-    )
-    found = CaptionEncoder(EncoderConfig(**where, compute_dtype="float32"), "cpu")
-    texts = [json.loads(line)["caption"] for line in data.read_text().splitlines()]
-    before, after = plain.encode(texts), found.encode(texts)
-    assert after.mean(dim=0).abs().max() < 1e-3
-    if post == "centre":
-        assert torch.allclose(after, before - before.mean(dim=0), atol=1e-4)
-    else:
-        spread = torch.linalg.eigvalsh(torch.cov(after.T))
-        assert spread.max() < 1.01 and spread.median() > 0.3  # shrunk where captions hardly differ
-    assert found.identity().post and found.identity().fingerprint != plain.identity().fingerprint
-    (tmp_path / "out" / "llm2clip_post.safetensors").unlink()
+    assert main([*command, "--post-file", str(tmp_path / POST_FILE)]) == 0
+    after = CaptionEncoder(EncoderConfig(llm=str(tmp_path / "out"), compute_dtype="float32"), "cpu")
+    assert torch.allclose(after.encode(TEXTS), post(before.encode(TEXTS)), atol=1e-4)
+    assert after.identity().post and after.identity().fingerprint != before.identity().fingerprint
+    (tmp_path / "out" / POST_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"llm2clip_post\.safetensors"):
-        CaptionEncoder(EncoderConfig(**where), "cpu")
+        CaptionEncoder(EncoderConfig(llm=str(tmp_path / "out")), "cpu")

@@ -10,7 +10,6 @@ import torch
 from llm2clip_plugin.text.config import EncoderConfig, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.pairs import Pair, PairBatches, PairTokenizer, open_pairs, tokenized_batches
-from llm2clip_plugin.text.tokens import collate
 
 
 @pytest.mark.parametrize("negatives", [False, True])
@@ -24,11 +23,13 @@ def test_any_number_of_processes_gives_the_same_batches(llama: Path, tmp_path: P
     made = []
     for workers in (0, 2):
         batches = PairBatches(sources, (), seed=3, global_batch=8, rank=1, world=2)
-        loaded = tokenized_batches(batches, encoder, position=16, workers=workers)
+        tokenizer = PairTokenizer(encoder.tokenizer, encoder.config)
+        loaded = tokenized_batches(batches, tokenizer, position=16, workers=workers)
         made.append(list(islice(loaded, 5)))
         del loaded
-    plain = PairBatches(sources, (), seed=3, global_batch=8, rank=1, world=2).start(16)
-    for without, with_workers, pairs in zip(*made, plain, strict=False):
+    batches = PairBatches(sources, (), seed=3, global_batch=8, rank=1, world=2)
+    plain = [batches.batch(position) for position in range(16, 56, 8)]
+    for without, with_workers, pairs in zip(*made, plain, strict=True):
         assert without["tokens"] == with_workers["tokens"]
         assert without["pairs"] == with_workers["pairs"] == pairs["pairs"]
         assert without["position"] == with_workers["position"] == pairs["position"]
@@ -43,8 +44,8 @@ def test_each_query_has_its_own_instruction_which_is_not_pooled(llama: Path) -> 
     encoder = CaptionEncoder(EncoderConfig(llm=str(llama), query_prompt="Query: ", include_bos=False), "cpu")
     pairs = [Pair("a", "a boat", "the boat"), Pair("b", "a boat", "the boat", instruction="Find a long caption; ")]
     pairs.append(Pair("c", "a boat", "the boat", instruction=""))
-    tokens = PairTokenizer(encoder)(pairs)
-    batch = collate(tokens["query"], tokens["query_frame"], pad_id=encoder.pad_id, include_bos=False)
+    tokens = PairTokenizer(encoder.tokenizer, encoder.config)(pairs)
+    batch = encoder.collate(tokens["query"], tokens["query_frame"])
     for row, text in enumerate(("Query: a boat", "Find a long caption; a boat", "a boat")):
         assert tokens["query"][row] == encoder.tokenizer(text)["input_ids"]
         pooled = batch.input_ids[row][batch.pool_mask[row]].tolist()
