@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.common import alternate, parser, print_table, write_shard
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.samples import AugmentConfig
 from llm2clip_plugin.data.sources.base import SourceConfig, open_source
@@ -68,7 +68,7 @@ def own_batches(data: str, args: argparse.Namespace) -> Iterator[torch.Tensor]:
     images, augment = ImageConfig(size=args.size), AugmentConfig(scale=tuple(args.scale))
     source, normalize = open_source(SourceConfig(path=data)), Normalize(images)
     dataset = PairDataset([source], [None], images, augment, seed=0)
-    for batch in islice(make_loader(dataset, local_batch=args.batch), -(-len(source) // args.batch)):
+    for batch in islice(PairLoader(dataset, local_batch=args.batch), -(-len(source) // args.batch)):
         yield normalize(batch["pixels"])
 
 

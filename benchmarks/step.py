@@ -21,7 +21,7 @@ from benchmarks.common import alternate, parser, print_table, timed, write_shard
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision
@@ -162,7 +162,7 @@ def jpeg_batches(folder: Path, *, batch: int, workers: int) -> Iterator[dict[str
     """Batches over what ``write_training_data`` wrote."""
     source = open_source(SourceConfig(path=str(folder)))
     dataset = PairDataset([source], [EmbeddingCache.open(folder / "cache")], ImageConfig(size=224), seed=0)
-    return iter(make_loader(dataset, local_batch=batch, workers=workers))
+    return iter(PairLoader(dataset, local_batch=batch, workers=workers))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

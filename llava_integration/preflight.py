@@ -37,7 +37,7 @@ from llm2clip_plugin.console import Finding, numbers
 from llm2clip_plugin.files import ContractError
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
-LLAVAS_TOWERS = ("openai", "laion")  # names that LLaVA's own builder accepts, besides paths that exist
+LLAVAS_TOWERS = ("openai", "laion")
 IMAGES_LOOKED_AT = 200
 MPT = "mpt"
 TRAINED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")  # types of language models
@@ -130,12 +130,10 @@ def check_model(model: str) -> Iterator[str]:
     path = Path(model)
     if MPT in model:
         yield f"--model {model}: LLaVA takes a path with {MPT!r} for an MPT, which it cannot train; rename the folder"
-    elif not path.is_dir() and not HUB_ID.match(model):
-        yield f"--model {model} is neither a folder nor a name of the Hub, such as lmsys/vicuna-7b-v1.5"
-    elif path.is_dir() and not (path / "config.json").is_file():
-        yield f"--model {model}: the folder has no config.json; expected a model such as lmsys/vicuna-7b-v1.5"
-    elif path.is_dir():
+    elif (path / "config.json").is_file():
         yield from check_language(path)
+    elif path.is_dir() or not HUB_ID.match(model):
+        yield f"--model {model}: expected a folder with config.json or a name of the Hub, as lmsys/vicuna-7b-v1.5"
 
 
 def check_language(path: Path) -> Iterator[str]:
@@ -181,16 +179,12 @@ def check_data(stage: str, data: Path, images: Path) -> Iterator[str]:
     """The first problem of LLaVA's JSON, and of the image folder."""
     if not images.is_dir():
         yield f"--image-folder {images} is not a folder; expected the folder that the JSON's image paths start in"
-    if not data.is_file():
-        yield f"DATA {data} does not exist; expected LLaVA's JSON"
-        return
     try:
-        samples = json.loads(data.read_text(encoding="utf-8"))
-    except ValueError as error:
-        yield f"{data} is not JSON: {error}; expected a list of samples"
-        return
+        found = samples = json.loads(data.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found, samples = error, None
     if not isinstance(samples, list) or not samples:
-        yield f"{data}: expected a list of samples, found {str(samples)[:60]!r}"
+        yield f"DATA {data}: expected LLaVA's JSON, a list of samples; found {str(found)[:80]}"
         return
     for number, sample in enumerate(samples):
         if problem := sample_problem(stage, sample):
@@ -213,10 +207,9 @@ def sample_problem(stage: str, sample: Any) -> str:
     except (TypeError, KeyError, AttributeError):
         return "expected id, image and conversations, a list of {'from': 'human' or 'gpt', 'value': TEXT}"
     if stage == "pretrain":
-        fits = len(turns) == 2 and "<image>" in turns[0][1] and "image" in sample
-        return (
-            "" if fits else "pretraining needs an image and two turns, <image> in the first, the caption in the second"
-        )
+        if len(turns) == 2 and "<image>" in turns[0][1] and "image" in sample:
+            return ""
+        return "pretraining needs an image and two turns, <image> in the first, the caption in the second"
     speakers = [speaker for speaker, _ in turns]
     speakers = speakers[1:] if speakers[:1] == ["gpt"] else speakers  # as LLaVA skips it
     if not speakers or any(speaker != ("human", "gpt")[turn % 2] for turn, speaker in enumerate(speakers)):
@@ -230,12 +223,11 @@ def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) ->
         yield f"--projector {projector} does not exist; expected the mm_projector.bin of pretrain.sh"
         projector = None
     if not towers.is_ours(tower):
-        if os.path.isdir(tower) and not os.path.isfile(os.path.join(tower, "config.json")):
-            yield f"--tower {tower}: the folder has no config.json; expected a tower directory or a CLIP vision model"
-        elif not os.path.exists(tower) and not tower.startswith(LLAVAS_TOWERS) and "ShareGPT4V" not in tower:
+        known = tower.startswith(LLAVAS_TOWERS) or "ShareGPT4V" in tower  # as LLaVA's own builder accepts them
+        if not os.path.isfile(os.path.join(tower, "config.json")) and (os.path.isdir(tower) or not known):
             yield (
                 f"--tower {tower}: LLaVA knows no such vision tower; expected llm2clip, llm2clip:PATH_OR_HUB_ID, a "
-                "folder that exists, or a name such as openai/clip-vit-large-patch14-336"
+                "folder with config.json, or a name such as openai/clip-vit-large-patch14-336"
             )
         return
     try:
@@ -276,7 +268,7 @@ def check_llava() -> Iterator[Finding]:
         fix = "pip install llm2clip-plugin (without --target), or `python -m llava_integration.launch ...` for LLaVA"
         yield _finding("start-up hook", "fail", "not active", fix)
     try:
-        location = towers.locate_default()
+        location = towers.locate(towers.NAME)
         yield _finding("--vision_tower llm2clip", "ok", f"{location.how}: {location.describe()}")
     except (FileNotFoundError, ContractError) as error:
         fix = "llm2clip use PATH_OR_HUB_ID (only needed for the bare name)"

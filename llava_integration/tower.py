@@ -64,14 +64,13 @@ class LLM2CLIPVisionTower(nn.Module):
             self.vision_tower.to(device)
         self.is_loaded = True
 
-    def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-        """(B, 3, S, S) -> features (B, N, H) in the images' dtype; a list of (3, S, S) -> a list of (1, N, H)."""
-        if isinstance(images, list):
-            return [self.features(image.unsqueeze(0)) for image in images]
-        return self.features(images)
+    def forward(self, images: Any) -> Any:
+        """(B, 3, S, S) -> features (B, N, H) in the images' dtype; a list of (3, S, S) -> a list of (1, N, H).
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> (B, N, hidden_size), without gradient if every parameter of the tower is frozen."""
+        Without gradient if every parameter of the tower is frozen.
+        """
+        if isinstance(images, list):
+            return [self.forward(image.unsqueeze(0)) for image in images]
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trains):
             return self.patch_states(images).to(images.dtype)

@@ -155,15 +155,10 @@ def locate(name: str) -> TowerLocation:
 
     Raises TowerNotFoundError if there is none, ContractError if what it names is not a tower directory.
     """
-    if name == NAME:
-        return locate_default()
     if name.startswith(f"{NAME}:"):
         return locate_spec(name[len(NAME) + 1 :], how=f"--vision_tower {name}")
-    return TowerLocation.of(Path(name), how=f"--vision_tower {name}")
-
-
-def locate_default() -> TowerLocation:
-    """The tower of the bare name: ``LLM2CLIP_TOWER``, else the one selected with ``llm2clip use``."""
+    if name != NAME:
+        return TowerLocation.of(Path(name), how=f"--vision_tower {name}")
     if spec := os.environ.get("LLM2CLIP_TOWER"):
         return locate_spec(spec, how=f"LLM2CLIP_TOWER={spec}")
     known = registry()
@@ -343,7 +338,6 @@ TOWERS = Command(
 
 
 def main_use(argv: list[str]) -> int:
-    """Register a tower and make it the one that --vision_tower llm2clip loads."""
     options = USE.parse(argv)
     location = locate_spec(options.tower, how=f"llm2clip use {options.tower}")
     location.check_weights()
@@ -355,7 +349,6 @@ def main_use(argv: list[str]) -> int:
 
 
 def main_towers(argv: list[str]) -> int:
-    """List the registered towers: location, hash, width, patches. An asterisk marks the selected one."""
     options = TOWERS.parse(argv)
     known = registry()
     if options.forget:
@@ -456,7 +449,6 @@ LLAVA_BUNDLE = Command(
 
 
 def main_bundle(argv: list[str]) -> int:
-    """Copy the vision tower into LLaVA checkpoints, so that they load on another machine."""
     options = LLAVA_BUNDLE.parse(argv)
     for checkpoint in options.checkpoints:
         target = bundle(checkpoint, tower=options.tower, overwrite=options.overwrite)

@@ -69,16 +69,12 @@ def complete_trainer(module: ModuleType) -> None:
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
-    trust_random_states()
-    if not torch.cuda.is_available():
-        complete_for_cpu()
-
-
-def trust_random_states() -> None:
-    """Let torch 2.6 and newer load numpy's random state, without which the trainer of 4.37 cannot resume."""
+    # torch 2.6 and newer do not load numpy's random state, without which the trainer of 4.37 cannot resume.
     if hasattr(torch.serialization, "add_safe_globals"):
         reconstruct: Any = np.zeros(1).__reduce__()[0]  # its module's name depends on numpy's version
         torch.serialization.add_safe_globals([reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))])
+    if not torch.cuda.is_available():
+        complete_for_cpu()
 
 
 def complete_for_cpu() -> None:

@@ -45,18 +45,13 @@ class Completion:
     complete: Callable[[ModuleType], None]  # takes the module, which is still empty if ``when`` is "before"
 
     @property
-    def name(self) -> str:
-        """Its function, for messages."""
-        return self.complete.__name__
-
-    @property
     def needed(self) -> bool:
         """Whether an installed library has one of the versions."""
         return any(has_version(library, versions) for library, versions in self.libraries.items())
 
 
 completions: list[Completion] = []  # in the order of the functions
-done: set[str] = set()  # names of completions that have run
+done: list[Completion] = []  # those that have run
 
 
 def completes(module: str, when: When, **libraries: str) -> Callable[[Any], Any]:
@@ -113,17 +108,18 @@ def run(module: ModuleType, when: When) -> None:
         if when == "before" and module.__name__ in problems():
             raise ImportError(problems()[module.__name__])
         for completion in needed():
-            if (completion.module, completion.when) == (module.__name__, when) and completion.name not in done:
+            if (completion.module, completion.when) == (module.__name__, when) and completion not in done:
                 warn_if_untried()
                 try:
                     completion.complete(module)
                 except Exception as error:
+                    name = completion.complete.__name__
                     found = ", ".join(f"{library} {installed_version(library)}" for library in completion.libraries)
                     raise CompletionError(
-                        f"llava_integration/compat/patches.py, {completion.name} could not complete {module.__name__} "
+                        f"llava_integration/compat/patches.py, {name} could not complete {module.__name__} "
                         f"for {found}: {error!r}; {ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
                     ) from error
-                done.add(completion.name)
+                done.append(completion)
     except ImportError as error:
         if module.__name__.startswith("llava.model."):
             tell_importers(sys.modules.get("llava.model"), error)

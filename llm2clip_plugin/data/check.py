@@ -67,7 +67,6 @@ COMMAND = Command(
 class Reading:
     """Counts and findings of some samples; readings add up."""
 
-    samples: int = 0
     broken: list[dict[str, str]] = field(default_factory=list)  # {"shard", "key", "reason"}
     without_captions: list[dict[str, str]] = field(default_factory=list)  # the same; intact, but no selected caption
     blank_captions: int = 0
@@ -79,8 +78,7 @@ class Reading:
     transparent: int = 0  # images with pixels that are not opaque
     image_bytes: int = 0
     caption_rows: list[np.ndarray] = field(default_factory=list)  # (n, 4) int64: hash, sample, tokens, hash of words
-    key_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int64: hash of the key, sample
-    image_rows: list[np.ndarray] = field(default_factory=list)  # (n, 4) int64: hash of the file, sample, width, height
+    sample_rows: list[np.ndarray] = field(default_factory=list)  # (n, 4) int64: hashes of key and image, width, height
 
     def add(self, other: Reading) -> None:
         """Add another reading to this one."""
@@ -89,9 +87,10 @@ class Reading:
             total += getattr(other, each.name)  # lists and counters grow in place
             setattr(self, each.name, total)
 
-    def rows(self, name: str, columns: int) -> np.ndarray:
-        """(n, columns) int64: all of ``caption_rows``, ``key_rows`` or ``image_rows``."""
-        return np.concatenate([np.zeros((0, columns), dtype=np.int64), *getattr(self, name)])
+
+def _joined(rows: list[np.ndarray]) -> np.ndarray:
+    """(n, 4) int64: the rows of all chunks."""
+    return np.concatenate([np.zeros((0, 4), dtype=np.int64), *rows])
 
 
 def main(argv: list[str]) -> int:
@@ -129,7 +128,7 @@ def _read(source: Source, config: CheckConfig) -> Reading:
     with progress_bar(total=len(source), label="data check", unit="samples") as bar:
         for part in parts:
             reading.add(part)
-            bar.update(part.samples)
+            bar.update(len(part.sample_rows[0]))
     return reading
 
 
@@ -151,11 +150,11 @@ def load_counter(tokenizer: str) -> Callable[[str], int]:
 
 def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading:
     """Read some samples of a source and decode their images at full size."""
-    reading, count = Reading(samples=len(numbers)), load_counter(config.tokenizer)
-    caption_rows, key_rows, image_rows = [], [], []
+    reading, count = Reading(), load_counter(config.tokenizer)
+    caption_rows, sample_rows = [], []
     used = {item.name for item in source.fields}
     for number in numbers:
-        key, captions, reason = "", (), ""
+        key, captions, reason, image = "", (), "", (0, 0, 0)
         try:
             sample = source.with_image(number)
             key, captions = sample.key, sample.captions
@@ -163,13 +162,12 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
             texts = {name: text for name, text in sample.meta.items() if isinstance(text, str) and name not in used}
             # words, not a name, a hash or JSON
             reading.unused_fields.update(n for n, text in texts.items() if " " in text.strip() and text[0] not in "{[")
-            value, size = _read_image(sample, reading)
-            image_rows.append((value, number, *size))
+            image = _read_image(sample, reading)
         except BrokenSample as error:
             key, reason = error.key, error.reason
         except BrokenImage as error:
             reason = str(error)
-        key_rows.append((caption_hash(key), number))
+        sample_rows.append((caption_hash(key), *image))
         caption_rows += _read_captions(captions, number, count, reading)
         identity = {"shard": source.locate(number)[0], "key": key}
         if reason:
@@ -178,12 +176,11 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
             reason = "no caption of the selected kinds and languages" if captions else "no caption"
             reading.without_captions.append({**identity, "reason": reason})
     reading.caption_rows.append(np.array(caption_rows, dtype=np.int64).reshape(-1, 4))
-    reading.key_rows.append(np.array(key_rows, dtype=np.int64).reshape(-1, 2))
-    reading.image_rows.append(np.array(image_rows, dtype=np.int64).reshape(-1, 4))
+    reading.sample_rows.append(np.array(sample_rows, dtype=np.int64).reshape(-1, 4))
     return reading
 
 
-def _read_image(sample: Sample, reading: Reading) -> tuple[int, tuple[int, int]]:
+def _read_image(sample: Sample, reading: Reading) -> tuple[int, int, int]:
     """Decode the image and count it; a hash, width and height. Raises BrokenSample or BrokenImage."""
     data = sample.read_image()
     image = open_header(data)
@@ -193,7 +190,7 @@ def _read_image(sample: Sample, reading: Reading) -> tuple[int, tuple[int, int]]
     reading.transparent += transparent
     reading.formats[image_format] += 1
     reading.image_bytes += len(data)
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big", signed=True), size
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big", signed=True), *size
 
 
 def _read_captions(
@@ -212,13 +209,14 @@ def build_report(
     config: CheckConfig, source: Source, broken_shards: dict[str, str], reading: Reading
 ) -> dict[str, Any]:
     """The report in plain JSON types."""
+    captions, samples = _joined(reading.caption_rows), _joined(reading.sample_rows)
+    images = samples[samples[:, 2] > 0]
     bad = len(reading.broken) + len(reading.without_captions)  # a sample is in at most one of the two lists
-    fraction = bad / reading.samples if reading.samples else 1.0
-    images = reading.rows("image_rows", 4)
+    fraction = bad / len(samples) if len(samples) else 1.0
     return {
         "path": config.path,
         "shards": len(source.shards),
-        "samples": reading.samples,
+        "samples": len(samples),
         "fit_for_training": not broken_shards and fraction <= config.max_broken,
         "broken_share": fraction,
         "max_broken": config.max_broken,
@@ -229,27 +227,27 @@ def build_report(
         "captions_by_kind": dict(reading.kinds.most_common()),
         "captions_by_language": dict(reading.languages.most_common()),
         "empty_captions": reading.blank_captions,
-        "duplicate_captions": _duplicate_captions(source, reading.rows("caption_rows", 4), config.show),
-        "duplicate_images": len(images) - len(np.unique(images[:, 0])),
+        "duplicate_captions": _duplicate_captions(source, captions, config.show),
+        "duplicate_images": len(images) - len(np.unique(images[:, 1])),
         "nested_captions": reading.nested_captions,
         "unused_fields": dict(reading.unused_fields.most_common()),
-        "duplicate_keys": _duplicate_keys(source, reading.rows("key_rows", 2), config.show),
-        "caption_lengths": _lengths(config, source, reading.rows("caption_rows", 4)),
+        "duplicate_keys": _duplicate_keys(source, samples[:, 0], config.show),
+        "caption_lengths": _lengths(config, source, captions),
         "images": _images(reading, images[:, 2:]),
     }
 
 
 def overlap(source: Source, train: Reading, validation: Reading) -> dict[str, Any]:
     """How much of ``source``, the validation data, is in the training data: files, and captions by their words."""
-    images, captions = validation.rows("image_rows", 4), validation.rows("caption_rows", 4)
-    same = images[np.isin(images[:, 0], train.rows("image_rows", 4)[:, 0]), 1].tolist()
+    samples, captions = _joined(validation.sample_rows), _joined(validation.caption_rows)
+    same = np.flatnonzero(np.isin(samples[:, 1], _joined(train.sample_rows)[:, 1]) & (samples[:, 2] > 0)).tolist()
     return {
         "path": source.path,
-        "samples": validation.samples,
+        "samples": len(samples),
         "images_in_both": len(same),
         "examples": [source.key(number) for number in same[:3]],
         "captions": len(captions),
-        "captions_in_both": int(np.isin(captions[:, 3], train.rows("caption_rows", 4)[:, 3]).sum()),
+        "captions_in_both": int(np.isin(captions[:, 3], _joined(train.caption_rows)[:, 3]).sum()),
     }
 
 
@@ -268,12 +266,12 @@ def _duplicate_captions(source: Source, captions: np.ndarray, show: int) -> dict
 
 
 def _duplicate_keys(source: Source, keys: np.ndarray, show: int) -> dict[str, Any]:
-    """Keys that several samples have, in any shards."""
-    hashes, counts = np.unique(keys[:, 0], return_counts=True)
+    """Keys that several samples have, in any shards; ``keys``: hashes."""
+    hashes, counts = np.unique(keys, return_counts=True)
     duplicates = hashes[counts > 1]
     most = []
     for value in duplicates[:show]:
-        numbers = keys[keys[:, 0] == value, 1].tolist()
+        numbers = np.flatnonzero(keys == value).tolist()
         shards = sorted({source.locate(number)[0] for number in numbers})[:show]
         most.append({"key": source.key(numbers[0]), "samples": len(numbers), "shards": shards})
     return {"keys": len(duplicates), "samples": int(counts[counts > 1].sum()), "examples": most}

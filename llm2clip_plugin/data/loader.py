@@ -12,9 +12,9 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -42,26 +42,53 @@ MEMORY_SHARE = 0.5  # of the available memory, for two windows in the page cache
 
 @dataclass(eq=False)
 class PairLoader:
-    """Endless batches of one rank. Counts broken samples and stops above the allowed fraction."""
+    """Endless batches of one rank from ``position`` on. Counts broken samples.
 
-    loader: DataLoader  # of parts of batches
-    local_batch: int  # rows
-    position: int  # pairs that all ranks had consumed before the first batch
-    global_batch: int  # pairs
-    samples: int  # of all sources
-    max_broken: float  # fraction of broken samples above which the run stops
-    pin_memory: bool
-    rows: int = 0  # loaded
-    substituted: int = 0  # of these, rows that replace a broken sample
-    retries: int = 0  # reads of data that were repeated after a transient error
-    broken: dict[tuple[str, str], str] = field(default_factory=dict)  # (shard, key) -> reason
+    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; embeddings (b, W) float32 (absent without caches),
+    caption_hashes and image_ids (b,) int64, captions, keys and shards lists of b texts (with k captions an image,
+    embeddings (b, k, W), caption_hashes (b, k), captions the first), position: pairs consumed after this
+    batch, retries: reads that this rank has repeated so far. With ``workers`` the next batch is put together in a
+    thread while the caller uses this one.
+    Iterating raises ValueError when more than ``max_broken`` of this rank's samples are broken.
+    """
+
+    dataset: PairDataset
+    _: KW_ONLY
+    local_batch: int  # pairs of one rank in a batch
+    micro_batch: int = 0  # pairs that a part of a batch has at most; 0: local_batch
+    position: int = 0  # pairs that all ranks have consumed so far
+    rank: int = 0
+    world: int = 1
+    workers: int = 0  # loader processes; the batches don't depend on it
+    prefetch_mb: float = PREFETCH_MB  # 10^6 bytes of shared memory that the loader processes fill ahead
+    max_broken: float = 0.01  # fraction of broken samples above which the run stops
+    pin_memory: bool = False  # batches in page-locked memory, for copies to a GPU that don't wait
+    whole_shards: bool = False  # this machine reads all samples: fetch the next window of a network file system
+    rows: int = field(default=0, init=False)  # loaded
+    substituted: int = field(default=0, init=False)  # of these, rows that replace a broken sample
+    retries: int = field(default=0, init=False)  # reads of data that were repeated after a transient error
+    broken: dict[tuple[str, str], str] = field(default_factory=dict, init=False)  # (shard, key) -> reason
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Batches whose broken samples and retries are counted, each with the position after it."""
+        plan = plan_loading(
+            rows=self.local_batch,
+            micro_batch=self.micro_batch or self.local_batch,
+            workers=self.workers,
+            row_bytes=self.dataset.row_bytes,
+            prefetch_mb=self.prefetch_mb,
+        )
+        loader = DataLoader(
+            CollatedDataset(self.dataset, collate),
+            batch_sampler=self._draws(plan.part),  # pyright: ignore[reportArgumentType] - endless, so it has no length
+            num_workers=self.workers,
+            collate_fn=as_it_is,
+            prefetch_factor=plan.prefetch if self.workers else None,
+            worker_init_fn=leave_signals_to_the_run,
+        )
         closed = threading.Event()
-        parts = raised(takewhile(lambda part: not closed.is_set(), iter(self.loader)))  # loader processes start here
+        parts = raised(takewhile(lambda part: not closed.is_set(), iter(loader)))  # the loader processes start here
         batches = join_parts(parts, self.local_batch, pin_memory=self.pin_memory)
-        if self.loader.num_workers:
+        if self.workers:
             batches = made_ahead(batches, closed, device=torch.cuda.current_device() if self.pin_memory else None)
         del parts  # the thread alone holds the loader processes, and ends them
         try:
@@ -69,10 +96,22 @@ class PairLoader:
                 for number, batch in enumerate(batches, start=1):
                     self._count(len(batch["keys"]), batch.pop("broken"))
                     self.retries += sum(batch.pop("retries"))
-                    yield {**batch, "position": self.position + number * self.global_batch, "retries": self.retries}
+                    position = self.position + number * self.local_batch * self.world
+                    yield {**batch, "position": position, "retries": self.retries}
         finally:
             if self.retries:
                 log.warning("retried %d reads of data while loading %d rows", self.retries, self.rows)
+
+    def _draws(self, part: int) -> Iterator[list[Draw]]:
+        """Endless draws of this rank, in parts of a batch: each belongs to one batch."""
+        mixture, position = self.dataset.mixture(), self.position
+        ahead = ShardsAhead(mixture, self.dataset.sources, whole=self.whole_shards)
+        while True:
+            ahead(position)
+            draws = mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
+            for start in range(0, self.local_batch, part):
+                yield draws[start : start + part]
+            position += self.local_batch * self.world
 
     def _count(self, rows: int, broken: list[tuple[BrokenSample, ...]]) -> None:
         self.rows += rows
@@ -81,7 +120,7 @@ class PairLoader:
             if (error.shard, error.key) not in self.broken:
                 self.broken[error.shard, error.key] = error.reason
                 log.warning("broken: %s; replaced by another sample", error)
-        total = max(self.rows, min(self.samples, LEAST_ROWS))
+        total = max(self.rows, min(len(self.dataset), LEAST_ROWS))
         if self.substituted > self.max_broken * total:
             listed = [f"  shard {shard!r}, sample {key!r}: {why}" for (shard, key), why in self.broken.items()]
             raise ValueError(
@@ -89,59 +128,6 @@ class PairLoader:
                 + "\n".join(listed[:LISTED])
                 + "\nrun `llm2clip data check DATA` to list them, then fix the data or raise max_broken"
             )
-
-
-def make_loader(
-    dataset: PairDataset,
-    *,
-    local_batch: int,  # pairs of one rank in a batch
-    micro_batch: int = 0,  # pairs that a part of a batch has at most; 0: local_batch
-    position: int = 0,  # pairs that all ranks have consumed so far
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,  # loader processes; the batches don't depend on it
-    prefetch_mb: float = PREFETCH_MB,  # 10^6 bytes of shared memory that the loader processes fill ahead
-    max_broken: float = 0.01,  # fraction of broken samples above which the run stops
-    pin_memory: bool = False,
-    whole_shards: bool = False,  # this machine reads all samples: fetch the next window of a network file system
-) -> PairLoader:
-    """Endless batches from ``position`` on.
-
-    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; embeddings (b, W) float32 (absent without caches),
-    caption_hashes and image_ids (b,) int64, captions, keys and shards lists of b texts (with k captions an image,
-    embeddings (b, k, W), caption_hashes (b, k), captions the first), position: pairs consumed after this
-    batch, retries: reads that this rank has repeated so far. With ``workers`` the next batch is put together in a
-    thread while the caller uses this one.
-    ``pin_memory``: in page-locked memory, for copies to a GPU that don't wait.
-    Iterating raises ValueError when more than ``max_broken`` of this rank's samples are broken.
-    """
-    plan = plan_loading(
-        rows=local_batch,
-        micro_batch=micro_batch or local_batch,
-        workers=workers,
-        row_bytes=dataset.row_bytes,
-        prefetch_mb=prefetch_mb,
-    )
-    mixture = dataset.mixture()
-    ahead = ShardsAhead(mixture, dataset.sources, whole=whole_shards)
-    draws = PartDraws(mixture, position, rank, world, local_batch, plan.part, ahead)
-    loader = DataLoader(
-        CollatedDataset(dataset, collate),
-        batch_sampler=draws,  # pyright: ignore[reportArgumentType] - endless, so it has no length
-        num_workers=workers,
-        collate_fn=as_it_is,
-        prefetch_factor=plan.prefetch if workers else None,
-        worker_init_fn=leave_signals_to_the_run,
-    )
-    return PairLoader(
-        loader,
-        local_batch,
-        position=position,
-        global_batch=local_batch * world,
-        samples=len(dataset),
-        max_broken=max_broken,
-        pin_memory=pin_memory,
-    )
 
 
 def leave_signals_to_the_run(worker: int) -> None:
@@ -153,28 +139,6 @@ def leave_signals_to_the_run(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
-
-
-@dataclass(frozen=True)
-class PartDraws:
-    """Endless draws of one rank from ``position`` on, in parts of a batch: each belongs to one batch."""
-
-    mixture: Mixture
-    position: int
-    rank: int
-    world: int
-    local_batch: int
-    part: int
-    before: Callable[[int], None]  # called with the position of each global batch
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        position = self.position
-        while True:
-            self.before(position)
-            draws = self.mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
-            for start in range(0, self.local_batch, self.part):
-                yield draws[start : start + self.part]
-            position += self.local_batch * self.world
 
 
 def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Generator[Batch, None, None]:

@@ -116,8 +116,7 @@ class PairDataset(Dataset):
         pixels = None
         if sample is not None and self.images is not None:
             try:
-                image = sample.read_image()
-                pixels = training_pixels(image, self.images, self.augment, rng)
+                pixels = training_pixels(sample.read_image(), self.images, self.augment, rng)
             except BrokenImage as error:
                 raise BrokenSample(shard, key, str(error)) from error
         embeddings, targets = (
@@ -225,13 +224,11 @@ class EvalDataset(Dataset):
             if not captions and self.kinds is not None:
                 selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
                 return BrokenSample(shard, sample.key, f"no caption{selected}")
-            image = sample.read_image()
-            try:
-                pixels = evaluation_pixels(image, self.images)
-            except BrokenImage as error:
-                return BrokenSample(shard, sample.key, str(error))
+            pixels = evaluation_pixels(sample.read_image(), self.images)
         except BrokenSample as error:
             return error
+        except BrokenImage as error:
+            return BrokenSample(shard, self.source.key(index), str(error))
         embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=sample.key)
         return EvalItem(index, sample.key, pixels, captions, embeddings, sample.meta)
 

@@ -176,10 +176,6 @@ class PassOrder:
         self.group_stops = np.cumsum(group_sizes)
         self.group_starts = self.group_stops - group_sizes
 
-    def window_at(self, place: int) -> int:
-        """Number of the group that is read at a position of the pass."""
-        return int(np.searchsorted(self.group_stops, place, side="right"))
-
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Sample numbers (k,) at int64 ``positions`` (k,) of the pass."""
         group_of = np.searchsorted(self.group_stops, positions, side="right")
@@ -240,19 +236,17 @@ class Mixture:
 
     def window(self, source: int, position: int) -> tuple[int, int]:
         """The pass over a source, and its window of shards, that the draws from ``position`` on read."""
-        number, place = divmod(self._drawn(source, position), self.lengths[source])
-        return number, self._pass_order(source, number).window_at(place)
-
-    def _drawn(self, source: int, position: int) -> int:
-        """Draws of a source before ``position``."""
         if len(self.draws) == 1:
-            return position
-        if self._batches is None:
+            drawn = position
+        elif self._batches is None:
             epoch, offset = divmod(position, self.epoch_length)
-            return epoch * self.draws[source] + int(self._source_order(epoch).counts(offset)[source])
-        step, offset = divmod(position, self._batches.batch)
-        current, before = self._batches(step)
-        return before[source] * self._batches.batch + (offset if current == source else 0)
+            drawn = epoch * self.draws[source] + int(self._source_order(epoch).counts(offset)[source])
+        else:
+            step, offset = divmod(position, self._batches.batch)
+            current, before = self._batches(step)
+            drawn = before[source] * self._batches.batch + (offset if current == source else 0)
+        number, place = divmod(drawn, self.lengths[source])
+        return number, int(np.searchsorted(self._pass_order(source, number).group_stops, place, side="right"))
 
     def window_shards(self, source: int, number: int, window: int) -> list[int]:
         """Shards of a window of pass ``number``; the window after its last is the next pass's first."""

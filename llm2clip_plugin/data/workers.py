@@ -84,7 +84,6 @@ SMALL_PART = 16  # rows; a smaller part would cost more to hand over than it hel
 class LoadPlan:
     """The parts in which one rank's loader processes hand over its rows of a batch."""
 
-    rows: int  # rows of the rank's batch
     part: int  # rows that a loader process hands over at once
     prefetch: int  # parts that each loader process prepares ahead
     workers: int  # loader processes; 0: the rank itself loads, without shared memory
@@ -107,13 +106,13 @@ def plan_loading(*, rows: int, micro_batch: int, workers: int, row_bytes: int, p
     No more is prepared than two batches ahead. Under a very small ``prefetch_mb`` each process prepares one row ahead.
     """
     if not workers:
-        return LoadPlan(rows=rows, part=micro_batch, prefetch=0, workers=0, row_bytes=row_bytes)
+        return LoadPlan(part=micro_batch, prefetch=0, workers=0, row_bytes=row_bytes)
     affordable = int(prefetch_mb * 1e6) // row_bytes  # rows
     spread = max(SMALL_PART, -(-rows // workers))  # every process has a share of every batch
     part = max(1, min(micro_batch, spread, affordable // (2 * workers + 1)))
     enough = max(2, -(-2 * rows // (part * workers)))
     prefetch = max(1, min(enough, (affordable // part - 1) // workers))
-    return LoadPlan(rows=rows, part=part, prefetch=prefetch, workers=workers, row_bytes=row_bytes)
+    return LoadPlan(part=part, prefetch=prefetch, workers=workers, row_bytes=row_bytes)
 
 
 def free_shared_memory(folder: str = SHARED_MEMORY) -> int | None:

@@ -32,7 +32,7 @@ from llm2clip_plugin.console import progress_bar, track
 from llm2clip_plugin.contracts import atomic_file, canonical_json
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset, eval_pairs
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_shares
 from llm2clip_plugin.data.sources.base import Source
@@ -333,7 +333,7 @@ class CaptionBatches:
 
     def __init__(self, model: DualEncoder, dataset: PairDataset, size: int, workers: int, device: torch.device) -> None:
         self.model, self.size, self.samples, self.device = model, size, len(dataset), device
-        self.load = partial(make_loader, dataset, local_batch=size, workers=workers)
+        self.load = partial(PairLoader, dataset, local_batch=size, workers=workers)
         self.batches = iter(self.load())
 
     def skip(self, steps: int) -> None:

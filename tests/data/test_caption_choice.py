@@ -8,7 +8,7 @@ import pytest
 from data_world import jpeg, write_tar
 
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.samples import Caption, caption_shares, choose_caption, parse_weights
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_kinds, open_source
@@ -43,10 +43,10 @@ def source(tmp_path: Path) -> Source:
 
 def test_training_draws_by_kind_the_same_on_any_ranks_and_workers(source: Source) -> None:
     dataset = PairDataset([source], [None], ImageConfig(size=8), seed=1, caption_weights=EVENLY)
-    texts = [text for batch in islice(make_loader(dataset, local_batch=20), 20) for text in batch["captions"]]
+    texts = [text for batch in islice(PairLoader(dataset, local_batch=20), 20) for text in batch["captions"]]
     kinds = Counter(text.split()[0] for text in texts)
     assert kinds.keys() == {"short", "long"} and abs(kinds["long"] - 200) < 50  # of 400; standard deviation 10
-    ranks = [make_loader(dataset, local_batch=10, rank=rank, world=2, workers=rank) for rank in range(2)]
+    ranks = [PairLoader(dataset, local_batch=10, rank=rank, world=2, workers=rank) for rank in range(2)]
     steps = zip(*(islice(loader, 3) for loader in ranks), strict=True)
     assert [text for step in steps for batch in step for text in batch["captions"]] == texts[:60]
 

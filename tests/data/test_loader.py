@@ -13,7 +13,7 @@ from data_world import TEACHER, img2dataset_members, jpeg, write_shards, write_t
 
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import SOURCE_BITS, PairDataset, eval_pairs
 from llm2clip_plugin.data.samples import AugmentConfig, caption_hash
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
@@ -54,7 +54,7 @@ def dataset(tmp_path: Path) -> PairDataset:
 
 
 def batches(dataset: PairDataset, count: int, **settings: Any) -> list[dict[str, Any]]:
-    return list(islice(make_loader(dataset, **settings), count))
+    return list(islice(PairLoader(dataset, **settings), count))
 
 
 def rows(found: list[dict[str, Any]]) -> Iterator[tuple]:
@@ -117,7 +117,7 @@ def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) ->
     """A launcher or Slurm signals loader processes too; the run has to end its step, save, and stop them itself."""
     expected = [batch["keys"] for batch in batches(dataset, 20, local_batch=8)]
     others = set(multiprocessing.active_children())
-    stream = iter(make_loader(dataset, local_batch=8, workers=2))
+    stream = iter(PairLoader(dataset, local_batch=8, workers=2))
     found = [next(stream)["keys"] for _ in range(2)]  # one of each process: both have begun
     loaders = set(multiprocessing.active_children()) - others
     assert len(loaders) == 2
@@ -160,7 +160,7 @@ def broken_source(tmp_path: Path, good: int) -> Source:
 def test_broken_samples_are_named_counted_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = broken_source(tmp_path, 17)
     dataset = PairDataset([source], [embed(source, tmp_path / "cache")], IMAGES, AUGMENT, seed=1)
-    loader = make_loader(dataset, local_batch=20, max_broken=0.5)
+    loader = PairLoader(dataset, local_batch=20, max_broken=0.5)
     with caplog.at_level(logging.WARNING):
         found = list(islice(loader, 2))
     assert all(len(batch["keys"]) == 20 and "broken" not in batch for batch in found)

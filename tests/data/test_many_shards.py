@@ -20,7 +20,7 @@ from llm2clip_plugin.data import cache as cache_module
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.check import CheckConfig, check_data
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources import tars
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
@@ -70,7 +70,7 @@ def use_everything(folder: Path) -> tuple[int, int]:
     cache = EmbeddingCache.open(folder / "cache")
     cache.check(source, full=True)
     dataset = PairDataset([source], [cache], ImageConfig(size=8), seed=0)
-    batches = islice(make_loader(dataset, local_batch=10, workers=2), len(source) // 10)
+    batches = islice(PairLoader(dataset, local_batch=10, workers=2), len(source) // 10)
     assert len({key for batch in batches for key in batch["keys"]}) == len(source)
     config = PairsConfig(data=(str(folder),))
     (pairs,) = open_pairs(config)

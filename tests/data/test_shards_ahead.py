@@ -7,7 +7,7 @@ import pytest
 from data_world import DroppingServer, serving, write_shards
 
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 
@@ -34,7 +34,7 @@ def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers
             copy.unlink()  # the indexes stay
         dataset = PairDataset([source], [None], ImageConfig(size=8), seed=0)
         order = [dataset.mixture().window_shards(0, 0, window)[0] for window in range(4)]
-        stream = iter(make_loader(dataset, local_batch=1, workers=workers, prefetch_mb=0.001))
+        stream = iter(PairLoader(dataset, local_batch=1, workers=workers, prefetch_mb=0.001))
         keys = [next(stream)["keys"][0]]
         wait_for(lambda: copies[order[0]].exists() and copies[order[1]].exists())
         assert not copies[order[3]].exists()  # two windows later: nobody reads it yet

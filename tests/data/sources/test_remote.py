@@ -15,7 +15,7 @@ from data_world import DroppingServer, jpeg, serving, write_shards
 
 from llm2clip_plugin.data import remote
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import Downloads, take_retries
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
@@ -79,7 +79,7 @@ def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
         before = server.sent
         assert open_source(config).shards == source.shards and server.sent == before
-        loader = make_loader(PairDataset([source], [None], ImageConfig(size=8), seed=0), local_batch=8, workers=2)
+        loader = PairLoader(PairDataset([source], [None], ImageConfig(size=8), seed=0), local_batch=8, workers=2)
         batches = list(islice(loader, 4))
         assert sorted(key for batch in batches[:2] for key in batch["keys"]) == [f"{i:09d}" for i in range(16)]
         assert server.sent > before

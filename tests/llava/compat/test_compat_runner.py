@@ -17,7 +17,7 @@ def test_nothing_is_touched_with_the_libraries_that_llava_pins():
     assert runner.watched() == {member.module for member in runner.needed()} | {*runner.problems()}
     assert TODAY or runner.watched() == set()
     for member in runner.completions:
-        assert member.module.startswith("llava.") and member.complete.__doc__, member.name
+        assert member.module.startswith("llava.") and member.complete.__doc__, member
 
 
 def member(module, complete, when="after"):
@@ -42,7 +42,7 @@ def test_each_completion_runs_once_and_at_its_moment(monkeypatch):
 
     members = [member("llava.train.train", late), member("llava.train.train", early, when="before")]
     monkeypatch.setattr(runner, "needed", lambda: members)
-    monkeypatch.setattr(runner, "done", set())
+    monkeypatch.setattr(runner, "done", [])
     for when in ("before", "after", "before", "after"):
         runner.run(ModuleType("llava.train.train"), when)
         runner.run(ModuleType("llava.model.builder"), when)

@@ -51,8 +51,8 @@ def test_names_by_which_llava_loads(capsys, world, home, stage, name, told):
 @pytest.mark.parametrize(
     "stage, content, told",
     [
-        ("finetune", "{", "is not JSON"),
-        ("finetune", "[]", "expected a list of samples"),
+        ("finetune", "{", "expected LLaVA's JSON"),
+        ("finetune", "[]", "a list of samples; found []"),
         ("finetune", [{"id": 7, "conversations": [GPT, HUMAN, HUMAN]}], "the turns are from human, human"),
         ("pretrain", [{"conversations": [HUMAN, GPT]}], "pretraining needs an image and two turns"),
         ("finetune", [{"image": "x.png", "conversations": [HUMAN, GPT]}], "1 of 1 images checked are missing"),
