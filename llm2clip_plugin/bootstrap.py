@@ -1,4 +1,4 @@
-"""Bootstrap over clusters: the one interval of ``llm2clip evaluate`` and ``llm2clip compare``. NumPy only.
+"""Bootstrap over clusters: the one interval of ``llm2clip evaluate`` and ``llm2clip compare``.
 
 Several captions of one image, or several questions about it, are right or wrong together; drawing them one by one
 makes the interval too narrow. So clusters are drawn with replacement, and a statistic is a function of the sums
@@ -13,10 +13,10 @@ those of Hesterberg (2015), The American Statistician 69, "expanded percentile".
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 BLOCK = 1 << 22  # weights made at once: 32 MiB
 NORMAL = NormalDist()
@@ -109,26 +109,11 @@ def expansion(clusters: int, freedom: int) -> float:
     return math.sqrt(clusters / freedom) if clusters > 1 else 1.0
 
 
-@cache
 def t_quantile(level: float, freedom: int) -> float:
-    """Student's quantile, by bisection of its distribution; the normal one above 2000 degrees of freedom."""
-    if freedom > 2000:
-        return NORMAL.inv_cdf(level)
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, freedom) < level else (low, middle)
-    return (low + high) / 2
+    """Student's quantile; the normal one above 2000 degrees of freedom."""
+    return NORMAL.inv_cdf(level) if freedom > 2000 else float(stdtrit(freedom, level))
 
 
 def t_cdf(value: float, freedom: int) -> float:
-    """Student's distribution function for integer degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(value / math.sqrt(freedom))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    return 0.5 + ((angle + sine * total) / math.pi if odd else sine * total / 2)
+    """Student's distribution function."""
+    return float(stdtr(freedom, value))

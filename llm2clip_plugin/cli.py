@@ -27,52 +27,32 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from typing import Any, NoReturn
 
-COMMANDS: dict[str, tuple[str, str]] = {  # name -> module:function, one line of help
-    "doctor": ("llm2clip_plugin.doctor:main", "check this environment and show how to fix problems"),
-    "run": ("llm2clip_plugin.stages.pipeline:main", "all stages in order, from checked data to a tower and a page"),
-    "data make": ("llm2clip_plugin.data.make:main", "write WebDataset tars from a folder of pictures or a table"),
-    "data check": ("llm2clip_plugin.data.check:main", "read a data set once; report its contents and problems"),
-    "data split": ("llm2clip_plugin.data.split:main", "hold out a part of a data set for validation"),
-    "finetune-llm": (
-        "llm2clip_plugin.stages.llm:main",
-        "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)",
-    ),
-    "export-llm": (
-        "llm2clip_plugin.text.export:main",
-        "export a fine-tuned LLM: merged weights or sentence-transformers",
-    ),
-    "embed": ("llm2clip_plugin.stages.embed:main", "stage 1.5: cache the caption embeddings of the teacher LLM"),
-    "train-tower": ("llm2clip_plugin.stages.tower:main", "stage 2: train a vision tower against the cache"),
-    "status": (
-        "llm2clip_plugin.status:main",
-        "where a run or cache stands: progress, scores, checkpoints, how to resume",
-    ),
-    "evaluate": ("llm2clip_plugin.evaluate.commands:main", "measure a tower's image-text retrieval recall"),
-    "evaluate captions": ("llm2clip_plugin.evaluate.captions:main", "measure an LLM's caption-to-caption retrieval"),
-    "evaluate zeroshot": (
-        "llm2clip_plugin.evaluate.classification:main_zeroshot",
-        "measure a tower's zero-shot classification",
-    ),
-    "evaluate probe": (
-        "llm2clip_plugin.evaluate.classification:main_probe",
-        "measure a tower's features by kNN and linear probe",
-    ),
+# A place is MODULE:NAME, of this package unless it is llava_integration's.
+COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one line of help
+    "doctor": ("doctor:main", "check this environment and show how to fix problems"),
+    "run": ("stages.pipeline:main", "all stages in order, from checked data to a tower and a page"),
+    "data make": ("data.make:main", "write WebDataset tars from a folder of pictures or a table"),
+    "data check": ("data.check:main", "read a data set once; report its contents and problems"),
+    "data split": ("data.split:main", "hold out a part of a data set for validation"),
+    "finetune-llm": ("stages.llm:main", "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)"),
+    "export-llm": ("text.export:main", "export a fine-tuned LLM: merged weights or sentence-transformers"),
+    "embed": ("stages.embed:main", "stage 1.5: cache the caption embeddings of the teacher LLM"),
+    "train-tower": ("stages.tower:main", "stage 2: train a vision tower against the cache"),
+    "status": ("status:main", "where a run or cache stands: progress, scores, checkpoints, how to resume"),
+    "evaluate": ("evaluate.commands:main", "measure a tower's image-text retrieval recall"),
+    "evaluate captions": ("evaluate.captions:main", "measure an LLM's caption-to-caption retrieval"),
+    "evaluate zeroshot": ("evaluate.classification:main_zeroshot", "measure a tower's zero-shot classification"),
+    "evaluate probe": ("evaluate.classification:main_probe", "measure a tower's features by kNN and linear probe"),
     "forecast": (
-        "llm2clip_plugin.evaluate.forecast:main",
+        "evaluate.forecast:main",
         "how well towers are likely to serve an LLM in LLaVA, before one is trained",
     ),
-    "search": (
-        "llm2clip_plugin.evaluate.search:main",
-        "find the images that are nearest to a text; a page with pictures",
-    ),
-    "export": (
-        "llm2clip_plugin.stages.tower_export:main",
-        "export a training run as a tower directory or in another format",
-    ),
-    "import": ("llm2clip_plugin.vision.convert.importing:main", "convert a vision checkpoint into a tower directory"),
+    "search": ("evaluate.search:main", "find the images that are nearest to a text; a page with pictures"),
+    "export": ("stages.tower_export:main", "export a training run as a tower directory or in another format"),
+    "import": ("vision.convert.importing:main", "convert a vision checkpoint into a tower directory"),
     "use": ("llava_integration.towers:main_use", "choose the tower for --vision_tower llm2clip"),
     "towers": ("llava_integration.towers:main_towers", "list known towers: location, hash, sizes"),
-    "llava data": ("llm2clip_plugin.data.make:main_llava_data", "write a data set as LLaVA's pretraining reads it"),
+    "llava data": ("data.make:main_llava_data", "write a data set as LLaVA's pretraining reads it"),
     "llava evaluate": (
         "llava_integration.answer.command:main",
         "answer a question file with a LLaVA model, in batches",
@@ -92,34 +72,34 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> module:function, one line of
 
 # Where a command declares its options, an options.Command. These modules import no torch, and neither --help
 # nor a misspelled option needs more.
-OPTIONS: dict[str, tuple[str, str]] = {
-    "doctor": ("llm2clip_plugin.doctor", "COMMAND"),
-    "run": ("llm2clip_plugin.stages.settings", "RUN"),
-    "data make": ("llm2clip_plugin.data.make", "COMMAND"),
-    "data check": ("llm2clip_plugin.data.check", "COMMAND"),
-    "data split": ("llm2clip_plugin.data.split", "COMMAND"),
-    "llava data": ("llm2clip_plugin.data.make", "LLAVA_DATA"),
-    "finetune-llm": ("llm2clip_plugin.stages.llm_config", "FINETUNE_LLM"),
-    "export-llm": ("llm2clip_plugin.text.config", "COMMAND"),
-    "embed": ("llm2clip_plugin.stages.settings", "EMBED"),
-    "train-tower": ("llm2clip_plugin.stages.tower_config", "TRAIN_TOWER"),
-    "status": ("llm2clip_plugin.status", "COMMAND"),
-    "evaluate": ("llm2clip_plugin.evaluate.config", "EVALUATE"),
-    "evaluate captions": ("llm2clip_plugin.evaluate.config", "EVALUATE_CAPTIONS"),
-    "evaluate zeroshot": ("llm2clip_plugin.evaluate.config", "EVALUATE_ZEROSHOT"),
-    "evaluate probe": ("llm2clip_plugin.evaluate.config", "EVALUATE_PROBE"),
-    "forecast": ("llm2clip_plugin.evaluate.config", "FORECAST"),
-    "search": ("llm2clip_plugin.evaluate.config", "SEARCH"),
-    "export": ("llm2clip_plugin.stages.tower_config", "EXPORT"),
-    "import": ("llm2clip_plugin.vision.convert", "IMPORT"),
-    "use": ("llava_integration.towers", "USE"),
-    "towers": ("llava_integration.towers", "TOWERS"),
-    "llava evaluate": ("llava_integration.answer.questions", "COMMAND"),
-    "compare": ("llava_integration.compare.command", "COMMAND"),
-    "bench-mllm": ("llava_integration.benchmarks.bench", "COMMAND"),
-    "score": ("llava_integration.benchmarks.score", "COMMAND"),
-    "llava bundle": ("llava_integration.towers", "LLAVA_BUNDLE"),
-    "llava export": ("llava_integration.serve", "COMMAND"),
+OPTIONS: dict[str, str] = {
+    "doctor": "doctor:COMMAND",
+    "run": "stages.settings:RUN",
+    "data make": "data.make:COMMAND",
+    "data check": "data.check:COMMAND",
+    "data split": "data.split:COMMAND",
+    "llava data": "data.make:LLAVA_DATA",
+    "finetune-llm": "stages.llm_config:FINETUNE_LLM",
+    "export-llm": "text.config:COMMAND",
+    "embed": "stages.settings:EMBED",
+    "train-tower": "stages.tower_config:TRAIN_TOWER",
+    "status": "status:COMMAND",
+    "evaluate": "evaluate.config:EVALUATE",
+    "evaluate captions": "evaluate.config:EVALUATE_CAPTIONS",
+    "evaluate zeroshot": "evaluate.config:EVALUATE_ZEROSHOT",
+    "evaluate probe": "evaluate.config:EVALUATE_PROBE",
+    "forecast": "evaluate.config:FORECAST",
+    "search": "evaluate.config:SEARCH",
+    "export": "stages.tower_config:EXPORT",
+    "import": "vision.convert:IMPORT",
+    "use": "llava_integration.towers:USE",
+    "towers": "llava_integration.towers:TOWERS",
+    "llava evaluate": "llava_integration.answer.questions:COMMAND",
+    "compare": "llava_integration.compare.command:COMMAND",
+    "bench-mllm": "llava_integration.benchmarks.bench:COMMAND",
+    "score": "llava_integration.benchmarks.score:COMMAND",
+    "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
+    "llava export": "llava_integration.serve:COMMAND",
 }
 
 HELP = ("-h", "--help", "--help-all")
@@ -201,11 +181,10 @@ def run(name: str, argv: list[str]) -> int:
     if (fix := remedy_open_files(limit)) and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"warning: a process may open only {limit} files; {fix}", file=sys.stderr)
     quiet_libraries()
-    module, _, function = COMMANDS[name][0].partition(":")
     try:
         with interrupts_end_loading():
             read_options(name, argv)
-            return getattr(importlib.import_module(module), function)(argv) or 0
+            return load(COMMANDS[name][0])(argv) or 0
     except KeyboardInterrupt as error:
         ended = error if isinstance(error, Interrupted) else Interrupted()
         print(ended, file=sys.stderr)
@@ -262,9 +241,15 @@ def read_options(name: str, argv: list[str]) -> None:
     """Print --help and exit, or refuse an unknown option or a wrong path, before anything large is imported."""
     from llm2clip_plugin.options import check_paths
 
-    module, attribute = OPTIONS[name]
-    command: Any = getattr(importlib.import_module(module), attribute)
+    command = load(OPTIONS[name])
     check_paths(command, command.read(argv).values)
+
+
+def load(place: str) -> "Any":
+    """What is at a place of the tables; its module is imported."""
+    module, _, name = place.partition(":")
+    module = module if module.startswith("llava_integration") else f"llm2clip_plugin.{module}"
+    return getattr(importlib.import_module(module), name)
 
 
 def usage(names: "Collection[str]" = COMMANDS) -> str:

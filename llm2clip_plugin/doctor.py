@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +15,10 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Literal
 
-from llm2clip_plugin.console import Finding, numbers
-from llm2clip_plugin.data.workers import cores
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from llm2clip_plugin.console import Finding, numbers, raise_open_files, remedy_open_files
 from llm2clip_plugin.options import Command
 
 GIB = 1024**3
@@ -33,8 +34,6 @@ class DoctorConfig:
     cache: str = "."  # folder that will hold the embedding cache
     captions: int = 1_000_000  # number of captions to cache
     width: int = 4096  # width of the LLM's embeddings
-    port: int = 29500  # port of the launcher
-    ranks: int = 0  # ranks on this machine; 0: one per GPU, 2 on a CPU
     json: bool = False  # print the report as JSON
 
 
@@ -57,14 +56,6 @@ def check_python() -> Iterator[Finding]:
     yield finding("python", ".".join(map(str, sys.version_info[:3])), fix, state="fail")
 
 
-def requirement_parts(line: str) -> tuple[str, str, str]:
-    """Split a metadata line: ``'torch>=2.6; extra == "train"'`` -> ('torch', '2.6', 'train')."""
-    match = re.match(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?\s*\(?(?:>=\s*([0-9.]+))?", line)
-    extra = re.search(r"extra\s*==\s*['\"](\w+)['\"]", line)
-    assert match, line
-    return match.group(1), match.group(2) or "", extra.group(1) if extra else ""
-
-
 def check_packages(extra: str) -> Iterator[Finding]:
     """Every requirement of the package, and of ``extra`` unless it is empty."""
     try:
@@ -72,15 +63,14 @@ def check_packages(extra: str) -> Iterator[Finding]:
     except PackageNotFoundError:
         yield finding("llm2clip-plugin", "not installed", 'pip install -e ".[train]"', state="fail")
         return
-    needed: dict[str, str] = {}  # name -> minimum version for the package or the extra
-    for name, minimum, needed_by in map(requirement_parts, lines):
-        if needed_by in ("", extra):
-            needed[name] = max(needed.get(name, ""), minimum, key=numbers)
-    for name, minimum in needed.items():
+    needed: dict[str, SpecifierSet] = {}
+    for wanted in map(Requirement, lines):
+        if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+            needed[wanted.name] = needed.get(wanted.name, SpecifierSet()) & wanted.specifier
+    for name, versions in needed.items():
         found = installed(name)
-        fix = f'pip install "{name}>={minimum}"' if minimum else f"pip install {name}"
-        enough = found and numbers(found) >= numbers(minimum)
-        yield finding(name, found or "missing", "" if enough else fix, state="fail")
+        enough = found and versions.contains(found, prereleases=True)
+        yield finding(name, found or "missing", "" if enough else f'pip install "{name}{versions}"', state="fail")
 
 
 def check_compiler() -> Iterator[Finding]:
@@ -129,37 +119,10 @@ def check_accelerator() -> Iterator[Finding]:
         yield finding("accelerator", found, "for a GPU, install the torch build of your CUDA or ROCm version")
 
 
-def check_threads(ranks: int) -> Iterator[Finding]:
-    """Together the ranks use no more threads than there are cores, and wait passively."""
-    threads, policy = os.environ.get("OMP_NUM_THREADS", "unset"), os.environ.get("OMP_WAIT_POLICY", "unset")
-    found = f"{cores()} cores for {ranks} ranks, OMP_NUM_THREADS {threads}, OMP_WAIT_POLICY {policy}"
-    per_rank = max(1, cores() // ranks)
-    fix = ""
-    if threads == "unset" and ranks > 1:
-        fix = f"export OMP_NUM_THREADS={per_rank} OMP_WAIT_POLICY=PASSIVE; if unset, each rank uses 1 thread"
-    elif threads.isdigit() and ranks * int(threads) > max(cores(), ranks):
-        fix = f"export OMP_NUM_THREADS={per_rank} (cores / ranks) OMP_WAIT_POLICY=PASSIVE"
-    yield finding("threads", found, fix)
-
-
-def usual_ranks() -> int:
-    """One rank per GPU; without GPUs two, as in the quickstart, if there are two cores."""
-    try:
-        import torch
-    except ImportError:
-        return min(2, cores())
-    return torch.cuda.device_count() or min(2, cores())
-
-
-def check_port(port: int) -> Iterator[Finding]:
-    """The launcher's default port is free."""
-    with socket.socket() as probe:
-        in_use = probe.connect_ex(("127.0.0.1", port)) == 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free = probe.getsockname()[1]
-    fix = f"pass --master_port {free} to the deepspeed launcher" if in_use else ""
-    yield finding(f"port {port}", "in use" if in_use else "free", fix)
+def check_open_files() -> Iterator[Finding]:
+    """The hard limit of open files, which every command raises its own to."""
+    limit = raise_open_files()
+    yield finding("open files", f"at most {limit} per process", remedy_open_files(limit))
 
 
 def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
@@ -189,8 +152,7 @@ def report(options: DoctorConfig) -> Iterator[Finding]:
         yield from check_compiler()
         yield from check_launcher()
     yield from check_accelerator()
-    yield from check_threads(options.ranks or usual_ranks())
-    yield from check_port(options.port)
+    yield from check_open_files()
     yield from check_disk(options.cache, options.captions, options.width)
     if training and not llava_installed():
         fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"

@@ -12,6 +12,7 @@ import math
 import os
 import pkgutil
 import random
+import re
 import shlex
 import struct
 import time
@@ -19,7 +20,6 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -311,22 +311,13 @@ def again(command: dict[str, Any]) -> str:
     words, folder, ranks = command.get("words"), command.get("folder"), command.get("ranks", 1)
     if not words:
         return ""
-    line = shlex.join(_without_resume(command.get("launcher") or ["llm2clip", *words]))
+    line = shlex.join(command.get("launcher") or ["llm2clip", *words])
+    line = re.sub(r" --resume([-_]from[-_]checkpoint)?[ =]('[^']*'|\S)+", "", line)
     if folder and folder != os.getcwd():
         line = f"cd {shlex.quote(folder)} && {line}"
     if ranks > 1 and not command.get("launcher"):
         line += f"  # on {ranks} ranks: under the launcher that started it"
     return line
-
-
-def _without_resume(words: Sequence[str]) -> list[str]:
-    kept, skip = [], False
-    for word in words:
-        name = word.partition("=")[0].replace("_", "-")
-        if not skip and name not in ("--resume", "--resume-from-checkpoint"):
-            kept.append(word)
-        skip = name in ("--resume", "--resume-from-checkpoint") and "=" not in word
-    return kept
 
 
 def _launcher() -> list[str]:
@@ -433,9 +424,8 @@ LONGEST_RETRY_AFTER = 300.0  # seconds that a server may request
 _jitter = random.Random()  # not the global generator, whose state belongs to the run
 
 
-@dataclass(frozen=True)
-class Retry:
-    """How often, and how long apart."""
+class Retry(NamedTuple):
+    """When to try again, and when to give up."""
 
     tries: int = 8  # consecutive failures before giving up ...
     patience: float = 300.0  # ... or seconds spent in failed attempts, pauses not counted

@@ -8,7 +8,6 @@ docs/options.md has the table. Below: the nearest of known names, commands as te
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import functools
@@ -22,11 +21,11 @@ import sys
 import textwrap
 import types
 import typing
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from llm2clip_plugin.files import can_only_be_a_path, default_of, from_plain
 
@@ -62,8 +61,7 @@ WIDTH, COLUMN = 110, 30  # of --help; where its texts begin
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
-@dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
     """A field that is an option."""
 
     type: Any
@@ -72,8 +70,7 @@ class Leaf:
     section: str  # first line of the docstring of the dataclass that holds it
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What a command line gives."""
 
     values: dict[str, Any]  # by dotted name of the field
@@ -132,15 +129,27 @@ class Command(Generic[Settings]):
         if any(word in (*HELP, *HELP_ALL) for word in words):
             print(self.help_text(everything=any(word in HELP_ALL for word in words)))
             raise SystemExit(0)
-        parsed, bare = self._parser.parse_known_args(self._canonical(words))
-        values = vars(parsed)
+        values: dict[str, Any] = {}
+        bare: list[str] = []
+        waiting = deque(words)
+        while waiting:
+            word = waiting.popleft()
+            if not OPTION.match(word):
+                bare.append(word)
+            elif not word.replace("_", "-").startswith(
+                "--local-rank="
+            ):  # of the DeepSpeed launcher; sets LOCAL_RANK too
+                name, hint, texts = self._option(word, waiting)
+                try:
+                    values[name] = _value(hint, texts)
+                except ValueError as error:
+                    raise ValueError(f"--{self.options.get(name, name)}: {error}") from None
         extras = {name: values.pop(name) for name in self.extras if name in values}
         half = [name for name in HALF if values.pop(name, False)]
         if len(half) > 1:
             raise ValueError("--bf16 and --fp16 exclude each other; give one")
         values |= {PRECISION: half[0]} if half else {}
         values |= {self.rest: tuple(rest)} if rest else {}
-        values = {name: () if value in ([""], ["none"]) else value for name, value in values.items()}
         for name in self.arguments.split():
             if bare and name not in values:
                 several = typing.get_origin(self.leaves[name].type) is tuple
@@ -202,51 +211,36 @@ class Command(Generic[Settings]):
                 fields.setdefault(name.replace("_", "-"), of)
         return {**{name: fields[now] for name, now in ALSO.items() if now in fields}, **fields}
 
-    @functools.cached_property
-    def _parser(self) -> argparse.ArgumentParser:
-        """Reads the words that ``_canonical`` returns: options by one name, whose values are words or after a =."""
-        parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        parser._negative_number_matcher = re.compile("-")  # type: ignore[assignment]  # -1e-3 and "- x" are values
-        for name, leaf in self.leaves.items():
-            parser.add_argument(f"--{self.options[name]}", dest=name, **_reading(leaf.type))
-        for name in self.extras:
-            parser.add_argument(f"--{name}")
-        if PRECISION in self.leaves:
-            for name in HALF:
-                parser.add_argument(f"--{name}", type=_truth)
-        return parser
+    def _option(self, word: str, waiting: deque[str]) -> tuple[str, Any, list[str]]:
+        """The field, or extra option, that a word sets, its type and its values, taken from the words after it.
 
-    def _canonical(self, words: Sequence[str]) -> list[str]:
-        """The words with each option's own name, and flags with their value. Raises ValueError for an unknown option.
-
-        ``--local_rank``, from the DeepSpeed launcher, is left out: it sets LOCAL_RANK too.
+        Raises ValueError for an unknown option.
         """
-        known: list[str] = []
-        for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
-            name, equals, value = word.partition("=")
-            if not OPTION.match(word):
-                known.append(word)
-                continue
-            name = name.removeprefix("--").replace("_", "-")
-            flags = {option for option, of in self.understood.items() if self.leaves[of].type is bool}
-            section, dot, last = name.rpartition(".")
-            positive = f"{section}{dot}{last.removeprefix('no-')}"
-            if name in self.understood:
-                option = self.options[self.understood[name]]
-            elif positive in flags:
-                option, equals, value = self.options[self.understood[positive]], "=", "false"
-            elif name in self.extras or (name in HALF and PRECISION in self.leaves):
-                option = name
-            elif name == "local-rank":
-                continue
-            else:
-                raise ValueError(self._unknown(word.partition("=")[0], flags))
-            if not equals and (name in flags or name in HALF) and following.lower() not in TRUTH:
-                equals, value = "=", "true"
-            elif not equals and self.understood.get(name) in self.alone and not NUMBER.match(following):
-                equals, value = "=", self.alone[self.understood[name]]
-            known.append(f"--{option}{equals}{value}")
-        return known
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("_", "-")
+        flags = {option for option, of in self.understood.items() if self.leaves[of].type is bool}
+        section, dot, last = name.rpartition(".")
+        positive = f"{section}{dot}{last.removeprefix('no-')}"
+        if name in self.understood:
+            name = self.understood[name]
+            hint = self.leaves[name].type
+        elif positive in flags:
+            return self.understood[positive], bool, ["false"]
+        elif name in self.extras or (name in HALF and PRECISION in self.leaves):
+            hint = bool if name in HALF else str
+        else:
+            raise ValueError(self._unknown(option, flags))
+        if equals:
+            return name, hint, [value]
+        if hint is bool and not (waiting and waiting[0].lower() in TRUTH):
+            return name, hint, ["true"]
+        if name in self.alone and not (waiting and NUMBER.match(waiting[0])):
+            return name, hint, [self.alone[name]]
+        kinds = typing.get_args(hint) if typing.get_origin(hint) is tuple else (hint,)
+        texts: list[str] = []
+        while waiting and not OPTION.match(waiting[0]) and (kinds[-1] is Ellipsis or len(texts) < len(kinds)):
+            texts.append(waiting.popleft())
+        return name, hint, texts
 
     def _unknown(self, word: str, flags: set[str]) -> str:
         shown = {name: f"--{self.options[of]}" for name, of in self.understood.items()}
@@ -293,12 +287,6 @@ class Command(Generic[Settings]):
         return f"{flag}, --{negative(self.options[name])}" if leaf.default is True else flag
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """An error of the command line is one of its words', like all others."""
-        raise ValueError(message.removeprefix("argument "))
-
-
 def last_part(name: str) -> str:
     """``lr`` of ``optim.lr``."""
     return name.rpartition(".")[2]
@@ -310,33 +298,28 @@ def negative(option: str) -> str:
     return f"{section}{dot}no-{last}"
 
 
-def _truth(word: str) -> bool:
-    if word.lower() not in TRUTH:
-        raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
-    return TRUTH[word.lower()]
-
-
-def _reading(hint: Any) -> dict[str, Any]:
-    """argparse's keyword arguments for a field's type."""
+def _value(hint: Any, texts: Sequence[str]) -> Any:
+    """The words of an option as a value of its type. Raises ValueError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return () if texts in ([""], ["none"]) else tuple(_value(arguments[0], [text]) for text in texts)
+    if len(texts) != (count := len(arguments) if origin is tuple else 1):
+        raise ValueError(f"expected {count} value{'s' * (count > 1)}")
     if origin is tuple:
-        several = arguments[-1] is Ellipsis  # from_plain checks a Literal, but "none" is none of them
-        return {"type": _reading(arguments[0]).get("type", str), "nargs": "*" if several else len(arguments)}
-    if origin is typing.Literal:
-        return {"choices": arguments}
-    if origin in (typing.Union, types.UnionType):
-        return {"type": _optional(arguments[0])}
-    return {"type": _truth if hint is bool else hint}
-
-
-def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Reads ``kind``, or "none"."""
-
-    def read(word: str) -> Any:
-        return None if word.lower() == "none" else kind(word)
-
-    read.__name__ = getattr(kind, "__name__", "value")  # for argparse's errors
-    return read
+        return tuple(_value(arguments[0], [text]) for text in texts)
+    text = texts[0]
+    if origin in (typing.Union, types.UnionType):  # an optional value
+        return None if text.lower() == "none" else _value(arguments[0], texts)
+    if origin is typing.Literal and text not in arguments:
+        raise ValueError(f"{text!r}, expected one of {', '.join(map(repr, arguments))}")
+    if hint is bool and text.lower() not in TRUTH:
+        raise ValueError(f"{text!r} is neither True nor False")
+    if origin is typing.Literal or hint is bool:
+        return TRUTH[text.lower()] if hint is bool else text
+    try:
+        return hint(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no {hint.__name__}") from None
 
 
 def _metavar(hint: Any) -> str:

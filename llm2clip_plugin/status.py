@@ -7,9 +7,10 @@ import socket
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, EncoderCard, RunRecord, TowerCard, shard_file
@@ -59,30 +60,28 @@ def main(argv: list[str]) -> int:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     if (folder / CacheManifest.FILE).exists():
-        status = cache_status(folder)
+        status, rows_of = cache_status(folder), _cache_rows
     elif any((folder / name).exists() for name in (RunRecord.FILE, METRICS, LOCK, CHECKPOINTS)):
-        status = run_status(folder)
+        status, rows_of = run_status(folder), _run_rows
     else:
         raise FileNotFoundError(
             f"{folder} is neither the folder of a run (run.json, checkpoints/) nor an embedding cache "
             f"({CacheManifest.FILE}); pass the --output of a training, or an embeddings-* folder"
         )
     if options.json:
-        print(json.dumps(asdict(status), indent=2, ensure_ascii=False))
+        print(json.dumps(vars(status), indent=2, ensure_ascii=False))
     else:
-        print(printable_lines("\n".join(lines_of(status))))
+        (name, state), *rows = rows_of(status)
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name}: {state}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
+        print(printable_lines("\n".join(lines)))
     return 0
 
 
-def lines_of(status: RunStatus | CacheStatus) -> list[str]:
-    """The status as text."""
-    (folder, state), *rows = _run_rows(status) if isinstance(status, RunStatus) else _cache_rows(status)
-    width = max(len(name) for name, _ in rows)
-    return [f"{folder}: {state}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
-
-
-def _run_rows(status: RunStatus) -> list[tuple[str, str]]:
-    rows = [(status.folder, SHOWN.get(status.state, status.state) + (f": {status.reason}" if status.reason else ""))]
+def _run_rows(status: SimpleNamespace) -> list[tuple[str, str]]:
+    rows = [
+        (status.folder, (SHOWN.get(status.state) or status.state) + (f": {status.reason}" if status.reason else ""))
+    ]
     rows.append(("progress", _progress(status)))
     for name in status.last or status.before:
         parts = [f"before {status.before[name]:.3f}"] if name in status.before else []
@@ -99,7 +98,7 @@ def _run_rows(status: RunStatus) -> list[tuple[str, str]]:
     return rows
 
 
-def _progress(status: RunStatus) -> str:
+def _progress(status: SimpleNamespace) -> str:
     of = f" of {status.total_steps} ({100 * status.step / status.total_steps:.0f} %)" if status.total_steps else ""
     parts = [f"step {status.step}{of}", f"{status.samples:,} samples"]
     if status.epoch_samples:
@@ -113,7 +112,7 @@ def _progress(status: RunStatus) -> str:
     return ", ".join(parts)
 
 
-def _cache_rows(status: CacheStatus) -> list[tuple[str, str]]:
+def _cache_rows(status: SimpleNamespace) -> list[tuple[str, str]]:
     done = "complete" if status.complete else "not complete"
     of = f" of {status.shards}" if status.shards else ""
     rows = [(status.folder, f"{done}: {status.done}{of} shards of {status.data or 'its data'}")]
@@ -131,32 +130,8 @@ def ago(seconds_since_epoch: float) -> str:
     return f"{timedelta(seconds=seconds)} ago" if seconds_since_epoch else ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunStatus:
-    """A run as its folder shows it; what is damaged or missing is in ``problems``."""
-
-    folder: str
-    state: str  # running | running elsewhere | finished | stopped | failed | killed
-    reason: str  # why it runs no more, or what runs it
-    step: int
-    total_steps: int  # 0: unknown
-    samples: int
-    epoch_samples: int  # 0: unknown
-    loss: float | None
-    seconds_left: float | None
-    last_change: float  # of metrics.jsonl or run.json, seconds since the epoch; 0: never
-    before: dict[str, float]
-    best: dict[str, tuple[float, int]]  # score -> value, step
-    last: dict[str, float]
-    last_scored: int  # step of ``last``
-    checkpoints: list[str]  # oldest first
-    results: list[str]  # folders that were written
-    go_on: str  # the command; "" if the run is finished or running
-    problems: list[str]
-
-
-def run_status(folder: Path) -> RunStatus:
-    """The status of a run folder, of either training stage; nothing in it is an error."""
+def run_status(folder: Path) -> SimpleNamespace:
+    """What the folder of a run of either stage shows; what is damaged or missing is in ``problems``, and no error."""
     problems: list[str] = []
     try:
         record = RunRecord.read(folder / RunRecord.FILE)
@@ -178,12 +153,12 @@ def run_status(folder: Path) -> RunStatus:
     go_on = again(record.command)
     if not go_on and "tower" in record.config:  # called from Python
         go_on = command("train-tower", "--config", folder / RunRecord.FILE)
-    return RunStatus(
+    return SimpleNamespace(
         folder=str(folder),
-        state=state,
+        state=state,  # running | running elsewhere | finished | stopped | failed | killed
         reason=reason,
         step=step,
-        total_steps=total,
+        total_steps=total,  # 0, as epoch_samples: unknown
         samples=max(metrics.samples, record.samples),
         epoch_samples=record.epoch_samples,
         loss=metrics.loss,
@@ -192,7 +167,7 @@ def run_status(folder: Path) -> RunStatus:
         before=metrics.scores.get(0) or {name: record.before[name] for name in headline(record.before)},
         best={name: (value, at) for name, value, at in sorted(by_name, key=lambda each: (each[1], -each[2]))},
         last=scored.get(last_scored, {}),
-        last_scored=last_scored,
+        last_scored=last_scored,  # step of ``last``
         checkpoints=sorted(path.name for path in (folder / CHECKPOINTS).glob("step-*")),
         results=[name for name, card in RESULTS.items() if (folder / name / card).is_file()],
         go_on="" if state in ("finished", "running", "running elsewhere") else go_on,
@@ -270,26 +245,8 @@ def _is_alive(pid: int, started: float) -> bool:
         return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheStatus:
-    """A cache as its folder shows it; what is damaged or missing is in ``problems``."""
-
-    folder: str
-    complete: bool  # every shard of the data has its file, and the manifest says so
-    done: int  # shards with a file; a file appears when it is complete
-    shards: int  # of the data that was embedded last; 0: unknown
-    data: str  # "": unknown
-    captions: int  # in the manifest; 0 until it is complete
-    teacher: str  # name of the LLM; "": unknown
-    width: int
-    dtype: str
-    last_change: float  # of the newest shard's file, seconds since the epoch; 0: none
-    go_on: str  # the command; "" if the cache is complete, or nothing was recorded
-    problems: list[str]
-
-
-def cache_status(folder: Path) -> CacheStatus:
-    """The status of a cache folder; nothing in it is an error."""
+def cache_status(folder: Path) -> SimpleNamespace:
+    """What the folder of a cache shows; what is damaged or missing is in ``problems``, and no error."""
     problems: list[str] = []
     manifest = _read(CacheManifest, folder, problems)
     record = _read(EmbedRecord, folder, problems) if (folder / EmbedRecord.FILE).exists() else None
@@ -299,10 +256,10 @@ def cache_status(folder: Path) -> CacheStatus:
     if lost := [name for name in listed if not (folder / shard_file(name)).is_file()]:
         problems.append(f"{len(lost)} shards of the manifest have no file, such as {lost[0]}")
     complete = manifest is not None and manifest.complete and set(names) <= set(listed) and not problems
-    return CacheStatus(
+    return SimpleNamespace(
         folder=str(folder),
         complete=complete,
-        done=len(there),
+        done=len(there),  # shards with a file, which appears when it is complete
         shards=len(names),
         data=record.data if record else "",
         captions=manifest.captions if manifest else 0,

@@ -17,7 +17,6 @@ LIBRARIES = (
     "deepspeed.runtime.engine",
     "llm2clip_plugin.stages.llm",
     "llm2clip_plugin.stages.tower",
-    "llm2clip_plugin.stages.tower_run",
     "peft",
     "torchvision.transforms.v2",
     "transformers.models.auto.processing_auto",

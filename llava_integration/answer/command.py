@@ -75,7 +75,7 @@ class Answerer:
         )
         chosen = [(index, questions[index]) for index in indices]
         for pictured in (True, False):
-            group = [pair for pair in chosen if bool(pair[1].image) == pictured]
+            group: Any = [pair for pair in chosen if bool(pair[1].image) == pictured]
             workers = min(self.options.workers, len(group))
             if group:
                 yield from DataLoader(group, self.options.batch_size, num_workers=workers, collate_fn=collate)

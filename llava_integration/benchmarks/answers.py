@@ -26,7 +26,7 @@ Row = dict[str, Any]
 class Answer:
     """A model's answer to one question."""
 
-    id: int | str | None  # as written; None where the layout has no id
+    id: Any  # a number or text, as written; None where the layout has no id
     text: str | None  # None: the row has no text
     prompt: str  # "" where the layout has none
     line: int  # 1-based

@@ -132,13 +132,22 @@ def mean_statistic(values: Sequence[float], counted: Sequence[bool] | None = Non
     return Statistic(sums, lambda totals: scale * ratio(totals[..., 0], totals[..., 1]), counted=weight > 0)
 
 
+def in_columns(parts: Sequence[str], values: Sequence[Sequence[float]], names: Sequence[str] = ()) -> np.ndarray:
+    """Sums of a composite of parts: K values for each question, in the K columns of its part, 0 in the others'.
+
+    ``names``: the parts in order, others have no columns; by default all, sorted.
+    """
+    place = {name: number for number, name in enumerate(names or sorted(set(parts)))}
+    sums = np.zeros((len(parts), len(place), len(values[0])))
+    for row, (part, of_row) in enumerate(zip(parts, values, strict=True)):
+        if part in place:
+            sums[row, place[part]] = of_row
+    return sums.reshape(len(parts), -1)
+
+
 def mean_of_parts(parts: Sequence[str], scores: Sequence[float], scale: float) -> Statistic:
     """The statistic ``scale x mean over parts of the part's mean score``."""
-    names = sorted(set(parts))
-    sums = np.zeros((len(scores), 2 * len(names)))
-    for row, (part, score) in enumerate(zip(parts, scores, strict=True)):
-        column = 2 * names.index(part)
-        sums[row, column : column + 2] = score, 1
+    sums = in_columns(parts, [(score, 1) for score in scores])
     return Statistic(sums, lambda totals: scale * ratio(totals[..., 0::2], totals[..., 1::2]).mean(axis=-1))
 
 

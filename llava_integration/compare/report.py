@@ -9,7 +9,6 @@ scored: a score file from elsewhere must not bring another picture of this machi
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from llm2clip_plugin.pages import page_style, render, thumbnail
 HERE = Path(__file__).parent
 SIDES = 6  # colors of page.css, base first
 FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
-WIDTH, HEIGHT = 240, 18
+WIDTH = 240  # of a drawing
 
 # Text
 
@@ -70,7 +69,7 @@ def method_lines(comparison: Comparison) -> list[str]:
     lines = [
         f"Intervals: {settings['level']:.0%}, paired bootstrap over images ({settings['resamples']} resamples, seed "
         f"{settings['seed']}), composite scores resampled as composites. p: permutation over images, two-sided; Holm "
-        "over the benchmarks of a pair."
+        "over all rows."
     ]
     if any(max(row.runs) > 1 for row in comparison.rows):
         lines.append(
@@ -102,8 +101,8 @@ def text(comparison: Comparison, *, markdown: bool = False) -> str:
     say, table, start, end = (escape_markdown, _markdown_table, "- ", ".") if markdown else (str, aligned, "  ", "")
     lines = ["# Comparison", ""] if markdown else []
     lines += [f"{'- **Warning**' if markdown else 'warning'}: {say(warning)}{end}" for warning in comparison.warnings]
-    for name, rows in comparison.pairs():
-        lines += ["", f"{'## ' if markdown else ''}{say(name)} (new) against {say(comparison.names[0])} (base)", ""]
+    for new, base, rows in comparison.pairs():
+        lines += ["", f"{'## ' if markdown else ''}{say(new)} (new) against {say(base)} (base)", ""]
         lines += [*table(HEADER, [cells(row) for row in rows]), ""]
         lines += [f"{start}{say(f'{row.title}: {row.power_line()}')}{end}" for row in rows]
         lines += [f"{start}{say(f'{row.title}: note: {note}')}{end}" for row in rows for note in row.notes]
@@ -149,7 +148,8 @@ def page(
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     pictures = Pictures(sides, images, enabled=with_images)
-    shown = [question for row in comparison.rows for question in disagreements(row, sides, pictures, questions)]
+    rows = [row for row in comparison.rows if row.base == comparison.names[0]]
+    shown = [question for row in rows for question in disagreements(row, sides, pictures, questions)]
     return render(
         HERE / "page.html",
         comparison=comparison,
@@ -158,10 +158,11 @@ def page(
         f"script-src 'sha256-{digest}'",
         style=page_style() + (HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
-        verdicts=[(name, _verdict(rows)) for name, rows in comparison.pairs()],
+        verdicts=[(f"{new} against {base}", _verdict(rows)) for new, base, rows in comparison.pairs()],
         notes=[*_notes(comparison), *pictures.notes()],
         data={"names": comparison.names, "questions": shown, "images": pictures.encoded},
-        interval=lambda row: interval(row, comparison.rows, color(comparison.names.index(row.new))),
+        positions=lambda row: positions(row, comparison.rows),
+        width=WIDTH,
         header=HEADER,
         cells=cells,
         number=number,
@@ -189,7 +190,7 @@ def _notes(comparison: Comparison) -> list[str]:
     if any(max(row.runs) > 1 for row in comparison.rows):
         lines.append("With several runs, the browser shows the answers of the first.")
     for row in comparison.rows:
-        name = f"{row.title}, {row.new}" if len(comparison.names) > 2 else row.title
+        name = f"{row.title}, {row.new} against {row.base}" if len(comparison.names) > 2 else row.title
         lines += [f"{name}: {note}" for note in (row.power_line(), *row.notes)]
     return lines
 
@@ -205,21 +206,12 @@ def _ends(row: Row) -> tuple[float, float, float]:
     return row.result.low / size, row.result.difference / size, row.result.high / size
 
 
-def interval(row: Row, rows: Sequence[Row], paint: str) -> str:
-    """The row's difference on the scale of all ``rows``; the mark is filled if the difference is significant."""
+def positions(row: Row, rows: Sequence[Row]) -> list[float]:
+    """Where zero and a row's low end, estimate and high end are in a drawing on the scale of all ``rows``."""
     every = [value for one in rows for value in _ends(one)]
     low, high = min(*every, 0.0), max(*every, 0.0)
     span = (high - low) or 1.0
-    zero, left, middle, right = (8 + (value - low) / span * (WIDTH - 16) for value in (0.0, *_ends(row)))
-    fill = "var(--paper)" if row.verdict == "no difference shown" else paint
-    y = HEIGHT / 2
-    return (
-        f'<svg class="interval" role="img" viewBox="0 0 {WIDTH} {HEIGHT}" xmlns="http://www.w3.org/2000/svg">'
-        f"<title>{escape(f'{row.title}, {row.new}: {row.verdict}')}</title>"
-        f'<line x1="{zero:.1f}" y1="0" x2="{zero:.1f}" y2="{HEIGHT}" stroke="var(--ink)"/>'
-        f'<line x1="{left:.1f}" y1="{y}" x2="{right:.1f}" y2="{y}" stroke="{paint}" stroke-width="2.5"/>'
-        f'<circle cx="{middle:.1f}" cy="{y}" r="5" stroke="{paint}" stroke-width="2.5" fill="{fill}"/></svg>'
-    )
+    return [round(8 + (value - low) / span * (WIDTH - 16), 1) for value in (0.0, *_ends(row))]
 
 
 class Pictures:

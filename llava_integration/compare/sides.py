@@ -14,12 +14,23 @@ from typing import Any
 
 from llava_integration.benchmarks.benchmark import Item, Statistic, mean_of_parts, mean_statistic
 from llava_integration.benchmarks.rules import benchmarks
+from llava_integration.compare.readers import read_logs, readers
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError
 
 OVERALL = "all"  # the part with every caption
 DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
 MOST_PARTS = 8  # more would dominate the table, and Holm's correction costs every row power
+
+
+def mean_score(run: "Run") -> Statistic:
+    """The composite of most benchmarks: the mean score, percent if the unit is."""
+    return mean_statistic(run.scores, scale=100.0 if run.unit == "%" else 1.0)
+
+
+def mean_of_groups(run: "Run") -> Statistic:
+    """The mean over the groups of a group's mean score."""
+    return mean_of_parts(run.groups, run.scores, 100.0 if run.unit == "%" else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +42,10 @@ class Run:
     scores: list[float]  # higher is better
     clusters: list[str]  # questions of one cluster are resampled together: those about one image
     groups: list[str]  # category in the report
-    composite: Callable[["Run"], Statistic]  # the headline number of this run or of a part of it, see ``mean_score``
-    title: str
-    unit: str = "%"
-    items: list[Item]  # what else is known: truth, and for the page question, answer, image, choices ...
+    items: list[Item]  # what else is known, {} for nothing: truth; question, answer, image, choices ... for the page
+    composite: Callable[["Run"], Statistic] = mean_score  # the headline number of this run, or of a part of it
+    title: str  # in tables
+    unit: str = "%"  # of the headline number; scores are from 0 to 1 for "%" and a mean score
     model: str = ""
     counts: dict[str, int] = field(default_factory=dict)  # answered, empty ...
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -53,16 +64,6 @@ class Run:
         return replace(self, **{name: [getattr(self, name)[one] for one in chosen] for name in names})
 
 
-def mean_score(run: Run) -> Statistic:
-    """The composite of most benchmarks: the mean score, percent if the unit is."""
-    return mean_statistic(run.scores, scale=100.0 if run.unit == "%" else 1.0)
-
-
-def mean_of_groups(run: Run) -> Statistic:
-    """The mean over the groups of a group's mean score."""
-    return mean_of_parts(run.groups, run.scores, 100.0 if run.unit == "%" else 1.0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Side:
     """One model: its name and the runs on each benchmark."""
@@ -74,27 +75,26 @@ class Side:
 
 
 def load_side(path: Path, name: str = "") -> Side:
-    """Read a score file, or every score file below a folder; files of one benchmark are its runs (seeds).
+    """Read a score file or another evaluator's log, or all below a folder; several of one benchmark are its runs.
 
-    Raises FileNotFoundError, or ContractError for a score file that can't be compared.
+    Raises FileNotFoundError, or ContractError for what can't be read or compared.
     """
-    if path.is_dir():
-        records = [(file, ScoreFile.read(file)) for file in sorted(path.rglob("*.json")) if _is_score_file(file)]
-        if not records:
-            raise FileNotFoundError(
-                f"{path} has no score files; `llm2clip score BENCHMARK DATA --answers FILE --output FILE` writes them"
-            )
-    elif path.is_file():
-        records = [(path, ScoreFile.read(path))]
-    else:
-        raise FileNotFoundError(f"no score file or folder {path}")
+    if not path.exists():
+        raise FileNotFoundError(f"no score file, log or folder {path}")
+    own = [file for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path]) if _is_score_file(file)]
+    records = [(file, ScoreFile.read(file)) for file in own] or read_logs(path)
+    if not records:
+        raise FileNotFoundError(
+            f"{path} has no score files (`llm2clip score BENCHMARK DATA --answers FILE --output FILE` writes them) and "
+            f"no logs of {', '.join(readers())}; a table needs the columns item and score"
+        )
     runs: dict[str, list[Run]] = {}
     notes = []
     for file, record in records:
         _check(file, record)
         for run in runs_of(record):
             earlier = runs.setdefault(run.benchmark, [])
-            if any(run.items == other.items for other in earlier):
+            if any((run.ids, run.scores, run.items) == (other.ids, other.scores, other.items) for other in earlier):
                 notes.append(f"{file} duplicates another file of {run.benchmark}: not counted as another run")
             else:
                 earlier.append(run)
@@ -106,9 +106,9 @@ def load_side(path: Path, name: str = "") -> Side:
 
 
 def _is_score_file(path: Path) -> bool:
-    """Whether a JSON file is a score file; others below a folder are ignored."""
-    if path.name.endswith(".scores.json"):
-        return True
+    """Whether a file is a score file; others below a folder are ignored."""
+    if path.suffix != ".json" or path.name.endswith(".scores.json"):
+        return path.suffix == ".json"
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -120,19 +120,20 @@ def _check(path: Path, record: ScoreFile) -> None:
     """ContractError if a score file's items can't be compared."""
     if not record.items:
         raise ContractError(f"{path} has no items; a comparison needs one item per question")
+    seen: set[str] = set()
     for number, item in enumerate(record.items):
-        if "id" not in item or "score" not in item:
-            raise ContractError(f"{path}: item {number} has the fields {sorted(item)}; every item needs id and score")
-        if not isinstance(item["id"], (str, int)):
-            raise ContractError(f"{path}: item {number} has the id {item['id']!r}, expected a text or a whole number")
-        numbers = {key: value for key, value in item.items() if isinstance(value, float)}
-        for key, value in {**numbers, "score": item["score"]}.items():
-            if not isinstance(value, (int, float)) or not abs(value) <= 1e12:
+        if not isinstance(item.get("id"), (str, int)) or "score" not in item:
+            raise ContractError(
+                f"{path}: item {number} has {sorted(item)}; expected an id (text or number) and a score"
+            )
+        for key, value in item.items():
+            if (key == "score" or isinstance(value, float)) and not (
+                isinstance(value, (int, float)) and abs(value) <= 1e12
+            ):
                 raise ContractError(f"{path}: {key} of item {item['id']!r} is {value!r}, expected a finite number")
-    names = [str(item["id"]) for item in record.items]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ContractError(f"{path} has item {twice} twice; score the answers again")
+        if str(item["id"]) in seen:
+            raise ContractError(f"{path} has item {item['id']} twice; score the answers again")
+        seen.add(str(item["id"]))
 
 
 def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:

@@ -100,9 +100,6 @@ def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
     starts = {f"start adapter {number}": adapters.adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
     return TrainingRun(
         config=config,
-        config_hash=config.hash,
-        train=config.train,
-        optim=config.optim,
         run_settings={**dataclasses.asdict(config), "samples": data.samples},
         teacher={},
         total_steps=plan.total_steps,
@@ -113,7 +110,7 @@ def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
 
 def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[EnginePlan, dict[str, Any]]:
     """The run in DeepSpeed's terms. Raises ValueError for settings that exclude each other."""
-    plan, deepspeed = plan_engine(config, config.train, config.optim, samples=samples, world=world, hidden_size=1024)
+    plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
         raise ValueError("ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
     if not config.train.has_steps:
@@ -272,9 +269,8 @@ def llm_plan(config: FinetuneConfig) -> str:
     stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
     mean = f"{sum(lengths) / len(lengths):.4g} tokens (the mean)"
     for memory, tokens in ((usual, mean), (long, f"{encoder.max_tokens} tokens (max_tokens)")):
-        table = plans.columns(memory, config.train, gpu_gib, stages=stages)
         about = f", for pairs of {texts} texts of {tokens}"
-        parts.append(plans.describe_columns(table, config.train.global_batch, gpu_gib, about))
+        parts.append(plans.describe_columns(memory, config.train, gpu_gib, about=about, stages=stages))
     return "\n".join(parts)
 
 

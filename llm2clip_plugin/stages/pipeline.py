@@ -1,4 +1,4 @@
-"""``llm2clip run``: all stages of one training in order, and a page about it."""
+"""``llm2clip run``: all stages of one training in order, resumed by the same command, and a page about it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
 from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.stages.settings import PRETRAIN, RUN, PipelineConfig
-
-# ``llm2clip run DATA --llm LLM --tower TOWER --output DIR``: every stage in order, resumed by the same command.
 
 SURVEYED = 1000  # samples that are read
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
@@ -212,16 +210,6 @@ def survey(source: Source) -> Survey:
     return Survey(samples=len(source), captions=len(flat) / len(texts), pairs="" if note else pairs, note=note)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Query:
-    """A validation caption, and where each tower finds its picture."""
-
-    text: str
-    picture: str | None  # data URI
-    place: dict[str, int]  # side -> rank of the right picture, 1: first
-    found: dict[str, list[tuple[str | None, bool]]]  # side -> (data URI, whether it is right) of the first ones
-
-
 def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seconds: dict[str, float]) -> Path:
     """Write OUTPUT/index.html; returns its path."""
     out = Path(config.output)
@@ -243,20 +231,24 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
             comparisons=[path.relative_to(out).with_suffix(".html") for path in compared],
             images=len(pairs[BEFORE].keys),
             queries=queries,
-            won=sum(query.place[AFTER] < query.place[BEFORE] for query in queries),
-            lost=sum(query.place[AFTER] > query.place[BEFORE] for query in queries),
+            won=sum(query["place"][AFTER] < query["place"][BEFORE] for query in queries),
+            lost=sum(query["place"][AFTER] > query["place"][BEFORE] for query in queries),
             stages=[(stage, seconds.get(stage.name, 0.0)) for stage in stages],
         )
         temporary.write_text(html, encoding="utf-8")
     return page
 
 
-def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[Query]:
-    """Queries drawn from all validation captions, the same ones at every call."""
+def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[dict[str, Any]]:
+    """Queries drawn from all validation captions, the same ones at every call: text and picture (a data URI), and by
+    side the place of the right picture, and the first ones that are found, each with whether it is right."""
     first = pairs[BEFORE]
     number = {source.key(place): place for place in range(len(source))}
     chosen = sorted(random.Random(0).sample(range(len(first.captions)), min(count, len(first.captions))))
-    orders = {side: ranked(each, chosen) for side, each in pairs.items()}
+    orders: dict[str, Any] = {}  # side -> (Q, N): the images for each of these captions, the most similar first
+    for side, each in pairs.items():
+        image_ND, text_QD = (torch.nn.functional.normalize(x, dim=1) for x in (each.image_ND, each.text_MD[chosen]))
+        orders[side] = (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)
 
     def picture(image: int) -> str | None:
         try:
@@ -264,22 +256,12 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[Qu
         except BrokenSample:
             return None
 
-    queries: list[Query] = []
+    queries = []
     for row, caption in enumerate(chosen):
         right = int(first.owner_M[caption])
-        tops: dict[str, Any] = {side: order_QN[row].tolist() for side, order_QN in orders.items()}
-        queries.append(
-            Query(
-                text=first.captions[caption].text,
-                picture=picture(right),
-                place={side: top.index(right) + 1 for side, top in tops.items()},
-                found={side: [(picture(image), image == right) for image in top[:SHOWN]] for side, top in tops.items()},
-            )
-        )
+        tops = {side: order_QN[row].tolist() for side, order_QN in orders.items()}
+        query = {"text": first.captions[caption].text, "picture": picture(right)}
+        query["place"] = {side: top.index(right) + 1 for side, top in tops.items()}
+        query["found"] = {side: [(picture(one), one == right) for one in top[:SHOWN]] for side, top in tops.items()}
+        queries.append(query)
     return queries
-
-
-def ranked(pairs: EmbeddedPairs, captions: list[int]) -> torch.Tensor:
-    """(Q, N) int64: the images for each of these captions, the most similar first."""
-    image_ND, text_QD = (torch.nn.functional.normalize(x, dim=1) for x in (pairs.image_ND, pairs.text_MD[captions]))
-    return (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)

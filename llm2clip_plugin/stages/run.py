@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, Teach
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
 from llm2clip_plugin.files import headline, read_json_value
-from llm2clip_plugin.stages.settings import TrainingConfig, flat, refuse_changes
+from llm2clip_plugin.stages.llm_config import FinetuneConfig
+from llm2clip_plugin.stages.settings import flat, refuse_changes, within
+from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.text.teacher import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
@@ -59,26 +60,21 @@ ADVICE = {  # first word of a fact -> what to do
 class TrainingRun:
     """A run's folder and settings, and the checkpoint that it resumes from."""
 
-    config: TrainingConfig
-    config_hash: str
-    train: TrainConfig
-    optim: OptimConfig
+    config: RunConfig | FinetuneConfig
     run_settings: dict[str, Any]  # what a checkpoint is compared with: the configuration, and what it was applied to
     teacher: dict[str, Any]  # TeacherIdentity as a dict; {} in stage 1
     total_steps: int
     deepspeed: dict[str, Any]  # DeepSpeed's configuration
     data: dict[str, str]  # digests of data and caches, which all ranks must have in common
-    command: dict[str, Any] = field(default_factory=dict)  # run_files.started_by; {}: called from Python
+    command: dict[str, Any] = field(default_factory=dict)  # files.started_by; {}: called from Python
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
         return Path(self.config.output_dir)
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """The checkpoints of this run's folder."""
-        return Checkpoints(self.folder, keep=self.train.save_total_limit)
+        return Checkpoints(self.folder, keep=self.config.train.save_total_limit)
 
     def find_checkpoint(self) -> Loaded | None:
         """The checkpoint to resume from, chosen by rank 0; None for a new run. Every rank must call this.
@@ -89,21 +85,26 @@ class TrainingRun:
         start = {"output_dir": shared_folder(self.folder), "checkpoint": "none"}
         if path is not None:
             start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
-        facts = run_facts(self.run_settings, self.deepspeed, self.data, total_steps=self.total_steps)
-        refuse_disagreement(start | facts, ADVICE)
+        facts = start | {f"data {name}": digest for name, digest in self.data.items()}
+        settings = {name: value for name, value in flat(self.run_settings) if not within(name, PLACES)}
+        facts |= {f"setting {name}": json.dumps(value) for name, value in settings.items()}
+        facts |= {"setting total steps": str(self.total_steps)}
+        facts |= {f"DeepSpeed {name}": json.dumps(value) for name, value in flat(self.deepspeed)}
+        facts |= {f"version of {name}": version for name, version in versions().items()}
+        refuse_disagreement(facts, ADVICE)
         if path is None:
             return None
         loaded = load(path)
         refuse_changes(loaded.state.config, self.run_settings, self.config.allow_changed, where=str(path))
-        state = dataclasses.replace(loaded.state, config=self.run_settings, config_hash=self.config_hash)
+        state = dataclasses.replace(loaded.state, config=self.run_settings, config_hash=self.config.hash)
         return dataclasses.replace(loaded, state=state)
 
     def make_engine(
         self, module: nn.Module, trained: Iterable[Trained], resumed: Loaded | None, *, keep_frozen: bool = True
     ) -> Engine:
         """DeepSpeed's engine over the module; its optimizer resumes from the checkpoint, as the weights already do."""
-        groups = parameter_groups(trained, self.optim.weight_decay)
-        engine = Engine(module, groups, self.optim, self.deepspeed, keep_frozen=keep_frozen)
+        groups = parameter_groups(trained, self.config.optim.weight_decay)
+        engine = Engine(module, groups, self.config.optim, self.deepspeed, keep_frozen=keep_frozen)
         if resumed is not None:
             engine.restore(resumed.weights, resumed.moments, vars(resumed.state))
         return engine
@@ -120,7 +121,7 @@ class TrainingRun:
     def new_state(self) -> TrainState:
         """Before the first step."""
         return TrainState(
-            step=0, samples=0, config=self.run_settings, config_hash=self.config_hash, seed=self.train.seed
+            step=0, samples=0, config=self.run_settings, config_hash=self.config.hash, seed=self.config.train.seed
         )
 
     def train_to_end(
@@ -143,7 +144,7 @@ class TrainingRun:
         """
         loaded()
         self.record(state)
-        if rank() == 0 and (note := warmup_note(self.optim, self.total_steps)):
+        if rank() == 0 and (note := warmup_note(self.config.optim, self.total_steps)):
             print(f"note: {note}", file=sys.stderr)
         state = run_loop(
             LoopParts(
@@ -155,8 +156,8 @@ class TrainingRun:
                 evaluate=phase("evaluation")(evaluate) if evaluate else None,
                 before=phase("evaluation before training")(before) if before else None,
                 heads=heads,
-                train=self.train,
-                optim=self.optim,
+                train=self.config.train,
+                optim=self.config.optim,
                 total_steps=self.total_steps,
                 run_folder=self.folder,
                 state=state,
@@ -179,7 +180,7 @@ class TrainingRun:
         """Write run.json, on rank 0. Every rank must call this."""
         record = RunRecord(
             config=dataclasses.asdict(self.config),
-            config_hash=self.config_hash,
+            config_hash=self.config.hash,
             teacher=self.teacher,
             step=state.step,
             samples=state.samples,
@@ -209,13 +210,14 @@ def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
 
 
 def plan_engine(
-    config: TrainingConfig, train: TrainConfig, optim: OptimConfig, *, samples: int, world: int, hidden_size: int
+    config: RunConfig | FinetuneConfig, *, samples: int, world: int, hidden_size: int
 ) -> tuple[EnginePlan, dict[str, Any]]:
     """The run in DeepSpeed's terms, and the configuration that DeepSpeed gets.
 
     ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that the ranks can't share
     equally, or a DeepSpeed JSON that contradicts the run.
     """
+    train, optim = config.train, config.optim
     _, micro, accumulation = train.rows(world)
     steps = train.steps(samples)
     plan = EnginePlan(
@@ -245,7 +247,12 @@ def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None, *, 
     several.
     """
     folder = data_folder(source.path)
-    caches = caches_next_to(folder, of_clip=of_clip)
+    caches = []
+    for path in sorted(folder.glob(f"embeddings-*/{CacheManifest.FILE}")):
+        body = read_json_value(path)
+        found = body.get("teacher") if isinstance(body, dict) else None
+        if (isinstance(found, dict) and found.get("pooling") == PROJECTED) is of_clip:
+            caches.append(str(path.parent))
     option, kind = ("--clip-cache", "of a CLIP's text features") if of_clip else ("--cache", "of an LLM")
     if not caches:
         create = embed_command(source.path, None if of_clip else teacher)
@@ -255,44 +262,14 @@ def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None, *, 
     return caches[0]
 
 
-def caches_next_to(folder: Path, *, of_clip: bool) -> list[str]:
-    """The ``embeddings-*`` folders in the folder of the data: those of LLMs, or those of the text towers of CLIPs."""
-    found = []
-    for path in sorted(folder.glob(f"embeddings-*/{CacheManifest.FILE}")):
-        body = read_json_value(path)
-        teacher = body.get("teacher") if isinstance(body, dict) else None
-        if (isinstance(teacher, dict) and teacher.get("pooling") == PROJECTED) is of_clip:
-            found.append(str(path.parent))
-    return found
-
-
-def run_facts(
-    settings: Mapping[str, Any], deepspeed: Mapping[str, Any], data: Mapping[str, str], *, total_steps: int
-) -> dict[str, str]:
-    """This rank's settings, DeepSpeed configuration, digests of its data, and versions."""
-    own = {f"data {name}": digest for name, digest in data.items()}
-    own["setting total steps"] = str(total_steps)
-    for name, value in flat(dict(settings)):
-        if not any(name == place or name.startswith(f"{place}.") for place in PLACES):
-            own[f"setting {name}"] = json.dumps(value)
-    own |= {f"DeepSpeed {name}": json.dumps(value) for name, value in flat(dict(deepspeed))}
-    return own | {f"version of {name}": version for name, version in versions().items()}
-
-
 def versions() -> dict[str, str]:
     """Versions of the libraries that train, and a digest of this package's files: its version may lag behind them."""
     own = {"deepspeed": importlib.metadata.version("deepspeed"), **library_versions()}
-    own["llm2clip-plugin"] += f" ({_code_digest()})"
-    return own
-
-
-@lru_cache
-def _code_digest() -> str:
-    digest = hashlib.sha256()
-    folder = Path(llm2clip_plugin.__file__).parent
+    digest, folder = hashlib.sha256(), Path(llm2clip_plugin.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+    own["llm2clip-plugin"] += f" ({digest.hexdigest()[:12]})"
+    return own
 
 
 def warmup_note(optim: OptimConfig, total_steps: int) -> str:
@@ -322,40 +299,6 @@ def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) ->
 GIB = 1 << 30
 WORLDS = (1, 8, 64)  # numbers of GPUs that a run is planned for
 FILLED = 0.9  # fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """The run on a number of GPUs."""
-
-    world: int
-    micro_batch: int  # 0: the ranks can't share the global batch equally, or not even one pair fits
-    total: dict[int, float]  # ZeRO stage -> bytes of a GPU
-
-
-def columns(
-    memory: StepMemory, train: TrainConfig, gpu_gib: float, *, stages: Sequence[int] = (0, 1, 2, 3)
-) -> list[Column]:
-    """One for each number of GPUs: the run's micro-batch (0: the largest that fits under ZeRO-1) and its memory."""
-    results = []
-    for world in WORLDS:
-        local, rest = divmod(train.global_batch, world)
-        sizes = [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and train.micro_batch in (0, n)]
-        result = Column(world=world, micro_batch=0, total={})
-        for size in sizes:
-            total = {stage: _total(memory, stage, world, train.global_batch, size) for stage in stages}
-            if train.micro_batch or total[1] <= FILLED * gpu_gib * GIB:
-                result = Column(world=world, micro_batch=size, total=total)
-                break
-        results.append(result)
-    return results
-
-
-def _total(memory: StepMemory, stage: int, world: int, global_batch: int, micro_batch: int) -> float:
-    """Bytes of a GPU with scripts/zeroN.json; half precision under stage 0 runs as stage 1 (see train.optim)."""
-    stage = 1 if stage == 0 and memory.precision != "fp32" else stage
-    zero = {"stage": stage, "overlap_comm": stage > 0}
-    return sum(rank_bytes(memory, zero, world=world, global_batch=global_batch, micro_batch=micro_batch).values())
 
 
 def describe_run(plan: EnginePlan, config: dict[str, Any], *, samples: int, world: int) -> str:
@@ -393,13 +336,26 @@ def describe_rank(memory: StepMemory, plan: EnginePlan, config: dict[str, Any], 
     return f"expected memory per rank: {total:.2f} GiB = {listed}{too_much}"
 
 
-def describe_columns(table: list[Column], global_batch: int, gpu_gib: float, about: str = "") -> str:
-    """The table of GPUs by ZeRO stage; ``about``: further assumptions."""
-    stages = next((column.total for column in table if column.total), {})
+def describe_columns(
+    memory: StepMemory, train: TrainConfig, gpu_gib: float, *, about: str = "", stages: Sequence[int] = (0, 1, 2, 3)
+) -> str:
+    """A table of GPUs by ZeRO stage, with scripts/zeroN.json: the run's micro-batch (0: the largest that fits under
+    ZeRO-1) and a GPU's memory. ``about``: further assumptions."""
+
+    def total(stage: int, world: int, micro_batch: int) -> float:
+        stage = 1 if stage == 0 and memory.precision != "fp32" else stage  # as it runs, see train.optim
+        zero = {"stage": stage, "overlap_comm": stage > 0}
+        parts = rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
+        return sum(parts.values()) / GIB
+
     lines = ["  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages)]
-    for column in table:
-        sizes = "".join(f"{size / GIB:9.1f}" for size in column.total.values())
-        row = f"{global_batch // column.world:7} {column.micro_batch:12}{sizes}"
-        none = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {global_batch}"
-        lines.append(f"{column.world:6} {row if column.micro_batch else none}")
+    for world in WORLDS:
+        local, rest = divmod(train.global_batch, world)
+        sizes = [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and train.micro_batch in (0, n)]
+        fits = (size for size in sizes if train.micro_batch or total(1, world, size) <= FILLED * gpu_gib)
+        if size := next(fits, 0):
+            row = f"{local:7} {size:12}" + "".join(f"{total(stage, world, size):9.1f}" for stage in stages)
+        else:
+            row = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {train.global_batch}"
+        lines.append(f"{world:6} {row}")
     return "\n".join([f"expected memory per GPU in GiB{about}:", *lines])

@@ -6,57 +6,28 @@ Standard library only.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from llm2clip_plugin.contracts import CACHE_DTYPES
 from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.options import Command, nearest, unknown
+from llm2clip_plugin.options import Command, nearest
 from llm2clip_plugin.text.config import EncoderConfig
 
 # Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
 # learns.
-IGNORED_ON_RESUME = (
-    "output_dir",
-    "resume",
-    "allow_changed",
-    "dry_run",
-    "deepspeed",
-    "evaluation",
-    "plan",
-    "tower.architecture",
-    "data.cache",
-    "data.validation",
-    "data.validation_cache",
-    "data.clip_cache",
-    "data.read.cache_folder",
-    "data.read.cache_gb",
-    "loss.block",
-    "contrast.length_groups",
-    "train.save_steps",
-    "train.save_minutes",
-    "train.save_total_limit",
-    "train.save_fallback_dir",
-    "train.eval_steps",
-    "train.eval_on_start",
-    "train.logging_steps",
-    "train.report_to",
-    "train.profile_steps",
-    "train.profile_all_ranks",
-    "train.dataloader_num_workers",
-    "train.dataloader_prefetch_mb",
-    "train.tf32",
-    "train.full_determinism",
-    "train.skip_bad_batches",
-    "train.communication_data_type",
-    "train.ddp_timeout",
-    "train.straggler_seconds",
-    "train.gradient_checkpointing",
-    "train.torch_compile",
-)
+IGNORED_ON_RESUME = """
+output_dir resume allow_changed dry_run deepspeed evaluation plan tower.architecture
+data.cache data.validation data.validation_cache data.clip_cache data.read.cache_folder data.read.cache_gb
+loss.block contrast.length_groups
+train.save_steps train.save_minutes train.save_total_limit train.save_fallback_dir
+train.eval_steps train.eval_on_start train.logging_steps train.report_to train.profile_steps train.profile_all_ranks
+train.dataloader_num_workers train.dataloader_prefetch_mb train.tf32 train.full_determinism train.skip_bad_batches
+train.communication_data_type train.ddp_timeout train.straggler_seconds
+train.gradient_checkpointing train.torch_compile
+""".split()
 
 # Initial values, which a resumed run takes from its checkpoint; they decide what is learned nevertheless.
 INITIAL = ("dual.logit_scale_init", "dual.projection_init_std")
@@ -82,7 +53,7 @@ class TrainingConfig:
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every leaf of nested dicts; a list is a leaf, and a tuple becomes a list."""
+    """(dotted name, value) of every leaf of nested dicts; a list is a leaf, as JSON returns it, numbers are floats."""
     if isinstance(value, dict) and value:
         for name, item in value.items():
             yield from flat(item, f"{path}.{name}" if path else name)
@@ -91,38 +62,34 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON returns it, numbers as floats: 4 and 4.0 are the same setting."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    """4 and 4.0 are the same setting."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def within(name: str, fields: Iterable[str]) -> bool:
+    """Whether a dotted name is one of the fields, or in one of them."""
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 def flat_essentials(config: dict[str, Any], allowed: tuple[str, ...] = ()) -> dict[str, Any]:
     """The leaves that decide what is learned, without the ``allowed`` ones."""
-    skipped = (*IGNORED_ON_RESUME, *allowed)
-    return {
-        name: value
-        for name, value in flat(config)
-        if not any(name == skip or name.startswith(f"{skip}.") for skip in skipped)
-    }
+    return {name: value for name, value in flat(config) if not within(name, (*IGNORED_ON_RESUME, *allowed))}
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...], *, where: str) -> None:
     """Raise ValueError naming every field that decides what is learned and differs from the checkpoint's."""
     known = {name for settings in (now, saved) for name, _ in flat(settings)}
     for name in allowed:
-        if not any(path == name or path.startswith(f"{name}.") for path in known):
+        if not any(within(path, [name]) for path in known):
             raise ValueError(f"unknown field {name!r} in --allow-changed{nearest(name, sorted(known))}")
     old, new = (flat_essentials(settings, (*allowed, *INITIAL)) for settings in (saved, now))
-    changed = {
-        name: f"{old.get(name, 'absent')!r} in the checkpoint, {new.get(name, 'absent')!r} in this run"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, "absent") != new.get(name, "absent")
-    }
-    if changed:
-        listed = "\n  ".join(f"{name}: {values}" for name, values in changed.items())
+    both = {name: (old.get(name, "absent"), new.get(name, "absent")) for name in sorted(old.keys() | new.keys())}
+    if changed := {name: values for name, values in both.items() if values[0] != values[1]}:
+        listed = "\n  ".join(
+            f"{name}: {was!r} in the checkpoint, {is_!r} in this run" for name, (was, is_) in changed.items()
+        )
         raise ValueError(
             f"{where} was saved with other settings:\n  {listed}\n"
             f"restore them, choose another --output, or accept the changes with --allow-changed {' '.join(changed)}"
@@ -160,36 +127,25 @@ class PlanConfig:
     images: int = 15_000_000  # captioned images, or pairs of texts; the size of the paper's smaller set
     gpu_gib: float = 80.0  # a GPU's memory in GiB: the plan has the largest micro-batches that fit
 
-    def __post_init__(self) -> None:
-        if self.images < 1 or self.gpu_gib <= 0:
-            raise ValueError(f"plan.images {self.images} and gpu_gib {self.gpu_gib} must both be above 0")
-
 
 # The LLMs that the paper (LLM2CLIP, arXiv 2411.04997) trained with, for recipes and plans.
 
 
-@dataclass(frozen=True, kw_only=True)
-class Teacher:
+class Teacher(NamedTuple):
     """An LLM of the paper, before and after stage 1."""
 
     base: str  # Hub id of the LLM that stage 1 starts from
     released: str  # Hub id of the LLM that the authors fine-tuned
-    preset: str  # how the released one reads a caption (llm2clip embed --preset)
     width: int  # of an embedding, and so of a cache
+    preset: str = "llm2clip-llama3"  # how the released one reads a caption (llm2clip embed --preset)
 
 
 TEACHERS = {
     "llama-1b": Teacher(
-        base="meta-llama/Llama-3.2-1B-Instruct",
-        released="microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
-        preset="llm2clip-llama3",
-        width=2048,
+        "meta-llama/Llama-3.2-1B-Instruct", "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned", 2048
     ),
     "llama-8b": Teacher(
-        base="meta-llama/Meta-Llama-3-8B-Instruct",
-        released="microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
-        preset="llm2clip-llama3",
-        width=4096,
+        "meta-llama/Meta-Llama-3-8B-Instruct", "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned", 4096
     ),
 }
 
@@ -224,8 +180,6 @@ class PipelineConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.questions or self.llava_llm:
-            self._check_llava()
         if not 0 < self.validation < 1:
             raise ValueError(f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.1")
         if self.num_train_epochs <= 0 or self.num_gpus < 1 or self.global_batch < 0 or self.queries < 1:
@@ -233,9 +187,9 @@ class PipelineConfig(SourceConfig):
                 f"num_train_epochs {self.num_train_epochs:g} must be above 0, num_gpus {self.num_gpus} and queries "
                 f"{self.queries} at least 1, global_batch {self.global_batch} not negative"
             )
-
-    def _check_llava(self) -> None:
-        """What would stop LLaVA's stages, hours later."""
+        if not self.questions and not self.llava_llm:
+            return
+        # what would stop LLaVA's stages, hours later
         from llava_integration.benchmarks.rules import benchmark
         from llava_integration.preflight import check_model
 
@@ -265,7 +219,7 @@ RUN = Command(
 )
 
 
-# EmbedConfig: the captions, the LLM and the cache of ``llm2clip embed``.
+# The options of ``llm2clip embed``.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,20 +229,12 @@ class EmbedConfig:
     source: SourceConfig  # the captioned images
     encoder: EncoderConfig  # the LLM
     cache: str = ""  # folder of the cache; "": embeddings-<fingerprint> in the data's folder
-    dtype: str = "float16"  # storage: float16, or int8 with a scale for each row (half the size)
+    dtype: Literal["float16", "int8"] = "float16"  # storage; int8: with a scale for each row, half the size
     tokens_per_batch: int = 0  # tokens of a batch, padding included; 0: chosen by device
     dry_run: bool = False  # print the number of captions and the size of the cache, then exit
     overwrite: bool = False  # replace cached captions that the data, as it is read now, does not have
     verify: bool = False  # write nothing: read the full cache, compare it with the data, embed a sample again
 
-    def __post_init__(self) -> None:
-        if self.dtype not in CACHE_DTYPES:
-            raise ValueError(unknown("cache dtype", self.dtype, CACHE_DTYPES))
-        if self.tokens_per_batch < 0:
-            raise ValueError(f"tokens_per_batch {self.tokens_per_batch} must not be negative")
-
-
-# The options of ``llm2clip embed``.
 
 EMBED = Command(
     name="embed",

@@ -1,4 +1,4 @@
-"""The command line of stage 2: ``llm2clip train-tower``; under a launcher, scripts/train_tower.py.
+"""Stage 2, ``llm2clip train-tower``: captioned images and a cache in, a trained and exported tower out.
 
 A recipe or a file gives the full configuration, options override fields. Options of Hugging Face's Trainer and of
 LLaVA's scripts keep their names.
@@ -7,35 +7,62 @@ LLaVA's scripts keep their names.
 from __future__ import annotations
 
 import dataclasses
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.data.sources.base import open_source
-from llm2clip_plugin.data.workers import lacks_shared_memory
-from llm2clip_plugin.files import started_by
+from llm2clip_plugin.console import loaded, phase
+from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity
+from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
+from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.remote import is_url, shuffle_window
+from llm2clip_plugin.data.sampler import epoch_draws
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_fields, check_kinds, open_source
+from llm2clip_plugin.data.workers import LoadPlan, lacks_shared_memory, plan_loading, row_bytes
+from llm2clip_plugin.evaluate.opening import check_measurable
+from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
+from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
 from llm2clip_plugin.stages import run as plans
-from llm2clip_plugin.stages.run import find_cache, plan_engine
+from llm2clip_plugin.stages.run import TrainingRun, find_cache, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import TEACHERS, plan_or_train, rank_and_world
 from llm2clip_plugin.stages.tower_config import DEFAULT, TRAIN_TOWER, RunConfig
-from llm2clip_plugin.stages.tower_run import check_data, check_patch_layers, load_plans, open_data, train_tower
-from llm2clip_plugin.train.config import local_world_size
-from llm2clip_plugin.train.losses.base import needs_reference, patch_layers
+from llm2clip_plugin.stages.tower_export import export_run
+from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Checkpoints, Loaded, load_weights
+from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
+from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
+from llm2clip_plugin.train.engine import Engine, Reference, frozen_copy
+from llm2clip_plugin.train.errors import StopRequest, stop_requests
+from llm2clip_plugin.train.guard import check_finite, locked
+from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters, load_clip_heads
+from llm2clip_plugin.train.loop import Evaluate
+from llm2clip_plugin.train.losses.base import needs_reference, patch_layers, weighted_terms
 from llm2clip_plugin.train.model import (
     DTYPES,
     StepMemory,
     activation_bytes,
+    build_dual,
     enable_gradient_checkpointing,
     shape_dual,
     trained_parameters,
     with_llm_width,
 )
 from llm2clip_plugin.train.optim import chosen_optimizer
+from llm2clip_plugin.train.step import TowerStep
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.towers import tower_blocks, use_fastest_attention
 
-ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
-IMAGES = 16  # of the pass that measures activations
+TOWER, TOWER_EMA = "tower", "tower-ema"
+FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
+EVALUATION_PREFETCH = 2  # torch's default
 
 
 def main(argv: list[str]) -> int:
@@ -52,72 +79,432 @@ def main(argv: list[str]) -> int:
     )
 
 
+def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> Path:
+    """Train a tower; returns the directory of the exported tower.
+
+    The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
+    ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
+    files.started_by, for run.json.
+    """
+    # the handlers outlive the watch: a launcher's SIGTERM must not end this rank before it says which one failed
+    with stop_requests() as stop, training_ranks(config.train) as device:
+        with phase("opening the data"):
+            data = open_data(config.validate())
+        with locked(Path(config.output_dir)):
+            with phase("checking the data"):
+                on_first_rank(lambda: check_data(config, data))
+            if rank() == 0 and device.type == "cpu" and config.train.precision == "bf16":
+                print("note: no GPU: bf16 is slower than fp32 on most CPUs; add --precision fp32", file=sys.stderr)
+            return _train(decided_by_data(config, data), data, device, stop, command or {})
+
+
+def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]) -> Path:
+    """From the opened data on: tower, heads, engine, loop, export."""
+    dual, images = start_model(config, data)
+    trained = trained_parameters(dual, config.optim)
+    run = open_run(config, data, command, hidden_size=dual.tower.config.hidden_size)
+    resumed = run.find_checkpoint()
+    if resumed is not None:
+        load_weights(dual, resumed.weights, where=resumed.path)
+    on_first_rank(lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path))
+    evaluate = evaluation(dual, data, images, config)
+    before, curve = before_steps(config, run, dual, data, images, resumed, evaluate, device, stop)
+    # before the engine, which partitions the weights under ZeRO-3
+    frozen = frozen_copy(dual) if needs_reference(config.loss) else None
+    for model in filter(None, (dual, frozen)):
+        use_fastest_attention(model.tower, device, bf16=config.train.precision == "bf16")
+    if config.train.gradient_checkpointing:
+        enable_gradient_checkpointing(dual.tower)
+    if config.train.torch_compile:
+        dual.tower.compile()
+    engine = run.make_engine(dual, trained, resumed)
+    references = make_references(config, engine, frozen, resumed)
+    start = run.start_state(resumed)
+    step = TowerStep(
+        engine,
+        weighted_terms(config.loss),
+        seed=config.train.seed,
+        text_noise=config.dual.input_noise > 0,
+        normalize=Normalize(images, engine.device),
+        total_samples=run.total_steps * config.train.global_batch,
+        reference=references.get(TWIN),
+        patch_layers=patch_layers(config.loss),
+    )
+    batches = iter(make_batches(config, data, images, start.samples))
+    state = run.train_to_end(
+        engine,
+        start,
+        step=step,
+        batches=batches,
+        evaluate=evaluate,
+        before=before,
+        heads=curve,
+        stop=stop,
+        references=references,
+    )
+    if rank() == 0:
+        (run.folder / UNFINISHED_HEADS).unlink(missing_ok=True)
+    run.write_result(lambda: export_towers(config, state.step))
+    return run.folder / TOWER
+
+
+def decided_by_data(config: RunConfig, data: Data) -> RunConfig:
+    """The run with what its data decides: the order of reading, which a checkpoint records, and embeddings' width."""
+    window = shuffle_window(config.data.read.shuffle_window, config.data.path)
+    read = dataclasses.replace(config.data.read, shuffle_window=window)
+    dual = with_llm_width(config.dual, data.caches[0].width)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, read=read), dual=dual)
+
+
+def start_model(config: RunConfig, data: Data) -> tuple[DualEncoder, ImageConfig]:
+    """The tower with its heads, and how images are made for it. Raises ValueError for what would stop the run later."""
+    dual = build_dual(config.tower, config.dual, seed=config.train.seed)
+    if config.heads.target == "clip_text":
+        load_clip_heads(dual, config.tower.path)
+    check_patch_layers(dual, config.loss)
+    images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
+    plans = load_plans(config, images.size, data.caches[0].width, world_size())
+    if reason := lacks_shared_memory(plans, local_world_size()):
+        raise ValueError(reason)  # else a process that writes beyond the end dies of SIGBUS in the middle of the run
+    return dual, images
+
+
+def before_steps(
+    config: RunConfig,
+    run: TrainingRun,
+    dual: DualEncoder,
+    data: Data,
+    images: ImageConfig,
+    resumed: Loaded | None,
+    evaluate: Evaluate | None,
+    device: torch.device,
+    stop: StopRequest,
+) -> tuple[Evaluate | None, list[FitLine]]:
+    """The scores that a run is compared with, None if they are not wanted, and the curve of a fit of heads, in place.
+
+    A run that does not fit its heads is scored with heads that are fitted for the scores alone; its own are put back
+    bit for bit.
+    """
+    fit = partial(
+        fit_heads,
+        dual,
+        data.sources,
+        data.caches,
+        images,
+        loss=config.loss,
+        device=device,
+        seed=config.train.seed,
+        bf16=config.train.precision == "bf16",
+        caption_weights=config.data.kind_weights,
+        clip_caches=data.clip_caches,
+        workers=config.train.dataloader_num_workers,
+        logging_steps=config.train.logging_steps,
+        stop=stop,
+    )
+    curve: list[FitLine] = []
+    if resumed is None and config.heads.steps:
+        run.record(run.new_state())
+        loaded()
+        with phase("heads"):
+            curve = fit(config.heads, unfinished=run.folder / UNFINISHED_HEADS)
+    wanted = evaluate if config.train.eval_on_start else None
+    if wanted is None or config.heads.steps or config.tower.keep_heads:
+        return wanted, curve
+    if resumed is not None:
+        return None, curve
+    own = {name: parameter.detach().clone() for name, parameter in head_parameters(dual)}
+    loaded()
+    with phase("heads of the scores before training"):
+        curve = fit(FITTED_FOR_SCORES)
+        scores = wanted()
+    with torch.no_grad():
+        for name, parameter in head_parameters(dual):
+            parameter.copy_(own[name])
+    return (lambda: scores), curve
+
+
+def make_references(
+    config: RunConfig, engine: Engine, frozen: DualEncoder | None, resumed: Loaded | None
+) -> dict[str, Reference]:
+    """The moving average that is exported, and the tower that the loss compares with, where the run has them."""
+    references: dict[str, Reference] = {}
+    if config.train.ema_decay:
+        updates, values = (resumed.state.step, resumed.averages) if resumed is not None else (0, None)
+        decay = config.train.ema_decay
+        references[AVERAGES] = Reference(engine, decay, warmup=True, updates=updates, values=values)
+    if frozen is not None:
+        values = resumed.twin if resumed is not None else None
+        references[TWIN] = Reference(engine, config.distill.reference_decay, module=frozen, values=values)
+    return references
+
+
+def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_size: int) -> TrainingRun:
+    """The run's DeepSpeed configuration and what its checkpoints are compared with."""
+    plan, deepspeed = plan_engine(config, samples=data.samples, world=world_size(), hidden_size=hidden_size)
+    learned_from = {"teacher": data.caches[0].teacher.fingerprint, "samples": data.samples}
+    if data.clip_caches:
+        learned_from["clip"] = data.clip_caches[0].fingerprint
+    return TrainingRun(
+        config=config,
+        run_settings={**dataclasses.asdict(config), **learned_from},
+        teacher=dataclasses.asdict(data.caches[0].teacher),
+        total_steps=plan.total_steps,
+        deepspeed=deepspeed,
+        data=data.digests,
+        command=command,
+    )
+
+
+def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: int) -> PairLoader:
+    """This rank's rows of the global batches, from sample number ``position`` of the run on."""
+    local_batch, micro_batch, _ = config.train.rows(world_size())
+    dataset = PairDataset(
+        data.sources,
+        data.caches,
+        images,
+        config.data.augment,
+        seed=config.train.seed,
+        caption_weights=config.data.kind_weights,
+        captions_per_image=config.data.captions_per_image,
+        one_source_batch=config.train.global_batch if config.data.one_source_per_batch else 0,
+    )
+    return PairLoader(
+        dataset,
+        local_batch=local_batch,
+        micro_batch=micro_batch,
+        position=position,
+        rank=rank(),
+        world=world_size(),
+        workers=config.train.dataloader_num_workers,
+        prefetch_mb=config.train.dataloader_prefetch_mb,
+        max_broken=config.train.max_broken,
+        pin_memory=torch.cuda.is_available(),
+        whole_shards=rank() == 0 and world_size() == local_world_size(),
+    )
+
+
+def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[LoadPlan]:
+    """What loader processes take: for training, and for evaluation if the run has a held-out split and such processes.
+
+    side: pixels of an image; width: of an embedding; world: ranks.
+    """
+    rows, micro_batch, _ = config.train.rows(world)
+    train = plan_loading(
+        rows=rows,
+        micro_batch=micro_batch,
+        workers=config.train.dataloader_num_workers,
+        row_bytes=row_bytes(side, width * config.data.captions_per_image),
+        prefetch_mb=config.train.dataloader_prefetch_mb,
+    )
+    batch, workers = config.evaluation.batch, config.evaluation.workers
+    if not config.data.validation or not workers:
+        return [train]
+    size = row_bytes(side, 0)
+    return [train, LoadPlan(part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=size)]
+
+
+def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluate | None:
+    """Recall on the held-out split, by all ranks together; None without a split."""
+    source, cache = data.validation, data.validation_cache
+    if source is None or cache is None:
+        return None
+
+    def evaluate() -> dict[str, float]:
+        report = evaluate_retrieval(dual, source, cache, images, config.evaluation, all_ranks=True, quiet=True)
+        return report.metrics()
+
+    return evaluate
+
+
+def export_towers(config: RunConfig, step: int) -> None:
+    """Export the checkpoint of the last step, and its moving average if there is one."""
+    folder = Path(config.output_dir)
+    last = Checkpoints(folder, keep=0).path(step).name  # by its name: no fallback to an older one
+    export_run(folder, folder / TOWER, checkpoint=last, replace=True)
+    if config.train.ema_decay:
+        export_run(folder, folder / TOWER_EMA, checkpoint=last, averaged=True, replace=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Opened sources with their caches, checked against each other."""
+
+    sources: list[Source]
+    caches: list[EmbeddingCache]
+    validation: Source | None
+    validation_cache: EmbeddingCache | None
+    clip_caches: list[EmbeddingCache]  # with heads.target clip_text: a CLIP's text features of each source's captions
+
+    @property
+    def samples(self) -> int:
+        """Training samples of one epoch over all sources: the sum of weight x size."""
+        return sum(epoch_draws(list(map(len, self.sources)), [source.config.weight for source in self.sources]))
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What is compared between ranks."""
+        own = {str(number): source_digest(source) for number, source in enumerate(self.sources, 1)}
+        own |= {f"{number}, its cache": cache_digest(cache) for number, cache in enumerate(self.caches, 1)}
+        own |= {f"{number}, its CLIP cache": cache_digest(cache) for number, cache in enumerate(self.clip_caches, 1)}
+        if self.validation is not None and self.validation_cache is not None:
+            own["validation"] = source_digest(self.validation)
+            own["validation, its cache"] = cache_digest(self.validation_cache)
+        return own
+
+
+def open_data(config: RunConfig) -> Data:
+    """Open every source and cache.
+
+    Raises ContractError if two caches have different teachers, or one doesn't fit its data.
+    """
+    sources: list[Source] = []
+    caches: list[EmbeddingCache] = []
+    for item, path in zip(config.data.sources, config.data.cache or ("",) * len(config.data.path), strict=True):
+        source, cache = open_pair(item, path, caches[0].teacher if caches else None)
+        sources.append(source)
+        caches.append(cache)
+    check_fields(*sources)
+    held_out, cache = config.data.held_out, None
+    if held_out is not None:
+        held_out, cache = open_pair(held_out, config.data.validation_cache, caches[0].teacher)
+    clip_caches = open_clip_caches(config, sources) if config.heads.target == "clip_text" else []
+    return Data(sources=sources, caches=caches, validation=held_out, validation_cache=cache, clip_caches=clip_caches)
+
+
+def open_clip_caches(config: RunConfig, sources: list[Source]) -> list[EmbeddingCache]:
+    """The caches of one CLIP's text features, checked against their sources."""
+    caches: list[EmbeddingCache] = []
+    for source, path in zip(sources, config.data.clip_cache or ("",) * len(sources), strict=True):
+        known = caches[0].fingerprint if caches else None
+        cache = EmbeddingCache.open(path or find_cache(source.config, of_clip=True), expect_fingerprint=known)
+        if cache.teacher.pooling != PROJECTED or cache.width != config.dual.projection_dim:
+            raise ValueError(
+                f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide; expected the "
+                f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
+            )
+        cache.check(source)
+        caches.append(cache)
+    return caches
+
+
+def open_pair(config: SourceConfig, cache_path: str, teacher: TeacherIdentity | None) -> tuple[Source, EmbeddingCache]:
+    """A source and its cache, checked against each other and against the teacher of the caches before it."""
+    if is_url(config.path) and not cache_path:  # before anything is downloaded
+        raise ValueError(
+            f"{config.path} is not a local folder; set its embedding cache with --cache DIR "
+            "(--validation-cache DIR for the held-out split)"
+        )
+    source = open_source(config)
+    cache = EmbeddingCache.open(
+        cache_path or find_cache(config, teacher), expect_fingerprint=teacher.fingerprint if teacher else None
+    )
+    cache.check(source)
+    return source, cache
+
+
+def check_data(config: RunConfig, data: Data) -> None:
+    """Raise ValueError for data on which training or the run's evaluation would fail; warn about what is unusual."""
+    batch, samples, warnings = config.train.global_batch, sum(map(len, data.sources)), []
+    if batch > samples:
+        problem = f"global_batch {batch} is more than the {samples} samples of {', '.join(config.data.path)}"
+        if not config.loss.mask_same_image:
+            raise ValueError(f"{problem}: samples would be their own negatives, as loss.mask_same_image is off")
+        warnings.append(f"{problem}: a sample comes several times in a batch")
+    small = [f"{source.path} ({len(source)} samples)" for source in data.sources if len(source) < batch]
+    if config.data.one_source_per_batch and len(data.sources) > 1 and small:
+        raise ValueError(
+            f"global_batch {batch} is larger than {', '.join(small)}; lower --global-batch, or mix the sources with "
+            "--no-one-source-per-batch"
+        )
+    check_kinds(data.sources, config.data.kind_weights)
+    if data.validation is not None:
+        check_measurable(data.validation, config.evaluation, option="--evaluation.")
+        warnings.append(trained_on(data))
+    for line in filter(None, warnings):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def trained_on(data: Data) -> str:
+    """A line about a shard of validation whose keys and captions are those of one that is trained on; else ""."""
+    assert data.validation is not None and data.validation_cache is not None
+    shards = {
+        cache.manifest.shards[shard.name]["rows_sha256"]: source.path
+        for source, cache in zip(data.sources, data.caches, strict=True)
+        for shard in source.shards
+    }
+    for shard in data.validation.shards:
+        if same := shards.get(data.validation_cache.manifest.shards[shard.name]["rows_sha256"]):
+            return (
+                f"--validation {data.validation.path}: shard {shard.name!r} is also in the training data {same}, its "
+                "scores say nothing about new images; hold some out with `llm2clip data split`"
+            )
+    return ""
+
+
+def check_patch_layers(dual: DualEncoder, loss: LossConfig) -> None:
+    """Raise ValueError for a term that reads patches of a hidden state that the tower does not have."""
+    blocks = len(tower_blocks(dual.tower))
+    for reads, layer in patch_layers(loss).items():
+        if not -blocks - 1 <= layer <= blocks:
+            raise ValueError(
+                f"loss.terms {' '.join(loss.terms)}: layer {layer} of {reads} is outside the tower's {blocks} blocks; "
+                "change layer in --loss.args (-2: the block before the last)"
+            )
+
+
+# The plan of ``--dry-run``.
+
+ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
+IMAGES = 16  # of the pass that measures activations
+
+
 def tower_plan(config: RunConfig) -> str:
     """The plan as text.
 
     Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself.
     """
     _, world = rank_and_world()
-    size = measure_data(config)
-    config = dataclasses.replace(config, dual=with_llm_width(config.dual, size.width))
+    samples, width, assumed = measure_data(config)
+    config = dataclasses.replace(config, dual=with_llm_width(config.dual, width))
     dual = shape_dual(config.tower, config.dual)
     check_patch_layers(dual, config.loss)
-    train, heads, gpu_gib, tower = config.train, config.heads, config.plan.gpu_gib, dual.tower.config
-    plan, deepspeed = plan_engine(
-        config, train, config.optim, samples=size.samples, world=world, hidden_size=tower.hidden_size
-    )
+    heads, gpu_gib, tower = config.heads, config.plan.gpu_gib, dual.tower.config
+    plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
     parameters = plans.describe_parameters(trained_parameters(dual, config.optim), config.optim)
     memory = step_memory(config, dual)
-    lacking = lacks_shared_memory(load_plans(config, tower.image_size, size.width, world), local_world_size())
+    lacking = lacks_shared_memory(load_plans(config, tower.image_size, width, world), local_world_size())
     parts = [
-        *(f"assumed: {line}" for line in size.assumed),
+        *(f"assumed: {line}" for line in assumed),
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
-        f"{config.dual.projection_dim}, LLM embeddings {size.width} wide",
+        f"{config.dual.projection_dim}, LLM embeddings {width} wide",
         *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
-        plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
+        plans.describe_run(plan, deepspeed, samples=samples, world=world),
         parameters,
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
-        plans.describe_columns(plans.columns(memory, train, gpu_gib), train.global_batch, gpu_gib),
+        plans.describe_columns(memory, config.train, gpu_gib),
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
     return "\n".join(parts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSize:
-    """Size of the data and width of the teacher's embeddings."""
-
-    samples: int
-    width: int
-    assumed: tuple[str, ...]
-
-
-def measure_data(config: RunConfig) -> DataSize:
-    """Size of the data and its caches; what is missing is assumed."""
-    config.validate(needs_data=False)
-    if config.data.path and _has_caches(config):
+def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
+    """Samples, width of the embeddings, and a line for each thing that is missing and assumed."""
+    has_caches = bool(config.data.cache)
+    with suppress(FileNotFoundError):
+        has_caches = has_caches or all(map(find_cache, config.data.sources))
+    if config.data.path and has_caches:
         data = open_data(config)
         check_data(config, data)
-        return DataSize(samples=data.samples, width=data.caches[0].width, assumed=())
-    samples, assumed = config.plan.images, ["an embedding cache that fits the data"]
+        return data.samples, data.caches[0].width, []
     if config.data.path:
-        samples = sum(len(open_source(source)) for source in config.data.sources)
+        samples, assumed = sum(len(open_source(source)) for source in config.data.sources), "an embedding cache"
     else:
-        assumed = [f"{samples:,} images (--assumed-samples, or DATA)"]
-    width = config.dual.llm_width or ASSUMED_WIDTH
-    if not config.dual.llm_width:
-        known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
-        assumed.append(f"LLM embeddings of width {width} (--dual.llm-width: {known})")
-    return DataSize(samples=samples, width=width, assumed=tuple(assumed))
-
-
-def _has_caches(config: RunConfig) -> bool:
-    """Whether the configuration names the caches, or there is one next to each path."""
-    try:
-        return bool(config.data.cache) or all(map(find_cache, config.data.sources))
-    except FileNotFoundError:
-        return False
+        samples, assumed = config.plan.images, f"{config.plan.images:,} images (--assumed-samples, or DATA)"
+    if config.dual.llm_width:
+        return samples, config.dual.llm_width, [assumed]
+    known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
+    return samples, ASSUMED_WIDTH, [assumed, f"LLM embeddings of width {ASSUMED_WIDTH} (--dual.llm-width: {known})"]
 
 
 def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:

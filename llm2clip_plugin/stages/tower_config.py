@@ -15,7 +15,7 @@ from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
 from llm2clip_plugin.data.workers import cores
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import from_plain, read_json_value
-from llm2clip_plugin.options import Command, joined, nearest, unknown
+from llm2clip_plugin.options import Command, unknown
 from llm2clip_plugin.stages.settings import NEEDS, REPLACES, TEACHERS, PlanConfig, TrainingConfig, flat_essentials
 from llm2clip_plugin.train.config import (
     DistillConfig,
@@ -29,9 +29,6 @@ from llm2clip_plugin.train.config import (
 from llm2clip_plugin.vision.convert import FORMATS
 from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig
 
-EXAMPLE = (
-    "llm2clip train-tower /data/photos --tower facebook/dinov2-base --validation /data/held-out --output runs/photos"
-)
 MAX_CAPTIONS = 64  # of an image in a step
 
 
@@ -64,8 +61,7 @@ class DataConfig:
         weights, kinds = self.kind_weights, self.read.kinds
         if weights and kinds and set(weights) != set(kinds):
             raise ValueError(
-                f"data.caption_weights {' '.join(self.caption_weights)} and data.read.kinds {' '.join(kinds)} name "
-                "different kinds; give each of these kinds a weight, or leave data.read.kinds empty"
+                f"data.caption_weights {weights} and data.read.kinds {kinds} name different kinds of captions"
             )
 
     @property
@@ -117,32 +113,28 @@ class RunConfig(TrainingConfig):
 
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""
-        if needs_data and (missing := self._missing()):
-            raise ValueError(f"{' and '.join(missing)}. For example: {EXAMPLE}")
+        missing = [] if self.data.path else ["no training data: add DATA"]
+        if not self.tower.path and not self.tower.from_scratch:
+            made = f" ({self.tower.architecture}, as llm2clip import writes it)" if self.tower.architecture else ""
+            missing.append(f"no tower to train{made}: add --tower with a directory or Hub id")
+        if needs_data and missing:
+            raise ValueError(f"{' and '.join(missing)}. For example: {TRAIN_TOWER.example}")
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
         from llm2clip_plugin.train.losses.base import check_terms  # torch
 
         check_terms(self.loss, self.dual)
-        if self.heads.target == "clip_text":
-            if self.tower.keep_heads or self.dual.adapter == "none" or not self.heads.steps:
-                raise ValueError(
-                    "heads.target clip_text fits a new text adapter to the CLIP's projection: set heads.steps, and "
-                    "leave tower.keep_heads and dual.adapter none out"
-                )
+        fits_new = self.heads.steps and not self.tower.keep_heads and self.dual.adapter != "none"
+        if self.heads.target == "clip_text" and not fits_new:
+            raise ValueError(
+                "heads.target clip_text fits a new text adapter to the CLIP's projection: set heads.steps, and "
+                "leave tower.keep_heads and dual.adapter none out"
+            )
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
             raise ValueError(
                 "tower.freeze with dual.projection none and dual.adapter none leaves nothing to train; change one"
             )
         return self
-
-    def _missing(self) -> list[str]:
-        """What every run needs and no recipe can know, as the parts of an error."""
-        missing = [] if self.data.path else ["no training data: add DATA"]
-        if not self.tower.path and not self.tower.from_scratch:
-            made = f" ({self.tower.architecture}, as llm2clip import writes it)" if self.tower.architecture else ""
-            missing.append(f"no tower to train{made}: add --tower with a directory or Hub id")
-        return missing
 
 
 # Stage 2's named runs, each a function that returns a full configuration; the command line overrides single fields.
@@ -150,6 +142,15 @@ class RunConfig(TrainingConfig):
 DEFAULT = "base"
 EMOJI = Path(llm2clip_plugin.__file__).parent / "data" / "emoji"
 EMOJI_FIELD = "concept"  # of its samples: the same for one emoji in several styles
+PAPER_TRAIN = TrainConfig(  # the paper's
+    global_batch=4096,
+    num_train_epochs=4.0,
+    precision="bf16",
+    gradient_checkpointing=True,
+    dataloader_num_workers=8,
+    save_steps=1000,
+    eval_steps=1000,
+)
 
 
 def base() -> RunConfig:
@@ -256,24 +257,9 @@ def lift_b16() -> RunConfig:
         tower=TowerConfig(architecture="openai/clip-vit-base-patch16", from_scratch=True),
         dual=DualConfig(pool="mean", projection="mlp", adapter="none"),
         optim=OptimConfig(
-            lr=1e-3,
-            betas=(0.9, 0.98),
-            eps=1e-6,
-            weight_decay=0.2,
-            layer_decay=1.0,
-            max_grad_norm=1.0,
-            warmup_steps=500,
+            lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, layer_decay=1.0, max_grad_norm=1.0, warmup_steps=500
         ),
-        train=TrainConfig(
-            global_batch=16384,
-            num_train_epochs=2.0,
-            precision="bf16",
-            gradient_checkpointing=True,
-            dataloader_num_workers=8,
-            save_steps=1000,
-            eval_steps=1000,
-            eval_on_start=False,
-        ),
+        train=dataclasses.replace(PAPER_TRAIN, global_batch=16384, num_train_epochs=2.0, eval_on_start=False),
     )
 
 
@@ -311,15 +297,7 @@ def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunC
         optim=OptimConfig(
             lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0
         ),
-        train=TrainConfig(
-            global_batch=4096,
-            num_train_epochs=4.0,
-            precision="bf16",
-            gradient_checkpointing=True,
-            dataloader_num_workers=8,
-            save_steps=1000,
-            eval_steps=1000,
-        ),
+        train=PAPER_TRAIN,
     )
 
 
@@ -355,8 +333,7 @@ def recipe(name: str) -> RunConfig:
     if not slash:
         return config
     if llm not in TEACHERS:
-        problem = f"unknown teacher {llm!r} in recipe {name!r}{nearest(llm, TEACHERS)}"
-        raise ValueError(joined(problem, f"known: {', '.join(TEACHERS)}"))
+        raise ValueError(unknown(f"teacher in recipe {name!r}:", llm, TEACHERS))
     return dataclasses.replace(
         config,
         output_dir=f"{config.output_dir}-{llm}",

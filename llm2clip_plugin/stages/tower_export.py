@@ -4,14 +4,12 @@ A tower directory is exported with LLaVA's environment alone; a run needs the tr
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.files import CHECKPOINTS, ContractError, from_plain
-from llm2clip_plugin.options import command
-from llm2clip_plugin.stages.tower_config import DEFAULT, EXPORT, TowerExportConfig
+from llm2clip_plugin.stages.tower_config import DEFAULT, EXPORT, RunConfig
 from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
@@ -29,7 +27,8 @@ def main(argv: list[str]) -> int:
         if options.push:
             raise ValueError(f"--push uploads a tower directory; leave out --format {options.format}, or --push")
         if is_run:
-            raise ValueError(f"--format {options.format} converts a tower directory, not a run; {two_steps(options)}")
+            done = Path(options.source) / "tower"
+            raise ValueError(f"--format {options.format} converts a tower directory, not a run; convert {done}")
         written = convert(options.source, options.output, options.format, replace=options.overwrite)
         print(f"{written}: verified by reloading")
         return 0
@@ -46,29 +45,15 @@ def main(argv: list[str]) -> int:
     elif options.ema or options.checkpoint:
         raise ValueError(f"--ema and --checkpoint require a training run, but {options.source} has no {RunRecord.FILE}")
     else:
-        adapter = teacher_adapter(read_card(options.source).teacher) if options.with_adapter else None
+        adapter = None
+        if options.with_adapter:
+            directory = fetch_directory(options.source)
+            adapter = teacher_adapter(located(TowerCard.read(directory / TowerCard.FILE), directory).teacher)
         card = reexport(options.source, options.output, adapter=adapter, replace=options.overwrite)
     print(summary(options.output, card))
     if options.push:
         print(push_to_hub(options.output, options.push, private=not options.public))
     return 0
-
-
-def two_steps(options: TowerExportConfig) -> str:
-    """The commands that convert a run: its tower at the end of the training, or a new export of a checkpoint."""
-    done = Path(options.source) / "tower"
-    tower = str(done) if done.is_dir() and not options.checkpoint else f"{options.output}-tower"
-    convert = command("export", tower, "--output", options.output, "--format", options.format)
-    if tower == str(done):
-        return f"convert the run's tower: {convert}"
-    checkpoint = ["--checkpoint", options.checkpoint] if options.checkpoint else []
-    return f"export it first: {command('export', options.source, '--output', tower, *checkpoint)} && {convert}"
-
-
-def read_card(source: str) -> TowerCard:
-    """The card of a tower directory or Hub id, its paths absolute."""
-    directory = fetch_directory(source)
-    return located(TowerCard.read(directory / TowerCard.FILE), directory)
 
 
 def teacher_adapter(teacher: dict[str, Any]) -> Path:
@@ -99,9 +84,6 @@ def export_run(
     replace: bool = False,
 ) -> None:
     """Write a run's checkpoint (the newest, unless ``checkpoint`` is the name or path of one) as a tower directory."""
-    # imports DeepSpeed, which LLaVA's environment may lack and the export of a tower directory doesn't need
-    from llm2clip_plugin.stages.tower_config import RunConfig
-
     record = RunRecord.read(run / RunRecord.FILE)
     adapter = teacher_adapter(record.teacher) if with_adapter else None
     config = from_plain(RunConfig, record.config, where=str(run / RunRecord.FILE))
@@ -113,6 +95,9 @@ def export_run(
     loaded = load(path, moments=False)
     if averaged and not loaded.averages:
         raise ValueError(f"{path} has no moving average: the run had --ema-decay 0")
+    words = "\n".join(record.command.get("words", []))
+    recipe = re.search(r"^--recipe[=\n](.+)$", words, re.MULTILINE)
+    usual = "" if not words or re.search(r"^--config\b", words, re.MULTILINE) else DEFAULT
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     dual.load_state_dict({**loaded.weights, **(loaded.averages if averaged else {})})
     export_tower(
@@ -125,7 +110,7 @@ def export_run(
             "samples": loaded.state.samples,
             "global_batch": config.train.global_batch,
             "precision": config.train.precision,
-            "recipe": _recipe(record.command.get("words", [])),
+            "recipe": recipe[1] if recipe else usual,
             "data": [Path(path).name for path in config.data.path],
             "data_samples": record.epoch_samples,
             "config_hash": loaded.state.config_hash,
@@ -136,12 +121,3 @@ def export_run(
         adapter=adapter,
         replace=replace,
     )
-
-
-def _recipe(words: Sequence[str]) -> str:
-    """The recipe that a run's command chooses; "" for a configuration from a file or no record."""
-    line = "\n".join(words)
-    if not line or re.search(r"^--config\b", line, re.MULTILINE):
-        return ""
-    named = re.search(r"^--recipe[=\n](.+)$", line, re.MULTILINE)
-    return named[1] if named else DEFAULT

@@ -23,7 +23,7 @@ def test_doctor_reports_problems_and_fixes(capsys: pytest.CaptureFixture[str]) -
     status = cli.main(["doctor", "--environment", "train", "--captions", "1", "--width", "8"])
     out = capsys.readouterr().out
     assert status in (0, 1)
-    for subject in ("python", "torch", "deepspeed launcher", "C++ compiler", "accelerator", "threads", "port", "disk"):
+    for subject in ("python", "torch", "deepspeed launcher", "C++ compiler", "accelerator", "open files", "disk"):
         assert subject in out
 
 

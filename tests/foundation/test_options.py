@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 import subprocess
 import sys
@@ -123,8 +122,7 @@ def test_a_refusal_is_one_line_that_names_the_option(line: str, named: str) -> N
 
 @pytest.mark.parametrize("name", cli.OPTIONS)
 def test_every_example_is_read(name: str) -> None:
-    module, attribute = cli.OPTIONS[name]
-    command: Command = getattr(importlib.import_module(module), attribute)
+    command: Command = cli.load(cli.OPTIONS[name])
     words = shlex.split(command.example)
     assert words[: 1 + len(name.split())] == ["llm2clip", *name.split()]
     assert isinstance(command.parse(words[1 + len(name.split()) :]), command.settings)

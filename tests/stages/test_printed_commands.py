@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 from pathlib import Path
 
-from llm2clip_plugin.cli import COMMANDS, OPTIONS
+from llm2clip_plugin.cli import COMMANDS, OPTIONS, load
 
 ROOT = Path(__file__).parents[2]
 
 
 def known_options(name: str) -> set[str]:
     """The options that the help of a command lists."""
-    module, attribute = OPTIONS[name]
-    command = getattr(importlib.import_module(module), attribute)
+    command = load(OPTIONS[name])
     return {f"--{option}" for option in (*command.options.values(), *command.extras, "help", "help-all")}
 
 

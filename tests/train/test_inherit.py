@@ -20,8 +20,8 @@ from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.files import UNFINISHED_HEADS
+from llm2clip_plugin.stages.tower import open_data, train_tower
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
-from llm2clip_plugin.stages.tower_run import open_data, train_tower
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.errors import StoppedError
 from llm2clip_plugin.vision.dual import load_dual

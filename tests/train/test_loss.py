@@ -169,8 +169,8 @@ TERM = HardestNegative
 
 def train_with_new_term(rank: int, world: int, folder: str, argv: list[str]) -> str:
     """The command in this process, with a folder of members of its own; returns the settings of the term."""
+    from llm2clip_plugin.stages.tower import train_tower
     from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
-    from llm2clip_plugin.stages.tower_run import train_tower
     from llm2clip_plugin.train import losses
     from llm2clip_plugin.train.losses.base import chosen_terms
 

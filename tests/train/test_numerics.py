@@ -160,8 +160,8 @@ def deterministic_run(rank: int, world: int, folder: str, tiny: str) -> bool:
     """Two steps of the command with --train.full-determinism; whether torch was told."""
     from tower_runs import options
 
+    from llm2clip_plugin.stages.tower import train_tower
     from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
-    from llm2clip_plugin.stages.tower_run import train_tower
 
     more = "--train.full-determinism True --max_steps 2 --train.precision bf16 --dual.input-noise .1".split()
     train_tower(TRAIN_TOWER.parse(options(Path(tiny), Path(folder), *more)))

@@ -74,7 +74,6 @@ class GQA(base.Benchmark):
         return base.flatten(tree)
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
-        """The predictions file of GQA's own ``eval.py``."""
         return [{"questionId": answer.id, "prediction": convert(answer.text or "")} for answer in answers.rows]
 
 

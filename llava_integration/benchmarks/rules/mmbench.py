@@ -139,14 +139,12 @@ class MMBench(base.Benchmark):
 
     def image_bytes(self, folder: Path, item: base.Item) -> bytes | None:
         """The picture of a group, from the table's base64 column."""
-        for pattern in self.question_files:
-            for table in sorted(folder.glob(pattern)):
-                if encoded := _encoded_images(table).get(str(item["image"])):
-                    try:
-                        return base64.b64decode(encoded, validate=True)
-                    except binascii.Error:
-                        return None
-        return None
+        table = base.first_file(folder, *self.question_files)
+        encoded = _encoded_images(table).get(str(item["image"]), "") if table else ""
+        try:
+            return base64.b64decode(encoded, validate=True)
+        except binascii.Error:
+            return None
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """The rows of the official converter's table."""

@@ -88,29 +88,22 @@ class MME(base.Benchmark):
 
         Sum over subtasks of 100 x right / questions + 100 x complete pairs / images.
         """
-        complete = complete_pairs(items)
-        sums = np.zeros((len(items), 4 * len(PERCEPTION)))
-        seen: set[str] = set()
-        for row, item in enumerate(items):
-            if item["category"] in PERCEPTION:
-                column = 4 * PERCEPTION.index(item["category"])
-                sums[row, column : column + 2] = item["score"], 1
-                if item["cluster"] not in seen:  # an image's pair is counted at its first question
-                    seen.add(item["cluster"])
-                    sums[row, column + 2 : column + 4] = complete[item["cluster"]], 1
+        parts, complete = [item["category"] for item in items], complete_pairs(items)
+        first = {item["cluster"]: place for place, item in reversed(list(enumerate(items)))}  # there its pair counts
+        firsts = [first[item["cluster"]] == place for place, item in enumerate(items)]
+        values = [
+            (item["score"], 1, complete[item["cluster"]] and counts, counts)
+            for item, counts in zip(items, firsts, strict=True)
+        ]
+        sums = base.in_columns(parts, values, PERCEPTION)
 
         def value(totals: np.ndarray) -> np.ndarray:
             accuracy = base.ratio(totals[..., 0::4], totals[..., 1::4])
             accuracy_plus = base.ratio(totals[..., 2::4], totals[..., 3::4])
             return 100 * (accuracy + accuracy_plus).sum(axis=-1)
 
-        names = sorted({item["category"] for item in items})
-        return base.Statistic(
-            sums,
-            value,
-            strata=np.array([names.index(item["category"]) for item in items]),
-            counted=sums[:, 1::4].sum(axis=1) > 0,
-        )
+        _, strata = np.unique(parts, return_inverse=True)
+        return base.Statistic(sums, value, strata=strata, counted=sums[:, 1::4].sum(axis=1) > 0)
 
 
 def plain(question: str) -> str:

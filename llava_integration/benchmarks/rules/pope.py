@@ -61,7 +61,6 @@ class POPE(base.Benchmark):
         return base.logged_field(answer, "question_id", "pope_accuracy"), question, answer.row.get("target")
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
-        """``parsed``: yes, no or missing."""
         parsed = parse(base.text_of(answer)) if answer else "missing"
         return base.item_of(question, answer, score=int(parsed == question.truth), parsed=parsed, label=question.truth)
 
@@ -76,13 +75,11 @@ class POPE(base.Benchmark):
 
     def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """Mean over the categories of F1, percent."""
-        categories = sorted({item["category"] for item in items})
-        sums = np.zeros((len(items), 3 * len(categories)))
-        for row, item in enumerate(items):
-            if not item.get("missing"):
-                column = 3 * categories.index(item["category"])
-                said, true = item["parsed"] == "yes", item["label"] == "yes"
-                sums[row, column : column + 3] = said and true, said, true
+        values = []
+        for item in items:
+            said, true = item["parsed"] == "yes", item["label"] == "yes" and not item.get("missing")
+            values.append((said and true, said, true))
+        sums = base.in_columns([item["category"] for item in items], values)
 
         def value(totals: np.ndarray) -> np.ndarray:
             # F1 = 2 TP / (predicted + actual)
@@ -92,7 +89,6 @@ class POPE(base.Benchmark):
 
 
 def read_labels(folder: Path) -> dict[str, list[Row]]:
-    """The label files' rows by category."""
     paths = sorted((folder / "coco").glob("coco_pope_*.json"))
     if not paths:
         raise FileNotFoundError(

@@ -44,11 +44,9 @@ class Questions(base.Benchmark):
         return questions
 
     def question_rows(self, folder: Path) -> list[Row]:
-        """LLaVA's question file, with its request for a short answer."""
         return [base.question_row(one.id, one.image, f"{one.text}\n{base.SHORT_ANSWER}") for one in self.load(folder)]
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
-        """Right or wrong; a missing answer is wrong."""
         text = base.text_of(answer)
         return base.item_of(question, answer, score=int(any(is_right(text, truth) for truth in question.truth)))
 

@@ -41,7 +41,6 @@ class TextVQA(base.Benchmark):
         ]
 
     def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
-        """The annotation's id, and its image with the question."""
         return str(question.id), (question.cluster, question.text.lower())
 
     def answer_key(self, answer: Answer) -> Hashable | None:

@@ -50,11 +50,9 @@ class VizWiz(base.Benchmark):
         return ("id", str(question.id)), ("image", Path(question.image).stem)
 
     def answer_key(self, answer: Answer) -> Hashable:
-        """See ``question_keys``."""
         return ("id", str(answer.id)) if answer.layout == "llava" else ("image", Path(str(answer.id)).stem)
 
     def logged_key(self, answer: Answer) -> Hashable | None:
-        """The image's name."""
         image = base.logged_field(answer, "image", "submission")
         return None if image is None else ("image", Path(image).stem)
 
@@ -68,7 +66,6 @@ class VizWiz(base.Benchmark):
         return base.flatten({"vqa_api": vqa_api_numbers(items, "answer_type")})
 
     def question_rows(self, folder: Path) -> list[Row]:
-        """VizWiz val with LLaVA's prompt of the test split."""
         return [
             base.question_row(place, entry["image"], f"{entry['question']}\n{UNANSWERABLE}\n{base.SHORT_ANSWER}")
             for place, entry in enumerate(read_json_value(folder / "val.json"))

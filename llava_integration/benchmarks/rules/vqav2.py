@@ -61,7 +61,6 @@ class VQAv2(base.Benchmark):
         return base.flatten({"converted_submission": vqa_api_numbers(items, "answer_type", "question_type")})
 
     def question_rows(self, folder: Path) -> list[Row]:
-        """VQAv2 val with LLaVA's prompt."""
         path = base.first_file(folder, *VAL_QUESTIONS)
         return [
             base.question_row(entry["question_id"], _val_image(entry), f"{entry['question']}\n{base.SHORT_ANSWER}")

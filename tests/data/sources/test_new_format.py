@@ -1,5 +1,6 @@
 """A format of captioned images is one new file: it is listed, recognized, checked, embedded and trained on."""
 
+import re
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -17,29 +18,8 @@ from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources.base import SourceConfig, formats, open_source
 from llm2clip_plugin.text.embed import embed_source
 
-CSV = '''"""CSV with a header row: its columns are the fields of a sample."""
-
-import csv
-from pathlib import Path
-
-from llm2clip_plugin.data.sources.base import SourceFormat
-from llm2clip_plugin.data.sources.rows import Rows, RowSource, pack_rows
-from llm2clip_plugin.data.remote import has_suffix
-
-
-class CsvSource(RowSource):
-    def read_rows(self, path: Path) -> Rows:
-        with open(path, newline="", encoding="utf-8") as file:
-            return pack_rows(enumerate(csv.DictReader(file), 2))  # line 1 is the header
-
-
-SOURCE = SourceFormat(
-    name="csv",
-    help="a .csv file",
-    recognizes=lambda path: has_suffix(path, ".csv"),
-    open=lambda config, broken_shards: CsvSource(config),
-)
-'''
+EXTENDING = (Path(__file__).parents[3] / "docs" / "extending.md").read_text(encoding="utf-8")
+CSV = re.search(r'```python\n("""CSV .*?)```', EXTENDING, re.DOTALL)[1]
 
 
 @pytest.fixture
