@@ -355,7 +355,7 @@ class EmbedRecord(VersionedRecord):
 
     data: str  # path or URL of the data
     shards: list[str]  # names of its shards
-    command: dict[str, Any] = field(default_factory=dict)  # run_files.started_by
+    command: dict[str, Any] = field(default_factory=dict)  # files.started_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,7 +375,7 @@ class RunRecord(VersionedRecord):
     before: dict[str, float] = field(default_factory=dict)  # scores before step 1; {} if none were measured
     total_steps: int = 0  # of the whole run; 0: not recorded, or heads alone
     epoch_samples: int = 0  # image-caption pairs of one pass over the data; 0: not recorded
-    command: dict[str, Any] = field(default_factory=dict)  # how it was started last: run_files.started_by
+    command: dict[str, Any] = field(default_factory=dict)  # how it was started last: files.started_by
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,0 +1,14 @@
+"""Compare models on the same questions, from score files or other evaluators' logs. Needs NumPy alone, no torch.
+
+>>> from llava_integration.compare import build, load_side, page, text          # doctest: +SKIP
+>>> sides = [load_side(Path("logs/base")), load_side(Path("logs/new"), "ours")]  # folders of logs, or files
+>>> comparison = build(sides)               # paired bootstrap over images, Holm over all rows
+>>> print(text(comparison))                 # or text(comparison, markdown=True)
+>>> Path("compare.html").write_text(page(comparison, sides))
+"""
+
+from llava_integration.compare.comparison import build
+from llava_integration.compare.report import page, text
+from llava_integration.compare.sides import load_side
+
+__all__ = ["build", "load_side", "page", "text"]

@@ -1,4 +1,4 @@
-"""``llm2clip compare``: is the new tower better? Paired statistics over score files, and a report."""
+"""``llm2clip compare``: is the new model better? Paired statistics over score files and logs, and a report."""
 
 import json
 import sys
@@ -18,8 +18,9 @@ from llm2clip_plugin.options import Command
 class CompareConfig:
     """Two or more sides, and how they are compared."""
 
-    base: Path  # score file or folder of the baseline
-    new: tuple[Path, ...] = ()  # score files or folders to compare with BASE
+    base: Path  # score file, log or folder of the baseline
+    new: tuple[Path, ...] = ()  # score files, logs or folders to compare with BASE
+    all_pairs: bool = False  # compare every two sides, not each with BASE alone
     names: tuple[str, ...] = ()  # names of the sides in the report, base first
     output: Path | None = None  # folder for compare.json, compare.md and compare.html
     resamples: int = 10_000  # resamples of the bootstrap and of the permutation test
@@ -59,11 +60,12 @@ class CompareConfig:
 COMMAND = Command(
     name="compare",
     example="llm2clip compare runs/openai/scores runs/llm2clip/scores --output report",
-    about="Is the new tower better? Paired statistics over score files, and a report. Several files of one benchmark "
-    "in a folder are its runs (seeds).",
+    about="Is the new model better? Paired statistics over score files, or over the logs of lmms-eval, "
+    "lm-evaluation-harness (--log_samples), VLMEvalKit and inspect_ai, or tables (CSV, JSONL) of item, score and "
+    "group. Several files of one benchmark in a folder are its runs (seeds).",
     settings=CompareConfig,
     arguments="base new",
-    everyday="names output resamples references image-folder images plan effect",
+    everyday="names all-pairs output resamples references image-folder images plan effect",
     shown={"images": "images"},
     needs={
         "output": "not plan",
@@ -82,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         told = lines(noises, effect=args.effect, runs=args.runs, level=args.level, power=args.power)
         print(printable_lines("\n".join(told)))
         return 0
-    comparison = build(sides, resamples=args.resamples, level=args.level, seed=args.seed, references=args.references)
+    chosen = {name: getattr(args, name) for name in ("resamples", "level", "seed", "references", "all_pairs")}
+    comparison = build(sides, **chosen)
     if args.output:  # before printing, which `| head` may end
         pictures = {"images": args.image_folder, "with_images": args.images}
         reports = {

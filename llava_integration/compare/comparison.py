@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import Any
 
 from tqdm import tqdm
@@ -25,7 +26,7 @@ class Row:
     base: str  # name of the base side
     new: str
     result: Difference
-    p_holm: float  # adjusted over the benchmarks of this pair of sides
+    p_holm: float  # adjusted over all rows of the comparison
     wins: int  # questions with a higher score in new
     losses: int
     ties: int
@@ -37,7 +38,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """'better', 'worse' or 'no difference shown', at 5 % over all benchmarks."""
+        """'better', 'worse' or 'no difference shown', at 5 % over all rows."""
         if self.p_holm >= 0.05:
             return "no difference shown"
         return "better" if self.result.difference > 0 else "worse"
@@ -68,9 +69,10 @@ class Comparison:
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()  # what makes numbers meaningless; before everything else in every report
 
-    def pairs(self) -> list[tuple[str, list[Row]]]:
-        """Rows by the side that is compared with the base."""
-        return [(name, [row for row in self.rows if row.new == name]) for name in self.names[1:]]
+    def pairs(self) -> list[tuple[str, str, list[Row]]]:
+        """(new, base, rows) of every two sides that are compared."""
+        pairs = dict.fromkeys((row.new, row.base) for row in self.rows)
+        return [(new, base, [row for row in self.rows if (row.new, row.base) == (new, base)]) for new, base in pairs]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with the verdicts and power lines."""
@@ -91,12 +93,13 @@ def build(
     level: float = 0.95,
     seed: int = 0,
     references: bool = True,
+    all_pairs: bool = False,
 ) -> Comparison:
-    """Compare every side with the first."""
-    base, *others = sides
+    """Compare every side with the first, or every two; Holm's p-values are over all rows."""
     notes = [note for side in sides for note in side.notes]
-    tasks = [(new, name) for new in others for name in ordered(set(base.runs) & set(new.runs))]
-    for new in others:
+    pairs = list(combinations(sides, 2)) if all_pairs else [(sides[0], new) for new in sides[1:]]
+    tasks = [(base, new, name) for base, new in pairs for name in ordered(set(base.runs) & set(new.runs))]
+    for base, new in pairs:
         if not set(base.runs) & set(new.runs):
             raise ValueError(
                 f"{base.name} ({', '.join(ordered(base.runs))}) and {new.name} ({', '.join(ordered(new.runs))}) have "
@@ -105,11 +108,8 @@ def build(
         for name in ordered(set(base.runs) ^ set(new.runs)):
             notes.append(f"{name} is not compared: only {base.name if name in base.runs else new.name} has its scores")
     bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
-    rows = [compare_benchmark(base, new, name, resamples=resamples, level=level, seed=seed) for new, name in bar]
-    for new in others:
-        of_pair = [place for place, row in enumerate(rows) if row.new == new.name]
-        for place, p in zip(of_pair, holm([rows[place].result.p for place in of_pair]), strict=True):
-            rows[place] = replace(rows[place], p_holm=p)
+    rows = [compare_benchmark(*task, resamples=resamples, level=level, seed=seed) for task in bar]
+    rows = [replace(row, p_holm=p) for row, p in zip(rows, holm([row.result.p for row in rows]), strict=True)]
     titles, units, scores = {}, {}, {}  # each score over all of a side's own questions
     for name in ordered(name for side in sides for name in side.runs):
         scores[name] = {}

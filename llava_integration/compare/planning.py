@@ -33,11 +33,12 @@ class Noise:
     def error(self, images: float, runs: int) -> tuple[float, int]:
         """Standard error of the difference, and its degrees of freedom, with that many images and runs a side."""
         times, answers = self.images / images, self.answer_error**2 * self.images / images
-        parts = [(self.image_error**2 * times + answers / runs, max(1, round(images) - self.strata))]
-        if self.spread:
-            of_one = (self.spread**2 + (answers / 2 if runs > 1 else 0)) / runs  # compare counts answers here, too
-            freedom = runs - 1 if runs > 1 else self.spread_freedom  # one run estimates nothing: the spread is given
-            parts += [(of_one, freedom), (of_one, freedom)]
+        alone = runs == 1  # one run estimates nothing: the spread is given, and slips vary over images
+        shared = self.image_error**2 * times + (answers if alone else 0.0)
+        of_one = ((self.spread or 0.0) ** 2 + (0.0 if alone else answers / 2)) / runs
+        parts = [(shared, max(1, round(images) - self.strata))]
+        if of_one:
+            parts += [(of_one, self.spread_freedom if alone else runs - 1)] * 2
         return combine(parts)
 
     def detectable(self, images: float, runs: int, *, level: float = 0.95, power: float = 0.8) -> float:

@@ -69,7 +69,7 @@ def method_lines(comparison: Comparison) -> list[str]:
     lines = [
         f"Intervals: {settings['level']:.0%}, paired bootstrap over images ({settings['resamples']} resamples, seed "
         f"{settings['seed']}), composite scores resampled as composites. p: permutation over images, two-sided; Holm "
-        "over the benchmarks of a pair."
+        "over all rows."
     ]
     if any(max(row.runs) > 1 for row in comparison.rows):
         lines.append(
@@ -101,8 +101,8 @@ def text(comparison: Comparison, *, markdown: bool = False) -> str:
     say, table, start, end = (escape_markdown, _markdown_table, "- ", ".") if markdown else (str, aligned, "  ", "")
     lines = ["# Comparison", ""] if markdown else []
     lines += [f"{'- **Warning**' if markdown else 'warning'}: {say(warning)}{end}" for warning in comparison.warnings]
-    for name, rows in comparison.pairs():
-        lines += ["", f"{'## ' if markdown else ''}{say(name)} (new) against {say(comparison.names[0])} (base)", ""]
+    for new, base, rows in comparison.pairs():
+        lines += ["", f"{'## ' if markdown else ''}{say(new)} (new) against {say(base)} (base)", ""]
         lines += [*table(HEADER, [cells(row) for row in rows]), ""]
         lines += [f"{start}{say(f'{row.title}: {row.power_line()}')}{end}" for row in rows]
         lines += [f"{start}{say(f'{row.title}: note: {note}')}{end}" for row in rows for note in row.notes]
@@ -148,7 +148,8 @@ def page(
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     pictures = Pictures(sides, images, enabled=with_images)
-    shown = [question for row in comparison.rows for question in disagreements(row, sides, pictures, questions)]
+    rows = [row for row in comparison.rows if row.base == comparison.names[0]]
+    shown = [question for row in rows for question in disagreements(row, sides, pictures, questions)]
     return render(
         HERE / "page.html",
         comparison=comparison,
@@ -157,7 +158,7 @@ def page(
         f"script-src 'sha256-{digest}'",
         style=page_style() + (HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
-        verdicts=[(name, _verdict(rows)) for name, rows in comparison.pairs()],
+        verdicts=[(f"{new} against {base}", _verdict(rows)) for new, base, rows in comparison.pairs()],
         notes=[*_notes(comparison), *pictures.notes()],
         data={"names": comparison.names, "questions": shown, "images": pictures.encoded},
         positions=lambda row: positions(row, comparison.rows),
@@ -189,7 +190,7 @@ def _notes(comparison: Comparison) -> list[str]:
     if any(max(row.runs) > 1 for row in comparison.rows):
         lines.append("With several runs, the browser shows the answers of the first.")
     for row in comparison.rows:
-        name = f"{row.title}, {row.new}" if len(comparison.names) > 2 else row.title
+        name = f"{row.title}, {row.new} against {row.base}" if len(comparison.names) > 2 else row.title
         lines += [f"{name}: {note}" for note in (row.power_line(), *row.notes)]
     return lines
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from llava_integration.benchmarks.benchmark import Item, Statistic, mean_of_parts, mean_statistic
 from llava_integration.benchmarks.rules import benchmarks
+from llava_integration.compare.readers import read_logs, readers
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError
 
@@ -74,20 +75,19 @@ class Side:
 
 
 def load_side(path: Path, name: str = "") -> Side:
-    """Read a score file, or every score file below a folder; files of one benchmark are its runs (seeds).
+    """Read a score file or another evaluator's log, or all below a folder; several of one benchmark are its runs.
 
-    Raises FileNotFoundError, or ContractError for a score file that can't be compared.
+    Raises FileNotFoundError, or ContractError for what can't be read or compared.
     """
-    if path.is_dir():
-        records = [(file, ScoreFile.read(file)) for file in sorted(path.rglob("*.json")) if _is_score_file(file)]
-        if not records:
-            raise FileNotFoundError(
-                f"{path} has no score files; `llm2clip score BENCHMARK DATA --answers FILE --output FILE` writes them"
-            )
-    elif path.is_file():
-        records = [(path, ScoreFile.read(path))]
-    else:
-        raise FileNotFoundError(f"no score file or folder {path}")
+    if not path.exists():
+        raise FileNotFoundError(f"no score file, log or folder {path}")
+    own = [file for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path]) if _is_score_file(file)]
+    records = [(file, ScoreFile.read(file)) for file in own] or read_logs(path)
+    if not records:
+        raise FileNotFoundError(
+            f"{path} has no score files (`llm2clip score BENCHMARK DATA --answers FILE --output FILE` writes them) and "
+            f"no logs of {', '.join(readers())}; a table needs the columns item and score"
+        )
     runs: dict[str, list[Run]] = {}
     notes = []
     for file, record in records:
@@ -106,9 +106,9 @@ def load_side(path: Path, name: str = "") -> Side:
 
 
 def _is_score_file(path: Path) -> bool:
-    """Whether a JSON file is a score file; others below a folder are ignored."""
-    if path.name.endswith(".scores.json"):
-        return True
+    """Whether a file is a score file; others below a folder are ignored."""
+    if path.suffix != ".json" or path.name.endswith(".scores.json"):
+        return path.suffix == ".json"
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):

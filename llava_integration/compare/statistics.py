@@ -25,6 +25,8 @@ from llm2clip_plugin.bootstrap import (
     t_quantile,
 )
 
+MOST_CLUSTERS = 20_000  # resampled; the error of a standard error from that many is half a percent
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -79,16 +81,37 @@ def counted(runs: list[Statistic]) -> np.ndarray:
     return np.any([np.ones(len(run.sums), bool) if run.counted is None else run.counted for run in runs], axis=0)
 
 
-def resampled_values(paired: Paired, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """(2, R) values of base and new on the same resampled images; a side of several runs is their mean."""
+def resampled_runs(paired: Paired, resamples: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """(M, R) values of every run of base and of new, all on the same resampled images."""
+    value = paired.statistic.value
     blocks = [
-        [
-            np.mean([paired.statistic.value(weight_RC @ run_CK) for run_CK in side], axis=0)
-            for side in (paired.base, paired.new)
-        ]
+        [np.stack([value(weight_RC @ run_CK) for run_CK in side]) for side in (paired.base, paired.new)]
         for weight_RC in resample(paired.strata, resamples, rng)
     ]
-    return np.concatenate(blocks, axis=1)
+    return [np.concatenate([block[side] for block in blocks], axis=1) for side in (0, 1)]
+
+
+def resampled_values(paired: Paired, resamples: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """(R,) values of base and of new on the same resampled images; a side of several runs is their mean."""
+    return [values_MR.mean(axis=0) for values_MR in resampled_runs(paired, resamples, rng)]
+
+
+def in_blocks(paired: Paired, most: int, rng: np.random.Generator) -> Paired:
+    """The same sums over about ``most`` blocks of images, drawn at random within strata: a mean over many images varies
+    as one over many blocks of them, and resampling costs time in proportion to what is drawn."""
+    if paired.clusters <= most:
+        return paired
+    block_C = np.empty(paired.clusters, dtype=int)
+    start = 0
+    for stratum in np.unique(paired.strata):
+        (members,) = np.nonzero(paired.strata == stratum)
+        blocks = max(1, round(most * len(members) / paired.clusters))
+        block_C[rng.permutation(members)] = start + np.arange(len(members)) * blocks // len(members)
+        start += blocks
+    strata = np.empty(start, dtype=int)
+    strata[block_C] = paired.strata
+    base, new = (np.stack([cluster_sums(run, block_C, start) for run in side]) for side in (paired.base, paired.new))
+    return Paired(base, new, paired.statistic, strata)
 
 
 def permutation_p(paired: Paired, observed: float, resamples: int, rng: np.random.Generator) -> float:
@@ -112,24 +135,27 @@ def compare(paired: Paired, *, resamples: int = 10_000, level: float = 0.95, see
     """Estimate, interval and p-value of new minus base.
 
     One run per side: the interval is ``percentile_interval`` of the resampled differences, p is from a permutation over
-    images. Several runs: the variance between runs is added to the variance over images, and interval and p are
-    Student's with Welch and Satterthwaite's degrees of freedom.
+    images. Several runs: the variance between runs is added to that over images which all runs share, and interval and
+    p are Student's with Welch and Satterthwaite's degrees of freedom.
     """
     rng = np.random.default_rng(seed)
+    paired = in_blocks(paired, MOST_CLUSTERS, rng)
     values = [
         np.array([float(paired.statistic.value(run.sum(axis=0))) for run in side]) for side in (paired.base, paired.new)
     ]
     base, new = (float(side.mean()) for side in values)
-    base_R, new_R = resampled_values(paired, resamples, rng)
-    difference_R = new_R - base_R
+    runs_MR = resampled_runs(paired, resamples, rng)
+    difference_R = runs_MR[1].mean(axis=0) - runs_MR[0].mean(axis=0)
     freedom = max(1, paired.clusters - len(np.unique(paired.strata)))
-    error = expansion(paired.clusters, freedom) * float(np.std(difference_R))
+    wider = expansion(paired.clusters, freedom)
+    error = wider * float(np.std(difference_R))
     spreads = [float(np.std(side, ddof=1)) if len(side) > 1 else 0.0 for side in values]
     if max(map(len, values)) == 1:
         low, high = percentile_interval(difference_R, paired.clusters, freedom, level)
         p, test = permutation_p(paired, new - base, resamples, rng), "permutation over images"
     else:
-        error, freedom = _add_runs(error, freedom, values)
+        slips = [wider**2 * slips_of(side_MR) for side_MR in runs_MR]
+        error, freedom = _add_runs(error, freedom, values, slips)
         reach = t_quantile(0.5 + level / 2, freedom) * error
         low, high = new - base - reach, new - base + reach
         p, test = float(new == base), "t over images and runs"
@@ -150,11 +176,28 @@ def compare(paired: Paired, *, resamples: int = 10_000, level: float = 0.95, see
     )
 
 
-def _add_runs(error: float, freedom: int, values: list[np.ndarray]) -> tuple[float, int]:
-    """Standard error and degrees of freedom with the variance between runs; a single run gets the other side's."""
-    known = [float(np.var(side, ddof=1)) for side in values if len(side) > 1]
-    between = [float(np.var(side, ddof=1)) if len(side) > 1 else known[0] for side in values]
-    parts = [(error**2, freedom)]
+def slips_of(values_MR: np.ndarray) -> float:
+    """The variance over images of one run that other runs of the side don't share: what it gets wrong by chance.
+
+    One run has the variance s + i over images, the mean of M runs s + i / M; this is i, 0 where one run can't tell.
+    """
+    runs = len(values_MR)
+    if runs == 1:
+        return 0.0
+    more = float(np.var(values_MR, axis=1).mean() - np.var(values_MR.mean(axis=0)))
+    return max(0.0, more) * runs / (runs - 1)
+
+
+def _add_runs(error: float, freedom: int, values: Sequence[np.ndarray], slips: Sequence[float]) -> tuple[float, int]:
+    """Standard error and degrees of freedom with the variance between runs; a single run gets the other side's.
+
+    Runs differ by their slips, too, which the variance over images has already, so they leave that.
+    """
+    known = [place for place, side in enumerate(values) if len(side) > 1]
+    of = [place if place in known else known[0] for place in (0, 1)]
+    between = [float(np.var(values[place], ddof=1)) for place in of]
+    images = error**2 - sum(slips[place] / len(side) for place, side in zip(of, values, strict=True))
+    parts = [(max(0.0, images), freedom)]
     parts += [(variance / len(side), max(1, len(side) - 1)) for variance, side in zip(between, values, strict=True)]
     return combine(parts)
 

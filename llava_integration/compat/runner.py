@@ -44,11 +44,6 @@ class Completion:
     libraries: Mapping[str, str]  # distribution -> versions that need it, such as {"transformers": ">=5"}; any suffices
     complete: Callable[[ModuleType], None]  # takes the module, which is still empty if ``when`` is "before"
 
-    @property
-    def needed(self) -> bool:
-        """Whether an installed library has one of the versions."""
-        return any(has_version(library, versions) for library, versions in self.libraries.items())
-
 
 completions: list[Completion] = []  # in the order of the functions
 done: list[Completion] = []  # those that have run
@@ -89,7 +84,7 @@ def needed() -> list[Completion]:
     """The completions that the installed versions need."""
     from llava_integration.compat import patches  # noqa: F401 - its functions are added to the list
 
-    return [completion for completion in completions if completion.needed]
+    return [one for one in completions if any(has_version(*library) for library in one.libraries.items())]
 
 
 def watched() -> set[str]:

@@ -47,8 +47,7 @@ def in_memory(tensors: dict[str, Tensor], where: object) -> LazyTensors:
 def open_tensors(directory: Path, files: ExitStack) -> LazyTensors:
     """Every tensor of a folder's checkpoint: .safetensors or .bin, one file or the shards of an index.
 
-    ``files`` keeps the files open. Raises FileNotFoundError for a folder without weights or a missing shard,
-    ContractError for a file that is not complete.
+    ``files`` keeps the files open. Raises FileNotFoundError for a missing file, ContractError for an incomplete one.
     """
     tensors: LazyTensors = {}
     for path in weight_files(directory):
@@ -225,11 +224,7 @@ class LlavaCheckpoint:
 
 
 def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoint:
-    """Read what kind of checkpoint a folder has.
-
-    Raises FileNotFoundError or ContractError if it is not a checkpoint of LLaVA 1.5, needs a base model, or has what
-    Hugging Face's LLaVA cannot express.
-    """
+    """What a folder has; FileNotFoundError or ContractError if it is no LLaVA 1.5 that Hugging Face's can express."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a folder; download a checkpoint of the Hub first")
     config = checkpoint_config(directory)

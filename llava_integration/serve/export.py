@@ -13,8 +13,10 @@ The files are written by hand: transformers 5 drops ``vision_model.`` from a tow
 then do not find.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -49,12 +51,16 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What is exported, and how; everything that can be wrong with it is found before anything is written."""
+    """A Hugging Face LLaVA to write; everything that can be wrong with it is found before anything is written."""
 
-    checkpoint: LlavaCheckpoint
+    config: dict[str, Any]  # LLaVA's: sizes of its language model, mm_vision_select_layer, image_aspect_ratio ...
+    tensors: Callable[[ExitStack], LazyTensors]  # language model and projector under LLaVA's names
+    tokenizer: Path  # folder of the language model's
     tower: ExportedTower
     conversation: str  # a name of LLaVA's
     dtype: str  # fp16 | bf16 | fp32 | keep: each tensor's own
+    made_from: dict[str, str]  # checkpoint, kind, base_model: names that config.json records, and README.md
+    checkpoint: LlavaCheckpoint | None = None  # what ``compare`` loads
 
     @classmethod
     def of(
@@ -63,21 +69,30 @@ class Export:
         """``base``: of a LoRA or projector checkpoint. Raises ValueError or FileNotFoundError for what is wrong."""
         checkpoint = open_checkpoint(directory, base)
         recorded = str(checkpoint.config.get(CONVERSATION, "plain" if checkpoint.kind == "projector" else ""))
+        places = {"checkpoint": directory, "base_model": checkpoint.base}  # no path of this machine is recorded
+        names = {name: place.resolve().name if place else "" for name, place in places.items()}
         return cls(
-            checkpoint=checkpoint,
+            config=checkpoint.config,
+            tensors=partial(checkpoint_tensors, checkpoint),
+            tokenizer=checkpoint.language_model,
             tower=find_tower(checkpoint, tower),
             conversation=choose(conv_mode, recorded, where=directory),
             dtype=dtype,
+            made_from={**names, "kind": checkpoint.kind},
+            checkpoint=checkpoint,
         )
+
+    @property
+    def pads(self) -> bool:
+        """Images are padded to squares instead of cropped."""
+        return self.config.get("image_aspect_ratio") == "pad"
 
     def describe(self) -> str:
         """One line: what is exported, and how."""
-        tower, base = self.tower, f" on {self.checkpoint.base}" if self.checkpoint.base else ""
-        images = "padded to squares" if pads(self.checkpoint.config) else "cropped"
-        return (
-            f"{self.checkpoint.kind} checkpoint{base}, {tower.family.name} tower at {tower.config['image_size']} px, "
-            f"images {images}, conversation {self.conversation}"
-        )
+        base = f" on {self.checkpoint.base}" if self.checkpoint and self.checkpoint.base else ""
+        tower = f"{self.tower.family.name} tower at {self.tower.config['image_size']} px"
+        images = "padded to squares" if self.pads else "cropped"
+        return f"{self.made_from['kind']} checkpoint{base}, {tower}, images {images}, conversation {self.conversation}"
 
 
 def export(made: Export, output: Path, *, overwrite: bool = False, verify: Any = None) -> int:
@@ -86,68 +101,36 @@ def export(made: Export, output: Path, *, overwrite: bool = False, verify: Any =
     ``verify``: called with the written folder before it gets its name. Raises FileExistsError if the folder is not
     empty, and what ``verify`` raises.
     """
-    checkpoint = made.checkpoint
-    made_from = {
-        "version": llm2clip_plugin.__version__,
-        "checkpoint": checkpoint.directory.resolve().name,  # no path of this machine
-        "kind": checkpoint.kind,
-        "base_model": checkpoint.base.resolve().name if checkpoint.base else "",
-        "conversation": made.conversation,
-        "image_aspect_ratio": checkpoint.config.get("image_aspect_ratio") or "square",
-        "dtype": made.dtype,
-        "tower_sha256": made.tower.location.sha256 if made.tower.location else "",
-    }
     with atomic_directory(output, replace=overwrite) as temporary:
-        with ExitStack() as files:
-            size = write_model(
-                temporary,
-                config=checkpoint.config,
-                tensors=checkpoint_tensors(checkpoint, files),
-                tokenizer=checkpoint.language_model,
-                tower=made.tower,
-                conversation=made.conversation,
-                dtype=made.dtype,
-                made_from=made_from,
-            )
+        size = write_model(made, temporary)
         if verify is not None:
             verify(temporary)
     return size
 
 
-def pads(config: dict[str, Any]) -> bool:
-    """Whether LLaVA pads images to squares instead of cropping them."""
-    return config.get("image_aspect_ratio") == "pad"
-
-
-def write_model(
-    directory: Path,
-    *,
-    config: dict[str, Any],
-    tensors: LazyTensors,
-    tokenizer: Path,
-    tower: ExportedTower,
-    conversation: str,
-    dtype: str,
-    made_from: dict[str, Any],
-) -> int:
-    """Write every file of a Hugging Face LLaVA into an empty folder; the bytes of its weights.
-
-    ``config``: LLaVA's: the sizes of its language model, and ``mm_vision_select_layer``, ``mm_vision_select_feature``,
-    ``image_aspect_ratio``, ``unfreeze_mm_vision_tower``. ``tensors``: language model and projector under LLaVA's names.
-    ``tokenizer``: folder of the language model's. ``made_from``: recorded in config.json and told in README.md.
-    """
-    files = read_tokenizer(tokenizer)
-    image_id = write_tokenizer(files, directory, max_length=config.get("tokenizer_model_max_length"))
+def write_model(made: Export, directory: Path) -> int:
+    """Write every file into an empty folder; the bytes of the weights."""
+    config, tower = made.config, made.tower
+    tokenizer = read_tokenizer(made.tokenizer)
+    image_id = write_tokenizer(tokenizer, directory, max_length=config.get("tokenizer_model_max_length"))
     with ExitStack() as opened:
-        unfrozen = bool(config.get("unfreeze_mm_vision_tower"))
-        tower_tensors = tower.tensors(tensors, unfrozen=unfrozen, files=opened)
-        named = language_tensors(tensors, config, image_id, Path(made_from["checkpoint"])) | tower_tensors
-        size = write_shards(named, directory, DTYPES[dtype])
+        own = made.tensors(opened)
+        tensors = language_tensors(own, config, image_id, made.tokenizer)
+        tensors |= tower.tensors(own, unfrozen=bool(config.get("unfreeze_mm_vision_tower")), files=opened)
+        size = write_shards(tensors, directory, DTYPES[made.dtype])
     chosen = tower.selection(config.get("mm_vision_select_feature", "patch"))
     auto_map = write_code(tower.family.name, directory)
-    stored = DTYPES[dtype] or config.get("torch_dtype") or config.get("dtype") or "float16"
+    stored = DTYPES[made.dtype] or config.get("torch_dtype") or config.get("dtype") or "float16"
     stored = str(stored).removeprefix("torch.")
     text, card = text_config(config, image_id + 1), tower.card
+    made_from = {
+        **made.made_from,
+        "version": llm2clip_plugin.__version__,
+        "conversation": made.conversation,
+        "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
+        "dtype": made.dtype,
+        "tower_sha256": tower.location.sha256 if tower.location else "",
+    }
     body = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -171,15 +154,15 @@ def write_model(
         body[TOWER_KEY] = tower_record(named_place, "llm2clip", tower.config["hidden_size"])
         card.write(directory / CARD)
     write_json(directory / "config.json", body)
-    ids = {f"{name}_id": files.id_of(name) for name in ("bos_token", "eos_token", "pad_token")}
-    ids["pad_token_id"] = files.id_of("unk_token") if ids["pad_token_id"] is None else ids["pad_token_id"]
+    ids = {f"{name}_id": tokenizer.id_of(name) for name in ("bos_token", "eos_token", "pad_token")}
+    ids["pad_token_id"] = tokenizer.id_of("unk_token") if ids["pad_token_id"] is None else ids["pad_token_id"]
     ids = {name: number for name, number in ids.items() if number is not None}
     write_json(directory / "generation_config.json", {**ids, "do_sample": False})
-    write_json(directory / "preprocessor_config.json", tower.image_processor(pads=pads(config)))
+    write_json(directory / "preprocessor_config.json", tower.image_processor(pads=made.pads))
     processor = {"processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": tower.config["patch_size"]}
     processor |= {name: value for name, value in chosen.items() if name != "image_seq_length"}
     write_json(directory / "processor_config.json", processor)
-    template = conversation_named(conversation).served_template(bos=files.adds_bos, space=not files.legacy)
+    template = conversation_named(made.conversation).served_template(bos=tokenizer.adds_bos, space=not tokenizer.legacy)
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
     readme = model_card(made_from, tower, own_code=bool(auto_map))
     (directory / "README.md").write_text(readme, encoding="utf-8")
@@ -266,14 +249,11 @@ def test_image() -> Any:
 
 
 def compare(made: Export, directory: Path) -> str:
-    """Compare the exported ``directory`` with LLaVA's own code; one model after the other is in memory.
-
-    Returns what was compared. Raises ContractError, naming the first thing that differs.
-    """
+    """Compare the exported ``directory`` with LLaVA's own code; what was compared. ContractError for a difference."""
     with torch.inference_mode():
         ours = hf_outcome(made, directory)
         theirs = llava_outcome(made, ours.answer)
-    where = f"the exported model differs from LLaVA's own code on {made.checkpoint.directory}"
+    where = f"the exported model differs from LLaVA's own code on {made.made_from['checkpoint']}"
     top, vocabulary = theirs.logits_TV.abs().max().item(), theirs.logits_TV.shape[1]
     expected = [vocabulary if token < 0 else token for token in theirs.token_ids]
     for what, mine, other in (("prompt", ours.token_ids, expected), ("answer", ours.answer, theirs.answer)):
@@ -312,6 +292,7 @@ def llava_outcome(made: Export, answer: list[int]) -> Outcome:
     from llava.model.builder import load_pretrained_model
 
     checkpoint = made.checkpoint
+    assert checkpoint is not None
     quiet_llava_loading()
     with quiet_transformers(), loading(str(checkpoint.directory)):
         tokenizer, model, image_processor, _ = load_pretrained_model(
@@ -343,39 +324,29 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
     with quiet_transformers():
         model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32)
     model = rounded(model.eval(), DTYPES[made.dtype])
-    if transformers.__version__.startswith("4.37."):
-        inputs = inputs_of_4_37(made, directory)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}],
+        chat_template=(directory / TEMPLATE).read_text(encoding="utf-8"),
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    text = text.removeprefix(tokenizer.bos_token or "")  # which the tokenizer adds
+    if transformers.__version__.startswith("4.37."):  # its processor neither pads images nor counts their tokens
+        from llava.mm_utils import process_images
+
+        image_processor = transformers.CLIPImageProcessor.from_pretrained(directory)
+        aspect = SimpleNamespace(image_aspect_ratio="pad" if made.pads else None)
+        inputs = {
+            **tokenizer(text, return_tensors="pt"),
+            "pixel_values": process_images([test_image()], image_processor, aspect),
+        }
     else:
         processor: Any = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
-        inputs = processor(images=test_image(), text=prompt(processor.tokenizer, directory), return_tensors="pt")
+        inputs = processor(images=test_image(), text=text, return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
     logits = model(**inputs).logits[0]
     answer = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, len(ids) :].tolist()
     image_id = model.config.image_token_index
     one = [token for token, before in zip(ids, [None, *ids], strict=False) if token != image_id or before != image_id]
     return Outcome(one, inputs["pixel_values"][0], logits, answer)
-
-
-def inputs_of_4_37(made: Export, directory: Path) -> dict[str, Any]:
-    """The model's inputs in the transformers that LLaVA pins, whose processor neither pads images nor counts their
-    tokens: one token for an image, which is padded by LLaVA's code."""
-    import transformers
-    from llava.mm_utils import process_images
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    image_processor = transformers.CLIPImageProcessor.from_pretrained(directory)
-    aspect = SimpleNamespace(image_aspect_ratio="pad" if pads(made.checkpoint.config) else None)
-    pixels = process_images([test_image()], image_processor, aspect)
-    return {**tokenizer(prompt(tokenizer, directory), return_tensors="pt"), "pixel_values": pixels}
-
-
-def prompt(tokenizer: Any, directory: Path) -> str:
-    """The question about an image, by the exported chat template; without ``<s>``, which the tokenizer adds."""
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        chat_template=(directory / TEMPLATE).read_text(encoding="utf-8"),
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    return text.removeprefix(tokenizer.bos_token or "")

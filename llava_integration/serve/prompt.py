@@ -28,10 +28,7 @@ VICUNA = (
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """The text around the messages: a system sentence, then for each role what precedes and follows a message.
-
-    The defaults are Vicuna v1's.
-    """
+    """The text around the messages: a system sentence, what precedes and follows a message; by default Vicuna v1's."""
 
     system: str = VICUNA
     around_system: tuple[str, str] = ("", " ")
@@ -114,10 +111,7 @@ def conversation_named(name: str) -> Conversation:
 
 
 def choose(given: str, recorded: str, *, where: object) -> str:
-    """The conversation's name: ``given`` (--conv-mode), or that which the checkpoint was trained with.
-
-    Raises ValueError if the two are different conversations: the prompts would be in a format that the model never saw.
-    """
+    """The conversation's name: ``given`` (--conv-mode), or the checkpoint's; ValueError if these are different ones."""
     name = given or recorded or DEFAULT
     chosen = conversation_named(name)
     if recorded in CONVERSATIONS and chosen != CONVERSATIONS[recorded]:
@@ -222,10 +216,7 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
 
 
 def write_tokenizer(files: TokenizerFiles, directory: Path, *, max_length: int | None) -> int:
-    """Write tokenizer.json, tokenizer_config.json and a copy of tokenizer.model; the id of ``<image>``, the last.
-
-    Raises ContractError if the tokenizer has an ``<image>`` already.
-    """
+    """Write tokenizer.json, tokenizer_config.json and a copy of tokenizer.model; the id of ``<image>``, the last."""
     if IMAGE in files.added.values():
         raise ContractError(f"{files.directory} has a token {IMAGE!r} already; this is not a LLaVA 1.5 checkpoint")
     made = _tokenizer(files)

@@ -51,10 +51,7 @@ class Tower(nn.Module):
     """A tower of one of our families up to the hidden state that LLaVA selects; blocks above it are deleted."""
 
     def __init__(self, config: Any) -> None:
-        """``config``: of the whole LLaVA. The dtype is torch's default, which vLLM sets to the model's.
-
-        Raises ValueError for an unknown ``model_type``, or a state that the tower does not have.
-        """
+        """``config``: of the whole LLaVA. The dtype is torch's default, which vLLM sets to the model's."""
         super().__init__()
         fields = config.vision_config.to_dict()
         self.family = family_of_type(fields["model_type"], where="vision_config")

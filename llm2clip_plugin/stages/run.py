@@ -66,7 +66,7 @@ class TrainingRun:
     total_steps: int
     deepspeed: dict[str, Any]  # DeepSpeed's configuration
     data: dict[str, str]  # digests of data and caches, which all ranks must have in common
-    command: dict[str, Any] = field(default_factory=dict)  # run_files.started_by; {}: called from Python
+    command: dict[str, Any] = field(default_factory=dict)  # files.started_by; {}: called from Python
 
     @property
     def folder(self) -> Path:

@@ -127,10 +127,6 @@ class PlanConfig:
     images: int = 15_000_000  # captioned images, or pairs of texts; the size of the paper's smaller set
     gpu_gib: float = 80.0  # a GPU's memory in GiB: the plan has the largest micro-batches that fit
 
-    def __post_init__(self) -> None:
-        if self.images < 1 or self.gpu_gib <= 0:
-            raise ValueError(f"plan.images {self.images} and gpu_gib {self.gpu_gib} must both be above 0")
-
 
 # The LLMs that the paper (LLM2CLIP, arXiv 2411.04997) trained with, for recipes and plans.
 
@@ -238,10 +234,6 @@ class EmbedConfig:
     dry_run: bool = False  # print the number of captions and the size of the cache, then exit
     overwrite: bool = False  # replace cached captions that the data, as it is read now, does not have
     verify: bool = False  # write nothing: read the full cache, compare it with the data, embed a sample again
-
-    def __post_init__(self) -> None:
-        if self.tokens_per_batch < 0:
-            raise ValueError(f"tokens_per_batch {self.tokens_per_batch} must not be negative")
 
 
 EMBED = Command(

@@ -126,7 +126,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         state = load_tensors(path, fix="download it again")
     elif path.suffix in PICKLE_SUFFIXES:
-        state = _only_tensors(_read_pickle(path), path)
+        state = _read_pickle(path)
+        if isinstance(state, dict):  # it may be inside a training checkpoint such as {epoch, name, state_dict}
+            state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), dict)), state)
+        if not isinstance(state, dict) or not state or not all(isinstance(item, Tensor) for item in state.values()):
+            raise ContractError(f"{path} does not contain a dict of tensors")
     else:
         raise ContractError(f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
@@ -146,10 +150,7 @@ def read_tensor(path: Path, name: str) -> Tensor | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a folder: one with a standard name, the shards of an index, or its only checkpoint.
-
-    Raises FileNotFoundError if there is none, ContractError if several qualify.
-    """
+    """The weight files of a folder: one with a standard name, the shards of an index, or its only checkpoint."""
     for name in WEIGHT_FILES:
         if (directory / name).is_file():
             return [directory / name]
@@ -188,12 +189,3 @@ def _read_pickle(path: Path) -> Any:
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ContractError(f"{path} is not a complete torch checkpoint ({reason}); download it again") from error
-
-
-def _only_tensors(value: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict, which may be inside a training checkpoint such as {epoch, name, state_dict}."""
-    if isinstance(value, dict):
-        value = next((value[name] for name in WRAPPERS if isinstance(value.get(name), dict)), value)
-    if not isinstance(value, dict) or not value or not all(isinstance(item, Tensor) for item in value.values()):
-        raise ContractError(f"{path} does not contain a dict of tensors")
-    return value

@@ -19,10 +19,7 @@ CONFIG_FILE = "config.json"
 
 
 def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = None) -> Path:
-    """A local directory for a path or a Hub id (``owner/name``), downloaded if necessary.
-
-    Raises FileNotFoundError if the source is neither, or if the Hub cannot provide it.
-    """
+    """A local directory for a path or a Hub id (``owner/name``), downloaded if necessary. Raises FileNotFoundError."""
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
         return path
@@ -65,10 +62,7 @@ def has_card(directory: Path) -> bool:
 
 
 def check_hash(directory: Path, file: str) -> None:
-    """Compare the weights or the adapter of a directory that has a card with the hash in it.
-
-    Raises ContractError with both hashes, FileNotFoundError without the file.
-    """
+    """Compare the weights or the adapter of a directory that has a card with the hash in it; ContractError has both."""
     if not has_card(directory):
         return
     card = TowerCard.read(directory / TowerCard.FILE)

@@ -215,10 +215,7 @@ class DualEncoder(nn.Module):
     def forward(
         self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None, **patch_layers: int
     ) -> DualFeatures:
-        """Pixels (B, 3, S, S), LLM embeddings (N, W) and ``noise`` (see encode_text) -> what a loss needs of them.
-
-        ``patch_layers``: those of ``encode_with_patches``.
-        """
+        """Pixels (B, 3, S, S), LLM embeddings (N, W) -> what a loss needs; further arguments as of the two encoders."""
         image_BD, *patches = self.encode_with_patches(pixel_values, **patch_layers)
         text_ND = self.encode_text(embeddings, noise)
         bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
@@ -227,10 +224,7 @@ class DualEncoder(nn.Module):
 
 
 class LoadedDualEncoder(nn.Module):
-    """A trained dual encoder for retrieval; features as in DualEncoder, ``logit_scale`` as a factor.
-
-    ``embed``: strings -> (N, W), their embeddings by the tower's teacher.
-    """
+    """A trained dual encoder for retrieval; ``embed``: strings -> (N, W), their embeddings by the tower's teacher."""
 
     def __init__(self, dual: DualEncoder, card: TowerCard, embed: Callable[[Sequence[str]], Tensor]) -> None:
         super().__init__()
@@ -262,10 +256,7 @@ def heads_state(dual: DualEncoder) -> dict[str, Tensor]:
 
 
 def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
-    """The card of a dual encoder's directory, with its paths made absolute, and the DualConfig in it.
-
-    Raises ValueError if the directory contains only a tower, ContractError for unknown fields.
-    """
+    """The card of a dual encoder's directory, its paths made absolute, and the DualConfig in it; ValueError without."""
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     if not card.projection_dim:
         raise ValueError(f"{directory} contains only a tower, without a projection; open it with load_tower")

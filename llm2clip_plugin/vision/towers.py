@@ -321,10 +321,7 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def timm_tower(name: str, *, pretrained: bool = True, arguments: Mapping[str, Any] | None = None) -> Any:
-    """A tower from a timm name, at its native size; ``arguments`` override those of the named model.
-
-    Raises ValueError unless the model is a plain vision transformer: one list of blocks, square patches, a square grid.
-    """
+    """A tower from a timm name, at its native size; ValueError unless it is a plain vision transformer."""
     model = make_timm(name, None, pretrained=pretrained, arguments=arguments)
     tower = TimmTower(timm_config(model, name, arguments or {}))
     tower.model.load_state_dict(model.state_dict())
@@ -332,7 +329,7 @@ def timm_tower(name: str, *, pretrained: bool = True, arguments: Mapping[str, An
 
 
 def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitConfig:
-    """The configuration of a timm model; ValueError unless it is a plain vision transformer."""
+    """The configuration of a timm model: one list of blocks, square patches, a square grid; else ValueError."""
     parts = dict(model.named_children())
     if not {"patch_embed", "blocks"} <= set(parts) or not hasattr(model, "num_prefix_tokens"):
         raise ValueError(f"timm:{name} is not a plain vision transformer with patch_embed, blocks, num_prefix_tokens")

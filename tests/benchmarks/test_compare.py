@@ -182,7 +182,7 @@ def test_xm3600_is_the_mean_over_its_languages(tmp_path):
 
 
 def test_three_sides(scored, tmp_path):
-    """Each NEW against BASE, Holm within the pair, names told apart."""
+    """Each NEW against BASE, or every two, Holm over all rows, names told apart."""
     other = tmp_path / "model-b"
     other.mkdir()
     for path in (scored / "model-b").iterdir():
@@ -191,9 +191,13 @@ def test_three_sides(scored, tmp_path):
           "--resamples", "200"])  # fmt: skip
     data = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert len(data["rows"]) == 18 and len(set(data["names"])) == 3
-    for rows in (data["rows"][:9], data["rows"][9:]):
-        assert [row["p_holm"] for row in rows] == holm([row["p"] for row in rows])
+    assert [row["p_holm"] for row in data["rows"]] == holm([row["p"] for row in data["rows"]])
     assert "new side" in (tmp_path / "out" / "compare.html").read_text()
+    main([str(scored / "model-a"), str(scored / "model-b"), str(other), "--output", str(tmp_path / "all"),
+          "--resamples", "200", "--all-pairs"])  # fmt: skip
+    rows = json.loads((tmp_path / "all" / "compare.json").read_text())["rows"]
+    assert len(rows) == 27 and rows[-1]["base"] == data["names"][1] and rows[-1]["difference"] == 0
+    assert rows[-1]["p_holm"] == 1 and "against" in (tmp_path / "all" / "compare.html").read_text()
 
 
 def test_other_questions_are_refused(tmp_path):

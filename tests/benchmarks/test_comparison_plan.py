@@ -59,7 +59,7 @@ def test_as_many_images_as_planned_detect_the_effect(pilot):
         errors.append(result.standard_error**2)
         found += result.p < 0.05
     assert np.mean(errors) ** 0.5 == pytest.approx(noise.error(images, runs)[0], rel=0.15)
-    assert 0.7 <= found / SIMULATIONS <= 0.95  # compare counts the trainings' slips twice: on the safe side
+    assert 0.7 <= found / SIMULATIONS <= 0.95
 
 
 def test_what_no_number_reaches_and_what_one_side_knows(pilot):

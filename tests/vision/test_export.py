@@ -1,5 +1,6 @@
 """Tower directories: written atomically, verified by reloading, the Hub's names in both versions of transformers."""
 
+import dataclasses
 import json
 import math
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.contracts import TowerCard, sha256_weights
+from llm2clip_plugin.contracts import TeacherIdentity, TowerCard, sha256_weights
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision import export
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -62,11 +63,15 @@ def test_a_clip_tower_opens_with_plain_transformers(tmp_path):
 def test_dual_encoder_comes_back(name, tmp_path):
     dual = tiny_dual(name).eval()
     dual.logit_scale.data.fill_(math.log(20))
+    same = dict.fromkeys(("revision", "weights_sha256", "adapter_sha256", "prompt", "chat_template"), "")
+    teacher = TeacherIdentity(
+        llm="some/llm", attention="causal", pooling="mean", layer=-1, max_tokens=8, width=12, **same
+    )
     card = export_tower(
         dual,
         tmp_path / "tower",
         origin="a/b",
-        teacher={"llm": "some/llm", "width": 12},
+        teacher=dataclasses.asdict(teacher),
         training={"steps": 3},
         metrics={"i2t_r1": 0.5},
     )

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.family import DualConfig
 
 IN_THE_LOOP = "text.text_proj.text_adaptor."  # the reference's names if its text tower contains the LLM too
@@ -155,10 +154,7 @@ class TensorNames:
     fused: tuple[str, str]  # before "weight" or "bias": theirs, q, k and v in one tensor; ours, "{}" for q, k or v
 
     def to_ours(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
-        """The tower's tensors under our names, and the names of the checkpoint's tensors that were used.
-
-        Raises ContractError if two tensors map to one name, or if a fused tensor cannot be split.
-        """
+        """The tower's tensors under our names, and the names that were used; ContractError for two of one tensor."""
         tower: dict[str, Tensor] = {}
         used: set[str] = set()
         for theirs, names in self._table(depth(state, self.prefixes[0] + self.blocks[0])).items():
@@ -225,23 +221,13 @@ def depth(state: dict[str, Tensor], prefix: str) -> int:
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
-# What a layout of checkpoints consists of.
-
-
-def _only_read(*_: Any) -> dict[str, Any]:
-    raise NotImplementedError("this layout is only read")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A layout of checkpoints that is recognized by its tensor names, and can be written for one family of towers.
-
-    Without ``family`` it is only read.
-    """
+    """A layout of checkpoints that is recognized by its tensor names; without ``family`` it is only read."""
 
     name: str
     matches: Callable[[dict[str, Tensor]], bool]
     parse: Callable[[dict[str, Tensor], dict[str, Any], dict[str, Any]], ParsedCheckpoint]  # state, config, --config
     family: str = ""  # of the towers that ``visual_state`` and ``model_config`` write
-    visual_state: Callable[[DualEncoder, dict[str, Tensor]], dict[str, Tensor]] = _only_read  # encoder, tower's file
-    model_config: Callable[[DualEncoder], dict[str, Any]] = _only_read  # embed_dim, vision_cfg ... of OpenCLIP's file
+    visual_state: Any = None  # (DualEncoder, tensors of the tower's file) -> tensors under the layout's names
+    model_config: Any = None  # (DualEncoder) -> embed_dim, vision_cfg ... of OpenCLIP's file

@@ -166,10 +166,7 @@ def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
 
 
 def build_model(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image_size: int | None = None) -> nn.Module:
-    """A parsed checkpoint as a dual encoder, or as a tower if it contains nothing else.
-
-    ``temporary``: folder for temporary files of the tower's size. ``source``: for error messages.
-    """
+    """A parsed checkpoint as a dual encoder, or as a tower alone; ``temporary``: folder for large files."""
     temporary.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=temporary, prefix=".import-") as name:
         folder = Path(name)
@@ -235,8 +232,7 @@ def convert(
 ) -> Path:
     """Write the tower directory ``source`` to ``output`` in another format; returns the directory.
 
-    Raises ValueError for an unknown format or one that cannot represent the tower, ContractError if the written files
-    give other features.
+    Raises ValueError if the format cannot represent the tower, ContractError if the files give other features.
     """
     if format_name not in FORMATS:
         raise ValueError(unknown("format", format_name, ["tower", *FORMATS]))
@@ -323,11 +319,7 @@ def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
 
 
 def write_openclip(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
-    """OpenCLIP's checkpoint of a CLIP or SigLIP tower, EVA-CLIP's of an EVA02 one, with LLM2CLIP's adapter.
-
-    OpenCLIP's and EVA-CLIP's image towers load it, and `llm2clip import`. OpenCLIP's ``create_model`` does not: it
-    needs a text tower, which the LLM has replaced.
-    """
+    """OpenCLIP's checkpoint of a CLIP or SigLIP tower, EVA-CLIP's of an EVA02 one, with LLM2CLIP's adapter."""
     layout_of = {layout.family: layout for layout in layouts().values() if layout.family}
     dual = projected_dual(model, "openclip", tuple(layout_of))
     layout = layout_of[family_of(dual.tower).name]

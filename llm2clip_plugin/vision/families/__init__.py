@@ -28,10 +28,7 @@ def family_of(tower: Tower) -> Family:
 
 
 def read_config(directory: Path) -> tuple[Family, Any]:
-    """Family and vision configuration of a directory; the latter is part of an image-text model's, if it is one.
-
-    Raises ContractError if the configuration is damaged.
-    """
+    """Family and vision configuration of a directory, an image-text model's too; ContractError if it is damaged."""
     file = directory / CONFIG_FILE
     body = read_json(file)
     if "model_type" not in body and "architecture" in body:

@@ -1,7 +1,4 @@
-"""OpenVision: CLIP's architecture without the norm before the blocks; the mean of the patches, normed, is pooled.
-
-It runs in LLaVA's pinned environment too.
-"""
+"""OpenVision: CLIP's architecture without the norm before the blocks; the norm of the patches' mean is pooled."""
 
 from llm2clip_plugin.vision.family import BASE, IMAGENET_MEAN, IMAGENET_STD, LARGE, Family, in_module
 

@@ -126,10 +126,7 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
 
 
 def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str]:
-    """Names of a checkpoint's rotary tables, after comparing each with what the configuration gives for its grid.
-
-    They are recomputed for the grid in use, but a difference means another architecture: ContractError.
-    """
+    """Names of a checkpoint's rotary tables, which are recomputed; ContractError if they are not ``config``'s."""
     names = sorted(key for key in state if re.fullmatch(r"visual\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", key))
     if names and not config.rope:
         raise ContractError(f"the checkpoint contains {names[0]}, but its configuration has no rotary positions")

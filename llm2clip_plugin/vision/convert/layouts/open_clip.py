@@ -39,11 +39,7 @@ def matches(state: dict[str, Tensor]) -> bool:
 
 
 def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
-    """A CLIP vision config.json from the tensors; ``fields`` is OpenCLIP's model config (embed_dim, vision_cfg ...).
-
-    Raises ValueError if ``fields`` don't name the activation, or describe an unsupported model; ContractError if they
-    contradict the tensors.
-    """
+    """A CLIP vision config.json from the tensors; ``fields``: OpenCLIP's model config. Errors as of ``parse``."""
     vision = section(fields, "vision_cfg")
     if "quick_gelu" not in fields and "width" not in vision:  # a complete model config omits it when it is false
         raise ValueError(
@@ -79,7 +75,11 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
 
 
 def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> common.ParsedCheckpoint:
-    """A CLIP needs its projection if the checkpoint has a text side."""
+    """A CLIP needs its projection if the checkpoint has a text side.
+
+    Raises ValueError if ``config`` doesn't name the activation, or describes an unsupported model; ContractError if it
+    contradicts the tensors.
+    """
     tower_config = clip_config(state, config)
     tower, used = NAMES.to_ours(state)
     parsed = common.ParsedCheckpoint(layout="open_clip", state=state, config=tower_config, tower=tower, used=used)

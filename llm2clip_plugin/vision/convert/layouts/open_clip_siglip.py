@@ -47,15 +47,6 @@ def join_pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | {POSITIONS: state[POSITIONS].squeeze(0)}
 
 
-def split_pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``join_pooling``."""
-    state = state | {POSITIONS: state[POSITIONS][None]}
-    for kind in ("weight", "bias"):
-        query, key, value = state.pop(f"{POOLING}in_proj_{kind}").chunk(3)
-        state |= {f"{POOLING}q.{kind}": query, f"{POOLING}kv.{kind}": torch.cat((key, value))}
-    return state
-
-
 def siglip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
     """A SigLIP vision config.json from the tensors; ``fields`` may set vision_cfg.heads."""
     patches, hidden = f"{TRUNK}patch_embed.proj.weight", f"{TRUNK}blocks.0.mlp.fc1.weight"
@@ -93,7 +84,11 @@ def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any
 
 def visual_state(dual: DualEncoder, tower_file: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tower and, if it has one, its projection."""
-    state = split_pooling(NAMES.to_theirs(tower_file))
+    state = NAMES.to_theirs(tower_file)
+    state[POSITIONS] = state[POSITIONS][None]
+    for kind in ("weight", "bias"):  # the inverse of ``join_pooling``
+        query, key, value = state.pop(f"{POOLING}in_proj_{kind}").chunk(3)
+        state |= {f"{POOLING}q.{kind}": query, f"{POOLING}kv.{kind}": torch.cat((key, value))}
     if dual.config.projection == "linear":
         state["visual.head.proj.weight"] = dual.visual_projection.weight
     return state

@@ -1,0 +1,110 @@
+"""lmms-eval, ``--log_samples``: ``DATE_samples_TASK.jsonl`` beside ``DATE_results.json``.
+
+A metric's value is a number, or an object with what the task's aggregation reads. MME and POPE become their composites;
+of other objects the field ``score`` counts.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_integration.compare.readers import CATEGORIES, IMAGES, Reader, first_object, first_of, json_lines, number
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.files import ContractError, read_json_value
+
+NAME = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl$")
+Line = dict[str, Any]
+
+
+def fits(path: Path) -> bool:
+    """A line has the hash of its document, and no list of metrics, as lm-evaluation-harness has."""
+    line = first_object(path)
+    return {"doc_id", "doc_hash"} <= set(line) and "metrics" not in line
+
+
+def _mme(path: Path) -> list[Line]:
+    """A question each; the two of an image are told apart by their order."""
+    items: list[Line] = []
+    seen: Counter[str] = Counter()
+    for where, line in json_lines(path):
+        value = line.get("mme_perception_score") or line.get("mme_cognition_score")
+        value = with_fields(value, ("question_id", "category", "score"), where)
+        image = str(value["question_id"])
+        seen[image] += 1
+        items.append({"id": f"{image}#{seen[image]}", "category": value["category"], "cluster": image})
+        items[-1] |= {"score": number(value["score"], f"{where}: score"), "truth": line.get("target")}
+    return items
+
+
+def _pope(path: Path) -> list[Line]:
+    """lmms-eval's F1 is over all questions, not the mean of three parts, so there is one category."""
+    items = []
+    for where, line in json_lines(path):
+        value = with_fields(line.get("pope_f1_score"), ("question_id", "score", "prediction", "ground_truth"), where)
+        items.append({"id": line["doc_id"], "cluster": _image(line), "category": "", "truth": value["ground_truth"]})
+        items[-1] |= {"score": value["score"], "parsed": value["prediction"], "label": value["ground_truth"]}
+    return items
+
+
+COMPOSITES: dict[str, tuple[str, Callable[[Path], list[Line]]]] = {  # a metric of the log: (benchmark, its items)
+    "mme_perception_score": ("mme", _mme),
+    "mme_cognition_score": ("mme", _mme),
+    "pope_f1_score": ("pope", _pope),
+}
+
+
+def read(path: Path) -> Iterator[ScoreFile]:
+    """The task's composite, or its first metric that has a number for each document."""
+    name = NAME.search(path.name)
+    task = name["task"] if name else path.stem
+    results = path.with_name(f"{name['date']}_results.json") if name else path
+    summary = read_json_value(results) if name and results.is_file() else {}
+    model = str(summary.get("model_name", ""))
+    start = first_object(path)
+    composite = next((COMPOSITES[metric] for metric in start if metric in COMPOSITES), None)
+    if composite:
+        yield ScoreFile(benchmark=composite[0], metrics={}, items=composite[1](path), model=model)
+        return
+    better = summary.get("higher_is_better", {}).get(task, {})
+    metric = next((one for one in [*better, *start] if one in start and _score(start[one], one) is not None), "")
+    if not metric:
+        raise ContractError(f"{path}: no metric of {task} has a number for each document; it has {', '.join(start)}")
+    sign = 1 if better.get(metric, True) else -1
+    items = []
+    for where, line in json_lines(path):
+        if "doc_id" not in line:
+            raise ContractError(f"{where}: no doc_id, as lmms-eval writes it")
+        score = sign * number(_score(line.get(metric), metric), f"{where}: {metric}")
+        item = {"id": line["doc_id"], "score": score, "cluster": _image(line), "truth": line.get("target")}
+        values = line[metric] if isinstance(line[metric], dict) else line
+        items.append({**item, "category": first_of(values, CATEGORIES)})
+    notes = [] if sign == 1 else [f"{metric}: lower is better, so its negative is compared"]
+    yield ScoreFile(benchmark=f"{task} {metric}", metrics={}, items=items, model=model, notes=notes)
+
+
+NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
+
+
+def _score(value: Any, metric: str) -> float | bool | None:
+    """A metric's number for one document; None if it has none."""
+    value = value.get("score") if isinstance(value, dict) else value
+    return value if metric not in NO_METRICS and isinstance(value, (int, float)) else None
+
+
+def _image(line: Line) -> str:
+    """The image of a question: the first of its media, a field of its document, or the question itself."""
+    media = line.get("input_media")
+    document = line["doc"] if isinstance(line.get("doc"), dict) else {}
+    return str(media[0]) if isinstance(media, list) and media else first_of(document, IMAGES) or str(line["doc_id"])
+
+
+def with_fields(value: Any, names: tuple[str, ...], where: str) -> Line:
+    """The object, which must have these fields; ContractError."""
+    if not isinstance(value, dict) or any(name not in value for name in names):
+        raise ContractError(f"{where}: the metric is {str(value)[:80]}; expected an object with {', '.join(names)}")
+    return value
+
+
+READER = Reader(name="lmms-eval", endings=(".jsonl",), fits=fits, read=read)

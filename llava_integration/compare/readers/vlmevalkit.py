@@ -1,0 +1,85 @@
+"""VLMEvalKit's tables of judged answers, ``MODEL_DATASET[_JUDGE]_result.xlsx`` and the like (or .tsv, .json).
+
+The score is the column ``hit``, ``score`` or ``eval_score``; circular benchmarks have one row for all turns of a
+question there. MME and POPE become their composites.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_integration.compare.readers import IMAGES, Reader, first_of, number
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.files import ContractError, errors_about, read_json_value
+
+SCORES = ("hit", "score", "eval_score", "verifier_match")
+ENDING = re.compile(
+    r"(_(exact_matching|openai|chatgpt[\w.-]*?|gpt[\w.-]*?))?_(auxmatch|result|results|detailed_results|score)$"
+)
+TEXT = {"True": 1.0, "False": 0.0}
+
+
+def table(path: Path) -> Iterator[list[Any]]:
+    """The table's rows, the names of its columns first."""
+    if path.suffix == ".xlsx":
+        from openpyxl import load_workbook
+
+        with errors_about(path, fix="copy it again"):
+            sheet = load_workbook(path, read_only=True).worksheets[0]
+        yield from (list(row) for row in sheet.iter_rows(values_only=True))
+    elif path.suffix == ".tsv":
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from csv.reader(file, delimiter="\t")
+    else:
+        rows = read_json_value(path)
+        yield list(rows[0])
+        yield from (list(row.values()) for row in rows)
+
+
+def fits(path: Path) -> bool:
+    """It has the columns index, prediction and a score's."""
+    if path.suffix == ".json":
+        with path.open("rb") as file:
+            head = file.read(2)
+        if head[:1] != b"[":
+            return False
+    if path.suffix == ".xlsx" and not ENDING.search(path.stem):
+        return False  # predictions without a judgement; opening them takes seconds
+    try:
+        names = set(next(table(path), []))
+    except (ContractError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, IndexError, TypeError):
+        return path.suffix == ".xlsx"  # then read() says what is wrong with it
+    return {"index", "prediction"} <= names and bool(names & set(SCORES))
+
+
+def read(path: Path) -> Iterator[ScoreFile]:
+    """One table. The model is the folder that the file's name begins with."""
+    lines: Iterable[list[Any]] = table(path)
+    names = next(iter(lines), [])
+    column = next((name for name in SCORES if name in names), "")
+    if "index" not in names or not column:
+        raise ContractError(f"{path} has the columns {names}; expected index and one of {', '.join(SCORES)}")
+    stem = ENDING.sub("", path.stem)
+    model = next((p.name for p in path.parents if p.name and stem.startswith(f"{p.name}_")), "")
+    data = stem.removeprefix(f"{model}_") if model else stem
+    kind = next((kind for kind in ("mme", "pope") if data.lower().startswith(kind) and "extracted" in names), "")
+    items = []
+    for place, values in enumerate(lines, 2):
+        row = dict(zip(names, values, strict=False))
+        value: Any = TEXT.get(str(row[column]), row[column])
+        try:
+            score = number(float(value), f"{path}, row {place}: {column}")
+        except (TypeError, ValueError) as error:
+            raise ContractError(f"{path}, row {place}: {column} is {value!r}; expected a number") from error
+        item = {"id": str(row["index"]), "score": score, "category": str(row.get("category") or "")}
+        item |= {"cluster": first_of(row, IMAGES[:-1]) or item["id"], "truth": row.get("answer")}
+        if kind == "pope":
+            item |= {"parsed": str(row["extracted"]).lower(), "label": str(row["answer"]).lower(), "category": ""}
+        items.append(item)
+    yield ScoreFile(benchmark=kind or data, metrics={}, items=items, model=model)
+
+
+READER = Reader(name="VLMEvalKit", endings=(".xlsx", ".tsv", ".json"), fits=fits, read=read)

@@ -1,0 +1,164 @@
+"""Logs of other evaluators, written by the real packages (``logs/``), become the numbers that these packages print."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_integration.compare.command import main
+from llava_integration.compare.readers import read_logs, readers
+from llava_integration.compare.sides import load_side
+from llm2clip_plugin.files import ContractError
+
+LOGS = Path(__file__).parent / "logs"  # of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks
+
+
+def value(side, benchmark):
+    (run,) = side.runs[benchmark]
+    return run.statistic.full()
+
+
+def test_lm_evaluation_harness():
+    side = load_side(LOGS / "lm_eval")
+    scores = [json.loads(line)["acc"] for line in next((LOGS / "lm_eval").glob("samples*")).open()]
+    assert value(side, "toy_mc acc") == pytest.approx(100 * sum(scores) / len(scores))
+    (run,) = side.runs["toy_mc acc"]
+    assert run.clusters[:4] == ["im0", "im0", "im1", "im1"] and set(run.groups) == {"easy", "hard"}
+
+
+def test_lmms_evals_composites():
+    """MME: half of each subtask's questions right and no pair, twice; POPE: "yes" to 15 of which 5 are."""
+    yes, no = load_side(LOGS / "lmms_eval" / "yes"), load_side(LOGS / "lmms_eval" / "no")
+    assert value(yes, "mme") == value(no, "mme") == pytest.approx(100.0)
+    assert value(yes, "pope") == pytest.approx(50.0) and value(no, "pope") == 0
+
+
+def test_lmms_evals_own_metric(tmp_path):
+    lines = [
+        {
+            "doc_id": n,
+            "doc_hash": "a",
+            "target": "x",
+            "input_media": [f"{n // 2}.jpg"],
+            "exact_match": n % 2,
+            "wer": 0.5,
+        }
+        for n in range(4)
+    ]
+    log = tmp_path / "20261129_061426_samples_gqa.jsonl"
+    log.write_text("\n".join(map(json.dumps, lines)))
+    (run,) = load_side(tmp_path).runs["gqa exact_match"]
+    assert run.scores == [0, 1, 0, 1] and run.clusters == ["0.jpg", "0.jpg", "1.jpg", "1.jpg"]
+    results = {"higher_is_better": {"gqa": {"wer": False}}, "model_name": "m"}
+    (tmp_path / "20261129_061426_results.json").write_text(json.dumps(results))
+    (run,) = load_side(tmp_path).runs["gqa wer"]
+    assert run.scores == [-0.5] * 4 and "lower is better" in run.notes[0]
+
+
+@pytest.mark.parametrize("ending", ["eval", "json"])
+def test_inspect_ai(ending):
+    """The mean over epochs of a sample; the package printed the accuracy of all."""
+    (log,) = (LOGS / "inspect_ai").glob(f"*.{ending}")
+    side = load_side(log)
+    assert value(side, "toy_match match") == pytest.approx(100 / 6)
+    (run,) = side.runs["toy_match match"]
+    assert len(run.ids) == 6 and run.clusters[0] == "im0"
+
+
+def vlmevalkit(folder: Path, ending: str, rows: list[dict]) -> None:
+    if ending == "xlsx":
+        from openpyxl import Workbook
+
+        book = Workbook()
+        for row in [list(rows[0]), *(list(row.values()) for row in rows)]:
+            book.active.append(row)
+        book.save(folder / "model_MMBench_DEV_EN_exact_matching_result.xlsx")
+    elif ending == "json":
+        (folder / "model_MMBench_DEV_EN_exact_matching_result.json").write_text(json.dumps(rows))
+    else:
+        with (folder / "model_MMBench_DEV_EN_exact_matching_result.tsv").open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t", quoting=csv.QUOTE_ALL)
+            table.writeheader()
+            table.writerows(rows)
+
+
+@pytest.mark.parametrize("ending", ["xlsx", "tsv", "json"])
+def test_vlmevalkit(tmp_path, ending):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    rows = [
+        {"index": n, "category": "ab"[n % 2], "answer": "A", "prediction": "B", "hit": int(n < 3)} for n in range(4)
+    ]
+    vlmevalkit(folder, ending, rows)
+    (folder / "model_MMBench_DEV_EN_acc.csv").write_text('"split","Overall"\n"none","0.75"\n')
+    assert value(load_side(folder), "MMBench_DEV_EN") == 75
+
+
+def test_a_table_has_tasks_and_runs(tmp_path):
+    table = tmp_path / "scores.csv"
+    lines = [f"{task},{run},{n},{n // 2},{(n + run) % 2}" for task in "xy" for run in (0, 1) for n in range(6)]
+    table.write_text("\n".join(["task,seed,item,group,score", *lines]))
+    side = load_side(table)
+    assert {name: len(runs) for name, runs in side.runs.items()} == {"x": 2, "y": 2}
+    assert side.runs["x"][0].clusters == ["0", "0", "1", "1", "2", "2"]
+
+
+def test_two_forms_are_compared_by_item(tmp_path, capsys):
+    """A planted difference of a quarter is found between a table and a log of the harness."""
+    (tmp_path / "a.csv").write_text("item,score\n" + "".join(f"{n},{int(n % 2 == 0)}\n" for n in range(400)))
+    with (tmp_path / "samples_a_2026-11-28T21-57-04.1.jsonl").open("w") as file:
+        for n in range(400):
+            line = {"doc_id": n, "doc_hash": "h", "metrics": ["acc"], "acc": float(n % 4 != 3)}
+            file.write(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="no benchmark in common"):
+        main([str(tmp_path / "a.csv"), str(tmp_path / "samples_a_2026-11-28T21-57-04.1.jsonl")])
+    table = (tmp_path / "a.csv").read_text().splitlines()
+    with (tmp_path / "b.csv").open("w") as file:
+        file.write(f"{table[0]},task\n" + "".join(f"{line},a acc\n" for line in table[1:]))
+    main([str(tmp_path / "b.csv"), str(tmp_path / "samples_a_2026-11-28T21-57-04.1.jsonl"), "--resamples", "500"])
+    assert "+25.0" in capsys.readouterr().out
+
+
+MALFORMED = {  # name of the file: (content, what the error names)
+    "a.csv": ("item,score\n1,0.5\n2,good\n", "line 3"),
+    "b.csv": ("item,score\n1\n", "line 2"),
+    "c.csv": ("item,score\n,1\n", "line 2"),
+    "d.csv": ("item,score\n1,nan\n", "line 2"),
+    "e.csv": ("item,score\n1,\n", "line 2"),
+    "f.csv": ("item,score\n1,1\n1,0\n", "item 1"),
+    "g.csv": ("item,score\n", "no items"),
+    "h.csv": ("name,value\n1,1\n", "h.csv"),
+    "i.jsonl": ('{"item": 1, "score": 1}\n{"item": 2,', "line 2"),
+    "j.jsonl": ('{"item": 1, "score": 1}\n[1]\n', "line 2"),
+    "k.jsonl": ('{"item": 1, "score": [1]}\n', "line 1"),
+    "l.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": "x"}\n', "metrics a"),
+    "m.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n', "line 2"),
+    "n.jsonl": ('{"doc_id": 0, "doc_hash": "", "acc": 1}\n{"doc_id": 1, "acc": null}\n', "line 2"),
+    "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "no metric"),
+    "p.jsonl": ('{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n', "line 1"),
+    "q.eval": ("not a zip file", "q.eval"),
+    "r.json": ('{"status": "error", "eval": {"run_id": "x", "task": "t"}}', "status"),
+    "s.tsv": ("index\tprediction\thit\n0\tA\tmaybe\n", "row 2"),
+    "t_MME_result.xlsx": ("no workbook", "t_MME_result.xlsx"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_logs_are_refused_in_one_line(tmp_path, name):
+    content, named = MALFORMED[name]
+    (tmp_path / name).write_text(content)
+    with pytest.raises((ContractError, FileNotFoundError), match=named) as caught:
+        load_side(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_has_logs_of_one_form(tmp_path):
+    (tmp_path / "a.csv").write_text("item,score\n1,1\n")
+    (tmp_path / "b.jsonl").write_text('{"doc_id": 0, "doc_hash": "", "acc": 1}\n')
+    with pytest.raises(ContractError, match=r"a\.csv"):
+        read_logs(tmp_path)
+
+
+def test_a_new_file_is_a_new_reader():
+    assert list(readers()) == ["inspect_ai", "lm-evaluation-harness", "lmms-eval", "table", "VLMEvalKit"]
