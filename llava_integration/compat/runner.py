@@ -1,6 +1,7 @@
 """Which completions the installed libraries need, when they run, what is said of versions, and which one has failed."""
 
 import functools
+import importlib
 import inspect
 import os
 import sys
@@ -82,8 +83,7 @@ def enabled() -> bool:
 @functools.cache
 def needed() -> list[Completion]:
     """The completions that the installed versions need."""
-    from llava_integration.compat import patches  # noqa: F401 - its functions are added to the list
-
+    importlib.import_module("llava_integration.compat.patches")  # adds its functions, which need this module
     return [one for one in completions if any(has_version(*library) for library in one.libraries.items())]
 
 
