@@ -83,16 +83,13 @@ def search(config: SearchConfig, all_ranks: bool) -> tuple[Source, list[BrokenSa
 
 def embed_texts(tower: OpenedTower, texts: Sequence[str], folder: Path, config: EncoderConfig) -> Tensor:
     """(Q, D): the texts by the tower's teacher; texts that ``folder`` already has need no LLM."""
-    source = InMemorySource(
-        f"texts-{sha256_text(canonical_json(list(texts)))[:12]}",
-        folder,
-        [Row(f"{number:05d}", None, (Caption(text, "text"),)) for number, text in enumerate(texts)],
-    )
+    rows = [Row(f"{number:05d}", None, (Caption(text, "text"),)) for number, text in enumerate(texts)]
+    source = InMemorySource(f"texts-{sha256_text(canonical_json(list(texts)))[:12]}", folder, rows)
     teacher = Teacher(tower.dual.card, config, tower.device)
     cache = teacher.cache(source, folder / f"texts-{teacher.fingerprint[:12]}")
-    rows = [cache.rows(source.name, number, row.captions, key=row.key) for number, row in enumerate(source.rows)]
+    embedded = [cache.rows(source.name, number, row.captions, key=row.key) for number, row in enumerate(rows)]
     with torch.no_grad():
-        return tower.dual.encode_text(torch.cat(rows)).cpu()
+        return tower.dual.encode_text(torch.cat(embedded)).cpu()
 
 
 def _found(source: Source, number: int, score: float, *, picture: bool) -> Found:

@@ -189,10 +189,7 @@ def read_lora(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """As ``read_adapter``; raises ValueError for an adapter that is more than one rank and scale, such as DoRA."""
     config, tensors = read_adapter(folder)
     if special := [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if getattr(config, name)]:
-        raise ValueError(
-            f"{folder} cannot be a start adapter: it sets {', '.join(special)}; merge it with llm2clip export-llm, and "
-            "pass the merged LLM as --llm"
-        )
+        raise ValueError(f"start adapter {folder} sets {', '.join(special)}; merge it into --llm with export-llm first")
     return config, tensors
 
 

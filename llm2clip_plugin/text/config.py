@@ -178,9 +178,7 @@ class EncoderConfig:
         if self.max_tokens < 4:
             raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 4")
         if self.chat_template not in ("", "user") and self.chat_template.count(CAPTION) != 1:
-            raise ValueError(
-                f"chat_template {self.chat_template!r} must be 'user' or a text with one {CAPTION}, or empty"
-            )
+            raise ValueError(f"chat_template {self.chat_template!r} must be empty, user, or a text with one {CAPTION}")
 
 
 # of EncoderConfig, in the identity of a teacher and, with query_prompt, in the encoder card

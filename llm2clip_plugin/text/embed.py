@@ -18,16 +18,7 @@ from tqdm import tqdm
 
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import CacheManifest
-from llm2clip_plugin.data.cache import (
-    CacheWriter,
-    EmbeddingCache,
-    caption_rows,
-    has_text,
-    keep_digests,
-    kept_digests,
-    rows_digest,
-    shard_captions,
-)
+from llm2clip_plugin.data import cache as caches
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.samples import caption_hash
 from llm2clip_plugin.data.sources.base import Shard, Source
@@ -98,7 +89,7 @@ def embed_source(
     Raises ContractError if the directory belongs to another teacher or dtype, or, without ``overwrite``, if a shard in
     it has captions that would be lost (``CacheWriter.refuse_loss``).
     """
-    writer = CacheWriter(directory, encoder.identity(), dtype)
+    writer = caches.CacheWriter(directory, encoder.identity(), dtype)
     summary, memory = EmbedSummary(), dict[str, torch.Tensor]()
     shards, digests = shards_of_rank(source.shards, rank, world), {}
     started = time.monotonic()
@@ -107,7 +98,7 @@ def embed_source(
         progress_bar(total=total, label="embed", unit="samples", show=not quiet) as bar,
         ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read") as reader,
     ):
-        read = partial(_read_shard, source, writer, kept_digests(source), overwrite)
+        read = partial(_read_shard, source, writer, caches.kept_digests(source), overwrite)
         # the next shard is read while this one is embedded
         for shard, content in zip(shards, map_in_order(reader, read, shards, ahead=2), strict=True):
             start = int(bar.n)
@@ -128,7 +119,7 @@ def embed_source(
                 summary.truncated += truncated
                 summary.seconds = time.monotonic() - started
             bar.update(start + shard.size - bar.n)
-    keep_digests(source, digests)
+    caches.keep_digests(source, digests)
     return writer.finish([shard.name for shard in source.shards]), summary
 
 
@@ -145,14 +136,14 @@ class _ShardContent:
 
 
 def _read_shard(
-    source: Source, writer: CacheWriter, known: Mapping[str, str], overwrite: bool, shard: Shard
+    source: Source, writer: caches.CacheWriter, known: Mapping[str, str], overwrite: bool, shard: Shard
 ) -> _ShardContent:
     """Compare a shard with its file in the cache, and read what is to be embedded; ``known``: kept digests."""
     if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
         return _ShardContent(complete=True)
-    keys, captions = shard_captions(source, shard)
-    rows = caption_rows(captions)
-    digest = rows_digest(keys, rows)
+    keys, captions = caches.shard_captions(source, shard)
+    rows = caches.caption_rows(captions)
+    digest = caches.rows_digest(keys, rows)
     complete = digest != known.get(shard.name) and writer.is_complete(shard.name, digest)
     if not complete and not overwrite:
         writer.refuse_loss(shard.name, rows, f"{source.path} with the fields {', '.join(source.config.fields)}")
@@ -162,7 +153,7 @@ def _read_shard(
         keys=keys,
         rows=rows,
         text_of={caption_hash(caption.text): caption.text for sample in captions for caption in sample},
-        empty=[key for key, texts in zip(keys, captions, strict=True) if not any(map(has_text, texts))],
+        empty=[key for key, texts in zip(keys, captions, strict=True) if not any(map(caches.has_text, texts))],
     )
 
 
@@ -186,7 +177,7 @@ def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
 
     Raises ContractError or FileNotFoundError at the first problem.
     """
-    cache = EmbeddingCache.open(directory, expect_fingerprint=encoder.identity().fingerprint)
+    cache = caches.EmbeddingCache.open(directory, expect_fingerprint=encoder.identity().fingerprint)
     cache.verify()
     cache.check(source, full=True)
     numbers = random.Random(0).sample(range(len(source)), min(len(source), VERIFY_SAMPLES))

@@ -58,9 +58,7 @@ def literal_template(tokenizer, chat_template: str) -> str:
     if chat_template != "user":
         return chat_template
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template; set one: '<|user|>{CAPTION}<|end|>'"
-        )
+        raise ValueError(f"{tokenizer.name_or_path} has no chat template; set one: '<|user|>{CAPTION}<|end|>'")
     turn = [{"role": "user", "content": CAPTION}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, date_string=TEMPLATE_DATE)
     if text.count(CAPTION) != 1:

@@ -224,9 +224,7 @@ class PairBatches:
         self.mixture = Mixture(sizes, weights or [1.0] * len(sources), hash_words("pairs", seed, 0), batch=global_batch)
         small = [f"{source.path} ({len(source)})" for source in sources if len(source) < global_batch]
         if small:
-            raise ValueError(
-                f"global_batch {global_batch} is larger than {', '.join(small)}; lower it, a batch has one source"
-            )
+            raise ValueError(f"global_batch {global_batch} is larger than {', '.join(small)}; a batch has one source")
 
     def batch(self, position: int) -> dict[str, Any]:
         """``pairs``, ``keys``, ``caption_hashes`` (2, b) of positives and queries, ``image_ids`` (b,), ``position``."""

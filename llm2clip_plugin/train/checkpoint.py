@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
@@ -55,7 +54,6 @@ from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 MODEL, OPTIMIZER, AVERAGES = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 TWIN = "twin.safetensors"
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
-RETRY_SECONDS = 300.0  # after a save that failed
 BLOCK = 1 << 24  # bytes that are hashed and written at a time
 
 
@@ -248,7 +246,9 @@ class Checkpoints:
                 print(f"warning: {'; '.join(damaged)}\nwarning: falling back to {path}", file=sys.stderr)
             return path
         if damaged:
-            raise ContractError(f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}. Restore one")
+            raise ContractError(
+                f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}; choose another --output"
+            )
         return None
 
     def move_aside(self, resumed: Path | None) -> str:
@@ -278,7 +278,7 @@ class Saver:
 
     Every rank needs one. ``save`` gathers the state on rank 0 and copies it into buffers of the CPU, which later saves
     use again; a thread hashes, writes and flushes them, one write at a time. A periodic save that fails leaves the last
-    checkpoint in place and is tried again; the last one must succeed. No rank waits for the disk inside a collective.
+    checkpoint in place, and the next tries again; the last must succeed. No rank waits for the disk in a collective.
     """
 
     def __init__(
@@ -303,12 +303,11 @@ class Saver:
         self._written: tuple[Any, ...] = ()  # its state and tensors
         self._reported = True
         self._recording: Future[None] | None = None
-        self._retry_at: float | None = None
 
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         with phase(CHECKPOINT):
             self._thread.shutdown(wait=kind is not KeyboardInterrupt)
         self.poll()
@@ -318,11 +317,6 @@ class Saver:
         """Whether a write is in progress; False on ranks that do not write."""
         self.poll()
         return not self._reported
-
-    @property
-    def retry_due(self) -> bool:
-        """Whether it is time to try a failed save again."""
-        return self._retry_at is not None and time.monotonic() >= self._retry_at
 
     def save(self, state: TrainState, *, last: bool = False) -> None:
         """Copy the state and start to write it; every rank must call this, and none while one is busy unless this is
@@ -335,7 +329,7 @@ class Saver:
         tensors = {MODEL: self.engine.weights(copies[MODEL]), OPTIMIZER: self.engine.moments(copies[OPTIMIZER])}
         tensors |= {name: reference.values(copies[name]) for name, reference in self.references.items()}
         state = dataclasses.replace(state, **self.engine.scaler_state(), world_size=world_size())
-        self.waited, self._retry_at = time.perf_counter() - started, None
+        self.waited = time.perf_counter() - started
         if rank() == 0:
             self._written, self._reported = (state, tensors), False
             self._write = self._thread.submit(_write, self.checkpoints, state, tensors)
@@ -352,11 +346,10 @@ class Saver:
         self._reported = True
         step, error = self._written[0].step, self._write.exception()
         if isinstance(error, OSError):
-            self._retry_at = time.monotonic() + RETRY_SECONDS
             newest = self.checkpoints.latest()
             self._note(
                 f"warning: cannot write {self.checkpoints.path(step)}: {_reason(error)}; "
-                f"{newest.name if newest else 'no checkpoint'} is kept, trying again in {RETRY_SECONDS:.0f} s"
+                f"{newest.name if newest else 'no checkpoint'} is kept; trying again at the next save"
             )
             self._event({"step": step, "event": SAVE_FAILED, "reason": _reason(error)})
             return

@@ -35,8 +35,6 @@ PHASES = ("data", "forward", "backward", "optimizer", "communication")
 STEP = "step"  # the whole step, by the host's clock
 
 Value = TypeVar("Value")
-
-
 ALONE: Literal["alone"] = "alone"  # this rank alone, whatever other ranks exist
 Group = ProcessGroup | Literal["alone"] | None  # None: all ranks
 
@@ -115,8 +113,8 @@ def free_port() -> int:
 
 
 def set_single_process_environment() -> None:
-    """Without a launcher, set what one would set for a single process; DeepSpeed needs mpi4py otherwise. Raises
-    ValueError for one of several tasks of srun or mpirun, each of which would train alone, in the same folder."""
+    """Without a launcher, set what one would set for a single process. Raises ValueError for one of several tasks of
+    srun or mpirun, each of which would train alone, in the same folder."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         for program, variable in TASKS.items():
             if (tasks := int(os.environ.get(variable) or 1)) > 1:
@@ -250,10 +248,9 @@ def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:
 
 def sum_own_rows(values: Tensor, group: Group = None) -> Tensor:
     """(world * b, ...) on each rank -> (b, ...), this rank's rows of the sum over ranks: half of a sum's traffic."""
-    world = world_size(group)
-    if world == 1:
+    if world_size(group) == 1:
         return values
-    own = values.new_empty((len(values) // world, *values.shape[1:]))
+    own = values.new_empty((len(values) // world_size(group), *values.shape[1:]))
     dist.reduce_scatter_tensor(own, values.contiguous(), group=group)
     return own
 
@@ -276,12 +273,11 @@ def gather_objects(value: Value, group: Group = None) -> list[Value]:
     return values
 
 
-def broadcast_object(value: Value, group: Group = None) -> Value:
+def broadcast_object(value: Value) -> Value:
     """Rank 0's value on every rank."""
-    if world_size(group) == 1:
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)  # pyright: ignore[reportArgumentType]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -308,7 +304,7 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
         if error is not None:
             raise error
         return result  # pyright: ignore[reportReturnType]
-    _poll(lambda: store.check([key]), limit=math.inf)
+    _poll(lambda: store.check([key]))
     result, message = pickle.loads(store.get(key))
     store.add(f"{key}/read", 1)
     if message is not None:
@@ -325,8 +321,7 @@ def leaving_together() -> Iterator[None]:
     store, key = _turn()
     yield
     store.add(key, 1)
-    _poll(lambda: store.add(key, 0) == world_size(), limit=math.inf)
-    barrier()  # rank 0 may host the store: if it left now, the others would not see that all are here
+    on_first_rank(lambda: _poll(lambda: store.add(key, 0) == world_size()))
 
 
 def _turn() -> tuple[dist.Store, str]:
@@ -341,7 +336,7 @@ def _session(store: dist.Store) -> str:
     return broadcast_object(uuid.uuid4().hex)
 
 
-def _poll(ready: Callable[[], bool], *, limit: float) -> None:
+def _poll(ready: Callable[[], bool], *, limit: float = math.inf) -> None:
     """Wait until ``ready``, at most ``limit`` seconds, so that signals are still handled."""
     pause, deadline = 0.005, time.monotonic() + limit
     while not ready() and time.monotonic() < deadline:

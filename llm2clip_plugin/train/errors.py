@@ -67,8 +67,7 @@ def lost_rank(error: RuntimeError) -> str:
     reason = re.sub(r"^\[[^]]*\] *", "", lines[0]).split(". This is typically")[0]  # gloo's source line and advice
     return (
         f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} lost the connection to another rank: {reason}. "
-        "A process or host has ended or hangs, or the network failed; look for the first error of the other ranks. "
-        "Rerun the same command, on any number of ranks: training resumes from its last checkpoint"
+        "Look for the first error of the others, and rerun the same command: it resumes, on any number of ranks"
     )
 
 

@@ -14,7 +14,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -60,32 +60,14 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 Facts = Mapping[str, str]  # what is compared -> this rank's value
 
 
-@contextmanager
-def watched(*, straggler_seconds: float, timeout: float) -> Iterator[None]:
+def watched(*, straggler_seconds: float, timeout: float) -> AbstractContextManager[None]:
     """Watch the ranks inside the block; every rank must enter it. Nothing happens with one rank.
 
     straggler_seconds: a rank that makes no progress for so long is named; 0: never. timeout: after so many seconds
     without a sign of life of one rank, all end with exit status 1. An exception that leaves the block ends all ranks;
     where it was only the consequence of another rank's, it becomes a RankFailedError that names that one.
     """
-    if world_size() == 1:
-        yield
-        return
-    watch = Watch(straggler_seconds=straggler_seconds, timeout=timeout)
-    watch.start()
-    try:
-        yield
-    except StoppedError:
-        raise
-    except (SameOnAllRanksError, FirstRankError):
-        watch.end_within(GRACE)
-        raise
-    except BaseException as error:
-        if other := watch.failed(error):
-            raise RankFailedError(other) from error
-        raise
-    finally:
-        watch.stop()
+    return Watch(straggler_seconds=straggler_seconds, timeout=timeout) if world_size() > 1 else nullcontext()
 
 
 @contextmanager
@@ -95,8 +77,8 @@ def watched_group() -> Iterator[tuple[int, int]]:
         yield ranks
 
 
-class Watch:
-    """Two threads of a rank, which end with it. ``start``, ``stop``, ``failed`` are called by its main thread.
+class Watch(AbstractContextManager[None]):
+    """Two threads of a rank, which end with it, while its main thread is inside of the block.
 
     Every rank sends a sign of life every few seconds through the process group's store. Rank 0 names ranks that send
     none, rank 1 names rank 0; a rank that sends them, but makes no progress, names itself. One thread talks to the
@@ -123,8 +105,7 @@ class Watch:
         self._main = threading.get_ident()
         self._stopped = threading.Event()
 
-    def start(self) -> None:
-        """Begin to watch."""
+    def __enter__(self) -> None:
         # a store of its own: a blocked request of one client blocks the client's other requests
         store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
         self.store = dist.PrefixStore(f"llm2clip/watch/{broadcast_object(os.urandom(6).hex())}", store)
@@ -137,14 +118,19 @@ class Watch:
         for work in (self._talk, self._look):
             threading.Thread(target=work, daemon=True, name=work.__name__).start()
 
-    def stop(self) -> None:
-        """Stop watching, unless this process is to end."""
-        if self.deadline == math.inf:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        other = ""  # what to say instead of an error that follows from another rank's
+        if error is not None and not isinstance(error, StoppedError):
+            self._end_within_grace()
+            if not isinstance(error, (SameOnAllRanksError, FirstRankError)):
+                other = self._publish(error)
+        if self.deadline == math.inf:  # else this process is to end
             self._stopped.set()
+        if other:
+            raise RankFailedError(other) from error
 
-    def failed(self, error: BaseException) -> str:
-        """Publish this rank's error; returns what to say instead if it follows from another rank's."""
-        self.end_within(GRACE)
+    def _publish(self, error: BaseException) -> str:
+        """Tell this rank's error to the others; returns another rank's if that is the cause."""
         if isinstance(error, RuntimeError) and lost_rank(error):
             until = time.monotonic() + 3.0  # in which the other rank publishes its error
             while not self.failure and time.monotonic() < until:
@@ -157,9 +143,9 @@ class Watch:
             self.store.set("failed", f"{name}: {type(error).__name__}: {error}")
         return ""
 
-    def end_within(self, seconds: float) -> None:
-        """End this process so many seconds from now, if it still runs."""
-        self.deadline = min(self.deadline, time.monotonic() + seconds)
+    def _end_within_grace(self) -> None:
+        """End this process soon, if it still runs."""
+        self.deadline = min(self.deadline, time.monotonic() + GRACE)
 
     def _beat(self) -> dict[str, Any]:
         now = phases.current()
@@ -226,7 +212,7 @@ class Watch:
         elif now - self._gone > GRACE:
             self.failure = "the process that holds the group's store (rank 0, or torchrun on its host) has ended"
         if self.failure and self.deadline == math.inf:
-            self.end_within(GRACE)
+            self._end_within_grace()
             if self.rank == 0 or (self.rank == 1 and silent):
                 _say(f"{self.failure}; ending all ranks")
         if now > self.deadline + (TO_WRITE if phases.current().name == phases.CHECKPOINT else 0.0):
@@ -411,6 +397,6 @@ def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
         if value.is_floating_point() and value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
             bad = int((~torch.isfinite(value)).sum())
             raise ValueError(
-                f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite, so training cannot start "
-                "from it; restore the file, or start from another one"
+                f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; restore the file, or "
+                "start from another one"
             )

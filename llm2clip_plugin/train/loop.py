@@ -91,7 +91,7 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
     while state.step < parts.total_steps:
         state, seconds, values = _timed_step(parts, state, reports)
         minutes_over = 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved_at
-        stop, due, busy = _any_rank(parts, bool(parts.stop), minutes_over or saver.retry_due, saver.busy)
+        stop, due, busy = _any_rank(parts, bool(parts.stop), minutes_over, saver.busy)
         last = stop or state.step == parts.total_steps
         reports.step(state, seconds, values, always=last)
         save_due = save_due or due or _due(parts.train.save_steps, state.step)

@@ -21,20 +21,18 @@ class POPE(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
         """LLaVA's questions with the label of (category, image, question), in the question file's order."""
         path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
+        where = "from https://github.com/AoiDragon/POPE (output/coco)"
+        label_file = self.require(folder, "coco/coco_pope_*.json", where=where)
         labels: dict[tuple[str, str, str], list[Row]] = {}
-        for category, rows in read_labels(folder).items():
-            for row in rows:
-                labels.setdefault((category, row["image"], base.squeeze(row["text"])), []).append(row)
+        for file in sorted(label_file.parent.glob("coco_pope_*.json")):
+            for row in read_jsonl(file):
+                key = (file.stem.removeprefix("coco_pope_"), row["image"], base.squeeze(row["text"]))
+                labels.setdefault(key, []).append(row)
         questions, used = [], Counter()
         for row in read_jsonl(path):
             text = row["text"].split("\n")[0]
             key = (row["category"], row["image"], base.squeeze(text))
-            known = labels.get(key)
-            if not known:
-                raise ValueError(
-                    f"{path}: question {row['question_id']} ({row['category']}, {row['image']}, {text!r}) has no label "
-                    f"in {folder}/coco; the label files are from another release of POPE"
-                )
+            known = labels[key]
             label = known[min(used[key], len(known) - 1)]
             used[key] += 1
             questions.append(
@@ -86,15 +84,6 @@ class POPE(base.Benchmark):
             return 100 * base.ratio(2 * totals[..., 0::3], totals[..., 1::3] + totals[..., 2::3]).mean(axis=-1)
 
         return base.Statistic(sums, value)
-
-
-def read_labels(folder: Path) -> dict[str, list[Row]]:
-    paths = sorted((folder / "coco").glob("coco_pope_*.json"))
-    if not paths:
-        raise FileNotFoundError(
-            f"{folder}/coco has no coco_pope_*.json; from https://github.com/AoiDragon/POPE (output/coco)"
-        )
-    return {path.stem.removeprefix("coco_pope_"): read_jsonl(path) for path in paths}
 
 
 def parse(text: str) -> str:

@@ -31,12 +31,7 @@ class VQAv2(base.Benchmark):
         images = {str(row["question_id"]): str(row.get("image", "")) for row in read_jsonl(llavas)} if llavas else {}
         questions = []
         for entry in read_json_value(path)["questions"]:
-            truth = truths.get(entry["question_id"])
-            if truth is None:
-                raise ValueError(
-                    f"{annotations} has no answers to question {entry['question_id']} of {path}; they are of different "
-                    "splits"
-                )
+            truth = truths[entry["question_id"]]
             questions.append(
                 base.Question(
                     id=entry["question_id"],

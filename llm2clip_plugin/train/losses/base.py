@@ -17,7 +17,7 @@ from torch import Tensor
 from llm2clip_plugin.files import discover
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import LossConfig, TermWeight, from_named_args, parse_terms
-from llm2clip_plugin.train.distributed import Group, gather_rows, rank
+from llm2clip_plugin.train.distributed import Group, gather_rows, rank, sum_own_rows
 from llm2clip_plugin.vision.family import DualConfig
 
 EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
@@ -127,6 +127,18 @@ class PairBlocks:
         self.diagonal(rows, same_RN).fill_(False)
         return same_RN
 
+    def gradients(self, s: Tensor, slope: Callable[[slice], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients for anchors (b, D), own positives (b, D) and this rank's part for the scale () of a loss over
+        logits s x_i.y_j + constants; ``slope``: its derivatives (R, N) by the logits of a block of rows."""
+        anchor_grad_bD = torch.empty(self.anchor_bD.shape, device=s.device)
+        positive_grad_ND = torch.zeros(self.positive_ND.shape, device=s.device)
+        for rows in self:
+            slope_RN = slope(rows).to(self.anchor_bD.dtype)
+            anchor_grad_bD[rows] = (slope_RN @ self.positive_ND).float()
+            positive_grad_ND.add_((slope_RN.T @ self.anchor_bD[rows]).float())
+        scale_grad = (anchor_grad_bD * self.anchor_bD.float()).sum()
+        return anchor_grad_bD.mul_(s), sum_own_rows(positive_grad_ND, self.group) * s, scale_grad
+
 
 class _Known(torch.autograd.Function):
     """A loss, then inputs and as many gradients -> the loss as a function of the inputs."""
@@ -151,14 +163,9 @@ def with_gradients(loss: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tenso
 Terms = dict[str, Callable[[Features], Tensor]]  # name -> weighted loss; a step minimizes their sum
 
 
-def loss_terms() -> dict[str, type[LossTerm]]:
-    """Every loss term by name."""
-    return discover("llm2clip_plugin.train.losses", "TERM")
-
-
 def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
     """The chosen terms with their settings; ValueError names a term or a setting that there is not."""
-    known, weights = loss_terms(), parse_terms(config.terms)
+    known, weights = discover("llm2clip_plugin.train.losses", "TERM"), parse_terms(config.terms)
     words: dict[str, list[str]] = {weight.name: [] for weight in weights}
     for name in words:
         if name not in known:

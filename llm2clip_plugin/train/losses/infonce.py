@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.train.distributed import Group, gather_rows, sum_own_rows, world_size
+from llm2clip_plugin.train.distributed import Group, gather_rows, world_size
 from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, stack_ids, with_gradients
 
 
@@ -53,7 +54,7 @@ def contrastive_loss(
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         return loss
     with torch.no_grad():
-        grads = _gradients(blocks, s, row, column, logits_RN)
+        grads = blocks.gradients(s, partial(_slope, blocks, s, row, column, logits_RN))
     return with_gradients(loss, inputs, grads)
 
 
@@ -112,21 +113,12 @@ def _logits(blocks: PairBlocks, rows: slice, s: Tensor) -> Tensor:
     return logits_RN if excluded_RN is None else logits_RN.masked_fill_(excluded_RN, EXCLUDED)
 
 
-def _gradients(
-    blocks: PairBlocks, s: Tensor, row: ExpSums, column: ExpSums, all_logits_RN: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of sum_r loss_r: local anchors (b, D), local positives (b, D), this rank's part for the scale ()."""
-    anchor_grad_bD = torch.empty(blocks.anchor_bD.shape, device=blocks.anchor_bD.device)
-    positive_grad_ND = torch.zeros(blocks.positive_ND.shape, device=blocks.anchor_bD.device)
-    row_weight_b, column_weight_N = (0.5 / blocks.rows / total for _, total in (row, column))
-    for rows in blocks:
-        logits_RN = _logits(blocks, rows, s) if all_logits_RN is None else all_logits_RN
-        grad_RN = (logits_RN - row[0][rows, None]).exp_().mul_(row_weight_b[rows, None])
-        grad_RN.addcmul_(logits_RN.sub_(column[0]).exp_(), column_weight_N)
-        blocks.diagonal(rows, grad_RN).sub_(1 / blocks.rows)
-        grad_RN = grad_RN.to(blocks.anchor_bD.dtype)
-        anchor_grad_bD[rows] = (grad_RN @ blocks.positive_ND).float()
-        positive_grad_ND.add_((grad_RN.T @ blocks.anchor_bD[rows]).float())
-    scale_grad = (anchor_grad_bD * blocks.anchor_bD.float()).sum()
-    positive_grad_bD = sum_own_rows(positive_grad_ND, blocks.group)
-    return anchor_grad_bD.mul_(s), positive_grad_bD * s, scale_grad
+def _slope(
+    blocks: PairBlocks, s: Tensor, row: ExpSums, column: ExpSums, all_logits_RN: Tensor | None, rows: slice
+) -> Tensor:
+    """(R, N) derivatives of sum_r loss_r by the logits."""
+    logits_RN = _logits(blocks, rows, s) if all_logits_RN is None else all_logits_RN
+    slope_RN = (logits_RN - row[0][rows, None]).exp_().mul_(0.5 / blocks.rows / row[1][rows, None])
+    slope_RN.addcmul_(logits_RN.sub_(column[0]).exp_(), 0.5 / blocks.rows / column[1])
+    blocks.diagonal(rows, slope_RN).sub_(1 / blocks.rows)
+    return slope_RN

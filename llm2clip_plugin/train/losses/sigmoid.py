@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.train.distributed import Group, sum_own_rows
+from llm2clip_plugin.train.distributed import Group
 from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, stack_ids, with_gradients
 
 
@@ -32,9 +32,20 @@ def sigmoid_loss(
     with torch.no_grad():  # one pass: the loss of a pair depends on its own logit alone, its gradient is known with it
         blocks = PairBlocks(anchor_bD, positive_bD, stack_ids(caption_hashes, image_ids), block, group)
         s, shift = scale.float().reshape(()), bias.float().reshape(())
-        loss, anchor_grad_bD, positive_grad_ND, bias_grad = _loss_and_gradients(blocks, s, shift)
-        scale_grad = (anchor_grad_bD * blocks.anchor_bD.float()).sum()
-        grads = (anchor_grad_bD * s, sum_own_rows(positive_grad_ND, group) * s, scale_grad, bias_grad)
+        loss, bias_grad = torch.zeros((), device=s.device), torch.zeros((), device=s.device)
+
+        def slope(rows: slice) -> Tensor:
+            logits_RN = blocks.cosines(rows).mul_(s).add_(shift)
+            blocks.diagonal(rows, logits_RN).neg_()  # now a pair's loss is softplus(logit), its slope sigmoid(logit)
+            if (excluded_RN := blocks.excluded(rows)) is not None:
+                logits_RN.masked_fill_(excluded_RN, EXCLUDED)
+            loss.add_(F.softplus(logits_RN).sum() / blocks.rows)
+            slope_RN = logits_RN.sigmoid_().div_(blocks.rows)
+            blocks.diagonal(rows, slope_RN).neg_()
+            bias_grad.add_(slope_RN.sum())
+            return slope_RN
+
+        grads = (*blocks.gradients(s, slope), bias_grad)
     return with_gradients(loss, (anchor_bD, positive_bD, scale, bias), grads)
 
 
@@ -51,25 +62,3 @@ class Sigmoid(LossTerm):
 
 
 TERM = Sigmoid
-
-
-def _loss_and_gradients(blocks: PairBlocks, s: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), gradients with respect to s x anchors (b, D), s x all positives (N, D) and the bias ()."""
-    device, dtype = blocks.anchor_bD.device, blocks.anchor_bD.dtype
-    anchor_grad_bD = torch.empty(blocks.anchor_bD.shape, device=device)
-    positive_grad_ND = torch.zeros(blocks.positive_ND.shape, device=device)
-    loss, bias_grad = torch.zeros((), device=device), torch.zeros((), device=device)
-    for rows in blocks:
-        logits_RN = blocks.cosines(rows).mul_(s).add_(shift)
-        blocks.diagonal(rows, logits_RN).neg_()  # now every pair's loss is softplus(logit), its slope sigmoid(logit)
-        excluded_RN = blocks.excluded(rows)
-        if excluded_RN is not None:
-            logits_RN.masked_fill_(excluded_RN, EXCLUDED)
-        loss += F.softplus(logits_RN).sum() / blocks.rows
-        grad_RN = logits_RN.sigmoid_().div_(blocks.rows)
-        blocks.diagonal(rows, grad_RN).neg_()
-        bias_grad += grad_RN.sum()
-        grad_RN = grad_RN.to(dtype)
-        anchor_grad_bD[rows] = (grad_RN @ blocks.positive_ND).float()
-        positive_grad_ND.add_((grad_RN.T @ blocks.anchor_bD[rows]).float())
-    return loss, anchor_grad_bD, positive_grad_ND, bias_grad
