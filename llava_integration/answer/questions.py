@@ -254,17 +254,31 @@ KEY = "OPENAI_API_KEY"  # environment variable, as OpenAI's client reads it
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerConfig:
-    """A question file, and the model that answers it."""
+class ModelConfig:
+    """The model that answers: a LLaVA checkpoint, or one behind a server."""
 
     model_path: str = ""  # LLaVA checkpoint: full, LoRA or projector
     model_base: str | None = None  # base model of a LoRA or projector checkpoint
     endpoint: str = ""  # URL of an OpenAI-compatible server to ask instead, e.g. http://localhost:8000/v1
+    served_model_name: str = ""  # with --endpoint: the model; "": the only one
+    conv_mode: str = "vicuna_v1"  # conversation template
+    batch_size: int = 1  # questions per batch
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # of the model
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights; LLaVA uses float16
+    overwrite: bool = False  # discard existing answers
+
+    def __post_init__(self) -> None:
+        if bool(self.model_path) == bool(self.endpoint):
+            raise ValueError("--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig(ModelConfig):
+    """A question file, and the model that answers it."""
+
     question_file: Path  # .jsonl, .json (ScienceQA) or .tsv (MMBench)
     answers_file: Path  # JSONL to write; an incomplete run is resumed
     image_folder: str = ""  # folder of the questions' images
-    conv_mode: str = "vicuna_v1"  # conversation template
-    batch_size: int = 1  # questions per batch
     num_chunks: int = 1  # split the questions into chunks, as LLaVA's scripts do
     chunk_idx: int = 0  # chunk to answer
     temperature: float = 0.0  # sampling temperature; 0: greedy decoding
@@ -274,22 +288,17 @@ class AnswerConfig:
     single_pred_prompt: bool = False  # ask for the option's letter only (ScienceQA, MMBench)
     all_rounds: bool = False  # ask every rotation of the options (MMBench)
     lang: Literal["en", "cn"] = "en"  # language of MMBench
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # of the model
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights; LLaVA uses float16
     load_8bit: bool = False  # quantize the language model to 8 bits
     load_4bit: bool = False  # quantize the language model to 4 bits
     workers: int = 4  # data loader processes
-    served_model_name: str = ""  # with --endpoint: the model; "": the only one
     concurrency: int = 16  # with --endpoint: requests at a time
     timeout: float = 300.0  # with --endpoint: seconds that an answer may take
     retries: int = 8  # with --endpoint: of a failed request, with growing pauses
-    overwrite: bool = False  # discard existing answers
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.answers_file.resolve() == self.question_file.resolve():
             raise ValueError(f"--answers-file {self.answers_file} is the question file; choose another")
-        if bool(self.model_path) == bool(self.endpoint):
-            raise ValueError("--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model")
         for name, least in (("batch_size", 1), ("concurrency", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
