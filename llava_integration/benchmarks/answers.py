@@ -9,11 +9,12 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.files import errors_about, refuse_encoding
+from llm2clip_plugin.files import ContractError, refuse_encoding
 
 Row = dict[str, Any]
 
@@ -62,13 +63,27 @@ def read_text(path: Path) -> str:
     return text
 
 
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of each line of a JSONL file. Raises ContractError that names the line."""
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                if line.strip():
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
+                        raise ContractError(f"{where}: expected a JSON object, got {line.strip()[:60]!r}")
+                    yield where, value
+        except json.JSONDecodeError as error:
+            raise ContractError(f"{where}: not valid JSON ({error}); was the run cut off?") from error
+        except UnicodeDecodeError as error:
+            raise ContractError(f"{path} is not UTF-8 text ({error})") from error
+
+
 def read_jsonl(path: Path) -> list[Row]:
-    """Rows of a benchmark's JSONL file. Raises ValueError for the first line that is not a JSON object."""
-    rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if line.strip():
-            with errors_about(f"{path}, line {number}", fix="download it again"):
-                rows.append({**json.loads(line)})
+    """Rows of a benchmark's JSONL file. Raises ContractError for the first line that is not a JSON object."""
+    if not (rows := [row for _, row in json_lines(path)]):
+        raise ContractError(f"{path} is empty; download it again")
     return rows
 
 

@@ -259,7 +259,6 @@ def make_answers(task: Task, args: BenchConfig) -> tuple[Path, list[str]]:
 def run_logged(command: list[str], log: Path) -> tuple[int, str]:
     """Run a command, copy its output to stderr and a file; returns its exit status and last line."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    tail = b""
     # transformers otherwise lists the names of all the tower's weights, which the tower loads itself
     environment = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
     with (
@@ -270,8 +269,7 @@ def run_logged(command: list[str], log: Path) -> tuple[int, str]:
         while chunk := os.read(process.stdout.fileno(), 1 << 16):
             os.write(2, chunk)
             file.write(chunk)
-            tail = (tail + chunk)[-4000:]
-    lines = tail.decode(errors="replace").replace("\r", "\n").split("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
     return process.returncode, next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
 
 

@@ -395,8 +395,7 @@ class Benchmark(ABC):
 
     def image_bytes(self, folder: Path, item: Item) -> bytes | None:
         """The encoded picture of an item, or None; next to ``folder`` if it is a file."""
-        path = find_image(self.image_folders, folder.parent if folder.is_file() else folder, str(item["image"]))
-        return path.read_bytes() if path else None
+        return find_image(self.image_folders, folder.parent if folder.is_file() else folder, str(item["image"]))
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """Rows of the file that its server scores."""
@@ -443,12 +442,12 @@ def first_file(folder: Path, *patterns: str) -> Path | None:
     return None
 
 
-def find_image(image_folders: Sequence[str], folder: Path, name: str) -> Path | None:
+def find_image(image_folders: Sequence[str], folder: Path, name: str) -> bytes | None:
     """An image file below ``folder``, with any suffix; None if there is none or ``name`` leads outside."""
     inside = folder.resolve()
     for below in image_folders:
         base = folder / below / name
         for path in (base, *(base.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)):
             if path.is_file() and inside in path.resolve().parents:
-                return path
+                return path.read_bytes()
     return None

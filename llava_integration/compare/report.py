@@ -229,24 +229,17 @@ class Pictures:
     def key(self, name: str, item: Item) -> str:
         """The key of an item's picture, "" if there is none; encodes it at first use."""
         key = f"{name}/{item.get('image')}"
-        if key in self.encoded:
-            return key
-        if not item.get("image") or name not in self.folders:
-            return ""
-        rule = benchmarks().get(name)
-        images = (rule.image_bytes(folder, item) if rule else _image(folder, item) for folder in self.folders[name])
-        encoded = thumbnail(next((image for image in images if image is not None), None))
-        if encoded is None:
-            self.missing[name] += 1
-            return ""
-        self.encoded[key] = encoded
-        return key
-
-
-def _image(folder: Path, item: Item) -> bytes | None:
-    """The picture of an item of a benchmark without a rule."""
-    path = find_image(("", "images"), folder, str(item["image"]))
-    return path.read_bytes() if path else None
+        if key not in self.encoded and item.get("image") and name in self.folders:
+            rule, image = benchmarks().get(name), str(item["image"])
+            found = (
+                rule.image_bytes(folder, item) if rule else find_image(("", "images"), folder, image)
+                for folder in self.folders[name]
+            )
+            if encoded := thumbnail(next(filter(None, found), None)):
+                self.encoded[key] = encoded
+            else:
+                self.missing[name] += 1
+        return key if key in self.encoded else ""
 
 
 def picture_folders(sides: Sequence[Side], root: Path | None) -> dict[str, list[Path]]:
@@ -260,15 +253,13 @@ def picture_folders(sides: Sequence[Side], root: Path | None) -> dict[str, list[
         )
     folders: dict[str, list[Path]] = {}
     for name, run in [(name, run) for side in sides for name, runs in side.runs.items() for run in runs]:
-        known, rule = folders.setdefault(name, []), benchmarks().get(name)
+        rule, data, digest = benchmarks().get(name), run.provenance.get("data"), run.provenance.get("data_sha256")
+        known = folders.setdefault(name, [])
         if root is not None:
-            below = [root / folder for folder in (rule.folders if rule else ())]
-            known[:] = [folder for folder in (*below, root) if folder.is_dir()]
-        elif rule and run.provenance.get("data"):
-            data, digest = Path(str(run.provenance["data"])), run.provenance.get("data_sha256")
-            # a folder without annotations has the digest of nothing, which says nothing about it
-            if data.exists() and digest != sha256_text("") and digest == rule.data_digest(data):
-                known.append(data)
+            known[:] = [root / below for below in (*(rule.folders if rule else ()), "") if (root / below).is_dir()]
+        # the digest of a folder without annotations is that of nothing, and says nothing
+        elif rule and data and digest != sha256_text("") and (data := Path(str(data))).exists():
+            known += [data] if rule.data_digest(data) == digest else []
     return folders
 
 
