@@ -81,43 +81,30 @@ def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = Fal
     """
     if not path.is_file():
         raise FileNotFoundError(f"no question file at {path}")
+    questions = []
     with errors_about(path, fix="download it again"):
         if path.suffix == ".jsonl":
-            questions = read_lines(path)
-        elif path.suffix == ".json":
-            questions = read_conversations(path, directly)
+            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+                if line.strip():
+                    fix = "expected an object with question_id, text and image"
+                    with errors_about(f"{path}, line {number}", fix=fix):
+                        row = json.loads(line)
+                        text, image = row["text"], row.get("image", "")
+                        questions.append(Question(id=row["question_id"], text=text, shown=text, image=image))
+        elif path.suffix == ".json":  # LLaVA's conversations, of which the first turn is the question
+            for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+                with errors_about(f"{path}, entry {number}", fix="expected an object with id and conversations"):
+                    image = row.get("image", "")
+                    text = row["conversations"][0]["value"].replace("<image>", "").strip()
+                    text += f"\n{DIRECTLY['en']}" if directly else ""
+                    shown = f"<image>\n{text}" if image else text
+                    questions.append(Question(id=row["id"], text=text, shown=shown, image=image))
         elif path.suffix == ".tsv":
             questions = read_table(path, directly, all_rounds, lang)
         else:
             raise ContractError(f"{path}: expected a file .jsonl, .json (ScienceQA) or .tsv (MMBench)")
     if not questions:
         raise ContractError(f"{path} has no questions; download it again")
-    return questions
-
-
-def read_lines(path: Path) -> list[Question]:
-    """One JSON object per line: question_id, text, and image unless the question has none."""
-    questions = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                with errors_about(f"{path}, line {number}", fix="expected an object with question_id, text and image"):
-                    row = json.loads(line)
-                    text, image = row["text"], row.get("image", "")
-                    questions.append(Question(id=row["question_id"], text=text, shown=text, image=image))
-    return questions
-
-
-def read_conversations(path: Path, directly: bool) -> list[Question]:
-    """ScienceQA: a list of LLaVA conversations, of which the first turn is the question."""
-    questions = []
-    for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
-        with errors_about(f"{path}, entry {number}", fix="expected an object with id and conversations"):
-            image = row.get("image", "")
-            text = row["conversations"][0]["value"].replace("<image>", "").strip()
-            text += f"\n{DIRECTLY['en']}" if directly else ""
-            shown = f"<image>\n{text}" if image else text
-            questions.append(Question(id=row["id"], text=text, shown=shown, image=image))
     return questions
 
 
