@@ -6,7 +6,7 @@ answers with labels by order; here they are joined by question. An unanswered qu
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,21 +42,9 @@ class POPE(base.Benchmark):
                     truth=label["label"],
                     image=row["image"],
                     category=row["category"],
-                    rule=str(label["question_id"]),
                 )
             )
         return questions
-
-    def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
-        """LLaVA's id; for lmms-eval's rows the label file's id, question and label.
-
-        Where these are equal in two categories, the same was asked about the same image.
-        """
-        return str(question.id), (question.rule, base.squeeze(question.text), question.truth)
-
-    def logged_key(self, answer: Answer) -> Hashable | None:
-        question = base.squeeze(answer.prompt.split("\n")[0])
-        return base.logged_field(answer, "question_id", "pope_accuracy"), question, answer.row.get("target")
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         parsed = parse(base.text_of(answer)) if answer else "missing"
@@ -113,7 +101,7 @@ BENCHMARK = POPE(
     annotations=("coco/coco_pope_*.json", "llava_pope*.jsonl"),
     question_files=("llava_pope_test.jsonl", "llava_pope*.jsonl"),
     image_folders=("val2014", "images", ""),
-    lmms_eval_tasks=("pope", "pope_full"),
+    lmms_eval_task="pope",
     item_fields=("category", "parsed", "label"),
     published=base.published_scores(llava_7b=85.9, llava_13b=85.9),
 )
