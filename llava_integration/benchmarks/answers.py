@@ -1,19 +1,16 @@
-"""Reading answers: LLaVA's JSONL, submission files for servers, lmms-eval's ``--log_samples``; detected by content.
+"""Reading answers: LLaVA's JSONL or a folder of its chunks (``0_8.jsonl`` ...), submission files; detected by content.
 
 | layout       | a row                                                                                    |
 |--------------|------------------------------------------------------------------------------------------|
 | llava        | ``question_id, prompt, text, answer_id, model_id`` per line, as ``llava.eval.model_*`` write |
 | submission   | JSON array of ``{question_id or questionId or image, answer or prediction}``, or id: text   |
-| lmms_eval    | ``doc_id, target, filtered_resps`` per line (v0.2.3 and later), or ``{"logs": [...]}``        |
 | judge        | rows with ``tuple`` (LLaVA-Bench), or id: ``{"score": [...]}`` (MM-Vet)                     |
-
-Also a folder of LLaVA's chunks (``0_8.jsonl`` ...) or of lmms-eval's logs.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +36,10 @@ class Answers:
     """The content of an answers file."""
 
     path: Path
-    layout: str  # llava | submission | lmms_eval | judge
+    layout: str  # llava | submission | judge
     rows: tuple[Answer, ...]
     unparsable: int = 0  # lines that are not JSON objects
     first_unparsable: str = ""  # the first of them, for messages
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def model(self) -> str:
@@ -51,7 +47,7 @@ class Answers:
         for answer in self.rows:
             if name := answer.row.get("model_id"):
                 return str(name)
-        return self.path.parent.name if self.path.stem == "merge" or "_samples_" in self.path.stem else self.path.stem
+        return self.path.parent.name if self.path.stem == "merge" else self.path.stem
 
 
 def read_text(path: Path) -> str:
@@ -78,23 +74,20 @@ def read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
-def read_answers(path: str | Path, *, tasks: Sequence[str] = ()) -> Answers:
-    """Read an answers file or folder.
+def read_answers(path: str | Path) -> Answers:
+    """Read an answers file or a folder of chunks.
 
-    ``tasks``: lmms-eval's names of the benchmark, to choose among a folder's logs. Raises FileNotFoundError, or
-    ValueError for an empty file, a wrong encoding or an unknown layout.
+    Raises FileNotFoundError, or ValueError for an empty file, a wrong encoding or an unknown layout.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path, tasks)
+        return _read_folder(path)
     text = read_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
-    if isinstance(value, dict) and isinstance(value.get("logs"), list):
-        value = value["logs"]
-    elif isinstance(value, dict) and not {"text", "filtered_resps", "answer", "prediction", "tuple"} & set(value):
+    if isinstance(value, dict) and not {"text", "answer", "prediction", "tuple"} & set(value):
         value = [_mapped_row(path, key, entry) for key, entry in value.items()]
     if isinstance(value, list):
         return _from_rows(path, list(enumerate(value, start=1)))
@@ -151,7 +144,7 @@ def _layout(path: Path, head: Row) -> str:
     """The layout of rows whose keys are those of ``head``; ValueError for an unknown one."""
     keys = set(head)
     if keys & {"filtered_resps", "resps"}:
-        return "lmms_eval"
+        raise ValueError(f"{path} is a log of another evaluator, which has scored it: pass it to `llm2clip compare`")
     if "tuple" in keys:
         return "judge"
     if "text" in keys and (keys & {"prompt", "answer_id", "model_id"} or keys <= {"question_id", "text"}):
@@ -164,8 +157,8 @@ def _layout(path: Path, head: Row) -> str:
             "llava.eval.model_vqa*"
         )
     raise ValueError(
-        f"{path}: rows have {sorted(keys)[:12]}; expected LLaVA's answers (question_id, prompt, text), a submission "
-        "(question_id, answer), or lmms-eval's --log_samples (doc_id, filtered_resps)"
+        f"{path}: rows have {sorted(keys)[:12]}; expected LLaVA's answers (question_id, prompt, text) or a submission "
+        "(question_id, answer)"
     )
 
 
@@ -176,39 +169,16 @@ def _fields(layout: str, row: Row) -> tuple[Any, Any, str]:
     if layout == "llava":
         prompt = row.get("prompt")
         return row.get("question_id"), row.get("text"), prompt if isinstance(prompt, str) else ""
-    if layout == "submission":
-        keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
-        text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
-        return row[keys[0]] if keys else None, text, ""
-    response, prompt = row.get("filtered_resps", row.get("resps")), row.get("input")
-    while isinstance(response, list) and len(response) == 1:  # in none, one or two lists, by lmms-eval's version
-        response = response[0]
-    while isinstance(prompt, list) and prompt:
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        document = row.get("doc")
-        prompt = str(document.get("question", "")) if isinstance(document, dict) else ""
-    return None, response, prompt
+    keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
+    text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
+    return row[keys[0]] if keys else None, text, ""
 
 
 CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")
 
 
-def _read_folder(folder: Path, tasks: Sequence[str]) -> Answers:
-    """A folder of lmms-eval's logs, or of the chunks that LLaVA's multi-GPU scripts write."""
-    logs = [
-        path
-        for task in tasks
-        for pattern in (f"**/*_samples_{task}.jsonl", f"**/{task}.json")
-        for path in folder.glob(pattern)
-    ]
-    if logs:
-        newest = max(logs, key=lambda path: path.name)
-        answers = read_answers(newest)
-        if len(logs) == 1:
-            return answers
-        note = f"{folder} has {len(logs)} logs of {', '.join(tasks)}; scored the newest, {newest.relative_to(folder)}"
-        return replace(answers, notes=(*answers.notes, note))
+def _read_folder(folder: Path) -> Answers:
+    """The chunks that LLaVA's multi-GPU scripts write."""
     if (folder / "merge.jsonl").is_file():
         return read_answers(folder / "merge.jsonl")
     chunks = {match[0]: match for path in folder.glob("*.jsonl") if (match := CHUNK.fullmatch(path.name))}
@@ -219,7 +189,4 @@ def _read_folder(folder: Path, tasks: Sequence[str]) -> Answers:
             raise FileNotFoundError(f"{folder} is missing the chunks {missing} of {total}; run them again")
         return _from_lines(folder, "\n".join(read_text(folder / name) for name in names))
     files = sorted(path.name for path in folder.iterdir())[:12]
-    raise FileNotFoundError(
-        f"{folder} has no answers of {'/'.join(tasks) or 'this benchmark'}: expected *_samples_<task>.jsonl, "
-        f"merge.jsonl or chunks; it has {files}"
-    )
+    raise FileNotFoundError(f"{folder} has no answers: expected merge.jsonl or chunks; it has {files}")

@@ -160,8 +160,6 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 # Answers are joined to questions by key, never by order. Of two answers to a question the last counts, as in LLaVA's
 # own conversion scripts.
 
-SUFFIXES = (" answer the question using", " answer with the option", " please answer")  # lmms-eval's, behind a question
-
 
 def squeeze(text: str) -> str:
     """Lower case, each run of white space as one space: how questions are compared."""
@@ -232,26 +230,7 @@ def match(
                 "evaluation (an incomplete file, or chunks of different runs?), or pass --allow-missing"
             )
     notes = [f"{counts[fault]} {text}" for fault, text in said.items() if counts[fault]]
-    return joined, counts, [*answers.notes, *notes]
-
-
-def match_log(questions: Sequence[Question], answers: Answers, keyed: Sequence[int | None]) -> list[int | None]:
-    """Places of lmms-eval's rows: by the key in the row (``keyed``), by doc_id, by a text that one question has."""
-    texts = [squeeze(question.text) for question in questions]
-    by_text: dict[str, list[int]] = {}
-    for place, text in enumerate(texts):
-        by_text.setdefault(text, []).append(place)
-    targets: list[int | None] = []
-    for answer, place in zip(answers.rows, keyed, strict=True):
-        prompt, number = squeeze(answer.prompt), answer.row.get("doc_id")
-        if place is None and isinstance(number, int) and 0 <= number < len(questions) and texts[number] in prompt:
-            place = number
-        if place is None:
-            beginnings = [prompt, *(prompt.partition(suffix)[0] for suffix in SUFFIXES)]
-            found = next((by_text[text] for text in beginnings if text in by_text), [])
-            place = found[0] if len(found) == 1 else None
-        targets.append(place)
-    return targets
+    return joined, counts, notes
 
 
 def _refuse_other_benchmark(
@@ -310,8 +289,7 @@ class Benchmark(ABC):
     scored_question_files: tuple[str, ...] = ()  # of the split with public annotations, where LLaVA's file is another's
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
     evaluate_options: tuple[str, ...] = ()  # of llava_integration.evaluate, as in LLaVA's scripts/v1_5/eval
-    lmms_eval_tasks: tuple[str, ...] = ()  # lmms-eval's task names
-    logged_id: tuple[str, ...] = ()  # the id in lmms-eval's logs: field, and the row's entries that may have it
+    lmms_eval_task: str = ""  # lmms-eval's name; "": its log has no score of each question
     judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
     submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
     published: Mapping[str, float] = field(default_factory=dict)  # headline number by model
@@ -353,14 +331,6 @@ class Benchmark(ABC):
         """The key of the question that a row of LLaVA's answers or of a submission answers; None: unknown."""
         return str(answer.id)  # numbers in one file are often strings in the other
 
-    def logged_key(self, answer: Answer) -> Hashable | None:
-        """The key of the question that a row of lmms-eval's log names; None: looked up by doc_id or text."""
-        return logged_field(answer, *self.logged_id) if self.logged_id else None
-
-    def arrange(self, questions: list[Question], answers: Answers) -> list[Question]:
-        """Hook that may choose among or reorder the questions for answers of a layout."""
-        return questions
-
     # Scoring
 
     def score(
@@ -374,13 +344,9 @@ class Benchmark(ABC):
         if self.judge:
             answers = self.read_reviews(answers, reviews)
         with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
-            questions = self.arrange(self.load(folder), answers)
+            questions = self.load(folder)
         keys = [self.question_keys(question) for question in questions]
-        if answers.layout == "lmms_eval":
-            keyed = places(keys, map(self.logged_key, answers.rows))
-            targets = match_log(questions, answers, keyed)
-        else:
-            targets = places(keys, map(self.answer_key, answers.rows))
+        targets = places(keys, map(self.answer_key, answers.rows))
         joined, counts, notes = match(questions, answers, targets, allow=allow, name=self.name)
         with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
             items = self.items(questions, joined)
@@ -462,12 +428,6 @@ def published_scores(
 def question_row(identifier: int | str, image: str, prompt: str) -> Row:
     """A row of a question file in LLaVA's format."""
     return {"question_id": identifier, "image": image, "text": prompt, "category": "default"}
-
-
-def logged_field(answer: Answer, name: str, *entries: str) -> str | None:
-    """A field of the first entry of an lmms-eval row that has it, as a string."""
-    values = (answer.row.get(entry) for entry in entries)
-    return next((str(entry[name]) for entry in values if isinstance(entry, dict) and name in entry), None)
 
 
 def texts_by_id(answers: Answers, identifiers: Sequence[int | str]) -> dict[str, str]:

@@ -53,6 +53,8 @@ class CompareConfig:
         ):
             if not fits:
                 raise ValueError(f"--{name} {getattr(self, name)} does not fit; expected {expected}")
+        if self.output and self.output.is_file():
+            raise ValueError(f"--output {self.output} is a file; expected a folder")
         if not self.new and not self.plan:
             raise ValueError("compare needs a second side: BASE NEW; with BASE alone, --plan says what one needs")
 

@@ -1,6 +1,7 @@
 """Which completions the installed libraries need, when they run, what is said of versions, and which one has failed."""
 
 import functools
+import importlib
 import inspect
 import os
 import sys
@@ -44,11 +45,6 @@ class Completion:
     libraries: Mapping[str, str]  # distribution -> versions that need it, such as {"transformers": ">=5"}; any suffices
     complete: Callable[[ModuleType], None]  # takes the module, which is still empty if ``when`` is "before"
 
-    @property
-    def needed(self) -> bool:
-        """Whether an installed library has one of the versions."""
-        return any(has_version(library, versions) for library, versions in self.libraries.items())
-
 
 completions: list[Completion] = []  # in the order of the functions
 done: list[Completion] = []  # those that have run
@@ -87,9 +83,8 @@ def enabled() -> bool:
 @functools.cache
 def needed() -> list[Completion]:
     """The completions that the installed versions need."""
-    from llava_integration.compat import patches  # noqa: F401 - its functions are added to the list
-
-    return [completion for completion in completions if completion.needed]
+    importlib.import_module("llava_integration.compat.patches")  # adds its functions, which need this module
+    return [one for one in completions if any(has_version(*library) for library in one.libraries.items())]
 
 
 def watched() -> set[str]:

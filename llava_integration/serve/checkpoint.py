@@ -115,6 +115,8 @@ def _shards(tensors: LazyTensors, dtype: torch.dtype | None) -> Iterator[list[st
 def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> Tensor:
     with errors_about(tensor.where, fix=FIX):
         value = tensor.read()
+    if not value.is_floating_point() or value.itemsize == 1:
+        raise ContractError(f"{tensor.where}: {name} has dtype {value.dtype}; quantized checkpoints are not read")
     # contiguous and of its own memory: safetensors refuses tensors that share it
     out = value.to(dtype or value.dtype, copy=True).contiguous()
     if not torch.isfinite(out).all():
@@ -157,6 +159,13 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
                 f"{path}: {name} belongs to no weight of the base model; is --model-base the right one?"
             )
         halves.setdefault(target, {})[match["half"]] = tensor
+    targets = config.get("target_modules")
+    kinds = {str(target).split(".")[-1] for target in targets} if isinstance(targets, list) else set()
+    blocks = {name for name in tensors if name.startswith("model.layers.") and name.endswith(".weight")}
+    wanted = {name for name in blocks if name.split(".")[-2] in kinds}
+    if lost := sorted(wanted - {*halves}):
+        told = f"{len(lost)} of {len(wanted)} target_modules of {LORA_FILE} have no LoRA, such as {lost[0]}"
+        raise ContractError(f"{path}: {told}; {FIX}")
     out = dict(tensors)
     for name, pair in halves.items():
         if len(pair) != 2:

@@ -180,7 +180,7 @@ class ShardFile:
     def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
         """(n, W) float32 of these rows, which should be near each other, as those of one sample are.
 
-        Raises ContractError for a row that is not finite or has another checksum.
+        Raises ContractError for a row that has another checksum.
         """
         first, stop = (min(rows), max(rows) + 1) if rows else (0, 0)
         chosen = np.array(rows, dtype=np.int64) - first
@@ -189,18 +189,14 @@ class ShardFile:
         for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
             if row_check(row_W, scale, number) != check:
                 raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {REDO}")
-        value_nW = stored_nW.astype(np.float32) * scale_n[:, None]
-        if not np.isfinite(value_nW).all():
-            raise ContractError(f"{self.path} is damaged: a row of {list(rows)} is not finite; {REDO}")
-        return torch.from_numpy(value_nW)
+        return torch.from_numpy(stored_nW.astype(np.float32) * scale_n[:, None])
 
-    def damage(self) -> str:
-        """What is wrong with the file's contents, "" if nothing is; reads every byte."""
+    def verify(self) -> None:
+        """Read every byte; raises ContractError if the contents have another SHA-256 than the file says."""
         for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
             digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._entries})
             if digest != self.meta[name]:
-                return f"SHA-256 {digest}, expected {self.meta[name]}"
-        return ""
+                raise ContractError(f"{self.path} is damaged: SHA-256 {digest}, expected {self.meta[name]}; {REDO}")
 
 
 class EmbeddingCache:
@@ -351,9 +347,7 @@ class EmbeddingCache:
     def verify(self) -> None:
         """Read every byte and compare each shard's SHA-256 with the manifest's. Raises ContractError."""
         for name in self.manifest.shards:
-            file = self.shard(name)
-            if damage := file.damage():
-                raise ContractError(f"{file.path} is damaged: {damage}; {REDO}")
+            self.shard(name).verify()
 
 
 def _check_manifest(manifest: CacheManifest, path: Path) -> None:
@@ -467,20 +461,17 @@ class CacheWriter:
 
         Reads every byte, and logs a warning if the file is damaged.
         """
-        path = self.path(shard)
         try:
-            file = ShardFile(path)
+            file = ShardFile(self.path(shard))
+            found = (file.meta["fingerprint"], file.meta["dtype"], file.meta["rows_sha256"])
+            if found == (self.identity.fingerprint, self.dtype, digest):
+                file.verify()
+                return True
         except FileNotFoundError:
-            return False
+            pass
         except ContractError as error:
             log.warning("%s", error)
-            return False
-        found = (file.meta["fingerprint"], file.meta["dtype"], file.meta["rows_sha256"])
-        if found != (self.identity.fingerprint, self.dtype, digest):
-            return False
-        if damage := file.damage():
-            log.warning("%s is damaged: %s; its captions are embedded again", path, damage)
-        return not damage
+        return False
 
     def refuse_loss(self, shard: str, rows: Sequence[tuple[int, int]], read: str) -> None:
         """ContractError if the shard's file has more captions than ``rows``, or none of them; ``read``: from where.

@@ -82,21 +82,22 @@ def split_data(config: SplitConfig) -> list[str]:
         if not summary.is_file() or not settings.items() <= json.loads(summary.read_text(encoding="utf-8")).items():
             raise FileExistsError(f"{output} exists and is not this split of {config.path}; choose another --output")
         return [f"{output} is complete already", *_how_to_read(source, output)]
-    hash_N = decide(source, config.validation, config.by, config.workers)
+    hash_N, captions_N = decide(source, config.validation, config.by, config.workers)
     held_out_N = is_held_out(hash_N, config.validation)
-    counts = {side: int((held_out_N == held_out).sum()) for held_out, side in enumerate(SIDES)}
-    report = []
-    for held_out, (side, count) in enumerate(counts.items()):
-        share = f" ({100 * count / len(hash_N):.2f} %)" if held_out else ""
-        values = f", {len(np.unique(hash_N[held_out_N == held_out])):,} values of {config.by!r}" if config.by else ""
-        report.append(f"{side}: {count:,} samples{share}{values}")
+    counts, captions, report = dict[str, int](), dict[str, int](), []
+    for held_out, side in enumerate(SIDES):
+        mine_N = held_out_N == held_out
+        counts[side], captions[side] = int(mine_N.sum()), int(captions_N[mine_N].sum())
+        share = f" ({100 * counts[side] / len(hash_N):.2f} %)" if held_out else ""
+        values = f", {len(np.unique(hash_N[mine_N])):,} values of {config.by!r}" if config.by else ""
+        report.append(f"{side}: {counts[side]:,} samples{share}, {captions[side]:,} captions{values}")
     if config.dry_run:
         return report
     partial_output = output.with_name(f".{output.name}.{sha256_text(canonical_json(settings))[:8]}.partial")
     write_sides(source, held_out_N, partial_output, config.workers)
-    body = json.dumps({"data": source.path, **settings, "samples": counts}, indent=2, ensure_ascii=False) + "\n"
+    body = {"data": source.path, **settings, "samples": counts, "captions": captions}
     with atomic_file(partial_output / SUMMARY) as temporary:
-        temporary.write_text(body, encoding="utf-8")
+        temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if output.is_dir():
         output.rmdir()  # it is empty
     os.replace(partial_output, output)
@@ -113,28 +114,30 @@ def is_held_out(hash_N: np.ndarray, validation: float) -> np.ndarray:
     return hash_N < np.uint64(math.ceil(validation * 2.0**64))
 
 
-def decide(source: Source, validation: float, by: str, workers: int = 0) -> np.ndarray:
-    """(N) uint64: the hash of each sample's key, or of the field ``by``, which alone decides its side.
+def decide(source: Source, validation: float, by: str, workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(N) uint64 hashes of the samples' keys, or of the field ``by``, which alone decide their sides; (N) captions.
 
     So a sample stays on its side whatever the order and number of shards, and when others come or go. Raises ValueError
     for a sample without that field, and if one side would be empty.
     """
     processes = min(workers or cores(), len(source.shards))
     read = parallel(partial(_read_shard, source, by), source.shards, processes=processes)
-    hash_N = np.concatenate(list(track(read, total=len(source.shards), label="data split: reading", unit="shards")))
+    parts = list(track(read, total=len(source.shards), label="data split: reading", unit="shards"))
+    hash_N, captions_N = (np.concatenate(part) for part in zip(*parts, strict=True))
     held_out = int(is_held_out(hash_N, validation).sum())
     if held_out in (0, len(hash_N)):
         raise ValueError(
             f"--validation {validation:g} of {len(np.unique(hash_N))} distinct {f'values of {by!r}' if by else 'keys'} "
             f"leaves nothing for {SIDES[not held_out]}; choose a {'smaller' if held_out else 'larger'} fraction"
         )
-    return hash_N
+    return hash_N, captions_N
 
 
-def _read_shard(source: Source, by: str, shard: Shard) -> np.ndarray:
+def _read_shard(source: Source, by: str, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
     samples = range(shard.start, shard.start + shard.size)
     values = [_field(source, sample, by) if by else source.key(sample) for sample in samples]
-    return np.array([hash_of(value) for value in values], dtype=np.uint64)
+    captions = [len(source.captions(sample)[1]) for sample in samples]
+    return np.array([hash_of(value) for value in values], dtype=np.uint64), np.array(captions, dtype=np.int64)
 
 
 def _field(source: Source, sample: int, by: str) -> str:

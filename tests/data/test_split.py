@@ -67,7 +67,7 @@ def test_tars_are_copied_whole_to_two_sides(shards: Path, tmp_path: Path, capsys
 
 def test_a_side_depends_on_the_key_alone(shards: Path, tmp_path: Path):
     def held_out(source: Source) -> set[str]:
-        held_out_N = is_held_out(decide(source, 0.3, ""), 0.3)
+        held_out_N = is_held_out(decide(source, 0.3, "")[0], 0.3)
         return {source.key(number) for number in held_out_N.nonzero()[0].tolist()}
 
     first = held_out(read(shards))

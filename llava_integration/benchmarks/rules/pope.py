@@ -6,7 +6,7 @@ answers with labels by order; here they are joined by question. An unanswered qu
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +21,18 @@ class POPE(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
         """LLaVA's questions with the label of (category, image, question), in the question file's order."""
         path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
+        where = "from https://github.com/AoiDragon/POPE (output/coco)"
+        label_file = self.require(folder, "coco/coco_pope_*.json", where=where)
         labels: dict[tuple[str, str, str], list[Row]] = {}
-        for category, rows in read_labels(folder).items():
-            for row in rows:
-                labels.setdefault((category, row["image"], base.squeeze(row["text"])), []).append(row)
+        for file in sorted(label_file.parent.glob("coco_pope_*.json")):
+            for row in read_jsonl(file):
+                key = (file.stem.removeprefix("coco_pope_"), row["image"], base.squeeze(row["text"]))
+                labels.setdefault(key, []).append(row)
         questions, used = [], Counter()
         for row in read_jsonl(path):
             text = row["text"].split("\n")[0]
             key = (row["category"], row["image"], base.squeeze(text))
-            known = labels.get(key)
-            if not known:
-                raise ValueError(
-                    f"{path}: question {row['question_id']} ({row['category']}, {row['image']}, {text!r}) has no label "
-                    f"in {folder}/coco; the label files are from another release of POPE"
-                )
+            known = labels[key]
             label = known[min(used[key], len(known) - 1)]
             used[key] += 1
             questions.append(
@@ -44,21 +42,9 @@ class POPE(base.Benchmark):
                     truth=label["label"],
                     image=row["image"],
                     category=row["category"],
-                    rule=str(label["question_id"]),
                 )
             )
         return questions
-
-    def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
-        """LLaVA's id; for lmms-eval's rows the label file's id, question and label.
-
-        Where these are equal in two categories, the same was asked about the same image.
-        """
-        return str(question.id), (question.rule, base.squeeze(question.text), question.truth)
-
-    def logged_key(self, answer: Answer) -> Hashable | None:
-        question = base.squeeze(answer.prompt.split("\n")[0])
-        return base.logged_field(answer, "question_id", "pope_accuracy"), question, answer.row.get("target")
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         parsed = parse(base.text_of(answer)) if answer else "missing"
@@ -88,15 +74,6 @@ class POPE(base.Benchmark):
         return base.Statistic(sums, value)
 
 
-def read_labels(folder: Path) -> dict[str, list[Row]]:
-    paths = sorted((folder / "coco").glob("coco_pope_*.json"))
-    if not paths:
-        raise FileNotFoundError(
-            f"{folder}/coco has no coco_pope_*.json; from https://github.com/AoiDragon/POPE (output/coco)"
-        )
-    return {path.stem.removeprefix("coco_pope_"): read_jsonl(path) for path in paths}
-
-
 def parse(text: str) -> str:
     """'yes' or 'no', as the official script reads it."""
     words = text.split(".")[0].replace(",", "").split(" ")
@@ -124,7 +101,7 @@ BENCHMARK = POPE(
     annotations=("coco/coco_pope_*.json", "llava_pope*.jsonl"),
     question_files=("llava_pope_test.jsonl", "llava_pope*.jsonl"),
     image_folders=("val2014", "images", ""),
-    lmms_eval_tasks=("pope", "pope_full"),
+    lmms_eval_task="pope",
     item_fields=("category", "parsed", "label"),
     published=base.published_scores(llava_7b=85.9, llava_13b=85.9),
 )

@@ -16,6 +16,7 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError, discover
 
 IMAGES = ("image_id", "imageId", "img_id", "image_name", "image_path", "img_path", "image")  # a question's image
+OWN = "score files"  # name of the reader of ours, which take precedence
 CATEGORIES = ("category", "group", "subset", "question_type", "task")
 
 
@@ -40,15 +41,13 @@ def read_logs(path: Path) -> list[tuple[Path, ScoreFile]]:
     Raises ContractError for a log that cannot be read, or for logs of several forms in one folder.
     """
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = {
-        reader: logs
-        for reader in readers().values()
-        if (
-            logs := [
-                file for file in files if file.name.endswith(reader.endings) and file.is_file() and reader.fits(file)
-            ]
-        )
-    }
+    found: dict[Reader, list[Path]] = {}
+    for reader in sorted(readers().values(), key=lambda one: one.name != OWN):
+        logs = [file for file in files if file.name.endswith(reader.endings) and file.is_file() and reader.fits(file)]
+        if logs:
+            found[reader] = logs
+            if reader.name == OWN:
+                break
     if len(found) > 1:
         listed = "; ".join(f"{reader.name}: {logs[0]}" for reader, logs in found.items())
         raise ContractError(f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one")

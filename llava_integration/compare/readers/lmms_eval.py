@@ -1,7 +1,7 @@
 """lmms-eval, ``--log_samples``: ``DATE_samples_TASK.jsonl`` beside ``DATE_results.json``.
 
-A metric's value is a number, or an object with what the task's aggregation reads. MME and POPE become their composites;
-of other objects the field ``score`` counts.
+A metric's value is a number, or an object with what the task's aggregation reads. MME, POPE and MMBench become their
+composites; of other objects the field ``score`` counts, or whether ``pred`` is ``answer``.
 """
 
 import re
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_integration.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
 from llava_integration.compare.readers import CATEGORIES, IMAGES, Reader, first_object, first_of, json_lines, number
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError, read_json_value
@@ -39,13 +40,30 @@ def _mme(path: Path) -> list[Line]:
 
 
 def _pope(path: Path) -> list[Line]:
-    """lmms-eval's F1 is over all questions, not the mean of three parts, so there is one category."""
+    """lmms-eval's F1 is over all questions, not the mean of three parts, so there is one category.
+
+    An answer that is neither yes nor no is no positive, and its question is left out of recall.
+    """
     items = []
     for where, line in json_lines(path):
         value = with_fields(line.get("pope_f1_score"), ("question_id", "score", "prediction", "ground_truth"), where)
         items.append({"id": line["doc_id"], "cluster": _image(line), "category": "", "truth": value["ground_truth"]})
         items[-1] |= {"score": value["score"], "parsed": value["prediction"], "label": value["ground_truth"]}
+        items[-1]["missing"] = value["prediction"] not in ("yes", "no")
     return items
+
+
+def _mmbench(path: Path) -> list[Line]:
+    """A group of rotations each, as ``llm2clip score`` reads the answers; lmms-eval's own number needs a judge."""
+    groups: dict[int, Line] = {}
+    for where, line in json_lines(path):
+        value = with_fields(line.get("submission"), ("index", "prediction", "answer", "category"), where)
+        group = int(value["index"]) % ROTATION
+        item = groups.setdefault(group, {"id": group, "score": 1, "cluster": f"group {group}"})
+        item["score"] *= int(letter_of(str(value["prediction"]), choices_of(value)) == value["answer"])
+        if value["index"] == group:
+            item |= {"truth": value["answer"], "category": value["category"]}
+    return [item for item in groups.values() if "truth" in item]
 
 
 COMPOSITES: dict[str, tuple[str, Callable[[Path], list[Line]]]] = {  # a metric of the log: (benchmark, its items)
@@ -64,16 +82,21 @@ def read(path: Path) -> Iterator[ScoreFile]:
     model = str(summary.get("model_name", ""))
     start = first_object(path)
     composite = next((COMPOSITES[metric] for metric in start if metric in COMPOSITES), None)
+    if task.startswith("mmbench_"):
+        composite = ("mmbench_cn" if task.startswith("mmbench_cn") else "mmbench", _mmbench)
     if composite:
-        yield ScoreFile(benchmark=composite[0], metrics={}, items=composite[1](path), model=model)
+        said = ["answers to lmms-eval's prompts, which may differ from LLaVA's"]
+        yield ScoreFile(benchmark=composite[0], metrics={}, items=composite[1](path), model=model, notes=said)
         return
     better = summary.get("higher_is_better", {}).get(task, {})
-    metric = next((one for one in [*better, *start] if one in start and _score(start[one], one) is not None), "")
-    if not metric:
+    lines = list(json_lines(path))
+    metrics = [one for one in dict.fromkeys((*better, *start)) if _score(start.get(one), one) is not None]
+    if not metrics:
         raise ContractError(f"{path}: no metric of {task} has a number for each document; it has {', '.join(start)}")
+    metric = min(metrics, key=lambda one: sum(one not in line for _, line in lines))  # others are of a part
     sign = 1 if better.get(metric, True) else -1
     items = []
-    for where, line in json_lines(path):
+    for where, line in lines:
         if "doc_id" not in line:
             raise ContractError(f"{where}: no doc_id, as lmms-eval writes it")
         score = sign * number(_score(line.get(metric), metric), f"{where}: {metric}")
@@ -89,7 +112,10 @@ NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
 
 def _score(value: Any, metric: str) -> float | bool | None:
     """A metric's number for one document; None if it has none."""
-    value = value.get("score") if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        value = (
+            value["pred"].lower() == value["answer"].lower() if {"pred", "answer"} <= set(value) else value.get("score")
+        )
     return value if metric not in NO_METRICS and isinstance(value, (int, float)) else None
 
 
