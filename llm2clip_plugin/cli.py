@@ -70,20 +70,15 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     ),
 }
 
-# Where a command declares its options, an options.Command. These modules import no torch, and neither --help
-# nor a misspelled option needs more.
-OPTIONS: dict[str, str] = {
-    "doctor": "doctor:COMMAND",
+# Where a command declares its options, an options.Command: COMMAND next to the function, or elsewhere. These modules
+# import no torch, and neither --help nor a misspelled option needs more.
+OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, (place, _) in COMMANDS.items()} | {
     "run": "stages.settings:RUN",
-    "data make": "data.make:COMMAND",
-    "data check": "data.check:COMMAND",
-    "data split": "data.split:COMMAND",
     "llava data": "data.make:LLAVA_DATA",
-    "finetune-llm": "stages.llm_config:FINETUNE_LLM",
+    "finetune-llm": "stages.settings:FINETUNE_LLM",
     "export-llm": "text.config:COMMAND",
     "embed": "stages.settings:EMBED",
     "train-tower": "stages.tower_config:TRAIN_TOWER",
-    "status": "status:COMMAND",
     "evaluate": "evaluate.config:EVALUATE",
     "evaluate captions": "evaluate.config:EVALUATE_CAPTIONS",
     "evaluate zeroshot": "evaluate.config:EVALUATE_ZEROSHOT",
@@ -95,11 +90,7 @@ OPTIONS: dict[str, str] = {
     "use": "llava_integration.towers:USE",
     "towers": "llava_integration.towers:TOWERS",
     "llava evaluate": "llava_integration.answer.questions:COMMAND",
-    "compare": "llava_integration.compare.command:COMMAND",
-    "bench-mllm": "llava_integration.benchmarks.bench:COMMAND",
-    "score": "llava_integration.benchmarks.score:COMMAND",
     "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
-    "llava export": "llava_integration.serve:COMMAND",
 }
 
 HELP = ("-h", "--help", "--help-all")

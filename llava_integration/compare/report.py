@@ -18,8 +18,8 @@ from llava_integration.benchmarks.benchmark import Item, find_image
 from llava_integration.benchmarks.rules import benchmarks
 from llava_integration.compare.comparison import Comparison, Row
 from llava_integration.compare.sides import Side
+from llm2clip_plugin.console import page_style, render, thumbnail
 from llm2clip_plugin.contracts import sha256_text
-from llm2clip_plugin.pages import page_style, render, thumbnail
 
 HERE = Path(__file__).parent
 SIDES = 6  # colors of page.css, base first

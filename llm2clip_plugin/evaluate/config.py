@@ -176,31 +176,29 @@ class EvaluateConfig:
     data: SourceConfig
     cache: str = ""  # the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    any_teacher: bool = False  # accept a cache from a different teacher than the tower's
     device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
-    resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
     # file to write: the metrics and every query's hits, for llm2clip compare; with --suite a folder with one file a
     # suite, "": scores-<hash of the tower> in DATA
     json: str = ""
     # benchmarks by name, separated by commas, each in a folder of DATA; paper: those that the paper reports; all
     suite: str = ""
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # with --suite: the LLM, for captions not cached yet
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for captions not cached yet
     overwrite: bool = False  # with --suite: measure again even where a score file exists
 
 
 EVALUATE = Command(
     name="evaluate",
     example="llm2clip evaluate runs/l14-336/tower /data/flickr30k.jsonl --image-folder /data/flickr30k-images",
-    about="Measure a tower's image-text retrieval recall on data whose captions are cached. Under torchrun or the "
-    "deepspeed launcher the ranks split the work. With --suite paper, or names: benchmarks (flickr30k, coco, docci, "
-    "sugarcrepe ...), of which those with missing files are skipped, with a line that says where to get them; captions "
-    "are embedded once, into a cache in the suite's folder.",
+    about="Measure a tower's image-text retrieval recall on captioned data; captions that are not cached are embedded "
+    "once. Under torchrun or the deepspeed launcher the ranks split the work. With --suite paper, or names: benchmarks "
+    "(flickr30k, coco, docci, sugarcrepe ...), of which those with missing files are skipped, with a line that says "
+    "where to get them.",
     settings=EvaluateConfig,
     arguments="tower data.path",
     everyday="suite cache image-folder fields kinds languages group limit batch-size output device",
     shown={"json": "output"},
     hidden="data.weight data.shuffle_window data.kinds data.languages",
-    needs={"teacher": "suite", "overwrite": "suite", "cache": "not suite", "any_teacher": "not suite"},
+    needs={"overwrite": "suite", "cache": "not suite"},
 )
 
 

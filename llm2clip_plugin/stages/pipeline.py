@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.console import attend
+from llm2clip_plugin.console import attend, page_style, render, thumbnail
 from llm2clip_plugin.contracts import TowerCard, atomic_file
 from llm2clip_plugin.data.samples import BrokenSample, words_of
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
@@ -25,7 +25,6 @@ from llm2clip_plugin.evaluate.commands import measure_pairs
 from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
-from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.stages.settings import PRETRAIN, RUN, PipelineConfig
 
 SURVEYED = 1000  # samples that are read

@@ -419,26 +419,19 @@ def check_data(config: RunConfig, data: Data) -> None:
     check_kinds(data.sources, config.data.kind_weights)
     if data.validation is not None:
         check_measurable(data.validation, config.evaluation, option="--evaluation.")
-        warnings.append(trained_on(data))
-    for line in filter(None, warnings):
-        print(f"warning: {line}", file=sys.stderr)
-
-
-def trained_on(data: Data) -> str:
-    """A line about a shard of validation whose keys and captions are those of one that is trained on; else ""."""
-    assert data.validation is not None and data.validation_cache is not None
-    shards = {
-        cache.manifest.shards[shard.name]["rows_sha256"]: source.path
-        for source, cache in zip(data.sources, data.caches, strict=True)
-        for shard in source.shards
-    }
-    for shard in data.validation.shards:
-        if same := shards.get(data.validation_cache.manifest.shards[shard.name]["rows_sha256"]):
-            return (
-                f"--validation {data.validation.path}: shard {shard.name!r} is also in the training data {same}, its "
-                "scores say nothing about new images; hold some out with `llm2clip data split`"
+        opened = [(data.validation, data.validation_cache), *zip(data.sources, data.caches, strict=True)]
+        held_out, *trained = (
+            {cache.manifest.shards[shard.name]["rows_sha256"] for shard in source.shards}
+            for source, cache in opened
+            if cache is not None
+        )
+        if held_out & set().union(*trained):
+            warnings.append(
+                f"--validation {data.validation.path} has shards of the training data, so its scores say nothing about "
+                "new images; hold some out with `llm2clip data split`"
             )
-    return ""
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def check_patch_layers(dual: DualEncoder, loss: LossConfig) -> None:

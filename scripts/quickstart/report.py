@@ -26,11 +26,11 @@ from scores import HEADLINE, TEACHERS, Claim, Tower, by_name, make_claims
 from shards import in_random_order
 
 from llava_integration.compare.statistics import Difference
+from llm2clip_plugin.console import render
 from llm2clip_plugin.contracts import CacheManifest, atomic_file
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
-from llm2clip_plugin.pages import render
 
 PICTURES = 8  # on the page, per caption and tower
 
