@@ -119,7 +119,10 @@ def print_table(
     """
     columns, base = columns or {}, next(iter(runs.values()))
     print(f"\n{about}; {machine()}\n")
-    print(f"| way | {unit} / s ({'wall' if clock == 'wall' else 'CPU' if not gpu() else 'GPU'}) | ratio |", end="")
+    print(
+        f"| way | {unit} / s ({'wall' if clock == 'wall' else 'CPU' if not torch.cuda.is_available() else 'GPU'}) | ratio |",
+        end="",
+    )
     print("".join(f" {title} |" for title in columns))
     print("|---" * (3 + len(columns)) + "|")
     for name, timed_runs in runs.items():
@@ -130,13 +133,9 @@ def print_table(
         print(f"| {name} | {amount / median(seconds):,.4g} | {spread} |{cells}", flush=True)
 
 
-def gpu() -> bool:
-    return torch.cuda.is_available()
-
-
 def machine() -> str:
     """The device, its threads, and torch's version."""
-    device = torch.cuda.get_device_name() if gpu() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
