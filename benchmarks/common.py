@@ -118,9 +118,10 @@ def print_table(
     Ratios: median [lowest, highest]. ``columns``: title -> way -> cell, in addition.
     """
     columns, base = columns or {}, next(iter(runs.values()))
+    device = "wall" if clock == "wall" else "GPU" if torch.cuda.is_available() else "CPU"
     print(f"\n{about}; {machine()}\n")
     print(
-        f"| way | {unit} / s ({'wall' if clock == 'wall' else 'CPU' if not torch.cuda.is_available() else 'GPU'}) | ratio |",
+        f"| way | {unit} / s ({device}) | ratio |",
         end="",
     )
     print("".join(f" {title} |" for title in columns))
