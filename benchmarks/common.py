@@ -120,10 +120,7 @@ def print_table(
     columns, base = columns or {}, next(iter(runs.values()))
     device = "wall" if clock == "wall" else "GPU" if torch.cuda.is_available() else "CPU"
     print(f"\n{about}; {machine()}\n")
-    print(
-        f"| way | {unit} / s ({device}) | ratio |",
-        end="",
-    )
+    print(f"| way | {unit} / s ({device}) | ratio |", end="")
     print("".join(f" {title} |" for title in columns))
     print("|---" * (3 + len(columns)) + "|")
     for name, timed_runs in runs.items():
