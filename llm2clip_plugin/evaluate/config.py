@@ -133,6 +133,37 @@ FORECAST = Command(
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreImagesConfig:
+    """How well images fit their texts."""
+
+    data: SourceConfig  # the pairs: images with the texts that they should show
+    tower: str = ""  # tower directory or Hub id, with a text adapter
+    cluster: str = ""  # field of the samples' JSON; images with the same value are resampled together
+    cache: str = ""  # the teacher's embeddings of the texts; "": embeddings-<fingerprint> in the data's folder
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
+    batch: int = 64  # images in one call of the tower
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+    json: str = ""  # write every pair's cosine here (a score file, for llm2clip compare)
+
+    def __post_init__(self) -> None:
+        if not self.tower:
+            raise ValueError("no tower given; usage: llm2clip score-images PAIRS --tower DIR")
+
+
+SCORE_IMAGES = Command(
+    name="score-images",
+    example="llm2clip score-images pairs.jsonl --tower microsoft/LLM2CLIP-Openai-L-14-336 --output scores.json",
+    about="How well does each image fit its text? The cosine of the tower's and its teacher's features (CLIPScore's, "
+    "without factor and cut), of real or generated images. Compare two generators on the same texts: llm2clip compare.",
+    settings=ScoreImagesConfig,
+    arguments="data.path",
+    everyday="tower image-folder fields kinds cluster cache llm adapter batch-size output device",
+    shown={"json": "output"},
+    hidden="data.weight data.shuffle_window",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
     """kNN and linear probe on a tower's features."""
 
