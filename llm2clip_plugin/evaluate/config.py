@@ -56,18 +56,14 @@ PROMPT_EOL = 'This sentence: "{caption}" means in one word: "'  # Jiang et al. 2
 class ReadingConfig:
     """What `evaluate captions --search` tries, besides both attentions, both poolings and every hidden state."""
 
-    fit_on: str = ""  # training captions, which centering and components are fitted on
-    fit_captions: int = 2000  # distinct ones of them that are used, at most
+    fit_on: str = ""  # training captions, 2,000 at most, which centering and components are fitted on
     folder: str = ""  # folder to write: every reading tried, and the post-processing of the best
     templates: tuple[str, ...] = ("", PROMPT_EOL)  # chat templates; empty: none
     components: tuple[int, ...] = (0, 1, 2, 3, 5, 10)  # largest principal components that are removed; 0: centering
 
     def __post_init__(self) -> None:
-        if not self.components or min(self.components) < 0 or self.fit_captions < 2:
-            raise ValueError(
-                f"components are {self.components} and fit_captions {self.fit_captions}; expected one or more numbers "
-                "from 0, and at least 2 captions"
-            )
+        if not self.components or min(self.components) < 0:
+            raise ValueError(f"components are {self.components}; expected one or more numbers from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
