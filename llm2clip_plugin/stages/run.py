@@ -33,7 +33,16 @@ from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
-from llm2clip_plugin.train.optim import EnginePlan, Trained, complete, parameter_groups, read_deepspeed_json, zero_stage
+from llm2clip_plugin.train.optim import (
+    REDUCTION,
+    EnginePlan,
+    Trained,
+    complete,
+    flushes,
+    parameter_groups,
+    read_deepspeed_json,
+    zero_stage,
+)
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions
 
@@ -318,11 +327,23 @@ def describe_parameters(trained: list[Trained], optim: OptimConfig) -> str:
     """How many parameters train, with and without weight decay, at which peak learning rates."""
     sizes = {flag: sum(item.parameter.numel() for item in trained if item.decay is flag) for flag in (True, False)}
     rates = sorted({item.lr for item in trained})
-    course = f"{rates[0]:.3g} to {rates[-1]:.3g} in {len(rates)} groups" if len(rates) > 1 else f"{rates[0]:.3g}"
+    course = f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)} rates)" if len(rates) > 1 else f"{rates[0]:.3g}"
     return (
         f"trainable parameters: {sum(sizes.values()):,}; weight decay {optim.weight_decay:g} on {sizes[True]:,}, "
         f"none on {sizes[False]:,}; peak learning rates {course}"
     )
+
+
+def describe_reduction(trained: list[Trained], config: dict[str, Any]) -> str:
+    """How often gradients are sent before the backward pass has ended."""
+    if (stage := zero_stage(config)) == 3:
+        return "gradients are sent between ranks block by block during the backward pass"
+    count = flushes([item.parameter.numel() for item in trained], config)
+    buckets = f" in buckets of {config['zero_optimization']['reduce_bucket_size']:,.0f}" if stage else ""
+    during = (
+        f"{count} times during the backward pass{buckets}, the rest after it" if count else "after the backward pass"
+    )
+    return f"gradients are sent between ranks {during}"
 
 
 def describe_rank(memory: StepMemory, plan: EnginePlan, config: dict[str, Any], *, world: int, gpu_gib: float) -> str:
@@ -343,7 +364,7 @@ def describe_columns(
 
     def total(stage: int, world: int, micro_batch: int) -> float:
         stage = 1 if stage == 0 and memory.precision != "fp32" else stage  # as it runs, see train.optim
-        zero = {"stage": stage, "overlap_comm": stage > 0}
+        zero = {"stage": stage, **REDUCTION}
         parts = rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
         return sum(parts.values()) / GIB
 

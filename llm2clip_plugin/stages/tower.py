@@ -463,7 +463,9 @@ def tower_plan(config: RunConfig) -> str:
     check_patch_layers(dual, config.loss)
     heads, gpu_gib, tower = config.heads, config.plan.gpu_gib, dual.tower.config
     plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
-    parameters = plans.describe_parameters(trained_parameters(dual, config.optim), config.optim)
+    trained = trained_parameters(dual, config.optim)
+    parameters = plans.describe_parameters(trained, config.optim)
+    reduction = plans.describe_reduction(trained, deepspeed)
     memory = step_memory(config, dual)
     lacking = lacks_shared_memory(load_plans(config, tower.image_size, width, world), local_world_size())
     parts = [
@@ -474,6 +476,7 @@ def tower_plan(config: RunConfig) -> str:
         *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
         plans.describe_run(plan, deepspeed, samples=samples, world=world),
         parameters,
+        reduction,
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
         plans.describe_columns(memory, config.train, gpu_gib),
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
