@@ -67,12 +67,6 @@ def phase(name: str, *, step: int | None = None) -> Iterator[None]:
     _now = Phase(before.name, _now.step, next(_counter), time.monotonic())
 
 
-def progressed() -> None:
-    """The phase goes on: something of it is done."""
-    global _now
-    _now = _now._replace(since=time.monotonic())
-
-
 def each_in_phase(name: str, items: Iterator[Value], *, first_step: int) -> Iterator[Value]:
     """The items, one a step; waiting for each is a phase."""
     for step in itertools.count(first_step):
@@ -115,7 +109,8 @@ def progress_bar(
 
     class Bar(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
-            progressed()
+            global _now
+            _now = _now._replace(since=time.monotonic())
             return super().update(n)
 
     terminal = sys.stderr.isatty()

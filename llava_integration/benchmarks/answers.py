@@ -9,12 +9,12 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.files import errors_about, refuse_encoding
+from llm2clip_plugin.files import ContractError, refuse_encoding
 
 Row = dict[str, Any]
 
@@ -38,8 +38,7 @@ class Answers:
     path: Path
     layout: str  # llava | submission | judge
     rows: tuple[Answer, ...]
-    unparsable: int = 0  # lines that are not JSON objects
-    first_unparsable: str = ""  # the first of them, for messages
+    broken: tuple[str, ...] = ()  # lines that are not JSON objects
 
     @property
     def model(self) -> str:
@@ -64,13 +63,27 @@ def read_text(path: Path) -> str:
     return text
 
 
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of each line of a JSONL file. Raises ContractError that names the line."""
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                if line.strip():
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
+                        raise ContractError(f"{where}: expected a JSON object, got {line.strip()[:60]!r}")
+                    yield where, value
+        except json.JSONDecodeError as error:
+            raise ContractError(f"{where}: not valid JSON ({error}); was the run cut off?") from error
+        except UnicodeDecodeError as error:
+            raise ContractError(f"{path} is not UTF-8 text ({error})") from error
+
+
 def read_jsonl(path: Path) -> list[Row]:
-    """Rows of a benchmark's JSONL file. Raises ValueError for the first line that is not a JSON object."""
-    rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if line.strip():
-            with errors_about(f"{path}, line {number}", fix="download it again"):
-                rows.append({**json.loads(line)})
+    """Rows of a benchmark's JSONL file. Raises ContractError for the first line that is not a JSON object."""
+    if not (rows := [row for _, row in json_lines(path)]):
+        raise ContractError(f"{path} is empty; download it again")
     return rows
 
 
@@ -80,18 +93,39 @@ def read_answers(path: str | Path) -> Answers:
     Raises FileNotFoundError, or ValueError for an empty file, a wrong encoding or an unknown layout.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
-    text = read_text(path)
+    if (path / "merge.jsonl").is_file():
+        path = path / "merge.jsonl"
+    text = _text_of_chunks(path) if path.is_dir() else read_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict) and not {"text", "answer", "prediction", "tuple"} & set(value):
         value = [_mapped_row(path, key, entry) for key, entry in value.items()]
-    if isinstance(value, list):
-        return _from_rows(path, list(enumerate(value, start=1)))
-    return _from_lines(path, text)
+    in_list = isinstance(value, list)
+    lines: list[Any] = value if in_list else text.split("\n")
+    rows, broken = [], []
+    # not splitlines(): an answer may contain U+2028 and the like, which JSON leaves unescaped
+    for number, line in enumerate(lines, start=1):
+        if in_list or line.strip():
+            try:
+                rows.append((number, {**(line if in_list else json.loads(line))}))
+            except (ValueError, TypeError, RecursionError) as error:
+                broken.append(f"line {number} ({error})")
+    if not rows:
+        raise ValueError(f"{path} has no answers" + f": no line is a JSON object; {broken[:1]}" * bool(broken))
+    layout = _layout(path, rows[0][1])
+    answers = []
+    for number, row in rows:
+        identifier, answer, prompt = _fields(layout, row)
+        if isinstance(identifier, float) and identifier.is_integer():  # as a table writes it where one is missing
+            identifier = int(identifier)
+        # without lone surrogates, which UTF-8 can't encode
+        plain = (
+            answer.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(answer, str) else None
+        )
+        answers.append(Answer(id=identifier, text=plain, prompt=prompt, line=number, row=row, layout=layout))
+    return Answers(path=path, layout=layout, rows=tuple(answers), broken=tuple(broken))
 
 
 def _mapped_row(path: Path, key: str, entry: Any) -> Row:
@@ -101,43 +135,6 @@ def _mapped_row(path: Path, key: str, entry: Any) -> Row:
     if isinstance(entry, dict) and "score" in entry:
         return {**entry, "question_id": key, "content": "", "tuple": ()}
     raise ValueError(f"{path} is a JSON object with {key!r}: {str(entry)[:80]}; expected answers, one per line")
-
-
-def _from_lines(path: Path, text: str) -> Answers:
-    rows, broken = [], []
-    # not splitlines(): an answer may contain U+2028 and the like, which JSON leaves unescaped
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append((number, {**json.loads(line)}))
-            except (ValueError, TypeError, RecursionError) as error:
-                broken.append(f"line {number} ({error})")
-    if not rows:
-        raise ValueError(f"{path} has no answers: none of its {len(broken)} lines is a JSON object; {broken[0]}")
-    return _from_rows(path, rows, broken)
-
-
-def _from_rows(path: Path, rows: Sequence[tuple[int, Any]], broken: Sequence[str] = ()) -> Answers:
-    """Detect the layout by the first row's keys and unify the rows, each with its line; ``broken``: other lines."""
-    if not rows:
-        raise ValueError(f"{path} has no answers")
-    head = rows[0][1] if isinstance(rows[0][1], dict) else {}
-    layout = _layout(path, head)
-    broken = [*broken, *(f"row {line} (not an object)" for line, row in rows if not isinstance(row, dict))]
-    answers = []
-    for line, row in rows:
-        if isinstance(row, dict):
-            identifier, text, prompt = _fields(layout, row)
-            if isinstance(identifier, float) and identifier.is_integer():  # as a table writes it where one is missing
-                identifier = int(identifier)
-            if isinstance(text, str):  # without lone surrogates, which UTF-8 can't encode
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            else:
-                text = None
-            answers.append(Answer(id=identifier, text=text, prompt=prompt, line=line, row=row, layout=layout))
-    return Answers(
-        path=path, layout=layout, rows=tuple(answers), unparsable=len(broken), first_unparsable=next(iter(broken), "")
-    )
 
 
 def _layout(path: Path, head: Row) -> str:
@@ -177,16 +174,14 @@ def _fields(layout: str, row: Row) -> tuple[Any, Any, str]:
 CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")
 
 
-def _read_folder(folder: Path) -> Answers:
-    """The chunks that LLaVA's multi-GPU scripts write."""
-    if (folder / "merge.jsonl").is_file():
-        return read_answers(folder / "merge.jsonl")
+def _text_of_chunks(folder: Path) -> str:
+    """What LLaVA's multi-GPU scripts write into a folder."""
     chunks = {match[0]: match for path in folder.glob("*.jsonl") if (match := CHUNK.fullmatch(path.name))}
-    if chunks:
-        total = max(int(match[2]) for match in chunks.values())
-        names = [f"{number}_{total}.jsonl" for number in range(total)]
-        if missing := [name for name in names if name not in chunks]:
-            raise FileNotFoundError(f"{folder} is missing the chunks {missing} of {total}; run them again")
-        return _from_lines(folder, "\n".join(read_text(folder / name) for name in names))
-    files = sorted(path.name for path in folder.iterdir())[:12]
-    raise FileNotFoundError(f"{folder} has no answers: expected merge.jsonl or chunks; it has {files}")
+    if not chunks:
+        files = sorted(path.name for path in folder.iterdir())[:12]
+        raise FileNotFoundError(f"{folder} has no answers: expected merge.jsonl or chunks; it has {files}")
+    total = max(int(match[2]) for match in chunks.values())
+    names = [f"{number}_{total}.jsonl" for number in range(total)]
+    if missing := [name for name in names if name not in chunks]:
+        raise FileNotFoundError(f"{folder} is missing the chunks {missing} of {total}; run them again")
+    return "\n".join(read_text(folder / name) for name in names)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from llava_integration.answer.questions import ModelConfig
 from llava_integration.benchmarks.answers import read_answers, read_jsonl
 from llava_integration.benchmarks.benchmark import Benchmark, first_file
 from llava_integration.benchmarks.rules import benchmark, benchmarks
@@ -27,30 +28,17 @@ from llm2clip_plugin.options import Command, command
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchConfig(ModelConfig):
     """A model and the benchmarks to evaluate it on."""
 
     data: Path  # LLaVA's playground/data/eval, or a .jsonl with own questions
-    model_path: str = ""  # LLaVA checkpoint: full, LoRA or projector
-    model_base: str = ""  # base model of a LoRA or projector checkpoint
-    endpoint: str = ""  # instead of a checkpoint: URL of an OpenAI-compatible server
-    served_model_name: str = ""  # with --endpoint: the model; "": the only one
     output: Path  # folder for answers, scores and logs
     benchmarks: tuple[str, ...] = ()  # names; empty: all whose files are found
     engine: Literal["llava", "lmms-eval"] = "llava"  # program that generates the answers
     gpus: int = 1  # number of processes, one GPU each
-    batch_size: int = 1  # questions per batch
-    conv_mode: str = "vicuna_v1"  # conversation template
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # of the model
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights
     name: str = ""  # model name in score files; "": the checkpoint's folder, or its name on the server
-    overwrite: bool = False  # generate existing answers again
     plan: bool = False  # only list the benchmarks whose files are found
     engine_options: tuple[str, ...] = ()  # after --, for the engine
-
-    def __post_init__(self) -> None:
-        if bool(self.model_path) == bool(self.endpoint):
-            raise ValueError("--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model")
 
 
 COMMAND = Command(
@@ -271,7 +259,6 @@ def make_answers(task: Task, args: BenchConfig) -> tuple[Path, list[str]]:
 def run_logged(command: list[str], log: Path) -> tuple[int, str]:
     """Run a command, copy its output to stderr and a file; returns its exit status and last line."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    tail = b""
     # transformers otherwise lists the names of all the tower's weights, which the tower loads itself
     environment = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
     with (
@@ -282,8 +269,7 @@ def run_logged(command: list[str], log: Path) -> tuple[int, str]:
         while chunk := os.read(process.stdout.fileno(), 1 << 16):
             os.write(2, chunk)
             file.write(chunk)
-            tail = (tail + chunk)[-4000:]
-    lines = tail.decode(errors="replace").replace("\r", "\n").split("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
     return process.returncode, next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
 
 

@@ -205,32 +205,27 @@ def match(
     given = [(question, answer) for question, answer in zip(questions, joined, strict=True) if answer is not None]
     _refuse_other_benchmark(given, unknown, answers, questions[0], allow, name)
     total = len(questions)
-    first = f", first at {answers.first_unparsable}" if answers.first_unparsable else ""
-    said = {
-        "missing": f"of {total} questions of {name} have no answer",
-        "doubled": "duplicate answers; the last one to a question counts",
-        "foreign": "answers match no question; ignored",
-        "unparsable": f"lines have no answer{first}",
-        "empty": "answers are empty",
+    first = f", first at {answers.broken[0]}" if answers.broken else ""
+    empty = sum(not (answer.text or "").strip() for _, answer in given)
+    faults = {  # number, what it says, the number of which at most ``allow`` may be
+        "missing": (total - len(given), f"of {total} questions of {name} have no answer", total),
+        "doubled": (doubled, "duplicate answers; the last one to a question counts", total),
+        "foreign": (len(unknown), "answers match no question; ignored", None),
+        "unparsable": (
+            len(answers.broken) + textless,
+            f"lines have no answer{first}",
+            len(answers.rows + answers.broken),
+        ),
+        "empty": (empty, "answers are empty", None),
     }
-    counts = {
-        "questions": total,
-        "answered": len(given),
-        "missing": total - len(given),
-        "doubled": doubled,
-        "foreign": len(unknown),
-        "unparsable": answers.unparsable + textless,
-        "empty": sum(not (answer.text or "").strip() for _, answer in given),
-    }
-    limits = {"missing": total, "doubled": total, "unparsable": len(answers.rows) + answers.unparsable}
-    for fault, most in limits.items():
-        if counts[fault] > allow * most:
+    for count, said, most in faults.values():
+        if most is not None and count > allow * most:
             raise ValueError(
-                f"{answers.path}: {counts[fault]} {said[fault]}, more than the allowed {allow:.0%}. Finish the "
-                "evaluation (an incomplete file, or chunks of different runs?), or pass --allow-missing"
+                f"{answers.path}: {count} {said}, more than the allowed {allow:.0%}. Finish the evaluation (an "
+                "incomplete file, or chunks of different runs?), or pass --allow-missing"
             )
-    notes = [f"{counts[fault]} {text}" for fault, text in said.items() if counts[fault]]
-    return joined, counts, notes
+    counts = {"questions": total, "answered": len(given), **{fault: count for fault, (count, *_) in faults.items()}}
+    return joined, counts, [f"{count} {said}" for count, said, _ in faults.values() if count]
 
 
 def _refuse_other_benchmark(
@@ -400,8 +395,7 @@ class Benchmark(ABC):
 
     def image_bytes(self, folder: Path, item: Item) -> bytes | None:
         """The encoded picture of an item, or None; next to ``folder`` if it is a file."""
-        path = find_image(self.image_folders, folder.parent if folder.is_file() else folder, str(item["image"]))
-        return path.read_bytes() if path else None
+        return find_image(self.image_folders, folder.parent if folder.is_file() else folder, str(item["image"]))
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """Rows of the file that its server scores."""
@@ -448,12 +442,12 @@ def first_file(folder: Path, *patterns: str) -> Path | None:
     return None
 
 
-def find_image(image_folders: Sequence[str], folder: Path, name: str) -> Path | None:
+def find_image(image_folders: Sequence[str], folder: Path, name: str) -> bytes | None:
     """An image file below ``folder``, with any suffix; None if there is none or ``name`` leads outside."""
     inside = folder.resolve()
     for below in image_folders:
         base = folder / below / name
         for path in (base, *(base.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)):
             if path.is_file() and inside in path.resolve().parents:
-                return path
+                return path.read_bytes()
     return None

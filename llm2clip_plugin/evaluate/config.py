@@ -56,18 +56,14 @@ PROMPT_EOL = 'This sentence: "{caption}" means in one word: "'  # Jiang et al. 2
 class ReadingConfig:
     """What `evaluate captions --search` tries, besides both attentions, both poolings and every hidden state."""
 
-    fit_on: str = ""  # training captions, which centering and components are fitted on
-    fit_captions: int = 2000  # distinct ones of them that are used, at most
+    fit_on: str = ""  # training captions, 2,000 at most, which centering and components are fitted on
     folder: str = ""  # folder to write: every reading tried, and the post-processing of the best
     templates: tuple[str, ...] = ("", PROMPT_EOL)  # chat templates; empty: none
     components: tuple[int, ...] = (0, 1, 2, 3, 5, 10)  # largest principal components that are removed; 0: centering
 
     def __post_init__(self) -> None:
-        if not self.components or min(self.components) < 0 or self.fit_captions < 2:
-            raise ValueError(
-                f"components are {self.components} and fit_captions {self.fit_captions}; expected one or more numbers "
-                "from 0, and at least 2 captions"
-            )
+        if not self.components or min(self.components) < 0:
+            raise ValueError(f"components are {self.components}; expected one or more numbers from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +127,37 @@ FORECAST = Command(
     settings=ForecastConfig,
     arguments="towers",
     everyday="llm data image-folder kinds languages cache cluster select-layer limit output device",
+    shown={"json": "output"},
+    hidden="data.weight data.shuffle_window",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreImagesConfig:
+    """How well images fit their texts."""
+
+    data: SourceConfig  # the pairs: images with the texts that they should show
+    tower: str = ""  # tower directory or Hub id, with a text adapter
+    cluster: str = ""  # field of the samples' JSON; images with the same value are resampled together
+    cache: str = ""  # the teacher's embeddings of the texts; "": embeddings-<fingerprint> in the data's folder
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
+    batch: int = 64  # images in one call of the tower
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+    json: str = ""  # write every pair's cosine here (a score file, for llm2clip compare)
+
+    def __post_init__(self) -> None:
+        if not self.tower:
+            raise ValueError("no tower given; usage: llm2clip score-images PAIRS --tower DIR")
+
+
+SCORE_IMAGES = Command(
+    name="score-images",
+    example="llm2clip score-images pairs.jsonl --tower microsoft/LLM2CLIP-Openai-L-14-336 --output scores.json",
+    about="How well does each image fit its text? The cosine of the tower's and its teacher's features (CLIPScore's, "
+    "without factor and cut), of real or generated images. Compare two generators on the same texts: llm2clip compare.",
+    settings=ScoreImagesConfig,
+    arguments="data.path",
+    everyday="tower image-folder fields kinds cluster cache llm adapter batch-size output device",
     shown={"json": "output"},
     hidden="data.weight data.shuffle_window",
 )

@@ -8,6 +8,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -178,17 +179,16 @@ class PipelineConfig(SourceConfig):
     questions: str = ""  # .jsonl of image, question and answer: what a LLaVA of each tower, before and after, is asked
     llava_llm: str = ""  # language model of these two LLaVAs, whose projectors are trained on the captions
     llava_options: str = ""  # more options of LLaVA's pretraining, as one text: --llava-options="--learning_rate 2e-3"
-    queries: int = 24  # validation captions that the page shows, drawn at random
     dry_run: bool = False  # print the stages with their commands, and run none
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.validation < 1:
             raise ValueError(f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.1")
-        if self.num_train_epochs <= 0 or self.num_gpus < 1 or self.global_batch < 0 or self.queries < 1:
+        if self.num_train_epochs <= 0 or self.num_gpus < 1 or self.global_batch < 0:
             raise ValueError(
-                f"num_train_epochs {self.num_train_epochs:g} must be above 0, num_gpus {self.num_gpus} and queries "
-                f"{self.queries} at least 1, global_batch {self.global_batch} not negative"
+                f"num_train_epochs {self.num_train_epochs:g} must be above 0, num_gpus {self.num_gpus} at least 1, "
+                f"global_batch {self.global_batch} not negative"
             )
         if not self.questions and not self.llava_llm:
             return
@@ -298,41 +298,17 @@ LLM2VEC_8B = (
 )
 
 
-def paper() -> FinetuneConfig:
-    """The authors' settings for any instruct LLM (set --llm); a text is one user turn of its chat template."""
-    return _paper("paper", EncoderConfig(chat_template="user", include_bos=False, query_prompt=OF_SHORT))
-
-
-def paper_llama_8b() -> FinetuneConfig:
-    """The authors' settings and LLM: Llama 3 8B Instruct with LLM2Vec's two adapters merged."""
-    return dataclasses.replace(_paper("paper-llama-8b", _llama("llama-8b", OF_SHORT)), start_adapters=LLM2VEC_8B)
-
-
-def paper_llama_1b() -> FinetuneConfig:
-    """The authors' settings on Llama 3.2 1B Instruct, for which LLM2Vec has no adapters."""
-    return _paper("paper-llama-1b", _llama("llama-1b", OF_SHORT))
-
-
-def llama_1b() -> FinetuneConfig:
-    """Ours on Llama 3.2 1B Instruct: embeddings 2048 wide."""
-    return _common("llama-1b", _llama("llama-1b", INSTRUCTION), gradient_checkpointing=False)
-
-
-def llama_8b() -> FinetuneConfig:
-    """Ours on Llama 3 8B Instruct: embeddings 4096 wide."""
-    return _common("llama-8b", _llama("llama-8b", INSTRUCTION), gradient_checkpointing=True)
-
-
 def _llama(teacher: str, query_prompt: str) -> EncoderConfig:
     known = TEACHERS[teacher]
     return EncoderConfig(llm=known.base, preset=known.preset, query_prompt=query_prompt)
 
 
-def _paper(name: str, encoder: EncoderConfig) -> FinetuneConfig:
+def _paper(name: str, encoder: EncoderConfig, start_adapters: tuple[str, ...] = ()) -> FinetuneConfig:
     """The authors' settings; captions are the user's."""
     common = _common(name, encoder, gradient_checkpointing=True)
     return dataclasses.replace(
         common,
+        start_adapters=start_adapters,
         pairs=PairsConfig(
             pair_kinds=("short:long", "long:short"),
             mix_kinds=True,  # E5_cc3m.py:72-81, a coin for each pair
@@ -359,8 +335,14 @@ def _common(name: str, encoder: EncoderConfig, *, gradient_checkpointing: bool) 
     )
 
 
-RECIPES: tuple[Callable[[], FinetuneConfig], ...] = (paper, paper_llama_8b, paper_llama_1b, llama_8b, llama_1b)
-LLM_RECIPES = {make.__name__.replace("_", "-"): make for make in RECIPES}
+LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
+    # any instruct LLM (set --llm); a text is one user turn of its chat template
+    "paper": partial(_paper, "paper", EncoderConfig(chat_template="user", include_bos=False, query_prompt=OF_SHORT)),
+    "paper-llama-8b": partial(_paper, "paper-llama-8b", _llama("llama-8b", OF_SHORT), LLM2VEC_8B),
+    "paper-llama-1b": partial(_paper, "paper-llama-1b", _llama("llama-1b", OF_SHORT)),  # LLM2Vec has no adapters for it
+    "llama-8b": partial(_common, "llama-8b", _llama("llama-8b", INSTRUCTION), gradient_checkpointing=True),
+    "llama-1b": partial(_common, "llama-1b", _llama("llama-1b", INSTRUCTION), gradient_checkpointing=False),
+}
 
 
 def llm_recipe(name: str) -> FinetuneConfig:

@@ -252,7 +252,8 @@ class TeacherLLM:
             raise ValueError(f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}")
         config = self.config if self.identity is None else encoder_config(self.identity, self.config)
         try:
-            encoder = open_encoder(config, self.device)
+            with torch.inference_mode(False):  # of the caller; its loading takes gradients to see what attends to what
+                encoder = open_encoder(config, self.device)
         except FileNotFoundError as error:
             if self.config.llm or str(config.llm) not in str(error):
                 raise

@@ -188,7 +188,7 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "l.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": "x"}\n', "metrics a"),
     "m.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n', "line 2"),
     "n.jsonl": ('{"doc_id": 0, "doc_hash": "", "acc": 1}\n{"doc_id": 1, "acc": null}\n', "line 2"),
-    "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "no metric"),
+    "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "submission of o"),
     "p.jsonl": ('{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n', "line 1"),
     "q.eval": ("not a zip file", "q.eval"),
     "r.json": ('{"status": "error", "eval": {"run_id": "x", "task": "t"}}', "status"),

@@ -24,7 +24,7 @@ SUFFIXES = ("answer the question using a single word or phrase.", "please answer
 
 class MME(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
-        """The questions of all subtasks there, in the tool's order and LLaVA's within a subtask; two per file."""
+        """The questions of all subtasks there, two per file."""
         root = folder / RELEASE
         if not root.is_dir():
             raise FileNotFoundError(
@@ -38,8 +38,7 @@ class MME(base.Benchmark):
         for category in (*PERCEPTION, *COGNITION):
             inner = root / category / "questions_answers_YN"
             source = inner if inner.is_dir() else root / category
-            order = {stem: place for place, (known, stem) in enumerate(images) if known == category}
-            for path in sorted(source.glob("*.txt"), key=lambda path: (order.get(path.stem, len(images)), path.name)):
+            for path in sorted(source.glob("*.txt")):
                 questions += _pair(path, category, images)
         if not questions:
             raise FileNotFoundError(f"{root} has none of MME's subtasks ({', '.join(PERCEPTION)} ...)")

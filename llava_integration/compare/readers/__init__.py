@@ -5,13 +5,13 @@ A reader makes score files of logs, with an item for each question: ``id``, ``sc
 composite's rule reads (``benchmarks/rules/``). Standard library only; what a format needs more is imported in its file.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from llava_integration.benchmarks.answers import json_lines
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError, discover
 
@@ -52,23 +52,6 @@ def read_logs(path: Path) -> list[tuple[Path, ScoreFile]]:
         listed = "; ".join(f"{reader.name}: {logs[0]}" for reader, logs in found.items())
         raise ContractError(f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one")
     return [(log, record) for reader, logs in found.items() for log in logs for record in reader.read(log)]
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of each line of a JSONL file. Raises ContractError that names the line."""
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if line.strip():
-                    value = json.loads(line)
-                    if not isinstance(value, dict):
-                        raise ContractError(f"{where}: expected a JSON object, got {line.strip()[:60]!r}")
-                    yield where, value
-        except json.JSONDecodeError as error:
-            raise ContractError(f"{where}: not valid JSON ({error}); was the run cut off?") from error
-        except UnicodeDecodeError as error:
-            raise ContractError(f"{path} is not UTF-8 text ({error})") from error
 
 
 def first_object(path: Path) -> dict[str, Any]:

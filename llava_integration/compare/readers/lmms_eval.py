@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_integration.benchmarks.answers import json_lines
 from llava_integration.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
-from llava_integration.compare.readers import CATEGORIES, IMAGES, Reader, first_object, first_of, json_lines, number
+from llava_integration.compare.readers import Reader, first_object, number
+from llava_integration.compare.readers.lm_eval import image_of, scored, summary_of
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.files import ContractError, read_json_value
+from llm2clip_plugin.files import ContractError
 
 NAME = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl$")
 Line = dict[str, Any]
@@ -47,9 +49,10 @@ def _pope(path: Path) -> list[Line]:
     items = []
     for where, line in json_lines(path):
         value = with_fields(line.get("pope_f1_score"), ("question_id", "score", "prediction", "ground_truth"), where)
-        items.append({"id": line["doc_id"], "cluster": _image(line), "category": "", "truth": value["ground_truth"]})
-        items[-1] |= {"score": value["score"], "parsed": value["prediction"], "label": value["ground_truth"]}
-        items[-1]["missing"] = value["prediction"] not in ("yes", "no")
+        said, true = value["prediction"], value["ground_truth"]
+        items.append({"id": line["doc_id"], "cluster": image_of(line), "category": "", "truth": true})
+        items[-1] |= {"score": value["score"], "parsed": said, "label": true}
+        items[-1]["missing"] = said not in ("yes", "no")
     return items
 
 
@@ -73,13 +76,14 @@ COMPOSITES: dict[str, tuple[str, Callable[[Path], list[Line]]]] = {  # a metric 
 }
 
 
+NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
+
+
 def read(path: Path) -> Iterator[ScoreFile]:
     """The task's composite, or its first metric that has a number for each document."""
     name = NAME.search(path.name)
     task = name["task"] if name else path.stem
-    results = path.with_name(f"{name['date']}_results.json") if name else path
-    summary = read_json_value(results) if name and results.is_file() else {}
-    model = str(summary.get("model_name", ""))
+    model, better = summary_of(path.with_name(f"{name['date']}_results.json") if name else None, task)
     start = first_object(path)
     composite = next((COMPOSITES[metric] for metric in start if metric in COMPOSITES), None)
     if task.startswith("mmbench_"):
@@ -88,42 +92,8 @@ def read(path: Path) -> Iterator[ScoreFile]:
         said = ["answers to lmms-eval's prompts, which may differ from LLaVA's"]
         yield ScoreFile(benchmark=composite[0], metrics={}, items=composite[1](path), model=model, notes=said)
         return
-    better = summary.get("higher_is_better", {}).get(task, {})
-    lines = list(json_lines(path))
-    metrics = [one for one in dict.fromkeys((*better, *start)) if _score(start.get(one), one) is not None]
-    if not metrics:
-        raise ContractError(f"{path}: no metric of {task} has a number for each document; it has {', '.join(start)}")
-    metric = min(metrics, key=lambda one: sum(one not in line for _, line in lines))  # others are of a part
-    sign = 1 if better.get(metric, True) else -1
-    items = []
-    for where, line in lines:
-        if "doc_id" not in line:
-            raise ContractError(f"{where}: no doc_id, as lmms-eval writes it")
-        score = sign * number(_score(line.get(metric), metric), f"{where}: {metric}")
-        item = {"id": line["doc_id"], "score": score, "cluster": _image(line), "truth": line.get("target")}
-        values = line[metric] if isinstance(line[metric], dict) else line
-        items.append({**item, "category": first_of(values, CATEGORIES)})
-    notes = [] if sign == 1 else [f"{metric}: lower is better, so its negative is compared"]
-    yield ScoreFile(benchmark=f"{task} {metric}", metrics={}, items=items, model=model, notes=notes)
-
-
-NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
-
-
-def _score(value: Any, metric: str) -> float | bool | None:
-    """A metric's number for one document; None if it has none."""
-    if isinstance(value, dict):
-        value = (
-            value["pred"].lower() == value["answer"].lower() if {"pred", "answer"} <= set(value) else value.get("score")
-        )
-    return value if metric not in NO_METRICS and isinstance(value, (int, float)) else None
-
-
-def _image(line: Line) -> str:
-    """The image of a question: the first of its media, a field of its document, or the question itself."""
-    media = line.get("input_media")
-    document = line["doc"] if isinstance(line.get("doc"), dict) else {}
-    return str(media[0]) if isinstance(media, list) and media else first_of(document, IMAGES) or str(line["doc_id"])
+    metrics = [one for one in dict.fromkeys((*better, *start)) if one not in NO_METRICS]
+    yield scored(list(json_lines(path)), task=task, metrics=metrics, better=better, model=model)
 
 
 def with_fields(value: Any, names: tuple[str, ...], where: str) -> Line:
