@@ -169,13 +169,13 @@ class ContrastiveStep(ABC):
         # a non-finite value on one rank makes the sum over ranks non-finite, so every rank stops
         sums = sum_over_ranks(torch.stack([loss.detach(), *(one.detach() for one in losses.values())]))
         scale = encoded.log_scale.detach().exp().to(sums)
-        names = ("loss", *(f"loss_{name}" for name in losses), "logit_scale")
-        values = dict(zip(names, torch.cat([sums / world_size(), scale]).tolist(), strict=True))
+        *means, scale = torch.cat([sums / world_size(), scale]).tolist()  # read at once
+        values = dict(zip(("loss", *(f"loss_{name}" for name in losses)), means, strict=True))
         if not math.isfinite(values["loss"]):
             if not self.engine.can_lower_loss_scale:
                 raise _non_finite(values, encoded, batch)
             loss = loss * math.nan  # DeepSpeed finds it in the gradient: no update, a smaller loss scale
-        return loss, values
+        return loss, values | {"logit_scale": scale}
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
