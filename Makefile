@@ -1,5 +1,5 @@
 # Shortcuts for development; CONTRIBUTING.md explains when to use which.
-.PHONY: setup quick check format test llava gpu mutations quickstart clean
+.PHONY: setup quick check format test llava gpu mutations quickstart house clean
 TEST_ENV = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST = $(TEST_ENV) .venv/bin/python -m pytest -q
 # tests that start no other process, a few of every room
@@ -42,6 +42,9 @@ mutations: ## planted bugs: each must fail its test (not part of CI)
 
 quickstart: ## the whole method in miniature, small
 	scripts/quickstart.sh --smoke
+
+house: ## files, lines, functions, arrows of this checkout
+	.venv/bin/python scripts/house.py .
 
 clean: ## remove caches and the output of test runs, keep the environments
 	rm -rf .pytest_cache .ruff_cache build dist quickstart-output

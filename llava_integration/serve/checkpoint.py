@@ -115,10 +115,10 @@ def _shards(tensors: LazyTensors, dtype: torch.dtype | None) -> Iterator[list[st
 def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> Tensor:
     with errors_about(tensor.where, fix=FIX):
         value = tensor.read()
-    if not value.is_floating_point() or value.itemsize == 1:
+    if value.itemsize == 1:
         raise ContractError(f"{tensor.where}: {name} has dtype {value.dtype}; quantized checkpoints are not read")
     # contiguous and of its own memory: safetensors refuses tensors that share it
-    out = value.to(dtype or value.dtype, copy=True).contiguous()
+    out = value.to((value.is_floating_point() and dtype) or value.dtype, copy=True).contiguous()
     if not torch.isfinite(out).all():
         is_large = bool(torch.isfinite(value).all())
         reason = "has values that fp16 cannot hold; pass --dtype bf16" if is_large else f"is nan; {FIX}"

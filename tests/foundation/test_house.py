@@ -1,0 +1,36 @@
+"""scripts/house.py counts a small house right."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "house.py"
+FILES = {
+    "llm2clip_plugin/__init__.py": "",
+    "llm2clip_plugin/cli.py": "def main():\n    from llm2clip_plugin.stages.tower import command\n",
+    "llm2clip_plugin/stages/tower.py": "from llm2clip_plugin.train import loop\n",
+    "llm2clip_plugin/train/loop.py": "import llm2clip_plugin.train.step\n",
+    "llm2clip_plugin/train/step.py": "from llm2clip_plugin.train import loop\nfrom llm2clip_plugin.stages import x\n",
+    "llm2clip_plugin/stages/__init__.py": "x = 1\n",
+    "llava_integration/hook.py": "from llm2clip_plugin.data import rows\n",
+    "llm2clip_plugin/data/rows.py": "import llava_integration.hook\n",
+    "docs/a.md": "three words here\n",
+}
+
+
+def test_arrows_cycles_and_words(tmp_path: Path) -> None:
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, check=True)
+    found = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:])
+    assert {
+        name: found[name] for name in ("files", "lines", "arrows up", "files in import cycles", "words of docs")
+    } == {
+        "files": "8",
+        "lines": "9",
+        "arrows up": "3",  # train -> stages, llava_integration -> data, data -> llava_integration
+        "files in import cycles": "4",
+        "words of docs": "3",
+    }
+    assert found["files that train-tower imports"] == "4" and found["longest function"] == "2 (cli.main)"
