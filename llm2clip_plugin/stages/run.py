@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,11 +169,6 @@ class TrainingRun:
         if rank() == 0 and (line := before_and_after(state.before, state.metrics)):
             print(line)
         return state
-
-    def write_result(self, write: Callable[[], object]) -> None:
-        """Call ``write`` on rank 0; all ranks wait. The run's last checkpoint stays if it fails, on every rank."""
-        with phase("export"):
-            on_first_rank(write)
 
     def record(self, state: TrainState) -> None:
         """Write run.json, on rank 0. Every rank must call this."""

@@ -147,7 +147,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     )
     if rank() == 0:
         (run.folder / UNFINISHED_HEADS).unlink(missing_ok=True)
-    run.write_result(lambda: export_towers(config, state.step))
+    with phase("export"):
+        on_first_rank(lambda: export_towers(config, state.step))
     return run.folder / TOWER
 
 
