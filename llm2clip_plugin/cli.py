@@ -68,6 +68,10 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "llava_integration.serve:main",
         "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
     ),
+    "vlm build": (
+        "llava_integration.serve:main_vlm_build",
+        "build a vision-language model to train: any tower, any LLM",
+    ),
 }
 
 # Where a command declares its options, an options.Command. These modules import no torch, and neither --help
@@ -100,6 +104,7 @@ OPTIONS: dict[str, str] = {
     "score": "llava_integration.benchmarks.score:COMMAND",
     "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
     "llava export": "llava_integration.serve:COMMAND",
+    "vlm build": "llava_integration.serve:VLM_BUILD",
 }
 
 HELP = ("-h", "--help", "--help-all")
