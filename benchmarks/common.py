@@ -118,8 +118,9 @@ def print_table(
     Ratios: median [lowest, highest]. ``columns``: title -> way -> cell, in addition.
     """
     columns, base = columns or {}, next(iter(runs.values()))
+    device = "wall" if clock == "wall" else "GPU" if torch.cuda.is_available() else "CPU"
     print(f"\n{about}; {machine()}\n")
-    print(f"| way | {unit} / s ({'wall' if clock == 'wall' else 'CPU' if not gpu() else 'GPU'}) | ratio |", end="")
+    print(f"| way | {unit} / s ({device}) | ratio |", end="")
     print("".join(f" {title} |" for title in columns))
     print("|---" * (3 + len(columns)) + "|")
     for name, timed_runs in runs.items():
@@ -130,13 +131,9 @@ def print_table(
         print(f"| {name} | {amount / median(seconds):,.4g} | {spread} |{cells}", flush=True)
 
 
-def gpu() -> bool:
-    return torch.cuda.is_available()
-
-
 def machine() -> str:
     """The device, its threads, and torch's version."""
-    device = torch.cuda.get_device_name() if gpu() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

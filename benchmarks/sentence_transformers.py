@@ -29,7 +29,7 @@ from benchmarks.common import (
     write_lines,
 )
 from llm2clip_plugin.stages.llm import trained_module
-from llm2clip_plugin.stages.llm_config import FinetuneConfig
+from llm2clip_plugin.stages.settings import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.text.contrast import CaptionStep, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder

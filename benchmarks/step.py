@@ -128,10 +128,12 @@ def bare_step(
     return step, float(counter.get_total_flops())
 
 
-def our_step(dual: DualEncoder, size: int, precision: Precision = "fp32") -> TowerStep:
-    """The training step of this project on one rank, with ZeRO stage 0."""
+def our_step(
+    dual: DualEncoder, size: int, precision: Precision = "fp32", *, stage: int = 0, world: int = 1, bucket: float = 1.0
+) -> TowerStep:
+    """The training step of this project; bucket: factor of DeepSpeed's reduce_bucket_size."""
     plan = EnginePlan(
-        global_batch=size,
+        global_batch=size * world,
         micro_batch=size,
         accumulation=1,
         precision=precision,
@@ -141,7 +143,10 @@ def our_step(dual: DualEncoder, size: int, precision: Precision = "fp32") -> Tow
         hidden_size=dual.tower.config.hidden_size,
     )
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
-    engine = Engine(dual, groups, OPTIM, complete({}, plan))
+    config = complete({"zero_optimization": {"stage": stage}}, plan)
+    zero = config["zero_optimization"]
+    zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
+    engine = Engine(dual, groups, OPTIM, config)
     normalize = Normalize(ImageConfig(), engine.device)
     return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False, normalize=normalize)
 

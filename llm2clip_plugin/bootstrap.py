@@ -11,9 +11,9 @@ those of Hesterberg (2015), The American Statistician 69, "expanded percentile".
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -117,3 +117,22 @@ def t_quantile(level: float, freedom: int) -> float:
 def t_cdf(value: float, freedom: int) -> float:
     """Student's distribution function."""
     return float(stdtr(freedom, value))
+
+
+# Numbers in tables.
+
+
+def fraction(value: float) -> str:
+    """Three decimals without a leading zero: ``.127``, ``1.000``."""
+    return f"{value:.3f}".removeprefix("0")
+
+
+def signed(value: float) -> str:
+    """``+.069``, ``-.002``."""
+    return f"{value:+.3f}".replace("0.", ".", 1)
+
+
+def spread(values: Sequence[float], shown: Callable[[float], str] = fraction) -> str:
+    """Mean over seeds, with the standard deviation if they differ: ``.127 ± .009``."""
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return shown(fmean(values)) + (f" ± {shown(deviation)}" if deviation else "")

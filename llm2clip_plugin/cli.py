@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "evaluate.forecast:main",
         "how well towers are likely to serve an LLM in LLaVA, before one is trained",
     ),
+    "score-images": ("evaluate.score_images:main", "how well images fit their texts, by a tower and its teacher"),
     "search": ("evaluate.search:main", "find the images that are nearest to a text; a page with pictures"),
     "export": ("stages.tower_export:main", "export a training run as a tower directory or in another format"),
     "import": ("vision.convert.importing:main", "convert a vision checkpoint into a tower directory"),
@@ -69,42 +70,34 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
     ),
     "vlm build": (
-        "llava_integration.serve:main_vlm_build",
+        "llava_integration.serve.vlm:main",
         "build a vision-language model to train: any tower, any LLM",
     ),
 }
 
-# Where a command declares its options, an options.Command. These modules import no torch, and neither --help
-# nor a misspelled option needs more.
-OPTIONS: dict[str, str] = {
-    "doctor": "doctor:COMMAND",
+# Where a command declares its options, an options.Command: COMMAND next to the function, or elsewhere. These modules
+# import no torch, and neither --help nor a misspelled option needs more.
+OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, (place, _) in COMMANDS.items()} | {
     "run": "stages.settings:RUN",
-    "data make": "data.make:COMMAND",
-    "data check": "data.check:COMMAND",
-    "data split": "data.split:COMMAND",
     "llava data": "data.make:LLAVA_DATA",
-    "finetune-llm": "stages.llm_config:FINETUNE_LLM",
+    "finetune-llm": "stages.settings:FINETUNE_LLM",
     "export-llm": "text.config:COMMAND",
     "embed": "stages.settings:EMBED",
     "train-tower": "stages.tower_config:TRAIN_TOWER",
-    "status": "status:COMMAND",
     "evaluate": "evaluate.config:EVALUATE",
     "evaluate captions": "evaluate.config:EVALUATE_CAPTIONS",
     "evaluate zeroshot": "evaluate.config:EVALUATE_ZEROSHOT",
     "evaluate probe": "evaluate.config:EVALUATE_PROBE",
     "forecast": "evaluate.config:FORECAST",
+    "score-images": "evaluate.config:SCORE_IMAGES",
     "search": "evaluate.config:SEARCH",
     "export": "stages.tower_config:EXPORT",
     "import": "vision.convert:IMPORT",
     "use": "llava_integration.towers:USE",
     "towers": "llava_integration.towers:TOWERS",
     "llava evaluate": "llava_integration.answer.questions:COMMAND",
-    "compare": "llava_integration.compare.command:COMMAND",
-    "bench-mllm": "llava_integration.benchmarks.bench:COMMAND",
-    "score": "llava_integration.benchmarks.score:COMMAND",
     "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
-    "llava export": "llava_integration.serve:COMMAND",
-    "vlm build": "llava_integration.serve:VLM_BUILD",
+    "vlm build": "llava_integration.serve.vlm_config:COMMAND",
 }
 
 HELP = ("-h", "--help", "--help-all")

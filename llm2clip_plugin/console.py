@@ -1,10 +1,13 @@
-"""What a process prints and how it is ended: the phase that a rank is in, progress bars, silenced libraries, signals.
+"""What a process shows and how it is ended: the phase that a rank is in, progress bars, silenced libraries, signals,
+pages.
 
 Libraries are silenced by name and reason, where it applies, and never their errors: none is imported for its silence.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import logging
 import os
@@ -19,6 +22,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -63,12 +67,6 @@ def phase(name: str, *, step: int | None = None) -> Iterator[None]:
     _now = Phase(before.name, _now.step, next(_counter), time.monotonic())
 
 
-def progressed() -> None:
-    """The phase goes on: something of it is done."""
-    global _now
-    _now = _now._replace(since=time.monotonic())
-
-
 def each_in_phase(name: str, items: Iterator[Value], *, first_step: int) -> Iterator[Value]:
     """The items, one a step; waiting for each is a phase."""
     for step in itertools.count(first_step):
@@ -111,7 +109,8 @@ def progress_bar(
 
     class Bar(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
-            progressed()
+            global _now
+            _now = _now._replace(since=time.monotonic())
             return super().update(n)
 
     terminal = sys.stderr.isatty()
@@ -359,3 +358,50 @@ class Finding:
 def numbers(text: str) -> tuple[int, ...]:
     """``'2.13.0+cpu'`` -> (2, 13, 0), for comparison."""
     return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+# HTML pages from jinja2 templates. jinja2 comes with torch; it is imported for a page. Pictures are small JPEGs as data
+# URIs, so that the page is one file and fetches nothing.
+
+SIDE, QUALITY = 256, 70  # pixels of the longer side; of the JPEG
+
+
+def page_style() -> str:
+    """The CSS that every page of ours starts with: colors, also for dark screens, widths and headings."""
+    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+
+
+def render(template: Path, **values: object) -> str:
+    """The text of a template file: every value is escaped (``markupsafe.Markup`` is not), an unknown name is an error.
+
+    The template can include and extend the files in its folder.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template.name).render(values)
+
+
+def thumbnail(raw: bytes | None) -> str | None:
+    """An image file's bytes as the data URI of a small JPEG; None for bytes that are not a picture."""
+    if not raw:
+        return None
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(raw)) as opened:
+            opened.draft("RGB", (SIDE, SIDE))
+            picture = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        return None
+    picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

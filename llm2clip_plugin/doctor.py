@@ -50,12 +50,6 @@ def finding(subject: str, found: str, fix: str = "", *, state: str = "warn") -> 
     return Finding(subject=subject, state=state if fix else "ok", found=found, fix=fix)
 
 
-def check_python() -> Iterator[Finding]:
-    """Python 3.10 or newer."""
-    fix = "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer"
-    yield finding("python", ".".join(map(str, sys.version_info[:3])), fix, state="fail")
-
-
 def check_packages(extra: str) -> Iterator[Finding]:
     """Every requirement of the package, and of ``extra`` unless it is empty."""
     try:
@@ -119,12 +113,6 @@ def check_accelerator() -> Iterator[Finding]:
         yield finding("accelerator", found, "for a GPU, install the torch build of your CUDA or ROCm version")
 
 
-def check_open_files() -> Iterator[Finding]:
-    """The hard limit of open files, which every command raises its own to."""
-    limit = raise_open_files()
-    yield finding("open files", f"at most {limit} per process", remedy_open_files(limit))
-
-
 def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
     """Space for an fp16 embedding cache of ``captions`` rows of ``width``."""
     need = captions * width * 2  # fp16
@@ -146,13 +134,15 @@ def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
 def report(options: DoctorConfig) -> Iterator[Finding]:
     """The lines of an environment's report, in order."""
     training = options.environment == "train"
-    yield from check_python()
+    old = "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer"
+    yield finding("python", ".".join(map(str, sys.version_info[:3])), old, state="fail")
     yield from check_packages("train" if training else "")
     if training:
         yield from check_compiler()
         yield from check_launcher()
     yield from check_accelerator()
-    yield from check_open_files()
+    limit = raise_open_files()
+    yield finding("open files", f"at most {limit} per process", remedy_open_files(limit))
     yield from check_disk(options.cache, options.captions, options.width)
     if training and not llava_installed():
         fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"

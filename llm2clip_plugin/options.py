@@ -432,9 +432,7 @@ INPUTS = {  # field -> what is there
     **dict.fromkeys(("encoder.llm", "teacher.llm", "llm", "tokenizer"), LLM),
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), ADAPTER),
 }
-FOLDERS = ("output_dir", "cache")  # fields with a folder to write
-FILES = ("output", "json", "html", "markdown")  # fields with a file to write, in some commands
-NEVER_WRITTEN = (".tar", ".jsonl", ".csv", ".tsv", ".txt", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".parquet")
+OUTPUTS = ("output_dir", "cache", "output", "json")  # fields with a file or folder to write
 EXPORTS = ("export", "import", "export-llm", "llava export")  # --output is a folder with a model
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 MODEL_FILES = ("config.json", "adapter_config.json", "open_clip_config.json", "*.onnx")
@@ -445,27 +443,28 @@ def check_paths(command: Command[Any], values: Mapping[str, Any]) -> None:
 
     values: of the options that were given, by field.
     """
-
-    for name, leaf in command.leaves.items():
-        kind, wanted = INPUTS.get(name), f"expected {leaf.help}"
-        for path in _texts(values.get(name)):
-            written = f"{command.written(name)} {path}"
-            # a Hub id, a URL, a wildcard or braces is not missing
-            local = not (glob.has_magic(path) or "{" in path) if kind == DATA else can_only_be_a_path(path)
-            if kind and local and "://" not in path and not os.path.exists(os.path.expanduser(path)):
-                folder, last = os.path.split(path.rstrip("/"))
-                near = nearest(last, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else ""
-                raise FileNotFoundError(joined(f"no {kind} at {path}{near}", wanted))
-            if kind == LLM and os.path.isfile(f"{path}/config.json") and not _has_any(Path(path), TOKENIZERS):
-                raise FileNotFoundError(f"{written} has no tokenizer; {wanted}")
-            if name in FOLDERS and os.path.isfile(path):
-                raise FileExistsError(f"{written} is a file; expected a folder")
-            suffixes = (*NEVER_WRITTEN, ".json") if name in ("html", "markdown") else NEVER_WRITTEN
-            if name in FILES and os.path.isfile(path) and path.endswith(suffixes):
-                raise FileExistsError(f"{written} exists and would be lost; choose another path")
-    if command.name in EXPORTS and "output" in values:
-        inputs = [path for name in values if name != "output" for path in _texts(values[name])]
-        _check_export(Path(values["output"]).expanduser(), inputs, overwrite=bool(values.get("overwrite")))
+    given = [(name, path) for name in command.leaves for path in _texts(values.get(name))]
+    for name, path in given:
+        kind, wanted, written = INPUTS.get(name), f"expected {command.leaves[name].help}", command.written(name)
+        # a Hub id, a URL, a wildcard or braces is not missing
+        local = not (glob.has_magic(path) or "{" in path) if kind == DATA else can_only_be_a_path(path)
+        if kind and local and "://" not in path and not os.path.exists(os.path.expanduser(path)):
+            folder, last = os.path.split(path.rstrip("/"))
+            near = nearest(last, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else ""
+            raise FileNotFoundError(joined(f"no {kind} at {path}{near}", wanted))
+        if kind == LLM and os.path.isfile(f"{path}/config.json") and not _has_any(path, TOKENIZERS):
+            raise FileNotFoundError(f"{written} {path} has no tokenizer; {wanted}")
+        if name in OUTPUTS and os.path.isfile(path) and not path.endswith((".json", ".html")):
+            raise FileExistsError(f"{written} {path} exists and would be lost; choose another path")
+    if command.name not in EXPORTS or not _has_any(output := os.path.expanduser(values["output"]), ("*",)):
+        return
+    if not values.get("overwrite"):
+        raise FileExistsError(f"{output} exists and is not empty; choose another path or pass --overwrite")
+    for name, path in given:
+        if name != "output" and os.path.exists(path) and Path(path).resolve().is_relative_to(Path(output).resolve()):
+            raise ValueError(f"--output {output} has the input {path}, which --overwrite would delete; choose another")
+    if not _has_any(output, MODEL_FILES):
+        raise ValueError(f"--output {output} is no model, and --overwrite deletes all that is in it; choose another")
 
 
 def _texts(value: Any) -> list[str]:
@@ -473,18 +472,5 @@ def _texts(value: Any) -> list[str]:
     return [str(item) for item in items if item and isinstance(item, (str, Path))]
 
 
-def _has_any(folder: Path, patterns: Iterable[str]) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in patterns)
-
-
-def _check_export(output: Path, inputs: list[str], *, overwrite: bool) -> None:
-    """Refuse a folder that has files, or, with --overwrite, that has the input or is not an exported model."""
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{output} exists and is not empty; choose another path or pass --overwrite")
-    for path in inputs:
-        if os.path.exists(path) and Path(path).resolve().is_relative_to(output.resolve()):
-            raise ValueError(f"--output {output} has the input {path}, which --overwrite would delete; choose another")
-    if not _has_any(output, MODEL_FILES):
-        raise ValueError(f"--output {output} is no model, and --overwrite deletes all that is in it; choose another")
+def _has_any(folder: str, patterns: Iterable[str]) -> bool:
+    return any(next(Path(folder).glob(pattern), None) for pattern in patterns)

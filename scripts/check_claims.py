@@ -27,10 +27,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev, variance
+from statistics import fmean, variance
 from typing import Any
 
-from llm2clip_plugin.bootstrap import t_quantile
+from llm2clip_plugin.bootstrap import fraction, signed, spread, t_quantile
 from llm2clip_plugin.contracts import ScoreFile, atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +151,7 @@ class Checked:
 
     def line(self, shown: Callable[[float], str]) -> str:
         """A row of a Markdown table; ``shown`` writes a number of a claim."""
-        write = number if self.below_only else shown
+        write = fraction if self.below_only else shown
         verdict = "as stated" if self.same else "**moved**"
         return f"| {self.name} | {write(self.stated)} | {write(self.now)} | {write(self.most)} | {verdict} |"
 
@@ -180,7 +180,7 @@ def check(
 
 def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     """Print a table of towers and one of each LLaVA that was run; every number, and the names of missing claims."""
-    runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED, number)]
+    runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED, fraction)]
     stated_llava, new_llava = read_json(CLAIMS_LLAVA), measured_llava(folder)
     for name, model in LANGUAGE_MODELS.items():
         if (folder / name).is_dir():
@@ -202,25 +202,9 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
 # ----------------------------------------------------------------------------------------- the pages' tables
 
 
-def number(value: float) -> str:
-    """Three decimals without the zero before them."""
-    return f"{value:.3f}".removeprefix("0")
-
-
-def signed(value: float) -> str:
-    """As ``number``, with its sign."""
-    return f"{value:+.3f}".replace("0.", ".", 1)
-
-
-def spread(values: Sequence[float], shown: Callable[[float], str] = number) -> str:
-    """Mean ± standard deviation over seeds."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return shown(fmean(values)) + (f" ± {shown(deviation)}" if deviation else "")
-
-
 def p_value(claim: Mapping[str, Any], otherwise: str) -> str:
     """``< .001``, ``.009``, or with a remark if it is not significant."""
-    p = "< .001" if claim["p_adjusted"] < 0.001 else number(claim["p_adjusted"])
+    p = "< .001" if claim["p_adjusted"] < 0.001 else fraction(claim["p_adjusted"])
     return p if claim["significant"] else f"{p}, {otherwise}"
 
 
@@ -234,11 +218,11 @@ def table(claims: Mapping[str, Any], *, full: bool = False) -> list[str]:
     lines = [f"| {head} |", "|---" * (head.count(" | ") + 1) + "|"]
     for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
         difference = f"{signed(claim['difference'])} [{', '.join(map(signed, claim['interval']))}]"
-        alone, chance = f"{claim['seeds_significant']} of {len(claim['tuned'])}", number(claim["chance"])
+        alone, chance = f"{claim['seeds_significant']} of {len(claim['tuned'])}", fraction(claim["chance"])
         strong = "**" if claim["headline"] else ""
         cells = [spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}", difference, alone, chance]
         if full:
-            sides = [number(fmean(claim[side])) for side in RAW_TUNED]
+            sides = [fraction(fmean(claim[side])) for side in RAW_TUNED]
             cells = [*sides, chance, difference, p_value(claim, "not significant"), alone]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return lines

@@ -110,6 +110,22 @@ servers_environment() {
     make_environment "$1" "$(echo "$SERVER_REQUIREMENTS $SERVER_TRANSFORMERS" | hash_of - "$ROOT/pyproject.toml")" install_servers
 }
 
+# stacks_environment FOLDER: what other people evaluate with. Of lmms-eval's requirements only what its own start imports; its
+# filelock._api is of versions below 3.19.
+STACK_REQUIREMENTS="torch torchvision transformers accelerate loguru lm-eval inspect-ai filelock<3.19 pytest"
+STACK_EXACT="lmms-eval==0.7.3"
+
+install_stacks() {
+    # shellcheck disable=SC2086 # a list of words on purpose
+    install "$1" $STACK_REQUIREMENTS
+    install "$1" --no-deps "$STACK_EXACT"
+    install "$1" -e "$ROOT"
+}
+
+stacks_environment() {
+    make_environment "$1" "$(echo "$STACK_REQUIREMENTS $STACK_EXACT" | hash_of - "$ROOT/pyproject.toml")" install_stacks
+}
+
 # The versions that LLaVA 1.5 itself asks for; wheels for all of them exist for Python 3.10 alone.
 PINNED_REQUIREMENTS="torch==2.1.2 torchvision==0.16.2 transformers==4.37.2 tokenizers==0.15.1 accelerate==0.21.0 peft==0.10.0
     bitsandbytes==0.41.3 numpy<2 scikit-learn==1.2.2 einops==0.6.1 timm==0.6.13 sentencepiece==0.1.99 httpx==0.24.0 shortuuid

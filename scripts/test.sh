@@ -2,6 +2,7 @@
 # All checks: style, types, the tests of the training environment, then those of LLaVA's environment.
 #   scripts/test.sh             everything; makes .venv and .venv-llava on the first run
 #   scripts/test.sh --servers   tests/servers alone, with a real vLLM: makes .venv-servers (3 GB, three minutes) and .venv-llava
+#   scripts/test.sh --stacks    tests/stacks alone, with lm-eval, lmms-eval and inspect_ai: makes .venv-stacks
 #   scripts/test.sh -k cache    passes its arguments to pytest in the training environment and runs nothing else
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -16,6 +17,11 @@ if [ "${1:-}" = --servers ]; then
     servers_environment .venv-servers
     extensions_of .venv-llava
     exec .venv-servers/bin/python -m pytest "${@:-tests/servers}"
+fi
+if [ "${1:-}" = --stacks ]; then
+    shift
+    stacks_environment .venv-stacks
+    exec .venv-stacks/bin/python -m pytest "${@:-tests/stacks}"
 fi
 train_environment .venv train,dev
 # What the quickstart installs, before anything runs: tests would find a package that the smoke run has half installed.

@@ -81,43 +81,30 @@ def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = Fal
     """
     if not path.is_file():
         raise FileNotFoundError(f"no question file at {path}")
+    questions = []
     with errors_about(path, fix="download it again"):
         if path.suffix == ".jsonl":
-            questions = read_lines(path)
-        elif path.suffix == ".json":
-            questions = read_conversations(path, directly)
+            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+                if line.strip():
+                    fix = "expected an object with question_id, text and image"
+                    with errors_about(f"{path}, line {number}", fix=fix):
+                        row = json.loads(line)
+                        text, image = row["text"], row.get("image", "")
+                        questions.append(Question(id=row["question_id"], text=text, shown=text, image=image))
+        elif path.suffix == ".json":  # LLaVA's conversations, of which the first turn is the question
+            for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+                with errors_about(f"{path}, entry {number}", fix="expected an object with id and conversations"):
+                    image = row.get("image", "")
+                    text = row["conversations"][0]["value"].replace("<image>", "").strip()
+                    text += f"\n{DIRECTLY['en']}" if directly else ""
+                    shown = f"<image>\n{text}" if image else text
+                    questions.append(Question(id=row["id"], text=text, shown=shown, image=image))
         elif path.suffix == ".tsv":
             questions = read_table(path, directly, all_rounds, lang)
         else:
             raise ContractError(f"{path}: expected a file .jsonl, .json (ScienceQA) or .tsv (MMBench)")
     if not questions:
         raise ContractError(f"{path} has no questions; download it again")
-    return questions
-
-
-def read_lines(path: Path) -> list[Question]:
-    """One JSON object per line: question_id, text, and image unless the question has none."""
-    questions = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                with errors_about(f"{path}, line {number}", fix="expected an object with question_id, text and image"):
-                    row = json.loads(line)
-                    text, image = row["text"], row.get("image", "")
-                    questions.append(Question(id=row["question_id"], text=text, shown=text, image=image))
-    return questions
-
-
-def read_conversations(path: Path, directly: bool) -> list[Question]:
-    """ScienceQA: a list of LLaVA conversations, of which the first turn is the question."""
-    questions = []
-    for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
-        with errors_about(f"{path}, entry {number}", fix="expected an object with id and conversations"):
-            image = row.get("image", "")
-            text = row["conversations"][0]["value"].replace("<image>", "").strip()
-            text += f"\n{DIRECTLY['en']}" if directly else ""
-            shown = f"<image>\n{text}" if image else text
-            questions.append(Question(id=row["id"], text=text, shown=shown, image=image))
     return questions
 
 
@@ -254,17 +241,31 @@ KEY = "OPENAI_API_KEY"  # environment variable, as OpenAI's client reads it
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerConfig:
-    """A question file, and the model that answers it."""
+class ModelConfig:
+    """The model that answers: a LLaVA checkpoint, or one behind a server."""
 
     model_path: str = ""  # LLaVA checkpoint: full, LoRA or projector
     model_base: str | None = None  # base model of a LoRA or projector checkpoint
     endpoint: str = ""  # URL of an OpenAI-compatible server to ask instead, e.g. http://localhost:8000/v1
+    served_model_name: str = ""  # with --endpoint: the model; "": the only one
+    conv_mode: str = "vicuna_v1"  # conversation template
+    batch_size: int = 1  # questions per batch
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # of the model
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights; LLaVA uses float16
+    overwrite: bool = False  # discard existing answers
+
+    def __post_init__(self) -> None:
+        if bool(self.model_path) == bool(self.endpoint):
+            raise ValueError("--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig(ModelConfig):
+    """A question file, and the model that answers it."""
+
     question_file: Path  # .jsonl, .json (ScienceQA) or .tsv (MMBench)
     answers_file: Path  # JSONL to write; an incomplete run is resumed
     image_folder: str = ""  # folder of the questions' images
-    conv_mode: str = "vicuna_v1"  # conversation template
-    batch_size: int = 1  # questions per batch
     num_chunks: int = 1  # split the questions into chunks, as LLaVA's scripts do
     chunk_idx: int = 0  # chunk to answer
     temperature: float = 0.0  # sampling temperature; 0: greedy decoding
@@ -274,22 +275,17 @@ class AnswerConfig:
     single_pred_prompt: bool = False  # ask for the option's letter only (ScienceQA, MMBench)
     all_rounds: bool = False  # ask every rotation of the options (MMBench)
     lang: Literal["en", "cn"] = "en"  # language of MMBench
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # of the model
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights; LLaVA uses float16
     load_8bit: bool = False  # quantize the language model to 8 bits
     load_4bit: bool = False  # quantize the language model to 4 bits
     workers: int = 4  # data loader processes
-    served_model_name: str = ""  # with --endpoint: the model; "": the only one
     concurrency: int = 16  # with --endpoint: requests at a time
     timeout: float = 300.0  # with --endpoint: seconds that an answer may take
     retries: int = 8  # with --endpoint: of a failed request, with growing pauses
-    overwrite: bool = False  # discard existing answers
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.answers_file.resolve() == self.question_file.resolve():
             raise ValueError(f"--answers-file {self.answers_file} is the question file; choose another")
-        if bool(self.model_path) == bool(self.endpoint):
-            raise ValueError("--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model")
         for name, least in (("batch_size", 1), ("concurrency", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")

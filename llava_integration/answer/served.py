@@ -44,11 +44,7 @@ class RefusedError(Exception):
     """The server refuses this request; others may succeed."""
 
 
-class Reply(NamedTuple):
-    """A chat completion."""
-
-    text: str
-    finish_reason: str  # stop | length | ...
+Reply = tuple[str, str]  # the text of a chat completion, and why it ended: stop | length | ...
 
 
 class ServedModel(NamedTuple):
@@ -100,12 +96,9 @@ class Endpoint:
         except RefusedError as error:  # some gateways have chat completions alone
             if name:
                 return ServedModel(id=name)
-            raise EndpointError(
-                f"{self.url} has no list of models; name one with --served-model-name, or correct --endpoint"
-            ) from error
+            raise EndpointError(f"{self.url} has no list of models; set --served-model-name or --endpoint") from error
         except (KeyError, TypeError):
-            message = f"{self.url}/models is not the list of an OpenAI-compatible server; correct --endpoint"
-            raise EndpointError(message) from None
+            raise EndpointError(f"{self.url}/models is not the list of an OpenAI-compatible server") from None
         chosen = [model for model in models if name in ("", model.id)]
         if len(chosen) != 1:
             shown = ", ".join(model.id for model in models[:20])
@@ -118,31 +111,25 @@ class Endpoint:
         retry, failures = Retry(tries=self.retries + 1, first_pause=1.0), 0
         while True:
             try:
-                return self._reply(body)
+                answer = self._request("/chat/completions", body, limit=self.timeout, option="--timeout")
+                try:
+                    choice = answer["choices"][0]
+                    text, reason = choice["message"]["content"], str(choice.get("finish_reason") or "")
+                except (KeyError, IndexError, TypeError):
+                    fault = f"{self.url}: an answer without choices[0].message.content: {_short(answer)}"
+                    raise PassingError(fault) from None
+                if not isinstance(text, str):
+                    raise RefusedError(f"the answer has no text (content: {_short(text)}, {_short(reason)})")
+                return text.strip(), reason
             except PassingError as error:
                 failures += 1
                 if failures >= retry.tries or self.stopped.is_set():
                     raise
-                pause = max(retry.pause(failures), error.pause)
-                now = time.monotonic()
+                pause, now = max(retry.pause(failures), error.pause), time.monotonic()
                 if now - self._reported >= SILENCE:  # the first, then one now and then: all threads fail together
                     self._reported = now
-                    said = f"{error}; retrying in {pause:.1f} s ({failures} of {self.retries})"
-                    print(said, file=sys.stderr)
+                    print(f"{error}; retrying in {pause:.1f} s ({failures} of {self.retries})", file=sys.stderr)
                 self.stopped.wait(pause)
-
-    def _reply(self, body: dict[str, Any]) -> Reply:
-        answer = self._request("/chat/completions", body, limit=self.timeout, option="--timeout")
-        try:
-            choice = answer["choices"][0]
-            text = choice["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            reason = f"{self.url}: an answer without choices[0].message.content: {_short(answer)}"
-            raise PassingError(reason) from None
-        reason = str(choice.get("finish_reason") or "")
-        if not isinstance(text, str):
-            raise RefusedError(f"the answer has no text (content: {_short(text)}, {_short(reason)})")
-        return Reply(text=text.strip(), finish_reason=reason)
 
     def _request(self, path: str, body: dict[str, Any] | None = None, *, limit: float, option: str) -> Any:
         """The JSON value that the server answers with; ``limit`` in seconds, set by ``option``."""
@@ -178,8 +165,7 @@ class Endpoint:
         if status in (401, 403):
             return EndpointError(f"{self.url} denies access ({reply}); set {KEY} to a key of this server")
         if status in (404, 405) and path != "/models":
-            message = f"{self.url}{path} does not exist ({reply}); correct --endpoint or --served-model-name"
-            return EndpointError(message)
+            return EndpointError(f"{self.url}{path} does not exist ({reply}); set --endpoint or --served-model-name")
         return RefusedError(reply)
 
 
@@ -198,8 +184,7 @@ def _error_text(error: urllib.error.HTTPError) -> str:
 def _short(value: Any) -> str:
     """The beginning of a text or JSON value, without control characters."""
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
-    text = text if isinstance(text, str) else json.dumps(text)
-    return printable(" ".join(text.split())[:300])
+    return printable(" ".join((text if isinstance(text, str) else json.dumps(text)).split())[:300])
 
 
 def image_url(question: Question, folder: str) -> str:
@@ -275,9 +260,10 @@ def answer_served(
     try:
         with progress_bar(total=len(questions), initial=done, label="answers", unit="questions") as bar:
             for index, result in results_of(ask, indices, options.concurrency, endpoint.stopped):
-                if isinstance(result, Reply):
-                    metadata = {"endpoint": endpoint.url, "finish_reason": result.finish_reason}
-                    answers.write({index: entry(questions[index], result.text, model, metadata)})
+                if isinstance(result, tuple):
+                    text, reason = result
+                    metadata = {"endpoint": endpoint.url, "finish_reason": reason}
+                    answers.write({index: entry(questions[index], text, model, metadata)})
                     in_a_row = 0
                     bar.update()
                 elif isinstance(result, (RefusedError, PassingError)):

@@ -1,23 +1,20 @@
-"""Reading answers: LLaVA's JSONL, submission files for servers, lmms-eval's ``--log_samples``; detected by content.
+"""Reading answers: LLaVA's JSONL or a folder of its chunks (``0_8.jsonl`` ...), submission files; detected by content.
 
 | layout       | a row                                                                                    |
 |--------------|------------------------------------------------------------------------------------------|
 | llava        | ``question_id, prompt, text, answer_id, model_id`` per line, as ``llava.eval.model_*`` write |
 | submission   | JSON array of ``{question_id or questionId or image, answer or prediction}``, or id: text   |
-| lmms_eval    | ``doc_id, target, filtered_resps`` per line (v0.2.3 and later), or ``{"logs": [...]}``        |
 | judge        | rows with ``tuple`` (LLaVA-Bench), or id: ``{"score": [...]}`` (MM-Vet)                     |
-
-Also a folder of LLaVA's chunks (``0_8.jsonl`` ...) or of lmms-eval's logs.
 """
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.files import errors_about, refuse_encoding
+from llm2clip_plugin.files import ContractError, refuse_encoding
 
 Row = dict[str, Any]
 
@@ -39,11 +36,9 @@ class Answers:
     """The content of an answers file."""
 
     path: Path
-    layout: str  # llava | submission | lmms_eval | judge
+    layout: str  # llava | submission | judge
     rows: tuple[Answer, ...]
-    unparsable: int = 0  # lines that are not JSON objects
-    first_unparsable: str = ""  # the first of them, for messages
-    notes: tuple[str, ...] = field(default=())
+    broken: tuple[str, ...] = ()  # lines that are not JSON objects
 
     @property
     def model(self) -> str:
@@ -51,7 +46,7 @@ class Answers:
         for answer in self.rows:
             if name := answer.row.get("model_id"):
                 return str(name)
-        return self.path.parent.name if self.path.stem == "merge" or "_samples_" in self.path.stem else self.path.stem
+        return self.path.parent.name if self.path.stem == "merge" else self.path.stem
 
 
 def read_text(path: Path) -> str:
@@ -68,37 +63,69 @@ def read_text(path: Path) -> str:
     return text
 
 
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of each line of a JSONL file. Raises ContractError that names the line."""
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                if line.strip():
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
+                        raise ContractError(f"{where}: expected a JSON object, got {line.strip()[:60]!r}")
+                    yield where, value
+        except json.JSONDecodeError as error:
+            raise ContractError(f"{where}: not valid JSON ({error}); was the run cut off?") from error
+        except UnicodeDecodeError as error:
+            raise ContractError(f"{path} is not UTF-8 text ({error})") from error
+
+
 def read_jsonl(path: Path) -> list[Row]:
-    """Rows of a benchmark's JSONL file. Raises ValueError for the first line that is not a JSON object."""
-    rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if line.strip():
-            with errors_about(f"{path}, line {number}", fix="download it again"):
-                rows.append({**json.loads(line)})
+    """Rows of a benchmark's JSONL file. Raises ContractError for the first line that is not a JSON object."""
+    if not (rows := [row for _, row in json_lines(path)]):
+        raise ContractError(f"{path} is empty; download it again")
     return rows
 
 
-def read_answers(path: str | Path, *, tasks: Sequence[str] = ()) -> Answers:
-    """Read an answers file or folder.
+def read_answers(path: str | Path) -> Answers:
+    """Read an answers file or a folder of chunks.
 
-    ``tasks``: lmms-eval's names of the benchmark, to choose among a folder's logs. Raises FileNotFoundError, or
-    ValueError for an empty file, a wrong encoding or an unknown layout.
+    Raises FileNotFoundError, or ValueError for an empty file, a wrong encoding or an unknown layout.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path, tasks)
-    text = read_text(path)
+    if (path / "merge.jsonl").is_file():
+        path = path / "merge.jsonl"
+    text = _text_of_chunks(path) if path.is_dir() else read_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
-    if isinstance(value, dict) and isinstance(value.get("logs"), list):
-        value = value["logs"]
-    elif isinstance(value, dict) and not {"text", "filtered_resps", "answer", "prediction", "tuple"} & set(value):
+    if isinstance(value, dict) and not {"text", "answer", "prediction", "tuple"} & set(value):
         value = [_mapped_row(path, key, entry) for key, entry in value.items()]
-    if isinstance(value, list):
-        return _from_rows(path, list(enumerate(value, start=1)))
-    return _from_lines(path, text)
+    in_list = isinstance(value, list)
+    lines: list[Any] = value if in_list else text.split("\n")
+    rows, broken = [], []
+    # not splitlines(): an answer may contain U+2028 and the like, which JSON leaves unescaped
+    for number, line in enumerate(lines, start=1):
+        if in_list or line.strip():
+            try:
+                rows.append((number, {**(line if in_list else json.loads(line))}))
+            except (ValueError, TypeError, RecursionError) as error:
+                broken.append(f"line {number} ({error})")
+    if not rows:
+        raise ValueError(f"{path} has no answers" + f": no line is a JSON object; {broken[:1]}" * bool(broken))
+    layout = _layout(path, rows[0][1])
+    answers = []
+    for number, row in rows:
+        identifier, answer, prompt = _fields(layout, row)
+        if isinstance(identifier, float) and identifier.is_integer():  # as a table writes it where one is missing
+            identifier = int(identifier)
+        # without lone surrogates, which UTF-8 can't encode
+        plain = (
+            answer.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(answer, str) else None
+        )
+        answers.append(Answer(id=identifier, text=plain, prompt=prompt, line=number, row=row, layout=layout))
+    return Answers(path=path, layout=layout, rows=tuple(answers), broken=tuple(broken))
 
 
 def _mapped_row(path: Path, key: str, entry: Any) -> Row:
@@ -110,48 +137,11 @@ def _mapped_row(path: Path, key: str, entry: Any) -> Row:
     raise ValueError(f"{path} is a JSON object with {key!r}: {str(entry)[:80]}; expected answers, one per line")
 
 
-def _from_lines(path: Path, text: str) -> Answers:
-    rows, broken = [], []
-    # not splitlines(): an answer may contain U+2028 and the like, which JSON leaves unescaped
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append((number, {**json.loads(line)}))
-            except (ValueError, TypeError, RecursionError) as error:
-                broken.append(f"line {number} ({error})")
-    if not rows:
-        raise ValueError(f"{path} has no answers: none of its {len(broken)} lines is a JSON object; {broken[0]}")
-    return _from_rows(path, rows, broken)
-
-
-def _from_rows(path: Path, rows: Sequence[tuple[int, Any]], broken: Sequence[str] = ()) -> Answers:
-    """Detect the layout by the first row's keys and unify the rows, each with its line; ``broken``: other lines."""
-    if not rows:
-        raise ValueError(f"{path} has no answers")
-    head = rows[0][1] if isinstance(rows[0][1], dict) else {}
-    layout = _layout(path, head)
-    broken = [*broken, *(f"row {line} (not an object)" for line, row in rows if not isinstance(row, dict))]
-    answers = []
-    for line, row in rows:
-        if isinstance(row, dict):
-            identifier, text, prompt = _fields(layout, row)
-            if isinstance(identifier, float) and identifier.is_integer():  # as a table writes it where one is missing
-                identifier = int(identifier)
-            if isinstance(text, str):  # without lone surrogates, which UTF-8 can't encode
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            else:
-                text = None
-            answers.append(Answer(id=identifier, text=text, prompt=prompt, line=line, row=row, layout=layout))
-    return Answers(
-        path=path, layout=layout, rows=tuple(answers), unparsable=len(broken), first_unparsable=next(iter(broken), "")
-    )
-
-
 def _layout(path: Path, head: Row) -> str:
     """The layout of rows whose keys are those of ``head``; ValueError for an unknown one."""
     keys = set(head)
     if keys & {"filtered_resps", "resps"}:
-        return "lmms_eval"
+        raise ValueError(f"{path} is a log of another evaluator, which has scored it: pass it to `llm2clip compare`")
     if "tuple" in keys:
         return "judge"
     if "text" in keys and (keys & {"prompt", "answer_id", "model_id"} or keys <= {"question_id", "text"}):
@@ -164,8 +154,8 @@ def _layout(path: Path, head: Row) -> str:
             "llava.eval.model_vqa*"
         )
     raise ValueError(
-        f"{path}: rows have {sorted(keys)[:12]}; expected LLaVA's answers (question_id, prompt, text), a submission "
-        "(question_id, answer), or lmms-eval's --log_samples (doc_id, filtered_resps)"
+        f"{path}: rows have {sorted(keys)[:12]}; expected LLaVA's answers (question_id, prompt, text) or a submission "
+        "(question_id, answer)"
     )
 
 
@@ -176,50 +166,22 @@ def _fields(layout: str, row: Row) -> tuple[Any, Any, str]:
     if layout == "llava":
         prompt = row.get("prompt")
         return row.get("question_id"), row.get("text"), prompt if isinstance(prompt, str) else ""
-    if layout == "submission":
-        keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
-        text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
-        return row[keys[0]] if keys else None, text, ""
-    response, prompt = row.get("filtered_resps", row.get("resps")), row.get("input")
-    while isinstance(response, list) and len(response) == 1:  # in none, one or two lists, by lmms-eval's version
-        response = response[0]
-    while isinstance(prompt, list) and prompt:
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        document = row.get("doc")
-        prompt = str(document.get("question", "")) if isinstance(document, dict) else ""
-    return None, response, prompt
+    keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
+    text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
+    return row[keys[0]] if keys else None, text, ""
 
 
 CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")
 
 
-def _read_folder(folder: Path, tasks: Sequence[str]) -> Answers:
-    """A folder of lmms-eval's logs, or of the chunks that LLaVA's multi-GPU scripts write."""
-    logs = [
-        path
-        for task in tasks
-        for pattern in (f"**/*_samples_{task}.jsonl", f"**/{task}.json")
-        for path in folder.glob(pattern)
-    ]
-    if logs:
-        newest = max(logs, key=lambda path: path.name)
-        answers = read_answers(newest)
-        if len(logs) == 1:
-            return answers
-        note = f"{folder} has {len(logs)} logs of {', '.join(tasks)}; scored the newest, {newest.relative_to(folder)}"
-        return replace(answers, notes=(*answers.notes, note))
-    if (folder / "merge.jsonl").is_file():
-        return read_answers(folder / "merge.jsonl")
+def _text_of_chunks(folder: Path) -> str:
+    """What LLaVA's multi-GPU scripts write into a folder."""
     chunks = {match[0]: match for path in folder.glob("*.jsonl") if (match := CHUNK.fullmatch(path.name))}
-    if chunks:
-        total = max(int(match[2]) for match in chunks.values())
-        names = [f"{number}_{total}.jsonl" for number in range(total)]
-        if missing := [name for name in names if name not in chunks]:
-            raise FileNotFoundError(f"{folder} is missing the chunks {missing} of {total}; run them again")
-        return _from_lines(folder, "\n".join(read_text(folder / name) for name in names))
-    files = sorted(path.name for path in folder.iterdir())[:12]
-    raise FileNotFoundError(
-        f"{folder} has no answers of {'/'.join(tasks) or 'this benchmark'}: expected *_samples_<task>.jsonl, "
-        f"merge.jsonl or chunks; it has {files}"
-    )
+    if not chunks:
+        files = sorted(path.name for path in folder.iterdir())[:12]
+        raise FileNotFoundError(f"{folder} has no answers: expected merge.jsonl or chunks; it has {files}")
+    total = max(int(match[2]) for match in chunks.values())
+    names = [f"{number}_{total}.jsonl" for number in range(total)]
+    if missing := [name for name in names if name not in chunks]:
+        raise FileNotFoundError(f"{folder} is missing the chunks {missing} of {total}; run them again")
+    return "\n".join(read_text(folder / name) for name in names)

@@ -13,42 +13,32 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from llava_integration.answer.questions import ModelConfig
 from llava_integration.benchmarks.answers import read_answers, read_jsonl
 from llava_integration.benchmarks.benchmark import Benchmark, first_file
 from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llava_integration.benchmarks.score import score_answers
 from llava_integration.checkpoints import check_checkpoint, config_of
 from llava_integration.compare import report
+from llava_integration.compare.readers import read_logs
+from llava_integration.compare.sides import run_of
 from llm2clip_plugin.contracts import atomic_file, sha256_file
 from llm2clip_plugin.files import errors_about, read_json_value
 from llm2clip_plugin.options import Command, command
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchConfig(ModelConfig):
     """A model and the benchmarks to evaluate it on."""
 
     data: Path  # LLaVA's playground/data/eval, or a .jsonl with own questions
-    model_path: str = ""  # LLaVA checkpoint: full, LoRA or projector
-    model_base: str = ""  # base model of a LoRA or projector checkpoint
-    endpoint: str = ""  # instead of a checkpoint: URL of an OpenAI-compatible server
-    served_model_name: str = ""  # with --endpoint: the model; "": the only one
     output: Path  # folder for answers, scores and logs
     benchmarks: tuple[str, ...] = ()  # names; empty: all whose files are found
     engine: Literal["llava", "lmms-eval"] = "llava"  # program that generates the answers
     gpus: int = 1  # number of processes, one GPU each
-    batch_size: int = 1  # questions per batch
-    conv_mode: str = "vicuna_v1"  # conversation template
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # of the model
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights
     name: str = ""  # model name in score files; "": the checkpoint's folder, or its name on the server
-    overwrite: bool = False  # generate existing answers again
     plan: bool = False  # only list the benchmarks whose files are found
     engine_options: tuple[str, ...] = ()  # after --, for the engine
-
-    def __post_init__(self) -> None:
-        if bool(self.model_path) == bool(self.endpoint):
-            raise ValueError("--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model")
 
 
 COMMAND = Command(
@@ -84,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.model_path:
         check_checkpoint(args.model_path, args.model_base)
     tasks = plans(list(args.benchmarks), args.data, args.output / "questions")
+    if args.engine == "lmms-eval":
+        lacking = "lmms-eval's log has no score of each question"
+        tasks = [one if one.benchmark.lmms_eval_task else replace(one, missing=lacking) for one in tasks]
     print(describe_plan(tasks))
     if all(task.missing for task in tasks):
         raise FileNotFoundError(f"no benchmark can run with the files in {args.data}; the reasons are listed above")
@@ -119,8 +112,7 @@ def run_one(task: Task, args: BenchConfig) -> Outcome:
     started = time.monotonic()
     print(f"\n== {task.benchmark.title}", flush=True)
     try:
-        answers, answered_by = make_answers(task, args)
-        outcome = score_task(task, args, answers, answered_by)
+        outcome = score_task(task, args, *make_answers(task, args))
     except Exception as error:
         log = args.output / "logs" / f"{name}.error.txt"
         with atomic_file(log) as temporary:
@@ -133,17 +125,25 @@ def run_one(task: Task, args: BenchConfig) -> Outcome:
 def score_task(task: Task, args: BenchConfig, path: Path, answered_by: list[str]) -> Outcome:
     """Score the answers and write the score file; if only the server has the truth, write the server's file."""
     member, name = task.benchmark, task.benchmark.name
-    answers = read_answers(path, tasks=member.lmms_eval_tasks)
-    if member.judge:
-        score = command("score", name, task.folder, "--answers", path, "--reviews", "FILE")
-        return Outcome(name=name, status="answered", detail=f"needs a judge: {score}")
-    if task.unscored:
-        upload = args.output / "submissions" / f"{name}.{member.submission_format}"
-        member.write_submission(task.folder, answers, upload)
-        return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
-    model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
-    record = score_answers(name, task.folder, answers, model=model)
-    record.provenance.update(command=answered_by, question_file_sha256=sha256_file(task.question_file))
+    if args.engine == "lmms-eval":  # which has scored them by rules of its own
+        ((_, record),) = read_logs(path)
+        run = run_of(path, record)
+        value, unit = run.statistic.full(), run.unit
+        record = replace(record, model=args.name or Path(args.model_path).name, metrics={run.title: value})
+    else:
+        answers = read_answers(path)
+        if member.judge:
+            score = command("score", name, task.folder, "--answers", path, "--reviews", "FILE")
+            return Outcome(name=name, status="answered", detail=f"needs a judge: {score}")
+        if task.unscored:
+            upload = args.output / "submissions" / f"{name}.{member.submission_format}"
+            member.write_submission(task.folder, answers, upload)
+            return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
+        model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
+        record = score_answers(name, task.folder, answers, model=model)
+        record.provenance["question_file_sha256"] = sha256_file(task.question_file)
+        value, unit = record.metrics[member.headline] * member.scale, member.unit
+    record.provenance["command"] = answered_by
     if args.model_path:
         config = config_of(args.model_path)
         record.provenance.update(
@@ -153,9 +153,7 @@ def score_task(task: Task, args: BenchConfig, path: Path, answered_by: list[str]
             tower_sha256=(config.get("llm2clip_tower") or {}).get("weights_sha256", ""),
         )
     record.write(args.output / "scores" / f"{name}.scores.json")
-    value = record.metrics[member.headline] * member.scale
-    detail = f"{report.number(value, member.unit)} {member.unit}"
-    detail += f" ({'; '.join(record.notes)})" if record.notes else ""
+    detail = f"{report.number(value, unit)} {unit}" + f" ({'; '.join(record.notes)})" * bool(record.notes)
     return Outcome(name=name, status="scored", value=value, detail=detail)
 
 
@@ -237,30 +235,30 @@ def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: b
 
 
 def make_answers(task: Task, args: BenchConfig) -> tuple[Path, list[str]]:
-    """Run the engine in a subprocess; returns the path of the answers and the command."""
+    """Run the engine in a subprocess; returns the path of the answers, or of lmms-eval's log, and the command."""
+    name, task_name = task.benchmark.name, task.benchmark.lmms_eval_task
     if args.engine == "lmms-eval":
-        output = args.output / "lmms_eval" / task.benchmark.name
-        command = lmms_eval_command(task, args, output)
-        logs = [path for known in task.benchmark.lmms_eval_tasks for path in output.glob(f"**/*_samples_{known}.jsonl")]
-        if logs and not args.overwrite:  # written at the very end of its run
-            return output, command
+        folder = args.output / "lmms_eval" / name
+        command, pattern = lmms_eval_command(task, args, folder), f"**/*_samples_{task_name}.jsonl"
+        if logs := [] if args.overwrite else sorted(folder.glob(pattern)):  # written at the very end of its run
+            return logs[-1], command
     else:
-        output = args.output / "answers" / f"{task.benchmark.name}.jsonl"
-        command = evaluate_command(task, args, output)
+        folder, pattern = args.output / "answers", f"{name}.jsonl"
+        command = evaluate_command(task, args, folder / pattern)
     print(" ".join(command), flush=True)
-    log = args.output / "logs" / f"{task.benchmark.name}.log"
+    log = args.output / "logs" / f"{name}.log"
     status, last = run_logged(command, log)
-    if status or not output.exists():  # lmms-eval ends with status 0 after an error
+    written = sorted(folder.glob(pattern))
+    if status or not written:  # lmms-eval ends with status 0 after an error
         raise RuntimeError(
             f"{args.engine} exited with status {status} without answers; last line: {last!r}; log: {log}"
         )
-    return output, command
+    return written[-1], command
 
 
 def run_logged(command: list[str], log: Path) -> tuple[int, str]:
     """Run a command, copy its output to stderr and a file; returns its exit status and last line."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    tail = b""
     # transformers otherwise lists the names of all the tower's weights, which the tower loads itself
     environment = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
     with (
@@ -271,8 +269,7 @@ def run_logged(command: list[str], log: Path) -> tuple[int, str]:
         while chunk := os.read(process.stdout.fileno(), 1 << 16):
             os.write(2, chunk)
             file.write(chunk)
-            tail = (tail + chunk)[-4000:]
-    lines = tail.decode(errors="replace").replace("\r", "\n").split("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
     return process.returncode, next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
 
 
@@ -301,7 +298,7 @@ def lmms_eval_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
     if args.gpus > 1:
         start += ["accelerate.commands.launch", "--num_processes", str(args.gpus), "-m"]
     return [
-        *start, "lmms_eval", "--model", "llava", "--model_args", model, "--tasks", task.benchmark.lmms_eval_tasks[0],
+        *start, "lmms_eval", "--model", "llava", "--model_args", model, "--tasks", task.benchmark.lmms_eval_task,
         "--batch_size", str(args.batch_size), "--log_samples", "--log_samples_suffix", task.benchmark.name,
         "--output_path", str(output), *args.engine_options,
     ]  # fmt: skip

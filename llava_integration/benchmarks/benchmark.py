@@ -160,8 +160,6 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 # Answers are joined to questions by key, never by order. Of two answers to a question the last counts, as in LLaVA's
 # own conversion scripts.
 
-SUFFIXES = (" answer the question using", " answer with the option", " please answer")  # lmms-eval's, behind a question
-
 
 def squeeze(text: str) -> str:
     """Lower case, each run of white space as one space: how questions are compared."""
@@ -207,51 +205,27 @@ def match(
     given = [(question, answer) for question, answer in zip(questions, joined, strict=True) if answer is not None]
     _refuse_other_benchmark(given, unknown, answers, questions[0], allow, name)
     total = len(questions)
-    first = f", first at {answers.first_unparsable}" if answers.first_unparsable else ""
-    said = {
-        "missing": f"of {total} questions of {name} have no answer",
-        "doubled": "duplicate answers; the last one to a question counts",
-        "foreign": "answers match no question; ignored",
-        "unparsable": f"lines have no answer{first}",
-        "empty": "answers are empty",
+    first = f", first at {answers.broken[0]}" if answers.broken else ""
+    empty = sum(not (answer.text or "").strip() for _, answer in given)
+    faults = {  # number, what it says, the number of which at most ``allow`` may be
+        "missing": (total - len(given), f"of {total} questions of {name} have no answer", total),
+        "doubled": (doubled, "duplicate answers; the last one to a question counts", total),
+        "foreign": (len(unknown), "answers match no question; ignored", None),
+        "unparsable": (
+            len(answers.broken) + textless,
+            f"lines have no answer{first}",
+            len(answers.rows + answers.broken),
+        ),
+        "empty": (empty, "answers are empty", None),
     }
-    counts = {
-        "questions": total,
-        "answered": len(given),
-        "missing": total - len(given),
-        "doubled": doubled,
-        "foreign": len(unknown),
-        "unparsable": answers.unparsable + textless,
-        "empty": sum(not (answer.text or "").strip() for _, answer in given),
-    }
-    limits = {"missing": total, "doubled": total, "unparsable": len(answers.rows) + answers.unparsable}
-    for fault, most in limits.items():
-        if counts[fault] > allow * most:
+    for count, said, most in faults.values():
+        if most is not None and count > allow * most:
             raise ValueError(
-                f"{answers.path}: {counts[fault]} {said[fault]}, more than the allowed {allow:.0%}. Finish the "
-                "evaluation (an incomplete file, or chunks of different runs?), or pass --allow-missing"
+                f"{answers.path}: {count} {said}, more than the allowed {allow:.0%}. Finish the evaluation (an "
+                "incomplete file, or chunks of different runs?), or pass --allow-missing"
             )
-    notes = [f"{counts[fault]} {text}" for fault, text in said.items() if counts[fault]]
-    return joined, counts, [*answers.notes, *notes]
-
-
-def match_log(questions: Sequence[Question], answers: Answers, keyed: Sequence[int | None]) -> list[int | None]:
-    """Places of lmms-eval's rows: by the key in the row (``keyed``), by doc_id, by a text that one question has."""
-    texts = [squeeze(question.text) for question in questions]
-    by_text: dict[str, list[int]] = {}
-    for place, text in enumerate(texts):
-        by_text.setdefault(text, []).append(place)
-    targets: list[int | None] = []
-    for answer, place in zip(answers.rows, keyed, strict=True):
-        prompt, number = squeeze(answer.prompt), answer.row.get("doc_id")
-        if place is None and isinstance(number, int) and 0 <= number < len(questions) and texts[number] in prompt:
-            place = number
-        if place is None:
-            beginnings = [prompt, *(prompt.partition(suffix)[0] for suffix in SUFFIXES)]
-            found = next((by_text[text] for text in beginnings if text in by_text), [])
-            place = found[0] if len(found) == 1 else None
-        targets.append(place)
-    return targets
+    counts = {"questions": total, "answered": len(given), **{fault: count for fault, (count, *_) in faults.items()}}
+    return joined, counts, [f"{count} {said}" for count, said, _ in faults.values() if count]
 
 
 def _refuse_other_benchmark(
@@ -310,8 +284,7 @@ class Benchmark(ABC):
     scored_question_files: tuple[str, ...] = ()  # of the split with public annotations, where LLaVA's file is another's
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
     evaluate_options: tuple[str, ...] = ()  # of llava_integration.evaluate, as in LLaVA's scripts/v1_5/eval
-    lmms_eval_tasks: tuple[str, ...] = ()  # lmms-eval's task names
-    logged_id: tuple[str, ...] = ()  # the id in lmms-eval's logs: field, and the row's entries that may have it
+    lmms_eval_task: str = ""  # lmms-eval's name; "": its log has no score of each question
     judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
     submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
     published: Mapping[str, float] = field(default_factory=dict)  # headline number by model
@@ -353,14 +326,6 @@ class Benchmark(ABC):
         """The key of the question that a row of LLaVA's answers or of a submission answers; None: unknown."""
         return str(answer.id)  # numbers in one file are often strings in the other
 
-    def logged_key(self, answer: Answer) -> Hashable | None:
-        """The key of the question that a row of lmms-eval's log names; None: looked up by doc_id or text."""
-        return logged_field(answer, *self.logged_id) if self.logged_id else None
-
-    def arrange(self, questions: list[Question], answers: Answers) -> list[Question]:
-        """Hook that may choose among or reorder the questions for answers of a layout."""
-        return questions
-
     # Scoring
 
     def score(
@@ -374,13 +339,9 @@ class Benchmark(ABC):
         if self.judge:
             answers = self.read_reviews(answers, reviews)
         with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
-            questions = self.arrange(self.load(folder), answers)
+            questions = self.load(folder)
         keys = [self.question_keys(question) for question in questions]
-        if answers.layout == "lmms_eval":
-            keyed = places(keys, map(self.logged_key, answers.rows))
-            targets = match_log(questions, answers, keyed)
-        else:
-            targets = places(keys, map(self.answer_key, answers.rows))
+        targets = places(keys, map(self.answer_key, answers.rows))
         joined, counts, notes = match(questions, answers, targets, allow=allow, name=self.name)
         with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
             items = self.items(questions, joined)
@@ -434,8 +395,7 @@ class Benchmark(ABC):
 
     def image_bytes(self, folder: Path, item: Item) -> bytes | None:
         """The encoded picture of an item, or None; next to ``folder`` if it is a file."""
-        path = find_image(self.image_folders, folder.parent if folder.is_file() else folder, str(item["image"]))
-        return path.read_bytes() if path else None
+        return find_image(self.image_folders, folder.parent if folder.is_file() else folder, str(item["image"]))
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """Rows of the file that its server scores."""
@@ -464,12 +424,6 @@ def question_row(identifier: int | str, image: str, prompt: str) -> Row:
     return {"question_id": identifier, "image": image, "text": prompt, "category": "default"}
 
 
-def logged_field(answer: Answer, name: str, *entries: str) -> str | None:
-    """A field of the first entry of an lmms-eval row that has it, as a string."""
-    values = (answer.row.get(entry) for entry in entries)
-    return next((str(entry[name]) for entry in values if isinstance(entry, dict) and name in entry), None)
-
-
 def texts_by_id(answers: Answers, identifiers: Sequence[int | str]) -> dict[str, str]:
     """Texts by id; ValueError if one of ``identifiers`` has none, since the server rejects an incomplete file."""
     texts = {str(answer.id): answer.text for answer in answers.rows if answer.text is not None}
@@ -488,12 +442,12 @@ def first_file(folder: Path, *patterns: str) -> Path | None:
     return None
 
 
-def find_image(image_folders: Sequence[str], folder: Path, name: str) -> Path | None:
+def find_image(image_folders: Sequence[str], folder: Path, name: str) -> bytes | None:
     """An image file below ``folder``, with any suffix; None if there is none or ``name`` leads outside."""
     inside = folder.resolve()
     for below in image_folders:
         base = folder / below / name
         for path in (base, *(base.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)):
             if path.is_file() and inside in path.resolve().parents:
-                return path
+                return path.read_bytes()
     return None

@@ -13,7 +13,7 @@ from llm2clip_plugin.contracts import ScoreFile, sha256_file
 from llm2clip_plugin.files import printable_lines, read_json_value
 from llm2clip_plugin.options import Command
 
-LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy", "lmms-eval")
+LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class ScoreConfig:
 
     benchmark: str  # one of these names
     data: Path  # LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions
-    answers: Path  # of LLaVA's scripts, a submission file, or lmms-eval --log_samples (file or folder)
+    answers: Path  # of LLaVA's scripts, a folder of its chunks, or a submission file
     output: Path | None = None  # score file to write
     submission: Path | None = None  # file to write for the benchmark's server
     reviews: Path | None = None  # the judge's file, of a benchmark that has a judge
@@ -53,8 +53,6 @@ def score_answers(
     """Score answers, and record what they were made from. Raises ValueError for answers to another benchmark."""
     member = benchmark(name)
     record = member.score(data, answers, allow=allow, reviews=reviews)
-    if answers.layout == "lmms_eval":
-        record.notes.append("answers from lmms-eval: its prompts may differ from LLaVA's (TextVQA has no OCR tokens)")
     settings = settings_file(answers.path)
     provenance = {
         **({"answer_settings": read_json_value(settings)} if settings.is_file() else {}),
@@ -83,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     """Score one answers file."""
     args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     member = benchmark(args.benchmark)
-    answers = read_answers(args.answers, tasks=member.lmms_eval_tasks)
+    answers = read_answers(args.answers)
     if args.submission:
         if not member.submission_format:
             raise ValueError(f"{args.benchmark} has no server to submit to; remove --submission")

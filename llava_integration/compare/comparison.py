@@ -214,8 +214,6 @@ def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run],
     notes = [] if len(shared) == largest else [f"{largest - len(shared)} questions are not in every file; ignored"]
     if len({run.provenance.get("data_sha256", "") for run in runs} - {""}) > 1:
         notes.append("the sides were scored with different annotation files; truths in common are equal")
-    if len({run.provenance.get("layout", "") for run in runs} & {"llava", "lmms_eval"}) > 1:
-        notes.append("one side was evaluated with lmms-eval, the other with LLaVA's scripts; their prompts differ")
     count = len(base.runs[name])
     return [first, *others][:count], [first, *others][count:], notes
 

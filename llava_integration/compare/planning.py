@@ -9,7 +9,7 @@ import numpy as np
 
 from llava_integration.compare.comparison import ordered, paired_runs
 from llava_integration.compare.sides import Side
-from llava_integration.compare.statistics import Paired, combine, pair, resampled_values
+from llava_integration.compare.statistics import combine, pair, resampled_runs, slips_of
 from llm2clip_plugin.bootstrap import expansion, t_quantile
 
 MOST_RUNS = 1000  # more trainings than anyone can run
@@ -92,7 +92,11 @@ def _measure(
     first = runs[0][0]
     statistics = [[run.statistic for run in side] for side in runs]
     paired = pair(statistics[0], statistics[1], first.clusters)
-    image, answer = _image_errors(paired, resamples, seed, times_one_side)
+    count = min(len(paired.base), len(paired.new))
+    base_MR, new_MR = (side[:count] for side in resampled_runs(paired, resamples, np.random.default_rng(seed)))
+    difference_MR = new_MR - base_MR if times_one_side is None else base_MR * times_one_side
+    slips = slips_of(difference_MR)  # what one run a side adds to the variance over images that all runs share
+    shared = max(0.0, float(np.var(difference_MR, axis=1).mean()) - slips)
     strata = len(np.unique(paired.strata))
     wider = expansion(paired.clusters, max(1, paired.clusters - strata))
     noise = Noise(
@@ -101,8 +105,8 @@ def _measure(
         questions=len(first.ids),
         images=paired.clusters,
         strata=strata,
-        image_error=image * wider,
-        answer_error=answer * wider,
+        image_error=math.sqrt(shared) * wider,
+        answer_error=math.sqrt(slips) * wider,
         spread=spread,
     )
     measured = statistics if new is not base else statistics[:1]
@@ -114,25 +118,6 @@ def _measure(
     squares = sum(float(np.var(side, ddof=1)) * (len(side) - 1) for side in values)
     luck = max(0.0, squares / freedom - noise.answer_error**2 / 2)
     return replace(noise, spread=math.sqrt(luck), spread_freedom=freedom)
-
-
-def _image_errors(paired: Paired, resamples: int, seed: int, times_one_side: float | None) -> tuple[float, float]:
-    """Standard errors over images: what all runs share, and what one run a side adds.
-
-    One run a side has the variance s + i, the means of M runs s + i / M.
-    """
-
-    def variance(base_MCK: np.ndarray, new_MCK: np.ndarray) -> float:
-        part = replace(paired, base=base_MCK, new=new_MCK)
-        base_R, new_R = resampled_values(part, resamples, np.random.default_rng(seed))
-        return float(np.var(new_R - base_R)) if times_one_side is None else float(np.var(base_R)) * times_one_side**2
-
-    runs = min(len(paired.base), len(paired.new))
-    single = float(np.mean([variance(paired.base[[m]], paired.new[[m]]) for m in range(runs)]))
-    if runs == 1:
-        return math.sqrt(single), 0.0
-    answers = max(0.0, single - variance(paired.base[:runs], paired.new[:runs])) * runs / (runs - 1)
-    return math.sqrt(max(0.0, single - answers)), math.sqrt(answers)
 
 
 def lines(noises: Sequence[Noise], *, effect: float, runs: Sequence[int], level: float, power: float) -> list[str]:

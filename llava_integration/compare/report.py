@@ -8,7 +8,9 @@ scored: a score file from elsewhere must not bring another picture of this machi
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from llava_integration.benchmarks.benchmark import Item, find_image
 from llava_integration.benchmarks.rules import benchmarks
 from llava_integration.compare.comparison import Comparison, Row
 from llava_integration.compare.sides import Side
+from llm2clip_plugin.console import page_style, render, thumbnail
 from llm2clip_plugin.contracts import sha256_text
-from llm2clip_plugin.pages import page_style, render, thumbnail
 
 HERE = Path(__file__).parent
 SIDES = 6  # colors of page.css, base first
@@ -147,9 +149,11 @@ def page(
     """
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    pictures = Pictures(sides, images, enabled=with_images)
+    pictures = Pictures(picture_folders(sides, images) if with_images else {})
     rows = [row for row in comparison.rows if row.base == comparison.names[0]]
     shown = [question for row in rows for question in disagreements(row, sides, pictures, questions)]
+    fix = "were not found; pass their folder with --image-folder"
+    unseen = [f"{count} pictures of {name} {fix}" for name, count in sorted(pictures.missing.items())]
     return render(
         HERE / "page.html",
         comparison=comparison,
@@ -159,7 +163,7 @@ def page(
         style=page_style() + (HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
         verdicts=[(f"{new} against {base}", _verdict(rows)) for new, base, rows in comparison.pairs()],
-        notes=[*_notes(comparison), *pictures.notes()],
+        notes=[*_notes(comparison), *unseen],
         data={"names": comparison.names, "questions": shown, "images": pictures.encoded},
         positions=lambda row: positions(row, comparison.rows),
         width=WIDTH,
@@ -214,64 +218,49 @@ def positions(row: Row, rows: Sequence[Row]) -> list[float]:
     return [round(8 + (value - low) / span * (WIDTH - 16), 1) for value in (0.0, *_ends(row))]
 
 
+@dataclass
 class Pictures:
     """Data URIs by key; questions about one picture share it."""
 
-    def __init__(self, sides: Sequence[Side], root: Path | None, *, enabled: bool):
-        if root is not None and not root.is_dir():
-            raise FileNotFoundError(
-                f"no folder {root} for --image-folder; pass LLaVA's playground/data/eval or one of its folders"
-            )
-        self.encoded: dict[str, str] = {}
-        self.missing: dict[str, int] = {}
-        self._sides, self._root, self._enabled = sides, root, enabled
-        self._folders: dict[str, list[Path]] = {}
+    folders: dict[str, list[Path]]  # of each benchmark; of one that is not in it, pictures are left out
+    encoded: dict[str, str] = field(default_factory=dict)
+    missing: Counter[str] = field(default_factory=Counter)
 
     def key(self, name: str, item: Item) -> str:
         """The key of an item's picture, "" if there is none; encodes it at first use."""
-        if not self._enabled or not item.get("image"):
-            return ""
-        key = f"{name}/{item['image']}"
-        if key not in self.encoded:
-            if name not in self._folders:
-                scored = [run.provenance for side in self._sides for run in side.runs.get(name, ())]
-                self._folders[name] = _folders(name, self._root, scored)
-            rule = benchmarks().get(name)
-            found = (rule.image_bytes(folder, item) if rule else _image(folder, item) for folder in self._folders[name])
-            encoded = thumbnail(next((image for image in found if image is not None), None))
-            if encoded is None:
-                self.missing[name] = self.missing.get(name, 0) + 1
-                return ""
-            self.encoded[key] = encoded
-        return key
-
-    def notes(self) -> list[str]:
-        """How many pictures were not found."""
-        found = "were not found; pass their folder with --image-folder"
-        return [f"{count} pictures of {name} {found}" for name, count in sorted(self.missing.items())]
+        key = f"{name}/{item.get('image')}"
+        if key not in self.encoded and item.get("image") and name in self.folders:
+            rule, image = benchmarks().get(name), str(item["image"])
+            found = (
+                rule.image_bytes(folder, item) if rule else find_image(("", "images"), folder, image)
+                for folder in self.folders[name]
+            )
+            if encoded := thumbnail(next(filter(None, found), None)):
+                self.encoded[key] = encoded
+            else:
+                self.missing[name] += 1
+        return key if key in self.encoded else ""
 
 
-def _image(folder: Path, item: Item) -> bytes | None:
-    """The picture of an item of a benchmark without a rule."""
-    path = find_image(("", "images"), folder, str(item["image"]))
-    return path.read_bytes() if path else None
+def picture_folders(sides: Sequence[Side], root: Path | None) -> dict[str, list[Path]]:
+    """Where each benchmark's pictures are searched: below ``root`` (--image-folder), else in the data that were scored.
 
-
-def _folders(name: str, root: Path | None, scored: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Folders to search for a benchmark's pictures: below --image-folder, else the data that were scored."""
-    known = benchmarks().get(name)
-    if root is not None:
-        below = [root / folder for folder in (known.folders if known else ())]
-        return [folder for folder in (*below, root) if folder.is_dir()]
-    if known is None:
-        return []
-    folders = {Path(str(one.get("data"))): one.get("data_sha256") for one in scored if one.get("data")}
-    nothing = sha256_text("")  # of a folder without annotations
-    return [
-        folder
-        for folder, digest in folders.items()
-        if folder.exists() and nothing != digest == known.data_digest(folder)
-    ]
+    Raises FileNotFoundError if ``root`` is no folder.
+    """
+    if root is not None and not root.is_dir():
+        raise FileNotFoundError(
+            f"no folder {root} for --image-folder; pass LLaVA's playground/data/eval or one of its folders"
+        )
+    folders: dict[str, list[Path]] = {}
+    for name, run in [(name, run) for side in sides for name, runs in side.runs.items() for run in runs]:
+        rule, data, digest = benchmarks().get(name), run.provenance.get("data"), run.provenance.get("data_sha256")
+        known = folders.setdefault(name, [])
+        if root is not None:
+            known[:] = [root / below for below in (*(rule.folders if rule else ()), "") if (root / below).is_dir()]
+        # the digest of a folder without annotations is that of nothing, and says nothing
+        elif rule and data and digest != sha256_text("") and (data := Path(str(data))).exists():
+            known += [data] if rule.data_digest(data) == digest else []
+    return folders
 
 
 LONGEST = 600  # characters of a question or an answer that are shown

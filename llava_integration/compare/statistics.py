@@ -91,11 +91,6 @@ def resampled_runs(paired: Paired, resamples: int, rng: np.random.Generator) -> 
     return [np.concatenate([block[side] for block in blocks], axis=1) for side in (0, 1)]
 
 
-def resampled_values(paired: Paired, resamples: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """(R,) values of base and of new on the same resampled images; a side of several runs is their mean."""
-    return [values_MR.mean(axis=0) for values_MR in resampled_runs(paired, resamples, rng)]
-
-
 def in_blocks(paired: Paired, most: int, rng: np.random.Generator) -> Paired:
     """The same sums over about ``most`` blocks of images, drawn at random within strata: a mean over many images varies
     as one over many blocks of them, and resampling costs time in proportion to what is drawn."""

@@ -1,4 +1,4 @@
-"""Hugging Face models that servers open: LLaVA checkpoints (``llava export``) and new models (``vlm build``)."""
+"""LLaVA checkpoints as Hugging Face models that servers open; here ``llm2clip llava export``."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -64,40 +64,4 @@ def main(argv: list[str]) -> int:
     print("" if compares else f"; not compared with LLaVA's own code{reason}")
     if options.push:
         print(upload(options.output, options.push, f"LLaVA 1.5, {made.describe()}", private=not options.public))
-    return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class VlmConfig:
-    """A vision-language model to build."""
-
-    tower: str  # vision tower: tower directory, registered name, or Hugging Face folder or Hub id of a vision model
-    llm: str  # language model with a chat template: folder or Hub id
-    output: Path  # folder to write
-    arch: Literal["llava", "llava_next", "llava_onevision"] = "llava"  # llava: one square; the others: tiles
-    chat_template: Path | None = None  # Jinja file in place of the LLM's own template
-    select_layer: int = -2  # hidden state of the tower that the projector reads; -2: before the last block
-    seed: int = 0  # of the fresh projector
-    compare: bool = True  # compare logits with those of tower and LLM (both models in memory, one by one)
-    dry_run: bool = False  # print parameters and bytes of the parts, then exit
-    overwrite: bool = False  # replace an existing folder
-
-
-VLM_BUILD = Command(
-    name="vlm build",
-    example="llm2clip vlm build --tower towers/clip-l14-336 --llm Qwen/Qwen3-1.7B --output vlm/qwen3",
-    about="Build an untrained vision-language model from a vision tower and a language model, for transformers' "
-    "Trainer, TRL and vLLM: weights of both in the LLM's dtype, a fresh projector, processor, <image> token and the "
-    "LLM's chat template with a slot for images.",
-    settings=VlmConfig,
-    also={"mm-vision-select-layer": "select_layer"},
-)
-
-
-def main_vlm_build(argv: list[str]) -> int:
-    """Build an untrained vision-language model."""
-    config = VLM_BUILD.parse(argv)
-    from llava_integration.serve.vlm import Vlm, build
-
-    print(Vlm.of(config).plan() if config.dry_run else build(Vlm.of(config)))
     return 0

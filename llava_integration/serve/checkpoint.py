@@ -115,8 +115,10 @@ def _shards(tensors: LazyTensors, dtype: torch.dtype | None) -> Iterator[list[st
 def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> Tensor:
     with errors_about(tensor.where, fix=FIX):
         value = tensor.read()
+    if value.itemsize == 1:
+        raise ContractError(f"{tensor.where}: {name} has dtype {value.dtype}; quantized checkpoints are not read")
     # contiguous and of its own memory: safetensors refuses tensors that share it
-    out = value.to(dtype or value.dtype, copy=True).contiguous()
+    out = value.to((value.is_floating_point() and dtype) or value.dtype, copy=True).contiguous()
     if not torch.isfinite(out).all():
         is_large = bool(torch.isfinite(value).all())
         reason = "has values that fp16 cannot hold; pass --dtype bf16" if is_large else f"is nan; {FIX}"
@@ -157,6 +159,13 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
                 f"{path}: {name} belongs to no weight of the base model; is --model-base the right one?"
             )
         halves.setdefault(target, {})[match["half"]] = tensor
+    targets = config.get("target_modules")
+    kinds = {str(target).split(".")[-1] for target in targets} if isinstance(targets, list) else set()
+    blocks = {name for name in tensors if name.startswith("model.layers.") and name.endswith(".weight")}
+    wanted = {name for name in blocks if name.split(".")[-2] in kinds}
+    if lost := sorted(wanted - {*halves}):
+        told = f"{len(lost)} of {len(wanted)} target_modules of {LORA_FILE} have no LoRA, such as {lost[0]}"
+        raise ContractError(f"{path}: {told}; {FIX}")
     out = dict(tensors)
     for name, pair in halves.items():
         if len(pair) != 2:

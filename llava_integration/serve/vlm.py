@@ -19,21 +19,21 @@ import transformers
 from torch import Tensor, nn
 
 import llm2clip_plugin
-from llava_integration.serve import GIB, VlmConfig
 from llava_integration.serve.build import EMBEDDING, HEAD, OF_THE_FILE, ExportedTower, hf_name, register, with_image_row
 from llava_integration.serve.checkpoint import LazyTensors, in_memory, open_tensors, write_shards
 from llava_integration.serve.export import TEMPLATE, page, test_image
 from llava_integration.serve.prompt import CONFIG, FAST, IMAGE
+from llava_integration.serve.vlm_config import COMMAND, VlmConfig
 from llava_integration.towers import TowerLocation, is_ours, locate, locate_spec, registry
 from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.contracts import atomic_directory
+from llm2clip_plugin.contracts import atomic_directory, files_sha256
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.text.adapter import files_sha256, local_folder, weights_sha256
 from llm2clip_plugin.vision.checkpoint import weight_files
 from llm2clip_plugin.vision.directory import fetch_directory, has_card, is_local, read_json, write_json
 from llm2clip_plugin.vision.export import RELATIVE_TOLERANCE
 from llm2clip_plugin.vision.towers import load_tower
 
+GIB = 1 << 30
 KEY = "llm2clip_vlm"  # in config.json: of what it was made
 VIDEO = "<video>"
 ONEVISION = "llava_onevision"
@@ -61,7 +61,9 @@ class LanguageModel:
     @classmethod
     def of(cls, name: str) -> "LanguageModel":
         """A folder or Hub id. Raises FileNotFoundError or ValueError for one that LLaVA cannot have."""
-        directory = local_folder(name)
+        directory = fetch_directory(name, also=("*.jinja", "*.model", "*.txt"))
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(f"--llm {name} has no config.json; expected the folder of a Hugging Face model")
         fields = read_json(directory / "config.json")
         what = f"--llm {name} (model_type {fields.get('model_type')!r})"
         if "vision_config" in fields or "text_config" in fields:
@@ -231,17 +233,8 @@ class Vlm:
             "seed": self.config.seed,
             **{part: Path(name).resolve().name if is_local(name) else name for part, name in names.items()},
             "tower_sha256": tower.location.sha256 if tower.location else files_sha256(weight_files(tower.directory)),
-            "llm_sha256": weights_sha256(self.llm.directory),
+            "llm_sha256": files_sha256(weight_files(self.llm.directory)),
         }
-
-
-def build(vlm: Vlm) -> str:
-    """Write the folder, completely or not at all; one line about it."""
-    config = vlm.config
-    with atomic_directory(config.output, replace=config.overwrite) as temporary:
-        size = write_model(vlm, temporary)
-        said = f"logits within {compare(vlm, temporary):.1e} of the parts'" if config.compare else "not compared"
-    return f"{config.output}: {size / GIB:.2f} GiB of weights, every tensor verified by reloading; {said}"
 
 
 def write_model(vlm: Vlm, directory: Path) -> int:
@@ -309,6 +302,19 @@ def images_and_counts(vlm: Vlm) -> tuple[dict[str, Any], dict[str, Any]]:
     del images["crop_size"]
     images |= {"size": {"height": size, "width": size}, "do_center_crop": False}
     return images, {**counts, "num_image_tokens": chosen["image_seq_length"] + more, "video_token": VIDEO, **MOST_TILES}
+
+
+def main(argv: list[str]) -> int:
+    """Build an untrained vision-language model, completely or not at all."""
+    vlm = Vlm.of(config := COMMAND.parse(argv))
+    if config.dry_run:
+        print(vlm.plan())
+        return 0
+    with atomic_directory(config.output, replace=config.overwrite) as temporary:
+        size = write_model(vlm, temporary)
+        said = f"logits within {compare(vlm, temporary):.1e} of the parts'" if config.compare else "not compared"
+    print(f"{config.output}: {size / GIB:.2f} GiB of weights, every tensor verified by reloading; {said}")
+    return 0
 
 
 # Compare the written folder with its parts

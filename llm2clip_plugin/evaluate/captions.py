@@ -33,6 +33,7 @@ from llm2clip_plugin.text.llm import length_batches, pool
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
 ACCURACIES = ("cra", "reverse", "centred")
+FIT_CAPTIONS = 2000  # distinct training captions that post-processing is fitted on, at most
 SHOWN = 10  # readings in the table of --search
 READINGS = "search.json"
 
@@ -200,7 +201,7 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
     """Every reading, best first. Raises ValueError without training captions, or for prompts that only queries have."""
     if not config.reading.fit_on:
         raise ValueError("--search needs training captions for its post-processing; set --fit-on DATA")
-    sets, fitted = caption_sets(config.measure), first_captions(config.reading.fit_on, config.reading.fit_captions)
+    sets, fitted = caption_sets(config.measure), first_captions(config.reading.fit_on, FIT_CAPTIONS)
     texts = list(dict.fromkeys(text for pairs in sets.values() for _, *both in pairs for text in both))
     found = []
     for encoding in ways(config):

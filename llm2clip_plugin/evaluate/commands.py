@@ -21,7 +21,6 @@ from llm2clip_plugin.evaluate.opening import (
     check_measurable,
     dataset_name,
     on_all_ranks,
-    open_teacher_cache,
     open_tower,
     tower_provenance,
     wide_console,
@@ -49,11 +48,10 @@ def main(argv: list[str]) -> int:
         )
 
     def report(scores: ScoreFile) -> None:
-        found, caption = intervals(scores, config.resamples), "i2t: image to text; ties count half"
-        if found:
-            caption += f"; \\[95 % interval] over {len({item['cluster'] for item in scores.items})} clusters"
+        clusters = len({item["cluster"] for item in scores.items})
+        caption = f"i2t: image to text; ties count half; \\[95 % interval] over {clusters} clusters"
         console = wide_console()
-        console.print(score_table(f"{config.tower} on {config.data.path}", scores, found, caption))
+        console.print(score_table(f"{config.tower} on {config.data.path}", scores, intervals(scores), caption))
         for note in scores.notes[:NOTES_SHOWN]:
             console.print(note, markup=False)
         write_scores(scores, config.json)
@@ -62,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
-    """Open the tower, the data and the cache, check that they belong together, and measure.
+    """Open the tower, the data and the cache, embed captions that it lacks, and measure.
 
     Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
     """
@@ -70,20 +68,20 @@ def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[O
     check_fields(source)
     on_first_rank(lambda: check_measurable(source, config.retrieval))
     tower = open_tower(config.tower, config.device)
-    cache = open_teacher_cache(tower.dual.card, config.cache, config.data, any_teacher=config.any_teacher)
-    cache.check(source)
+    teacher = Teacher(tower.dual.card, config.teacher, tower.device)
+    cache = teacher.cache(source, Path(config.cache) if config.cache else None, all_ranks=all_ranks)
     return tower, evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
 
 
-def intervals(scores: ScoreFile, resamples: int) -> dict[str, Interval]:
-    """Of recall at the first k in every part and direction, by the metric's name; {} for 0 resamples."""
+def intervals(scores: ScoreFile) -> dict[str, Interval]:
+    """Of recall at the first k in every part and direction, by the metric's name."""
     queries: dict[str, list[dict[str, Any]]] = {}
-    for item in scores.items if resamples else ():
+    for item in scores.items:
         k = next(key for key in item if key.startswith("r"))
         prefix = "" if item["part"] == ALL else f"{item['part']}/"
         queries.setdefault(f"{prefix}{item['side']}_{k}", []).append(item)
     return {
-        name: bootstrap_mean([item["score"] for item in some], [item["cluster"] for item in some], resamples=resamples)
+        name: bootstrap_mean([item["score"] for item in some], [item["cluster"] for item in some])
         for name, some in queries.items()
     }
 
@@ -119,7 +117,7 @@ def main_suites(config: EvaluateConfig) -> int:
         for title in dict.fromkeys(suite.table for suite in known.values() if suite.table):
             columns = [suite for suite in known.values() if suite.table == title]
             if any(suite.name in results for suite in columns):
-                console.print(paper_table(title, columns, config.tower, results, config.resamples))
+                console.print(paper_table(title, columns, config.tower, results))
         for name, scores in results.items():
             console.print(score_table(known[name].title, scores))
             for note in scores.notes:
@@ -161,9 +159,7 @@ def measure_suites(config: EvaluateConfig, ready: list[Suite], all_ranks: bool) 
     return results
 
 
-def paper_table(
-    title: str, columns: Sequence[Suite], model: str, results: Mapping[str, ScoreFile], resamples: int
-) -> Table:
+def paper_table(title: str, columns: Sequence[Suite], model: str, results: Mapping[str, ScoreFile]) -> Table:
     """R@1 image->text / text->image in percent; the paper's rows first, ours last with 95 % intervals."""
     caption = "R@1 image->text / text->image, percent; the paper's rows are single runs"
     table = Table("tower", "source", title=title, caption=caption)
@@ -171,7 +167,7 @@ def paper_table(
         table.add_column(suite.name, justify="right")
     for row, source in {row: suite.paper_source for suite in columns for row in suite.paper}.items():
         table.add_row(row, f"paper, {source}", *(_pair(suite.paper.get(row)) for suite in columns))
-    ours = [_ours(results[suite.name], resamples) if suite.name in results else "not measured" for suite in columns]
+    ours = [_ours(results[suite.name]) if suite.name in results else "not measured" for suite in columns]
     table.add_section()
     table.add_row(dataset_name(model), "measured", *ours, style="bold")
     return table
@@ -181,11 +177,11 @@ def _pair(scores: tuple[float, float] | None) -> str:
     return "" if scores is None else f"{scores[0]:.1f} / {scores[1]:.1f}"
 
 
-def _ours(scores: ScoreFile, resamples: int) -> str:
+def _ours(scores: ScoreFile) -> str:
     """The headline, and below it the half-widths of its intervals; a mean over languages has none."""
     names = "i2t_r1", "t2i_r1"
     first = _pair((100 * scores.metrics[names[0]], 100 * scores.metrics[names[1]]))
-    if not resamples or f"{ALL}/{names[0]}" in scores.metrics:
+    if f"{ALL}/{names[0]}" in scores.metrics:
         return first
-    found = intervals(scores, resamples)
+    found = intervals(scores)
     return f"{first}\n{' / '.join(f'±{50 * (found[name].high - found[name].low):.1f}' for name in names)}"

@@ -56,18 +56,14 @@ PROMPT_EOL = 'This sentence: "{caption}" means in one word: "'  # Jiang et al. 2
 class ReadingConfig:
     """What `evaluate captions --search` tries, besides both attentions, both poolings and every hidden state."""
 
-    fit_on: str = ""  # training captions, which centering and components are fitted on
-    fit_captions: int = 2000  # distinct ones of them that are used, at most
+    fit_on: str = ""  # training captions, 2,000 at most, which centering and components are fitted on
     folder: str = ""  # folder to write: every reading tried, and the post-processing of the best
     templates: tuple[str, ...] = ("", PROMPT_EOL)  # chat templates; empty: none
     components: tuple[int, ...] = (0, 1, 2, 3, 5, 10)  # largest principal components that are removed; 0: centering
 
     def __post_init__(self) -> None:
-        if not self.components or min(self.components) < 0 or self.fit_captions < 2:
-            raise ValueError(
-                f"components are {self.components} and fit_captions {self.fit_captions}; expected one or more numbers "
-                "from 0, and at least 2 captions"
-            )
+        if not self.components or min(self.components) < 0:
+            raise ValueError(f"components are {self.components}; expected one or more numbers from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +133,37 @@ FORECAST = Command(
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreImagesConfig:
+    """How well images fit their texts."""
+
+    data: SourceConfig  # the pairs: images with the texts that they should show
+    tower: str = ""  # tower directory or Hub id, with a text adapter
+    cluster: str = ""  # field of the samples' JSON; images with the same value are resampled together
+    cache: str = ""  # the teacher's embeddings of the texts; "": embeddings-<fingerprint> in the data's folder
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
+    batch: int = 64  # images in one call of the tower
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+    json: str = ""  # write every pair's cosine here (a score file, for llm2clip compare)
+
+    def __post_init__(self) -> None:
+        if not self.tower:
+            raise ValueError("no tower given; usage: llm2clip score-images PAIRS --tower DIR")
+
+
+SCORE_IMAGES = Command(
+    name="score-images",
+    example="llm2clip score-images pairs.jsonl --tower microsoft/LLM2CLIP-Openai-L-14-336 --output scores.json",
+    about="How well does each image fit its text? The cosine of the tower's and its teacher's features (CLIPScore's, "
+    "without factor and cut), of real or generated images. Compare two generators on the same texts: llm2clip compare.",
+    settings=ScoreImagesConfig,
+    arguments="data.path",
+    everyday="tower image-folder fields kinds cluster cache llm adapter batch-size output device",
+    shown={"json": "output"},
+    hidden="data.weight data.shuffle_window",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
     """kNN and linear probe on a tower's features."""
 
@@ -176,31 +203,29 @@ class EvaluateConfig:
     data: SourceConfig
     cache: str = ""  # the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    any_teacher: bool = False  # accept a cache from a different teacher than the tower's
     device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
-    resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
     # file to write: the metrics and every query's hits, for llm2clip compare; with --suite a folder with one file a
     # suite, "": scores-<hash of the tower> in DATA
     json: str = ""
     # benchmarks by name, separated by commas, each in a folder of DATA; paper: those that the paper reports; all
     suite: str = ""
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # with --suite: the LLM, for captions not cached yet
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for captions not cached yet
     overwrite: bool = False  # with --suite: measure again even where a score file exists
 
 
 EVALUATE = Command(
     name="evaluate",
     example="llm2clip evaluate runs/l14-336/tower /data/flickr30k.jsonl --image-folder /data/flickr30k-images",
-    about="Measure a tower's image-text retrieval recall on data whose captions are cached. Under torchrun or the "
-    "deepspeed launcher the ranks split the work. With --suite paper, or names: benchmarks (flickr30k, coco, docci, "
-    "sugarcrepe ...), of which those with missing files are skipped, with a line that says where to get them; captions "
-    "are embedded once, into a cache in the suite's folder.",
+    about="Measure a tower's image-text retrieval recall on captioned data; captions that are not cached are embedded "
+    "once. Under torchrun or the deepspeed launcher the ranks split the work. With --suite paper, or names: benchmarks "
+    "(flickr30k, coco, docci, sugarcrepe ...), of which those with missing files are skipped, with a line that says "
+    "where to get them.",
     settings=EvaluateConfig,
     arguments="tower data.path",
     everyday="suite cache image-folder fields kinds languages group limit batch-size output device",
     shown={"json": "output"},
     hidden="data.weight data.shuffle_window data.kinds data.languages",
-    needs={"teacher": "suite", "overwrite": "suite", "cache": "not suite", "any_teacher": "not suite"},
+    needs={"overwrite": "suite", "cache": "not suite"},
 )
 
 

@@ -149,6 +149,7 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Capt
     patch_NPH, text_NW = torch.cat(encoded.vectors).to(device), captioned.text_NW[found]
     values = {  # of the images, whose mean is the measure
         "neighbors": neighbors(patch_NPH, text_NW.to(device)).cpu(),
+        "CKA": cka_by_image(patch_NPH.mean(1).cpu(), text_NW),
         "probe": explained(patch_NPH.mean(1).cpu(), text_NW, clusters),
     }
     items = [
@@ -183,7 +184,7 @@ def table(config: ForecastConfig, records: Sequence[ScoreFile]) -> Table:
     count, llm = records[0].counts["images"], dataset_name(config.encoder.llm)
     table = Table(
         title=f"forecast for {llm} on {count} images of {dataset_name(config.data.path)}",
-        caption="95 % intervals, bootstrap over images or --cluster; chance: neighbors .1, probe 0",
+        caption="95 % intervals, bootstrap over images or --cluster; chance: neighbors .1, CKA and probe 0",
     )
     table.add_column("tower")
     for name in records[0].metrics:
@@ -255,6 +256,48 @@ def neighbor_overlap(one_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
         index_Nk = similarity_NN.clone().fill_diagonal_(-torch.inf).topk(k).indices
         near.append(torch.zeros_like(similarity_NN, dtype=torch.bool).scatter_(1, index_Nk, True))
     return (near[0] & near[1]).sum(1) / k
+
+
+def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
+    """(N,) float64 whose mean is linear centered kernel alignment; each image's jackknife influence on it is added.
+
+    CKA is HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = X X^T, L = Y Y^T: 1 for features that differ by rotation
+    and scale, about 0 for unrelated ones, and NaN for features that are equal for all images. Values of images are for
+    intervals: images drawn twice, as a bootstrap of CKA itself has them, are similar on both sides and raise it.
+
+    Sources: Kornblith et al. 2019, arXiv 1905.00414; debiased as in Nguyen et al. 2021, arXiv 2010.15327; Arvesen 1969,
+    Jackknifing U-statistics.
+    """
+    one_NN, other_NN = _gram(one_NH), _gram(other_NW)
+    pairs = ((one_NN, other_NN), (one_NN, one_NN), (other_NN, other_NN))
+    (both, both_N), (ones, ones_N), (others, others_N) = (_hsic(*pair) for pair in pairs)
+    without_N = both_N / (ones_N * others_N).sqrt()
+    return both / (ones * others).sqrt() + (len(one_NH) - 1) * (without_N.mean() - without_N)
+
+
+def _gram(feature_NF: Tensor) -> Tensor:
+    """(N, N) inner products of centered features, float64; the diagonal is 0."""
+    centered_NF = feature_NF.double() - feature_NF.double().mean(0)
+    return (centered_NF @ centered_NF.T).fill_diagonal_(0)
+
+
+def _hsic(one_NN: Tensor, other_NN: Tensor) -> tuple[Tensor, Tensor]:
+    """The unbiased estimator of HSIC (Song et al. 2012, equation 5), as the biased one approaches 1 where features are
+    wider than images are many; and (N,) the estimator without the n-th image, for each n: only sums change."""
+    product_N, one_N, other_N = (one_NN * other_NN).sum(1), one_NN.sum(1), other_NN.sum(1)
+
+    def estimate(count: int, products: Tensor, ones: Tensor, others: Tensor, rows: Tensor) -> Tensor:
+        sums = ones * others / ((count - 1) * (count - 2))
+        return (products + sums - 2 * rows / (count - 2)) / (count * (count - 3))
+
+    products, ones, others, rows = product_N.sum(), one_N.sum(), other_N.sum(), one_N @ other_N
+    rows_N = rows - one_N * other_N - one_NN @ other_N - other_NN @ one_N + product_N
+    products_N, ones_N, others_N = products - 2 * product_N, ones - 2 * one_N, others - 2 * other_N
+    count = len(one_NN)
+    return (
+        estimate(count, products, ones, others, rows),
+        estimate(count - 1, products_N, ones_N, others_N, rows_N),
+    )
 
 
 def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> Tensor:

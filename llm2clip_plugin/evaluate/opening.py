@@ -28,7 +28,7 @@ from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
-from llm2clip_plugin.text.teacher import TeacherLLM, embed_command, load_dual_encoder, teacher_of
+from llm2clip_plugin.text.teacher import TeacherLLM, load_dual_encoder
 from llm2clip_plugin.train.distributed import barrier, choose_device, gather_objects, group_of, rank, world_size
 from llm2clip_plugin.train.guard import watched_group
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
@@ -197,46 +197,28 @@ def wide_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
-def open_teacher_cache(
-    card: TowerCard, directory: str, data: SourceConfig, *, any_teacher: bool = False
-) -> EmbeddingCache:
-    """The existing cache of the tower's teacher; ``directory`` "" is the default folder for ``data``.
-
-    Raises FileNotFoundError without a cache, ValueError if the tower's card names no teacher and no directory is
-    given, ContractError for a cache of another width or of another teacher (allowed with ``any_teacher``).
-    """
-    teacher = teacher_of(card)
-    if not directory and teacher is None:
-        raise ValueError("the tower's card names no teacher, so there is no default cache; pass --cache DIR")
-    folder = Path(directory) if directory or teacher is None else default_cache_folder(data.path, teacher.fingerprint)
-    create = embed_command(data.path, teacher)
-    if not (folder / CacheManifest.FILE).is_file():
-        raise FileNotFoundError(f"no embedding cache at {folder}; create it: {create}")
-    cache = EmbeddingCache.open(folder, expect_width=int(card.dual.get("llm_width", 0)) or None)
-    if teacher is not None and cache.fingerprint != teacher.fingerprint and not any_teacher:
-        raise ContractError(
-            f"the cache {folder} was not created with the tower's teacher: "
-            f"{differences(cache.manifest.teacher, teacher)} (fingerprints {cache.fingerprint[:12]} and "
-            f"{teacher.fingerprint[:12]}); embed the captions with the tower's teacher, or pass --any-teacher: {create}"
-        )
-    return cache
-
-
 class Teacher(TeacherLLM):
     """Opens or creates the embedding cache of any data source, with the LLM that the tower's card names."""
 
     def cache(self, source: Source, directory: Path | None = None, *, all_ranks: bool = False) -> EmbeddingCache:
         """The cache of ``source``: opened if it is complete, otherwise embedded now, by all ranks together.
 
-        ``directory``: by default ``embeddings-<fingerprint>`` in the source's folder. Raises ContractError if the LLM
-        is not the tower's teacher or the directory belongs to another one; FileNotFoundError without the LLM.
+        ``directory``: by default ``embeddings-<fingerprint>`` in the source's folder. A complete one is taken as it is
+        if the card names no teacher. Raises ContractError if the LLM is not the tower's teacher or the directory
+        belongs to another one; FileNotFoundError without the LLM.
         """
+        known = self.identity or (None if directory and not self.config.llm else self.encoder.identity())
         folder = directory or default_cache_folder(source.path, self.fingerprint)
+        if known is not None and (folder / CacheManifest.FILE).is_file():
+            theirs = CacheManifest.read(folder / CacheManifest.FILE)
+            if theirs.fingerprint != known.fingerprint:
+                raise ContractError(
+                    f"the cache {folder} was not created with the tower's teacher: "
+                    f"{differences(theirs.teacher, known)}; choose another --cache"
+                )
 
         def opened() -> EmbeddingCache:
-            cache = EmbeddingCache.open(
-                folder, expect_fingerprint=self.fingerprint, expect_width=self.llm_width or None
-            )
+            cache = EmbeddingCache.open(folder, expect_width=self.llm_width or None)
             cache.check(source)
             return cache
 

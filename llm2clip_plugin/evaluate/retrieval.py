@@ -9,8 +9,7 @@ calls this text retrieval). ``t2i``: a caption is the query and the images are r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,6 +26,7 @@ from llm2clip_plugin.evaluate.config import KS, RetrievalConfig
 from llm2clip_plugin.evaluate.opening import encode_images, json_field
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, sum_over_ranks, world_size
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
+from llm2clip_plugin.vision.towers import eval_mode
 
 ALL = "all"  # the part with every caption
 BLOCK = 1 << 24  # scores computed at once: 64 MiB
@@ -260,7 +260,7 @@ def embed_pairs(
     ``all_ranks``: every rank of the default process group calls this and gets everything; the ranks split the work.
     Raises ValueError if no sample is usable; ContractError if the cache does not belong to this source.
     """
-    with evaluating(dual) as encoders:
+    with eval_mode(dual) as encoders, torch.no_grad():
         found = encode_images(
             encoders.encode_image,
             source,
@@ -327,19 +327,6 @@ def encode_texts(encoders: Dual, teacher_UW: Tensor, all_ranks: bool = False) ->
             encoded[number] = vectors
     gathered = {number: rows for part in gather_objects(encoded, group) for number, rows in part.items()}
     return torch.cat([gathered[number] for number in range(len(batches))])
-
-
-@contextmanager
-def evaluating(dual: Dual) -> Iterator[Dual]:
-    """``dual`` in eval mode without gradients; each submodule's mode is restored afterwards."""
-    modes = {module: module.training for module in dual.modules()}
-    dual.eval()
-    try:
-        with torch.no_grad():
-            yield dual
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @dataclass(frozen=True, kw_only=True)

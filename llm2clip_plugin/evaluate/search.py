@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llm2clip_plugin.console import page_style, render, thumbnail
 from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
 from llm2clip_plugin.data.cache import source_digest
 from llm2clip_plugin.data.remote import default_download_folder
@@ -38,7 +39,6 @@ from llm2clip_plugin.evaluate.opening import (
     open_tower,
 )
 from llm2clip_plugin.files import ContractError, printable
-from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.train.distributed import barrier, gather_objects, group_of, on_first_rank, rank, world_size
 

@@ -23,9 +23,8 @@ from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.evaluate.captions import caption_sets, measure_captions
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import run as plans
-from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
-from llm2clip_plugin.stages.settings import plan_or_train, rank_and_world
+from llm2clip_plugin.stages.settings import FINETUNE_LLM, FinetuneConfig, plan_or_train, rank_and_world
 from llm2clip_plugin.text import adapter as adapters
 from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, effective
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms, equal_parts

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.console import attend
+from llm2clip_plugin.console import attend, page_style, render, thumbnail
 from llm2clip_plugin.contracts import TowerCard, atomic_file
 from llm2clip_plugin.data.samples import BrokenSample, words_of
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
@@ -25,7 +25,6 @@ from llm2clip_plugin.evaluate.commands import measure_pairs
 from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
-from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.stages.settings import PRETRAIN, RUN, PipelineConfig
 
 SURVEYED = 1000  # samples that are read
@@ -34,6 +33,7 @@ READ = ("format", "fields", "language", "image_field", "key_field", "cache_folde
 LLAVA_STEPS = 300  # of the projector, at least; LLaVA 1.5's own are 2,180
 ON_ALL_GPUS = ("finetune-llm", "embed", "train-tower")
 SHOWN = 5  # pictures that each tower finds first
+QUERIES = 24  # validation captions that the page shows
 RECORD = "pipeline.json"  # in the output: stage -> its words and seconds, of those that are complete
 
 
@@ -220,7 +220,7 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
         side: measure_pairs(EvaluateConfig(tower=str(out / side / "tower"), data=held_out))[1].pairs for side in SIDES
     }
     compared = [stage.result for stage in stages if stage.result.name == "compare.json"]
-    queries = draw(open_source(held_out), pairs, config.queries)
+    queries = draw(open_source(held_out), pairs)
     page = out / "index.html"
     with atomic_file(page) as temporary:
         html = render(
@@ -239,12 +239,12 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
     return page
 
 
-def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[dict[str, Any]]:
+def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]]:
     """Queries drawn from all validation captions, the same ones at every call: text and picture (a data URI), and by
     side the place of the right picture, and the first ones that are found, each with whether it is right."""
     first = pairs[BEFORE]
     number = {source.key(place): place for place in range(len(source))}
-    chosen = sorted(random.Random(0).sample(range(len(first.captions)), min(count, len(first.captions))))
+    chosen = sorted(random.Random(0).sample(range(len(first.captions)), min(QUERIES, len(first.captions))))
     orders: dict[str, Any] = {}  # side -> (Q, N): the images for each of these captions, the most similar first
     for side, each in pairs.items():
         image_ND, text_QD = (torch.nn.functional.normalize(x, dim=1) for x in (each.image_ND, each.text_MD[chosen]))

@@ -22,8 +22,7 @@ from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, Teach
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
 from llm2clip_plugin.files import headline, read_json_value
-from llm2clip_plugin.stages.llm_config import FinetuneConfig
-from llm2clip_plugin.stages.settings import flat, refuse_changes, within
+from llm2clip_plugin.stages.settings import FinetuneConfig, flat, refuse_changes, within
 from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.text.teacher import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load

@@ -1,20 +1,24 @@
-"""Settings of a training run: what stages share, and how a resumed run's are compared with its checkpoint's.
-
-Standard library only.
+"""Settings and options of `run`, `finetune-llm` and `embed`, and of training: what both stages share, and how a resumed
+run's are compared with its checkpoint's. Read without torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.options import Command, nearest
-from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.evaluate.config import CaptionSetConfig
+from llm2clip_plugin.options import Command, nearest, unknown
+from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
+from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 
 # Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
 # learns.
@@ -175,17 +179,16 @@ class PipelineConfig(SourceConfig):
     questions: str = ""  # .jsonl of image, question and answer: what a LLaVA of each tower, before and after, is asked
     llava_llm: str = ""  # language model of these two LLaVAs, whose projectors are trained on the captions
     llava_options: str = ""  # more options of LLaVA's pretraining, as one text: --llava-options="--learning_rate 2e-3"
-    queries: int = 24  # validation captions that the page shows, drawn at random
     dry_run: bool = False  # print the stages with their commands, and run none
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.validation < 1:
             raise ValueError(f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.1")
-        if self.num_train_epochs <= 0 or self.num_gpus < 1 or self.global_batch < 0 or self.queries < 1:
+        if self.num_train_epochs <= 0 or self.num_gpus < 1 or self.global_batch < 0:
             raise ValueError(
-                f"num_train_epochs {self.num_train_epochs:g} must be above 0, num_gpus {self.num_gpus} and queries "
-                f"{self.queries} at least 1, global_batch {self.global_batch} not negative"
+                f"num_train_epochs {self.num_train_epochs:g} must be above 0, num_gpus {self.num_gpus} at least 1, "
+                f"global_batch {self.global_batch} not negative"
             )
         if not self.questions and not self.llava_llm:
             return
@@ -245,4 +248,141 @@ EMBED = Command(
     arguments="source.path",
     everyday="llm adapter preset cache fields image-folder dtype load-in-4bit overwrite verify dry-run",
     hidden="source.weight source.shuffle_window source.kinds source.languages",
+)
+
+
+# The options of ``llm2clip finetune-llm``, and stage 1's named runs.
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """One training run of an LLM's adapter (stage 1)."""
+
+    output_dir: str = "runs/llm"  # checkpoints, metrics.jsonl, run.json and, at the end, adapter/
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    # LoRA adapters (folders or Hub ids) that are merged into the LLM, in this order, before the new one is added
+    start_adapters: tuple[str, ...] = ()
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    # betas, clipping and no weight decay are defaults of Hugging Face's Trainer
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=2e-4, weight_decay=0.0, layer_decay=1.0, betas=(0.9, 0.999), max_grad_norm=1.0, warmup_steps=300
+        )
+    )
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(global_batch=512, num_train_epochs=1.0))
+    evaluation: CaptionSetConfig = field(default_factory=CaptionSetConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    def __post_init__(self) -> None:
+        if self.encoder.post_file:
+            raise ValueError(f"post_file {self.encoder.post_file} has no effect in stage 1; set it in `llm2clip embed`")
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over all fields."""
+        return sha256_text(canonical_json(dataclasses.asdict(self)))
+
+
+# ``--recipe NAME``: the authors' settings, and ours.
+
+INSTRUCTION = "Given a caption of an image, find another caption of the same image: "
+# E5_cc3m.py:31-34, joined to the query with "; " as in its line 131
+OF_SHORT = "Given a sentence, retrieve a detailed relevant sentence; "
+OF_LONG = "Given a detailed sentence, retrieve a short relevant sentence; "
+# The authors merge a third one, of their own masked next-token prediction on captions, which they did not publish.
+LLM2VEC_8B = (
+    "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp",
+    "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp-supervised",
+)
+
+
+def _llama(teacher: str, query_prompt: str) -> EncoderConfig:
+    known = TEACHERS[teacher]
+    return EncoderConfig(llm=known.base, preset=known.preset, query_prompt=query_prompt)
+
+
+def _paper(name: str, encoder: EncoderConfig, start_adapters: tuple[str, ...] = ()) -> FinetuneConfig:
+    """The authors' settings; captions are the user's."""
+    common = _common(name, encoder, gradient_checkpointing=True)
+    return dataclasses.replace(
+        common,
+        start_adapters=start_adapters,
+        pairs=PairsConfig(
+            pair_kinds=("short:long", "long:short"),
+            mix_kinds=True,  # E5_cc3m.py:72-81, a coin for each pair
+            instructions=(f"short={OF_SHORT}", f"long={OF_LONG}"),
+            random_negatives=True,  # E5_cc3m.py:83-88
+            cut_queries=True,  # their tokenizer truncates
+        ),
+        # HardNegativeNLLLoss of llm2vec: queries retrieve positives, and nothing is masked
+        contrast=ContrastConfig(scale=50.0, symmetric=False, mask_same=False),
+        optim=dataclasses.replace(common.optim, schedule="linear"),  # Trainer's default
+    )
+
+
+def _common(name: str, encoder: EncoderConfig, *, gradient_checkpointing: bool) -> FinetuneConfig:
+    """What both sides have in common, beside the default optimizer, LoRA, scale, batch and length."""
+    default = FinetuneConfig()
+    return dataclasses.replace(
+        default,
+        output_dir=f"runs/{name}",
+        encoder=dataclasses.replace(encoder, max_tokens=512, compute_dtype="bfloat16"),
+        train=dataclasses.replace(
+            default.train, gradient_checkpointing=gradient_checkpointing, save_steps=500, dataloader_num_workers=2
+        ),
+    )
+
+
+LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
+    # any instruct LLM (set --llm); a text is one user turn of its chat template
+    "paper": partial(_paper, "paper", EncoderConfig(chat_template="user", include_bos=False, query_prompt=OF_SHORT)),
+    "paper-llama-8b": partial(_paper, "paper-llama-8b", _llama("llama-8b", OF_SHORT), LLM2VEC_8B),
+    "paper-llama-1b": partial(_paper, "paper-llama-1b", _llama("llama-1b", OF_SHORT)),  # LLM2Vec has no adapters for it
+    "llama-8b": partial(_common, "llama-8b", _llama("llama-8b", INSTRUCTION), gradient_checkpointing=True),
+    "llama-1b": partial(_common, "llama-1b", _llama("llama-1b", INSTRUCTION), gradient_checkpointing=False),
+}
+
+
+def llm_recipe(name: str) -> FinetuneConfig:
+    """The recipe of that name, "" for the default; ValueError lists the known ones."""
+    if not name:
+        return FinetuneConfig()
+    if name not in LLM_RECIPES:
+        raise ValueError(unknown("recipe", name, LLM_RECIPES))
+    return LLM_RECIPES[name]()
+
+
+FINETUNE_LLM = Command(
+    name="finetune-llm",
+    example="llm2clip finetune-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/llm",
+    about="Stage 1: fine-tune an LLM contrastively on captions, two of an image for each pair. Rerun the same command "
+    "to resume.",
+    settings=FinetuneConfig,
+    default=lambda extras: llm_recipe(extras.get("recipe", "")),
+    arguments="pairs.data",
+    everyday="recipe llm pair-kinds fields output global-batch micro-batch lr num-train-epochs max-steps load-in-4bit "
+    "deepspeed dry-run",
+    shown={
+        "pairs.weights": "data-weights",
+        "evaluation": "evaluation.",
+        "evaluation.captions": "validation",
+        "lora": "lora-",
+        "lora.r": "lora-rank",
+        "plan.images": "assumed-samples",
+    },
+    extras={
+        "recipe": "the authors' settings: paper, paper-llama-8b, paper-llama-1b; ours on the paper's LLMs: llama-8b, "
+        "llama-1b"
+    },
+    # the first is read by the tower's training alone, as are the others; an adapter has one learning rate
+    hidden="pairs.read.shuffle_window train.max_broken train.torch_compile train.dataloader_prefetch_mb "
+    "train.ema_decay optim.layer_decay optim.full_lr optim.head_lr",
+    replaces=REPLACES,
+    needs={
+        **NEEDS,
+        **dict.fromkeys(("train.eval_steps", "evaluation"), "evaluation.captions"),
+        **dict.fromkeys(("lora.r", "lora.alpha", "lora.targets"), "not encoder.adapter"),
+    },
 )

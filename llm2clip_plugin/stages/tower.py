@@ -25,7 +25,7 @@ from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_fields, check_kinds, open_source
+from llm2clip_plugin.data.sources.base import Source, check_fields, check_kinds, open_source
 from llm2clip_plugin.data.workers import LoadPlan, lacks_shared_memory, plan_loading, row_bytes
 from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
@@ -34,16 +34,16 @@ from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import TrainingRun, find_cache, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import TEACHERS, plan_or_train, rank_and_world
 from llm2clip_plugin.stages.tower_config import DEFAULT, TRAIN_TOWER, RunConfig
-from llm2clip_plugin.stages.tower_export import export_run
-from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Checkpoints, Loaded, load_weights
-from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
+from llm2clip_plugin.stages.tower_export import TOWER, export_towers
+from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Loaded, load_weights
+from llm2clip_plugin.train.config import HeadsConfig, local_world_size
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine, Reference, frozen_copy
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters, load_clip_heads
 from llm2clip_plugin.train.loop import Evaluate
-from llm2clip_plugin.train.losses.base import needs_reference, patch_layers, weighted_terms
+from llm2clip_plugin.train.losses.base import check_patch_layers, needs_reference, patch_layers, weighted_terms
 from llm2clip_plugin.train.model import (
     DTYPES,
     StepMemory,
@@ -58,9 +58,8 @@ from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.towers import tower_blocks, use_fastest_attention
+from llm2clip_plugin.vision.towers import use_fastest_attention
 
-TOWER, TOWER_EMA = "tower", "tower-ema"
 FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
 EVALUATION_PREFETCH = 2  # torch's default
 
@@ -95,7 +94,11 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
                 on_first_rank(lambda: check_data(config, data))
             if rank() == 0 and device.type == "cpu" and config.train.precision == "bf16":
                 print("note: no GPU: bf16 is slower than fp32 on most CPUs; add --precision fp32", file=sys.stderr)
-            return _train(decided_by_data(config, data), data, device, stop, command or {})
+            # what its data decides: the order of reading, which a checkpoint records, and embeddings' width
+            window = shuffle_window(config.data.read.shuffle_window, config.data.path)
+            read = dataclasses.replace(config.data, read=dataclasses.replace(config.data.read, shuffle_window=window))
+            config = dataclasses.replace(config, data=read, dual=with_llm_width(config.dual, data.caches[0].width))
+            return _train(config, data, device, stop, command or {})
 
 
 def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]) -> Path:
@@ -148,20 +151,12 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     return run.folder / TOWER
 
 
-def decided_by_data(config: RunConfig, data: Data) -> RunConfig:
-    """The run with what its data decides: the order of reading, which a checkpoint records, and embeddings' width."""
-    window = shuffle_window(config.data.read.shuffle_window, config.data.path)
-    read = dataclasses.replace(config.data.read, shuffle_window=window)
-    dual = with_llm_width(config.dual, data.caches[0].width)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, read=read), dual=dual)
-
-
 def start_model(config: RunConfig, data: Data) -> tuple[DualEncoder, ImageConfig]:
     """The tower with its heads, and how images are made for it. Raises ValueError for what would stop the run later."""
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     if config.heads.target == "clip_text":
         load_clip_heads(dual, config.tower.path)
-    check_patch_layers(dual, config.loss)
+    check_patch_layers(config.loss, dual.tower.config.num_hidden_layers)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     plans = load_plans(config, images.size, data.caches[0].width, world_size())
     if reason := lacks_shared_memory(plans, local_world_size()):
@@ -228,9 +223,8 @@ def make_references(
 ) -> dict[str, Reference]:
     """The moving average that is exported, and the tower that the loss compares with, where the run has them."""
     references: dict[str, Reference] = {}
-    if config.train.ema_decay:
+    if decay := config.train.ema_decay:
         updates, values = (resumed.state.step, resumed.averages) if resumed is not None else (0, None)
-        decay = config.train.ema_decay
         references[AVERAGES] = Reference(engine, decay, warmup=True, updates=updates, values=values)
     if frozen is not None:
         values = resumed.twin if resumed is not None else None
@@ -297,10 +291,8 @@ def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[Loa
         prefetch_mb=config.train.dataloader_prefetch_mb,
     )
     batch, workers = config.evaluation.batch, config.evaluation.workers
-    if not config.data.validation or not workers:
-        return [train]
-    size = row_bytes(side, 0)
-    return [train, LoadPlan(part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=size)]
+    held_out = LoadPlan(part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=row_bytes(side, 0))
+    return [train, held_out] if config.data.validation and workers else [train]
 
 
 def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluate | None:
@@ -316,16 +308,7 @@ def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunCo
     return evaluate
 
 
-def export_towers(config: RunConfig, step: int) -> None:
-    """Export the checkpoint of the last step, and its moving average if there is one."""
-    folder = Path(config.output_dir)
-    last = Checkpoints(folder, keep=0).path(step).name  # by its name: no fallback to an older one
-    export_run(folder, folder / TOWER, checkpoint=last, replace=True)
-    if config.train.ema_decay:
-        export_run(folder, folder / TOWER_EMA, checkpoint=last, averaged=True, replace=True)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Data:
     """Opened sources with their caches, checked against each other."""
 
@@ -353,53 +336,43 @@ class Data:
 
 
 def open_data(config: RunConfig) -> Data:
-    """Open every source and cache.
-
-    Raises ContractError if two caches have different teachers, or one doesn't fit its data.
-    """
-    sources: list[Source] = []
-    caches: list[EmbeddingCache] = []
-    for item, path in zip(config.data.sources, config.data.cache or ("",) * len(config.data.path), strict=True):
-        source, cache = open_pair(item, path, caches[0].teacher if caches else None)
-        sources.append(source)
-        caches.append(cache)
+    """Open every source and cache; ContractError if caches have different teachers, or one doesn't fit its data."""
+    data, held_out, validation_cache = config.data, config.data.held_out, None
+    caches_of = (*(data.cache or ("",) * len(data.path)), data.validation_cache)
+    for path, cache in zip((*data.path, data.validation), caches_of, strict=True):
+        if is_url(path) and not cache:  # before anything is downloaded
+            raise ValueError(
+                f"{path} is not a local folder; set its embedding cache with --cache DIR (--validation-cache DIR for "
+                "the held-out split)"
+            )
+    sources = [open_source(source) for source in data.sources]
     check_fields(*sources)
-    held_out, cache = config.data.held_out, None
-    if held_out is not None:
-        held_out, cache = open_pair(held_out, config.data.validation_cache, caches[0].teacher)
-    clip_caches = open_clip_caches(config, sources) if config.heads.target == "clip_text" else []
-    return Data(sources=sources, caches=caches, validation=held_out, validation_cache=cache, clip_caches=clip_caches)
-
-
-def open_clip_caches(config: RunConfig, sources: list[Source]) -> list[EmbeddingCache]:
-    """The caches of one CLIP's text features, checked against their sources."""
-    caches: list[EmbeddingCache] = []
-    for source, path in zip(sources, config.data.clip_cache or ("",) * len(sources), strict=True):
-        known = caches[0].fingerprint if caches else None
-        cache = EmbeddingCache.open(path or find_cache(source.config, of_clip=True), expect_fingerprint=known)
+    caches = open_caches(sources, data.cache)
+    validation = None if held_out is None else open_source(held_out)
+    if validation is not None:
+        (validation_cache,) = open_caches([validation], (data.validation_cache,), caches[0].teacher)
+    of_clip = config.heads.target == "clip_text"
+    clip_caches = open_caches(sources, data.clip_cache, of_clip=True) if of_clip else []
+    for cache in clip_caches:
         if cache.teacher.pooling != PROJECTED or cache.width != config.dual.projection_dim:
             raise ValueError(
                 f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide; expected the "
                 f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
             )
-        cache.check(source)
-        caches.append(cache)
+    return Data(sources, caches, validation, validation_cache, clip_caches)
+
+
+def open_caches(
+    sources: list[Source], paths: tuple[str, ...], teacher: TeacherIdentity | None = None, *, of_clip: bool = False
+) -> list[EmbeddingCache]:
+    """The cache of each source, all of one teacher (that of the first, unless it is given), checked against them."""
+    caches: list[EmbeddingCache] = []
+    for source, path in zip(sources, paths or ("",) * len(sources), strict=True):
+        folder = path or find_cache(source.config, teacher, of_clip=of_clip)
+        caches.append(EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint if teacher else None))
+        caches[-1].check(source)
+        teacher = caches[0].teacher
     return caches
-
-
-def open_pair(config: SourceConfig, cache_path: str, teacher: TeacherIdentity | None) -> tuple[Source, EmbeddingCache]:
-    """A source and its cache, checked against each other and against the teacher of the caches before it."""
-    if is_url(config.path) and not cache_path:  # before anything is downloaded
-        raise ValueError(
-            f"{config.path} is not a local folder; set its embedding cache with --cache DIR "
-            "(--validation-cache DIR for the held-out split)"
-        )
-    source = open_source(config)
-    cache = EmbeddingCache.open(
-        cache_path or find_cache(config, teacher), expect_fingerprint=teacher.fingerprint if teacher else None
-    )
-    cache.check(source)
-    return source, cache
 
 
 def check_data(config: RunConfig, data: Data) -> None:
@@ -419,37 +392,19 @@ def check_data(config: RunConfig, data: Data) -> None:
     check_kinds(data.sources, config.data.kind_weights)
     if data.validation is not None:
         check_measurable(data.validation, config.evaluation, option="--evaluation.")
-        warnings.append(trained_on(data))
-    for line in filter(None, warnings):
+        opened = zip([data.validation, *data.sources], [data.validation_cache, *data.caches], strict=True)
+        held_out, *trained = (
+            {cache.manifest.shards[shard.name]["rows_sha256"] for shard in source.shards}
+            for source, cache in opened
+            if cache is not None
+        )
+        if held_out & set().union(*trained):
+            warnings.append(
+                f"--validation {data.validation.path} has shards of the training data, so its scores say nothing about "
+                "new images; hold some out with `llm2clip data split`"
+            )
+    for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
-
-
-def trained_on(data: Data) -> str:
-    """A line about a shard of validation whose keys and captions are those of one that is trained on; else ""."""
-    assert data.validation is not None and data.validation_cache is not None
-    shards = {
-        cache.manifest.shards[shard.name]["rows_sha256"]: source.path
-        for source, cache in zip(data.sources, data.caches, strict=True)
-        for shard in source.shards
-    }
-    for shard in data.validation.shards:
-        if same := shards.get(data.validation_cache.manifest.shards[shard.name]["rows_sha256"]):
-            return (
-                f"--validation {data.validation.path}: shard {shard.name!r} is also in the training data {same}, its "
-                "scores say nothing about new images; hold some out with `llm2clip data split`"
-            )
-    return ""
-
-
-def check_patch_layers(dual: DualEncoder, loss: LossConfig) -> None:
-    """Raise ValueError for a term that reads patches of a hidden state that the tower does not have."""
-    blocks = len(tower_blocks(dual.tower))
-    for reads, layer in patch_layers(loss).items():
-        if not -blocks - 1 <= layer <= blocks:
-            raise ValueError(
-                f"loss.terms {' '.join(loss.terms)}: layer {layer} of {reads} is outside the tower's {blocks} blocks; "
-                "change layer in --loss.args (-2: the block before the last)"
-            )
 
 
 # The plan of ``--dry-run``.
@@ -467,7 +422,7 @@ def tower_plan(config: RunConfig) -> str:
     samples, width, assumed = measure_data(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, width))
     dual = shape_dual(config.tower, config.dual)
-    check_patch_layers(dual, config.loss)
+    check_patch_layers(config.loss, dual.tower.config.num_hidden_layers)
     heads, gpu_gib, tower = config.heads, config.plan.gpu_gib, dual.tower.config
     plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
     parameters = plans.describe_parameters(trained_parameters(dual, config.optim), config.optim)

@@ -17,6 +17,8 @@ from llm2clip_plugin.vision.convert.importing import convert
 from llm2clip_plugin.vision.directory import fetch_directory, located
 from llm2clip_plugin.vision.export import BEFORE, check_repository, export_tower, push_to_hub, reexport, summary
 
+TOWER, TOWER_EMA = "tower", "tower-ema"  # folders in a run's
+
 
 def main(argv: list[str]) -> int:
     """``llm2clip export SOURCE --output DIR [--format clip|openclip|onnx] [--push OWNER/NAME]``."""
@@ -121,3 +123,12 @@ def export_run(
         adapter=adapter,
         replace=replace,
     )
+
+
+def export_towers(config: RunConfig, step: int) -> None:
+    """Export a run's checkpoint of the last step, and its moving average if there is one."""
+    folder = Path(config.output_dir)
+    last = Checkpoints(folder, keep=0).path(step).name  # by its name: no fallback to an older one
+    export_run(folder, folder / TOWER, checkpoint=last, replace=True)
+    if config.train.ema_decay:
+        export_run(folder, folder / TOWER_EMA, checkpoint=last, averaged=True, replace=True)

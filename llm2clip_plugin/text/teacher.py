@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
-from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard, sha256_text
+from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard, files_sha256, sha256_text
 from llm2clip_plugin.data.cache import differences
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.options import command
-from llm2clip_plugin.text.adapter import files_sha256, local_folder
+from llm2clip_plugin.text.adapter import local_folder
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
 from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole
@@ -252,7 +252,8 @@ class TeacherLLM:
             raise ValueError(f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}")
         config = self.config if self.identity is None else encoder_config(self.identity, self.config)
         try:
-            encoder = open_encoder(config, self.device)
+            with torch.inference_mode(False):  # of the caller; its loading takes gradients to see what attends to what
+                encoder = open_encoder(config, self.device)
         except FileNotFoundError as error:
             if self.config.llm or str(config.llm) not in str(error):
                 raise

@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -39,10 +40,18 @@ from llm2clip_plugin.train.distributed import (
     timed,
     world_size,
 )
-from llm2clip_plugin.train.optim import chosen_optimizer, offloads_optimizer, zero_stage
+from llm2clip_plugin.train.optim import (
+    AdamW,
+    FlatAdamW,
+    by_weight_decay,
+    chosen_optimizer,
+    offloads_optimizer,
+    zero_stage,
+)
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the import below
 
+ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # else a warning: it is "untested"
 WAITS_FOR_EVERY_GATHER = Version("0.19.8")  # gloo finishes several gathers in any order
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -111,10 +120,14 @@ class Engine:
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
         self.optimizer = chosen_optimizer(optim)
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-        if torch.cuda.is_available() and offloads_optimizer(config):
+        rates: dict[Tensor, float] = {}
+        if self.stage in (1, 2) and type(self.optimizer) is AdamW and not offloads_optimizer(config):
+            groups, rates = by_weight_decay(groups)
+            optimizer: torch.optim.Optimizer = FlatAdamW(groups, **hyper, fused=torch.cuda.is_available())
+        elif torch.cuda.is_available() and offloads_optimizer(config):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **hyper)
+            optimizer = DeepSpeedCPUAdam(groups, **hyper)
         else:
             optimizer = self.optimizer.make(groups, **hyper)
         prepare_deepspeed()
@@ -127,6 +140,8 @@ class Engine:
         # DeepSpeed would also write the learning rate, by samples since the last start
         self._monitor, self.device_engine.monitor = self.device_engine.monitor, SimpleNamespace(enabled=False)
         self.device_engine.allreduce_gradients = timed("communication")(self.device_engine.allreduce_gradients)
+        if isinstance(optimizer, FlatAdamW):
+            optimizer.parts = self._parts(rates)
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -406,6 +421,22 @@ class Engine:
         if self.stage > 0:
             return optimizer.single_partition_of_fp32_groups
         return [p for group in self._base.param_groups for p in group["params"]]
+
+    def _parts(self, rates: Mapping[Tensor, float]) -> dict[Tensor, dict[float, list[slice]]]:
+        """Where this rank's masters hold parameters of each learning rate, under ZeRO-1 and 2."""
+        optimizer, parts = self.device_engine.optimizer, {}
+        layers = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
+        for master, parameters in zip(self.masters(), layers, strict=True):
+            by_rate: dict[float, list[slice]] = parts.setdefault(master, {})
+            for parameter in parameters:
+                if parameter._hp_mapping is None:  # another rank's
+                    continue
+                address = parameter._hp_mapping.get_hp_fragment_address()
+                slices, start = by_rate.setdefault(rates[parameter], []), address.start
+                if slices and slices[-1].stop == start:  # together with the one before it
+                    start = slices.pop().start
+                slices.append(slice(start, address.start + address.numel))
+        return parts
 
     def _link(self) -> None:
         """Make ZeRO-1 and 2 look up the states' tensors anew. DeepSpeed does it once, after the first group's first

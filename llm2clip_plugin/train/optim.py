@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from llm2clip_plugin.options import closest, unknown
 from llm2clip_plugin.train.config import OptimConfig, Precision, ReductionType, from_named_args
@@ -60,6 +61,42 @@ class AdamW:
         if not isinstance(optimizer, torch.optim.AdamW):  # DeepSpeedCPUAdam counts in Python
             step = updates
         return {"step": step, **{moment: torch.zeros_like(master.data) for moment in self.moments}}
+
+
+class FlatAdamW(torch.optim.AdamW):
+    """AdamW over masters that hold parameters of different learning rates: one group, and so one reduction, norm and
+    gather of ZeRO, for each weight decay. The ``lr`` of a group is the schedule's factor."""
+
+    parts: dict[Tensor, dict[float, list[slice]]]  # of each master, by peak learning rate; set once they are laid out
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update each part of a master as a master of its own would be; there is no closure."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for master in group["params"]:
+                if master.grad is None:
+                    continue
+                state = self.state[master]
+                if not state:
+                    state.update(AdamW().empty_state(self, master, 0))
+                columns = (master, master.grad, *(state[moment] for moment in AdamW.moments))
+                for peak, parts in self.parts[master].items():
+                    adamw(
+                        *([column[part] for part in parts] for column in columns),
+                        max_exp_avg_sqs=[],
+                        state_steps=list(state["step"].repeat(len(parts)).unbind()),  # counted up inside
+                        foreach=False,
+                        fused=group["fused"],
+                        amsgrad=False,
+                        beta1=beta1,
+                        beta2=beta2,
+                        lr=group["lr"] * peak,
+                        weight_decay=group["weight_decay"],
+                        eps=group["eps"],
+                        maximize=False,
+                    )
+                state["step"] += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +163,15 @@ def parameter_groups(trained: Iterable[Trained], weight_decay: float) -> Groups:
         new = {"params": [], "lr": item.lr, "peak_lr": item.lr, "weight_decay": weight_decay if item.decay else 0.0}
         groups.setdefault((item.lr, item.decay), new)["params"].append(item.parameter)
     return list(groups.values())
+
+
+def by_weight_decay(groups: Groups) -> tuple[Groups, dict[Tensor, float]]:
+    """One group for each weight decay, whose learning rate is the schedule's factor, and each parameter's peak rate."""
+    merged: dict[float, dict[str, Any]] = {}
+    for group in groups:
+        new = {**group, "params": [], "lr": 1.0, "peak_lr": 1.0}
+        merged.setdefault(group["weight_decay"], new)["params"].extend(group["params"])
+    return list(merged.values()), {parameter: group["peak_lr"] for group in groups for parameter in group["params"]}
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:

@@ -42,7 +42,7 @@ from llm2clip_plugin.vision.directory import (
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_dual
 from llm2clip_plugin.vision.families import families, family_of
 from llm2clip_plugin.vision.family import Tower, tower_in
-from llm2clip_plugin.vision.towers import load_tower, merged, resize_tower, resized_from
+from llm2clip_plugin.vision.towers import eval_mode, load_tower, merged, resize_tower, resized_from
 
 # The same code with the same weights: only nondeterministic kernels can differ.
 RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -69,7 +69,6 @@ def export_tower(
     model = merged(model)
     tower = tower_in(model)
     family, config = family_of(tower), tower.config
-    modes = {module: module.training for module in model.modules()}
     with atomic_directory(directory, replace=replace) as temporary:
         save_tower(tower, temporary)
         write_json(temporary / PREPROCESSOR_FILE, preprocessor_config(tower))
@@ -92,11 +91,8 @@ def export_tower(
         card = recorded(card, directory)
         card.write(temporary / TowerCard.FILE)
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
-        try:
-            verify_directory(model.eval(), temporary)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with eval_mode(model):
+            verify_directory(model, temporary)
     return card
 
 

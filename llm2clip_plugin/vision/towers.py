@@ -9,9 +9,10 @@ norm; the class token, if there is one, comes first.
 import copy
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -281,6 +282,20 @@ def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu"
         config.image_size = image_size
     with torch.device(device):
         return family.vision_class()(config)
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@contextmanager
+def eval_mode(model: Model) -> Iterator[Model]:
+    """``model`` in eval mode; each submodule's mode is restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 # LoRA on a tower (PEFT): low-rank updates of the blocks' Linears train, the tower's own weights are frozen.

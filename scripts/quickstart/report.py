@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import scores
@@ -26,11 +26,12 @@ from scores import HEADLINE, TEACHERS, Claim, Tower, by_name, make_claims
 from shards import in_random_order
 
 from llava_integration.compare.statistics import Difference
+from llm2clip_plugin.bootstrap import fraction, signed, spread
+from llm2clip_plugin.console import render
 from llm2clip_plugin.contracts import CacheManifest, atomic_file
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
-from llm2clip_plugin.pages import render
 
 PICTURES = 8  # on the page, per caption and tower
 
@@ -52,21 +53,6 @@ class Table:
         """For the terminal."""
         lines = [self.head, ["---"] * len(self.head), *self.rows]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{self.below}\n"
-
-
-def fraction(value: float) -> str:
-    """Three decimals without a leading zero: ``.127``, ``1.000``."""
-    return f"{value:.3f}".removeprefix("0")
-
-
-def signed(value: float) -> str:
-    """``+.069``, ``-.002``."""
-    return f"{value:+.3f}".replace("0.", ".", 1)
-
-
-def cell(values: Sequence[float]) -> str:
-    """Mean over seeds, with the standard deviation if there are several: ``.127 ± .009``."""
-    return fraction(fmean(values)) + (f" ± {fraction(stdev(values))}" if len(values) > 1 else "")
 
 
 def interval(difference: Difference) -> str:
@@ -103,7 +89,7 @@ def retrieval_table(towers: Sequence[Tower]) -> Table:
     groups, rows = by_name(towers), []
     for name, test in towers[0].tests.items():
         measured = [[tower.queries(*test) for tower in seeds] for seeds in groups.values()]
-        cells = [cell([float(one.scores.mean()) for one in seeds]) for seeds in measured]
+        cells = [spread([float(one.scores.mean()) for one in seeds]) for seeds in measured]
         rows.append([name, *cells, fraction(measured[0][0].chance)])
     heads = [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
     below = (

@@ -119,44 +119,6 @@ def test_pope_is_joined_never_zipped(run):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", ["pope", "mme", "gqa", "textvqa", "scienceqa", "mmbench", "vqav2", "seedbench"])
-def test_lmms_eval_logs_give_the_same_as_llava_files(name, model):
-    folder = ROOT / "lmms_eval" / f"synthetic__{model}"
-    record = score_answers(name, ROOT / name, read_answers(folder, tasks=benchmark(name).lmms_eval_tasks))
-    llava = {item["id"]: item for item in score(name, model).items}
-    for item in record.items:
-        if not llava[item["id"]]["missing"]:
-            assert item["score"] == llava[item["id"]]["score"], item
-            assert item["answer"] == llava[item["id"]]["answer"]
-        else:
-            assert item["answer"] == ""
-    assert record.counts["missing"] == record.counts["foreign"] == 0
-
-
-@pytest.mark.parametrize("version", ["v0.2.0", "v0.3.0", "v0.5"])
-@pytest.mark.parametrize("name", ["pope", "gqa"])
-def test_older_lmms_eval_layouts(name, version, tmp_path):
-    """The first 40 documents in an older layout give the same item scores; a part of a benchmark has to be allowed."""
-    folder = ROOT / "lmms_eval_old" / version.replace("v0.2.0", "v0.3.0") / "synthetic__model-b"
-    if version == "v0.2.0":  # one JSON with a list of logs, documents inside
-        (log,) = folder.glob(f"*{name}*")
-        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        for row in rows:
-            row.pop("input", None)
-        (tmp_path / "1014_1530_llava").mkdir()
-        (tmp_path / "1014_1530_llava" / f"{name}.json").write_text(json.dumps({"args": {}, "logs": rows}))
-        folder = tmp_path
-    read = read_answers(folder, tasks=benchmark(name).lmms_eval_tasks)
-    with pytest.raises(ValueError, match="have no answer"):
-        score_answers(name, ROOT / name, read)
-    record = score_answers(name, ROOT / name, read, allow=1.0)
-    llava = {item["id"]: item for item in score(name, "model-b").items}
-    answered = [item for item in record.items if not item["missing"]]
-    assert len(answered) == 40
-    assert all(item["score"] == llava[item["id"]]["score"] for item in answered)
-
-
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["vqav2", "vizwiz", "gqa", "seedbench", "mmbench"])
 def test_submission_is_the_official_converters(name, model, tmp_path):
     """And it scores as the answers do, where it keeps what scoring needs."""

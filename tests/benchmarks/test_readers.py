@@ -5,7 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from golden_mllm import MODELS, ROOT, answers, expected
 
+from llava_integration.benchmarks import bench, rules
+from llava_integration.benchmarks.answers import read_answers
+from llava_integration.benchmarks.score import score_answers
 from llava_integration.compare.command import main
 from llava_integration.compare.readers import read_logs, readers
 from llava_integration.compare.sides import load_side
@@ -32,6 +36,55 @@ def test_lmms_evals_composites():
     yes, no = load_side(LOGS / "lmms_eval" / "yes"), load_side(LOGS / "lmms_eval" / "no")
     assert value(yes, "mme") == value(no, "mme") == pytest.approx(100.0)
     assert value(yes, "pope") == pytest.approx(50.0) and value(no, "pope") == 0
+
+
+LMMS_EVAL = {  # a golden log's task: (benchmark in a comparison, lmms-eval's metric, its unit in ours)
+    "gqa": ("gqa exact_match", "exact_match", 100),
+    "textvqa_val": ("textvqa_val exact_match", "exact_match", 100),
+    "scienceqa_img": ("scienceqa_img exact_match", "exact_match", 100),
+    "vqav2_val": ("vqav2_val exact_match", "exact_match", 100),
+    "seedbench": ("seedbench seed_all", "seed_all", 100),
+    "pope": ("pope", "pope_f1_score", 100),
+    "mme": ("mme", "mme_perception_score", 1),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_lmms_evals_numbers(model):
+    """Every log gives what lmms-eval's own aggregation gave; MMBench's, which needs a judge, what `score` gives."""
+    side = load_side(ROOT / "lmms_eval" / f"synthetic__{model}")
+    aggregates = expected("lmms_eval")["aggregates"]
+    for task, (benchmark, metric, unit) in LMMS_EVAL.items():
+        assert value(side, benchmark) == pytest.approx(unit * aggregates[task][model][metric]), task
+        assert len(side.runs[benchmark][0].ids) == aggregates[task][model]["n"]
+    (run,) = side.runs["mmbench"]
+    record = score_answers("mmbench", ROOT / "mmbench", read_answers(answers("mmbench", model)))
+    assert dict(zip(run.ids, run.scores, strict=True)) == {str(item["id"]): item["score"] for item in record.items}
+
+
+@pytest.mark.parametrize("version", ["v0.3.0", "v0.5"])
+def test_older_lmms_evals(version):
+    """Their first 40 documents have the scores of today's log."""
+    old = load_side(ROOT / "lmms_eval_old" / version / "synthetic__model-b")
+    new = load_side(ROOT / "lmms_eval" / "synthetic__model-b")
+    for benchmark in ("gqa exact_match", "pope"):
+        assert old.runs[benchmark][0].scores == new.runs[benchmark][0].scores[:40]
+
+
+def test_bench_mllm_keeps_lmms_evals_scores(tmp_path):
+    """A log that is there is not made again; its score file is compared as the log itself."""
+    options = ["--model-path", "org/llava", "--data", str(ROOT), "--output", str(tmp_path), "--engine", "lmms-eval"]
+    args = bench.COMMAND.parse(options)
+    folder = tmp_path / "lmms_eval" / "gqa"
+    (log,) = (ROOT / "lmms_eval" / "synthetic__model-b").glob("*_gqa.jsonl")
+    folder.mkdir(parents=True)
+    (folder / log.name).write_bytes(log.read_bytes())
+    outcome = bench.run_one(bench.Task(benchmark=rules.benchmark("gqa")), args)
+    assert (outcome.status, outcome.value) == ("scored", pytest.approx(76.875)), outcome.detail
+    kept = load_side(tmp_path / "scores").runs["gqa exact_match"][0]
+    assert kept.items == load_side(log).runs["gqa exact_match"][0].items and kept.model == "llava"
+    with pytest.raises(ValueError, match="llm2clip compare"):
+        read_answers(log)
 
 
 def test_lmms_evals_own_metric(tmp_path):
@@ -135,7 +188,7 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "l.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": "x"}\n', "metrics a"),
     "m.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n', "line 2"),
     "n.jsonl": ('{"doc_id": 0, "doc_hash": "", "acc": 1}\n{"doc_id": 1, "acc": null}\n', "line 2"),
-    "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "no metric"),
+    "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "submission of o"),
     "p.jsonl": ('{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n', "line 1"),
     "q.eval": ("not a zip file", "q.eval"),
     "r.json": ('{"status": "error", "eval": {"run_id": "x", "task": "t"}}', "status"),
@@ -161,4 +214,5 @@ def test_a_folder_has_logs_of_one_form(tmp_path):
 
 
 def test_a_new_file_is_a_new_reader():
-    assert list(readers()) == ["inspect_ai", "lm-evaluation-harness", "lmms-eval", "table", "VLMEvalKit"]
+    known = ["inspect_ai", "lm-evaluation-harness", "lmms-eval", "score files", "table", "VLMEvalKit"]
+    assert list(readers()) == known

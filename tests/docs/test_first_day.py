@@ -1,6 +1,6 @@
 """docs/first-day.md as printed, in little: its blocks up to LLaVA, on drawn pictures and models of two layers.
 
-The blocks under "In LLaVA" run in LLaVA's environment: tests/llava/end_to_end/test_first_day.py.
+The blocks under "In LLaVA" run in LLaVA's environment: tests/llava/end_to_end/test_first_day_llava.py.
 """
 
 from __future__ import annotations

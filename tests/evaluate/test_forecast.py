@@ -37,6 +37,29 @@ def test_whitening_is_by_the_covariance_of_ledoit_and_wolf(rows: int):
     np.testing.assert_allclose(white_MF @ white_MF.T, expected, rtol=1e-3, atol=1e-3)
 
 
+def unbiased_cka(one_ND: Tensor, other_NE: Tensor) -> float:
+    """Song et al. 2012, equation 5, as it is written."""
+
+    def hsic(one_NN: Tensor, other_NN: Tensor) -> float:
+        count, ones_N = len(one_NN), torch.ones(len(one_NN), dtype=torch.float64)
+        sums = ones_N @ one_NN @ ones_N * (ones_N @ other_NN @ ones_N) / (count - 1) / (count - 2)
+        rows = 2 / (count - 2) * (ones_N @ one_NN @ other_NN @ ones_N)
+        return float((one_NN @ other_NN).trace() + sums - rows) / count / (count - 3)
+
+    one_NN, other_NN = ((x @ x.T).fill_diagonal_(0) for x in (one_ND.double(), other_NE.double()))
+    return hsic(one_NN, other_NN) / (hsic(one_NN, one_NN) * hsic(other_NN, other_NN)) ** 0.5
+
+
+def test_cka_by_image_is_the_jackknife():
+    one_ND, other_NE = normal(40, 8), normal(40, 8) + normal(40, 8, seed=1)
+    rest = [torch.cat([torch.arange(image), torch.arange(image + 1, 40)]) for image in range(40)]
+    without = [unbiased_cka(one_ND[kept], other_NE[kept]) for kept in rest]
+    expected = unbiased_cka(one_ND, other_NE) + 39 * (np.mean(without) - np.array(without))
+    np.testing.assert_allclose(measures.cka_by_image(one_ND, other_NE), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(measures.cka_by_image(one_ND, 2 * one_ND @ rotation(8)), 1, atol=1e-4)
+    assert abs(float(measures.cka_by_image(normal(300, 8, seed=2), normal(300, 8, seed=3)).mean())) < 0.03
+
+
 def test_best_match_similarity_by_loops():
     patch_NPH = F.normalize(normal(5, 3, 4), dim=2)
     similarity_NN = measures.best_match_similarity(patch_NPH)

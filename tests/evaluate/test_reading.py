@@ -11,7 +11,7 @@ from evaluate_world import write_llm
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
-from llm2clip_plugin.evaluate.captions import READINGS, measure_captions, search
+from llm2clip_plugin.evaluate.captions import FIT_CAPTIONS, READINGS, measure_captions, search
 from llm2clip_plugin.evaluate.config import CaptionSetConfig, EvaluateCaptionsConfig, ReadingConfig
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, first_captions, remove_components
@@ -56,7 +56,7 @@ def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -
     assert len(found) == 2 * 2 * 3 * 2 * 3  # templates, attentions, hidden states, poolings, post-processing
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     assert len({one.score for one in found}) > 3
-    training = first_captions(str(folder / "train.jsonl"), config(folder).reading.fit_captions)
+    training = first_captions(str(folder / "train.jsonl"), FIT_CAPTIONS)
     for number, one in enumerate([*found[:2], *[one for one in found if (one.layer, one.components) == (1, 2)][:2]]):
         settings = {name: vars(one)[name] for name in ("attention", "pooling", "layer", "chat_template")}
         if one.post is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_world import COLOURS, square, write_llm, write_tower
+from evaluate_world import COLOURS, square, write_data, write_llm, write_tower
 
 import llm2clip_plugin.evaluate.suites as suites_package
 from llm2clip_plugin.cli import main as cli
@@ -198,7 +198,7 @@ def test_a_file_with_another_layout_is_named(tmp_path):
 
 def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, capsys):
     root, tower, llm = setting
-    words = ["evaluate", str(tower), "--suite", "paper,sugarcrepe", "--data", str(root), "--resamples", "50"]
+    words = ["evaluate", str(tower), "--suite", "paper,sugarcrepe", "--data", str(root)]
     assert cli([*words, "--teacher.llm", str(llm)]) == 0
     printed = capsys.readouterr().out
     assert "91.2 / 82.1" in printed and "paper, review" in printed and "measured" in printed
@@ -230,6 +230,18 @@ def test_an_llm_other_than_the_teacher_is_refused(setting, tmp_path, capsys):
     assert cli(words) == 2
     assert "is not the tower's teacher" in capsys.readouterr().err
     assert not list((tmp_path / "root" / "docci").rglob(CacheManifest.FILE))
+
+
+def test_evaluate_embeds_what_is_not_cached_once(setting, tmp_path):
+    _, tower, llm = setting
+    words = ["evaluate", str(tower), str(write_data(tmp_path / "data")), "--output", str(tmp_path / "scores.json")]
+    assert cli([*words, "--llm", str(llm)]) == 0
+    first = ScoreFile.read(tmp_path / "scores.json")
+    (manifest,) = (tmp_path / "data").glob(f"embeddings-*/{CacheManifest.FILE}")
+    written = manifest.stat().st_mtime_ns
+    assert cli(words) == 0 and manifest.stat().st_mtime_ns == written
+    again = ScoreFile.read(tmp_path / "scores.json")
+    assert again.items == first.items and first.counts["captions"] == CacheManifest.read(manifest).captions > 0
 
 
 def test_hard_negatives_count_a_tie_as_half():
@@ -289,7 +301,7 @@ def test_one_file_adds_a_suite_that_is_listed_read_measured_and_shown(setting, t
 
     images(tmp_path / "photos-100" / "photos", ["a.jpg", "b.jpg"])
     text(tmp_path / "photos-100" / "captions.json", {"a.jpg": "a red square", "b.jpg": "a green square"})
-    assert cli([*words, "--output", str(tmp_path), "--resamples", "0"]) == 0
+    assert cli([*words, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     scores = ScoreFile.read(tmp_path / "photos-100.scores.json")
     i2t, t2i = (100 * scores.metrics[f"{side}_r1"] for side in ("i2t", "t2i"))

@@ -24,7 +24,7 @@ def cut(path: Path) -> None:
     Fault(
         "cache file that is missing",
         "",
-        "{w}/data/embeddings-.../00000.safetensors is missing, but the manifest lists shard '00000'; ...",
+        "{w}/data/embeddings-.../00000.safetensors is missing, but the manifest lists it; ...",
         lambda w: (w.cache / "00000.safetensors").unlink(),
     ),
     Fault(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "llm2clip_plugin"
 # Floors from the bottom up: a room may import from the floors below its own, never beside or above.
 FLOORS = (
-    ("bootstrap", "console", "files", "pages"),
+    ("bootstrap", "console", "files"),
     ("contracts", "options"),
     ("status",),
     ("data", "vision"),

@@ -61,21 +61,21 @@ TENSORS: dict[str, tuple[Damage, str]] = {
 }  # fmt: skip
 SETTINGS: dict[str, tuple[Damage, str]] = {
     "far layer": (settings(mm_vision_select_layer=-40), "mm_vision_select_layer -40"),
-    "quantized": (settings(quantization_config={"quant_method": "bitsandbytes"}), "is quantized (bitsandbytes)"),
+    "quantized": (settings(quantization_config={"quant_method": "bitsandbytes"}), "quantization_config is"),
     "more layers": (settings(num_hidden_layers=3), "tensors are missing, such as model.layers.2"),
     "width": (settings(mm_hidden_size=48), "expects features of width 48, but the tower"),
     "projector": (settings(mm_projector_type="linear"), "mm_projector_type is 'linear'"),
     "foreign": (settings(model_type="qwen2_vl"), "model_type is 'qwen2_vl'"),
-    "next": (settings(image_aspect_ratio="anyres"), "LLaVA-NeXT, not LLaVA 1.5"),
+    "next": (settings(image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
     "patch token": (settings(mm_use_im_patch_token=None), "mm_use_im_patch_token"),  # LLaVA's loader then adds one
     "symbols": (user_defined_symbol, "user-defined pieces that are no merges of others, such as 'zz▁qq'"),
 }
 ADAPTERS: dict[str, tuple[Damage, str]] = {
-    "no projector": (lambda folder: (folder / "non_lora_trainables.bin").unlink(), "writes the projector of a LoRA"),
+    "no projector": (lambda folder: (folder / "non_lora_trainables.bin").unlink(), "no non_lora_trainables.bin"),
     "cut": (lambda folder: (folder / LORA).write_bytes((folder / LORA).read_bytes()[:-9]), "not a complete"),
     "block lost": (weights(lambda s: {n: v for n, v in s.items() if "s.1." not in n}, LORA), "3 of 6 target_modules"),
     "nan": (weights(nan, LORA), "up_proj.weight is nan"),
-    "another rank": (settings(ADAPTER, r=8), "adapter_config.json 8"),
+    "another rank": (settings(ADAPTER, r=8), "rank 4, expected"),
 }
 
 

@@ -312,7 +312,8 @@ def test_the_card_names_both_by_hash(built: Path) -> None:
         ("clip", "qwen3", ("--select-layer", "-9"), "mm_vision_select_layer -9 is out of range"),
         ("clip", "qwen3", ("--chat-template", "broken.jinja"), "cannot be used"),
         ("nowhere", "qwen3", (), "nowhere is not a directory or a Hub id"),
-        ("clip", "nowhere/", (), "nowhere"),
+        ("clip", "nowhere", (), "no LLM at"),
+        ("clip", ".", (), "has no config.json; expected the folder of a Hugging Face model"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -329,7 +330,7 @@ def test_what_does_not_fit_is_one_line(
         (folder / "config.json").write_text(json.dumps(config | quantized))
     if llm == "gpt2":
         folder = tmp_path / "gpt2"
-        sizes = {"vocab_size": 400, "n_embd": 32, "n_layer": 1, "n_head": 2}
+        sizes: dict[str, Any] = {"vocab_size": 400, "n_embd": 32, "n_layer": 1, "n_head": 2}
         AutoModelForCausalLM.from_config(transformers.GPT2Config(**sizes)).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     place = tower_directory(tower) if tower == "clip" else tower

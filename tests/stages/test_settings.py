@@ -11,8 +11,7 @@ import pytest
 from llm2clip_plugin.files import from_plain
 from llm2clip_plugin.options import Command
 from llm2clip_plugin.stages import tower_config as recipes
-from llm2clip_plugin.stages.llm_config import FINETUNE_LLM
-from llm2clip_plugin.stages.settings import refuse_changes
+from llm2clip_plugin.stages.settings import FINETUNE_LLM, refuse_changes
 from llm2clip_plugin.stages.tower_config import RECIPES, TRAIN_TOWER, RunConfig, recipe
 
 

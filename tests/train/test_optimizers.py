@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_data import make_all
 from tower_runs import STEPS, finish, killed_at, losses, options, start
+from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.optim import AdamW, Trained, parameter_groups
+from llm2clip_plugin.train.checkpoint import HostCopies
+from llm2clip_plugin.train.optim import OPTIMIZERS, AdamW, Trained, parameter_groups, set_lr
+
+
+class GroupedAdamW(AdamW):
+    """AdamW with a group for each learning rate, under every ZeRO stage."""
+
+    name = "grouped"
 
 
 def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
@@ -34,6 +43,37 @@ def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
         adamw.step()
     for parameter, (value, _, _) in zip((matrix, vector), expected, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-5, atol=1e-6)  # fp32, other order of products
+
+
+def trained_by(rank: int, world: int) -> list[tuple[str, dict[str, int], dict[str, list[dict[str, torch.Tensor]]]]]:
+    """For each ZeRO stage and precision: the groups of both optimizers, and the fp32 weights and moments of both."""
+    OPTIMIZERS[GroupedAdamW.name] = GroupedAdamW
+    results = []
+    for stage, precision, micro in itertools.product((1, 2), ("fp32", "bf16")[: 1 + (world < 3)], (4, 8)):
+        groups, tensors = {}, {}
+        for name in ("grouped", "adamw"):
+            torch.manual_seed(0)
+            engine = tiny_engine(stage=stage, precision=precision, micro=micro, world=world, name=name)
+            step = tiny_step(engine)
+            for i in range(5 if precision == "fp32" else 1):
+                set_lr(engine.groups, 1 - i / 10)
+                step(tiny_batch(i, rank=rank, world=world))
+            groups[name] = len(engine.groups)
+            tensors[name] = [engine.weights(HostCopies()), engine.moments(HostCopies())]
+        results.append((f"ZeRO-{stage} {precision} {micro}", groups, tensors))
+    return results
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_group_for_each_weight_decay_trains_as_one_for_each_rate_does(world: int):
+    """The norm sums in another order: an fp32 ulp or two, in steps of at most .02. A bf16 weight whose master is an ulp
+    away may round apart, so that the second gradient differs in its third digit; so may a sum of 4 ranks in bf16."""
+    for way, groups, tensors in run_ranks(trained_by, world)[0]:
+        assert groups == {"grouped": 7, "adamw": 2}, way
+        for expected, values in zip(tensors["grouped"], tensors["adamw"], strict=True):
+            assert expected.keys() == values.keys()
+            for key, value in values.items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

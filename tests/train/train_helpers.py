@@ -121,7 +121,7 @@ def tiny_engine(
     name: str = "adamw",
     args: tuple[str, ...] = (),
 ) -> Any:
-    """An engine over a TinyDual with two learning rates, made as stages.py makes one."""
+    """An engine over a TinyDual with a learning rate for each of the tower's layers, and the heads'."""
     from llm2clip_plugin.train.config import OptimConfig
     from llm2clip_plugin.train.engine import Engine
     from llm2clip_plugin.train.optim import EnginePlan, Trained, complete, is_vector, parameter_groups
@@ -130,8 +130,12 @@ def tiny_engine(
     module = dual or TinyDual()
     if weights:
         module.load_state_dict(weights)
+
+    def rate(name: str) -> float:
+        return 2 - int(name.split(".")[1]) / 8 if name.startswith("tower") else 2
+
     trained = [
-        Trained(name=n, parameter=p, lr=lr if "tower" in n else 2 * lr, decay=not is_vector(p))
+        Trained(name=n, parameter=p, lr=lr * rate(n), decay=not is_vector(p))
         for n, p in module.named_parameters()
         if p.requires_grad
     ]

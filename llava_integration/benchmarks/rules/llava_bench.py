@@ -84,7 +84,6 @@ BENCHMARK = LLaVABench(
     question_files=("questions.jsonl",),
     image_folders=("images", ""),
     evaluate_options=base.LONG_ANSWERS,
-    lmms_eval_tasks=("llava_in_the_wild",),
     judge="LLaVA's eval_gpt_review_bench.py",
     item_fields=("mark_model", "mark_reference"),
     published=base.published_scores(llava_7b=65.4, llava_13b=72.5, reproduced_7b=58.0, llm2clip_7b=62.7),

@@ -109,8 +109,7 @@ class MMBench(base.Benchmark):
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """One rotation: the letter that the rule reads."""
         said = base.text_of(answer)
-        text = "nan" if said in PANDAS_MISSING else said  # through a spreadsheet and back
-        letter = letter_of(text, choices_of(question.rule))
+        letter = letter_of(said, choices_of(question.rule))
         return {
             "index": question.id,
             "inferred": letter,
@@ -178,6 +177,7 @@ def choices_of(row: dict[str, str]) -> dict[str, str]:
 
 def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
     """The option by its letter, else by its text; None if neither. 'Z' stands for a refusal: no option, so wrong."""
+    answer = "nan" if answer in PANDAS_MISSING else answer  # through a spreadsheet and back
     if API_FAILED in answer:
         return _by_text(answer, options)
     if any(refusal in answer for refusal in REFUSALS):
@@ -219,8 +219,7 @@ BENCHMARK = MMBench(
     annotations=PATTERNS,
     question_files=PATTERNS,
     evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
-    lmms_eval_tasks=("mmbench_en_dev", "mmbench_en_dev_static", "mmbench_en_dev_lite", "mmbench_en"),
-    logged_id=("index", "gpt_eval_score", "submission", "doc"),
+    lmms_eval_task="mmbench_en_dev",
     submission_format="jsonl",  # its server takes the same rows as .xlsx: docs/mllm.md
     published=base.published_scores(llava_7b=64.3, llava_13b=67.7, reproduced_7b=66.66, llm2clip_7b=68.29),
 )

@@ -20,12 +20,11 @@ PERCEPTION = (
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUFFIXES = ("answer the question using a single word or phrase.", "please answer yes or no.")
-LOGGED_SCORES = ("mme_perception_score", "mme_percetion_score", "mme_cognition_score")  # percetion: up to v0.2.4
 
 
 class MME(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
-        """The questions of all subtasks there, in the tool's order and LLaVA's within a subtask; two per file."""
+        """The questions of all subtasks there, two per file."""
         root = folder / RELEASE
         if not root.is_dir():
             raise FileNotFoundError(
@@ -39,8 +38,7 @@ class MME(base.Benchmark):
         for category in (*PERCEPTION, *COGNITION):
             inner = root / category / "questions_answers_YN"
             source = inner if inner.is_dir() else root / category
-            order = {stem: place for place, (known, stem) in enumerate(images) if known == category}
-            for path in sorted(source.glob("*.txt"), key=lambda path: (order.get(path.stem, len(images)), path.name)):
+            for path in sorted(source.glob("*.txt")):
                 questions += _pair(path, category, images)
         if not questions:
             raise FileNotFoundError(f"{root} has none of MME's subtasks ({', '.join(PERCEPTION)} ...)")
@@ -52,10 +50,6 @@ class MME(base.Benchmark):
     def answer_key(self, answer: Answer) -> Hashable | None:
         """LLaVA's id is the image's path."""
         return _key(answer.id, answer.prompt)
-
-    def logged_key(self, answer: Answer) -> Hashable | None:
-        identifier = base.logged_field(answer, "question_id", *LOGGED_SCORES)
-        return None if identifier is None else _key(identifier, answer.prompt)
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """A missing answer is 'other', so wrong."""
@@ -181,7 +175,7 @@ BENCHMARK = MME(
     annotations=(f"{RELEASE}/**/*.txt",),
     question_files=("llava_mme.jsonl", "llava_mme*.jsonl"),
     image_folders=(RELEASE, ""),
-    lmms_eval_tasks=("mme",),
+    lmms_eval_task="mme",
     item_fields=("category", "cluster"),
     published=base.published_scores(llava_7b=1510.7, llava_13b=1531.3, reproduced_7b=1476.69, llm2clip_7b=1505.82),
 )

@@ -5,14 +5,13 @@ exactly 'No', 'no' or 'not', else 'yes' (so 'Nope' and '' are yes, and 'Yes, no 
 answers with labels by order; here they are joined by question. An unanswered question is not counted, as in the script.
 """
 
-from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, Row, read_jsonl
+from llava_integration.benchmarks.answers import Answer, read_jsonl
 
 AVERAGED = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
@@ -23,40 +22,24 @@ class POPE(base.Benchmark):
         path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
         where = "from https://github.com/AoiDragon/POPE (output/coco)"
         label_file = self.require(folder, "coco/coco_pope_*.json", where=where)
-        labels: dict[tuple[str, str, str], list[Row]] = {}
-        for file in sorted(label_file.parent.glob("coco_pope_*.json")):
-            for row in read_jsonl(file):
-                key = (file.stem.removeprefix("coco_pope_"), row["image"], base.squeeze(row["text"]))
-                labels.setdefault(key, []).append(row)
-        questions, used = [], Counter()
+        labels = {
+            (file.stem.removeprefix("coco_pope_"), row["image"], base.squeeze(row["text"])): row["label"]
+            for file in label_file.parent.glob("coco_pope_*.json")
+            for row in read_jsonl(file)
+        }
+        questions = []
         for row in read_jsonl(path):
             text = row["text"].split("\n")[0]
-            key = (row["category"], row["image"], base.squeeze(text))
-            known = labels[key]
-            label = known[min(used[key], len(known) - 1)]
-            used[key] += 1
             questions.append(
                 base.Question(
                     id=row["question_id"],
                     text=text,
-                    truth=label["label"],
+                    truth=labels[row["category"], row["image"], base.squeeze(text)],
                     image=row["image"],
                     category=row["category"],
-                    rule=str(label["question_id"]),
                 )
             )
         return questions
-
-    def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
-        """LLaVA's id; for lmms-eval's rows the label file's id, question and label.
-
-        Where these are equal in two categories, the same was asked about the same image.
-        """
-        return str(question.id), (question.rule, base.squeeze(question.text), question.truth)
-
-    def logged_key(self, answer: Answer) -> Hashable | None:
-        question = base.squeeze(answer.prompt.split("\n")[0])
-        return base.logged_field(answer, "question_id", "pope_accuracy"), question, answer.row.get("target")
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         parsed = parse(base.text_of(answer)) if answer else "missing"
@@ -113,7 +96,7 @@ BENCHMARK = POPE(
     annotations=("coco/coco_pope_*.json", "llava_pope*.jsonl"),
     question_files=("llava_pope_test.jsonl", "llava_pope*.jsonl"),
     image_folders=("val2014", "images", ""),
-    lmms_eval_tasks=("pope", "pope_full"),
+    lmms_eval_task="pope",
     item_fields=("category", "parsed", "label"),
     published=base.published_scores(llava_7b=85.9, llava_13b=85.9),
 )

@@ -7,7 +7,6 @@ answer is not in the IMG denominator.
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,6 @@ class ScienceQA(base.Benchmark):
             for identifier in splits["test"]
         ]
 
-    def arrange(self, questions: list[base.Question], answers: Answers) -> list[base.Question]:
-        """lmms-eval's prompts have no ``<image>``, and its scienceqa_img has the questions with an image only."""
-        if answers.layout == "lmms_eval":
-            questions = [replace(question, rule=bool(question.image)) for question in questions]
-            pictured = [question for question in questions if question.image]
-            questions = pictured if len(answers.rows) <= len(pictured) else questions
-        return questions
-
     def score(self, folder: Path, answers: Answers, **options: Any) -> ScoreFile:
         """Raises ValueError if the model answered without the images."""
         record = super().score(folder, answers, **options)
@@ -53,9 +44,6 @@ class ScienceQA(base.Benchmark):
                 f"no prompt in {answers.path} has <image>: the model answered without the images, which "
                 "ScienceQA-IMG is about; evaluate with LLaVA's question file and --image-folder"
             )
-        if answers.layout == "lmms_eval":  # part of the split: these are numbers of all of it
-            for name in ("total", "correct", "accuracy_percent"):
-                del record.metrics[name]
         return record
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
@@ -70,7 +58,7 @@ class ScienceQA(base.Benchmark):
             score=int(index == LETTERS.index(question.truth)),
             parsed=letter,
             pred_idx=index,
-            is_multimodal=bool(answer and "<image>" in answer.prompt) if question.rule is None else question.rule,
+            is_multimodal=bool(answer and "<image>" in answer.prompt),
             has_image=bool(question.image),
             ground_truth=question.truth,
         )
@@ -118,6 +106,6 @@ BENCHMARK = ScienceQA(
     question_files=("llava_test_CQM-A.json", "llava_test_*.json"),
     image_folders=("images/test", "images", "test", ""),
     evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
-    lmms_eval_tasks=("scienceqa_img", "scienceqa"),
+    lmms_eval_task="scienceqa_img",
     published=base.published_scores(llava_7b=66.8, llava_13b=71.6, reproduced_7b=67.97, llm2clip_7b=69.92),
 )

@@ -46,15 +46,11 @@ class VizWiz(base.Benchmark):
         ]
 
     def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
-        """LLaVA's id, and the image's name, which submissions and logs have."""
+        """LLaVA's id, and the image's name, which submissions have."""
         return ("id", str(question.id)), ("image", Path(question.image).stem)
 
     def answer_key(self, answer: Answer) -> Hashable:
         return ("id", str(answer.id)) if answer.layout == "llava" else ("image", Path(str(answer.id)).stem)
-
-    def logged_key(self, answer: Answer) -> Hashable | None:
-        image = base.logged_field(answer, "image", "submission")
-        return None if image is None else ("image", Path(image).stem)
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """A missing answer scores 0."""
@@ -89,7 +85,7 @@ BENCHMARK = VizWiz(
     question_files=("llava_val*.jsonl", "llava_test*.jsonl"),
     scored_question_files=("llava_val*.jsonl",),
     image_folders=("val", "test", "images", ""),
-    lmms_eval_tasks=("vizwiz_vqa_val", "vizwiz_vqa_val_lite"),
+    lmms_eval_task="vizwiz_vqa_val",
     submission_format="json",
     published=base.published_scores(llava_7b=50.0, llava_13b=53.6, reproduced_7b=50.57, llm2clip_7b=52.37),
 )

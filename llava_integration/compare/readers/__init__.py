@@ -5,17 +5,18 @@ A reader makes score files of logs, with an item for each question: ``id``, ``sc
 composite's rule reads (``benchmarks/rules/``). Standard library only; what a format needs more is imported in its file.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from llava_integration.benchmarks.answers import json_lines
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError, discover
 
 IMAGES = ("image_id", "imageId", "img_id", "image_name", "image_path", "img_path", "image")  # a question's image
+OWN = "score files"  # name of the reader of ours, which take precedence
 CATEGORIES = ("category", "group", "subset", "question_type", "task")
 
 
@@ -40,36 +41,17 @@ def read_logs(path: Path) -> list[tuple[Path, ScoreFile]]:
     Raises ContractError for a log that cannot be read, or for logs of several forms in one folder.
     """
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = {
-        reader: logs
-        for reader in readers().values()
-        if (
-            logs := [
-                file for file in files if file.name.endswith(reader.endings) and file.is_file() and reader.fits(file)
-            ]
-        )
-    }
+    found: dict[Reader, list[Path]] = {}
+    for reader in sorted(readers().values(), key=lambda one: one.name != OWN):
+        logs = [file for file in files if file.name.endswith(reader.endings) and file.is_file() and reader.fits(file)]
+        if logs:
+            found[reader] = logs
+            if reader.name == OWN:
+                break
     if len(found) > 1:
         listed = "; ".join(f"{reader.name}: {logs[0]}" for reader, logs in found.items())
         raise ContractError(f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one")
     return [(log, record) for reader, logs in found.items() for log in logs for record in reader.read(log)]
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of each line of a JSONL file. Raises ContractError that names the line."""
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if line.strip():
-                    value = json.loads(line)
-                    if not isinstance(value, dict):
-                        raise ContractError(f"{where}: expected a JSON object, got {line.strip()[:60]!r}")
-                    yield where, value
-        except json.JSONDecodeError as error:
-            raise ContractError(f"{where}: not valid JSON ({error}); was the run cut off?") from error
-        except UnicodeDecodeError as error:
-            raise ContractError(f"{path} is not UTF-8 text ({error})") from error
 
 
 def first_object(path: Path) -> dict[str, Any]:

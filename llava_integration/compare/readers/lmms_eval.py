@@ -1,7 +1,7 @@
 """lmms-eval, ``--log_samples``: ``DATE_samples_TASK.jsonl`` beside ``DATE_results.json``.
 
-A metric's value is a number, or an object with what the task's aggregation reads. MME and POPE become their composites;
-of other objects the field ``score`` counts.
+A metric's value is a number, or an object with what the task's aggregation reads. MME, POPE and MMBench become their
+composites; of other objects the field ``score`` counts, or whether ``pred`` is ``answer``.
 """
 
 import re
@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_integration.compare.readers import CATEGORIES, IMAGES, Reader, first_object, first_of, json_lines, number
+from llava_integration.benchmarks.answers import json_lines
+from llava_integration.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
+from llava_integration.compare.readers import Reader, first_object, number
+from llava_integration.compare.readers.lm_eval import image_of, scored, summary_of
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.files import ContractError, read_json_value
+from llm2clip_plugin.files import ContractError
 
 NAME = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl$")
 Line = dict[str, Any]
@@ -39,13 +42,31 @@ def _mme(path: Path) -> list[Line]:
 
 
 def _pope(path: Path) -> list[Line]:
-    """lmms-eval's F1 is over all questions, not the mean of three parts, so there is one category."""
+    """lmms-eval's F1 is over all questions, not the mean of three parts, so there is one category.
+
+    An answer that is neither yes nor no is no positive, and its question is left out of recall.
+    """
     items = []
     for where, line in json_lines(path):
         value = with_fields(line.get("pope_f1_score"), ("question_id", "score", "prediction", "ground_truth"), where)
-        items.append({"id": line["doc_id"], "cluster": _image(line), "category": "", "truth": value["ground_truth"]})
-        items[-1] |= {"score": value["score"], "parsed": value["prediction"], "label": value["ground_truth"]}
+        said, true = value["prediction"], value["ground_truth"]
+        items.append({"id": line["doc_id"], "cluster": image_of(line), "category": "", "truth": true})
+        items[-1] |= {"score": value["score"], "parsed": said, "label": true}
+        items[-1]["missing"] = said not in ("yes", "no")
     return items
+
+
+def _mmbench(path: Path) -> list[Line]:
+    """A group of rotations each, as ``llm2clip score`` reads the answers; lmms-eval's own number needs a judge."""
+    groups: dict[int, Line] = {}
+    for where, line in json_lines(path):
+        value = with_fields(line.get("submission"), ("index", "prediction", "answer", "category"), where)
+        group = int(value["index"]) % ROTATION
+        item = groups.setdefault(group, {"id": group, "score": 1, "cluster": f"group {group}"})
+        item["score"] *= int(letter_of(str(value["prediction"]), choices_of(value)) == value["answer"])
+        if value["index"] == group:
+            item |= {"truth": value["answer"], "category": value["category"]}
+    return [item for item in groups.values() if "truth" in item]
 
 
 COMPOSITES: dict[str, tuple[str, Callable[[Path], list[Line]]]] = {  # a metric of the log: (benchmark, its items)
@@ -55,49 +76,24 @@ COMPOSITES: dict[str, tuple[str, Callable[[Path], list[Line]]]] = {  # a metric 
 }
 
 
+NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
+
+
 def read(path: Path) -> Iterator[ScoreFile]:
     """The task's composite, or its first metric that has a number for each document."""
     name = NAME.search(path.name)
     task = name["task"] if name else path.stem
-    results = path.with_name(f"{name['date']}_results.json") if name else path
-    summary = read_json_value(results) if name and results.is_file() else {}
-    model = str(summary.get("model_name", ""))
+    model, better = summary_of(path.with_name(f"{name['date']}_results.json") if name else None, task)
     start = first_object(path)
     composite = next((COMPOSITES[metric] for metric in start if metric in COMPOSITES), None)
+    if task.startswith("mmbench_"):
+        composite = ("mmbench_cn" if task.startswith("mmbench_cn") else "mmbench", _mmbench)
     if composite:
-        yield ScoreFile(benchmark=composite[0], metrics={}, items=composite[1](path), model=model)
+        said = ["answers to lmms-eval's prompts, which may differ from LLaVA's"]
+        yield ScoreFile(benchmark=composite[0], metrics={}, items=composite[1](path), model=model, notes=said)
         return
-    better = summary.get("higher_is_better", {}).get(task, {})
-    metric = next((one for one in [*better, *start] if one in start and _score(start[one], one) is not None), "")
-    if not metric:
-        raise ContractError(f"{path}: no metric of {task} has a number for each document; it has {', '.join(start)}")
-    sign = 1 if better.get(metric, True) else -1
-    items = []
-    for where, line in json_lines(path):
-        if "doc_id" not in line:
-            raise ContractError(f"{where}: no doc_id, as lmms-eval writes it")
-        score = sign * number(_score(line.get(metric), metric), f"{where}: {metric}")
-        item = {"id": line["doc_id"], "score": score, "cluster": _image(line), "truth": line.get("target")}
-        values = line[metric] if isinstance(line[metric], dict) else line
-        items.append({**item, "category": first_of(values, CATEGORIES)})
-    notes = [] if sign == 1 else [f"{metric}: lower is better, so its negative is compared"]
-    yield ScoreFile(benchmark=f"{task} {metric}", metrics={}, items=items, model=model, notes=notes)
-
-
-NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
-
-
-def _score(value: Any, metric: str) -> float | bool | None:
-    """A metric's number for one document; None if it has none."""
-    value = value.get("score") if isinstance(value, dict) else value
-    return value if metric not in NO_METRICS and isinstance(value, (int, float)) else None
-
-
-def _image(line: Line) -> str:
-    """The image of a question: the first of its media, a field of its document, or the question itself."""
-    media = line.get("input_media")
-    document = line["doc"] if isinstance(line.get("doc"), dict) else {}
-    return str(media[0]) if isinstance(media, list) and media else first_of(document, IMAGES) or str(line["doc_id"])
+    metrics = [one for one in dict.fromkeys((*better, *start)) if one not in NO_METRICS]
+    yield scored(list(json_lines(path)), task=task, metrics=metrics, better=better, model=model)
 
 
 def with_fields(value: Any, names: tuple[str, ...], where: str) -> Line:

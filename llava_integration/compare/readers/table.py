@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_integration.compare.readers import Reader, first_object, json_lines, number
+from llava_integration.benchmarks.answers import json_lines
+from llava_integration.compare.readers import Reader, first_object, number
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError
 

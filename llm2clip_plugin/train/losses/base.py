@@ -201,6 +201,16 @@ def patch_layers(config: LossConfig) -> dict[str, int]:
     return {term.reads: term.layer for term in terms if term.reads}
 
 
+def check_patch_layers(config: LossConfig, blocks: int) -> None:
+    """Raise ValueError for a term that reads patches of a hidden state that a tower of so many blocks does not have."""
+    for reads, layer in patch_layers(config).items():
+        if not -blocks - 1 <= layer <= blocks:
+            raise ValueError(
+                f"loss.terms {' '.join(config.terms)}: layer {layer} of {reads} is outside the tower's {blocks} "
+                "blocks; change layer in --loss.args (-2: the block before the last)"
+            )
+
+
 def weighted_terms(config: LossConfig, *, group: Group = None) -> Terms:
     """The terms of a configuration, over the batch of a group of ranks."""
     return {weight.name: partial(_weighted, config, weight, term, group) for weight, term in chosen_terms(config)}

@@ -1,0 +1,156 @@
+"""Logs that today's evaluators write (``scripts/test.sh --stacks``): planted differences come back from them."""
+
+# The evaluators are in an environment of their own, not where types are checked.
+# pyright: reportMissingImports=false
+
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from llava_integration.compare import build, load_side
+
+QUESTIONS = 240
+RIGHT = {"weak": 50, "strong": 80}  # percent of the questions that a model answers
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Two questions about each image; of three, one is answered by "yes"."""
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    rows = [
+        {
+            "question_id": f"q{n}",
+            "image_id": f"image{n // 2}",
+            "question": f"Is {n} divisible by three?",
+            "answer": "no" if n % 3 else "yes",
+            "category": "odd" if n % 2 else "even",
+        }
+        for n in range(QUESTIONS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_of(questions: Path) -> list[dict]:
+    return [json.loads(line) for line in questions.open()]
+
+
+def answer(model: str, row: dict) -> str:
+    """The truth, for the model's share of the questions."""
+    is_right = zlib.crc32(f"{model} {row['question']}".encode()) % 100 < RIGHT[model]
+    return row["answer"] if is_right else {"yes": "no", "no": "yes"}[row["answer"]]
+
+
+def accuracy(model: str, questions: Path) -> float:
+    rows = rows_of(questions)
+    return 100 * sum(answer(model, row) == row["answer"] for row in rows) / len(rows)
+
+
+def check(folder: Path, questions: Path, benchmark: str) -> None:
+    """Both numbers are exact, the difference is found; a side against itself shows none."""
+    sides = [load_side(folder / model) for model in RIGHT]
+    (row,) = build(sides, resamples=2000).rows
+    assert row.benchmark == benchmark and row.questions == QUESTIONS and row.images == QUESTIONS // 2
+    assert (row.result.base, row.result.new) == pytest.approx([accuracy(model, questions) for model in RIGHT])
+    assert row.verdict == "better" and row.result.low <= row.result.difference <= row.result.high
+    (same,) = build([sides[0], load_side(folder / "weak", "again")], resamples=2000).rows
+    assert same.result.difference == 0 and same.verdict == "no difference shown"
+
+
+def test_lm_evaluation_harness(questions, tmp_path):
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    class Model(LM):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def generate_until(self, requests):
+            return [answer(self.name, request.doc) for request in requests]
+
+        def loglikelihood(self, requests):
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    task = {
+        "task": "toy",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(questions)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"]},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    for name in RIGHT:
+        results = simple_evaluate(Model(name), tasks=[task], task_manager=TaskManager(), log_samples=True)
+        samples = results.pop("samples")
+        tracker = EvaluationTracker(output_path=str(tmp_path / name))
+        tracker.general_config_tracker.model_name_sanitized = name
+        tracker.save_results_aggregated(results=results, samples=samples)
+        tracker.save_results_samples(task_name="toy", samples=samples["toy"])
+    check(tmp_path, questions, "toy exact_match")
+
+
+def test_inspect_ai(questions, tmp_path):
+    from inspect_ai import Task, eval
+    from inspect_ai.dataset import Sample
+    from inspect_ai.model import ModelAPI, ModelOutput, modelapi
+    from inspect_ai.scorer import match
+    from inspect_ai.solver import generate
+
+    rows = {row["question"]: row for row in rows_of(questions)}
+
+    @modelapi("toy")
+    class Model(ModelAPI):
+        async def count_text_tokens(self, text):
+            return len(text)  # the package's own fetches a tokenizer
+
+        async def generate(self, input, tools, tool_choice, config):
+            return ModelOutput.from_content(self.model_name, answer(self.model_name, rows[input[-1].text]))
+
+    samples = [
+        Sample(
+            id=row["question_id"], input=row["question"], target=row["answer"], metadata={"image_id": row["image_id"]}
+        )
+        for row in rows.values()
+    ]
+    for name, form in zip(RIGHT, ("eval", "json"), strict=True):
+        task = Task(name="toy", dataset=samples, solver=generate(), scorer=match())
+        eval(task, model=f"toy/{name}", log_dir=str(tmp_path / name), log_format=form, display="none")
+    check(tmp_path, questions, "toy match")
+
+
+def test_lmms_eval(questions, tmp_path):
+    """Its own model that says one thing, and its own POPE: F1 of always "yes" is 50, of always "no" 0."""
+    import lmms_eval.tasks.pope as pope
+
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "utils.py").write_text(
+        "from lmms_eval.tasks.pope.utils import *\n\n\ndef none(doc):\n    return []\n\n\n"
+        "def text(doc, kwargs=None):\n    return doc['question']\n"
+    )
+    (written,) = [path / "pope.yaml" for path in map(Path, pope.__path__)]
+    yaml = written.read_text().replace("utils.pope_doc_to_visual", "utils.none")
+    yaml = yaml.replace("utils.pope_doc_to_text", "utils.text").replace('task: "pope"', 'task: "toy"')
+    lines = ["dataset_path: json" if line.startswith("dataset_path") else line for line in yaml.splitlines()]
+    lines = [line.replace("token: True", f"data_files: {{test: {questions}}}") for line in lines]
+    (folder / "toy.yaml").write_text("\n".join(lines))
+    for said in ("no", "yes"):
+        run = [sys.executable, "-m", "lmms_eval", "--model", "dummy", "--model_args", f"response={said}"]
+        run += ["--tasks", "toy", "--include_path", str(folder), "--batch_size", "1"]
+        subprocess.run([*run, "--log_samples", "--output_path", str(tmp_path / said)], check=True)
+    (row,) = build([load_side(tmp_path / said) for said in ("no", "yes")], resamples=2000).rows
+    assert row.benchmark == "pope" and (row.result.base, row.result.new) == pytest.approx((0, 50))
+    assert row.images == QUESTIONS // 2 or row.images == QUESTIONS  # newer versions log the image
+    assert row.verdict == "better"
