@@ -5,13 +5,12 @@ import http.client
 import io
 import json
 import os
-import queue
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -203,32 +202,6 @@ def image_url(question: Question, folder: str) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(raw).decode()}"
 
 
-def results_of(
-    work: Callable[[int], Any], indices: list[int], concurrency: int, stopped: threading.Event
-) -> Iterator[tuple[int, Any]]:
-    """What ``work`` returns or raises for each index, as it comes from several threads."""
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-
-    def run() -> None:
-        while not stopped.is_set():
-            try:
-                index = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                results.put((index, work(index)))
-            except Exception as error:
-                results.put((index, error))
-
-    for index in indices:
-        todo.put(index)
-    for _ in range(min(concurrency, len(indices))):
-        threading.Thread(target=run, daemon=True).start()  # a daemon: an interrupted run does not wait for a server
-    for _ in indices:
-        yield results.get()
-
-
 def answer_served(
     endpoint: Endpoint,
     model: str,
@@ -246,20 +219,32 @@ def answer_served(
     if options.top_p is not None:
         request["top_p"] = options.top_p
 
-    def ask(index: int) -> Reply:
+    def ask(index: int) -> tuple[int, Reply | Exception]:
         content: Any = questions[index].text  # the server applies the chat template
-        if questions[index].image:  # before the text, as in LLaVA's prompts
-            url = image_url(questions[index], options.image_folder)
-            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": content}]
-        return endpoint.chat({**request, "messages": [{"role": "user", "content": content}]})
+        try:
+            if endpoint.stopped.is_set():
+                raise EndpointError("the run has stopped")
+            if questions[index].image:  # before the text, as in LLaVA's prompts
+                url = image_url(questions[index], options.image_folder)
+                content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": content}]
+            return index, endpoint.chat({**request, "messages": [{"role": "user", "content": content}]})
+        except Exception as error:
+            if not isinstance(
+                error, (RefusedError, PassingError)
+            ):  # the other threads' next questions would fail alike
+                endpoint.stopped.set()
+            return index, error
 
     refused: list[str] = []
     in_a_row = 0
     done = len(questions) - len(indices)
     print(f"asking {model!r} at {endpoint.url}: {len(indices)} questions, {done} answered before", file=sys.stderr)
     try:
-        with progress_bar(total=len(questions), initial=done, label="answers", unit="questions") as bar:
-            for index, result in results_of(ask, indices, options.concurrency, endpoint.stopped):
+        with (
+            progress_bar(total=len(questions), initial=done, label="answers", unit="questions") as bar,
+            ThreadPool(min(options.concurrency, len(indices))) as pool,
+        ):
+            for index, result in pool.imap_unordered(ask, indices):
                 if isinstance(result, tuple):
                     text, reason = result
                     metadata = {"endpoint": endpoint.url, "finish_reason": reason}

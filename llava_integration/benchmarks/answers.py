@@ -161,14 +161,10 @@ def _layout(path: Path, head: Row) -> str:
 
 def _fields(layout: str, row: Row) -> tuple[Any, Any, str]:
     """Id, text and prompt of a row, not yet checked."""
-    if layout == "judge":
-        return row.get("question_id"), row.get("content"), ""
-    if layout == "llava":
-        prompt = row.get("prompt")
-        return row.get("question_id"), row.get("text"), prompt if isinstance(prompt, str) else ""
-    keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
-    text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
-    return row[keys[0]] if keys else None, text, ""
+    identifier = next((row[key] for key in ("question_id", "questionId", "index", "image") if key in row), None)
+    text = {"judge": "content", "llava": "text"}.get(layout, "prediction" if "prediction" in row else "answer")
+    prompt = row.get("prompt") if layout == "llava" else ""
+    return identifier, row.get(text), prompt if isinstance(prompt, str) else ""
 
 
 CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")
