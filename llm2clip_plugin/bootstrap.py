@@ -132,6 +132,11 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("0.", ".", 1)
 
 
+def p_value(p: float) -> str:
+    """``< .001`` or ``.038``."""
+    return "< .001" if p < 0.001 else fraction(p)
+
+
 def spread(values: Sequence[float], shown: Callable[[float], str] = fraction) -> str:
     """Mean over seeds, with the standard deviation if they differ: ``.127 ± .009``."""
     deviation = stdev(values) if len(values) > 1 else 0.0

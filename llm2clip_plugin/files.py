@@ -125,8 +125,11 @@ def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING)
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_plain(hint, value, where=where, default=None if default is dataclasses.MISSING else default)
-    if origin in (typing.Union, types.UnionType):  # an optional value: the other type comes first
-        return None if value is None and type(None) in arguments else typed(arguments[0], value, where)
+    if origin in (typing.Union, types.UnionType):  # the first type, or None, or a word
+        if value is None and type(None) in arguments:
+            return None
+        words = (one for one in arguments if typing.get_origin(one) is typing.Literal)
+        return typed(next((one for one in words if value in typing.get_args(one)), arguments[0]), value, where)
     if origin is typing.Literal:
         if value not in arguments:
             raise ContractError(f"{where} is {_short(value)}, expected one of {', '.join(map(repr, arguments))}")

@@ -25,7 +25,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from llm2clip_plugin.files import can_only_be_a_path, default_of, from_plain
 
@@ -57,6 +57,7 @@ HALF, PRECISION = ("bf16", "fp16"), "train.precision"  # the Trainer's flags, an
 HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
 OPTION, NUMBER = re.compile(r"--[A-Za-z]"), re.compile(r"-?\.?\d")
 TRUTH = {"true": True, "false": False}
+AUTO = bool | Literal["auto"]  # a flag that may be left to the program
 WIDTH, COLUMN = 110, 30  # of --help; where its texts begin
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
@@ -218,7 +219,7 @@ class Command(Generic[Settings]):
         """
         option, equals, value = word.partition("=")
         name = option.removeprefix("--").replace("_", "-")
-        flags = {option for option, of in self.understood.items() if self.leaves[of].type is bool}
+        flags = {option for option, of in self.understood.items() if self.leaves[of].type in (bool, AUTO)}
         section, dot, last = name.rpartition(".")
         positive = f"{section}{dot}{last.removeprefix('no-')}"
         if name in self.understood:
@@ -232,7 +233,7 @@ class Command(Generic[Settings]):
             raise ValueError(self._unknown(option, flags))
         if equals:
             return name, hint, [value]
-        if hint is bool and not (waiting and waiting[0].lower() in TRUTH):
+        if hint in (bool, AUTO) and not (waiting and waiting[0].lower() in (*TRUTH, *["auto"][: hint is not bool])):
             return name, hint, ["true"]
         if name in self.alone and not (waiting and NUMBER.match(waiting[0])):
             return name, hint, [self.alone[name]]
@@ -282,6 +283,8 @@ class Command(Generic[Settings]):
 
     def _spelled(self, name: str) -> str:
         flag, leaf = f"--{self.options[name]}", self.leaves[name]
+        if leaf.type == AUTO:
+            return f"{flag} true|false|auto"
         if leaf.type is not bool:
             return f"{flag} {_metavar(leaf.type)}"
         return f"{flag}, --{negative(self.options[name])}" if leaf.default is True else flag
@@ -308,6 +311,8 @@ def _value(hint: Any, texts: Sequence[str]) -> Any:
     if origin is tuple:
         return tuple(_value(arguments[0], [text]) for text in texts)
     text = texts[0]
+    if hint == AUTO:
+        return "auto" if text.lower() == "auto" else _value(bool, texts)
     if origin in (typing.Union, types.UnionType):  # an optional value
         return None if text.lower() == "none" else _value(arguments[0], texts)
     if origin is typing.Literal and text not in arguments:

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
-from llm2clip_plugin.bootstrap import fraction, signed, spread, t_quantile
+from llm2clip_plugin.bootstrap import fraction, p_value, signed, spread, t_quantile
 from llm2clip_plugin.contracts import ScoreFile, atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,9 +202,9 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
 # ----------------------------------------------------------------------------------------- the pages' tables
 
 
-def p_value(claim: Mapping[str, Any], otherwise: str) -> str:
+def adjusted_p(claim: Mapping[str, Any], otherwise: str) -> str:
     """``< .001``, ``.009``, or with a remark if it is not significant."""
-    p = "< .001" if claim["p_adjusted"] < 0.001 else fraction(claim["p_adjusted"])
+    p = p_value(claim["p_adjusted"])
     return p if claim["significant"] else f"{p}, {otherwise}"
 
 
@@ -223,7 +223,7 @@ def table(claims: Mapping[str, Any], *, full: bool = False) -> list[str]:
         cells = [spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}", difference, alone, chance]
         if full:
             sides = [fraction(fmean(claim[side])) for side in RAW_TUNED]
-            cells = [*sides, chance, difference, p_value(claim, "not significant"), alone]
+            cells = [*sides, chance, difference, adjusted_p(claim, "not significant"), alone]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
 
@@ -237,7 +237,7 @@ def llava_table(claims: Mapping[str, Any]) -> list[str]:
         difference = f"{claim['difference']:+.1f} [{', '.join(f'{end:+.1f}' for end in claim['interval'])}]"
         strong = "**" if claim["significant"] else ""
         cells = [f"{name} ({claim['questions']})", str(len(claim["after"])), before, f"{strong}{after}{strong}"]
-        cells += [difference, p_value(claim, "not shown"), claim.get("control", "not measured")]
+        cells += [difference, adjusted_p(claim, "not shown"), claim.get("control", "not measured")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

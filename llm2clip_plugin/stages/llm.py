@@ -88,7 +88,8 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
             before=evaluate if config.train.eval_on_start else None,
             stop=stop,
         )
-    run.write_result(lambda: write_adapter(run, encoder, config, state))
+    with phase("export"):
+        on_first_rank(lambda: write_adapter(run, encoder, config, state))
     return run.folder / "adapter"
 
 

@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,16 @@ from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
-from llm2clip_plugin.train.optim import EnginePlan, Trained, complete, parameter_groups, read_deepspeed_json, zero_stage
+from llm2clip_plugin.train.optim import (
+    REDUCTION,
+    EnginePlan,
+    Trained,
+    complete,
+    flushes,
+    parameter_groups,
+    read_deepspeed_json,
+    zero_stage,
+)
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions
 
@@ -169,11 +178,6 @@ class TrainingRun:
         if rank() == 0 and (line := before_and_after(state.before, state.metrics)):
             print(line)
         return state
-
-    def write_result(self, write: Callable[[], object]) -> None:
-        """Call ``write`` on rank 0; all ranks wait. The run's last checkpoint stays if it fails, on every rank."""
-        with phase("export"):
-            on_first_rank(write)
 
     def record(self, state: TrainState) -> None:
         """Write run.json, on rank 0. Every rank must call this."""
@@ -318,11 +322,21 @@ def describe_parameters(trained: list[Trained], optim: OptimConfig) -> str:
     """How many parameters train, with and without weight decay, at which peak learning rates."""
     sizes = {flag: sum(item.parameter.numel() for item in trained if item.decay is flag) for flag in (True, False)}
     rates = sorted({item.lr for item in trained})
-    course = f"{rates[0]:.3g} to {rates[-1]:.3g} in {len(rates)} groups" if len(rates) > 1 else f"{rates[0]:.3g}"
+    course = f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)} rates)" if len(rates) > 1 else f"{rates[0]:.3g}"
     return (
         f"trainable parameters: {sum(sizes.values()):,}; weight decay {optim.weight_decay:g} on {sizes[True]:,}, "
         f"none on {sizes[False]:,}; peak learning rates {course}"
     )
+
+
+def describe_reduction(trained: list[Trained], config: dict[str, Any]) -> str:
+    """How often gradients are sent before the backward pass has ended."""
+    if zero_stage(config) == 3:
+        return "gradients are sent between ranks block by block during the backward pass"
+    if not (count := flushes([item.parameter.numel() for item in trained], config)):
+        return "gradients are sent between ranks after the backward pass"
+    buckets = f"in buckets of {config['zero_optimization']['reduce_bucket_size']:,.0f}"
+    return f"gradients are sent between ranks about {count} times during the backward pass {buckets}, the rest after it"
 
 
 def describe_rank(memory: StepMemory, plan: EnginePlan, config: dict[str, Any], *, world: int, gpu_gib: float) -> str:
@@ -335,25 +349,45 @@ def describe_rank(memory: StepMemory, plan: EnginePlan, config: dict[str, Any], 
     return f"expected memory per rank: {total:.2f} GiB = {listed}{too_much}"
 
 
+def fits(memory: StepMemory, config: dict[str, Any], train: TrainConfig, *, world: int, gib: float) -> bool:
+    """Whether a rank's memory holds what a step needs."""
+    zero, micro_batch = config["zero_optimization"], train.rows(world)[1]
+    parts = rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
+    return sum(parts.values()) <= FILLED * gib * GIB
+
+
 def describe_columns(
-    memory: StepMemory, train: TrainConfig, gpu_gib: float, *, about: str = "", stages: Sequence[int] = (0, 1, 2, 3)
+    memory: StepMemory,
+    train: TrainConfig,
+    gpu_gib: float,
+    *,
+    about: str = "",
+    stages: Sequence[int] = (0, 1, 2, 3),
+    kept: StepMemory | None = None,
 ) -> str:
     """A table of GPUs by ZeRO stage, with scripts/zeroN.json: the run's micro-batch (0: the largest that fits under
-    ZeRO-1) and a GPU's memory. ``about``: further assumptions."""
+    ZeRO-1) and a GPU's memory. ``about``: further assumptions. ``kept``: what a step
+    needs without gradient checkpointing, which is on where this does not fit."""
 
-    def total(stage: int, world: int, micro_batch: int) -> float:
+    def total(memory: StepMemory, stage: int, world: int, micro_batch: int) -> float:
         stage = 1 if stage == 0 and memory.precision != "fp32" else stage  # as it runs, see train.optim
-        zero = {"stage": stage, "overlap_comm": stage > 0}
+        zero = {"stage": stage, **REDUCTION}
         parts = rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
         return sum(parts.values()) / GIB
 
-    lines = ["  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages)]
+    lines = [
+        "  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages) + "  checkpointing" * bool(kept)
+    ]
     for world in WORLDS:
         local, rest = divmod(train.global_batch, world)
         sizes = [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and train.micro_batch in (0, n)]
-        fits = (size for size in sizes if train.micro_batch or total(1, world, size) <= FILLED * gpu_gib)
+        fits = (size for size in sizes if train.micro_batch or total(memory, 1, world, size) <= FILLED * gpu_gib)
         if size := next(fits, 0):
-            row = f"{local:7} {size:12}" + "".join(f"{total(stage, world, size):9.1f}" for stage in stages)
+            off = kept if kept and total(kept, 1, world, size) <= FILLED * gpu_gib else None
+            row = f"{local:7} {size:12}" + "".join(
+                f"{total(off or memory, stage, world, size):9.1f}" for stage in stages
+            )
+            row += f"{'off' if off else 'on':>15}" * bool(kept)
         else:
             row = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {train.global_batch}"
         lines.append(f"{world:6} {row}")

@@ -278,6 +278,8 @@ class FinetuneConfig(TrainingConfig):
     def __post_init__(self) -> None:
         if self.encoder.post_file:
             raise ValueError(f"post_file {self.encoder.post_file} has no effect in stage 1; set it in `llm2clip embed`")
+        if self.train.gradient_checkpointing == "auto":
+            raise ValueError("--gradient-checkpointing auto is for train-tower; set true or false for finetune-llm")
 
     @property
     def hash(self) -> str:

@@ -7,6 +7,7 @@ LLaVA's scripts keep their names.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     frozen = frozen_copy(dual) if needs_reference(config.loss) else None
     for model in filter(None, (dual, frozen)):
         use_fastest_attention(model.tower, device, bf16=config.train.precision == "bf16")
-    if config.train.gradient_checkpointing:
+    if recomputes(config, run.deepspeed, device):
         enable_gradient_checkpointing(dual.tower)
     if config.train.torch_compile:
         dual.tower.compile()
@@ -147,7 +148,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     )
     if rank() == 0:
         (run.folder / UNFINISHED_HEADS).unlink(missing_ok=True)
-    run.write_result(lambda: export_towers(config, state.step))
+    with phase("export"):
+        on_first_rank(lambda: export_towers(config, state.step))
     return run.folder / TOWER
 
 
@@ -425,8 +427,12 @@ def tower_plan(config: RunConfig) -> str:
     check_patch_layers(config.loss, dual.tower.config.num_hidden_layers)
     heads, gpu_gib, tower = config.heads, config.plan.gpu_gib, dual.tower.config
     plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
-    parameters = plans.describe_parameters(trained_parameters(dual, config.optim), config.optim)
-    memory = step_memory(config, dual)
+    trained = trained_parameters(dual, config.optim)
+    parameters = plans.describe_parameters(trained, config.optim)
+    reduction = plans.describe_reduction(trained, deepspeed)
+    memory, auto = step_memory(config, dual), config.train.gradient_checkpointing == "auto"
+    kept = step_memory(without_checkpointing(config), shape_dual(config.tower, config.dual)) if auto else None
+    fits = kept and plans.fits(kept, deepspeed, config.train, world=world, gib=gpu_gib)
     lacking = lacks_shared_memory(load_plans(config, tower.image_size, width, world), local_world_size())
     parts = [
         *(f"assumed: {line}" for line in assumed),
@@ -436,8 +442,10 @@ def tower_plan(config: RunConfig) -> str:
         *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
         plans.describe_run(plan, deepspeed, samples=samples, world=world),
         parameters,
-        plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
-        plans.describe_columns(memory, config.train, gpu_gib),
+        reduction,
+        *([f"gradient checkpointing (auto): {'off' if fits else 'on'}"] if auto else []),
+        plans.describe_rank(kept if kept and fits else memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
+        plans.describe_columns(memory, config.train, gpu_gib, kept=kept),
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
     return "\n".join(parts)
@@ -460,6 +468,28 @@ def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
         return samples, config.dual.llm_width, [assumed]
     known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
     return samples, ASSUMED_WIDTH, [assumed, f"LLM embeddings of width {ASSUMED_WIDTH} (--dual.llm-width: {known})"]
+
+
+def without_checkpointing(config: RunConfig) -> RunConfig:
+    """The run, with all activations kept."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_checkpointing=False))
+
+
+def recomputes(config: RunConfig, deepspeed: dict[str, Any], device: torch.device) -> bool:
+    """Whether this rank recomputes the tower's blocks: as set, or where its memory would not hold their activations."""
+    if config.train.gradient_checkpointing != "auto":
+        return config.train.gradient_checkpointing
+    holds = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_share()
+    memory = step_memory(without_checkpointing(config), shape_dual(config.tower, config.dual))
+    on = not plans.fits(memory, deepspeed, config.train, world=world_size(), gib=holds / plans.GIB)
+    if rank() == 0:
+        print(f"gradient checkpointing (auto): {'on' if on else 'off'}, with {holds / plans.GIB:.0f} GiB")
+    return on
+
+
+def host_share() -> int:
+    """Bytes of this machine's memory for each of its ranks."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()
 
 
 def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:

@@ -146,7 +146,7 @@ PAPER_TRAIN = TrainConfig(  # the paper's
     global_batch=4096,
     num_train_epochs=4.0,
     precision="bf16",
-    gradient_checkpointing=True,
+    gradient_checkpointing="auto",
     dataloader_num_workers=8,
     save_steps=1000,
     eval_steps=1000,
@@ -178,7 +178,7 @@ def base() -> RunConfig:
             global_batch=256,  # ours: by --dry-run, a ViT-L/14 at 336 px fits a GPU of 24 GiB; the paper's is 4096 on 8
             num_train_epochs=4.0,
             precision="bf16",
-            gradient_checkpointing=True,
+            gradient_checkpointing="auto",
             dataloader_num_workers=min(8, max(0, cores() // local_world_size() - 1)),  # 8 as in the paper's runs
             eval_steps=500,  # ours; the paper's runs have 1000 for 16 times as many pairs a step
         ),

@@ -145,7 +145,8 @@ class TrainConfig:
     communication_data_type: ReductionType = ""  # of gradients' reduction; "": precision's, from 16 ranks on fp32
     seed: int = 0  # of the data's order, augmentation, noise, initial heads
     full_determinism: bool = False  # deterministic kernels: the same run twice is equal bit for bit; slow, to debug
-    gradient_checkpointing: bool = False  # recompute the tower's blocks in the backward pass: less memory, slower
+    # recompute the tower's blocks in the backward pass: less memory, slower; auto: where a GPU would not hold them
+    gradient_checkpointing: bool | Literal["auto"] = False
     torch_compile: bool = False  # torch.compile the tower
     ema_decay: float = 0.0  # exponential moving average of the weights, also exported; 0: none
     save_steps: int = 0  # steps between checkpoints; 0: only by time

@@ -43,7 +43,8 @@ from llm2clip_plugin.train.distributed import (
 from llm2clip_plugin.train.optim import (
     AdamW,
     FlatAdamW,
-    by_weight_decay,
+    Rates,
+    as_one_group,
     chosen_optimizer,
     offloads_optimizer,
     zero_stage,
@@ -120,9 +121,9 @@ class Engine:
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
         self.optimizer = chosen_optimizer(optim)
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-        rates: dict[Tensor, float] = {}
+        rates: dict[Tensor, Rates] = {}
         if self.stage in (1, 2) and type(self.optimizer) is AdamW and not offloads_optimizer(config):
-            groups, rates = by_weight_decay(groups)
+            groups, rates = as_one_group(groups)
             optimizer: torch.optim.Optimizer = FlatAdamW(groups, **hyper, fused=torch.cuda.is_available())
         elif torch.cuda.is_available() and offloads_optimizer(config):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -216,7 +217,7 @@ class Engine:
         """Clamp a trained parameter and its fp32 master; returns a copy of the latter, complete."""
         master = self.fp32(parameter)
         clamped = master.clamp(low, high)
-        if not torch.equal(master, clamped):
+        if self.stage < 3 or not torch.equal(master, clamped):  # the comparison makes the host wait, writing does not
             self._write(parameter, None, clamped)
             with self.gathered([parameter], modify=True):
                 parameter.data.clamp_(low, high)
@@ -422,12 +423,12 @@ class Engine:
             return optimizer.single_partition_of_fp32_groups
         return [p for group in self._base.param_groups for p in group["params"]]
 
-    def _parts(self, rates: Mapping[Tensor, float]) -> dict[Tensor, dict[float, list[slice]]]:
-        """Where this rank's masters hold parameters of each learning rate, under ZeRO-1 and 2."""
+    def _parts(self, rates: Mapping[Tensor, Rates]) -> dict[Tensor, dict[Rates, list[slice]]]:
+        """Where this rank's masters hold parameters of the same rates, under ZeRO-1 and 2."""
         optimizer, parts = self.device_engine.optimizer, {}
         layers = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
         for master, parameters in zip(self.masters(), layers, strict=True):
-            by_rate: dict[float, list[slice]] = parts.setdefault(master, {})
+            by_rate: dict[Rates, list[slice]] = parts.setdefault(master, {})
             for parameter in parameters:
                 if parameter._hp_mapping is None:  # another rank's
                     continue

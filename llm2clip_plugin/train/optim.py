@@ -24,6 +24,7 @@ from llm2clip_plugin.options import closest, unknown
 from llm2clip_plugin.train.config import OptimConfig, Precision, ReductionType, from_named_args
 
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
+REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}  # ZeRO's: gradients are sent during backward
 FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
 SECTIONS = (
@@ -32,6 +33,7 @@ SECTIONS = (
 )
 SIMILAR = 0.85  # of a misspelling
 State = dict[str, Any]  # optimizer.state[master]
+Rates = tuple[float, float]  # peak learning rate and weight decay
 Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weight_decay``
 
 
@@ -64,10 +66,10 @@ class AdamW:
 
 
 class FlatAdamW(torch.optim.AdamW):
-    """AdamW over masters that hold parameters of different learning rates: one group, and so one reduction, norm and
-    gather of ZeRO, for each weight decay. The ``lr`` of a group is the schedule's factor."""
+    """AdamW over a master that holds parameters of different settings: one group, and so one norm and gather of ZeRO.
+    The group's ``lr`` is the schedule's factor."""
 
-    parts: dict[Tensor, dict[float, list[slice]]]  # of each master, by peak learning rate; set once they are laid out
+    parts: dict[Tensor, dict[Rates, list[slice]]]  # of each master; set once they are laid out
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -81,7 +83,7 @@ class FlatAdamW(torch.optim.AdamW):
                 if not state:
                     state.update(AdamW().empty_state(self, master, 0))
                 columns = (master, master.grad, *(state[moment] for moment in AdamW.moments))
-                for peak, parts in self.parts[master].items():
+                for (peak, weight_decay), parts in self.parts[master].items():
                     adamw(
                         *([column[part] for part in parts] for column in columns),
                         max_exp_avg_sqs=[],
@@ -92,7 +94,7 @@ class FlatAdamW(torch.optim.AdamW):
                         beta1=beta1,
                         beta2=beta2,
                         lr=group["lr"] * peak,
-                        weight_decay=group["weight_decay"],
+                        weight_decay=weight_decay,
                         eps=group["eps"],
                         maximize=False,
                     )
@@ -165,13 +167,11 @@ def parameter_groups(trained: Iterable[Trained], weight_decay: float) -> Groups:
     return list(groups.values())
 
 
-def by_weight_decay(groups: Groups) -> tuple[Groups, dict[Tensor, float]]:
-    """One group for each weight decay, whose learning rate is the schedule's factor, and each parameter's peak rate."""
-    merged: dict[float, dict[str, Any]] = {}
-    for group in groups:
-        new = {**group, "params": [], "lr": 1.0, "peak_lr": 1.0}
-        merged.setdefault(group["weight_decay"], new)["params"].extend(group["params"])
-    return list(merged.values()), {parameter: group["peak_lr"] for group in groups for parameter in group["params"]}
+def as_one_group(groups: Groups) -> tuple[Groups, dict[Tensor, Rates]]:
+    """One group of all parameters, for FlatAdamW, and the settings of each."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    rates = {p: (group["peak_lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    return [{"params": parameters, "lr": 1.0, "peak_lr": 1.0}], rates
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -257,6 +257,22 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
     return config
 
 
+def flushes(sizes: Iterable[int], config: dict[str, Any]) -> int:
+    """How often ZeRO-1 or 2 sends gradients before the backward pass of a step's last micro-batch has ended. sizes: of
+    the trained parameters, in the order of the forward pass."""
+    zero, stage = config["zero_optimization"], zero_stage(config)
+    # in fp32 until the end, by DeepSpeed's BF16_Optimizer
+    sums = config.get("bf16", {}).get("enabled") and config["gradient_accumulation_steps"] > 1
+    if stage not in (1, 2) or (stage == 1 and (not zero["overlap_comm"] or (sums and not offloads_optimizer(config)))):
+        return 0
+    count = filled = 0
+    for size in reversed(list(sizes)):
+        if filled + size > zero["reduce_bucket_size"]:
+            count, filled = count + 1, 0
+        filled += size
+    return count
+
+
 def zero_stage(config: dict[str, Any]) -> int:
     """The ZeRO stage of a configuration, 0 by default."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
@@ -337,6 +353,8 @@ def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
         # same results in less memory; DeepSpeed's fp16 optimizer of stage 0 divides gradients by a loss scale that
         # was never applied, and starts AdamW with a step of zero gradients
         zero["stage"] = 1
+    if zero.get("stage", 0):
+        config["zero_optimization"] = {**REDUCTION, **zero}
     if offloads_optimizer(config):
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     if plan.precision == "bf16" and plan.accumulation > 1 and zero.get("stage", 0) >= 1:

@@ -168,14 +168,14 @@ class ContrastiveStep(ABC):
         loss = torch.stack(list(losses.values())).sum()
         # a non-finite value on one rank makes the sum over ranks non-finite, so every rank stops
         sums = sum_over_ranks(torch.stack([loss.detach(), *(one.detach() for one in losses.values())]))
-        means = (sums / world_size()).tolist()
+        scale = encoded.log_scale.detach().exp().to(sums)
+        *means, scale = torch.cat([sums / world_size(), scale]).tolist()  # read at once
         values = dict(zip(("loss", *(f"loss_{name}" for name in losses)), means, strict=True))
         if not math.isfinite(values["loss"]):
             if not self.engine.can_lower_loss_scale:
                 raise _non_finite(values, encoded, batch)
             loss = loss * math.nan  # DeepSpeed finds it in the gradient: no update, a smaller loss scale
-        values["logit_scale"] = float(encoded.log_scale.detach().exp())
-        return loss, values
+        return loss, values | {"logit_scale": scale}
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

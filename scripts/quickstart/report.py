@@ -26,7 +26,7 @@ from scores import HEADLINE, TEACHERS, Claim, Tower, by_name, make_claims
 from shards import in_random_order
 
 from llava_integration.compare.statistics import Difference
-from llm2clip_plugin.bootstrap import fraction, signed, spread
+from llm2clip_plugin.bootstrap import fraction, p_value, signed, spread
 from llm2clip_plugin.console import render
 from llm2clip_plugin.contracts import CacheManifest, atomic_file
 from llm2clip_plugin.data.cache import EmbeddingCache
@@ -58,11 +58,6 @@ class Table:
 def interval(difference: Difference) -> str:
     """``+.069 [+.061, +.077]``."""
     return f"{signed(difference.difference)} [{signed(difference.low)}, {signed(difference.high)}]"
-
-
-def p_value(p: float) -> str:
-    """``< .001`` or ``.038``."""
-    return "< .001" if p < 0.001 else fraction(p)
 
 
 def claims_table(claims: Sequence[Claim], base: str, title: str) -> Table:

@@ -11,8 +11,11 @@ from golden_mllm import MODELS, ROOT, answers
 from PIL import Image
 
 from llava_integration.benchmarks.benchmark import find_image
+from llava_integration.benchmarks.rules import benchmark
 from llava_integration.benchmarks.score import main as score
 from llava_integration.compare.command import main as compare
+from llava_integration.compare.report import picture_folders
+from llava_integration.compare.sides import load_side
 from llm2clip_plugin.contracts import ScoreFile
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> & <b>red</b>"
@@ -163,6 +166,23 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
     assert find_image(("",), tmp_path / "pictures", "../old/own.scores.json") is None
     with pytest.raises(FileNotFoundError, match="--image-folder"):
         compare([*arguments, "--image-folder", str(tmp_path / "nowhere")])
+
+
+def test_data_that_were_not_scored_bring_no_picture(tmp_path):
+    """A score file's folder is looked into only if its annotations have the digest that was scored."""
+    (tmp_path / "private").mkdir()
+    right = benchmark("gqa").data_digest(ROOT / "gqa")
+    nothing = benchmark("gqa").data_digest(tmp_path / "private")
+    for folder, digest, expected in (
+        (ROOT / "gqa", right, [ROOT / "gqa"]),
+        (ROOT / "gqa", "0" * 64, []),
+        (tmp_path / "private", right, []),
+        (tmp_path / "private", nothing, []),
+    ):
+        about = {"data": str(folder), "data_sha256": digest}
+        record = ScoreFile(benchmark="gqa", metrics={}, items=[{"id": 1, "score": 1}], provenance=about)
+        side = load_side(record.write(tmp_path / "gqa.scores.json"))
+        assert picture_folders([side], None) == {"gqa": expected}
 
 
 def test_hostile_names_and_ids_stay_text(tmp_path):

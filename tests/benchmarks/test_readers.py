@@ -57,6 +57,14 @@ def test_lmms_evals_numbers(model):
     for task, (benchmark, metric, unit) in LMMS_EVAL.items():
         assert value(side, benchmark) == pytest.approx(unit * aggregates[task][model][metric]), task
         assert len(side.runs[benchmark][0].ids) == aggregates[task][model]["n"]
+    told = {name for name, (run,) in side.runs.items() if any("names no images" in note for note in run.notes)}
+    assert told == {
+        "gqa exact_match",
+        "scienceqa_img exact_match",
+        "vqav2_val exact_match",
+        "seedbench seed_all",
+        "pope",
+    }
     (run,) = side.runs["mmbench"]
     record = score_answers("mmbench", ROOT / "mmbench", read_answers(answers("mmbench", model)))
     assert dict(zip(run.ids, run.scores, strict=True)) == {str(item["id"]): item["score"] for item in record.items}

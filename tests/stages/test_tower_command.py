@@ -17,6 +17,10 @@ def test_the_command_line_overrides_a_recipe():
     assert config.train.gradient_checkpointing and config.train.precision == "bf16"
     assert config.train.report_to == ("tensorboard",) and not config.dual.projection_norm
     assert config.heads == recipes.quickstart().heads
+    for words, expected in (("", "auto"), ("=auto", "auto"), (" false", False), ("", True)):
+        given = f"--gradient-checkpointing{words}".split() if (words, expected) != ("", "auto") else []
+        assert TRAIN_TOWER.parse(["--recipe", "openai_b16", *given]).train.gradient_checkpointing == expected
+    assert TRAIN_TOWER.parse(["--no-gradient-checkpointing"]).train.gradient_checkpointing is False
     assert TRAIN_TOWER.parse(["--bf16", "False", "--fp16=True"]).train.precision == "fp16"
     assert TRAIN_TOWER.parse(["--recipe", "openai_b16", "--bf16", "False"]).train.precision == "bf16"  # the recipe's
     assert TRAIN_TOWER.parse(["--report_to", "none"]).train.report_to == ()

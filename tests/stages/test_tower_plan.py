@@ -70,17 +70,29 @@ def test_recipes_have_the_papers_settings(name: str, teacher: str):
 def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest.CaptureFixture[str]):
     told = planned(capsys, "--recipe", f"{name}/llama-8b")
     assert "steps: 14648 of 4096 pairs, 4.00 epochs of 15,000,000 samples" in told  # 4 x 15 M / 4096
+    rows = [row.split() for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)]
     trained = int(re.search(r"trainable parameters: ([\d,]+);", told)[1].replace(",", ""))
     if name == "openai_l14_336":
         assert trained == 578_587_905  # the release's own sum: golden/reference/F_release_directory/evidence.json
-        assert (
-            "peak learning rates 1.72e-07 to 1e-05 in 26 groups" in told
-        )  # 1e-5 x 0.85^25: embeddings, 24 blocks, top
-    rows = [row.split() for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)]
+        # 1e-5 x 0.85^25: embeddings, 24 blocks, top
+        assert "peak learning rates 1.72e-07 to 1e-05 (26 rates)" in told
+        assert "sent between ranks about 13 times during the backward pass in buckets of 50,000,000" in told
+        assert [row[-1] for row in rows] == ["on", "on", "off"]
     for _, share, micro, *stages in rows:
         assert int(share) % int(micro) == 0 and float(stages[1]) <= 72  # nine tenths of 80 GiB
         assert float(stages[0]) == float(stages[1]) >= float(stages[2])  # bf16 under stage 0 runs as stage 1
     assert len(rows) == (2 if "bige" in name else 3)  # the states of 4.3 G parameters don't fit one GPU
+
+
+def test_gradient_checkpointing_is_off_where_the_step_fits(capsys: pytest.CaptureFixture[str]):
+    said, needed = {}, {}
+    for gib, given in ((80, "auto"), (16, "auto"), (16, "false"), (80, "true")):
+        words = ("--recipe", "openai_b16", "--global-batch", "256", "--gradient-checkpointing", given)
+        told = planned(capsys, *words, "--gpu-gib", str(gib))
+        said[gib, given] = re.findall(r"gradient checkpointing \(auto\): (on|off)", told)
+        needed[gib, given] = float(re.search(r"expected memory per rank: ([\d.]+)", told)[1])
+    assert said == {(80, "auto"): ["off"], (16, "auto"): ["on"], (16, "false"): [], (80, "true"): []}
+    assert needed[80, "auto"] == needed[16, "false"] > 0.9 * 16 > needed[16, "auto"] == needed[80, "true"]
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"freeze_first_blocks": 1}, {"image_size": 24}])

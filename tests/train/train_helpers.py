@@ -120,6 +120,7 @@ def tiny_engine(
     weights: Mapping[str, Tensor] | None = None,
     name: str = "adamw",
     args: tuple[str, ...] = (),
+    zero: Mapping[str, Any] | None = None,
 ) -> Any:
     """An engine over a TinyDual with a learning rate for each of the tower's layers, and the heads'."""
     from llm2clip_plugin.train.config import OptimConfig
@@ -152,7 +153,7 @@ def tiny_engine(
         total_steps=10,
         hidden_size=32,
     )
-    user: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+    user: dict[str, Any] = {"zero_optimization": {"stage": stage, **(zero or {})}}
     if offload:
         user["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if precision == "fp16":

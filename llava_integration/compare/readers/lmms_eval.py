@@ -90,10 +90,15 @@ def read(path: Path) -> Iterator[ScoreFile]:
         composite = ("mmbench_cn" if task.startswith("mmbench_cn") else "mmbench", _mmbench)
     if composite:
         said = ["answers to lmms-eval's prompts, which may differ from LLaVA's"]
-        yield ScoreFile(benchmark=composite[0], metrics={}, items=composite[1](path), model=model, notes=said)
-        return
-    metrics = [one for one in dict.fromkeys((*better, *start)) if one not in NO_METRICS]
-    yield scored(list(json_lines(path)), task=task, metrics=metrics, better=better, model=model)
+        record = ScoreFile(benchmark=composite[0], metrics={}, items=composite[1](path), model=model, notes=said)
+    else:
+        metrics = [one for one in dict.fromkeys((*better, *start)) if one not in NO_METRICS]
+        record = scored(list(json_lines(path)), task=task, metrics=metrics, better=better, model=model)
+    if all(item["cluster"] == str(item["id"]) for item in record.items):
+        record.notes.append(
+            "the log names no images: questions are drawn one by one, so the interval may be too narrow"
+        )
+    yield record
 
 
 def with_fields(value: Any, names: tuple[str, ...], where: str) -> Line:

@@ -101,7 +101,7 @@ def _exponential_sums(blocks: PairBlocks, s: Tensor) -> tuple[ExpSums, ExpSums, 
         column = part if column is None else _joined([column, part])
     assert column is not None
     if world_size(blocks.group) > 1:
-        tops_WN, totals_WN = (gather_rows(x_N[None], blocks.group) for x_N in column)
+        tops_WN, totals_WN = gather_rows(torch.stack(column)[None], blocks.group).unbind(1)
         column = _joined(zip(tops_WN, totals_WN, strict=True))
     return (row_top_b, row_total_b), column, pair_b, logits_RN if blocks.block >= blocks.rows else None
 
