@@ -58,11 +58,16 @@ class LLM2CLIPVisionTower(nn.Module):
         directory = self.location.directory
         self.image_processor = IMAGE_PROCESSOR.from_pretrained(directory)
         self.vision_tower = load_tower(directory, dtype=torch.float32)
-        del tower_blocks(self.vision_tower)[self.blocks_used :]
+        # one block stays for layer 0, its input: transformers collects no states without blocks
+        del tower_blocks(self.vision_tower)[max(self.blocks_used, 1) :]
         self.vision_tower.requires_grad_(self.unfrozen)
         if (device := device_of_map(device_map)) is not None:
             self.vision_tower.to(device)
         self.is_loaded = True
+
+    def train(self, mode: bool = True) -> "LLM2CLIPVisionTower":
+        """A frozen tower stays in eval mode: in training mode DINOv3 is random, and the projector would learn noise."""
+        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
     def forward(self, images: Any) -> Any:
         """(B, 3, S, S) -> features (B, N, H) in the images' dtype; a list of (3, S, S) -> a list of (1, N, H).
@@ -85,6 +90,11 @@ class LLM2CLIPVisionTower(nn.Module):
     def config(self) -> Any:
         """The Hugging Face configuration, available before the weights are read."""
         return self.vision_tower.config if self.is_loaded else self.cfg_only
+
+    @property
+    def image_size(self) -> int:
+        """Pixels; LLaVA-NeXT reads it for its grids of tiles."""
+        return self.config.image_size
 
     @property
     def hidden_size(self) -> int:

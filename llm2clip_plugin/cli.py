@@ -69,6 +69,10 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "llava_integration.serve:main",
         "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
     ),
+    "vlm build": (
+        "llava_integration.serve.vlm:main",
+        "build a vision-language model to train: any tower, any LLM",
+    ),
 }
 
 # Where a command declares its options, an options.Command: COMMAND next to the function, or elsewhere. These modules
@@ -93,6 +97,7 @@ OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, 
     "towers": "llava_integration.towers:TOWERS",
     "llava evaluate": "llava_integration.answer.questions:COMMAND",
     "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
+    "vlm build": "llava_integration.serve.vlm_config:COMMAND",
 }
 
 HELP = ("-h", "--help", "--help-all")

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,6 +181,12 @@ def sha256_weights(path: str | os.PathLike[str]) -> str:
                 digest.update(block)
                 remaining -= len(block)
     return digest.hexdigest()
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 over files of weights, in this order."""
+    hashes = [sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else sha256_text(canonical_json(hashes))
 
 
 # Versioned JSON records: written atomically, and checked field by field when they are read.

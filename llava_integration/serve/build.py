@@ -5,7 +5,7 @@ import inspect
 import operator
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llava_integration.checkpoints import blocks_below, check_feature
 from llava_integration.serve.checkpoint import FIX, LazyTensor, LazyTensors, LlavaCheckpoint, open_file, refuse_rest
-from llava_integration.towers import TowerLocation, is_ours, loading, locate_tower
+from llava_integration.towers import KEY as TOWER_KEY
+from llava_integration.towers import TowerLocation, is_ours, loading, locate_tower, tower_record
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.vision.checkpoint import preprocessor_config, weight_files
@@ -85,8 +86,8 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
     return out
 
 
-def with_image_row(rows: LazyTensor, tokens: int) -> LazyTensor:
-    """The first ``tokens`` rows and one for ``<image>``: their mean.
+def with_image_row(rows: LazyTensor, tokens: int, *, added: int = 1) -> LazyTensor:
+    """The first ``tokens`` rows and their mean, ``added`` times, the last for ``<image>``.
 
     In the embedding it is replaced by the image. In the head it makes the token's logit the mean of all logits, which
     is never the largest: the model answers as without it.
@@ -94,9 +95,9 @@ def with_image_row(rows: LazyTensor, tokens: int) -> LazyTensor:
 
     def read() -> Tensor:
         kept = rows.read()[:tokens]
-        return torch.cat((kept, kept.float().mean(0, keepdim=True).to(kept.dtype)))
+        return torch.cat((kept, kept.float().mean(0, keepdim=True).to(kept.dtype).expand(added, -1)))
 
-    return LazyTensor(shape=(tokens + 1, rows.shape[1]), read=read, where=rows.where)
+    return LazyTensor(shape=(tokens + added, rows.shape[1]), read=read, where=rows.where)
 
 
 # The code of towers that transformers does not have, saved with a model: ``trust_remote_code`` runs it anywhere. Where
@@ -105,10 +106,10 @@ def with_image_row(rows: LazyTensor, tokens: int) -> LazyTensor:
 VISION = "llm2clip_plugin.vision"
 MODELING = "modeling_llava_tower"
 LLAVA = '''\
-"""LLaVA with the vision tower of {file}.py."""
+"""{arch} with the vision tower of {file}.py."""
 
 import transformers
-from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModel, {arch}Config, {arch}ForConditionalGeneration
 
 from .{file} import {config}, {model}
 
@@ -121,17 +122,18 @@ RENAMED = {{
     "^language_model.model": "model.language_model",
     "^vision_tower": "model.vision_tower",
     "^multi_modal_projector": "model.multi_modal_projector",
+    "^image_newline": "model.image_newline",
 }}
 
 
-class LlavaTowerConfig(LlavaConfig):
+class {arch}TowerConfig({arch}Config):
     """As transformers' own, once the tower is registered."""
 
 
-class LlavaTowerForConditionalGeneration(LlavaForConditionalGeneration):
+class {arch}TowerForConditionalGeneration({arch}ForConditionalGeneration):
     """As transformers' own, once the tower is registered."""
 
-    config_class = LlavaTowerConfig
+    config_class = {arch}TowerConfig
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -170,25 +172,29 @@ def register_with_vllm() -> None:
     ModelRegistry.register_model(name, f"llava_integration.serve.vllm_model:{name}")
 
 
-def write_code(family: str, directory: Path) -> dict[str, str]:
-    """Write a family's code into a model's folder; ``auto_map`` of its config.json, {} if transformers has it."""
+def write_code(family: str, directory: Path, arch: str = "Llava") -> dict[str, str]:
+    """Write a family's code into a model's folder; ``auto_map`` of its config.json, {} if transformers has it.
+
+    ``arch``: how the names of transformers' classes begin.
+    """
     if family not in CODE:
         return {}
     file, config, model = CODE[family]
     source = inspect.getsource(importlib.import_module(f"{VISION}.{file}"))
     assert "llm2clip_plugin" not in source, f"{file}.py is to stand alone"
     (directory / f"{file}.py").write_text(source, encoding="utf-8")
-    modeling = LLAVA.format(file=file, config=config, model=model)
+    modeling = LLAVA.format(file=file, config=config, model=model, arch=arch)
     (directory / f"{MODELING}.py").write_text(modeling, encoding="utf-8")
-    model = f"{MODELING}.LlavaTowerForConditionalGeneration"
-    return {"AutoConfig": f"{MODELING}.LlavaTowerConfig", **dict.fromkeys(AUTO_CLASSES, model)}
+    model = f"{MODELING}.{arch}TowerForConditionalGeneration"
+    return {"AutoConfig": f"{MODELING}.{arch}TowerConfig", **dict.fromkeys(AUTO_CLASSES, model)}
 
 
 # The vision tower
 
+CARD = "llm2clip_tower.json"  # the tower's card; as llm2clip.json it would make the folder a tower directory
 SIZES = ("hidden_size", "image_size", "patch_size", "num_hidden_layers")  # kept where they equal a class's defaults
 MORE_SIZES = ("num_attention_heads", "intermediate_size")  # which timm's don't have
-OF_THE_FILE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures"}
+OF_THE_FILE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures", "auto_map"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +272,25 @@ class ExportedTower:
         """preprocessor_config.json: the tower's own; ``pads``: images are padded to squares, as LLaVA trained."""
         own = {**preprocessor_config(self.directory), "processor_class": "LlavaProcessor"}
         return {**own, "image_processor_type": "LlavaImageProcessor", "do_pad": True} if pads else own
+
+    def settings(self, directory: Path, *, layer: int, feature: str, dtype: str, arch: str = "Llava") -> dict[str, Any]:
+        """The tower's part of config.json; its card, and code that transformers lacks, are written to ``directory``."""
+        chosen = self.selection(feature)
+        del chosen["num_additional_image_tokens"]
+        body = {
+            **chosen,
+            "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": True,
+            "vision_feature_layer": layer,
+            "vision_config": {**self.config, "torch_dtype": dtype},
+        }
+        if auto_map := write_code(self.family.name, directory, arch):
+            body["auto_map"] = auto_map
+        if self.location and (card := self.card):
+            named_place = replace(self.location, origin=card.origin)  # as in LLaVA's, without paths of this machine
+            body[TOWER_KEY] = tower_record(named_place, "llm2clip", self.config["hidden_size"])
+            card.write(directory / CARD)
+        return body
 
     def selection(self, feature: str) -> dict[str, Any]:
         """Which tokens become image tokens, for ``mm_vision_select_feature``: settings of model and processor."""

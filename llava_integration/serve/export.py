@@ -15,7 +15,7 @@ then do not find.
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from torch import Tensor
 
 import llm2clip_plugin
 from llava_integration.hook import CONVERSATION
-from llava_integration.serve.build import ExportedTower, find_tower, language_tensors, register, text_config, write_code
+from llava_integration.serve.build import ExportedTower, find_tower, language_tensors, register, text_config
 from llava_integration.serve.checkpoint import (
     LazyTensors,
     LlavaCheckpoint,
@@ -35,8 +35,7 @@ from llava_integration.serve.checkpoint import (
     write_shards,
 )
 from llava_integration.serve.prompt import IMAGE, choose, conversation_named, read_tokenizer, write_tokenizer
-from llava_integration.towers import KEY as TOWER_KEY
-from llava_integration.towers import loading, tower_record
+from llava_integration.towers import loading
 from llm2clip_plugin.console import quiet_llava_loading, quiet_transformers
 from llm2clip_plugin.contracts import atomic_directory
 from llm2clip_plugin.files import ContractError
@@ -44,7 +43,6 @@ from llm2clip_plugin.vision.directory import write_json
 from llm2clip_plugin.vision.export import LICENSE, markdown_table
 
 KEY = "llm2clip_export"  # in config.json: from what it was made
-CARD = "llm2clip_tower.json"  # the tower's card; as llm2clip.json it would make the folder a tower directory
 TEMPLATE = "chat_template.jinja"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
 
@@ -118,11 +116,10 @@ def write_model(made: Export, directory: Path) -> int:
         tensors = language_tensors(own, config, image_id, made.tokenizer)
         tensors |= tower.tensors(own, unfrozen=bool(config.get("unfreeze_mm_vision_tower")), files=opened)
         size = write_shards(tensors, directory, DTYPES[made.dtype])
-    chosen = tower.selection(config.get("mm_vision_select_feature", "patch"))
-    auto_map = write_code(tower.family.name, directory)
+    chosen = tower.selection(feature := config.get("mm_vision_select_feature", "patch"))
     stored = DTYPES[made.dtype] or config.get("torch_dtype") or config.get("dtype") or "float16"
     stored = str(stored).removeprefix("torch.")
-    text, card = text_config(config, image_id + 1), tower.card
+    text = text_config(config, image_id + 1)
     made_from = {
         **made.made_from,
         "version": llm2clip_plugin.__version__,
@@ -135,24 +132,13 @@ def write_model(made: Export, directory: Path) -> int:
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": image_id,
-        "image_seq_length": chosen["image_seq_length"],
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "vision_feature_layer": config["mm_vision_select_layer"],
-        "vision_feature_select_strategy": chosen["vision_feature_select_strategy"],
         "text_config": {**text, "torch_dtype": stored},
-        "vision_config": {**tower.config, "torch_dtype": stored},
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         **{name: text[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in text},
         "torch_dtype": stored,
         KEY: made_from,
+        **tower.settings(directory, layer=config["mm_vision_select_layer"], feature=feature, dtype=stored),
     }
-    if auto_map:
-        body["auto_map"] = auto_map
-    if tower.location and card:
-        named_place = replace(tower.location, origin=card.origin)  # as in LLaVA's, without paths of this machine
-        body[TOWER_KEY] = tower_record(named_place, "llm2clip", tower.config["hidden_size"])
-        card.write(directory / CARD)
     write_json(directory / "config.json", body)
     ids = {f"{name}_id": tokenizer.id_of(name) for name in ("bos_token", "eos_token", "pad_token")}
     ids["pad_token_id"] = tokenizer.id_of("unk_token") if ids["pad_token_id"] is None else ids["pad_token_id"]
@@ -164,7 +150,7 @@ def write_model(made: Export, directory: Path) -> int:
     write_json(directory / "processor_config.json", processor)
     template = conversation_named(made.conversation).served_template(bos=tokenizer.adds_bos, space=not tokenizer.legacy)
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
-    readme = model_card(made_from, tower, own_code=bool(auto_map))
+    readme = model_card(made_from, tower, own_code="auto_map" in body)
     (directory / "README.md").write_text(readme, encoding="utf-8")
     return size
 
@@ -207,13 +193,21 @@ def model_card(made: dict[str, Any], tower: ExportedTower, *, own_code: bool) ->
         rows["vision tower"] = f"{card.family}, {card.image_size} px, started from `{card.origin}`"
         rows["SHA-256 of the tower"] = f"`{card.weights_sha256}`"
         rows["tower's teacher LLM"] = f"`{card.teacher['llm']}`" if card.teacher.get("llm") else ""
+    kind = "LLaVA 1.5 with an LLM2CLIP vision tower" if card else "LLaVA 1.5"
+    return page(made["checkpoint"], f"{kind}, exported by llm2clip-plugin.", rows, tower, own_code=own_code)
+
+
+def page(
+    title: str, what: str, rows: dict[str, Any], tower: ExportedTower, *, own_code: bool, served: bool = True
+) -> str:
+    """The README.md: ``what`` the model is, a table of ``rows``, how to use it, and to serve it by vLLM."""
     table = markdown_table(("", ""), [(name, value) for name, value in rows.items() if value])
     head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "license: other"]
-    head += ["tags:", "- llava", "- llm2clip", "---", "", f"# {made['checkpoint']}", ""]
-    kind = "LLaVA 1.5 with an LLM2CLIP vision tower" if card else "LLaVA 1.5"
+    head += ["tags:", "- llava", "- llm2clip", "---", "", f"# {title}", ""]
     use = USE.replace("OPTION", OPTION if own_code else "")
-    use += f"{SERVED}{'' if tower.config['model_type'] in STOCK else PLUGIN}\n"
-    return "\n".join([*head, f"{kind}, exported by llm2clip-plugin.", "", table, *LICENSE, use])
+    if served:
+        use += f"{SERVED}{'' if tower.config['model_type'] in STOCK else PLUGIN}\n"
+    return "\n".join([*head, what, "", table, *LICENSE, use])
 
 
 # Compare an exported model with LLaVA's own code on the same checkpoint: one question about one image.
@@ -331,7 +325,6 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
         tokenize=False,
         add_generation_prompt=True,
     )
-    text = text.removeprefix(tokenizer.bos_token or "")  # which the tokenizer adds
     if transformers.__version__.startswith("4.37."):  # its processor neither pads images nor counts their tokens
         from llava.mm_utils import process_images
 

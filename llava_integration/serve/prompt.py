@@ -38,11 +38,10 @@ class Conversation:
     image: str = f"{IMAGE}\n"  # an image, before the text of its message
 
     def served_template(self, *, bos: bool, space: bool) -> str:
-        """``chat_template`` with ``<s>`` first, for a tokenizer that adds it (``bos``).
+        """``chat_template`` with ``<s>`` first, where LLaVA's tokenizer adds it (``bos``); the exported one doesn't.
 
-        vLLM adds no special tokens to what a template renders, and transformers no second ``<s>``. ``space``: the
-        tokenizer puts a space before the first word of a text, but not after ``<s>``; it is written as the tokenizer's
-        own character, since some strip spaces.
+        ``space``: the tokenizer puts a space before the first word of a text, but not after ``<s>``; it is written as
+        the tokenizer's own character, since some strip spaces.
         """
         if not bos:
             return self.chat_template()
@@ -246,7 +245,7 @@ def write_tokenizer(files: TokenizerFiles, directory: Path, *, max_length: int |
 
 def _tokenizer(files: TokenizerFiles) -> Any:
     """Llama's BPE with LLaVA's spaces, as a tokenizers.Tokenizer."""
-    from tokenizers import AddedToken, Tokenizer, decoders, processors
+    from tokenizers import AddedToken, Tokenizer, decoders
     from tokenizers.models import BPE
 
     vocabulary = {piece: number for number, (piece, _) in enumerate(files.pieces)}
@@ -260,11 +259,7 @@ def _tokenizer(files: TokenizerFiles) -> Any:
     known = [files.token(name) for name in DEFAULTS]
     tokens = [*filter(None, known), *(token for _, token in sorted(files.added.items())), IMAGE]
     made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
-    bos, bos_id = files.token("bos_token"), files.id_of("bos_token")
-    if files.adds_bos:
-        made.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
-        )
+    # no post_processor: a prompt's <s> is written by the chat template, in transformers as in vLLM
     return made
 
 

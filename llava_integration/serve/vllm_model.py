@@ -59,7 +59,7 @@ class Tower(nn.Module):
         self.vision = own.config_class.from_dict({**fields, "model_type": self.family.model_types[0]})
         self.model = own(self.vision).eval()
         self.state = blocks_below(config.vision_feature_layer, len(tower_blocks(self.model)))
-        del tower_blocks(self.model)[self.state :]
+        del tower_blocks(self.model)[max(self.state, 1) :]
 
     def forward(self, pixel_values: Tensor, feature_select_strategy: str | None = None) -> Tensor:
         """(B, 3, S, S) -> (B, N, H): all tokens, or with "default" all but the first, the class token."""

@@ -16,7 +16,7 @@ from llm2clip_plugin.contracts import (
     EncoderCard,
     atomic_directory,
     canonical_json,
-    sha256_file,
+    files_sha256,
     sha256_text,
     sha256_weights,
 )
@@ -73,12 +73,6 @@ def weights_sha256(folder: Path) -> str:
     if paths is None:
         raise FileNotFoundError(f"{folder} has no weights (no {' or '.join(WEIGHT_PATTERNS)})")
     return files_sha256(paths)
-
-
-def files_sha256(paths: Sequence[Path]) -> str:
-    """SHA-256 over files of weights, in this order."""
-    hashes = [sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path) for path in paths]
-    return hashes[0] if len(hashes) == 1 else sha256_text(canonical_json(hashes))
 
 
 def adapter_sha256(folder: Path) -> str:

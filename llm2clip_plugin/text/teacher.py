@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
-from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard, sha256_text
+from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard, files_sha256, sha256_text
 from llm2clip_plugin.data.cache import differences
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.options import command
-from llm2clip_plugin.text.adapter import files_sha256, local_folder
+from llm2clip_plugin.text.adapter import local_folder
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
 from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole

@@ -18,17 +18,20 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 CONFIG_FILE = "config.json"
 
 
-def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = None) -> Path:
-    """A local directory for a path or a Hub id (``owner/name``), downloaded if necessary. Raises FileNotFoundError."""
+def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = None, also: tuple[str, ...] = ()) -> Path:
+    """A local directory for a path or a Hub id (``owner/name``), downloaded if necessary. Raises FileNotFoundError.
+
+    ``also``: patterns of files that are downloaded beside configurations and weights.
+    """
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
         return path
     if path.exists() or can_only_be_a_path(name) or "/" not in name:
         raise FileNotFoundError(f"{name} is not a directory or a Hub id (owner/name)")
     try:
-        directory = hub_snapshot(name, revision=revision, patterns=["*.json", "*.safetensors"])
+        directory = hub_snapshot(name, revision=revision, patterns=["*.json", "*.safetensors", *also])
         if not any(directory.glob("*.safetensors")):
-            directory = hub_snapshot(name, revision=revision, patterns=["*.json", "*.bin", "*.pt"])
+            directory = hub_snapshot(name, revision=revision, patterns=["*.json", "*.bin", "*.pt", *also])
     except (OSError, ValueError) as error:  # huggingface_hub's errors are OSError (network, missing) or ValueError
         raise FileNotFoundError(f"{name} is not a directory and cannot be downloaded from the Hub: {error}") from error
     return directory

@@ -313,7 +313,11 @@ class Eva02VisionModel(PreTrainedModel):
         return cos, sin, complex_turns(cos, sin)
 
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,  # of the language model's, which transformers 5 passes to the tower too
     ) -> BaseModelOutputWithPooling | tuple:
         """(B, 3, S, S) -> last_hidden_state (B, T, H) after the final norm, pooler_output (B, H) its class token,
         and, on request, hidden_states: blocks + 1 tensors (B, T, H) before any final norm."""

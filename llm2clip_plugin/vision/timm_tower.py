@@ -112,7 +112,11 @@ class TimmTower(PreTrainedModel):
         self.model.set_grad_checkpointing(False)
 
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,  # of the language model's, which transformers 5 passes to the tower too
     ) -> BaseModelOutputWithPooling | tuple:
         """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states on request."""
         if output_hidden_states is None:

@@ -1,5 +1,7 @@
 """Towers of transformers in another form: DINOv3 and RADIO without registers, AIMv2 that pools, and OpenVision.
 
+``forward`` ignores other arguments: transformers 5 passes the language model's, such as ``use_cache``, to the tower.
+
 This file stands alone, as it is saved with a LLaVA that is exported to Hugging Face. transformers 4 lacks some of the
 bases.
 """
@@ -27,6 +29,18 @@ def remove_tokens(output: Any, start: int, stop: int) -> Any:
 def all_states(tower: Any, chosen: Any) -> bool:
     """Whether states are asked for; transformers 5 may give the number of one, which is answered with all."""
     return bool(tower.config.output_hidden_states if chosen is None else chosen)
+
+
+class EvalWhileFrozen:
+    """A tower that stays in eval mode as long as none of its parameters is trained, whatever ``train()`` says.
+
+    In training mode DINOv3 draws a scale of its rotary positions at every call.
+    """
+
+    def train(self: Any, mode: bool = True) -> Any:
+        """See torch.nn.Module."""
+        mode = mode and any(parameter.requires_grad for parameter in self.parameters())
+        return nn.Module.train(self, mode)
 
 
 def register(config: Any, model: Any, stock: str) -> None:
@@ -60,7 +74,9 @@ class OpenVisionModel(CLIPVisionModel):
     def _core(self) -> Any:
         return getattr(self, "vision_model", self)  # in transformers 4
 
-    def forward(self, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None) -> Any:
+    def forward(
+        self, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None, **_: Any
+    ) -> Any:
         """See CLIPVisionModel."""
         output: Any = super().forward(pixel_values, output_hidden_states=all_states(self, output_hidden_states))
         output.pooler_output = self._core.post_layernorm(output.last_hidden_state[:, 1:].mean(dim=1))
@@ -98,12 +114,14 @@ if hasattr(transformers, "DINOv3ViTModel"):
 
         model_type = "llm2clip_dinov3"
 
-    class Dinov3Tower(transformers.DINOv3ViTModel):
+    class Dinov3Tower(EvalWhileFrozen, transformers.DINOv3ViTModel):
         """DINOv3 without the registers between class token and patches."""
 
         config_class = Dinov3TowerConfig
 
-        def forward(self, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None) -> Any:
+        def forward(
+            self, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None, **_: Any
+        ) -> Any:
             """See DINOv3ViTModel."""
             output = super().forward(pixel_values, output_hidden_states=all_states(self, output_hidden_states))
             output = remove_tokens(output, 1, 1 + self.config.num_register_tokens)
@@ -118,12 +136,14 @@ if hasattr(transformers, "RadioModel"):
 
         model_type = "llm2clip_radio"
 
-    class RadioTower(transformers.RadioModel):
+    class RadioTower(EvalWhileFrozen, transformers.RadioModel):
         """RADIO with the first class token alone, as timm has it, and without registers; no norm after the blocks."""
 
         config_class = RadioTowerConfig
 
-        def forward(self, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None) -> Any:
+        def forward(
+            self, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None, **_: Any
+        ) -> Any:
             """See RadioModel; the pooled output is the first class token, not all of the summary."""
             asked = all_states(self, output_hidden_states)
             states: Any = super().forward(pixel_values.to(self.dtype), output_hidden_states=asked)

@@ -36,7 +36,7 @@ def test_pipeline(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     answer = capsys.readouterr().out.strip()
     processor = transformers.AutoProcessor.from_pretrained("hf/llava-7b")
     model = transformers.LlavaForConditionalGeneration.from_pretrained("hf/llava-7b")
-    prompt = f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
+    prompt = f"<s>{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
     inputs = processor(images=Image.open("cat.png"), text=prompt, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]
     assert answer == processor.decode(tokens, skip_special_tokens=True).strip() != ""
@@ -44,14 +44,15 @@ def test_pipeline(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 @pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "spaces"])
 def test_the_template_begins_as_llavas_prompt(tmp_path: Path, legacy: bool) -> None:
-    """Servers tokenize the rendered template without special tokens, transformers with: both begin with one <s>."""
+    """One <s>, whether what the template renders is tokenized with special tokens, as by processors, or without."""
     checkpoint = full(tmp_path / "llava-tiny", tower_directory("clip"), legacy=legacy, llm2clip_conversation="v1")
     export(Export.of(checkpoint, dtype="fp32"), tmp_path / "hf")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
     messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}]
-    expected = processor.tokenizer(f"{SYSTEM} USER: What is it? ASSISTANT:")["input_ids"]  # compared with LLaVA's own
+    expected = [1, *processor.tokenizer(f"{SYSTEM} USER: What is it? ASSISTANT:")["input_ids"]]  # compared with LLaVA
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+    assert processor(text=text)["input_ids"][0] == expected
     whole = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert whole["input_ids"][0] == expected and expected.count(1) == 1
 
