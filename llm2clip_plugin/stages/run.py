@@ -19,8 +19,10 @@ from torch import nn
 import llm2clip_plugin
 from llm2clip_plugin.console import each_in_phase, loaded, phase
 from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
-from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
+from llm2clip_plugin.data.workers import LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.files import headline, read_json_value
 from llm2clip_plugin.stages.settings import FinetuneConfig, flat, refuse_changes, within
 from llm2clip_plugin.stages.tower_config import RunConfig
@@ -54,6 +56,7 @@ data.path data.cache data.validation data.validation_cache data.clip_cache
 data.read.images data.read.cache_folder data.read.cache_gb
 pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb
 """.split()
+EVALUATION_PREFETCH = 2  # torch's default
 ADVICE = {  # first word of a fact -> what to do
     "output_dir": "output_dir must be a folder that all hosts share: set --output to one on NFS or Lustre",
     "checkpoint": "every host must see the same checkpoints: set --output (or --resume) to a shared folder",
@@ -263,6 +266,37 @@ def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None, *, 
     if len(caches) > 1:
         raise ValueError(f"{folder} contains the caches {', '.join(caches)} {kind}; choose one with {option}")
     return caches[0]
+
+
+def open_caches(
+    sources: list[Source], paths: tuple[str, ...], teacher: TeacherIdentity | None = None, *, of_clip: bool = False
+) -> list[EmbeddingCache]:
+    """The cache of each source, all of one teacher (that of the first, unless it is given), checked against them."""
+    caches: list[EmbeddingCache] = []
+    for source, path in zip(sources, paths or ("",) * len(sources), strict=True):
+        folder = path or find_cache(source.config, teacher, of_clip=of_clip)
+        caches.append(EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint if teacher else None))
+        caches[-1].check(source)
+        teacher = caches[0].teacher
+    return caches
+
+
+def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[LoadPlan]:
+    """What loader processes take: for training, and for evaluation if the run has a held-out split and such processes.
+
+    side: pixels of an image; width: of an embedding; world: ranks.
+    """
+    rows, micro_batch, _ = config.train.rows(world)
+    train = plan_loading(
+        rows=rows,
+        micro_batch=micro_batch,
+        workers=config.train.dataloader_num_workers,
+        row_bytes=row_bytes(side, width * config.data.captions_per_image),
+        prefetch_mb=config.train.dataloader_prefetch_mb,
+    )
+    batch, workers = config.evaluation.batch, config.evaluation.workers
+    held_out = LoadPlan(part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=row_bytes(side, 0))
+    return [train, held_out] if config.data.validation and workers else [train]
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.console import loaded, phase
-from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity
+from llm2clip_plugin.contracts import PROJECTED
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader
@@ -27,12 +27,12 @@ from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources.base import Source, check_fields, check_kinds, open_source
-from llm2clip_plugin.data.workers import LoadPlan, lacks_shared_memory, plan_loading, row_bytes
+from llm2clip_plugin.data.workers import lacks_shared_memory
 from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
 from llm2clip_plugin.stages import run as plans
-from llm2clip_plugin.stages.run import TrainingRun, find_cache, plan_engine, training_ranks
+from llm2clip_plugin.stages.run import TrainingRun, find_cache, load_plans, open_caches, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import TEACHERS, plan_or_train, rank_and_world
 from llm2clip_plugin.stages.tower_config import DEFAULT, TRAIN_TOWER, RunConfig
 from llm2clip_plugin.stages.tower_export import TOWER, export_towers
@@ -62,7 +62,6 @@ from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import use_fastest_attention
 
 FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
-EVALUATION_PREFETCH = 2  # torch's default
 
 
 def main(argv: list[str]) -> int:
@@ -279,24 +278,6 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
     )
 
 
-def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[LoadPlan]:
-    """What loader processes take: for training, and for evaluation if the run has a held-out split and such processes.
-
-    side: pixels of an image; width: of an embedding; world: ranks.
-    """
-    rows, micro_batch, _ = config.train.rows(world)
-    train = plan_loading(
-        rows=rows,
-        micro_batch=micro_batch,
-        workers=config.train.dataloader_num_workers,
-        row_bytes=row_bytes(side, width * config.data.captions_per_image),
-        prefetch_mb=config.train.dataloader_prefetch_mb,
-    )
-    batch, workers = config.evaluation.batch, config.evaluation.workers
-    held_out = LoadPlan(part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=row_bytes(side, 0))
-    return [train, held_out] if config.data.validation and workers else [train]
-
-
 def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluate | None:
     """Recall on the held-out split, by all ranks together; None without a split."""
     source, cache = data.validation, data.validation_cache
@@ -362,19 +343,6 @@ def open_data(config: RunConfig) -> Data:
                 f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
             )
     return Data(sources, caches, validation, validation_cache, clip_caches)
-
-
-def open_caches(
-    sources: list[Source], paths: tuple[str, ...], teacher: TeacherIdentity | None = None, *, of_clip: bool = False
-) -> list[EmbeddingCache]:
-    """The cache of each source, all of one teacher (that of the first, unless it is given), checked against them."""
-    caches: list[EmbeddingCache] = []
-    for source, path in zip(sources, paths or ("",) * len(sources), strict=True):
-        folder = path or find_cache(source.config, teacher, of_clip=of_clip)
-        caches.append(EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint if teacher else None))
-        caches[-1].check(source)
-        teacher = caches[0].teacher
-    return caches
 
 
 def check_data(config: RunConfig, data: Data) -> None:
