@@ -209,6 +209,9 @@ def rank_bytes(
         "gradients": memory.trained * (size + summed) / shares[1],
         "AdamW": memory.trained * states / shares[0],
     }
+    flat = 0.0  # this rank's gradients once more, in fp32, for the update; activations are free by then
+    if stage in (1, 2) and not offloads_optimizer({"zero_optimization": zero}):
+        flat = memory.trained * (4 + size % 4) / world
     buckets = 0.0  # of gradients (two with overlap_comm), and the full weights that ZeRO-3 has gathered at once
     if stage:
         buckets = float(zero.get("reduce_bucket_size", 5e8)) * size * (2 if zero.get("overlap_comm") else 1)
@@ -220,7 +223,7 @@ def rank_bytes(
     parts |= {
         "averages": memory.trained * memory.averages * 4 / shares[0],
         "frozen tower": memory.frozen_tower_bytes,
-        "activations": micro_batch * memory.pair_bytes,
+        "activations": max(micro_batch * memory.pair_bytes, flat),
         "images": memory.pixels * (local + micro_batch * size),  # bytes, and a micro-batch normalized
         "patches": 4.0 * memory.patches * local,
         # both sides of the local batch and all ranks' texts, with gradients; three blocks of at most 512 MiB of logits

@@ -108,7 +108,15 @@ def test_equal_values_and_a_scheduler_without_values_are_accepted():
     user = {"train_batch_size": 512, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}
     assert "scheduler" not in complete(user, PLAN)
     assert complete({}, PLAN)["zero_optimization"]["stage"] == 1  # half precision without ZeRO: see train.optim
-    assert complete({}, dataclasses.replace(PLAN, precision="fp32"))["zero_optimization"]["stage"] == 0
+    assert complete({}, dataclasses.replace(PLAN, precision="fp32"))["zero_optimization"] == {"stage": 0}
+
+
+def test_gradients_are_sent_during_the_backward_pass_unless_the_file_says_otherwise():
+    for path in (None, *sorted(SCRIPTS.glob("zero[1-3]*.json"))):
+        zero = complete(read_deepspeed_json(str(path)) if path else {}, PLAN)["zero_optimization"]
+        assert zero["overlap_comm"] is True and zero["reduce_bucket_size"] == 50_000_000
+    own = {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000}
+    assert complete({"zero_optimization": own}, PLAN)["zero_optimization"] == own
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("zero*.json")), ids=lambda path: path.name)
