@@ -133,7 +133,8 @@ def tiny_engine(
         module.load_state_dict(weights)
 
     def rate(name: str) -> float:
-        return 2 - int(name.split(".")[1]) / 8 if name.startswith("tower") else 2
+        layer = next((int(word) for word in name.split(".") if word.isdigit()), 0)
+        return 2 - layer / 8 if name.startswith("tower") else 2
 
     trained = [
         Trained(name=n, parameter=p, lr=lr * rate(n), decay=not is_vector(p))
