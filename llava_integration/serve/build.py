@@ -258,6 +258,7 @@ class ExportedTower:
             own |= open_file(path, files)
         left_out = self.family.not_tower or ("\0",)
         own = {n: t for n, t in own.items() if not n.startswith(left_out) and not n.endswith("position_ids")}
+        own = {prefix + n.removeprefix(prefix): t for n, t in own.items()}  # transformers 5 saves towers without it
         if unfrozen:
             inside = f"{TOWER}vision_tower."
             new = {name.removeprefix(inside): tensor for name, tensor in trained.items() if name.startswith(inside)}

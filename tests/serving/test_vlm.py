@@ -340,3 +340,17 @@ def test_what_does_not_fit_is_one_line(
     said = capsys.readouterr().err
     assert message in said and said.startswith("error: ") and said.count("\n") == 1
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_tower_that_transformers_saved_has_the_names_that_servers_know(llms: Path, tmp_path: Path) -> None:
+    """transformers 5 saves CLIP's tower without ``vision_model.``, which vLLM then does not find."""
+    shutil.copytree(
+        tower_directory("clip"), tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors", "llm2clip*")
+    )
+    config = transformers.CLIPVisionConfig.from_pretrained(tower_directory("clip"))
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
+    assert "embeddings.class_embedding" in load_file(tmp_path / "clip" / "model.safetensors")
+    words = ["--tower", str(tmp_path / "clip"), "--llm", str(llms / "qwen3"), "--output", str(tmp_path / "vlm")]
+    assert llm2clip(["vlm", "build", *words]) == 0
+    names = [name for name in load_file(tmp_path / "vlm" / "model.safetensors") if name.startswith("vision_tower.")]
+    assert names and all(name.startswith("vision_tower.vision_model.") for name in names)
