@@ -214,6 +214,15 @@ def test_malformed_logs_are_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["samples_b_2026-11-28T21-57-04.1.jsonl", "20261129_061426_samples_b.jsonl"])
+def test_a_log_that_was_cut_in_its_first_line_is_not_left_out(tmp_path, name):
+    line = {"doc_id": 0, "doc_hash": "", "acc": 1} | ({"metrics": ["acc"]} if name.startswith("samples") else {})
+    (tmp_path / name.replace("_b", "_a")).write_text(json.dumps(line) + "\n")
+    (tmp_path / name).write_text(json.dumps(line)[:10])
+    with pytest.raises(ContractError, match=f"{name}, line 1"):
+        load_side(tmp_path)
+
+
 def test_a_folder_has_logs_of_one_form(tmp_path):
     (tmp_path / "a.csv").write_text("item,score\n1,1\n")
     (tmp_path / "b.jsonl").write_text('{"doc_id": 0, "doc_hash": "", "acc": 1}\n')

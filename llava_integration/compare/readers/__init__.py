@@ -58,7 +58,7 @@ def first_object(path: Path) -> dict[str, Any]:
     """The first line of a JSONL file, empty if it is not one."""
     try:
         return next((value for _, value in islice(json_lines(path), 1)), {})
-    except (ContractError, OSError):
+    except ContractError:
         return {}
 
 

@@ -14,8 +14,8 @@ NAME = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.json
 
 
 def fits(path: Path) -> bool:
-    """A line has the hash of its document, and says which of its fields are metrics."""
-    return {"doc_id", "doc_hash", "metrics"} <= set(first_object(path))
+    """Its name says so, or a line has the hash of its document and says which of its fields are metrics."""
+    return bool(NAME.search(path.name)) or {"doc_id", "doc_hash", "metrics"} <= set(first_object(path))
 
 
 def read(path: Path) -> Iterator[ScoreFile]:

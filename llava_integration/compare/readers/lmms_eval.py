@@ -22,9 +22,9 @@ Line = dict[str, Any]
 
 
 def fits(path: Path) -> bool:
-    """A line has the hash of its document, and no list of metrics, as lm-evaluation-harness has."""
+    """Its name says so, or a line has the hash of its document and, unlike lm-evaluation-harness's, no metrics."""
     line = first_object(path)
-    return {"doc_id", "doc_hash"} <= set(line) and "metrics" not in line
+    return bool(NAME.search(path.name)) or ({"doc_id", "doc_hash"} <= set(line) and "metrics" not in line)
 
 
 def _mme(path: Path) -> list[Line]:
