@@ -59,6 +59,17 @@ def test_cache_holds_what_the_encoder_gives(teacher: CaptionEncoder, tmp_path: P
         assert torch.nn.functional.cosine_similarity(stored, alone).min() > 0.99999  # float16's 11 bits
 
 
+def test_ranks_share_the_shards_and_the_last_writes_the_manifest(teacher: CaptionEncoder, tmp_path: Path) -> None:
+    source = open_source(write_tars(tmp_path / "data", 5, 4))
+    whole, _ = embed_source(source, teacher, tmp_path / "one", quiet=True)
+    first, summary0 = embed_source(source, teacher, tmp_path / "two", rank=1, world=2, quiet=True)
+    assert first is None
+    with pytest.raises(ContractError, match="incomplete"):
+        EmbeddingCache.open(tmp_path / "two")
+    second, summary1 = embed_source(source, teacher, tmp_path / "two", rank=0, world=2, quiet=True)
+    assert second == whole and summary0.shards + summary1.shards == 5
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_share_gives_each_shard_to_one_rank_evenly(world: int) -> None:
     shards = [Shard(f"{i}", size, 0) for i, size in enumerate([900, 100, 500, 500, 20, 300, 300])]
@@ -78,6 +89,20 @@ def test_second_run_embeds_only_incomplete_shards(teacher: CaptionEncoder, tmp_p
     manifest, summary = embed_source(source, teacher, tmp_path / "cache", quiet=True)
     assert (summary.shards, summary.skipped) == (2, 2) and manifest is not None
     assert {path.name: path.read_bytes() for path in files} == before
+
+
+def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    write_tars(folder, 2, 4)
+    embed_source(open_source(SourceConfig(path=str(folder))), teacher, tmp_path / "cache", quiet=True)
+    write_tars(tmp_path / "other", 1, 5)
+    (tmp_path / "other" / "00000.tar").replace(folder / "00001.tar")
+    changed = open_source(SourceConfig(path=str(folder)))
+    with pytest.raises(ContractError, match="5 samples"):
+        EmbeddingCache.open(tmp_path / "cache").check(changed)
+    _, summary = embed_source(changed, teacher, tmp_path / "cache", quiet=True)
+    assert (summary.shards, summary.skipped) == (1, 1)
+    EmbeddingCache.open(tmp_path / "cache").check(changed)
 
 
 def test_command_embeds_reports_and_verifies(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from train_helpers import Averages, Engineless, new_state, save_now
 
-from llm2clip_plugin.files import LOCK
+from llm2clip_plugin.files import LOCK, ContractError
 from llm2clip_plugin.train.checkpoint import AVERAGES, Checkpoints, TensorFile, verify, write_tensors
 from llm2clip_plugin.train.guard import acquire, locked
 
@@ -46,6 +48,44 @@ def test_tensors_are_safetensors_and_return_without_a_map(tmp_path: Path):
     assert values.keys() == tensors.keys()
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit of the weights": lambda path: flip(path / "model.safetensors"),
+    "a flipped bit of the moments": lambda path: flip(path / "optimizer.safetensors"),
+    "a flipped bit of the averages": lambda path: flip(path / "ema.safetensors"),
+    "a cut state.json": lambda path: (path / "state.json").write_text('{"kind": "llm2clip-tr'),
+    "no state.json": lambda path: (path / "state.json").unlink(),
+    "a cut model": lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:9]),
+    "no averages": lambda path: (path / "ema.safetensors").unlink(),
+    "a header without end": lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 64),
+    "gone": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("name", list(DAMAGE))
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+):
+    checkpoints = saved(tmp_path, 1, 2)
+    DAMAGE[name](checkpoints.path(2))
+    assert checkpoints.find("auto") == checkpoints.find(str(tmp_path)) == checkpoints.path(1)
+    told = capsys.readouterr().err
+    assert name == "gone" or ("step-00000002" in told and f"falling back to {checkpoints.path(1)}" in told)
+    assert checkpoints.find("auto", moments=False) == checkpoints.path(2 if "moments" in name else 1)
+    if name == "gone":
+        return
+    with pytest.raises((ContractError, FileNotFoundError), match="step-00000002"):
+        checkpoints.find(str(checkpoints.path(2)))
+    DAMAGE[name](checkpoints.path(1))
+    with pytest.raises(ContractError, match="step-00000002"):
+        checkpoints.find("auto")
+
+
 def test_going_back_moves_newer_checkpoints_aside_and_removes_none(tmp_path: Path):
     checkpoints = saved(tmp_path / "run", 1, 2, 3)
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 3}\n')
@@ -63,6 +103,7 @@ def test_going_back_moves_newer_checkpoints_aside_and_removes_none(tmp_path: Pat
 
 HOLD = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from llm2clip_plugin.train.guard import locked
 with locked(Path(sys.argv[1])):
