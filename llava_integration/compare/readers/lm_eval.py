@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, ``--log_samples``: ``samples_TASK_DATE.jsonl`` beside ``results_DATE.json``."""
+"""lm-evaluation-harness, ``--log_samples``: ``samples_TASK_DATE.jsonl`` next to ``results_DATE.json``."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

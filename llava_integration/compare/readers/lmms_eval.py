@@ -1,4 +1,4 @@
-"""lmms-eval, ``--log_samples``: ``DATE_samples_TASK.jsonl`` beside ``DATE_results.json``.
+"""lmms-eval, ``--log_samples``: ``DATE_samples_TASK.jsonl`` next to ``DATE_results.json``.
 
 A metric's value is a number, or an object with what the task's aggregation reads. MME, POPE and MMBench become their
 composites; of other objects the field ``score`` counts, or whether ``pred`` is ``answer``.
@@ -28,7 +28,7 @@ def fits(path: Path) -> bool:
 
 
 def _mme(path: Path) -> list[Line]:
-    """A question each; the two of an image are told apart by their order."""
+    """An item for each question; the two of an image differ in their order."""
     items: list[Line] = []
     seen: Counter[str] = Counter()
     for where, line in json_lines(path):
