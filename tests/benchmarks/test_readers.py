@@ -156,6 +156,17 @@ def test_vlmevalkit(tmp_path, ending):
     assert value(load_side(folder), "MMBench_DEV_EN") == 75
 
 
+def test_vlmevalkits_pope_counts_a_question_in_each_of_its_parts(tmp_path):
+    """By hand, over six counted questions: two right "yes", one wrong "yes", one missed: F1 is 4 / 6."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    rows = [("Yes", "Yes", "random,popular"), ("Yes", "No", "random"), ("No", "Yes", "popular"), ("No", "No", "a,b")]
+    lines = [f"{n}\tp\t{true}\t{said}\t{true == said}\t{parts}" for n, (true, said, parts) in enumerate(rows)]
+    head = "index\tprediction\tanswer\textracted\tscore\tcategory"
+    (folder / "model_POPE_auxmatch.tsv").write_text("\n".join([head, *lines]))
+    assert value(load_side(folder), "pope") == pytest.approx(100 * 4 / 6)
+
+
 def test_a_table_has_tasks_and_runs(tmp_path):
     table = tmp_path / "scores.csv"
     lines = [f"{task},{run},{n},{n // 2},{(n + run) % 2}" for task in "xy" for run in (0, 1) for n in range(6)]
@@ -201,6 +212,7 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "q.eval": ("not a zip file", "q.eval"),
     "r.json": ('{"status": "error", "eval": {"run_id": "x", "task": "t"}}', "status"),
     "s.tsv": ("index\tprediction\thit\n0\tA\tmaybe\n", "row 2"),
+    "u.tsv": ("index\tprediction\thit\n0\tA\n", "row 2"),
     "t_MME_result.xlsx": ("no workbook", "t_MME_result.xlsx"),
 }
 

@@ -35,8 +35,9 @@ def table(path: Path) -> Iterator[list[Any]]:
             yield from csv.reader(file, delimiter="\t")
     else:
         rows = read_json_value(path)
-        yield list(rows[0])
-        yield from (list(row.values()) for row in rows)
+        names = list(rows[0])
+        yield names
+        yield from ([row.get(name) for name in names] for row in rows)
 
 
 def fits(path: Path) -> bool:
@@ -65,20 +66,24 @@ def read(path: Path) -> Iterator[ScoreFile]:
     stem = ENDING.sub("", path.stem)
     model = next((p.name for p in path.parents if p.name and stem.startswith(f"{p.name}_")), "")
     data = stem.removeprefix(f"{model}_") if model else stem
-    kind = next((kind for kind in ("mme", "pope") if data.lower().startswith(kind) and "extracted" in names), "")
+    kind = next((kind for kind in ("mme", "pope") if data.lower() == kind and "extracted" in names), "")
     items = []
     for place, values in enumerate(lines, 2):
         row = dict(zip(names, values, strict=False))
-        value: Any = TEXT.get(str(row[column]), row[column])
+        value: Any = TEXT.get(str(row.get(column)), row.get(column))
         try:
             score = number(float(value), f"{path}, row {place}: {column}")
         except (TypeError, ValueError) as error:
             raise ContractError(f"{path}, row {place}: {column} is {value!r}; expected a number") from error
-        item = {"id": str(row["index"]), "score": score, "category": str(row.get("category") or "")}
-        item |= {"cluster": first_of(row, IMAGES[:-1]) or item["id"], "truth": row.get("answer")}
-        if kind == "pope":
-            item |= {"parsed": str(row["extracted"]).lower(), "label": str(row["answer"]).lower(), "category": ""}
-        items.append(item)
+        name, parts = str(row["index"]), str(row.get("category") or "")
+        item = {"id": name, "score": score, "category": parts, "truth": row.get("answer")}
+        item["cluster"] = first_of(row, IMAGES[:-1]) or name
+        if kind != "pope":
+            items.append(item)
+            continue
+        said = {"parsed": str(row.get("extracted")).lower(), "label": str(row.get("answer")).lower(), "category": ""}
+        # VLMEvalKit counts a question in each of its parts ("random,popular")
+        items += [{**item, **said, "id": f"{name}/{part}"} for part in parts.split(",")]
     yield ScoreFile(benchmark=kind or data, metrics={}, items=items, model=model)
 
 
