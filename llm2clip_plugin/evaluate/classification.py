@@ -21,7 +21,7 @@ from llm2clip_plugin.contracts import ScoreFile, TowerCard, atomic_file, canonic
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import BrokenSample, Caption
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
+from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.data.sources.tars import scan_tar, split_name
 from llm2clip_plugin.evaluate.config import EVALUATE_PROBE, EVALUATE_ZEROSHOT, ProbeConfig, ZeroShotConfig
 from llm2clip_plugin.evaluate.opening import (

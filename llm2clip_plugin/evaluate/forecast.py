@@ -25,7 +25,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, select_captions
-from llm2clip_plugin.data.sources.base import Source, check_fields, open_source
+from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate.captions import has_card
 from llm2clip_plugin.evaluate.classification import weights_hash
 from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig

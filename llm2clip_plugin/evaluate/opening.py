@@ -24,7 +24,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.pairs import eval_pairs
 from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample, select_captions
-from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
+from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source

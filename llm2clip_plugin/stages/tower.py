@@ -20,14 +20,14 @@ from torch import Tensor
 
 from llm2clip_plugin.console import loaded, phase
 from llm2clip_plugin.contracts import PROJECTED
+from llm2clip_plugin.data import lacks_shared_memory
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
-from llm2clip_plugin.data.sources.base import Source, check_fields, check_kinds, open_source
-from llm2clip_plugin.data.workers import lacks_shared_memory
+from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
 from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by

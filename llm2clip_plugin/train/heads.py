@@ -35,7 +35,7 @@ from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset, eval_pairs
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_shares
-from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig
 from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_first, on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import StoppedError, StopRequest

@@ -14,7 +14,7 @@ from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.directory import published
