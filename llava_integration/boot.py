@@ -1,10 +1,12 @@
 """Start-up hook: completes modules of LLaVA as Python executes them.
 
-Right after four of them, so that LLaVA knows our towers (``hook``); before or after others, so that LLaVA runs on
-today's libraries (``compat``).
+Right after four of them, so that LLaVA knows our towers (``hook``), in forks under other names, too: a package with
+``model/multimodal_encoder/builder.py``. Before or after others, so that LLaVA 1.5 runs on today's libraries
+(``compat``).
 
 ``llm2clip_llava.pth`` in site-packages puts a six-line watcher on ``sys.meta_path`` of every Python process of the
-environment; the watcher imports this module when a process imports the first ``llava.model.*`` module. That covers
+environment; the watcher imports this module when a process imports the first ``llava.model.*`` or ``*.model.*_arch``
+module. That covers
 ``python -m llava.train.train``, a script path under the DeepSpeed launcher, and a notebook that imports only ``llava``.
 Nothing here may raise: ``llava.model`` swallows import errors, and the user would see "cannot import name
 LlavaLlamaForCausalLM"; a completion of ``compat`` that fails ends the import with an error that names its file.
@@ -20,12 +22,8 @@ import os
 import runpy
 import sys
 
-WATCHED = (
-    "llava.model.multimodal_encoder.builder",  # before llava_arch binds build_vision_tower
-    "llava.model.llava_arch",
-    "llava.model.builder",
-    "llava.train.llava_trainer",
-)
+TRAINER = "llava.train.llava_trainer"  # of LLaVA alone
+MODELS = ".model."  # LLaVA's package, or a fork's, before it
 WATCHER = "LLM2CLIPWatcher"  # class name, here and in the .pth file
 
 
@@ -40,8 +38,8 @@ class LLM2CLIPWatcher:
 def find_spec(name, path=None, target=None):
     """For a module that is completed: the spec of the other finders, with a loader that completes it; else None."""
     if not any(isinstance(finder, LLM2CLIPWatcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, LLM2CLIPWatcher())  # that of the .pth file asks for llava.model.* alone
-    if not name.startswith("llava.") or name not in watched():
+        sys.meta_path.insert(0, LLM2CLIPWatcher())  # that of the .pth file asks for few modules
+    if not knows_towers(name, path) and (not name.startswith("llava.") or name not in completed_by_compat()):
         return None
     for finder in sys.meta_path:
         find = None if type(finder).__name__ == WATCHER else getattr(finder, "find_spec", None)
@@ -55,11 +53,25 @@ def find_spec(name, path=None, target=None):
     return None
 
 
-def watched():
-    """The modules that are completed in this process."""
-    towers = () if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0" else WATCHED
+def knows_towers(name, path=None):
+    """Whether `hook` completes a module: LLaVA's, or one of a fork, whose ``path`` is its package's ``__path__``."""
+    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
+        return False
+    package, _, part = name.rpartition(MODELS)
+    if name == TRAINER or not package:
+        return name == TRAINER
+    if part == "multimodal_encoder.builder":  # before the *_arch binds build_vision_tower
+        return True
+    folders = path or getattr(sys.modules.get(f"{package}.model"), "__path__", ())
+    return (part == "builder" or part.endswith("_arch")) and any(
+        os.path.isfile(os.path.join(folder, "multimodal_encoder", "builder.py")) for folder in folders
+    )
+
+
+def completed_by_compat():
+    """The modules of LLaVA that are completed for today's libraries."""
     runner = compat()
-    return {*towers, *(runner.watched() if runner else ())}
+    return runner.watched() if runner else set()
 
 
 @functools.cache
@@ -93,7 +105,7 @@ def watch(spec):
 
 def complete(module):
     """Make a module of LLaVA that has been executed know our towers; an error is printed, not raised."""
-    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0" or module.__name__ not in WATCHED:
+    if not knows_towers(module.__name__):
         return
     try:
         from llava_integration import hook
@@ -118,7 +130,7 @@ def install():
     if not watching():
         sys.meta_path.insert(0, LLM2CLIPWatcher())
     runner = compat()
-    for name in sorted(watched() & set(sys.modules)):
+    for name in sorted(name for name in sys.modules if knows_towers(name) or name in completed_by_compat()):
         if runner:
             runner.run(sys.modules[name], "before")
             runner.run(sys.modules[name], "after")

@@ -96,6 +96,15 @@ def config_of(path: str | Path, name: str = CONFIG) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def is_unfrozen(config: Any) -> bool:
+    """Whether the tower is trained, by ``unfreeze_mm_vision_tower`` or LLaVA-NeXT's ``mm_tunable_parts``.
+
+    ``config``: a model's configuration or arguments, or a dictionary of config.json.
+    """
+    read = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
+    return bool(read("unfreeze_mm_vision_tower")) or "mm_vision_tower" in (read("mm_tunable_parts") or "").split(",")
+
+
 def check_feature(feature: str) -> None:
     """Raise ValueError for an unknown ``mm_vision_select_feature``."""
     if feature not in FEATURES:

@@ -1,6 +1,6 @@
 """Wrappers of LLaVA's functions, so that LLaVA builds, records and finds the towers of this package.
 
-``boot`` calls `complete` for each module in ``boot.WATCHED``, right after Python has executed it.
+``boot`` calls `complete` for each module that `boot.knows_towers` names, right after Python has executed it.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from llava_integration import towers
+from llava_integration import boot, towers
 from llava_integration.checkpoints import config_of, refuse_name
 from llm2clip_plugin.files import ContractError, errors_about
 
@@ -24,31 +24,34 @@ Function = Callable[..., Any]
 
 def complete(module: ModuleType) -> None:
     """Wrap the function of ``module`` that handles vision towers; complete LLaVA's trainer."""
-    if module.__name__ == "llava.model.multimodal_encoder.builder":
-        wrap_function(module, "build_vision_tower", wrap_build_vision_tower)
-    elif module.__name__ == "llava.model.llava_arch":
-        wrap_function(module.LlavaMetaModel, "initialize_vision_modules", wrap_initialize_vision_modules)
-    elif module.__name__ == "llava.model.builder":
-        wrap_function(module, "load_pretrained_model", wrap_load_pretrained_model)
-    elif module.__name__ == "llava.train.llava_trainer":
+    part = module.__name__.rpartition(boot.MODELS)[2]
+    if module.__name__ == boot.TRAINER:
         from llava_integration import training
 
         training.complete_trainer(module)
+    elif part == "multimodal_encoder.builder":
+        wrap_function(module, "build_vision_tower", wrap_build_vision_tower)
+    elif part == "builder":
+        wrap_function(module, "load_pretrained_model", wrap_load_pretrained_model)
+    else:
+        for one in list(vars(module).values()):
+            if isinstance(one, type) and "initialize_vision_modules" in vars(one):
+                wrap_function(one, "initialize_vision_modules", wrap_initialize_vision_modules)
 
 
 def wrap_function(owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:
-    """Set ``owner.name`` to ``wrap(owner.name)``, also in loaded ``llava*`` modules that imported the function.
+    """Set ``owner.name`` to ``wrap(owner.name)``, also in loaded modules of its package that imported the function.
 
     ``owner`` is a module or a class. A second call does nothing.
     """
     original = getattr(owner, name)
     if original.__module__ == __name__:
         return
-    wrapper = wrap(original)
+    package, wrapper = original.__module__.split(".")[0], wrap(original)
     functools.update_wrapper(wrapper, original, assigned=("__name__", "__qualname__", "__doc__"))
     setattr(owner, name, wrapper)
     for module_name, module in list(sys.modules.items()):
-        if module_name.split(".")[0] == "llava" and getattr(module, name, None) is original:
+        if module_name.split(".")[0] == package and getattr(module, name, None) is original:
             setattr(module, name, wrapper)
 
 
@@ -124,15 +127,15 @@ def settings_from_environment(config: Any) -> None:
 def wrap_initialize_vision_modules(original: Function) -> Function:
     """Write the tower's record and OWN_OPTIONS into the model's configuration."""
 
-    def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
+    def initialize_vision_modules(self: Any, model_args: Any, *arguments: Any, **options: Any) -> None:
         previous_tower = self.get_vision_tower()
         refuse_another_tower(previous_tower, model_args.vision_tower)
         if not towers.is_ours(model_args.vision_tower):
-            return original(self, model_args, fsdp=fsdp)
+            return original(self, model_args, *arguments, **options)
         for option in OWN_OPTIONS:  # from the base model's config.json
             if previous_tower is None and hasattr(self.config, option):
                 setattr(model_args, option, getattr(self.config, option))
-        original(self, model_args, fsdp=fsdp)
+        original(self, model_args, *arguments, **options)
         tower = self.get_vision_tower()
         record = towers.tower_record(tower.location, model_args.vision_tower, tower.hidden_size)
         setattr(self.config, towers.KEY, record)

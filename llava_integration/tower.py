@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from llava_integration.checkpoints import blocks_below, check_feature
+from llava_integration.checkpoints import blocks_below, check_feature, is_unfrozen
 from llava_integration.towers import TowerLocation
 from llm2clip_plugin.vision.families import read_config
 from llm2clip_plugin.vision.towers import load_tower, tower_blocks
@@ -23,7 +23,7 @@ class LLM2CLIPVisionTower(nn.Module):
     """A tower directory as LLaVA's ``model.vision_tower``.
 
     Its features equal those of LLaVA's own CLIPVisionTower on the same directory bit for bit. Blocks above the selected
-    hidden state are deleted on load. Parameters are frozen unless ``unfreeze_mm_vision_tower`` is set.
+    hidden state are deleted on load. Parameters are frozen unless `is_unfrozen`.
     """
 
     def __init__(self, name: str, location: TowerLocation, args: Any, delay_load: bool = False):
@@ -38,7 +38,7 @@ class LLM2CLIPVisionTower(nn.Module):
         self.location = location
         self.select_layer: int = args.mm_vision_select_layer
         self.select_feature: str = getattr(args, "mm_vision_select_feature", "patch")
-        self.unfrozen: bool = getattr(args, "unfreeze_mm_vision_tower", False)
+        self.unfrozen = is_unfrozen(args)
         self.has_cls = location.card.has_cls
         self.blocks_used = blocks_below(self.select_layer, location.card.num_layers)
         check_feature(self.select_feature)

@@ -263,7 +263,7 @@ class ExportedTower:
             new = {name.removeprefix(inside): tensor for name, tensor in trained.items() if name.startswith(inside)}
             new = {prefix + name.removeprefix(prefix): tensor for name, tensor in new.items()}
             if not new:
-                raise ContractError(f"unfreeze_mm_vision_tower is set, but the checkpoint has no {inside}*; {FIX}")
+                raise ContractError(f"its tower was trained, but the checkpoint has no {inside}*; {FIX}")
             refuse_rest(set(new) - set(own), self.directory)
             own |= new
         return {f"vision_tower.{name}": tensor for name, tensor in own.items()}

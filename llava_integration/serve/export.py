@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import llm2clip_plugin
+from llava_integration.checkpoints import is_unfrozen
 from llava_integration.hook import CONVERSATION
 from llava_integration.serve.build import ExportedTower, find_tower, language_tensors, register, text_config
 from llava_integration.serve.checkpoint import (
@@ -114,7 +115,7 @@ def write_model(made: Export, directory: Path) -> int:
     with ExitStack() as opened:
         own = made.tensors(opened)
         tensors = language_tensors(own, config, image_id, made.tokenizer)
-        tensors |= tower.tensors(own, unfrozen=bool(config.get("unfreeze_mm_vision_tower")), files=opened)
+        tensors |= tower.tensors(own, unfrozen=is_unfrozen(config), files=opened)
         size = write_shards(tensors, directory, DTYPES[made.dtype])
     chosen = tower.selection(feature := config.get("mm_vision_select_feature", "patch"))
     stored = DTYPES[made.dtype] or config.get("torch_dtype") or config.get("dtype") or "float16"
