@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(vars(status), indent=2, ensure_ascii=False))
     else:
         (name, state), *rows = rows_of(status)
+        rows += [*(("problem", problem) for problem in status.problems), ("go on", status.go_on)]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name}: {state}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
         print(printable_lines("\n".join(lines)))
@@ -79,10 +80,8 @@ def main(argv: list[str]) -> int:
 
 
 def _run_rows(status: SimpleNamespace) -> list[tuple[str, str]]:
-    rows = [
-        (status.folder, (SHOWN.get(status.state) or status.state) + (f": {status.reason}" if status.reason else ""))
-    ]
-    rows.append(("progress", _progress(status)))
+    reason = f": {status.reason}" if status.reason else ""
+    rows = [(status.folder, f"{SHOWN.get(status.state, status.state)}{reason}"), ("progress", _progress(status))]
     for name in status.last or status.before:
         parts = [f"before {status.before[name]:.3f}"] if name in status.before else []
         if name in status.best:
@@ -90,11 +89,9 @@ def _run_rows(status: SimpleNamespace) -> list[tuple[str, str]]:
         if name in status.last:
             parts.append(f"last {status.last[name]:.3f} (step {status.last_scored})")
         rows.append((name, ", ".join(parts)))
-    rows.append(("checkpoints", ", ".join(status.checkpoints) or "none yet"))
     results = ", ".join(str(Path(status.folder) / name) for name in status.results)
+    rows.append(("checkpoints", ", ".join(status.checkpoints) or "none yet"))
     rows.append(("result", results or "none yet: the tower or adapter is written at the end"))
-    rows += [("problem", problem) for problem in status.problems]
-    rows.append(("go on", status.go_on))
     return rows
 
 
@@ -115,13 +112,12 @@ def _progress(status: SimpleNamespace) -> str:
 def _cache_rows(status: SimpleNamespace) -> list[tuple[str, str]]:
     done = "complete" if status.complete else "not complete"
     of = f" of {status.shards}" if status.shards else ""
-    rows = [(status.folder, f"{done}: {status.done}{of} shards of {status.data or 'its data'}")]
-    rows.append(("teacher", f"{status.teacher}, {status.width} wide, {status.dtype}" if status.teacher else ""))
-    rows.append(("captions", f"{status.captions:,}" if status.captions else ""))
-    rows.append(("last shard", ago(status.last_change)))
-    rows += [("problem", problem) for problem in status.problems]
-    rows.append(("go on", status.go_on))
-    return rows
+    return [
+        (status.folder, f"{done}: {status.done}{of} shards of {status.data or 'its data'}"),
+        ("teacher", f"{status.teacher}, {status.width} wide, {status.dtype}" if status.teacher else ""),
+        ("captions", f"{status.captions:,}" if status.captions else ""),
+        ("last shard", ago(status.last_change)),
+    ]
 
 
 def ago(seconds_since_epoch: float) -> str:
@@ -133,11 +129,7 @@ def ago(seconds_since_epoch: float) -> str:
 def run_status(folder: Path) -> SimpleNamespace:
     """What the folder of a run of either stage shows; what is damaged or missing is in ``problems``, and no error."""
     problems: list[str] = []
-    try:
-        record = RunRecord.read(folder / RunRecord.FILE)
-    except (ContractError, OSError) as error:
-        problems.append(str(error))
-        record = RunRecord(config={}, config_hash="")
+    record = _read(RunRecord, folder, problems) or RunRecord(config={}, config_hash="")
     metrics = read_metrics(folder / METRICS)
     if metrics.unreadable:
         problems.append(f"{metrics.unreadable} unreadable lines in {METRICS}")

@@ -237,14 +237,6 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def check_pickles(directory: Path) -> None:
-    """Raise ContractError if a model's weights are only in a pickle that runs code, or is not safe to read."""
-    if any(directory.glob("model*.safetensors")):
-        return
-    for path in sorted(directory.glob("pytorch_model*.bin")):
-        read_tensors(path)
-
-
 def _read_pickle(path: Path) -> Any:
     import torch
 

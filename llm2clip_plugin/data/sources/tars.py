@@ -262,7 +262,7 @@ def data_folder(path: str) -> Path:
     For braces and wildcards that match several folders it is their longest common one. Raises ValueError for a URL.
     """
     if is_url(path):
-        raise ValueError(f"{path} is not a local folder")
+        raise ValueError(f"{path} is not a local folder; set --cache DIR (--validation-cache DIR for a held-out split)")
     if os.path.isdir(path):
         return Path(path)
     return Path(_common_folder(_expand(path)) or path[: path.startswith("/")])

@@ -15,6 +15,7 @@ import dataclasses
 import importlib.util
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm2clip_plugin.console import quiet_onnx, quiet_transformers
+from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import TowerCard, atomic_directory, naming_full_disk
 from llm2clip_plugin.files import ContractError, load_tensors
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.convert import FORMATS, IMPORT
-from llm2clip_plugin.vision.convert.layouts import (
-    PARTS,
-    ParsedCheckpoint,
-    config_in,
-    layouts,
-    lift_model_cfg,
-    merge,
-    preprocessor_in,
-)
+from llm2clip_plugin.vision.convert.layouts import PARTS, ParsedCheckpoint, layouts, lift_model_cfg, normalization
 from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
 from llm2clip_plugin.vision.directory import (
     PREPROCESSOR_FILE,
     WEIGHTS_FILE,
     fetch_directory,
+    own_preprocessor,
     read_json,
     read_tensors,
     section,
@@ -70,6 +64,8 @@ def main(argv: list[str]) -> int:
     card, report = import_tower(
         options.source, options.output, config=options.config, image_size=options.image_size, replace=options.overwrite
     )
+    if old_size := card.training.get("resized_from"):
+        report.append(f"positions interpolated from {old_size} to {card.image_size} px")
     print("\n".join([*report, summary(options.output, card)]))
     return 0
 
@@ -90,29 +86,23 @@ def import_tower(
     Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an unknown, missing or misshapen tensor;
     a file that is truncated or contains code).
     """
+    path = Path(source).expanduser()
     if str(source).startswith(TIMM_PREFIX):
         if config is not None:
             raise ValueError(f"{source}: timm describes the architecture; remove --config")
         model, imported_as = load_tower(source, image_size=image_size), "timm"
-        origin, report = str(source), [f"layout timm: {len(model.state_dict())} tensors of the tower"]
+        report = [f"layout timm: {len(model.state_dict())} tensors of the tower"]
     else:
-        path = Path(source).expanduser()
         place = path if path.is_file() else fetch_directory(source)
         if place.is_dir() and (place / TowerCard.FILE).is_file():
-            card = reexport(place, output, image_size=image_size, replace=replace)
-            return card, ["a tower directory", *_resized(card)]
+            return reexport(place, output, image_size=image_size, replace=replace), ["a tower directory"]
         parsed = parse_checkpoint(place, None if config is None else read_json(Path(config)))
         with naming_full_disk(output):
             model = build_model(parsed, str(source), temporary=Path(output).resolve().parent, image_size=image_size)
         imported_as, report = parsed.layout, parsed.report()
-        origin = path.name if path.exists() else str(source)
+    origin = path.name if path.exists() else str(source)
     card = export_tower(model, output, origin=origin, training={"imported_as": imported_as}, replace=replace)
-    return card, [*report, *_resized(card)]
-
-
-def _resized(card: TowerCard) -> list[str]:
-    old_size = card.training.get("resized_from")
-    return [] if old_size is None else [f"positions interpolated from {old_size} to {card.image_size} px"]
+    return card, report
 
 
 def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoint:
@@ -126,7 +116,11 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
     for file in [path] if path.is_file() else weight_files(path):
         state |= read_tensors(file)
     given = lift_model_cfg(given or {})
-    config = given if "model_type" in given else merge(lift_model_cfg(config_in(path, state)), given)
+    names = ["config.json"]
+    if any(key.startswith("visual.") for key in state):  # its folder may hold Hugging Face's configuration, too
+        names.insert(0, "open_clip_config.json")
+    own = next((read_json(path / name) for name in names if (path / name).is_file()), {})
+    config = given if "model_type" in given else merge(lift_model_cfg(own), given)
     layout = next((layout for layout in layouts().values() if layout.matches(state)), None)
     if layout is not None:
         parsed = layout.parse(state, config, given)
@@ -140,7 +134,8 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
             f"{path}: the tensor names ({', '.join(sorted(state)[:3])}, ...) match none of the known layouts "
             f"{', '.join(layouts())}; a Hugging Face model needs its config.json, in the same folder or as --config"
         )
-    parsed.preprocessor = preprocessor_in(path, config)
+    stated = normalization(section(config, "preprocess_cfg")) if "model_cfg" in config else own_preprocessor(path)
+    parsed.preprocessor = stated
     _check_text_side(parsed, given)
     if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
         raise ContractError(
@@ -148,6 +143,12 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
             f"{unused[:10]}; a tensor was renamed, or --config must describe the architecture"
         )
     return parsed
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``below`` overridden by ``above``, key by key in nested objects too."""
+    nested = {key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+    return {**below, **above, **{key: merge(below[key], above[key]) for key in nested}}
 
 
 def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
@@ -305,7 +306,8 @@ def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
     encoder = _ImageEncoder(model).float().eval()
     pixels = probe_images(tower_in(model), count=3)
     size = sum(parameter.numel() * 4 for parameter in encoder.parameters())
-    with quiet_onnx():
+    with warnings.catch_warnings():  # of a renamed class of torch's own
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         torch.onnx.export(
             encoder,
             (pixels[:2],),
