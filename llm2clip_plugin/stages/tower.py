@@ -318,10 +318,7 @@ def open_data(config: RunConfig) -> Data:
     caches_of = (*(data.cache or ("",) * len(data.path)), data.validation_cache)
     for path, cache in zip((*data.path, data.validation), caches_of, strict=True):
         if is_url(path) and not cache:  # before anything is downloaded
-            raise ValueError(
-                f"{path} is not a local folder; set its embedding cache with --cache DIR (--validation-cache DIR for "
-                "the held-out split)"
-            )
+            raise ValueError(f"{path} is not a local folder; set --cache DIR (--validation-cache DIR for --validation)")
     sources = [open_source(source) for source in data.sources]
     check_fields(*sources)
     caches = open_caches(sources, data.cache)

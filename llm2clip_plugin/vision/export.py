@@ -237,9 +237,7 @@ def compare_features(expected: dict[str, Tensor], actual: dict[str, Tensor], *, 
         scale = max(value.float().abs().max().item(), 1e-6)
         difference = (value.float() - actual[name].float()).abs().max().item() / scale
         if not difference <= tolerance:  # NaN fails too
-            raise ContractError(
-                f"{where}: {name} differs by {difference:.2e} of its largest value, more than the tolerance {tolerance}"
-            )
+            raise ContractError(f"{where}: {name} differs by {difference:.2e} of its largest value, above {tolerance}")
 
 
 def verify_directory(model: nn.Module, directory: Path) -> None:

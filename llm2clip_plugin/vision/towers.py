@@ -310,9 +310,7 @@ def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu"
         family, shape = shapes[source]
         config = family.vision_class().config_class(**shape)
     else:
-        raise ValueError(
-            f"{source!r} is neither a tower directory nor a known architecture; known: {', '.join(shapes)}, timm:NAME"
-        )
+        raise ValueError(f"{source!r} is no tower directory or architecture; known: {', '.join(shapes)}, timm:NAME")
     if image_size:
         check_size(config, image_size)
         config.image_size = image_size
@@ -386,9 +384,7 @@ def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitC
         raise ValueError(f"timm:{name} is not a plain vision transformer with patch_embed, blocks, num_prefix_tokens")
     (height, width), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
     if height != width or rows != columns:
-        raise ValueError(
-            f"timm:{name} has patches of {height} x {width} and a grid of {rows} x {columns}; both must be square"
-        )
+        raise ValueError(f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be square")
     table = model.pos_embed.shape[1] - rows * columns if isinstance(model.pos_embed, nn.Parameter) else 0
     return TimmVitConfig(
         timm_name=name,

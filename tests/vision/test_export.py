@@ -12,7 +12,8 @@ from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import TeacherIdentity, TowerCard, sha256_weights
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision import DualConfig, export
-from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.directory import check_card
+from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import compare_features, export_tower, probe_features
 from llm2clip_plugin.vision.towers import load_tower
 
@@ -118,3 +119,16 @@ def test_features_that_differ_are_refused():
     spoiled["pooler_output"] = features["pooler_output"] * float("nan")
     with pytest.raises(ContractError, match="pooler_output differs by nan"):
         compare_features(features, spoiled, where="there")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "text_adapter.safetensors"])
+def test_a_flipped_byte_of_the_weights_is_refused(file, tmp_path):
+    tower = tmp_path / "tower"
+    export_tower(tiny_dual(), tower, origin="x", metrics={"recall": 0.25})
+    load_dual(tower)
+    data = bytearray((tower / file).read_bytes())
+    data[-1] ^= 1
+    (tower / file).write_bytes(data)
+    for read_again in (load_dual, check_card):
+        with pytest.raises(ContractError, match=rf"{file} has SHA-256 \w{{64}}"):
+            read_again(tower)

@@ -209,15 +209,11 @@ def _dual_config(parsed: ParsedCheckpoint, tower: Tower, source: str) -> DualCon
     """The configuration of the heads; ContractError if the widths of projection, adapter and tower don't match."""
     adapter, projection, width = parsed.adapter, parsed.projection, tower.config.hidden_size
     if projection is not None and projection.shape[-1] != width:
-        raise ContractError(
-            f"{source}: the visual projection is {tuple(projection.shape)}, expected (projection_dim, {width})"
-        )
+        raise ContractError(f"{source}: the visual projection is {tuple(projection.shape)}, expected (..., {width})")
     width = width if projection is None else projection.shape[0]
     config = DualConfig(projection_dim=width) if adapter is None else adapter.config
     if config.projection_dim != width:
-        raise ContractError(
-            f"{source}: image features have width {width}, but the adapter's outputs {config.projection_dim}"
-        )
+        raise ContractError(f"{source}: images have width {width}, but the adapter's outputs {config.projection_dim}")
     return dataclasses.replace(
         config,
         projection="none" if projection is None else "linear",

@@ -203,9 +203,7 @@ def patch_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
     """Width and patch size of a tower from its patch convolution (H, 3, P, P); ContractError for other shapes."""
     shape = tuple(state[name].shape)
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise ContractError(
-            f"{name} is {shape}, expected (width, 3, patch, patch); the tensor is transposed or truncated"
-        )
+        raise ContractError(f"{name} is {shape}, expected (width, 3, patch, patch)")
     return shape[0], shape[2]
 
 

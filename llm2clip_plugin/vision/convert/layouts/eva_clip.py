@@ -106,9 +106,7 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
     if vision.get("global_average_pool"):
         raise ValueError("global_average_pool is true; EVA-CLIP towers with average pooling are not supported")
     if vision.get("rope") and not vision.get("intp_freq") and image_size // patch != pretrained_grid:
-        raise ValueError(
-            f"intp_freq is false, but the grid {image_size // patch} is not pt_hw_seq_len {pretrained_grid}"
-        )
+        raise ValueError(f"intp_freq is false, but grid {image_size // patch} is not pt_hw_seq_len {pretrained_grid}")
     return Eva02Config(
         hidden_size=width,
         num_hidden_layers=layers,

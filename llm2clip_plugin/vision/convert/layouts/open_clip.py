@@ -247,9 +247,7 @@ def parse_timm(state: dict[str, Tensor], config: dict[str, Any], given: dict[str
     """
     vision = section(config, "vision_cfg")
     if "timm_model_name" not in vision:
-        raise ValueError(
-            "a timm tower needs vision_cfg.timm_model_name; pass the model's open_clip_config.json as --config"
-        )
+        raise ValueError("a timm tower needs vision_cfg.timm_model_name; pass open_clip_config.json as --config")
     pool = {"global_pool": vision["timm_pool"]} if vision.get("timm_pool") else {}
     arguments = {**pool, **section(vision, "timm_args")}
     fields = timm_fields(vision["timm_model_name"], side_of(vision.get("image_size")), arguments)
