@@ -1,4 +1,4 @@
-"""Families of vision towers, as plain data: a file defines ``FAMILY``, or a list of twins; a new file is a new family."""
+"""Families of vision towers, as plain data: a file defines ``FAMILY``, or a list of twins; a new file is a family."""
 
 import functools
 import importlib
