@@ -29,7 +29,7 @@ from llava_integration.compare.statistics import Difference
 from llm2clip_plugin.bootstrap import fraction, p_value, signed, spread
 from llm2clip_plugin.console import render
 from llm2clip_plugin.contracts import atomic_file
-from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources import Source
 
 PICTURES = 8  # on the page, per caption and tower
 

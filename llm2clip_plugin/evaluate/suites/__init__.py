@@ -15,7 +15,7 @@ from typing import Any, Literal
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.opening import InMemorySource, OpenedTower, Row
 from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, embed_pairs, evaluate_retrieval
