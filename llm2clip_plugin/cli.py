@@ -155,9 +155,7 @@ def run(name: str, argv: list[str]) -> int:
         # ranks that each use all cores, and spin while they wait, are several times slower
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    limit = console.raise_open_files()
-    if (fix := console.remedy_open_files(limit)) and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: a process may open only {limit} files; {fix}", file=sys.stderr)
+    console.raise_open_files()
     console.quiet_libraries()
     try:
         with console.interrupts_end_loading():

@@ -310,8 +310,6 @@ def _wait() -> None:
 
 # What the machine allows a process: open files. Standard library only.
 
-OPEN_FILES_NEEDED = 1024  # of a rank: 64 tars, some of libraries, a few for each batch that a loader process has sent
-
 
 def raise_open_files() -> int:
     """Raise the soft limit of open files to the hard one; processes started from here inherit it. Returns the limit."""
@@ -322,12 +320,6 @@ def raise_open_files() -> int:
         except (ValueError, OSError):  # macOS has a lower limit of its own
             return soft
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
-
-
-def remedy_open_files(limit: int) -> str:
-    """What to do about a limit of open files; "" if it is high enough."""
-    how = "ulimit -Hn, limits.conf, docker run --ulimit nofile"
-    return f"raise the hard limit to at least {OPEN_FILES_NEEDED} ({how})" if limit < OPEN_FILES_NEEDED else ""
 
 
 # The lines that ``llm2clip doctor`` prints; standard library only.

@@ -18,9 +18,10 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from llm2clip_plugin.console import Finding, numbers, raise_open_files, remedy_open_files
+from llm2clip_plugin.console import Finding, numbers, raise_open_files
 from llm2clip_plugin.options import Command
 
+OPEN_FILES = 1024  # of a rank: 64 tars, some of libraries, a few for each batch that a loader process has sent
 MIN_COMPILER = 10  # of g++ and clang: the first with -std=c++20, which current torch builds with
 
 
@@ -120,7 +121,8 @@ def report(options: DoctorConfig) -> Iterator[Finding]:
         yield from check_launcher()
     yield from check_accelerator()
     limit = raise_open_files()
-    yield finding("open files", f"at most {limit} per process", remedy_open_files(limit))
+    how = f"raise the hard limit to {OPEN_FILES} (ulimit -Hn, limits.conf, docker run --ulimit nofile)"
+    yield finding("open files", f"at most {limit} per process", "" if limit >= OPEN_FILES else how)
     if training and not llava_installed():
         fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"
         yield finding("llava", f"not installed (optional); {fix}")
