@@ -6,8 +6,6 @@ of other programs are understood too, with dashes or underscores. What an option
 docs/options.md has the table. Below: the nearest of known names, commands as text, and mistyped paths.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """``llm2clip status``: where a run or a cache stands, from the files in its folder alone."""
 
-from __future__ import annotations
-
 import json
 import socket
 import time

@@ -1,7 +1,5 @@
 """``llm2clip embed``, stage 1.5: captions and a frozen LLM in, a cache of embeddings out."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A run of either training stage: DeepSpeed's configuration, the checkpoint to resume from, run.json, the end."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.metadata

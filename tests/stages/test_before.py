@@ -1,7 +1,5 @@
 """The scores before training: in metrics.jsonl, in the last line, on the card; and the run is the same without them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Before the first step: signals while a rank waits for another, and ranks that are given different things."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

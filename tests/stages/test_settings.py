@@ -1,7 +1,5 @@
 """Settings: recipes through JSON and the command line, hashes, what may change on resume, options without effect."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
