@@ -29,7 +29,6 @@ from llm2clip_plugin.evaluate.opening import (
     NOTES_SHOWN,
     InMemorySource,
     Row,
-    Teacher,
     dataset_name,
     encode_images,
     image_files,
@@ -37,11 +36,10 @@ from llm2clip_plugin.evaluate.opening import (
     on_all_ranks,
     open_tower,
     provenance,
-    tower_provenance,
     write_scores,
 )
 from llm2clip_plugin.evaluate.retrieval import Dual, encode_texts, rank_both
-from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, rank, world_size
+from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory, has_card
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -140,10 +138,8 @@ class ImageFeatures:
 
     def items(self, classes: Sequence[str], hit_N: Tensor) -> list[dict[str, Any]]:
         """One item of a score file for each image; ``part`` is the name of its class."""
-        rows = zip(self.keys, hit_N.tolist(), self.clusters, self.label_N.tolist(), strict=True)
-        return [
-            {"id": key, "score": hit, "cluster": cluster, "part": classes[label]} for key, hit, cluster, label in rows
-        ]
+        rows = zip(self.keys, hit_N.tolist(), self.clusters, [classes[label] for label in self.label_N], strict=True)
+        return [dict(zip(("id", "score", "cluster", "part"), row, strict=True)) for row in rows]
 
 
 def image_features(
@@ -193,9 +189,8 @@ def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
     labeled = open_labeled_images(config.data, config.label)
     names = read_class_names(config.classes, config.data, labeled.classes)
     prompts = prompt_source(names, read_templates(config.templates, config.data), config.data)
-    tower = open_tower(config.tower, config.device)
-    teacher = Teacher(tower.dual.card, config.teacher, tower.device)
-    cache = teacher.cache(prompts, Path(config.cache) if config.cache else None, all_ranks=all_ranks)
+    tower = open_tower(config.tower, config.device, config.teacher)
+    cache = tower.cache(prompts, config.cache, all_ranks=all_ranks)
     class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
     options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
     features = image_features(tower.dual.encode_image, labeled, tower.images, tower.device, **options)
@@ -203,7 +198,7 @@ def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
         classification_scores(features, class_CD, names),
         benchmark=f"zeroshot:{dataset_name(config.data)}",
         model=config.tower,
-        provenance=tower_provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
+        provenance=provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
     )
 
 
@@ -303,14 +298,9 @@ def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> 
 @torch.no_grad()
 def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, *, all_ranks: bool = False) -> Tensor:
     """(C, D): the mean of each class's normalized prompts, normalized again (Radford et al. 2021, section 3.1.4)."""
-    group = group_of(all_ranks)
-    of_rank: dict[int, Tensor] = {}
-    for number in range(rank(group), len(prompts), world_size(group)):
-        row = prompts.rows[number]
-        teacher_PW = cache.rows(prompts.name, number, row.captions, key=row.key)
-        of_rank[number] = F.normalize(encode_texts(dual, teacher_PW).mean(0), dim=0)
-    vectors = {number: row for part in gather_objects(of_rank, group) for number, row in part.items()}
-    return torch.stack([vectors[number] for number in range(len(prompts))])
+    rows = [cache.rows(prompts.name, number, row.captions, key=row.key) for number, row in enumerate(prompts.rows)]
+    text_CPD = encode_texts(dual, torch.cat(rows), all_ranks).unflatten(0, (len(rows), -1))
+    return F.normalize(text_CPD.mean(1), dim=1)
 
 
 def main_probe(argv: list[str]) -> int:

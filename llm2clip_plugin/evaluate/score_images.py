@@ -4,7 +4,6 @@ Shapes: B images of a batch, D width of the features.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,10 @@ from llm2clip_plugin.data.samples import select_captions
 from llm2clip_plugin.data.sources import check_fields, open_source
 from llm2clip_plugin.evaluate.config import SCORE_IMAGES
 from llm2clip_plugin.evaluate.opening import (
-    Teacher,
     dataset_name,
     encode_images,
     open_tower,
-    tower_provenance,
+    provenance,
     write_scores,
 )
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
@@ -68,10 +66,10 @@ def main(argv: list[str]) -> int:
     config = SCORE_IMAGES.parse(argv)
     source = open_source(config.data)
     check_fields(source)
-    tower = open_tower(config.tower, config.device)
-    teacher = Teacher(tower.dual.card, config.teacher, tower.device)
-    cache = teacher.cache(source, Path(config.cache) if config.cache else None)
-    found = encode_images(tower.dual.encode_image, source, tower.images, tower.device, batch=config.batch)
+    tower = open_tower(config.tower, config.device, config.teacher)
+    cache = tower.cache(source, config.cache)
+    options = {"batch": config.batch, "workers": config.workers}
+    found = encode_images(tower.dual.encode_image, source, tower.images, tower.device, **options)
     items = []
     for place, vector_D in enumerate(torch.cat(found.vectors).double() if found.vectors else ()):
         key, number = found.keys[place], found.numbers[place]
@@ -97,7 +95,7 @@ def main(argv: list[str]) -> int:
         items=items,
         counts={"pairs": len(items), "left_out": len(found.broken)},
         model=config.tower,
-        provenance=tower_provenance(tower.dual, data=config.data.path),
+        provenance=provenance(tower.dual, data=config.data.path),
     )
     write_scores(scores, config.json)
     return 0
