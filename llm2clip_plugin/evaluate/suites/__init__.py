@@ -44,7 +44,7 @@ def recall_by_language(pairs: EmbeddedPairs, config: RetrievalConfig, **options:
     return dataclasses.replace(scores, metrics=metrics, notes=notes)
 
 
-def hard_negatives(pairs: EmbeddedPairs, *_: RetrievalConfig, **__: Any) -> ScoreFile:
+def hard_negatives(pairs: EmbeddedPairs, config: RetrievalConfig | None = None, **options: Any) -> ScoreFile:
     """Captions of kind ``GROUP/ID/right`` against ``GROUP/ID/wrong`` of the same image; a tie counts one half.
 
     Metrics: one for each group, and ``mean``, the unweighted mean of the groups; chance is 0.5.
