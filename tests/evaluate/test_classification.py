@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluate_world import COLOURS, WIDTH, square, tiny_dual, write_data, write_llm, write_tower
+from evaluate_world import COLOURS, square, tiny_dual, write_data, write_llm, write_tower
 from tiny_clip import save_tiny_clip
+from tiny_data import WIDTH
 from transformers import AutoTokenizer
 
 from llm2clip_plugin.cli import main as cli
