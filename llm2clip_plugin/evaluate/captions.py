@@ -104,10 +104,7 @@ def measure_sets(sets: dict[str, Pairs], first: Rows, second: Rows, retrieve: Se
 
 
 def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
-    """What is retrieved: pairs of captions by row name; reads captions, needs no encoder.
-
-    Raises ValueError if no image has both kinds of captions.
-    """
+    """What is retrieved: pairs of captions by row name, without an encoder. ValueError if no image has both kinds."""
     source = open_source(SourceConfig(path=config.captions))
     captions = [source.captions(number) for number in range(min(len(source), config.limit))]
     sets = {

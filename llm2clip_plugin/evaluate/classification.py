@@ -149,10 +149,7 @@ def image_features(
     device: torch.device,
     **options: Any,
 ) -> ImageFeatures:
-    """Labeled images through ``encode``; broken ones are left out and listed in ``broken``.
-
-    ``options``: further arguments of `encode_images`. Raises ValueError if no image is readable.
-    """
+    """Labeled images through ``encode``, with ``options`` of `encode_images`. ValueError if no image is readable."""
     found = encode_images(encode, images.source, config, device, **options)
     if not found.numbers:
         raise ValueError(f"{images.source.path} contains no readable images: {found.broken[0]}")

@@ -59,10 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
-    """Open the tower, the data and the cache, embed captions that it lacks, and measure.
-
-    Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
-    """
+    """Open the tower, the data and the cache, embed captions that it lacks, and measure."""
     source = open_source(config.data)
     check_fields(source)
     on_first_rank(lambda: check_measurable(source, config.retrieval))

@@ -88,10 +88,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_captions(config: ForecastConfig, source: Source) -> Captioned:
-    """Up to ``limit`` images, evenly spaced, whose captions are embedded by the LLM, unless they are cached.
-
-    Raises ContractError if the folder is another LLM's cache; what loading the LLM raises.
-    """
+    """Up to ``limit`` images, evenly spaced, whose captions are embedded by the LLM, unless they are cached."""
     count = min(config.limit, len(source))
     rows: dict[int, Row] = {}
     for number in (place * len(source) // count for place in range(count)):

@@ -241,10 +241,7 @@ def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = ""
 
 
 def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:
-    """Raise ValueError for kinds and languages that select no caption, and for a field that a sample lacks.
-
-    option: the prefix of the settings' options.
-    """
+    """ValueError for kinds and languages without a caption, a field that a sample lacks; ``option``: their prefix."""
     images = min(config.limit or len(source), len(source))
     samples: list[Sample] = []
     for number in range(0, images, max(1, images // LOOKED_AT)):

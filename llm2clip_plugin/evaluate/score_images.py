@@ -41,10 +41,7 @@ class ImageTextCosine(nn.Module):
 
     @torch.inference_mode()
     def update(self, pixel_values: Tensor, texts: Sequence[str]) -> Tensor:
-        """(B, 3, S, S) preprocessed images and their texts; returns (B,) cosines, float64.
-
-        Raises ValueError for another number of texts.
-        """
+        """(B, 3, S, S) preprocessed images, B texts -> (B,) cosines, float64. ValueError for another number."""
         if len(pixel_values) != len(texts):
             raise ValueError(f"{len(texts)} texts for {len(pixel_values)} images; pass one text per image")
         image_BD, text_BD = self.dual.encode_image(pixel_values), self.dual.encode_text(texts)

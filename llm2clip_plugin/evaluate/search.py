@@ -123,10 +123,7 @@ def _write(path: str, text: str) -> None:
 def embed_images(
     config: SearchConfig, tower: OpenedTower, source: Source, parent: Path, all_ranks: bool
 ) -> tuple[list[Path], list[BrokenSample]]:
-    """Embed the images of ``source`` whose part is not yet below ``parent``; all parts, and the images left out now.
-
-    ``all_ranks``: every rank of the default process group calls this and embeds some of the parts.
-    """
+    """Embed the parts of ``source`` that are not yet below ``parent``; all parts, and the images left out now."""
     card, stamps = tower.dual.card, [str(stamp) for stamp in source.stamps]
     data = [source_digest(source), source.config.images, source.config.image_field, stamps]
     images = dataclasses.asdict(tower.images)

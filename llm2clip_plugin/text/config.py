@@ -256,10 +256,7 @@ def is_sentence_transformers(folder: Path) -> bool:
 
 
 def apply_sentence_transformers(config: EncoderConfig, folder: Path) -> EncoderConfig:
-    """The configuration with the pooling, prompts, length and attention given in the folder's files.
-
-    Raises ContractError for unsupported modules or pooling, or settings that contradict the files.
-    """
+    """With the pooling, prompts, length and attention of the folder's files. ContractError for those that we lack."""
 
     def read(name: str) -> Any:
         return read_json_value(folder / name) if (folder / name).is_file() else {}

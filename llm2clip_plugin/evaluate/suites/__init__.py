@@ -107,10 +107,7 @@ def suites() -> dict[str, Suite]:
 
 
 def select_suites(names: str) -> list[Suite]:
-    """The suites of a comma-separated list of names, ``paper`` and ``all``.
-
-    Raises ValueError for an unknown name, listing the known ones.
-    """
+    """The suites of names separated by commas, ``paper`` and ``all`` among them. ValueError for an unknown one."""
     known = suites()
     groups = {"paper": [name for name, suite in known.items() if suite.paper], "all": list(known)}
     selected: dict[str, Suite] = {}
