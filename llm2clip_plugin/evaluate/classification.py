@@ -46,6 +46,7 @@ from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
+CLASS = "class"  # field of an image's JSON where the data has none
 NAME_FILES = ("classnames.txt", "classes.txt")
 TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
 PENALTIES = tuple(10.0**power for power in range(-6, 3))  # candidates for the linear probe
@@ -56,12 +57,12 @@ NOT_A_CLASS = (".", "embeddings-")  # prefixes of other folders: hidden ones, th
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """N images, each with a label: the index of its class in ``classes``."""
+    """Images whose JSON names their class."""
 
     source: Source
     classes: list[str]  # the data's own names: folders, values of the field, or the numbers in .cls members
-    labels: list[int]
-    clusters: list[str]  # resampled together in the bootstrap, held out together
+    field: str  # of the JSON: the class
+    cluster: str  # of the JSON: images with the same value are resampled and held out together; "": each by itself
 
 
 def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:
@@ -70,22 +71,20 @@ def open_labeled_images(path: str, field: str = "", cluster: str = "") -> Labele
     ``field`` and ``cluster`` are fields of each sample's JSON. Raises FileNotFoundError, or ValueError for another
     layout.
     """
-    if field:
-        source = open_source(SourceConfig(path=path))
-        records = [source.record(number) for number in range(len(source))]
-        of_image = [str(json_field(record.meta, field, record.key, before=f"{path}: ")) for record in records]
-        clusters = [str(json_field(one.meta, cluster, one.key) if cluster else one.key) for one in records]
-        classes = sorted(set(of_image))
-    else:
+    if not field:
         root = Path(path)
-        rows, of_image, classes = (_of_tars if root.is_file() or any(root.rglob("*.tar")) else _of_folders)(root)
-        source, clusters = InMemorySource(path, root, rows), [row.key for row in rows]
-    number_of = {name: number for number, name in enumerate(classes)}
-    return LabeledImages(source, classes, [number_of[name] for name in of_image], clusters)
+        rows, classes = (_of_tars if root.is_file() or any(root.rglob("*.tar")) else _of_folders)(root)
+        return LabeledImages(InMemorySource(path, root, rows), classes, CLASS, "")
+    source = open_source(SourceConfig(path=path))
+    records, found = map(source.record, range(len(source))), set()
+    for record in records:  # before the work: every sample has the fields
+        values = [json_field(record.meta, name, record.key, before=f"{path}: ") for name in (field, cluster) if name]
+        found.add(str(values[0]))
+    return LabeledImages(source, sorted(found), field, cluster)
 
 
-def _of_folders(path: Path) -> tuple[list[Row], list[str], list[str]]:
-    """``CLASS/**/IMAGE.jpg``: the rows, their classes, and all classes in alphabetical order."""
+def _of_folders(path: Path) -> tuple[list[Row], list[str]]:
+    """``CLASS/**/IMAGE.jpg``: the rows, and all classes in alphabetical order."""
     names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     if not names:
         raise ValueError(
@@ -93,12 +92,12 @@ def _of_folders(path: Path) -> tuple[list[Row], list[str], list[str]]:
         )
     classes = [name for name in names if not name.startswith(NOT_A_CLASS)]
     images = [(name, file) for name in classes for file in image_files(path / name)]
-    return [Row(str(file.relative_to(path)), file) for _, file in images], [name for name, _ in images], classes
+    return [Row(str(file.relative_to(path)), file, meta={CLASS: name}) for name, file in images], classes
 
 
-def _of_tars(path: Path) -> tuple[list[Row], list[str], list[str]]:
-    """Tars of ``KEY.jpg`` (png, webp) with ``KEY.cls``, the class index: the rows, their classes, all classes."""
-    rows, indices = [], []
+def _of_tars(path: Path) -> tuple[list[Row], list[str]]:
+    """Tars of ``KEY.jpg`` (png, webp) with ``KEY.cls``, the class index: the rows, and all classes."""
+    rows, count = [], 0
     for tar in [path] if path.is_file() else sorted(path.rglob("*.tar")):
         parts: dict[str, dict[str, Callable[[], bytes]]] = {}
         for member in scan_tar(tar):
@@ -111,9 +110,9 @@ def _of_tars(path: Path) -> tuple[list[Row], list[str], list[str]]:
             text = of_key["cls"]().decode("utf-8", "replace").strip() if "cls" in of_key else ""
             if not text.isdecimal():
                 raise ValueError(f"{tar}: {key}.cls contains {text!r}, expected a class index (0, 1, ...)")
-            rows.append(Row(f"{tar.stem}/{key}", of_key["image"]))
-            indices.append(int(text))
-    return rows, list(map(str, indices)), [str(number) for number in range(max(indices, default=0) + 1)]
+            rows.append(Row(f"{tar.stem}/{key}", of_key["image"], meta={CLASS: int(text)}))
+            count = max(count, int(text) + 1)
+    return rows, list(map(str, range(count)))
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
@@ -153,11 +152,12 @@ def image_features(
     found = encode_images(encode, images.source, config, device, **options)
     if not found.numbers:
         raise ValueError(f"{images.source.path} contains no readable images: {found.broken[0]}")
+    number_of = {name: number for number, name in enumerate(images.classes)}
     return ImageFeatures(
         feature_ND=torch.cat(found.vectors),
-        label_N=torch.tensor([images.labels[number] for number in found.numbers]),
+        label_N=torch.tensor([number_of[str(meta[images.field])] for meta in found.meta]),
         keys=found.keys,
-        clusters=[images.clusters[number] for number in found.numbers],
+        clusters=[str(meta.get(images.cluster, key)) for key, meta in zip(found.keys, found.meta, strict=True)],
         broken=found.broken,
     )
 
