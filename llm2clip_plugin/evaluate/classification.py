@@ -137,7 +137,8 @@ class ImageFeatures:
 
     def items(self, classes: Sequence[str], hit_N: Tensor) -> list[dict[str, Any]]:
         """One item of a score file for each image; ``part`` is the name of its class."""
-        rows = zip(self.keys, hit_N.tolist(), self.clusters, [classes[label] for label in self.label_N], strict=True)
+        parts = [classes[label] for label in self.label_N.tolist()]
+        rows = zip(self.keys, hit_N.tolist(), self.clusters, parts, strict=True)
         return [dict(zip(("id", "score", "cluster", "part"), row, strict=True)) for row in rows]
 
 

@@ -4,6 +4,7 @@ Shapes: B images of a batch, D width of the features.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
     check_fields(source)
     tower = open_tower(config.tower, config.device, config.teacher)
     cache = tower.cache(source, config.cache)
-    options = {"batch": config.batch, "workers": config.workers}
+    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers}
     found = encode_images(tower.dual.encode_image, source, tower.images, tower.device, **options)
     items = []
     for place, vector_D in enumerate(torch.cat(found.vectors).double() if found.vectors else ()):
