@@ -69,8 +69,7 @@ def score_answers(
     Raises ValueError for answers to another benchmark.
     """
     member = benchmark(name)
-    given = reviewed(member, answers, reviews) if member.judge else answers
-    record = member.score(data, given, allow=allow)
+    record = member.score(data, reviewed(member, answers, reviews) if member.judge else answers, allow=allow)
     settings = settings_file(answers.path)
     provenance = {
         **({"answer_settings": read_json_value(settings)} if settings.is_file() else {}),
@@ -151,7 +150,7 @@ class Outcome:
 
     name: str
     status: str  # scored | answered (to be scored by a server or a judge) | no files | failed
-    detail: str = ""
+    detail: str
     value: float | None = None
     seconds: float = 0.0
 
@@ -340,9 +339,7 @@ def make_answers(task: Task, args: BenchConfig) -> tuple[Path, list[str]]:
     status, last = run_logged(command, log)
     written = sorted(folder.glob(pattern))
     if status or not written:  # lmms-eval ends with status 0 after an error
-        raise RuntimeError(
-            f"{args.engine} exited with status {status} without answers; last line: {last!r}; log: {log}"
-        )
+        raise RuntimeError(f"{args.engine} exited with {status} without answers; last line: {last!r}; log: {log}")
     return written[-1], command
 
 

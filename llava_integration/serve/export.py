@@ -150,7 +150,9 @@ def write_model(made: Export, directory: Path) -> int:
     write_json(directory / "processor_config.json", processor)
     template = conversation_named(made.conversation).served_template(bos=tokenizer.adds_bos, space=not tokenizer.legacy)
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
-    readme = model_card(made_from, tower, own_code="auto_map" in body)
+    what = f"LLaVA 1.5{' with an LLM2CLIP vision tower' if tower.card else ''}, exported by llm2clip-plugin."
+    table = {name.replace("_", " "): f"`{value}`" for name, value in made_from.items() if value}
+    readme = page(made_from["checkpoint"], what, table, tower, own_code="auto_map" in body)
     (directory / "README.md").write_text(readme, encoding="utf-8")
     return size
 
@@ -179,28 +181,13 @@ PLUGIN = " (`pip install llm2clip-plugin` gives vLLM the vision tower)"
 OPTION = ", trust_remote_code=True"  # runs the tower's code, which is saved with the model
 
 
-def model_card(made: dict[str, Any], tower: ExportedTower, *, own_code: bool) -> str:
-    """Markdown with the Hub's front matter; ``made``: from what; ``own_code``: the tower's is saved with the model."""
-    card = tower.card
-    rows = {
-        "made from": f"the LLaVA 1.5 checkpoint `{made['checkpoint']}` ({made['kind']})",
-        "base model": f"`{made['base_model']}`" if made["base_model"] else "",
-        "conversation": f"`{made['conversation']}`",
-        "images": "padded to squares" if made["image_aspect_ratio"] == "pad" else "resized, center-cropped",
-        "dtype": made["dtype"],
-    }
-    if card:
-        rows["vision tower"] = f"{card.family}, {card.image_size} px, started from `{card.origin}`"
-        rows["SHA-256 of the tower"] = f"`{card.weights_sha256}`"
-        rows["tower's teacher LLM"] = f"`{card.teacher['llm']}`" if card.teacher.get("llm") else ""
-    kind = "LLaVA 1.5 with an LLM2CLIP vision tower" if card else "LLaVA 1.5"
-    return page(made["checkpoint"], f"{kind}, exported by llm2clip-plugin.", rows, tower, own_code=own_code)
-
-
 def page(
     title: str, what: str, rows: dict[str, Any], tower: ExportedTower, *, own_code: bool, served: bool = True
 ) -> str:
-    """The README.md: ``what`` the model is, a table of ``rows``, how to use it, and to serve it by vLLM."""
+    """The README.md: ``what`` the model is, a table of ``rows``, how to use it, and to serve it by vLLM.
+
+    ``own_code``: the tower's code is saved with the model.
+    """
     table = markdown_table(("", ""), [(name, value) for name, value in rows.items() if value])
     head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "license: other"]
     head += ["tags:", "- llava", "- llm2clip", "---", "", f"# {title}", ""]

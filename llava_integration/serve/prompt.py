@@ -13,7 +13,7 @@ from typing import Any
 
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.vision.directory import read_json
+from llm2clip_plugin.vision.directory import read_json, write_json
 
 # Conversations
 
@@ -114,9 +114,7 @@ def choose(given: str, recorded: str, *, where: object) -> str:
     name = given or recorded or DEFAULT
     chosen = conversation_named(name)
     if recorded in CONVERSATIONS and chosen != CONVERSATIONS[recorded]:
-        raise ValueError(
-            f"{where} was trained with the conversation {recorded!r}, but --conv-mode is {given!r}; leave it out"
-        )
+        raise ValueError(f"{where} was trained with the conversation {recorded!r}; leave out --conv-mode {given}")
     return name
 
 
@@ -128,13 +126,8 @@ BPE_TYPE = 2  # sentencepiece's TrainerSpec.ModelType
 SPACE = "▁"
 DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # The space before a text, at its start alone. tokenizers 0.15 has no such argument of Metaspace.
-FIRST_SPACE = {
-    "type": "Metaspace",
-    "replacement": SPACE,
-    "add_prefix_space": True,
-    "prepend_scheme": "first",
-    "split": False,
-}
+FIRST_SPACE = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": True}
+FIRST_SPACE |= {"prepend_scheme": "first", "split": False}
 FIX = "copy the checkpoint again, or its base model's tokenizer into it"
 
 
@@ -200,10 +193,8 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     symbols = {piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1}
     if unreachable := symbols - {*added.values()} - {left + right for left, right in merges(pieces)}:
-        raise ContractError(
-            f"{path} has user-defined pieces that are no merges of others, such as {min(unreachable)[:60]!r}, which "
-            "the exported tokenizer would split"
-        )
+        told = f"user-defined pieces that are no merges of others, such as {min(unreachable)[:60]!r}"
+        raise ContractError(f"{path} has {told}, which the exported tokenizer would split")
     return TokenizerFiles(
         directory=directory,
         pieces=pieces,
@@ -235,7 +226,7 @@ def write_tokenizer(files: TokenizerFiles, directory: Path, *, max_length: int |
         "clean_up_tokenization_spaces": False,
         "legacy": files.legacy,
     }
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, config)
     shutil.copyfile(files.directory / MODEL, directory / MODEL)
     image_id: int = made.token_to_id(IMAGE)
     if image_id != files.size:
