@@ -258,7 +258,7 @@ def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
         raise ContractError(f"{where}: this is a Hugging Face model already, which servers open as it is")
     kind, tower = config.get("model_type"), config.get("mm_vision_tower")
     if kind not in LLAVA_TYPES or not tower:
-        raise ContractError(f"{where}: model_type is {kind!r}, mm_vision_tower {tower!r}; expected LLaVA 1.5 (llava_llama)")
+        raise ContractError(f"{where}: model_type is {kind!r}, mm_vision_tower {tower!r}; expected LLaVA 1.5 models")
     loaded = {"mm_projector_type": "linear", "mm_use_im_patch_token": True, "mm_patch_merge_type": "flat", **config}
     for name, values in EXPRESSIBLE.items():
         if loaded.get(name) not in values:

@@ -102,18 +102,12 @@ CONVERSATIONS: dict[str, Conversation] = {
 }
 
 
-def conversation_named(name: str) -> Conversation:
-    """LLaVA's conversation of that name; ValueError lists the known ones."""
-    if name not in CONVERSATIONS:
-        raise ValueError(unknown("conversation", name, CONVERSATIONS))
-    return CONVERSATIONS[name]
-
-
 def choose(given: str, recorded: str, *, where: object) -> str:
     """The conversation's name: ``given`` (--conv-mode), or the checkpoint's; ValueError if these are different ones."""
     name = given or recorded or DEFAULT
-    chosen = conversation_named(name)
-    if recorded in CONVERSATIONS and chosen != CONVERSATIONS[recorded]:
+    if name not in CONVERSATIONS:
+        raise ValueError(unknown("conversation", name, CONVERSATIONS))
+    if recorded in CONVERSATIONS and CONVERSATIONS[name] != CONVERSATIONS[recorded]:
         raise ValueError(f"{where} was trained with the conversation {recorded!r}; leave out --conv-mode {given}")
     return name
 
@@ -141,11 +135,6 @@ class TokenizerFiles:
     collapses_spaces: bool  # and strips them
     config: dict[str, Any]
     added: dict[int, str]  # tokens beyond the pieces
-
-    @property
-    def size(self) -> int:
-        """Tokens, those added included: rows of LLaVA's embedding."""
-        return max([len(self.pieces) - 1, *self.added]) + 1
 
     @property
     def legacy(self) -> bool:
@@ -229,38 +218,19 @@ def write_tokenizer(files: TokenizerFiles, directory: Path, *, max_length: int |
     write_json(directory / CONFIG, config)
     shutil.copyfile(files.directory / MODEL, directory / MODEL)
     image_id: int = made.token_to_id(IMAGE)
-    if image_id != files.size:
+    if image_id != max([len(files.pieces) - 1, *files.added]) + 1:  # the rows of LLaVA's embedding
         raise ContractError(f"{files.directory}: ids of its added tokens have gaps; {FIX}")
     return image_id
 
 
 def _tokenizer(files: TokenizerFiles) -> Any:
-    """Llama's BPE with LLaVA's spaces, as a tokenizers.Tokenizer."""
-    from tokenizers import AddedToken, Tokenizer, decoders
-    from tokenizers.models import BPE
-
-    vocabulary = {piece: number for number, (piece, _) in enumerate(files.pieces)}
-    made = Tokenizer(
-        BPE(vocabulary, merges(files.pieces), unk_token=files.token("unk_token"), fuse_unk=True, byte_fallback=True)
-    )
-    made.normalizer = _normalizer(files)  # pyright: ignore[reportAttributeAccessIssue] - the stubs say read-only
-    made.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    known = [files.token(name) for name in DEFAULTS]
-    tokens = [*filter(None, known), *(token for _, token in sorted(files.added.items())), IMAGE]
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
-    # no post_processor: a prompt's <s> is written by the chat template, in transformers as in vLLM
-    return made
-
-
-def _normalizer(files: TokenizerFiles) -> Any:
-    """Sentencepiece's normalization, and the space before a text.
+    """Llama's BPE with LLaVA's spaces, as a tokenizers.Tokenizer.
 
     Not legacy: the text after special tokens has no space before it, other than at the start of a piece of LLaVA's,
     which after an image begins with a line break.
     """
-    from tokenizers import Regex, normalizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
 
     steps: list[Any] = [normalizers.Precompiled(files.charsmap)] if files.charsmap else []
     if files.collapses_spaces:
@@ -269,7 +239,19 @@ def _normalizer(files: TokenizerFiles) -> Any:
         steps += [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     else:
         steps.append(normalizers.Replace(Regex(r"\A\n"), " \n"))
-    return normalizers.Sequence(steps)
+    vocabulary = {piece: number for number, (piece, _) in enumerate(files.pieces)}
+    made = Tokenizer(
+        BPE(vocabulary, merges(files.pieces), unk_token=files.token("unk_token"), fuse_unk=True, byte_fallback=True)
+    )
+    made.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue] - the stubs say read-only
+    made.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    known = [files.token(name) for name in DEFAULTS]
+    tokens = [*filter(None, known), *(token for _, token in sorted(files.added.items())), IMAGE]
+    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+    # no post_processor: a prompt's <s> is written by the chat template, in transformers as in vLLM
+    return made
 
 
 def merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
