@@ -242,16 +242,12 @@ def tower_building(module: Any) -> None:
     @replaces(PreTrainedModel, "from_pretrained")
     def from_pretrained(original: Any, cls: Any, *arguments: Any, **options: Any) -> Any:
         made = original(cls, *arguments, **options)
-        restore_buffers(made[0] if isinstance(made, tuple) else made)
+        model = made[0] if isinstance(made, tuple) else made
+        for tower in [module for module in model.modules() if "buffers_as_read" in vars(module)]:
+            for name, buffer in tower.named_buffers():
+                buffer.copy_(tower.buffers_as_read.get(name, buffer))
+            del tower.buffers_as_read
         return made
-
-
-def restore_buffers(model: Any) -> None:
-    """Give the towers in a model that was read the buffers that they were read with."""
-    for tower in [module for module in model.modules() if "buffers_as_read" in vars(module)]:
-        for name, buffer in tower.named_buffers():
-            buffer.copy_(tower.buffers_as_read.get(name, buffer))
-        del tower.buffers_as_read
 
 
 def accept_either_names(state: dict[str, Any], prefix: str, *_: Any) -> None:

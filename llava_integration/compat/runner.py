@@ -1,4 +1,7 @@
-"""Which completions the installed libraries need, when they run, what is said of versions, and which one has failed."""
+"""Runs the functions of ``patches``: each completes one module of LLaVA for the versions of libraries that need it.
+
+With LLaVA's own pins nothing is touched. ``LLM2CLIP_LLAVA_COMPAT=0`` disables all.
+"""
 
 import functools
 import importlib

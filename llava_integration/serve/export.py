@@ -71,16 +71,15 @@ class Export:
         return f"{self.checkpoint.kind} checkpoint{base}, {tower}, images {images}, conversation {self.conversation}"
 
 
-def export(made: Export, output: Path, *, overwrite: bool = False, verify: Any = None) -> int:
+def export(made: Export, output: Path, *, overwrite: bool = False, compares: bool = False) -> int:
     """Write ``made`` to ``output``, completely or not at all; the bytes of its weights.
 
-    ``verify``: called with the written folder before it gets its name. Raises FileExistsError if the folder is not
-    empty, and what ``verify`` raises.
+    ``compares``: with LLaVA's own code, before the folder gets its name. Raises FileExistsError if it is not empty.
     """
     with atomic_directory(output, replace=overwrite) as temporary:
         size = write_model(made, temporary)
-        if verify is not None:
-            verify(temporary)
+        if compares:
+            print(f"compared with LLaVA's own code: {compare(made, temporary)}", flush=True)
     return size
 
 
