@@ -129,11 +129,9 @@ def check_output(stage: str, output: str) -> Iterator[str]:
         if path.name.startswith("checkpoint-"):
             yield f"--output {output}: LLaVA writes the projector of a folder named checkpoint-* elsewhere; rename it"
         for found in sorted(path.glob("checkpoint-*"), key=os.path.getmtime)[-1:]:
-            yield (
-                f"--output {output} contains {found.name}, from which LLaVA cannot resume: pretraining saves the "
-                "projector alone. Delete the checkpoint-* folders to start over, or start from its projector with "
-                f"another --output and -- --pretrain_mm_mlp_adapter {found / 'mm_projector.bin'}"
-            )
+            start = f"start from its projector with another --output and -- --pretrain_mm_mlp_adapter {found}"
+            told = f"contains {found.name}, from which pretraining cannot resume; delete its checkpoint-* folders"
+            yield f"--output {output} {told}, or {start}/mm_projector.bin"
     else:
         required = (WORD, LORA) if stage == "finetune_lora" else (WORD,)
         if missing := [word for word in required if word not in name.lower()]:
@@ -194,10 +192,8 @@ def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) ->
     if not towers.is_ours(tower):
         known = tower.startswith(LLAVAS_TOWERS) or "ShareGPT4V" in tower  # as LLaVA's own builder accepts them
         if not os.path.isfile(os.path.join(tower, "config.json")) and (os.path.isdir(tower) or not known):
-            yield (
-                f"--tower {tower}: LLaVA knows no such vision tower; expected llm2clip, llm2clip:PATH_OR_HUB_ID, a "
-                "folder with config.json, or a name such as openai/clip-vit-large-patch14-336"
-            )
+            expected = "llm2clip, llm2clip:PATH_OR_HUB_ID, a folder with config.json, or a name as openai/clip-..."
+            yield f"--tower {tower}: LLaVA knows no such vision tower; expected {expected}"
         return
     try:
         location = towers.locate(tower)

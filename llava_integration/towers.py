@@ -58,10 +58,8 @@ class TowerLocation:
         Raises ContractError if ``directory`` is not a tower directory.
         """
         if not (directory / TowerCard.FILE).is_file():
-            make = f"`llm2clip export RUN --output DIR` or `{command('import', directory, '--output', 'DIR')}`"
-            raise ContractError(
-                f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); create one with {make}"
-            )
+            fix = f"create one with `llm2clip export RUN` or `{command('import', directory, '--output', 'DIR')}`"
+            raise ContractError(f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); {fix}")
         card = TowerCard.read(directory / TowerCard.FILE)
         return cls(directory=directory, card=card, origin=origin or str(directory.resolve()), how=how)
 

@@ -24,10 +24,6 @@ TRAINER = "llava.train.llava_trainer"
 REFUSED = ">4.46.3,<5"  # versions of transformers whose trainer has neither the names of 4.37 nor those of 5
 
 
-class CompletionError(ImportError):
-    """A completion failed, or the installed version of a library cannot run the module at all."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One addition to a module of LLaVA, or to what it uses of a library."""
@@ -89,7 +85,7 @@ def watched() -> set[str]:
 def run(module: ModuleType, when: When) -> None:
     """Run the completions of ``module`` for that moment; each runs once in a process.
 
-    Raises CompletionError, which names the function, its module and the versions of the libraries.
+    Raises ImportError, which names the function, its module and the versions of the libraries.
     """
     if not enabled():
         return
@@ -104,7 +100,7 @@ def run(module: ModuleType, when: When) -> None:
                 except Exception as error:
                     name = completion.complete.__name__
                     found = ", ".join(f"{library} {installed_version(library)}" for library in completion.libraries)
-                    raise CompletionError(
+                    raise ImportError(
                         f"llava_integration/compat/patches.py, {name} could not complete {module.__name__} "
                         f"for {found}: {error!r}; {ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
                     ) from error

@@ -42,10 +42,8 @@ class ScienceQA(base.Benchmark):
         """Raises ValueError if the model answered without the images."""
         record = super().score(folder, answers, **options)
         if not any(item["is_multimodal"] for item in record.items):
-            raise ValueError(
-                f"no prompt in {answers.path} has <image>: the model answered without the images, which "
-                "ScienceQA-IMG is about; evaluate with LLaVA's question file and --image-folder"
-            )
+            fix = "evaluate with LLaVA's question file and --image-folder"
+            raise ValueError(f"no prompt in {answers.path} has <image>: it answered without the images; {fix}")
         return record
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
