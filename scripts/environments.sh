@@ -112,7 +112,7 @@ servers_environment() {
 
 # stacks_environment FOLDER: what other people evaluate with. Of lmms-eval's requirements only what its own start imports; its
 # filelock._api is of versions below 3.19.
-STACK_REQUIREMENTS="torch torchvision transformers accelerate loguru lm-eval inspect-ai filelock<3.19 pytest"
+STACK_REQUIREMENTS="torch torchvision transformers accelerate loguru lm-eval inspect-ai decord filelock<3.19 pytest"
 STACK_EXACT="lmms-eval==0.7.3"
 
 install_stacks() {

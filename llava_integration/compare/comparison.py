@@ -96,6 +96,7 @@ def build(
     all_pairs: bool = False,
 ) -> Comparison:
     """Compare every side with the first, or every two; Holm's p-values are over all rows."""
+    sides = in_one_unit(sides)
     notes = [note for side in sides for note in side.notes]
     pairs = list(combinations(sides, 2)) if all_pairs else [(sides[0], new) for new in sides[1:]]
     tasks = [(base, new, name) for base, new in pairs for name in ordered(set(base.runs) & set(new.runs))]
@@ -133,6 +134,19 @@ def build(
         notes=tuple(dict.fromkeys(notes)),
         warnings=tuple(warnings(sides, titles)),
     )
+
+
+def in_one_unit(sides: Sequence[Side]) -> list[Side]:
+    """Sides whose scores of a benchmark are all percentages, or none, if scores of one run are above 1."""
+    plain = {run.benchmark for side in sides for runs in side.runs.values() for run in runs if run.unit == "score"}
+    changed = {name: {"unit": "score"} for name in plain}
+    return [
+        replace(
+            side,
+            runs={name: tuple(replace(run, **changed.get(name, {})) for run in side.runs[name]) for name in side.runs},
+        )
+        for side in sides
+    ]
 
 
 def warnings(sides: Sequence[Side], titles: dict[str, str]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The sides of a comparison: the runs of one model on each benchmark, from score files or other evaluators' logs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,11 +8,11 @@ from typing import Any
 
 from llava_integration.benchmarks.benchmark import Benchmark, Item, Statistic, mean_of_parts, mean_statistic
 from llava_integration.benchmarks.rules import benchmarks
-from llava_integration.compare.readers import read_logs, readers
-from llm2clip_plugin.contracts import ScoreFile
+from llava_integration.benchmarks.rules.mme import paired_accuracy
+from llava_integration.compare.readers import Log, read_logs, readers
 from llm2clip_plugin.files import ContractError
 
-MEANS_OF_GROUPS = ("sugarcrepe", "xm3600")  # of `llm2clip evaluate`: each category has equal weight
+AGGREGATES = {"": "", "mean of categories": "", "MME": "points", "CIDEr": "CIDEr"}  # of a log -> unit; "": % or score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class Run:
     clusters: list[str]  # questions of one cluster are resampled together: those about one image
     groups: list[str]  # category in the report
     items: list[Item]  # what else is known: truth; question, answer, image, choices ... for the page
-    rule: Benchmark | None = None  # whose headline number is the run's; None: the mean score
+    rule: Benchmark | None = None  # whose headline number is the run's; None: that of ``aggregate``
+    aggregate: str = ""  # in AGGREGATES; "": the mean score
     title: str  # in tables
     unit: str = "%"  # of the headline number; scores are from 0 to 1 for "%" and a mean score
     model: str = ""
@@ -37,10 +39,16 @@ class Run:
         """The headline number as a function of sums over the questions."""
         if self.rule:
             return self.rule.statistic(self.items)
-        scale = 100.0 if self.unit == "%" else 1.0
-        if self.benchmark.split(" ")[0] in MEANS_OF_GROUPS:
-            return mean_of_parts(self.groups, self.scores, scale)
-        return mean_statistic(self.scores, scale=scale)
+        if self.aggregate == "MME":
+            return paired_accuracy(self.items, sorted(set(self.groups)))
+        if self.aggregate == "mean of categories":
+            return mean_of_parts(self.groups, self.scores, self.scale)
+        return mean_statistic(self.scores, scale=self.scale)
+
+    @property
+    def scale(self) -> float:
+        """The number in its unit, of a mean score."""
+        return 1.0 if self.unit in ("score", "points") else 100.0
 
     def pick(self, ids: Sequence[str]) -> "Run":
         """The run on these questions, in their order."""
@@ -89,7 +97,7 @@ def load_side(path: Path, name: str = "") -> Side:
     )
 
 
-def run_of(path: Path, record: ScoreFile) -> Run:
+def run_of(path: Path, record: Log) -> Run:
     """A score file's run, with the headline number of the benchmark's rule unless the items lack what that needs.
 
     Raises ContractError if the items can't be compared.
@@ -115,7 +123,8 @@ def run_of(path: Path, record: ScoreFile) -> Run:
         notes = [f"items have no {', '.join(lacking)}; mean score instead of {rule.headline}", *notes]
     own = rule if rule and notes is record.notes else None
     scores = [float(item["score"]) for item in items]
-    return Run(
+    unit = own.unit if own else AGGREGATES[record.aggregate]
+    run = Run(
         benchmark=record.benchmark,
         ids=[str(item["id"]) for item in items],
         scores=scores,
@@ -124,12 +133,18 @@ def run_of(path: Path, record: ScoreFile) -> Run:
         items=items,
         rule=own,
         title=rule.title if rule else record.benchmark,
-        unit=own.unit if own else "%" if all(0 <= score <= 1 for score in scores) else "score",
+        aggregate=record.aggregate,
+        unit=unit or ("%" if all(0 <= score <= 1 for score in scores) else "score"),
         model=record.model,
         counts=record.counts,
         provenance=record.provenance,
         notes=notes,
     )
+    number, printed = run.statistic.full(), record.printed
+    if printed is None or math.isclose(number, printed * run.scale, rel_tol=1e-3, abs_tol=0.01):
+        return run
+    said = f"its evaluator printed {printed:.4g}, made of the scores in another way; here {number / run.scale:.4g}"
+    return replace(run, notes=[*notes, said])
 
 
 def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:

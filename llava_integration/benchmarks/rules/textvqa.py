@@ -92,7 +92,6 @@ BENCHMARK = TextVQA(
     annotations=("TextVQA*val*.json",),
     question_files=("llava_textvqa*.jsonl",),
     image_folders=("train_images", "train_val_images/train_images", "images", ""),
-    lmms_eval_task="textvqa_val",
     answered_only=True,
     published=base.published_scores(llava_7b=58.2, llava_13b=61.3, reproduced_7b=57.48, llm2clip_7b=58.35),
 )

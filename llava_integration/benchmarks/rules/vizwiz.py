@@ -85,7 +85,6 @@ BENCHMARK = VizWiz(
     question_files=("llava_val*.jsonl", "llava_test*.jsonl"),
     scored_question_files=("llava_val*.jsonl",),
     image_folders=("val", "test", "images", ""),
-    lmms_eval_task="vizwiz_vqa_val",
     submission_format="json",
     published=base.published_scores(llava_7b=50.0, llava_13b=53.6, reproduced_7b=50.57, llm2clip_7b=52.37),
 )

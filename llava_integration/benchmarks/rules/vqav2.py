@@ -86,7 +86,6 @@ BENCHMARK = VQAv2(
     question_files=("llava_vqav2*.jsonl",),
     scored_question_files=("llava_vqav2*val*.jsonl",),
     image_folders=("val2014", "test2015", "images", ""),
-    lmms_eval_task="vqav2_val",
     submission_format="json",
     published=base.published_scores(llava_7b=78.5, llava_13b=80.0, reproduced_7b=79.04, llm2clip_7b=79.80),
 )

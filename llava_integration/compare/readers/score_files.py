@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from llava_integration.compare.readers import OWN, Reader
+from llava_integration.compare.readers import OWN, Log, Reader
 from llm2clip_plugin.contracts import ScoreFile
 
+PARTS = "mean of categories"
 OVERALL = "all"  # the part with every caption
 DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
 MOST_PARTS = 8  # more would dominate the table, and Holm's correction costs every row power
@@ -29,13 +30,13 @@ def fits(path: Path) -> bool:
     return isinstance(head, dict) and head.get("kind") == ScoreFile.KIND
 
 
-def read(path: Path) -> Iterator[ScoreFile]:
+def read(path: Path) -> Iterator[Log]:
     """One for each part, direction and k if the items are queries; else the file itself."""
-    record = ScoreFile.read(path)
+    record = Log(**vars(ScoreFile.read(path)))
     name, items = record.benchmark.removeprefix("retrieval:"), record.items
     grouped = [{**item, "category": item.get("part")} for item in items]
     if record.benchmark == "retrieval:sugarcrepe":
-        yield replace(record, benchmark=name, items=grouped)
+        yield replace(record, benchmark=name, items=grouped, aggregate=PARTS)
         return
     if not items or any("side" not in item or "r1" not in item for item in items):
         yield record
@@ -44,6 +45,7 @@ def read(path: Path) -> Iterator[ScoreFile]:
     for item in items:
         parts[str(item.get("part", OVERALL))].append(item)
     if record.benchmark == "retrieval:xm3600":
+        record = replace(record, aggregate=PARTS)
         parts = {OVERALL: [item for item in grouped if item["category"] not in (None, OVERALL)] or grouped}
     elif len(parts) > MOST_PARTS + 1:
         record = replace(record, notes=[*record.notes, f"{len(parts)} parts: only the overall number is compared"])

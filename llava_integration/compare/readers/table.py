@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.benchmarks.answers import json_lines
-from llava_integration.compare.readers import Reader, first_object, number
-from llm2clip_plugin.contracts import ScoreFile
+from llava_integration.compare.readers import Log, Reader, first_object, number
 from llm2clip_plugin.files import ContractError
 
 COLUMNS = {  # ours: theirs
@@ -61,7 +60,7 @@ def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ContractError(f"{path} is no table of UTF-8 text ({error})") from error
 
 
-def read(path: Path) -> Iterator[ScoreFile]:
+def read(path: Path) -> Iterator[Log]:
     """One for each task and run."""
     columns: dict[str, str] = {}
     tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -84,7 +83,7 @@ def read(path: Path) -> Iterator[ScoreFile]:
     if not tables:
         raise ContractError(f"{path} has no items below its first line")
     for (task, _), items in tables.items():
-        yield ScoreFile(benchmark=task, metrics={}, items=items)
+        yield Log(benchmark=task, metrics={}, items=items)
 
 
 READER = Reader(name="table", endings=(".csv", ".tsv", ".jsonl"), fits=fits, read=read)
