@@ -27,7 +27,8 @@ class Log(ScoreFile):
 
     aggregate: str = ""  # name in ``sides.AGGREGATES``; "": the headline of the benchmark's rule, else the mean
     printed: float | None = None  # the number that the evaluator printed; a comparison says where its own differs
-    group: tuple[Any, ...] = ()  # name, metric and printed number of the group whose tasks have one number, and its run
+    # of the group whose tasks have one number: name, metric, printed number, aggregate, run
+    group: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def read_logs(path: Path) -> list[tuple[Path, Log]]:
 def _merged(members: list[tuple[Path, Log]]) -> Log:
     """The log of a group."""
     first, items = members[0][1], []
-    name, metric, printed, _ = first.group
+    name, metric, printed, aggregate, _ = first.group
     for _, log in members:
         task = log.benchmark.removesuffix(f" {metric}")
         items += [
@@ -81,7 +82,8 @@ def _merged(members: list[tuple[Path, Log]]) -> Log:
             for item in log.items
         ]
     notes = list(dict.fromkeys(note for _, log in members for note in log.notes))
-    return Log(benchmark=f"{name} {metric}", metrics={}, items=items, model=first.model, printed=printed, notes=notes)
+    about = {"model": first.model, "printed": printed, "aggregate": aggregate, "notes": notes}
+    return Log(benchmark=f"{name} {metric}", metrics={}, items=items, **about)
 
 
 def mme_logs(items: list[dict[str, Any]], printed: Sequence[float | None], **about: Any) -> Iterator[Log]:

@@ -37,9 +37,10 @@ def read(path: Path) -> Iterator[Log]:
 class Summary:
     """A task in the file of results; without that file, nothing is known."""
 
-    def __init__(self, results: Path | None, task: str):
+    def __init__(self, results: Path | None, task: str, groups: str = ""):
+        """``groups``: the aggregate of a group's number."""
         body = read_json_value(results) if results and results.is_file() else {}
-        self.path, self.task = results, task
+        self.path, self.task, self.groups = results, task, groups
         self.model = str(body.get("model_name", ""))
         self.better: Mapping[str, bool] = body.get("higher_is_better", {}).get(task, {})  # whether more is, by metric
         self.numbers: Mapping[str, Mapping[str, Any]] = body.get("results", {})
@@ -56,7 +57,7 @@ class Summary:
         tasks = {name: self._leaves(name) for name in self.children}
         groups = [name for name in tasks if self.task in tasks[name] and self.printed(metric, name) is not None]
         largest = max(groups, key=lambda name: len(tasks[name]), default="")
-        return (largest, metric, self.printed(metric, largest), self.path) if largest else ()
+        return (largest, metric, self.printed(metric, largest), self.groups, self.path) if largest else ()
 
     def _leaves(self, name: str) -> list[str]:
         return [leaf for one in self.children.get(name, ()) for leaf in (self._leaves(one) or [one])]

@@ -19,6 +19,7 @@ from llm2clip_plugin.files import ContractError
 
 NAME = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl$")
 NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
+BY_PART = "mean of categories"  # of a group's number: its tasks have equal weight
 PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
 
 
@@ -32,7 +33,7 @@ def read(path: Path) -> Iterator[Log]:
     """The task's composite, or its first metric that has a number for each document."""
     name = NAME.search(path.name)
     task = name["task"] if name else path.stem
-    summary = Summary(path.with_name(f"{name['date']}_results.json") if name else None, task)
+    summary = Summary(path.with_name(f"{name['date']}_results.json") if name else None, task, groups=BY_PART)
     lines, start = list(json_lines(path)), first_object(path)
     metric = next((one for one in start for known in COMPOSITES if one.endswith(known)), "")
     make = next((make for known, make in COMPOSITES.items() if metric.endswith(known)), None)
@@ -117,7 +118,7 @@ def _mmstar(lines: Lines, summary: Summary, metric: str) -> Iterator[Log]:
         value = with_fields(line.get(metric), ("l2_category", "score"), where)
         item = item_of(where, line, value, number(value["score"], f"{where}: score"))
         items.append({**item, "category": value["l2_category"]})
-    yield summary.log(metric, items, aggregate="mean of categories")
+    yield summary.log(metric, items, aggregate=BY_PART)
 
 
 def _cider(lines: Lines, summary: Summary, metric: str) -> Iterator[Log]:
