@@ -24,9 +24,9 @@ SPLIT = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"
 
 def tokens(caption: str) -> Iterator[str]:
     """The words of a caption."""
-    for token in TOKEN.findall(caption.lower().replace("’", "'")):
+    for token in map(str, TOKEN.findall(caption.lower().replace("’", "'"))):
         if token not in DROPPED:
-            yield from SPLIT.get(token, (BRACKETS.get(token, token),))
+            yield from SPLIT.get(token) or [BRACKETS.get(token) or token]
 
 
 def ngrams(caption: str) -> Counter[tuple[str, ...]]:

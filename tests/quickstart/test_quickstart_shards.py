@@ -9,13 +9,13 @@ from collections import defaultdict
 import pytest
 import shards
 
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("quickstart-data")
-    shards.prepare(output, shards.Part(concepts=(30, 10, 12), languages=("de", "zh")))
+    shards.prepare(output, (30, 10, 12), ("de", "zh"))
     return output
 
 

@@ -90,9 +90,9 @@ def item_of(where: str, line: dict[str, Any], value: Any, score: float) -> dict[
     """The item of a line, whose metric has this value."""
     if "doc_id" not in line:
         raise ContractError(f"{where}: no doc_id")
-    document, media = (line.get("doc") if isinstance(line.get("doc"), dict) else {}), line.get("input_media")
-    about = {**document, **(value if isinstance(value, dict) else line)}
-    image = str(media[0]) if isinstance(media, list) and media else first_of({**document, **about}, IMAGES)
+    document, media = line.get("doc"), line.get("input_media")
+    about = {**(document if isinstance(document, dict) else {}), **(value if isinstance(value, dict) else line)}
+    image = str(media[0]) if isinstance(media, list) and media else first_of(about, IMAGES)
     item = {"id": line["doc_id"], "score": score, "cluster": image or str(line["doc_id"])}
     return {**item, "category": first_of(about, CATEGORIES), "truth": line.get("target")}
 

@@ -1,1 +1,1 @@
-"""Loss terms, one per file: a file that defines ``TERM`` is the term of ``--loss.terms NAME=WEIGHT``."""
+"""Loss terms: ``TERM`` of a file in this folder is one of ``--loss.terms NAME=WEIGHT``, or a list of them."""

@@ -1,4 +1,5 @@
-"""CLIP's loss, symmetric InfoNCE: each anchor picks its positive among all of the batch, each positive its anchor."""
+"""Images against captions: CLIP's loss, symmetric InfoNCE, with one caption an image or several; LIFT's, which has no
+negatives."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,7 +70,46 @@ class InfoNCE(LossTerm):
         return contrastive_loss(features.anchor_bD, positive_bD, scale, **features.of_batch)
 
 
-TERM = InfoNCE
+@dataclass(frozen=True, kw_only=True)
+class MultiPositive(LossTerm):
+    """``--loss.terms multi_positive`` with ``--captions-per-image k``: loss = 1/k sum_p InfoNCE(x, y_p), y_p the p-th
+    of each image's captions (as in DreamLIP, arXiv 2403.17007, whose images have several captions at once).
+
+    An image's own captions are never negatives of each other. The cost is k times that of infonce, of which it is the
+    mean over what one caption a step would draw. With one caption an image it is infonce.
+    """
+
+    name: ClassVar[str] = "multi_positive"
+    uses_all_captions: ClassVar[bool] = True
+
+    def __call__(self, features: Features) -> Tensor:
+        scale = features.log_scale.exp()
+        losses = [
+            contrastive_loss(features.anchor_bD, positive_bD, scale, **features.of_batch)
+            for positive_bD in features.positive_bkD.unbind(1)
+        ]
+        return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(LossTerm):
+    """``--loss.terms cosine``: loss = 1/N sum_i (1 - x_i.y_i), the captions' mean if an image has several (LIFT,
+    arXiv 2506.04209).
+
+    No pair is compared with another: no logits, no communication, and any batch size gives the same loss in
+    expectation. Not alone with a text adapter that trains: both sides may meet in one point, which costs nothing here.
+    The side of the captions must be fixed (dual.adapter none), or another term must hold them apart.
+    """
+
+    name: ClassVar[str] = "cosine"
+    uses_all_captions: ClassVar[bool] = True
+
+    def __call__(self, features: Features) -> Tensor:
+        cosine_bk = (features.anchor_bD[:, None] * features.positive_bkD).sum(-1)
+        return (1 - cosine_bk.float()).mean()
+
+
+TERM = [InfoNCE, MultiPositive, Cosine]
 
 
 # sum_j exp(x_j) of many rows as ``total * exp(top)``, top the largest x: a rounded logarithm near 100 would cost 1e-5
