@@ -24,8 +24,8 @@ from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llava_integration.benchmarks.rules.judged import reviewed
 from llava_integration.checkpoints import check_checkpoint, config_of
 from llava_integration.compare import report
+from llava_integration.compare.comparison import run_of
 from llava_integration.compare.readers import read_logs
-from llava_integration.compare.sides import run_of
 from llava_integration.compat.runner import installed_version
 from llm2clip_plugin.contracts import ScoreFile, atomic_file, sha256_file
 from llm2clip_plugin.files import errors_about, printable_lines, read_json_value

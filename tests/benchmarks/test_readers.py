@@ -10,10 +10,10 @@ from golden_mllm import MODELS, ROOT, answers, expected
 from llava_integration.benchmarks import bench
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.bench import score_answers
-from llava_integration.compare.captions import cider, tokens
 from llava_integration.compare.command import main
+from llava_integration.compare.comparison import load_side
 from llava_integration.compare.readers import read_logs, readers
-from llava_integration.compare.sides import load_side
+from llava_integration.compare.readers.lmms_eval import cider, tokens
 from llm2clip_plugin.files import ContractError
 
 LOGS = Path(__file__).parent / "logs"  # of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks

@@ -17,6 +17,7 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError, discover
 
 IMAGES = ("image_id", "imageId", "img_id", "image_name", "image_path", "img_path", "image")  # a question's image
+BY_PART = "mean of categories"  # an aggregate: categories have equal weight
 OWN = "score files"  # name of the reader of ours, which take precedence
 CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task")
 
@@ -25,7 +26,7 @@ CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task
 class Log(ScoreFile):
     """The scores of one task, scorer or run, and how its number is made of them."""
 
-    aggregate: str = ""  # name in ``sides.AGGREGATES``; "": the headline of the benchmark's rule, else the mean
+    aggregate: str = ""  # name in ``comparison.AGGREGATES``; "": the headline of the benchmark's rule, else the mean
     printed: float | None = None  # the number that the evaluator printed; a comparison says where its own differs
     # of the group whose tasks have one number: name, metric, printed number, aggregate, run
     group: tuple[Any, ...] = ()

@@ -4,22 +4,22 @@ A metric's value is a number, or an object with what the task's aggregation read
 captions become their composites; of other objects the field ``score`` counts, or whether the answer is right.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from llava_integration.benchmarks.answers import json_lines
 from llava_integration.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
-from llava_integration.compare.captions import cider
-from llava_integration.compare.readers import Log, Reader, first_object, mme_logs, number
+from llava_integration.compare.readers import BY_PART, Log, Reader, first_object, mme_logs, number
 from llava_integration.compare.readers.lm_eval import Lines, Summary, item_of, scored
 from llm2clip_plugin.files import ContractError
 
 NAME = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl$")
 NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
-BY_PART = "mean of categories"  # of a group's number: its tasks have equal weight
 PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
 
 
@@ -146,6 +146,69 @@ def with_fields(value: Any, names: tuple[str, ...], where: str) -> dict[str, Any
     if not isinstance(value, dict) or any(name not in value for name in names):
         raise ContractError(f"{where}: the metric is {str(value)[:80]}; expected an object with {', '.join(names)}")
     return value
+
+
+# CIDEr (Vedantam et al. 2015), as pycocoevalcap's CIDEr-D computes it, without its Java: captions are tokenized as the
+# Penn Treebank is, in lower case and without punctuation marks
+
+NGRAMS = 4
+SIGMA = 6.0  # of the penalty on a difference in length
+TOKEN = re.compile(
+    r"(?:n't|'(?:s|d|m|re|ve|ll))(?!\w)"  # of don't, it's
+    r"|(?:[a-z]\.){2,}|(?<!\w)[a-z]\.(?=\s|$)|(?:mr|mrs|ms|dr|st|vs|jr|sr|co|inc|ltd|etc)\.(?=\s|$)|no\.(?=\s?\d)|[?!]{2,}"
+    r"|\d+(?:[.,:/]\d+)*(?:\w|-(?=\w))*|\w+?(?=n't(?!\w))"
+    r"|\w(?:\w|[-&/](?=\w)|'(?=\w)(?!(?:s|d|m|re|ve|ll|t)(?!\w)))*|[^\w\s]"
+)
+DROPPED = frozenset("'`.?!,:;-\"…–—") | {"''", "``", "--", "..."}
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+SPLIT = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na")}
+
+
+def tokens(caption: str) -> Iterator[str]:
+    """The words of a caption."""
+    for token in map(str, TOKEN.findall(caption.lower().replace("’", "'"))):
+        if token not in DROPPED:
+            yield from SPLIT.get(token) or [BRACKETS.get(token) or token]
+
+
+def ngrams(caption: str) -> Counter[tuple[str, ...]]:
+    """How often each sequence of one to four words occurs."""
+    words = list(tokens(caption))
+    return Counter(tuple(words[start : start + n]) for n in range(1, NGRAMS + 1) for start in range(len(words) - n + 1))
+
+
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """The score of each caption against its references; their mean is the corpus' CIDEr (1.1, where papers say 110).
+
+    An n-gram's weight is log(captions / captions with it in a reference), so scores depend on all references, which are
+    the benchmark's, but on no other caption.
+    """
+    all_refs = [[ngrams(one) for one in of_one] for of_one in references]
+    frequency = Counter(chain.from_iterable({gram for ref in refs for gram in ref} for refs in all_refs))
+    size = math.log(max(1, len(captions)))
+
+    def vector(counts: Counter[tuple[str, ...]]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
+        weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(NGRAMS)]
+        for gram, count in counts.items():
+            weights[len(gram) - 1][gram] = count * (size - math.log(max(1, frequency[gram])))
+        norms = [math.sqrt(sum(value * value for value in of_n.values())) for of_n in weights]
+        return weights, norms, sum(count for gram, count in counts.items() if len(gram) == 2)
+
+    scores = []
+    for caption, refs in zip(captions, all_refs, strict=True):
+        own, norms, length = vector(ngrams(caption))
+        total = 0.0
+        for weights, ref_norms, ref_length in map(vector, refs):
+            penalty = math.exp(-((length - ref_length) ** 2) / (2 * SIGMA**2))
+            for n in range(NGRAMS):
+                dot = sum(
+                    min(value, weights[n].get(gram, 0.0)) * weights[n].get(gram, 0.0) for gram, value in own[n].items()
+                )
+                if norms[n] and ref_norms[n]:
+                    dot /= norms[n] * ref_norms[n]
+                total += dot * penalty
+        scores.append(10 * total / NGRAMS / len(refs) if refs else 0.0)
+    return scores
 
 
 READER = Reader(name="lmms-eval", endings=(".jsonl",), fits=fits, read=read)
