@@ -106,7 +106,6 @@ SCIENCEQA = ScienceQA(
     question_files=("llava_test_CQM-A.json", "llava_test_*.json"),
     image_folders=("images/test", "images", "test", ""),
     evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
-    lmms_eval_task="scienceqa_img",
     published=base.published_scores(llava_7b=66.8, llava_13b=71.6, reproduced_7b=67.97, llm2clip_7b=69.92),
 )
 
@@ -181,7 +180,6 @@ SEEDBENCH = SEEDBench(
     folders=("seed_bench", "seedbench", "seed-bench"),
     annotations=("SEED-Bench.json",),
     question_files=("llava-seed-bench.jsonl", "llava-seed-bench*.jsonl"),
-    lmms_eval_task="seedbench",
     submission_format="jsonl",
     published=base.published_scores(llava_7b=58.6, llava_13b=61.6),
 )
