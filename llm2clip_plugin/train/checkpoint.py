@@ -94,7 +94,7 @@ class Loaded:
 
 
 def write_checkpoint(target: Path, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write tensors of the CPU by file, and ``state`` with their hashes, to the folder ``target``. Raises OSError."""
+    """Write tensors of the CPU by file, and ``state`` with their hashes, to a folder. Raises OSError."""
     with atomic_directory(target, replace=True) as temporary:
         files = {name: write_tensors(temporary / name, content) for name, content in tensors.items()}
         dataclasses.replace(state, files=files).write(temporary / TrainState.FILE)
@@ -154,8 +154,7 @@ class Checkpoints:
     and never removed.
     """
 
-    def __init__(self, run_folder: Path, *, keep: int) -> None:
-        """keep: number of checkpoints to keep, 0 for all."""
+    def __init__(self, run_folder: Path, *, keep: int) -> None:  # keep: how many; 0: all
         self.run_folder, self.folder, self.keep = run_folder, run_folder / CHECKPOINTS, keep
 
     def path(self, step: int) -> Path:
@@ -167,20 +166,20 @@ class Checkpoints:
         return sorted(path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}"))
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none; its content is not verified."""
-        names = self.names()
-        return self.folder / names[-1] if names else None
+        """The newest complete checkpoint, not verified; None if there is none."""
+        return next((self.folder / name for name in reversed(self.names())), None)
 
-    def write(self, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-        """Write a checkpoint of tensors by file, then remove old ones; returns warnings. Raises OSError."""
-        target = self.path(state.step)
+    def write(self, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> tuple[float, list[str]]:
+        """Write a checkpoint of tensors by file, then remove old ones; returns seconds and warnings. Raises OSError."""
+        started, target = time.perf_counter(), self.path(state.step)
         write_checkpoint(target, state, tensors)
         self._point_to(target.name)
         tell_job(PROGRESS)
-        return self._prune(target)
+        warnings = self._prune(target)
+        return time.perf_counter() - started, warnings
 
     def record_metrics(self, state: TrainState) -> None:
-        """Put an evaluation into the checkpoint of its step, if there is one. Raises OSError."""
+        """Put an evaluation into the checkpoint of its step, if there is one."""
         path = self.path(state.step) / TrainState.FILE
         if path.is_file():
             saved = TrainState.read(path)
@@ -254,10 +253,8 @@ class Checkpoints:
     def move_aside(self, resumed: Path | None) -> str:
         """Move what a run does not continue from to ``abandoned-*``: checkpoints newer than ``resumed``, all if that
         is in another folder; returns a line about it, "" if there are none. Raises OSError."""
-        names = sorted(path.name for path in self.folder.glob("step-*"))
-        own = resumed is not None and resumed.resolve().parent == self.folder.resolve()
-        if resumed is not None and own:
-            names = [name for name in names if name > resumed.name]
+        own = resumed.name if resumed and resumed.resolve().parent == self.folder.resolve() else ""
+        names = sorted(path.name for path in self.folder.glob("step-*") if path.name > own)
         if not names:
             return ""
         aside = self.folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -268,8 +265,8 @@ class Checkpoints:
             os.replace(self.folder / name, aside / name)
         if (self.run_folder / METRICS).is_file():
             shutil.copy2(self.run_folder / METRICS, aside)
-        if resumed is not None and own:
-            self._point_to(resumed.name)
+        if own:
+            self._point_to(own)
         return f"moved {', '.join(names)} to {aside}; delete that folder when you no longer need it"
 
 
@@ -314,7 +311,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether a write is in progress; False on ranks that do not write."""
+        """Whether this rank is writing."""
         self.poll()
         return not self._reported
 
@@ -332,7 +329,7 @@ class Saver:
         self.waited = time.perf_counter() - started
         if rank() == 0:
             self._written, self._reported = (state, tensors), False
-            self._write = self._thread.submit(_write, self.checkpoints, state, tensors)
+            self._write = self._thread.submit(self.checkpoints.write, state, tensors)
 
     def record_metrics(self, state: TrainState) -> None:
         """Put the evaluation of the last saved step into its checkpoint, in the background."""
@@ -396,14 +393,6 @@ class Saver:
 def _reason(error: OSError) -> str:
     """What failed, without the remedy: these messages have their own."""
     return error.reason if isinstance(error, DiskFullError) else str(error)
-
-
-def _write(
-    checkpoints: Checkpoints, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]
-) -> tuple[float, list[str]]:
-    started = time.perf_counter()
-    warnings = checkpoints.write(state, tensors)
-    return time.perf_counter() - started, warnings
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from llm2clip_plugin.train.config import DDP_TIMEOUT, Tf32
+from llm2clip_plugin.train.config import Tf32
 from llm2clip_plugin.train.errors import FirstRankError
 
 TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
@@ -64,20 +64,6 @@ def choose_device(name: str = "") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
         raise ValueError(f"--device {name} is not there; this machine has {known}") from error
-
-
-@contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
-    """(rank, world size) of the launcher's processes, which form a group inside the block; (0, 1) for one process."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1
-        return
-    join_ranks(choose_device(), DDP_TIMEOUT)
-    try:
-        yield dist.get_rank(), world
-    finally:
-        dist.destroy_process_group()
 
 
 def join_ranks(device: torch.device, timeout: float) -> None:

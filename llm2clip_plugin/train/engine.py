@@ -232,15 +232,10 @@ class Engine:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
             yield
 
-    def report(self, values: dict[str, float], x: int, *, of_run: bool = True) -> None:
-        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0; ``x``: samples of the run.
-
-        of_run: False for another x, which W&B does not get: its one axis only goes forward.
-        """
+    def report(self, values: dict[str, float], samples: int) -> None:
+        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0."""
         if self._monitor.enabled:
-            each = [self._monitor] if of_run else filter(None, (self._monitor.tb_monitor, self._monitor.csv_monitor))
-            for monitor in each:
-                monitor.write_events([(label, value, x) for label, value in values.items()])
+            self._monitor.write_events([(label, value, samples) for label, value in values.items()])
 
     def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
@@ -305,26 +300,26 @@ class Engine:
                     yield f"{name}.{moment}", value
 
     def _moments_by_rank(self) -> Iterator[tuple[str, Tensor]]:
-        """``zero2-of-4.0.1.state1``: of rank 0's second master. Masters have the same shapes on all ranks."""
-        layout, parts = self._layout
-        for name, own in self._held():
-            for source in range(parts):
-                value = own if parts == 1 or source == rank() else torch.empty_like(own)
-                if parts > 1:
+        """Those of all ranks, whose masters have the same shapes."""
+        for source in range(self._parted):
+            for name, own in self._held(source):
+                value = own.clone()
+                if self._parted > 1:
                     dist.broadcast(value, source)
-                yield f"{layout}.{source}.{name}", value
+                yield name, value
 
-    def _held(self) -> Iterator[tuple[str, Tensor]]:
-        """``1.state1``: the moments of this rank's masters; one that is too small for 8 bits has fewer."""
+    def _held(self, source: int) -> Iterator[tuple[str, Tensor]]:
+        """The moments of this rank's masters, named as if it were rank ``source``: ``zero2-of-4.0.1.state1`` is of rank
+        0's second master. One that is too small for 8 bits has fewer."""
         for number, master in enumerate(self.masters()):
             state = self._base.state.get(master, {})
-            yield from ((f"{number}.{moment}", state[moment]) for moment in self.optimizer.moments if moment in state)
+            for moment in filter(state.__contains__, self.optimizer.moments):
+                yield f"zero{self.stage}-of-{self._parted}.{source}.{number}.{moment}", state[moment]
 
     @property
-    def _layout(self) -> tuple[str, int]:
-        """What decides which values a rank's masters hold, and among how many ranks they are parted."""
-        parts = world_size() if self.stage else 1
-        return f"zero{self.stage}-of-{parts}", parts
+    def _parted(self) -> int:
+        """Among how many ranks the masters are parted."""
+        return world_size() if self.stage else 1
 
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held ``weights`` when the
@@ -356,13 +351,12 @@ class Engine:
             self._write(parameter, moment, moments[f"{name}.{moment}"].to(self.device))
 
     def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
-        layout, parts = self._layout
-        for name, own in self._held():
-            saved = moments.get(f"{layout}.{rank() if parts > 1 else 0}.{name}")
+        for name, own in self._held(rank() % self._parted):
+            saved = moments.get(name)
             if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
                 raise ValueError(
-                    f"the checkpoint's moments ({next(iter(moments))}, ...) do not fit {self.optimizer.name} in "
-                    f"{layout}: resume on as many ranks, with the ZeRO stage and --optimizer that wrote it"
+                    f"the checkpoint's moments ({next(iter(moments))}, ...) do not fit {self.optimizer.name}'s {name}: "
+                    "resume on as many ranks, with the ZeRO stage and --optimizer that wrote it"
                 )
             own.copy_(saved)
 

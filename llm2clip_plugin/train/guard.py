@@ -31,9 +31,10 @@ from llm2clip_plugin.train.config import DDP_TIMEOUT, STRAGGLER_SECONDS
 from llm2clip_plugin.train.distributed import (
     barrier,
     broadcast_object,
+    choose_device,
     gather_objects,
+    join_ranks,
     on_first_rank,
-    process_group,
     rank,
     world_size,
 )
@@ -72,9 +73,17 @@ def watched(*, straggler_seconds: float, timeout: float) -> AbstractContextManag
 
 @contextmanager
 def watched_group() -> Iterator[tuple[int, int]]:
-    """(rank, world size) of the launcher's processes, which form a group and watch each other inside the block."""
-    with process_group() as ranks, watched(straggler_seconds=STRAGGLER_SECONDS, timeout=DDP_TIMEOUT):
-        yield ranks
+    """(rank, world size) of the launcher's processes, which form a group and watch each other inside the block; (0, 1)
+    of one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+        return
+    join_ranks(choose_device(), DDP_TIMEOUT)
+    try:
+        with watched(straggler_seconds=STRAGGLER_SECONDS, timeout=DDP_TIMEOUT):
+            yield rank(), world_size()
+    finally:
+        dist.destroy_process_group()
 
 
 class Watch(AbstractContextManager[None]):
@@ -278,13 +287,10 @@ def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
     differing = [name for name in names if len({facts.get(name) for _, facts in ranks}) > 1]
     lines, advised = ["the ranks disagree before the first step:"], set()
     for name in differing[:LISTED]:
-        holders: dict[str, dict[str, list[int]]] = {}  # value -> host -> ranks
+        holders: dict[tuple[str, str], list[str]] = {}  # value and host -> ranks
         for number, (host, facts) in enumerate(ranks):
-            holders.setdefault(facts.get(name, "absent"), {}).setdefault(host, []).append(number)
-        groups = [
-            f"{value} on " + ", ".join(f"{host} (ranks {', '.join(map(str, own))})" for host, own in hosts.items())
-            for value, hosts in holders.items()
-        ]
+            holders.setdefault((facts.get(name, "absent"), host), []).append(str(number))
+        groups = [f"{value} on {host} (ranks {', '.join(own)})" for (value, host), own in holders.items()]
         lines.append(f"  {name}: {'; '.join(groups)}")
         advised.add(advice.get(name.split()[0], ""))
     if len(differing) > LISTED:

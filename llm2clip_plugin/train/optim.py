@@ -20,18 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from llm2clip_plugin.options import closest, unknown
+from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import OptimConfig, Precision, ReductionType, from_named_args
 
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
 REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}  # ZeRO's: gradients are sent during backward
 FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
-SECTIONS = (
-    *("zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "data_types", "aio", "flops_profiler"),
-    *("tensorboard", "wandb", "csv_monitor", "comet", "activation_checkpointing", "comms_logger"),
-)
-SIMILAR = 0.85  # of a misspelling
+SECTIONS = ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "scheduler")  # that are read here
 State = dict[str, Any]  # optimizer.state[master]
 Rates = tuple[float, float]  # peak learning rate and weight decay
 Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weight_decay``
@@ -192,9 +188,8 @@ def set_lr(groups: Groups, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-# DeepSpeed's JSON: "auto" values are filled in, conflicts with the run's settings reported. Settings of ZeRO, offload,
-# buckets, loss scaling, profilers and monitors are passed on unchanged. What the run sets (batch, precision, clipping,
-# optimizer, schedule) may be absent, "auto", or equal.
+# DeepSpeed's JSON: "auto" values are filled in, and what the run sets (batch, precision, clipping, optimizer, schedule)
+# may be absent, "auto", or equal; all else is passed on unchanged.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +233,11 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
     neither the file nor the run sets a type.
     """
     config = copy.deepcopy(user)
-    _check_names(config, where)
+    for name in SECTIONS:
+        if not isinstance(config.get(name, {}), dict):
+            raise ValueError(f'{where}: {name} is {config[name]!r}, expected an object such as {{"enabled": true}}')
+    if (stage := config.get("zero_optimization", {}).get("stage", 0)) not in (0, 1, 2, 3):
+        raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; known: 0, 1, 2, 3")
     if conflicts := _set_run_values(config, plan) + _remove_schedule(config, plan):
         raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
     ranks = plan.global_batch // (plan.micro_batch * plan.accumulation)
@@ -251,8 +250,6 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
             raise ValueError(f"{where} offloads optimizer states: set --optimizer adamw, or remove offload_optimizer")
         config.setdefault("zero_allow_untested_optimizer", True)
     _add_monitors(config, plan)
-    if unresolved := sorted(_paths_with_auto(config)):
-        raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
     config.setdefault("steps_per_print", 1 << 31)  # the run has its own progress bar
     return config
 
@@ -268,21 +265,8 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return device not in ("none", None)
 
 
-def _check_names(config: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a misspelled ``zero_optimization``, which DeepSpeed would ignore, a section that is no
-    object, or a ZeRO stage that does not exist."""
-    for name, value in config.items():
-        if name not in SECTIONS and (near := closest(name, SECTIONS, SIMILAR)):
-            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near!r}?")
-        if name in SECTIONS and not isinstance(value, dict):
-            raise ValueError(f'{where}: {name} is {value!r}, expected an object such as {{"enabled": true}}')
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; known: 0, 1, 2, 3")
-
-
 def _set_run_values(config: dict[str, Any], plan: EnginePlan) -> list[str]:
-    """Set what the run decides; returns what the user has set to another value."""
+    """Set what the run decides; returns the conflicts."""
     rows: list[tuple[str, Any, str]] = [
         ("train_batch_size", plan.global_batch, "--global-batch"),
         ("train_micro_batch_size_per_gpu", plan.micro_batch, "--micro-batch"),
@@ -306,7 +290,7 @@ def _set_run_values(config: dict[str, Any], plan: EnginePlan) -> list[str]:
 
 
 def _remove_schedule(config: dict[str, Any], plan: EnginePlan) -> list[str]:
-    """Remove the optimizer's and the scheduler's sections; returns what they set to another value than the run."""
+    """Remove the optimizer's and the scheduler's sections; returns the conflicts."""
     own = {name: getattr(plan.optim, name) for name in ("lr", "eps", "weight_decay")}
     own |= {"betas": list(plan.optim.betas), "warmup_max_lr": plan.optim.lr, "warmup_min_lr": 0}
     own |= {"warmup_num_steps": plan.warmup_steps, "total_num_steps": plan.total_steps}
@@ -355,12 +339,3 @@ def _add_monitors(config: dict[str, Any], plan: EnginePlan) -> None:
         else:
             section |= {"output_path": str(Path(plan.output_dir) / "monitor"), "job_name": plan.run_name or monitor}
         config.setdefault(MONITORS[monitor], section)
-
-
-def _paths_with_auto(value: Any, path: str = "") -> list[str]:
-    """Dotted paths of the remaining "auto" values."""
-    if value == "auto":
-        return [path]
-    if isinstance(value, dict):
-        return [hit for name, item in value.items() for hit in _paths_with_auto(item, f"{path}.{name}".lstrip("."))]
-    return []
