@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.common import alternate, parser, print_table
 from benchmarks.step import OPTIM, TOWERS, jpeg_batches, make_dual, our_step, write_training_data
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.train.engine import start_ranks
 from llm2clip_plugin.train.model import trained_parameters
 from llm2clip_plugin.train.optim import parameter_groups

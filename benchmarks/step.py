@@ -23,15 +23,15 @@ from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.losses.base import weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
 from llm2clip_plugin.train.optim import EnginePlan, complete, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.family import DualConfig
 
 TOWERS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},

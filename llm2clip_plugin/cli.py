@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "run": ("stages.pipeline:main", "all stages in order, from checked data to a tower and a page"),
     "data make": ("data.make:main", "write WebDataset tars from a folder of pictures or a table"),
     "data check": ("data.check:main", "read a data set once; report its contents and problems"),
-    "data split": ("data.split:main", "hold out a part of a data set for validation"),
+    "data split": ("data.make:main_split", "hold out a part of a data set for validation"),
     "finetune-llm": ("stages.llm:main", "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)"),
     "export-llm": ("text.export:main", "export a fine-tuned LLM: merged weights or sentence-transformers"),
     "embed": ("stages.embed:main", "stage 1.5: cache the caption embeddings of the teacher LLM"),
@@ -63,7 +63,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "llava_integration.benchmarks.bench:main",
         "evaluate a LLaVA checkpoint on every benchmark whose files are found",
     ),
-    "score": ("llava_integration.benchmarks.score:main", "score answers with a benchmark's official rule"),
+    "score": ("llava_integration.benchmarks.bench:main_score", "score answers with a benchmark's official rule"),
     "llava bundle": ("llava_integration.towers:main_bundle", "copy the tower into a LLaVA checkpoint"),
     "llava export": (
         "llava_integration.serve:main",
@@ -79,6 +79,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
 # import no torch, and neither --help nor a misspelled option needs more.
 OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, (place, _) in COMMANDS.items()} | {
     "run": "stages.settings:RUN",
+    "data split": "data.make:SPLIT",
     "llava data": "data.make:LLAVA_DATA",
     "finetune-llm": "stages.settings:FINETUNE_LLM",
     "export-llm": "text.config:COMMAND",
@@ -96,6 +97,7 @@ OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, 
     "use": "llava_integration.towers:USE",
     "towers": "llava_integration.towers:TOWERS",
     "llava evaluate": "llava_integration.answer.questions:COMMAND",
+    "score": "llava_integration.benchmarks.bench:SCORE",
     "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
     "vlm build": "llava_integration.serve.vlm_config:COMMAND",
 }

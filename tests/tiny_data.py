@@ -15,7 +15,7 @@ from PIL import Image
 
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, caption_rows
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.vision.export import save_tower
 
 WIDTH = 24  # of the teacher's embeddings

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.console import progress_bar
+from llm2clip_plugin.data import cores, parallel
 from llm2clip_plugin.data.samples import (
     BrokenImage,
     BrokenSample,
@@ -28,9 +29,8 @@ from llm2clip_plugin.data.samples import (
     select_captions,
     words_of,
 )
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_fields, open_source
+from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.data.sources.rows import NO_IMAGE
-from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import check_hub_answers, printable
 from llm2clip_plugin.options import Command
 

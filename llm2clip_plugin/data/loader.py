@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from llm2clip_plugin.data import PREFETCH_MB, plan_loading
 from llm2clip_plugin.data.pairs import CollatedDataset, PairDataset, as_it_is, collate, raised
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows
 from llm2clip_plugin.data.samples import BrokenSample
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.workers import PREFETCH_MB, plan_loading
+from llm2clip_plugin.data.sources import Source
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from llm2clip_plugin.data import row_bytes
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, evaluation_pixels, training_pixels
 from llm2clip_plugin.data.remote import shuffle_window, take_retries
@@ -28,8 +29,7 @@ from llm2clip_plugin.data.samples import (
     choose_captions,
     select_captions,
 )
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.workers import row_bytes
+from llm2clip_plugin.data.sources import Source
 
 SUBSTITUTES = 20  # samples tried in place of a broken one
 SOURCE_BITS = 40  # an image's id is (source << 40) + sample; more samples than any source has

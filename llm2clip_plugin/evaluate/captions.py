@@ -22,7 +22,7 @@ from torch import Tensor
 from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile, atomic_file
 from llm2clip_plugin.data.samples import Caption, select_captions
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.config import EVALUATE_CAPTIONS, CaptionSetConfig, EvaluateCaptionsConfig
 from llm2clip_plugin.evaluate.opening import write_scores
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.sources.base import check_fields, open_source
+from llm2clip_plugin.data.sources import check_fields, open_source
 from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig
 from llm2clip_plugin.evaluate.opening import (
     NOTES_SHOWN,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import llm2clip_plugin
-from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources import SourceConfig
 from llm2clip_plugin.options import Command
 from llm2clip_plugin.text.config import EncoderConfig
 

@@ -21,7 +21,7 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
-from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.config import KS, RetrievalConfig
 from llm2clip_plugin.evaluate.opening import encode_images, json_field
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, sum_over_ranks, world_size

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.samples import select_captions
-from llm2clip_plugin.data.sources.base import check_fields, open_source
+from llm2clip_plugin.data.sources import check_fields, open_source
 from llm2clip_plugin.evaluate.config import SCORE_IMAGES
 from llm2clip_plugin.evaluate.opening import (
     Teacher,

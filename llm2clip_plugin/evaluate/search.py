@@ -24,7 +24,7 @@ from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
 from llm2clip_plugin.data.cache import source_digest
 from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, Caption
-from llm2clip_plugin.data.sources.base import Source, open_source
+from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.evaluate.config import SEARCH, SearchConfig
 from llm2clip_plugin.evaluate.opening import (
     NOTES_SHOWN,

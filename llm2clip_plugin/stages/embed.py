@@ -15,7 +15,7 @@ from tqdm import tqdm
 from llm2clip_plugin.console import phase, track
 from llm2clip_plugin.contracts import CACHE_DTYPES, EmbedRecord
 from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_bytes
-from llm2clip_plugin.data.sources.base import Source, check_fields, open_source
+from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages.settings import EMBED, EmbedConfig, rank_and_world
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify

@@ -17,10 +17,10 @@ import torch
 
 from llm2clip_plugin.console import attend, page_style, render, thumbnail
 from llm2clip_plugin.contracts import TowerCard, atomic_file
+from llm2clip_plugin.data.make import outputs
 from llm2clip_plugin.data.samples import BrokenSample, words_of
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
+from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.data.sources.rows import RowSource
-from llm2clip_plugin.data.split import outputs
 from llm2clip_plugin.evaluate.commands import measure_pairs
 from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs

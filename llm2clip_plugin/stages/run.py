@@ -19,10 +19,10 @@ from torch import nn
 import llm2clip_plugin
 from llm2clip_plugin.console import each_in_phase, loaded, phase
 from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
+from llm2clip_plugin.data import LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources import Source, SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
-from llm2clip_plugin.data.workers import LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.files import headline, read_json_value
 from llm2clip_plugin.stages.settings import FinetuneConfig, flat, refuse_changes, within
 from llm2clip_plugin.stages.tower_config import RunConfig

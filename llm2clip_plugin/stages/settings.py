@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources import SourceConfig
 from llm2clip_plugin.evaluate.config import CaptionSetConfig
 from llm2clip_plugin.options import Command, nearest, unknown
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from llm2clip_plugin.console import loaded, phase
 from llm2clip_plugin.contracts import PROJECTED
+from llm2clip_plugin.data import lacks_shared_memory
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
-from llm2clip_plugin.data.sources.base import Source, check_fields, check_kinds, open_source
-from llm2clip_plugin.data.workers import lacks_shared_memory
+from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
 from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
@@ -57,9 +57,8 @@ from llm2clip_plugin.train.model import (
 )
 from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.step import TowerStep
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.towers import use_fastest_attention
+from llm2clip_plugin.vision.towers import preprocessor_config, use_fastest_attention
 
 FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
 

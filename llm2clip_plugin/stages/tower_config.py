@@ -10,9 +10,9 @@ from pathlib import Path
 
 import llm2clip_plugin
 from llm2clip_plugin.contracts import canonical_json, sha256_text
+from llm2clip_plugin.data import cores
 from llm2clip_plugin.data.samples import AugmentConfig, parse_weights
-from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
-from llm2clip_plugin.data.workers import cores
+from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import from_plain, read_json_value
 from llm2clip_plugin.options import Command, unknown
@@ -26,8 +26,8 @@ from llm2clip_plugin.train.config import (
     TrainConfig,
     local_world_size,
 )
+from llm2clip_plugin.vision import LOG_SCALE, DualConfig
 from llm2clip_plugin.vision.convert import FORMATS
-from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig
 
 MAX_CAPTIONS = 64  # of an image in a step
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip_plugin.contracts import EncoderCard
-from llm2clip_plugin.data.sources.base import ReadConfig
+from llm2clip_plugin.data.sources import ReadConfig
 from llm2clip_plugin.files import ContractError, read_json_value
 from llm2clip_plugin.options import Command, unknown
 

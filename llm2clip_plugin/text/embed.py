@@ -19,11 +19,11 @@ from tqdm import tqdm
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import CacheManifest
 from llm2clip_plugin.data import cache as caches
+from llm2clip_plugin.data import map_in_order
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.samples import caption_hash
-from llm2clip_plugin.data.sources.base import Shard, Source
+from llm2clip_plugin.data.sources import Shard, Source
 from llm2clip_plugin.data.sources.tars import data_folder
-from llm2clip_plugin.data.workers import map_in_order
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.encoder import TextEncoder
 

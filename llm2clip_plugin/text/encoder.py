@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity, sha256_text, sha256_weights
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.text import adapter as adapters
 from llm2clip_plugin.text import llm as llms

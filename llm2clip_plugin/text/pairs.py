@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from llm2clip_plugin.data.loader import leave_signals_to_the_run
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
 from llm2clip_plugin.data.samples import BrokenSample, Caption, caption_hash, select_captions
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_fields, open_source
+from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.files import refuse_encoding
 from llm2clip_plugin.text.config import EncoderConfig, PairKind, PairsConfig
 from llm2clip_plugin.text.llm import build_frame, literal_template, tokenize

@@ -35,7 +35,7 @@ from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset, eval_pairs
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_shares
-from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig
 from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_first, on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
@@ -43,8 +43,8 @@ from llm2clip_plugin.train.losses.base import Features, heads_terms
 from llm2clip_plugin.train.losses.distill import Distill
 from llm2clip_plugin.train.optim import AdamW, Trained, is_vector, lr_factor, parameter_groups, set_lr
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
-from llm2clip_plugin.vision.family import DualConfig
 
 log = logging.getLogger(__name__)
 

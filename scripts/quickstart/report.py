@@ -30,7 +30,7 @@ from llm2clip_plugin.bootstrap import fraction, p_value, signed, spread
 from llm2clip_plugin.console import render
 from llm2clip_plugin.contracts import CacheManifest, atomic_file
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 
 PICTURES = 8  # on the page, per caption and tower

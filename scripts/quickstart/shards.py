@@ -180,7 +180,7 @@ def write_control(data: Path, cache: Path, output: Path, seed: int | None = None
 
     from llm2clip_plugin.contracts import shard_file
     from llm2clip_plugin.data.cache import CacheWriter, ShardFile, caption_rows, rows_digest, shard_captions
-    from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+    from llm2clip_plugin.data.sources import SourceConfig, open_source
 
     manifest = CacheManifest.read(cache / CacheManifest.FILE)
     teacher = manifest.teacher

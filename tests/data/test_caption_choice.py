@@ -11,7 +11,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.samples import Caption, caption_shares, choose_caption, parse_weights
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_kinds, open_source
+from llm2clip_plugin.data.sources import Source, SourceConfig, check_kinds, open_source
 
 MANY = (Caption("a", "short"), Caption("b", "short"), Caption("c", "short"), Caption("d", "long"))
 EVENLY = parse_weights(("short=1", "long=1"))

@@ -16,7 +16,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import SOURCE_BITS, PairDataset, eval_pairs
 from llm2clip_plugin.data.samples import AugmentConfig, caption_hash
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
+from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 
 IMAGES = ImageConfig(size=16)

@@ -10,7 +10,7 @@ from data_world import jpeg
 from PIL import Image
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from data_world import DroppingServer, serving, write_shards
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 
 WAIT = 120  # seconds that a few kB may take on a busy machine
 

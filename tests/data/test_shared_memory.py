@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_plugin.data.workers import PREFETCH_MB, free_shared_memory, lacks_shared_memory, plan_loading, row_bytes
+from llm2clip_plugin.data import PREFETCH_MB, free_shared_memory, lacks_shared_memory, plan_loading, row_bytes
 
 L14_336 = row_bytes(336, 4096)  # a row of openai_l14_336 against Llama 3's embeddings
 

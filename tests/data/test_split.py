@@ -10,9 +10,9 @@ from data_world import write_tar
 from tiny_data import make_shards
 
 from llm2clip_plugin.cli import run
-from llm2clip_plugin.data import split as writing
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
-from llm2clip_plugin.data.split import decide, hash_of, is_held_out
+from llm2clip_plugin.data import make as writing
+from llm2clip_plugin.data.make import decide, hash_of, is_held_out
+from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 
 
 @pytest.fixture

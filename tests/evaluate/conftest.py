@@ -3,7 +3,7 @@
 import pytest
 from evaluate_world import write_cache, write_data, write_tower
 
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize, evaluation_pixels
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.commands import intervals
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval, recall

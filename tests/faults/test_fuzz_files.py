@@ -20,7 +20,7 @@ from llava_integration.compare.comparison import build
 from llava_integration.compare.sides import load_sides
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, TrainState, load
 
 

@@ -15,7 +15,7 @@ from tiny_data import make_shards, make_tower
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.console import attend
-from llm2clip_plugin.data.sources.base import Source, open_source
+from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.stages.pipeline import Stage, complete, plan, survey
 from llm2clip_plugin.stages.settings import PipelineConfig
 

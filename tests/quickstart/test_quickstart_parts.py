@@ -14,7 +14,7 @@ import torch
 from quickstart_folders import IDENTITY, write_adapter, write_cache, write_run
 
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 
 ROOT = Path(__file__).resolve().parents[2]

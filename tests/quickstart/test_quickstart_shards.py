@@ -9,7 +9,7 @@ from collections import defaultdict
 import pytest
 import shards
 
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 
 
 @pytest.fixture(scope="module")

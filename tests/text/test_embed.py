@@ -13,7 +13,7 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.data.sources.base import Shard, SourceConfig, open_source
+from llm2clip_plugin.data.sources import Shard, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import embed_source, shards_of_rank

@@ -15,15 +15,15 @@ from train_helpers import run_ranks, trainable_names
 
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
 from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.train.optim import parameter_groups, set_lr
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
-from llm2clip_plugin.vision.family import DualConfig
+from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 DUAL = DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True)
 

@@ -1,0 +1,275 @@
+"""What a source offers: samples by number; and how one is opened. Each format is one file of this folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm2clip_plugin.contracts import canonical_json, sha256_text
+from llm2clip_plugin.data.remote import Downloads, default_download_folder
+from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Caption, Sample, parse_fields, read_captions
+from llm2clip_plugin.files import discover
+from llm2clip_plugin.options import command, joined, nearest, unknown
+
+if TYPE_CHECKING:  # index imports numpy, and --help of every command this module
+    from llm2clip_plugin.data.index import SideFolder, Stamp
+
+PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur
+KIND_PROBES = 64  # samples in which kinds of captions are looked for
+READING = 1  # version of how captions are read from a sample; another one makes kept digests void
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFormat:
+    """A format of captioned images. A file of this folder that defines ``SOURCE`` adds one."""
+
+    name: str  # for --format
+    help: str  # the paths that it reads, as in "a .jsonl file"
+    recognizes: Callable[[str], bool]  # whether a path or URL is of this format, by its name
+    open: Callable[[SourceConfig, dict[str, str] | None], Source]  # the arguments of open_source
+    fallback: bool = False  # used only for paths that no other format recognizes
+
+
+def formats() -> dict[str, SourceFormat]:
+    """Every format by name."""
+    return discover(__name__, "SOURCE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    """How captioned images are read."""
+
+    format: str = "auto"  # of the data: webdataset, jsonl, llava or another of data/sources; auto: by the path's name
+    images: str = ""  # folder or URL of the images that a .jsonl or .json file names; "": the file's own folder
+    fields: tuple[str, ...] = DEFAULT_FIELDS  # which fields are captions: NAME=KIND or NAME=KIND:LANGUAGE
+    language: str = "en"  # of captions without a language
+    image_field: str = "image"  # field of a .jsonl with the image's path
+    key_field: str = "id"  # field of a .jsonl with the sample's key; without it, the image's path is the key
+    kinds: tuple[str, ...] = ()  # use only these kinds of captions; empty: all
+    languages: tuple[str, ...] = ()  # use only captions in these languages; empty: all
+    # shards shuffled together, so that few are in use at a time; 0: the entire source; -1: 16 if the data is at a URL
+    # or on a network file system, else 0
+    shuffle_window: int = -1
+    cache_folder: str = ""  # for downloaded shards and indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards
+    cache_gb: float = 0.0  # limit for downloaded shards, 10^9 bytes; 0: no limit
+
+    def __post_init__(self) -> None:
+        if self.format != "auto" and self.format not in (known := ("auto", *formats())):
+            raise ValueError(unknown("data format", self.format, known))
+        if self.shuffle_window < -1 or self.cache_gb < 0:
+            raise ValueError(
+                f"shuffle_window is {self.shuffle_window} and cache_gb {self.cache_gb}, expected at least -1 and 0"
+            )
+        parse_fields(self.fields, self.language)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(ReadConfig):
+    """Where captioned images are and how they are read."""
+
+    path: str  # folder of tars, a .tar, train-*.tar, {00000..00099}.tar, a .jsonl, LLaVA's .json, or a URL of these
+    weight: float = 1.0  # how often a sample is drawn, relative to a sample of a source of weight 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path:
+            raise ValueError("no data path is set; give DATA")
+        if self.path.startswith("file://"):
+            raise ValueError(f"{self.path}: remove file:// from the path of a local source")
+        if not self.weight > 0:
+            raise ValueError(f"weight of {self.path} is {self.weight}, expected a number above 0")
+
+    @property
+    def downloads(self) -> Downloads:
+        """Local copies of files at URLs."""
+        folder = Path(self.cache_folder) if self.cache_folder else default_download_folder()
+        return Downloads(folder, limit_bytes=int(self.cache_gb * 1e9))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive samples that are stored, and embedded, together."""
+
+    name: str  # path relative to the source, without .tar; embedding caches use it too
+    size: int  # samples
+    start: int  # number of its first sample in the source
+
+
+class Source(ABC):
+    """Samples 0 .. len-1, in shards. Loader workers get a pickled copy, which must open its own files."""
+
+    side_folder: SideFolder | None = None  # of digests of the captions; None: they are computed at every start
+    stamps: Sequence[Stamp] = ()  # of each shard's file, if ``side_folder`` is set
+
+    def __init__(self, config: SourceConfig, shards: tuple[Shard, ...]) -> None:
+        self.config = config
+        self.path = config.path
+        self.name = config.path.rstrip("/").rpartition("/")[2] or config.path
+        self.shards = shards
+        self.fields = parse_fields(config.fields, config.language)
+        self._starts = [shard.start for shard in shards]
+
+    @abstractmethod
+    def record(self, number: int, *, image: bool = False) -> Sample:
+        """A sample, its captions not yet read from ``values``; ``image``: the caller will read the image, too.
+
+        Raises BrokenSample if it can't be read, IndexError outside 0 .. len-1.
+        """
+
+    def fetch(self, shard: int) -> None:  # noqa: B027 - a local disk needs nothing
+        """Prefetch a shard: copy one from its URL, read one of a network file system into the page cache."""
+
+    def bytes_to_fetch(self, shards: Iterable[int]) -> int:
+        """Bytes that ``fetch`` copies or reads for these shards at most; 0 for a local disk."""
+        return 0
+
+    def key(self, number: int) -> str:
+        """The key of a sample, also of one that can't be read."""
+        try:
+            return self.record(number).key
+        except BrokenSample as error:
+            return error.key
+
+    def __len__(self) -> int:
+        return self.shards[-1].start + self.shards[-1].size if self.shards else 0
+
+    @property
+    def digests(self) -> str:
+        """Name of the file of digests of keys and captions by shard, for this choice of fields."""
+        names = [field.name for field in self.fields]
+        reading = [READING, type(self).__name__, names, self.config.key_field, self.config.image_field]
+        return f"captions-{sha256_text(canonical_json(reading))[:16]}.json"
+
+    def __getitem__(self, number: int) -> Sample:
+        """A sample with its captions. Raises BrokenSample if its JSON or its captions can't be read."""
+        return self._with_captions(number, self.record(number))
+
+    def with_image(self, number: int) -> Sample:
+        """As ``source[number]``, for a caller that will read the image: both may come from the disk in one read."""
+        return self._with_captions(number, self.record(number, image=True))
+
+    def _with_captions(self, number: int, record: Sample) -> Sample:
+        try:
+            captions, blank = read_captions(record.values, self.fields)
+        except (ValueError, RecursionError) as error:
+            raise BrokenSample(self.locate(number)[0], record.key, str(error)) from error
+        return replace(record, captions=captions, blank_captions=blank)
+
+    def captions(self, number: int) -> tuple[str, tuple[Caption, ...]]:
+        """Key and captions; none of a sample that can't be read: training reports and replaces it."""
+        try:
+            sample = self[number]
+        except BrokenSample as error:
+            return error.key, ()
+        return sample.key, sample.captions
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Number of the shard, and of the sample within it. Raises IndexError outside 0 .. len-1."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {self.path}, which has {len(self)} samples")
+        shard = bisect_right(self._starts, number) - 1
+        return shard, number - self._starts[shard]
+
+    def locate(self, number: int) -> tuple[str, int]:
+        """Name of the shard, and number of the sample within it."""
+        shard, within = self.place(number)
+        return self.shards[shard].name, within
+
+
+def parse_object(data: bytes, shard: str, key: str, what: str = "") -> dict[str, Any]:
+    """The JSON object of a sample. Raises BrokenSample for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BrokenSample(shard, key, f"{what}is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BrokenSample(shard, key, f"{what}contains a {type(value).__name__}, expected an object")
+    return value
+
+
+def shards_of(names: Sequence[str], sizes: Sequence[int]) -> tuple[Shard, ...]:
+    """Shards one after another."""
+    starts = accumulate(sizes, initial=0)
+    return tuple(Shard(*shard) for shard in zip(names, sizes, starts, strict=False))
+
+
+def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = None) -> Source:
+    """The source of ``config``, indexed, and downloaded if it is at a URL.
+
+    A broken shard is left out and noted in ``broken_shards`` (name -> reason); without it, it raises ValueError. Raises
+    FileNotFoundError if there is no data, ValueError if the format cannot be determined.
+    """
+    if config.format != "auto":
+        return formats()[config.format].open(config, broken_shards)
+    for known in sorted(formats().values(), key=lambda known: known.fallback):
+        if known.recognizes(config.path):
+            return known.open(config, broken_shards)
+    if not os.path.exists(config.path):
+        raise FileNotFoundError(f"no data at {config.path}")
+    known = "; ".join(f"{known.name}: {known.help}" for known in formats().values())
+    raise ValueError(
+        f"cannot determine the format of {config.path}; choose one with --format ({known}), "
+        f"or {how_to_make_tars(config.path)}"
+    )
+
+
+def check_fields(*sources: Source, needed: bool = False) -> None:
+    """Raise ValueError for a field of ``--fields`` that no sample of the sources has; the default's may be missing.
+
+    ``needed``: also if no sample has a caption. Stops at the sample that shows what is looked for, mostly the first.
+    """
+    fields = sources[0].config.fields if sources else ()
+    missing = {} if fields == DEFAULT_FIELDS else {field.partition("=")[0]: field for field in fields}
+    broken: list[BrokenSample] = []
+    known, captions = set[str](), not needed
+    if captions and not missing:
+        return
+    for sample in (sample for source in sources for sample in _probe(source, PROBES, broken)):
+        known |= sample.values.keys()
+        missing = {name: field for name, field in missing.items() if not sample.values.get(name)}
+        captions = captions or bool(sample.captions)
+        if captions and not missing:
+            return
+    where = ", ".join(source.path for source in sources)
+    if broken and not known:
+        raise ValueError(f"{where}: no sample can be read; the first: {broken[0]}")
+    if missing:
+        name, field = next(iter(missing.items()))
+        problem = f"no sample of {where} has a field {name!r} (--fields {field}){nearest(name, known)}"
+    else:
+        problem = f"no sample of {where} has a caption in {', '.join(field.name for field in sources[0].fields)}"
+    raise ValueError(joined(problem, f"known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND"))
+
+
+def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:
+    """Raise ValueError if ``weights`` names a kind that no source declares and none of its first captions has."""
+    declared = {field.kind for source in sources for field in source.fields}
+    samples = [sample for source in sources for sample in _probe(source, KIND_PROBES)] if weights else []
+    known = declared | {caption.kind for sample in samples for caption in sample.captions}
+    if unknown := sorted(set(weights) - known):
+        raise ValueError(
+            f"caption weights name the kinds {', '.join(unknown)}, which the data does not have; "
+            f"known: {', '.join(sorted(known))}"
+        )
+
+
+def _probe(source: Source, count: int, broken: list[BrokenSample] | None = None) -> Iterator[Sample]:
+    """About ``count`` evenly spaced samples; those that can't be read go to ``broken``."""
+    for number in range(0, len(source), len(source) // count + 1):
+        try:
+            yield source[number]
+        except BrokenSample as error:
+            if broken is not None:
+                broken.append(error)
+
+
+def how_to_make_tars(path: str) -> str:
+    """What to do with pictures or a table."""
+    return f"make some of pictures or a table: {command('data', 'make', path, '--output', 'DIR')}"

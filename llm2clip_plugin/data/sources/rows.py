@@ -1,4 +1,4 @@
-"""Sources that are one file of rows, with the images in a folder or at a URL; JSON Lines, an object a line."""
+"""Sources that are one file of rows, with the images in a folder or at a URL: JSON Lines, and LLaVA's JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from llm2clip_plugin.data.index import IndexFile, ShardRows, SideFolder, open_index, stamp_of
 from llm2clip_plugin.data.remote import RetryingFile, has_suffix, is_url, retried
 from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, SourceFormat, parse_object, shards_of
+from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, parse_object, shards_of
 from llm2clip_plugin.files import refuse_encoding
 
 NO_IMAGE = "no image "  # how the reason begins if there is no such file
@@ -160,9 +160,38 @@ class JsonlSource(RowSource):
                 start += len(line)
 
 
-SOURCE = SourceFormat(
-    name="jsonl",
-    help="a .jsonl file",
-    recognizes=lambda path: has_suffix(path, ".jsonl"),
-    open=lambda config, broken_shards: JsonlSource(config),
-)
+class LlavaSource(RowSource):
+    """LLaVA's pretraining JSON: the items with an image; text-only items are not image-caption pairs."""
+
+    rows_version = 1
+
+    def read_rows(self, path: Path) -> Rows:
+        try:
+            items = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is not valid JSON ({error}); if it has one object per line, rename it to .jsonl"
+            ) from error
+        if not isinstance(items, list):
+            raise ValueError(f"{path} contains a {type(items).__name__}, expected LLaVA's list of conversations")
+        return pack_rows((n, item) for n, item in enumerate(items) if not isinstance(item, dict) or item.get("image"))
+
+    def values(self, row: dict[str, Any]) -> dict[str, Any]:
+        """With the first answer, without ``<image>`` placeholders, as "gpt"."""
+        answers = (turn["value"] for turn in row["conversations"] if turn["from"] == "gpt")
+        return {**row, "gpt": next(answers, "").replace("<image>", "").strip()}
+
+
+def _format(name: str, help: str, suffix: str, source: type[RowSource]) -> SourceFormat:
+    return SourceFormat(
+        name=name,
+        help=help,
+        recognizes=lambda path: has_suffix(path, suffix),
+        open=lambda config, broken_shards: source(config),
+    )
+
+
+SOURCE = [
+    _format("jsonl", "a .jsonl file", ".jsonl", JsonlSource),
+    _format("llava", "LLaVA's .json file", ".json", LlavaSource),
+]

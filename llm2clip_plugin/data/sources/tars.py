@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from llm2clip_plugin.console import track
+from llm2clip_plugin.data import cores, map_in_order, parallel
 from llm2clip_plugin.data.index import IndexFile, ShardRows, SideFolder, Table, open_index, stamp_of, stamps_of
 from llm2clip_plugin.data.remote import (
     Downloads,
@@ -33,7 +34,7 @@ from llm2clip_plugin.data.remote import (
     retried,
 )
 from llm2clip_plugin.data.samples import BrokenSample, Sample
-from llm2clip_plugin.data.sources.base import (
+from llm2clip_plugin.data.sources import (
     Source,
     SourceConfig,
     SourceFormat,
@@ -41,7 +42,6 @@ from llm2clip_plugin.data.sources.base import (
     parse_object,
     shards_of,
 )
-from llm2clip_plugin.data.workers import cores, map_in_order, parallel
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 PARTS = ("image", "txt", "json")

@@ -12,7 +12,7 @@ import torch
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, rows_digest
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 
 WIDTH = 640

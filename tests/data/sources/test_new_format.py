@@ -15,7 +15,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.sources.base import SourceConfig, formats, open_source
+from llm2clip_plugin.data.sources import SourceConfig, formats, open_source
 from llm2clip_plugin.text.embed import embed_source
 
 EXTENDING = (Path(__file__).parents[3] / "docs" / "extending.md").read_text(encoding="utf-8")

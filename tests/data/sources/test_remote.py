@@ -18,7 +18,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import Downloads, take_retries
-from llm2clip_plugin.data.sources.base import Source, SourceConfig, open_source
+from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 
 BODY = os.urandom(300_000)
 pread = os.pread

@@ -6,7 +6,7 @@ import pytest
 from data_world import img2dataset_members, jpeg, write_shards, write_tar
 
 from llm2clip_plugin.data.samples import BrokenSample, Caption
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 
 
 def config(path: object, **settings: object) -> SourceConfig:

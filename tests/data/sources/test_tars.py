@@ -8,8 +8,8 @@ from data_world import jpeg, write_shards, write_tar
 
 from llm2clip_plugin.data import index as index_module
 from llm2clip_plugin.data.samples import BrokenSample
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.data.sources import tars as tars_module
-from llm2clip_plugin.data.sources.base import SourceConfig, open_source
 from llm2clip_plugin.data.sources.tars import BrokenShard, index_tar, scan_tar
 
 LONG = "folder/" * 20 + "a" * 120  # past ustar's 100 and 155 characters
