@@ -62,7 +62,7 @@ Facts = Mapping[str, str]  # what is compared -> this rank's value
 
 
 def watched(*, straggler_seconds: float, timeout: float) -> AbstractContextManager[None]:
-    """Watch the ranks inside the block; every rank must enter it. Nothing happens with one rank.
+    """Watch the ranks inside the block, which every rank must enter; nothing happens with one rank.
 
     straggler_seconds: a rank that makes no progress for so long is named; 0: never. timeout: after so many seconds
     without a sign of life of one rank, all end with exit status 1. An exception that leaves the block ends all ranks;
@@ -109,7 +109,6 @@ class Watch(AbstractContextManager[None]):
         self.failure = ""  # of another rank, as it published it
         self._found = ""  # a failure that this rank has seen first, to be published
         self.deadline = math.inf  # when this process ends, whatever its main thread does
-        self._beats = 0
         self._late_told = (0, 0.0)  # number of a phase, seconds of lateness in it that were reported
         self._main = threading.get_ident()
         self._stopped = threading.Event()
@@ -153,17 +152,15 @@ class Watch(AbstractContextManager[None]):
         return ""
 
     def _end_within_grace(self) -> None:
-        """End this process soon, if it still runs."""
         self.deadline = min(self.deadline, time.monotonic() + GRACE)
 
     def _beat(self) -> dict[str, Any]:
         now = phases.current()
-        self._beats += 1
         frame = sys._current_frames().get(self._main)  # none while the interpreter ends; NCCL's kernels are not seen
         code = frame.f_code if frame else None
         waits = code and (code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN))
-        beat = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats, "phase": _doing()}
-        return {**beat, "number": now.number, "seconds": time.monotonic() - now.since, "waits": bool(waits)}
+        beat = {"host": socket.gethostname(), "pid": os.getpid(), "phase": _doing(), "waits": bool(waits)}
+        return {**beat, "number": now.number, "seconds": time.monotonic() - now.since}  # no two beats are equal
 
     def _beats_of(self, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
         found = self.store.multi_get([f"beat/{number}" for number in ranks]) if ranks else []
@@ -178,8 +175,7 @@ class Watch(AbstractContextManager[None]):
         if not self.failure and self.store.check(["failed"]):
             self.failure = self.store.get("failed").decode()
 
-    def _talk(self) -> None:
-        """Send signs of life and read those of others; may block for long."""
+    def _talk(self) -> None:  # may block for long
         while not self._stopped.wait(self.interval):
             try:
                 beat = self._beat()
@@ -232,7 +228,6 @@ class Watch(AbstractContextManager[None]):
         return f"rank {number} ({self.others[number]['host']}, pid {self.others[number]['pid']})"
 
     def _name_silent(self, now: float) -> None:
-        """Ranks whose process does not run."""
         limit = max(self.straggler_seconds, 3 * self.interval)
         for number, beat in self.others.items():
             silence, told = now - self._heard[number], self._told.get(number, 0.0)
@@ -276,8 +271,7 @@ def _say(text: str) -> None:
 def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
     """Compare what all ranks must have in common before the first step; every rank must call this.
 
-    ``advice``: the first word of a fact -> what to do if it differs. Raises DisagreementError on every rank, with every
-    value and the hosts and ranks that have it.
+    ``advice``: the first word of a fact -> what to do if it differs. Raises DisagreementError on every rank.
     """
     digests = gather_objects(sha256_text(canonical_json(dict(facts))))
     if len(set(digests)) == 1:
@@ -353,10 +347,9 @@ def locked(folder: Path) -> Iterator[None]:
                     folder.rmdir()
 
 
-def acquire(folder: Path, *, patience: float = LEASE) -> int:
-    """Take and sign the lock; returns its open descriptor. Raises OSError. patience: seconds to wait for another host's
-    lock."""
-    path, deadline, reported = folder / LOCK, time.monotonic() + patience, False
+def acquire(folder: Path) -> int:
+    """Take and sign the lock, after waiting for another host's; returns its open descriptor. Raises OSError."""
+    path, deadline, reported = folder / LOCK, time.monotonic() + LEASE, False
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)  # each time: a refused run removes the folder that it made
@@ -388,7 +381,7 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
                 f"end, stop it, or choose another --output. If that host is down, delete {path}"
             )
         if holder and not reported:
-            print(f"{folder} is locked from {holder['host']}; waiting up to {patience:.0f} s", file=sys.stderr)
+            print(f"{folder} is locked from {holder['host']}; waiting up to {LEASE:.0f} s", file=sys.stderr)
             reported = True
         time.sleep(0.2)
 

@@ -121,8 +121,7 @@ def _evaluate_if_due(parts: LoopParts, state: TrainState, reports: Reports, save
 
 
 def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[TrainState, float, dict[str, float]]:
-    """Wait for a batch and make its step: learning rate, update, moving averages; also the seconds of both, and values
-    to report.
+    """A step with its learning rate, from waiting for its batch to the moving averages; its seconds, values to report.
 
     A batch with a non-finite loss or gradient is left out and listed in the state: a step like any other, whose update
     is missing. One more than train.skip_bad_batches raises NonFiniteLossError.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.train.config import OptimConfig, Precision, ReductionType, from_named_args
+from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, from_named_args
 
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
 REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}  # ZeRO's: gradients are sent during backward
@@ -192,24 +192,6 @@ def set_lr(groups: Groups, factor: float) -> None:
 # may be absent, "auto", or equal; all else is passed on unchanged.
 
 
-@dataclass(frozen=True, kw_only=True)
-class EnginePlan:
-    """The run's settings, in DeepSpeed's terms."""
-
-    global_batch: int  # pairs per optimizer step, over all ranks
-    micro_batch: int  # pairs per forward pass on one rank
-    accumulation: int  # micro-batches per optimizer step on one rank
-    precision: Precision
-    optim: OptimConfig
-    warmup_steps: int
-    total_steps: int
-    hidden_size: int  # of the tower: sets the sizes of ZeRO-3's "auto" buckets
-    communication_data_type: ReductionType = ""  # in which gradients are reduced over ranks; "": see complete
-    report_to: tuple[str, ...] = ()  # tensorboard | wandb | csv
-    output_dir: str = ""
-    run_name: str = ""
-
-
 def read_deepspeed_json(path: str) -> dict[str, Any]:
     """The user's file, or a ZeRO-0 configuration for "". Raises FileNotFoundError, or ValueError for invalid JSON."""
     if not path:
@@ -225,8 +207,19 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
     return body
 
 
-def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSpeed configuration") -> dict[str, Any]:
-    """The configuration for ``deepspeed.initialize``; ValueError lists every conflict with the run.
+def complete(
+    user: dict[str, Any],
+    train: TrainConfig,
+    optim: OptimConfig,
+    *,
+    world: int,
+    total_steps: int,
+    hidden_size: int,
+    output_dir: str = "",
+    where: str = "the DeepSpeed configuration",
+) -> dict[str, Any]:
+    """The configuration for ``deepspeed.initialize``; ValueError lists every conflict with the run, or says that
+    ``world`` ranks cannot share its batch. hidden_size: of the tower, sets the sizes of ZeRO-3's "auto" buckets.
 
     ``optimizer`` and ``scheduler`` sections are checked and removed: the engine builds the optimizer (for layer-wise
     groups), and the loop sets the learning rate. Half-precision gradients of 16 ranks or more are reduced in fp32 if
@@ -238,18 +231,18 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
             raise ValueError(f'{where}: {name} is {config[name]!r}, expected an object such as {{"enabled": true}}')
     if (stage := config.get("zero_optimization", {}).get("stage", 0)) not in (0, 1, 2, 3):
         raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; known: 0, 1, 2, 3")
-    if conflicts := _set_run_values(config, plan) + _remove_schedule(config, plan):
+    conflicts = _set_run_values(config, train, optim, world) + _remove_schedule(config, optim, total_steps)
+    if conflicts:
         raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
-    ranks = plan.global_batch // (plan.micro_batch * plan.accumulation)
     reduced = config.get("communication_data_type", "auto")
-    if plan.precision != "fp32" and ranks >= FP32_REDUCTION_RANKS and reduced == "auto":
+    if train.precision != "fp32" and world >= FP32_REDUCTION_RANKS and reduced == "auto":
         config["communication_data_type"] = "fp32"
-    _fill_zero(config, plan)
-    if type(chosen_optimizer(plan.optim)) is not AdamW:
+    _fill_zero(config, train.precision, hidden_size)
+    if type(chosen_optimizer(optim)) is not AdamW:
         if offloads_optimizer(config):
             raise ValueError(f"{where} offloads optimizer states: set --optimizer adamw, or remove offload_optimizer")
         config.setdefault("zero_allow_untested_optimizer", True)
-    _add_monitors(config, plan)
+    _add_monitors(config, train.report_to, Path(output_dir))
     config.setdefault("steps_per_print", 1 << 31)  # the run has its own progress bar
     return config
 
@@ -265,19 +258,20 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return device not in ("none", None)
 
 
-def _set_run_values(config: dict[str, Any], plan: EnginePlan) -> list[str]:
+def _set_run_values(config: dict[str, Any], train: TrainConfig, optim: OptimConfig, world: int) -> list[str]:
     """Set what the run decides; returns the conflicts."""
+    _, micro_batch, accumulation = train.rows(world)
     rows: list[tuple[str, Any, str]] = [
-        ("train_batch_size", plan.global_batch, "--global-batch"),
-        ("train_micro_batch_size_per_gpu", plan.micro_batch, "--micro-batch"),
-        ("gradient_accumulation_steps", plan.accumulation, "--micro-batch"),
-        ("gradient_clipping", plan.optim.max_grad_norm, "--max-grad-norm"),
+        ("train_batch_size", train.global_batch, "--global-batch"),
+        ("train_micro_batch_size_per_gpu", micro_batch, "--micro-batch"),
+        ("gradient_accumulation_steps", accumulation, "--micro-batch"),
+        ("gradient_clipping", optim.max_grad_norm, "--max-grad-norm"),
     ]
-    if plan.communication_data_type:
-        rows.append(("communication_data_type", plan.communication_data_type, "--communication-data-type"))
+    if train.communication_data_type:
+        rows.append(("communication_data_type", train.communication_data_type, "--communication-data-type"))
     for kind in ("bf16", "fp16"):
-        if kind in config or plan.precision == kind:
-            rows.append((f"{kind}.enabled", plan.precision == kind, "--precision"))
+        if kind in config or train.precision == kind:
+            rows.append((f"{kind}.enabled", train.precision == kind, "--precision"))
     conflicts = []
     for path, value, option in rows:
         section, _, name = path.rpartition(".")
@@ -289,14 +283,14 @@ def _set_run_values(config: dict[str, Any], plan: EnginePlan) -> list[str]:
     return conflicts
 
 
-def _remove_schedule(config: dict[str, Any], plan: EnginePlan) -> list[str]:
+def _remove_schedule(config: dict[str, Any], optim: OptimConfig, total_steps: int) -> list[str]:
     """Remove the optimizer's and the scheduler's sections; returns the conflicts."""
-    own = {name: getattr(plan.optim, name) for name in ("lr", "eps", "weight_decay")}
-    own |= {"betas": list(plan.optim.betas), "warmup_max_lr": plan.optim.lr, "warmup_min_lr": 0}
-    own |= {"warmup_num_steps": plan.warmup_steps, "total_num_steps": plan.total_steps}
+    own = {name: getattr(optim, name) for name in ("lr", "eps", "weight_decay")}
+    own |= {"betas": list(optim.betas), "warmup_max_lr": optim.lr, "warmup_min_lr": 0}
+    own |= {"warmup_num_steps": optim.warmup(total_steps), "total_num_steps": total_steps}
     conflicts = []
     if (kind := config.get("optimizer", {}).get("type", "AdamW")) not in ("Adam", "AdamW"):
-        conflicts.append(f"optimizer.type is {kind!r}, but the run uses {plan.optim.name!r} (--optimizer)")
+        conflicts.append(f"optimizer.type is {kind!r}, but the run uses {optim.name!r} (--optimizer)")
     for section in ("optimizer", "scheduler"):
         for name, given in config.pop(section, {}).get("params", {}).items():
             if name in own and given not in ("auto", own[name]):
@@ -304,20 +298,20 @@ def _remove_schedule(config: dict[str, Any], plan: EnginePlan) -> list[str]:
     return conflicts
 
 
-def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
+def _fill_zero(config: dict[str, Any], precision: Precision, hidden_size: int) -> None:
     """Fill ZeRO's "auto" sizes as Hugging Face's integration does, and set what an external optimizer needs."""
     zero = config.setdefault("zero_optimization", {"stage": 0})
-    square = plan.hidden_size**2
+    square = hidden_size**2
     for name, value in (
         ("reduce_bucket_size", square),
         ("allgather_bucket_size", square),
         ("stage3_prefetch_bucket_size", int(0.9 * square)),
-        ("stage3_param_persistence_threshold", 10 * plan.hidden_size),
+        ("stage3_param_persistence_threshold", 10 * hidden_size),
         ("stage3_gather_16bit_weights_on_model_save", False),
     ):
         if zero.get(name) == "auto":
             zero[name] = value
-    if plan.precision != "fp32" and zero.get("stage", 0) == 0:
+    if precision != "fp32" and zero.get("stage", 0) == 0:
         # same results in less memory; DeepSpeed's fp16 optimizer of stage 0 divides gradients by a loss scale that
         # was never applied, and starts AdamW with a step of zero gradients
         zero["stage"] = 1
@@ -325,17 +319,17 @@ def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
         config["zero_optimization"] = {**REDUCTION, **zero}
     if offloads_optimizer(config):
         config.setdefault("zero_force_ds_cpu_optimizer", False)
-    if plan.precision == "bf16" and plan.accumulation > 1 and zero.get("stage", 0) >= 1:
+    if precision == "bf16" and config["gradient_accumulation_steps"] > 1 and zero.get("stage", 0) >= 1:
         # in bf16, a micro-batch's gradient below 1/256 of the sum so far is rounded away
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
-def _add_monitors(config: dict[str, Any], plan: EnginePlan) -> None:
+def _add_monitors(config: dict[str, Any], report_to: Iterable[str], run: Path) -> None:
     """Add a section for each requested monitor that the file lacks."""
-    for monitor in plan.report_to:
+    for monitor in report_to:
         section: dict[str, Any] = {"enabled": True}
         if monitor == "wandb":
-            section |= {"project": "llm2clip"} | ({"group": plan.run_name} if plan.run_name else {})
+            section |= {"project": "llm2clip"} | ({"group": run.name} if run.name else {})
         else:
-            section |= {"output_path": str(Path(plan.output_dir) / "monitor"), "job_name": plan.run_name or monitor}
+            section |= {"output_path": str(run / "monitor"), "job_name": run.name or monitor}
         config.setdefault(MONITORS[monitor], section)

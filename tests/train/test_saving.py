@@ -126,7 +126,7 @@ class Counting(Checkpoints):
 
     failures = 0
 
-    def write(self, *arguments: Any) -> list[str]:
+    def write(self, *arguments: Any) -> tuple[float, list[str]]:
         try:
             return super().write(*arguments)
         except OSError:

@@ -123,9 +123,9 @@ def tiny_engine(
     zero: Mapping[str, Any] | None = None,
 ) -> Any:
     """An engine over a TinyDual with a learning rate for each of the tower's layers, and the heads'."""
-    from llm2clip_plugin.train.config import OptimConfig
+    from llm2clip_plugin.train.config import OptimConfig, TrainConfig
     from llm2clip_plugin.train.engine import Engine
-    from llm2clip_plugin.train.optim import EnginePlan, Trained, complete, is_vector, parameter_groups
+    from llm2clip_plugin.train.optim import Trained, complete, is_vector, parameter_groups
 
     torch.manual_seed(0)
     module = dual or TinyDual()
@@ -144,22 +144,14 @@ def tiny_engine(
     optim = OptimConfig(
         name=name, args=args, lr=lr, betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=clip, schedule="constant"
     )
-    plan = EnginePlan(
-        global_batch=rows,
-        micro_batch=micro,
-        accumulation=rows // world // micro,
-        precision=precision,  # type: ignore[arg-type]
-        optim=optim,
-        warmup_steps=0,
-        total_steps=10,
-        hidden_size=32,
-    )
+    train = TrainConfig(global_batch=rows, micro_batch=micro, precision=precision)  # type: ignore[arg-type]
     user: dict[str, Any] = {"zero_optimization": {"stage": stage, **(zero or {})}}
     if offload:
         user["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if precision == "fp16":
         user["fp16"] = {"enabled": "auto", "initial_scale_power": 8}
-    return Engine(module, parameter_groups(trained, 0.1), optim, complete(user, plan))
+    config = complete(user, train, optim, world=world, total_steps=10, hidden_size=32)
+    return Engine(module, parameter_groups(trained, 0.1), optim, config)
 
 
 def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool = False, reference: Any = None) -> Any:
