@@ -101,8 +101,7 @@ def write_checkpoint(target: Path, state: TrainState, tensors: Mapping[str, Mapp
 
 
 def verify(path: Path, *, moments: bool = True) -> None:
-    """Read a checkpoint once and compare its hashes; without ``moments``, not the optimizer's file. Raises
-    FileNotFoundError or ContractError naming the file that is missing or damaged."""
+    """Compare a checkpoint's hashes. Raises FileNotFoundError or ContractError for a missing or damaged file."""
     files = TrainState.read(path / TrainState.FILE).files
     names = [name for name in files if moments or name != OPTIMIZER]
     for name in names:
@@ -116,8 +115,7 @@ def verify(path: Path, *, moments: bool = True) -> None:
 
 
 def load(path: Path, *, moments: bool = True) -> Loaded:
-    """Open a checkpoint, without the optimizer's ``moments`` where only its weights are needed. Raises as ``verify``,
-    which compares hashes."""
+    """Open a checkpoint, with or without the optimizer's ``moments``. Raises as ``verify``, which compares hashes."""
     state = TrainState.read(path / TrainState.FILE)
     return Loaded(
         path=path,
@@ -150,8 +148,7 @@ class Checkpoints:
           latest                            name of the newest one, for people and scripts
           abandoned-20261126-101500/        checkpoints and metrics.jsonl of steps that a run went back before
 
-    All of ``step-*`` belong to one sequence of steps: what a run does not continue from is moved to ``abandoned-*``,
-    and never removed.
+    All of ``step-*`` belong to one sequence of steps: what a run does not continue from is moved to ``abandoned-*``.
     """
 
     def __init__(self, run_folder: Path, *, keep: int) -> None:  # keep: how many; 0: all
@@ -251,8 +248,8 @@ class Checkpoints:
         return None
 
     def move_aside(self, resumed: Path | None) -> str:
-        """Move what a run does not continue from to ``abandoned-*``: checkpoints newer than ``resumed``, all if that
-        is in another folder; returns a line about it, "" if there are none. Raises OSError."""
+        """Move checkpoints newer than ``resumed``, or all if that is in another folder, to ``abandoned-*``; returns a
+        line about it, "" if there are none."""
         own = resumed.name if resumed and resumed.resolve().parent == self.folder.resolve() else ""
         names = sorted(path.name for path in self.folder.glob("step-*") if path.name > own)
         if not names:
@@ -273,9 +270,9 @@ class Checkpoints:
 class Saver:
     """Saves a run's checkpoints in the background; leaving the context waits for the write in progress.
 
-    Every rank needs one. ``save`` gathers the state on rank 0 and copies it into buffers of the CPU, which later saves
-    use again; a thread hashes, writes and flushes them, one write at a time. A periodic save that fails leaves the last
-    checkpoint in place, and the next tries again; the last must succeed. No rank waits for the disk in a collective.
+    Every rank needs one. ``save`` gathers the state in buffers of rank 0's CPU, which a thread hashes and writes. A
+    periodic save that fails leaves the last checkpoint in place, and the next tries again; the last must succeed. No
+    rank waits for the disk in a collective.
     """
 
     def __init__(
@@ -357,10 +354,8 @@ class Saver:
         self._event({"step": step, "event": SAVED, **times})
 
     def finish(self) -> None:
-        """Wait until the last save is complete; every rank must call this.
-
-        Raises OSError (FirstRankError on other ranks) if it failed; its state is then written to ``fallback``.
-        """
+        """Wait until the last save is complete; every rank must call this. Raises OSError (FirstRankError on other
+        ranks) if it failed; its state is then written to ``fallback``."""
         with phase(CHECKPOINT):
             on_first_rank(lambda: self._wait(last=True))
 

@@ -53,10 +53,7 @@ class TowerConfig:
     def __post_init__(self) -> None:
         pretrained = self.path or self.freeze or self.freeze_first_blocks or self.lora_rank or self.keep_heads
         if self.from_scratch and (pretrained or not self.architecture):
-            raise ValueError(
-                "tower.from_scratch makes a tower of tower.architecture and trains all of it; leave tower.path, "
-                "freeze*, lora_rank, keep_heads unset"
-            )
+            raise ValueError("tower.from_scratch takes tower.architecture, not path, freeze*, lora_rank, keep_heads")
         if sum(map(bool, (self.lora_rank, self.freeze, self.freeze_first_blocks))) > 1:
             raise ValueError("tower.lora_rank, tower.freeze, tower.freeze_first_blocks: set only one")
 
@@ -241,10 +238,7 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
             term = TermWeight(name, math.nan, math.nan)
         numbers = term.start >= 0 and term.end >= 0 and term.peak < math.inf and 0 < term.until <= 1
         if not (name and numbers and (colon or not at)):
-            raise ValueError(
-                f"loss.terms: {word!r} is not NAME, NAME=WEIGHT, NAME=START:END or NAME=START:END@FRACTION, "
-                "with weights of at least 0"
-            )
+            raise ValueError(f"loss.terms: {word!r} is not NAME, NAME=WEIGHT or NAME=START:END@FRACTION, weights >= 0")
         if name in [other.name for other in terms]:
             raise ValueError(f"loss.terms {' '.join(words)} names {name} twice")
         terms.append(term)

@@ -269,23 +269,21 @@ class Engine:
 
     @contextmanager
     def exchanged(self, others: list[Tensor]) -> Iterator[None]:
-        """Inside the block, ``masters()`` hold the values of ``others``, and ``others`` theirs. For reading and writing
-        alone: the module's weights stay as they are."""
-
-        @torch.no_grad()
-        def exchange() -> None:
-            for master, other in zip(self.masters(), others, strict=True):
-                value = master.clone()
-                master.copy_(other)
-                other.copy_(value)
-
-        exchange()
+        """Inside the block, ``masters()`` hold the values of ``others``, and ``others`` theirs, to be read and written
+        by name."""
+        self._exchange(others)
         yield
-        exchange()
+        self._exchange(others)
+
+    @torch.no_grad()
+    def _exchange(self, others: list[Tensor]) -> None:
+        for master, other in zip(self.masters(), others, strict=True):
+            value = master.clone()
+            master.copy_(other)
+            other.copy_(value)
 
     def moments(self, copy: HostCopies | None) -> dict[str, Tensor]:
-        """The optimizer's moments, ``NAME.exp_avg`` and so on, as made by ``copy``; {} before the first update and on
-        ranks without one."""
+        """The optimizer's moments, as made by ``copy``; {} before the first update and on ranks without one."""
         if self.updates == 0:
             return {}
         if self.optimizer.by_rank:
@@ -342,10 +340,7 @@ class Engine:
 
     def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
         if not any(f"{name}.{moment}" in moments for name, _ in self.trained for moment in self.optimizer.moments):
-            raise ValueError(
-                f"the checkpoint's moments ({next(iter(moments))}, ...) are not those of {self.optimizer.name}: resume "
-                "with the --optimizer that wrote it"
-            )
+            raise ValueError(f"the checkpoint has no moments of {self.optimizer.name}: resume with its own --optimizer")
         for moment in self.optimizer.moments:
             with self.exchanged(self._moment(moment)):
                 self.write_trained(moments, f".{moment}")
@@ -354,10 +349,7 @@ class Engine:
         for name, own in self._held(rank() % self._parted):
             saved = moments.get(name)
             if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
-                raise ValueError(
-                    f"the checkpoint's moments ({next(iter(moments))}, ...) do not fit {self.optimizer.name}'s {name}: "
-                    "resume on as many ranks, with the ZeRO stage and --optimizer that wrote it"
-                )
+                raise ValueError(f"the checkpoint has no {name}: resume with its ranks, ZeRO stage and --optimizer")
             own.copy_(saved)
 
     @property

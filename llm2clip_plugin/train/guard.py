@@ -90,8 +90,8 @@ class Watch(AbstractContextManager[None]):
     """Two threads of a rank, which end with it, while its main thread is inside of the block.
 
     Every rank sends a sign of life every few seconds through the process group's store. Rank 0 names ranks that send
-    none, rank 1 names rank 0; a rank that sends them, but makes no progress, names itself. One thread talks to the
-    store and may be blocked by it (rank 0 can host it, and be stopped), the other looks at what the first has read.
+    none, rank 1 names rank 0; a rank that makes no progress names itself. One thread talks to the store and may be
+    blocked by it (rank 0 can host it, and be stopped), the other looks at what the first has read.
 
     An error ends all ranks on NCCL, too, where the others wait in a kernel that no exception and no signal handler
     reaches: their watch reads it from the store and ends the process without asking its main thread.
@@ -233,10 +233,8 @@ class Watch(AbstractContextManager[None]):
             silence, told = now - self._heard[number], self._told.get(number, 0.0)
             if silence > max(limit, 2 * told):
                 self._told[number] = silence
-                _say(
-                    f"late: {self._name(number)} has sent no sign of life for {silence:.0f} s, since phase "
-                    f"{beat['phase']}: its process is stopped, or its host is down or cut off"
-                )
+                phase = beat["phase"]
+                _say(f"late: {self._name(number)} has sent no sign of life for {silence:.0f} s, since phase {phase}")
             elif silence < limit:
                 self._told[number] = 0.0
 
@@ -269,10 +267,8 @@ def _say(text: str) -> None:
 
 
 def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
-    """Compare what all ranks must have in common before the first step; every rank must call this.
-
-    ``advice``: the first word of a fact -> what to do if it differs. Raises DisagreementError on every rank.
-    """
+    """Compare what all ranks must have in common before the first step; every rank must call this. Raises
+    DisagreementError on every rank. ``advice``: the first word of a fact -> what to do if it differs."""
     digests = gather_objects(sha256_text(canonical_json(dict(facts))))
     if len(set(digests)) == 1:
         return
@@ -327,11 +323,10 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder, which is created (and removed if it stays empty), inside the block; every rank
-    must enter it.
+    must enter it. Raises OSError on every rank if another process trains in the folder, or it cannot be written.
 
     The lock is the kernel's (fcntl): it ends with rank 0, loader workers do not inherit it, NFS and Lustre pass it on
-    to other hosts. ``run.lock`` says who holds it. Raises OSError on every rank if another process trains in the
-    folder, or if it cannot be written.
+    to other hosts. ``run.lock`` says who holds it.
     """
     held: list[tuple[bool, int]] = []
     on_first_rank(lambda: held.append((folder.exists(), acquire(folder))))
@@ -387,15 +382,10 @@ def acquire(folder: Path) -> int:
 
 
 def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
-    """Raise ValueError naming the first tensor of a module with a NaN or an infinity; ``where``: what it was read from.
-
-    One pass over the weights, .6 s of a CPU for a billion.
-    """
+    """Raise ValueError naming the first tensor of a module with a NaN or an infinity; ``where``: what it was read
+    from."""
     for name, value in module.state_dict().items():
         # NaN in both ends if there is one; isfinite of all takes 17 times as long
         if value.is_floating_point() and value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
             bad = int((~torch.isfinite(value)).sum())
-            raise ValueError(
-                f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; restore the file, or "
-                "start from another one"
-            )
+            raise ValueError(f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; restore it")

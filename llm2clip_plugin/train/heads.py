@@ -123,8 +123,8 @@ def fit_heads(
 
 
 def load_clip_heads(model: DualEncoder, source: str) -> None:
-    """Load the projection and logit scale of an imported CLIP, which has no text adapter, into ``model``, in place;
-    ValueError for a directory that has other settings than ``model``, or a text adapter."""
+    """Load the projection and logit scale of an imported CLIP into ``model``; ValueError for a directory that has other
+    settings than ``model``, or a text adapter."""
     default = DualConfig()
     config = dataclasses.replace(model.config, **{name: getattr(default, name) for name in TEXT_SIDE})
     own = DualEncoder(model.tower, config)

@@ -35,10 +35,8 @@ Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weigh
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """``--optimizer adamw``: Loshchilov & Hutter 2019, arXiv 1711.05101, with fp32 moments; torch's own, fused on GPUs.
-
-    A checkpoint holds one tensor for each parameter and moment, ``NAME.exp_avg``, independent of ranks and stage.
-    """
+    """``--optimizer adamw``: Loshchilov & Hutter 2019, arXiv 1711.05101; torch's own, fused on GPUs. A checkpoint holds
+    one tensor for each parameter and moment, ``NAME.exp_avg``, independent of ranks and stage."""
 
     name: ClassVar[str] = "adamw"
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")  # keys of a state that checkpoints hold

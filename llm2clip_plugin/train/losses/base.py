@@ -184,9 +184,9 @@ def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
 def check_terms(config: LossConfig, dual: DualConfig) -> None:
     """Raise ValueError if the terms and the dual encoder are incompatible."""
     if any(term.uses_bias for _, term in chosen_terms(config)) != (dual.logit_bias_init is not None):
+        bias = dual.logit_bias_init
         raise ValueError(
-            f"loss.terms {' '.join(config.terms)}, dual.logit_bias_init {dual.logit_bias_init}: sigmoid learns a logit "
-            "bias, from --dual.logit-bias-init (SigLIP's is -10); the other terms have none"
+            f"dual.logit_bias_init {bias}: sigmoid needs --dual.logit-bias-init (SigLIP: -10), others none"
         )
 
 
@@ -205,10 +205,7 @@ def check_patch_layers(config: LossConfig, blocks: int) -> None:
     """Raise ValueError for a term that reads patches of a hidden state that a tower of so many blocks does not have."""
     for reads, layer in patch_layers(config).items():
         if not -blocks - 1 <= layer <= blocks:
-            raise ValueError(
-                f"loss.terms {' '.join(config.terms)}: layer {layer} of {reads} is outside the tower's {blocks} "
-                "blocks; change layer in --loss.args (-2: the block before the last)"
-            )
+            raise ValueError(f"layer {layer} of {reads} is outside the tower's {blocks} blocks; set it in --loss.args")
 
 
 def weighted_terms(config: LossConfig, *, group: Group = None) -> Terms:
