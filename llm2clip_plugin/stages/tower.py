@@ -228,7 +228,8 @@ def make_references(
         references[AVERAGES] = Reference(engine, decay, warmup=True, updates=updates, values=values)
     if frozen is not None:
         values = resumed.twin if resumed is not None else None
-        references[TWIN] = Reference(engine, config.distill.reference_decay, module=frozen, values=values)
+        decay = config.distill.decay if config.distill.reference == "ema" else 1.0
+        references[TWIN] = Reference(engine, decay, module=frozen, values=values)
     return references
 
 

@@ -89,11 +89,6 @@ class DistillConfig:
         check_choices("distill", self)
         check_bounds("distill", self, decay=(0, BELOW_1))
 
-    @property
-    def reference_decay(self) -> float:
-        """Decay of the moving average; 1 for the tower as it was."""
-        return self.decay if self.reference == "ema" else 1.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -215,11 +210,6 @@ class TermWeight:
         """The weight when a fraction ``progress`` of the run is done."""
         return self.end if progress >= self.until else self.start + (self.end - self.start) * progress / self.until
 
-    @property
-    def peak(self) -> float:
-        """The larger of the two weights."""
-        return max(self.start, self.end)
-
 
 def parse_terms(words: Sequence[str]) -> list[TermWeight]:
     """``NAME`` (weight 1), ``NAME=WEIGHT``, ``NAME=START:END`` or ``NAME=START:END@FRACTION`` -> weights.
@@ -236,7 +226,7 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
             term = TermWeight(name, first, float(end) if colon else first, float(until) if at else 1.0)
         except ValueError:
             term = TermWeight(name, math.nan, math.nan)
-        numbers = term.start >= 0 and term.end >= 0 and term.peak < math.inf and 0 < term.until <= 1
+        numbers = 0 <= term.start < math.inf and 0 <= term.end < math.inf and 0 < term.until <= 1
         if not (name and numbers and (colon or not at)):
             raise ValueError(f"loss.terms: {word!r} is not NAME, NAME=WEIGHT or NAME=START:END@FRACTION, weights >= 0")
         if name in [other.name for other in terms]:

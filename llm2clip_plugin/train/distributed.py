@@ -114,8 +114,7 @@ class StepTimer:
     """Seconds of a step by phase, measured without making the device wait.
 
     On a CPU a clock is read where one phase ends and the next begins. On a GPU an event is recorded there, and read
-    when the device has passed it; so a step that is still being computed is part of a later lap. Inside of its block it
-    is the one that ``timed`` reports to.
+    when the device has passed it; so a step that is still being computed is part of a later lap.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -127,15 +126,6 @@ class StepTimer:
         self._steps = 0
         self._laps: dict[str, tuple[int, Counter[str]]] = {}
 
-    def __enter__(self) -> "StepTimer":
-        global _active
-        _active = self
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        global _active
-        _active = None
-
     def _mark(self, phase: str) -> None:
         moment: Any = torch.cuda.Event(enable_timing=True) if self._on_gpu else time.perf_counter()
         if self._on_gpu:
@@ -143,7 +133,9 @@ class StepTimer:
         self._marks.append((phase, moment))
 
     def start(self) -> None:
-        """A step begins, with waiting for its data."""
+        """A step begins, with waiting for its data; this is the timer that ``timed`` reports to."""
+        global _active
+        _active = self
         self._started, self._marks = time.perf_counter(), []
         self._mark("data")
 

@@ -111,18 +111,18 @@ class Engine:
         """groups: see optim.parameter_groups. config: of optim.complete. keep_frozen: checkpoints include what is
         frozen; not so for an LLM, whose weights are in its own files."""
         self.stage, self.module, self.keep_frozen = zero_stage(config), module, keep_frozen
-        on_cpu = not torch.cuda.is_available()
-        if self.stage == 3 and on_cpu and Version(deepspeed.__version__) < WAITS_FOR_EVERY_GATHER:
+        on_gpu, offloads = torch.cuda.is_available(), offloads_optimizer(config)
+        if self.stage == 3 and not on_gpu and Version(deepspeed.__version__) < WAITS_FOR_EVERY_GATHER:
             raise ValueError("ZeRO-3 on CPUs would compute with weights that have not arrived; use deepspeed>=0.19.8")
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
         self.optimizer = chosen_optimizer(optim)
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         rates: dict[Tensor, Rates] = {}
-        if self.stage in (1, 2) and type(self.optimizer) is AdamW and not offloads_optimizer(config):
+        if self.stage in (1, 2) and type(self.optimizer) is AdamW and not offloads:
             groups, rates = as_one_group(groups)
-            optimizer: torch.optim.Optimizer = FlatAdamW(groups, **hyper, fused=torch.cuda.is_available())
-        elif torch.cuda.is_available() and offloads_optimizer(config):
+            optimizer: torch.optim.Optimizer = FlatAdamW(groups, **hyper, fused=on_gpu)
+        elif on_gpu and offloads:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             optimizer = DeepSpeedCPUAdam(groups, **hyper)

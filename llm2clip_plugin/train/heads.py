@@ -181,12 +181,11 @@ def frozen_features(
     parts = gather_to_first((encoded, broken))
     if rank() > 0:
         return None
-    if left_out := [sample for _, samples in parts for sample in samples]:
-        total = sum(len(indices) for _, indices in blocks)
-        counted = f"{len(left_out)} of {total} samples are broken, the first: {left_out[0]}"
-        if len(left_out) == total:
-            raise ValueError(f"{counted}; run `llm2clip data check DATA` to list them")
-        log.warning("fitting the heads without some samples: %s", counted)
+    left_out = [sample for _, samples in parts for sample in samples]
+    if len(left_out) == sum(len(indices) for _, indices in blocks):
+        raise ValueError(f"all samples are broken, the first: {left_out[0]}; run `llm2clip data check DATA`")
+    if left_out:
+        log.warning("fitting the heads without %d broken samples, the first: %s", len(left_out), left_out[0])
     merged = {number: items for part, _ in parts for number, items in part.items()}
     columns = zip(*(item for number in sorted(merged) for item in merged[number]), strict=True)
     pooled, embedding, ids, counts, shares = (torch.cat(column) for column in columns)

@@ -9,7 +9,6 @@ flat fp32 buffer that holds many parameters, whose boundaries have nothing to do
 """
 
 import copy
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from llm2clip_plugin.files import read_json_value
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, from_named_args
 
@@ -196,13 +196,9 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
         return {"zero_optimization": {"stage": 0}}
     if not Path(path).is_file():
         raise FileNotFoundError(f"no DeepSpeed configuration at {path}")
-    try:
-        body = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise ValueError(f"{path} contains a {type(body).__name__}, expected a JSON object of DeepSpeed settings")
-    return body
+    if isinstance(body := read_json_value(path), dict):
+        return body
+    raise ValueError(f"{path} contains a {type(body).__name__}, expected a JSON object of DeepSpeed settings")
 
 
 def complete(

@@ -84,11 +84,9 @@ class Reports:
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "Reports":
-        self.timer.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.timer.__exit__(*error)
         if self._profile is not None:
             self._profile.stop()
         if self._file is not None:

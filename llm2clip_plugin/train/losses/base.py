@@ -87,9 +87,7 @@ class PairBlocks:
 
     def __init__(self, anchor_bD: Tensor, positive_bD: Tensor, ids_jb: Tensor | None, block: int, group: Group) -> None:
         if anchor_bD.shape != positive_bD.shape or anchor_bD.ndim != 2:
-            raise ValueError(
-                f"anchors {tuple(anchor_bD.shape)} and positives {tuple(positive_bD.shape)} must have one shape (b, D)"
-            )
+            raise ValueError(f"anchors {anchor_bD.shape} and positives {positive_bD.shape} must have one shape (b, D)")
         self.anchor_bD, self.positive_ND = anchor_bD.detach(), gather_rows(positive_bD, group)
         self.group: Group = group
         self.rows, self.columns = len(anchor_bD), len(self.positive_ND)
@@ -218,14 +216,14 @@ def heads_terms(config: LossConfig, *, group: Group = None) -> Terms:
 
     Raises ValueError if there are none.
     """
-    constant = {
-        weight.name: partial(_weighted, config, TermWeight(weight.name, weight.peak, weight.peak), term, group)
-        for weight, term in chosen_terms(config)
-        if not term.needs_reference and not term.reads
-    }
-    if not constant:
+    terms: Terms = {}
+    for weight, term in chosen_terms(config):
+        if not term.needs_reference and not term.reads:
+            peak = max(weight.start, weight.end)
+            terms[weight.name] = partial(_weighted, config, TermWeight(weight.name, peak, peak), term, group)
+    if not terms:
         raise ValueError(f"loss.terms {' '.join(config.terms)} has no term between images and captions; add infonce=1")
-    return constant
+    return terms
 
 
 def _weighted(config: LossConfig, weight: TermWeight, term: LossTerm, group: Group, features: Features) -> Tensor:
