@@ -312,6 +312,7 @@ class Saver:
         self.poll()
         return not self._reported
 
+    @phase("gathering the checkpoint")
     def save(self, state: TrainState, *, last: bool = False) -> None:
         """Copy the state and start to write it; every rank must call this, and none while one is busy unless this is
         the ``last`` save, which waits for the write in progress."""

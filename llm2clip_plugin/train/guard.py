@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 import llm2clip_plugin.console as phases
-from llm2clip_plugin.contracts import canonical_json, sha256_file, sha256_text
+from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.files import LOCK
 from llm2clip_plugin.train.config import DDP_TIMEOUT, STRAGGLER_SECONDS
 from llm2clip_plugin.train.distributed import (
@@ -269,12 +269,11 @@ def _say(text: str) -> None:
 def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
     """Compare what all ranks must have in common before the first step; every rank must call this. Raises
     DisagreementError on every rank. ``advice``: the first word of a fact -> what to do if it differs."""
-    digests = gather_objects(sha256_text(canonical_json(dict(facts))))
-    if len(set(digests)) == 1:
-        return
     ranks = gather_objects((socket.gethostname(), dict(facts)))
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
     differing = [name for name in names if len({facts.get(name) for _, facts in ranks}) > 1]
+    if not differing:
+        return
     lines, advised = ["the ranks disagree before the first step:"], set()
     for name in differing[:LISTED]:
         holders: dict[tuple[str, str], list[str]] = {}  # value and host -> ranks

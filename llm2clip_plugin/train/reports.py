@@ -178,7 +178,7 @@ class Reports:
             self._failed = True
 
     def _description(self) -> str:
-        """``loss 3.21  72 samples/s  R@1 image->text 0.12, text->image 0.14  1.9 GiB memory  save 0.4 s``."""
+        """``loss 3.21  72 samples/s  R@1 image->text 0.12, text->image 0.14  1.9 GiB memory``."""
         values = self.values
         parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
         parts.append(f"{self._samples_per_second:.3g} samples/s")
@@ -188,8 +188,6 @@ class Reports:
             parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
         if "peak_gib" in values:
             parts.append(f"{values['peak_gib']:.2f} GiB memory")
-        if "save_seconds" in values:
-            parts.append(f"save {values['save_seconds']:.1f} s")
         if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
             parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
         return "  ".join(parts)
