@@ -33,10 +33,6 @@ COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collec
 WARM_UP = 5  # steps before the traced ones; in the last of them the profiler warms up
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
 
-# Values of a step that are labeled time/ for DeepSpeed's monitors; the others are train/, scores are eval/.
-TIME_VALUES = {"samples_per_second", "wait_share", "peak_gib", "slowest_rank"}
-TIME_PARTS = ("_seconds", "loader_")
-
 
 class Reports:
     """The progress bar, metrics.jsonl and DeepSpeed's monitors: rank 0's, silent on the others.
@@ -166,7 +162,7 @@ class Reports:
     def _line(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
         self.event({"step": state.step, "samples": state.samples, **values})
         if self._file is not None:
-            numbers = {label(name, phase): value for name, value in values.items() if not isinstance(value, str)}
+            numbers = {f"{phase}/{name}": value for name, value in values.items() if not isinstance(value, str)}
             self._attempt(self.engine.report, numbers, state.samples)
 
     def _attempt(self, write: Callable[..., object], *values: Any) -> None:
@@ -191,12 +187,6 @@ class Reports:
         if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
             parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
         return "  ".join(parts)
-
-
-def label(name: str, phase: str) -> str:
-    """What monitors call a value of ``phase`` (train, eval): train/loss, time/data_seconds, eval/i2t_r1."""
-    is_time = phase == "train" and (name in TIME_VALUES or any(part in name for part in TIME_PARTS))
-    return f"{'time' if is_time else phase}/{name}"
 
 
 def _step_of(line: str) -> float:
