@@ -61,8 +61,9 @@ class Reports:
         self._profile: Any = None
         if train.profile_steps and (train.profile_all_ranks or rank() == 0):
             name = f"{socket.gethostname()}-rank{rank()}"  # NAME.TIME.pt.trace.json
+            steps = train.profile_steps
             self._profile = torch.profiler.profile(
-                schedule=torch.profiler.schedule(skip_first=WARM_UP - 1, wait=0, warmup=1, active=train.profile_steps),
+                schedule=torch.profiler.schedule(skip_first=WARM_UP - 1, wait=0, warmup=1, active=steps, repeat=1),
                 on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run_folder / PROFILE), name),
             )
             self._profile.start()
