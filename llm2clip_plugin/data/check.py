@@ -30,12 +30,10 @@ from llm2clip_plugin.data.samples import (
     words_of,
 )
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
-from llm2clip_plugin.data.sources.rows import NO_IMAGE
 from llm2clip_plugin.files import check_hub_answers, printable
 from llm2clip_plugin.options import Command
 
 CHUNK = 64  # samples that a worker reads in one task
-WHERE_IMAGES_ARE = "set --image-folder to the folder that the paths in the file start from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,15 +334,10 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _problems(report: dict[str, Any], show: int) -> list[str]:
-    lines, others = [], report["broken"]
-    missing = [one for one in others if one["reason"].startswith(NO_IMAGE)]
-    if len(missing) > 1:  # one mistake, so one line
-        others = [one for one in others if one not in missing]
-        first = missing[0]["reason"].removeprefix(NO_IMAGE)
-        lines.append(f"  images that are not found: {len(missing)}, the first {first}: {WHERE_IMAGES_ARE}")
+    lines = []
     for title, entries in (
         ("broken shards", report["broken_shards"]),
-        ("broken samples", others),
+        ("broken samples", report["broken"]),
         ("samples without a caption", report["without_captions"]),
     ):
         lines.append(f"  {title}: {len(entries)}")

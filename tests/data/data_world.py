@@ -97,7 +97,6 @@ class DroppingServer:
 
     def __init__(self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0) -> None:
         self.files, self.drop_after, self.drops = files, drop_after, drops
-        self.requests: list[tuple[str, str]] = []  # (path, Range header) of each GET
         self.sent = 0  # bytes of contents
         self.lock = threading.Lock()
 
@@ -106,33 +105,19 @@ class DroppingServer:
         if data is None:
             handler.send_error(404)
             return
-        asked = handler.headers.get("Range", "")
-        start, stop = 0, len(data)
-        if asked:
-            first, _, last = asked.removeprefix("bytes=").partition("-")
-            start, stop = int(first), int(last) + 1 if last else len(data)
-            stop = min(stop, len(data))
-            handler.send_response(206)
-            handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
-        else:
-            handler.send_response(200)
-        handler.send_header("ETag", f'"{hash(data)}"')
-        handler.send_header("Accept-Ranges", "bytes")
-        handler.send_header("Content-Length", str(stop - start))
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
         if not body:
             return
         with self.lock:
-            self.requests.append((handler.path, asked))
-            drop = self.drops > 0 and stop - start > self.drop_after
+            drop = self.drops > 0 and len(data) > self.drop_after
             self.drops -= drop
-        part = data[start : start + self.drop_after] if drop else data[start:stop]
+            part = data[: self.drop_after] if drop else data
+            self.sent += len(part)
         handler.wfile.write(part)
         handler.wfile.flush()
-        with self.lock:
-            self.sent += len(part)
-        if drop:
-            handler.close_connection = True
+        handler.close_connection = handler.close_connection or drop
 
 
 @contextmanager
