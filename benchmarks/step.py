@@ -30,8 +30,8 @@ from llm2clip_plugin.train.losses.base import weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
 from llm2clip_plugin.train.optim import EnginePlan, complete, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.family import DualConfig
 
 TOWERS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},

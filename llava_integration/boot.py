@@ -9,10 +9,15 @@ environment; the watcher imports this module when a process imports the first ``
 Nothing here may raise: ``llava.model`` swallows import errors, and the user would see "cannot import name
 LlavaLlamaForCausalLM"; a completion of ``compat`` that fails ends the import with an error that names its file.
 ``LLM2CLIP_LLAVA_HOOK=0`` disables the towers, ``LLM2CLIP_LLAVA_COMPAT=0`` the rest.
+
+Where ``.pth`` files are not read (``pip install --target``, ``python -S``, zip imports), ``python -m
+llava_integration.boot MODULE_OR_SCRIPT ...`` runs a module or script with the hook, as ``python -m`` or ``python
+SCRIPT`` would; with DeepSpeed's launcher ``deepspeed --module llava_integration.boot llava.train.train ...``.
 """
 
 import functools
 import os
+import runpy
 import sys
 
 WATCHED = (
@@ -118,3 +123,25 @@ def install():
             runner.run(sys.modules[name], "before")
             runner.run(sys.modules[name], "after")
         complete(sys.modules[name])
+
+
+def main(argv):
+    """Run ``argv[0]``, a module's name or a script's path, with the rest as its arguments."""
+    ranks = [word for word in argv[:1] if word.startswith(("--local_rank=", "--local-rank="))]  # DeepSpeed's launcher
+    words = argv[len(ranks) :]
+    if not words or words[0].startswith("-"):
+        raise SystemExit("usage: python -m llava_integration.boot MODULE_OR_SCRIPT ...")
+    install()
+    target, sys.argv[1:] = words[0], [*ranks, *words[1:]]
+    if target.endswith(".py") or os.path.sep in target:
+        sys.argv[0] = target
+        sys.path[0] = os.path.dirname(os.path.abspath(target))  # as `python SCRIPT` does
+        runpy.run_path(target, run_name="__main__")
+    else:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    from llava_integration import boot  # not a second copy of this module, as __main__
+
+    boot.main(sys.argv[1:])

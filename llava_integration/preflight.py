@@ -265,7 +265,7 @@ def check_llava() -> Iterator[Finding]:
     elif boot.watching():
         yield _finding("start-up hook", "ok", "active")
     else:
-        fix = "pip install llm2clip-plugin (without --target), or `python -m llava_integration.launch ...` for LLaVA"
+        fix = "pip install llm2clip-plugin (without --target), or `python -m llava_integration.boot ...` for LLaVA"
         yield _finding("start-up hook", "fail", "not active", fix)
     try:
         location = towers.locate(towers.NAME)

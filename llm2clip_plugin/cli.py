@@ -63,7 +63,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "llava_integration.benchmarks.bench:main",
         "evaluate a LLaVA checkpoint on every benchmark whose files are found",
     ),
-    "score": ("llava_integration.benchmarks.score:main", "score answers with a benchmark's official rule"),
+    "score": ("llava_integration.benchmarks.bench:main_score", "score answers with a benchmark's official rule"),
     "llava bundle": ("llava_integration.towers:main_bundle", "copy the tower into a LLaVA checkpoint"),
     "llava export": (
         "llava_integration.serve:main",
@@ -97,6 +97,7 @@ OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, 
     "use": "llava_integration.towers:USE",
     "towers": "llava_integration.towers:TOWERS",
     "llava evaluate": "llava_integration.answer.questions:COMMAND",
+    "score": "llava_integration.benchmarks.bench:SCORE",
     "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
     "vlm build": "llava_integration.serve.vlm_config:COMMAND",
 }

@@ -1,8 +1,8 @@
-"""``python -m llava_integration.evaluate``: a LLaVA model answers a question file, on any device.
+"""``llm2clip llava evaluate``: a LLaVA model answers a question file, on any device.
 
 Accepts the options of LLaVA's ``model_vqa_loader``, ``model_vqa_science`` and ``model_vqa_mmbench`` and writes the same
 answers file. Adds batches, a choice of device, resuming, and several ranks with a GPU each (``torchrun
---nproc_per_node 8 -m llava_integration.evaluate ...`` or ``srun``). With ``--endpoint``, a served model answers it.
+--nproc_per_node 8 -m llm2clip_plugin.cli llava evaluate ...`` or ``srun``).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Scoring MLLM answers: one file per benchmark in ``rules/``, the commands ``score`` and ``bench-mllm``."""
+"""Scoring MLLM answers: benchmarks in ``rules/``, the commands ``score`` and ``bench-mllm`` in ``bench``."""

@@ -1,4 +1,4 @@
-"""``llm2clip bench-mllm``: evaluate one LLaVA checkpoint on every benchmark whose files are found."""
+"""``llm2clip score``: one answers file; ``llm2clip bench-mllm``: one model on every benchmark whose files are found."""
 
 from __future__ import annotations
 
@@ -13,18 +13,108 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from llava_integration.answer.questions import ModelConfig
-from llava_integration.benchmarks.answers import read_answers, read_jsonl
-from llava_integration.benchmarks.benchmark import Benchmark, first_file
+from llava_integration.answer.questions import ModelConfig, settings_file
+from llava_integration.benchmarks.answers import Answers, read_answers, read_jsonl
+from llava_integration.benchmarks.benchmark import ALLOWED, Benchmark, first_file
 from llava_integration.benchmarks.rules import benchmark, benchmarks
-from llava_integration.benchmarks.score import score_answers
+from llava_integration.benchmarks.rules.judged import reviewed
 from llava_integration.checkpoints import check_checkpoint, config_of
 from llava_integration.compare import report
 from llava_integration.compare.readers import read_logs
 from llava_integration.compare.sides import run_of
-from llm2clip_plugin.contracts import atomic_file, sha256_file
-from llm2clip_plugin.files import errors_about, read_json_value
+from llava_integration.compat.runner import installed_version
+from llm2clip_plugin.contracts import ScoreFile, atomic_file, sha256_file
+from llm2clip_plugin.files import errors_about, printable_lines, read_json_value
 from llm2clip_plugin.options import Command, command
+
+LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """An answers file to score."""
+
+    benchmark: str  # one of these names
+    data: Path  # LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions
+    answers: Path  # of LLaVA's scripts, a folder of its chunks, or a submission file
+    output: Path | None = None  # score file to write
+    submission: Path | None = None  # file to write for the benchmark's server
+    reviews: Path | None = None  # the judge's file, of a benchmark that has a judge
+    model: str = ""  # the model's name in reports; "": from the answers file
+    # largest fraction of missing, duplicate, unreadable or unknown answers; without a value: 1.0
+    allow_missing: float = ALLOWED
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.allow_missing <= 1:
+            raise ValueError(f"--allow-missing {self.allow_missing} must be a fraction between 0 and 1")
+
+
+SCORE = Command(
+    name="score",
+    example="llm2clip score textvqa playground/data/eval/textvqa --answers answers.jsonl --output textvqa.scores.json",
+    about="Score one answers file against a benchmark's annotations, by the official rule. BENCHMARK is one of "
+    f"{', '.join(benchmarks())}.",
+    settings=ScoreConfig,
+    arguments="benchmark data",
+    also={"json": "output"},
+    alone={"allow_missing": "1"},
+)
+
+
+def score_answers(
+    name: str, data: Path, answers: Answers, *, allow: float = ALLOWED, reviews: Path | None = None, model: str = ""
+) -> ScoreFile:
+    """Score answers, and record what they were made from; ``reviews``: the judge's file, if there is a judge.
+
+    Raises ValueError for answers to another benchmark.
+    """
+    member = benchmark(name)
+    given = reviewed(member, answers, reviews) if member.judge else answers
+    record = member.score(data, given, allow=allow)
+    settings = settings_file(answers.path)
+    provenance = {
+        **({"answer_settings": read_json_value(settings)} if settings.is_file() else {}),
+        "data": str(data.resolve()),
+        "data_sha256": member.data_digest(data),
+        "answers": str(answers.path),
+        "answers_sha256": {str(answers.path): sha256_file(answers.path)} if answers.path.is_file() else {},
+        "layout": answers.layout,
+        "versions": {name: installed for name in LIBRARIES if (installed := installed_version(name))},
+    }
+    return replace(record, model=model or record.model, provenance=provenance)
+
+
+def describe(member: Benchmark, record: ScoreFile) -> str:
+    """Headline, counts above zero, notes, the other metrics."""
+    value = record.metrics[member.headline]
+    lines = [f"{member.title} of {record.model}: {value * member.scale:.2f} {member.unit}   ({member.headline})"]
+    lines.append("  " + ", ".join(f"{name} {count}" for name, count in record.counts.items() if count))
+    lines += [f"  note: {note}" for note in record.notes]
+    width = max((len(name) for name in record.metrics), default=0)
+    lines += [f"  {name:<{width}}  {number:.10g}" for name, number in record.metrics.items()]
+    return "\n".join(lines)
+
+
+def main_score(argv: list[str]) -> int:
+    """Score one answers file."""
+    args = SCORE.parse(argv)
+    member = benchmark(args.benchmark)
+    answers = read_answers(args.answers)
+    if args.submission:
+        if not member.submission_format:
+            raise ValueError(f"{args.benchmark} has no server to submit to; remove --submission")
+        member.write_submission(args.data, answers, args.submission)
+        print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
+        if not args.output:
+            return 0
+    record = score_answers(
+        args.benchmark, args.data, answers, allow=args.allow_missing, reviews=args.reviews, model=args.model
+    )
+    if args.output:  # before printing, which `| head` may end
+        record.write(args.output)
+        print(f"wrote {args.output}", file=sys.stderr)
+    print(printable_lines(describe(member, record)))
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +137,7 @@ COMMAND = Command(
     about="Evaluate one LLaVA checkpoint, or a served model, on every benchmark whose files are found: "
     f"{', '.join(benchmarks())}. Answers, scores and logs are written to --output; completed ones are skipped on "
     "a rerun, and a benchmark that fails does not stop the others. Options after -- are passed to the engine "
-    "(llava_integration.evaluate, or lmms_eval).",
+    "(llava evaluate, or lmms_eval).",
     settings=BenchConfig,
     arguments="data",
     everyday="model-path endpoint output benchmarks engine gpus batch-size overwrite plan",
@@ -66,9 +156,9 @@ class Outcome:
     seconds: float = 0.0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run the benchmarks; 1 if one of them failed, 0 otherwise."""
-    args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
+    args = COMMAND.parse(argv)
     if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
         raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
     if args.model_path:
@@ -231,7 +321,7 @@ def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: b
     return path
 
 
-# The programs that generate a benchmark's answers, run in a subprocess: llava_integration.evaluate and lmms-eval
+# The programs that generate a benchmark's answers, run in a subprocess: `llm2clip llava evaluate` and lmms-eval
 
 
 def make_answers(task: Task, args: BenchConfig) -> tuple[Path, list[str]]:
@@ -274,11 +364,12 @@ def run_logged(command: list[str], log: Path) -> tuple[int, str]:
 
 
 def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
-    """The command line of llava_integration.evaluate, under torchrun with several GPUs."""
+    """The command line of ``llm2clip llava evaluate``, under torchrun with several GPUs."""
     words = [sys.executable, "-m"]
     if args.gpus > 1:
         words += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus), "-m"]
-    words += ["llava_integration.evaluate", "--answers-file", str(output), "--question-file", str(task.question_file)]
+    words += ["llm2clip_plugin.cli", "llava", "evaluate"]
+    words += ["--answers-file", str(output), "--question-file", str(task.question_file)]
     words += task.benchmark.evaluate_options
     names = "model_path model_base conv_mode device batch_size dtype".split()
     for name in ("endpoint", "served_model_name") if args.endpoint else names:
@@ -302,7 +393,3 @@ def lmms_eval_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
         "--batch_size", str(args.batch_size), "--log_samples", "--log_samples_suffix", task.benchmark.name,
         "--output_path", str(output), *args.engine_options,
     ]  # fmt: skip
-
-
-if __name__ == "__main__":
-    sys.exit(main())

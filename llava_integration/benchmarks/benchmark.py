@@ -8,13 +8,13 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llava_integration.benchmarks.answers import Answer, Answers, Row, read_answers
+from llava_integration.benchmarks.answers import Answer, Answers, Row
 from llm2clip_plugin.contracts import ScoreFile, atomic_file, sha256_file, sha256_text
 from llm2clip_plugin.files import errors_about
 
@@ -283,7 +283,7 @@ class Benchmark(ABC):
     question_files: tuple[str, ...]  # glob patterns of LLaVA's question file
     scored_question_files: tuple[str, ...] = ()  # of the split with public annotations, where LLaVA's file is another's
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
-    evaluate_options: tuple[str, ...] = ()  # of llava_integration.evaluate, as in LLaVA's scripts/v1_5/eval
+    evaluate_options: tuple[str, ...] = ()  # of ``llava evaluate``, as in LLaVA's scripts/v1_5/eval
     lmms_eval_task: str = ""  # lmms-eval's name; "": its log has no score of each question
     judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
     submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
@@ -328,16 +328,12 @@ class Benchmark(ABC):
 
     # Scoring
 
-    def score(
-        self, folder: Path, answers: Answers, *, allow: float = ALLOWED, reviews: Path | None = None
-    ) -> ScoreFile:
-        """Score answers with the annotations in ``folder``; ``reviews``: the judge's file, if there is a judge.
+    def score(self, folder: Path, answers: Answers, *, allow: float = ALLOWED) -> ScoreFile:
+        """Score answers, or a judge's reviews of them, with the annotations in ``folder``.
 
         ``allow``: largest fraction of missing, duplicate, unreadable or unknown answers. Raises ValueError for more,
         and for answers to another benchmark.
         """
-        if self.judge:
-            answers = self.read_reviews(answers, reviews)
         with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
             questions = self.load(folder)
         keys = [self.question_keys(question) for question in questions]
@@ -353,24 +349,6 @@ class Benchmark(ABC):
                 counts={**counts, **self.counts(items)},
                 notes=notes,
             )
-
-    def read_reviews(self, answers: Answers, path: Path | None) -> Answers:
-        """The judge's reviews in place of the answers, whose texts go into each row as ``model_answer``."""
-        if answers.layout == "judge":
-            return answers
-        if path is None:
-            raise ValueError(
-                f"{self.title} needs a judge: run {self.judge} on {answers.path}, pass its file as --reviews"
-            )
-        reviews = read_answers(path)
-        if reviews.layout != "judge":
-            raise ValueError(f"{path} contains no judge scores; --reviews must be the file of {self.judge}")
-        texts = {self.answer_key(answer): answer.text or "" for answer in answers.rows}
-        rows = tuple(
-            replace(review, row={**review.row, "model_answer": texts.get(self.answer_key(review), "")})
-            for review in reviews.rows
-        )
-        return replace(reviews, rows=rows)
 
     # Files
 

@@ -18,10 +18,9 @@ from llava_integration.towers import KEY as TOWER_KEY
 from llava_integration.towers import TowerLocation, is_ours, loading, locate_tower, tower_record
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.vision.checkpoint import preprocessor_config, weight_files
-from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory, published
-from llm2clip_plugin.vision.families import read_config
-from llm2clip_plugin.vision.family import Family
+from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory, published, weight_files
+from llm2clip_plugin.vision.families import Family, read_config
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 # The language model and the projector: settings and tensors, from LLaVA's names to Hugging Face's
 
@@ -144,7 +143,7 @@ class {arch}TowerForConditionalGeneration({arch}ForConditionalGeneration):
 CODE = {  # family -> a file of llm2clip_plugin/vision that stands alone, and its classes: configuration, model
     "eva02": ("eva02", "Eva02Config", "Eva02VisionModel"),
     "openvision": ("wrapped", "OpenVisionConfig", "OpenVisionModel"),
-    "timm": ("timm_tower", "TimmVitConfig", "TimmTower"),
+    "timm": ("wrapped", "TimmVitConfig", "TimmTower"),
     # transformers' own give registers to LLaVA, too, which takes them for patches
     "dinov3": ("wrapped", "Dinov3TowerConfig", "Dinov3Tower"),
     "radio": ("wrapped", "RadioTowerConfig", "RadioTower"),

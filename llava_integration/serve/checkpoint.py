@@ -16,8 +16,7 @@ from llava_integration.checkpoints import checkpoint_config
 from llava_integration.compat.runner import adapters_stay_fp32
 from llm2clip_plugin.files import ContractError, errors_about, read_header
 from llm2clip_plugin.options import command
-from llm2clip_plugin.vision.checkpoint import read_tensors, weight_files
-from llm2clip_plugin.vision.directory import read_json
+from llm2clip_plugin.vision.directory import read_json, read_tensors, weight_files
 
 # Tensors of checkpoints are read one by one when they are needed, and written in shards: a model of any size passes
 # through the memory of one shard.

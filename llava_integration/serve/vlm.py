@@ -28,8 +28,7 @@ from llava_integration.towers import TowerLocation, is_ours, locate, locate_spec
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import atomic_directory, files_sha256
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.vision.checkpoint import weight_files
-from llm2clip_plugin.vision.directory import fetch_directory, has_card, is_local, read_json, write_json
+from llm2clip_plugin.vision.directory import fetch_directory, has_card, is_local, read_json, weight_files, write_json
 from llm2clip_plugin.vision.export import RELATIVE_TOLERANCE
 from llm2clip_plugin.vision.towers import load_tower
 

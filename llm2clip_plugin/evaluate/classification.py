@@ -42,12 +42,11 @@ from llm2clip_plugin.evaluate.opening import (
 )
 from llm2clip_plugin.evaluate.retrieval import Dual, encode_texts, rank_both
 from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, rank, world_size
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory, has_card
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.family import DualConfig
-from llm2clip_plugin.vision.towers import load_tower
+from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
 NAME_FILES = ("classnames.txt", "classes.txt")
 TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")

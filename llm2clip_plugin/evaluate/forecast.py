@@ -43,10 +43,9 @@ from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.distributed import choose_device
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.towers import load_tower
+from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
 GRID = 8  # patches a side that are compared, at most: the cost of neighbors grows with the square of the patches
 GROUNDS = (

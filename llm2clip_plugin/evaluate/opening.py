@@ -31,9 +31,9 @@ from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.teacher import TeacherLLM, load_dual_encoder
 from llm2clip_plugin.train.distributed import barrier, choose_device, gather_objects, group_of, rank, world_size
 from llm2clip_plugin.train.guard import watched_group
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.directory import fetch_directory, has_card
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -57,9 +57,8 @@ from llm2clip_plugin.train.model import (
 )
 from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.step import TowerStep
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.towers import use_fastest_attention
+from llm2clip_plugin.vision.towers import preprocessor_config, use_fastest_attention
 
 FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
 

@@ -28,10 +28,9 @@ from llm2clip_plugin.text.adapter import local_folder
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
 from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole
-from llm2clip_plugin.vision.checkpoint import lift_model_cfg, read_tensors, section, weight_files
-from llm2clip_plugin.vision.convert.common import depth, require
-from llm2clip_plugin.vision.convert.layouts.open_clip import NAMES
-from llm2clip_plugin.vision.directory import is_local, read_json
+from llm2clip_plugin.vision.convert.layouts import depth, lift_model_cfg, require
+from llm2clip_plugin.vision.convert.layouts.open_clip import CLIP_NAMES
+from llm2clip_plugin.vision.directory import is_local, read_json, read_tensors, section, weight_files
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual
 from llm2clip_plugin.vision.families import families
 
@@ -182,7 +181,7 @@ def _open_clip(folder: Path) -> tuple[nn.Module, int, bool, int]:
     )
     # names begin with text_model. in some versions of transformers
     own = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
-    theirs, _ = dataclasses.replace(NAMES, prefixes=("", own), outside=OUTSIDE).to_ours(tensors)
+    theirs, _ = dataclasses.replace(CLIP_NAMES, prefixes=("", own), outside=OUTSIDE).to_ours(tensors)
     theirs["text_projection.weight"] = tensors["text_projection"].T
     with errors_about(folder):  # a shape
         missing, unexpected = model.load_state_dict(theirs, strict=False)

@@ -1,16 +1,31 @@
-"""A tower directory on disk: its files, where to get one, its hashes, and the places that its card names."""
+"""A tower directory on disk: its files, where to get one, its hashes, the places that its card names.
+
+And the tensors of any checkpoint, read without running code; torch is imported when they are.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm2clip_plugin.contracts import TowerCard, sha256_weights
-from llm2clip_plugin.files import ContractError, can_only_be_a_path, hub_snapshot, read_json_value
+from llm2clip_plugin.files import (
+    ContractError,
+    can_only_be_a_path,
+    hub_snapshot,
+    load_tensors,
+    read_header,
+    read_json_value,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "text_adapter.safetensors"
@@ -52,6 +67,29 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, body: dict[str, Any]) -> None:
     """Indented, keys sorted."""
     path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def section(config: dict[str, Any], name: str, *, where: str = "config.json") -> dict[str, Any]:
+    """An object inside a JSON object, {} if it is absent or null; ContractError for anything else."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ContractError(f'{where}: "{name}" is {value!r}, expected an object')
+    return value or {}
+
+
+INHERITED = ("image_mean", "image_std", "resample")  # from the source's own preprocessor_config.json
+
+
+def own_preprocessor(directory: Path) -> dict[str, Any]:
+    """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without one.
+
+    Pixels that are not normalized (``do_normalize`` false: RADIO does that itself) have mean 0 and deviation 1.
+    """
+    if not (directory / PREPROCESSOR_FILE).is_file():
+        return {}
+    body = read_json(directory / PREPROCESSOR_FILE)
+    own = {name: body[name] for name in INHERITED if name in body}
+    return own | ({"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if body.get("do_normalize") is False else {})
 
 
 # Whether a tower directory is what was written: the hashes of its weights.
@@ -138,3 +176,90 @@ def _with_places(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
     places = {name: value for name in TEACHER_PLACES if isinstance(value := card.teacher.get(name), str) and value}
     teacher = card.teacher | {name: change(place) for name, place in places.items()}
     return dataclasses.replace(card, origin=change(card.origin) if card.origin else "", teacher=teacher)
+
+
+# Checkpoints of other libraries.
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+SAFE_TORCH = (2, 6)  # older versions run code in spite of `weights_only=True` (CVE-2025-32434)
+WRAPPERS = ("model", "module", "state_dict")  # of a training checkpoint, in the reference's order
+WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors, .pt, .pth or .bin file by name, without wrappers and ``module.`` prefixes.
+
+    Raises ContractError if the file is incomplete, contains code or anything but tensors, or has an unknown suffix.
+    """
+    from torch import Tensor
+
+    if path.suffix == ".safetensors":
+        state = load_tensors(path, fix="download it again")
+    elif path.suffix in PICKLE_SUFFIXES:
+        state = _read_pickle(path)
+        if isinstance(state, dict):  # it may be inside a training checkpoint such as {epoch, name, state_dict}
+            state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), dict)), state)
+        if not isinstance(state, dict) or not state or not all(isinstance(item, Tensor) for item in state.values()):
+            raise ContractError(f"{path} does not contain a dict of tensors")
+    else:
+        raise ContractError(f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
+    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def read_tensor(path: Path, name: str) -> Tensor | None:
+    """One tensor of a checkpoint file, None if it has no such tensor; of a .safetensors file nothing else is read."""
+    if path.suffix != ".safetensors":
+        return read_tensors(path).get(name)
+    if name not in read_header(path).entries:
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of a folder: one with a standard name, the shards of an index, or its only checkpoint."""
+    for name in WEIGHT_FILES:
+        if (directory / name).is_file():
+            return [directory / name]
+        if (index := directory / f"{name}.index.json").is_file():
+            shards = section(read_json(index), "weight_map", where=str(index)).values()
+            return sorted({directory / Path(shard).name for shard in shards})
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLE_SUFFIXES))
+    if not files:
+        raise FileNotFoundError(f"no checkpoint in {directory}: no .safetensors, {', '.join(PICKLE_SUFFIXES)} file")
+    if len(files) > 1:
+        raise ContractError(f"{directory} has several checkpoints; choose one of {', '.join(p.name for p in files)}")
+    return files
+
+
+def check_pickles(directory: Path) -> None:
+    """Raise ContractError if a model's weights are only in a pickle that runs code, or is not safe to read."""
+    if any(directory.glob("model*.safetensors")):
+        return
+    for path in sorted(directory.glob("pytorch_model*.bin")):
+        read_tensors(path)
+
+
+def _read_pickle(path: Path) -> Any:
+    import torch
+
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
+        raise ContractError(
+            f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434, fixed in 2.6); "
+            "import it in the training environment"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own reason is long and explains how to run the file nevertheless
+        name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
+        reason = f"would run or construct {name[1]}" if name else "contains other objects than tensors"
+        raise ContractError(f"{path} {reason}; nothing in it was run. Use the weights as .safetensors") from error
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ContractError(f"{path} is not a complete torch checkpoint ({reason}); download it again") from error

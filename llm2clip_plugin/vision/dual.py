@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError, from_plain, load_tensors
 from llm2clip_plugin.options import unknown
+from llm2clip_plugin.vision import LOG_SCALE, DualConfig
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, check_hash, fetch_directory, located
-from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig, Tower
+from llm2clip_plugin.vision.families import Tower, family_of
 from llm2clip_plugin.vision.towers import final_norm, load_tower, parameters_in
 
 # The text side of stage 2: maps a cached LLM embedding to the space of the image features.

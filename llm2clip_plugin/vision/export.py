@@ -24,7 +24,6 @@ import llm2clip_plugin
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import EncoderCard, TowerCard, atomic_directory, sha256_weights
 from llm2clip_plugin.files import ContractError, check_hub_answers
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     PREPROCESSOR_FILE,
@@ -40,9 +39,16 @@ from llm2clip_plugin.vision.directory import (
     write_json,
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_dual
-from llm2clip_plugin.vision.families import families, family_of
-from llm2clip_plugin.vision.family import Tower, tower_in
-from llm2clip_plugin.vision.towers import eval_mode, load_tower, merged, resize_tower, resized_from
+from llm2clip_plugin.vision.families import Tower, families, family_of
+from llm2clip_plugin.vision.towers import (
+    eval_mode,
+    load_tower,
+    merged,
+    preprocessor_config,
+    resize_tower,
+    resized_from,
+    tower_in,
+)
 
 # The same code with the same weights: only nondeterministic kernels can differ.
 RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -21,12 +21,20 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.vision.checkpoint import check_pickles, own_preprocessor, read_tensor, weight_files
-from llm2clip_plugin.vision.directory import ADAPTER_FILE, WEIGHTS_FILE, check_hash, fetch_directory
+from llm2clip_plugin.vision.directory import (
+    ADAPTER_FILE,
+    INHERITED,
+    WEIGHTS_FILE,
+    check_hash,
+    check_pickles,
+    fetch_directory,
+    own_preprocessor,
+    read_tensor,
+    weight_files,
+)
 from llm2clip_plugin.vision.eva02 import check_pixels
-from llm2clip_plugin.vision.families import families, family_of, read_config
-from llm2clip_plugin.vision.family import RESAMPLE, Tower
-from llm2clip_plugin.vision.timm_tower import TimmTower, TimmVitConfig, make_timm
+from llm2clip_plugin.vision.families import RESAMPLE, Tower, families, family_of, read_config
+from llm2clip_plugin.vision.wrapped import TimmTower, TimmVitConfig, make_timm
 
 TIMM_PREFIX = "timm:"
 
@@ -162,6 +170,37 @@ def check_size(config: Any, image_size: int) -> None:
 def resized_from(tower: Tower) -> int:
     """The image size that the tower's positions were learned at if they were interpolated, else 0."""
     return tower.config.to_dict().get("resized_from", 0)
+
+
+def preprocessor_config(source: Tower | str | os.PathLike[str]) -> dict[str, Any]:
+    """preprocessor_config.json for a tower or a tower directory.
+
+    Mean, standard deviation and resampling are those of the source's own file or configuration, else the family's; the
+    crop is the tower's image size, because SigLIP's and DINOv2's own files have no ``crop_size`` or another size.
+    """
+    if isinstance(source, nn.Module):
+        tower: Tower = source
+        family, config, own = family_of(tower), tower.config, getattr(tower, "own_preprocessor", {})
+    else:
+        directory = fetch_directory(source)
+        (family, config), own = read_config(directory), own_preprocessor(directory)
+    own = {name: value for name, value in config.to_dict().items() if name in INHERITED and value} | own
+    size = config.image_size
+    return {
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+        "crop_size": {"height": size, "width": size},
+        "image_mean": list(own.get("image_mean", family.mean)),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(own.get("image_std", family.std)),
+        "resample": own.get("resample", 3),  # PIL's bicubic
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size},
+    }
+
+
+def tower_in(model: Any) -> Tower:
+    """The tower of a dual encoder, or the model itself if it is a tower."""
+    return model.tower if "tower" in dict(model.named_children()) else model
 
 
 def core_prefix(tower: Tower) -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Answers and scores one benchmark, or all of them, with a LLaVA checkpoint.
 #
-#   scripts/llava/eval.sh NAME CHECKPOINT [OUTPUT] [-- OPTIONS of llava_integration.evaluate]
+#   scripts/llava/eval.sh NAME CHECKPOINT [OUTPUT] [-- OPTIONS of llm2clip llava evaluate]
 #
 #   NAME                        a name of llm2clip bench-mllm --benchmarks, or all: every benchmark with its files in DATA
 #   DATA=playground/data/eval   LLaVA's evaluation folder      BASE=MODEL      base model of a LoRA checkpoint
@@ -9,7 +9,7 @@
 #   TOWER=PATH                  the tower that the bare name llm2clip stands for
 #   PYTHON=python               the environment (default: the active one, .venv or .venv-llava: the first that has LLaVA)
 #
-# llava_integration.evaluate generates the answers (those of LLaVA's own programs, in batches, resumable), and each
+# llm2clip llava evaluate generates the answers (those of LLaVA's own programs, in batches, resumable), and each
 # benchmark's official rule scores them; both are kept in OUTPUT (default: CHECKPOINT/eval).
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)

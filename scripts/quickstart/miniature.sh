@@ -163,7 +163,7 @@ side() { # side NAME TOWER SEED
         --vision_tower "llm2clip:$tower" --pretrain_mm_mlp_adapter "$OUT/llava-$name-pretrain/mm_projector.bin" \
         --per_device_train_batch_size "${BATCHES[1]}" "${FINETUNE[@]}"
     say "answering questions about unseen pictures: $name"
-    "$LLAVA_PYTHON" -m llava_integration.evaluate --model-path "$OUT/$KIND-$name" --question-file "$OUT/data/questions.jsonl" \
+    "$LLAVA_PYTHON" -m llm2clip_plugin.cli llava evaluate --model-path "$OUT/$KIND-$name" --question-file "$OUT/data/questions.jsonl" \
         --image-folder "$OUT/data/images" --answers-file "$OUT/$name.answers.jsonl" --batch-size 64 --max_new_tokens 12 \
         "${EVALUATE[@]}" --workers 0 2>"$OUT/$name.answers.log" || failed "$OUT/$name.answers.log"
 }

@@ -109,8 +109,7 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     """Write the rebuilt DINOv2 with positions for the grid of ``image_size`` pixels."""
     from safetensors.torch import save_file
 
-    from llm2clip_plugin.vision.checkpoint import preprocessor_config
-    from llm2clip_plugin.vision.towers import resize_positions
+    from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
 
     state = read_dinov2(onnx_file())
     state["embeddings.position_embeddings"] = resize_positions(

@@ -38,7 +38,7 @@ from llm2clip_plugin.evaluate.retrieval import (
 )
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.adapter import adapter_sha256
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 SETS = {"test": ("noto", "twemoji", "fluent"), "unseen style": ("openmoji",)}  # name -> styles
 TESTS = {  # row of the table -> (set, kind of caption); "other": names in every language except English

@@ -7,7 +7,7 @@ from golden_mllm import BENCHMARKS, ROOT, answers
 from PIL import Image
 
 from llava_integration.answer.questions import Question
-from llava_integration.benchmarks.score import main
+from llava_integration.benchmarks.bench import main_score
 from llava_integration.compare.sides import load_side
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError
@@ -16,7 +16,7 @@ from llm2clip_plugin.files import ContractError
 def command(name, path, tmp_path, *more):
     output = tmp_path / "scores.json"
     output.unlink(missing_ok=True)
-    main([name, "--data", str(ROOT / name), "--answers", str(path), "--json", str(output), *more])
+    main_score([name, "--data", str(ROOT / name), "--answers", str(path), "--json", str(output), *more])
     return json.loads(output.read_text(encoding="utf-8"))
 
 

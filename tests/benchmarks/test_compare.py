@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from golden_mllm import BENCHMARKS, MODELS, ROOT, answers
 
+from llava_integration.benchmarks.bench import main_score as score
 from llava_integration.benchmarks.rules import benchmark
-from llava_integration.benchmarks.score import main as score
 from llava_integration.compare.command import main
 from llava_integration.compare.comparison import build
 from llava_integration.compare.sides import load_side, load_sides

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from llava_integration.benchmarks.answers import read_answers
+from llava_integration.benchmarks.bench import score_answers
 from llava_integration.benchmarks.rules import benchmark
-from llava_integration.benchmarks.score import score_answers
 
 
 def write_lines(path, rows):

@@ -6,8 +6,8 @@ import pytest
 from golden_mllm import BENCHMARKS, MODELS, ROOT, answers, expected
 
 from llava_integration.benchmarks.answers import read_answers
+from llava_integration.benchmarks.bench import score_answers
 from llava_integration.benchmarks.rules import benchmark
-from llava_integration.benchmarks.score import score_answers
 
 # sums of the same floats in another order, or statistics.mean's exact rational: a few units in the last place
 TOLERANCE = 1e-9

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_integration.benchmarks import bench, rules, score
-from llava_integration.benchmarks import bench as engine
+from llava_integration.benchmarks import bench, rules
 from llava_integration.benchmarks.bench import plans
 from llava_integration.compare import command as compare
 from llm2clip_plugin.contracts import ScoreFile
@@ -50,7 +49,7 @@ def test_planned_by_bench_mllm(data, tmp_path, capsys):
     assert "shapes" in shown and "will run" in shown and "no folder pope" in shown
     (task,) = plans(["shapes"], data, tmp_path)
     assert not task.missing and task.image_folder == data / "shapes" / "images" and not task.unscored
-    words = engine.evaluate_command(task, bench.COMMAND.parse(start), tmp_path / "answers.jsonl")
+    words = bench.evaluate_command(task, bench.COMMAND.parse(start), tmp_path / "answers.jsonl")
     assert words[words.index("--max-new-tokens") + 1] == "8"
     assert words[words.index("--question-file") + 1] == str(data / "shapes" / "shapes.jsonl")
 
@@ -58,7 +57,7 @@ def test_planned_by_bench_mllm(data, tmp_path, capsys):
 def test_scored_compared_and_shown(data, tmp_path, capsys):
     for model, right in (("base", 8), ("new", 17)):
         path = answer_file(tmp_path / f"{model}.jsonl", right)
-        score.main(["shapes", "--data", str(data / "shapes"), "--answers", str(path), "--model", model,
+        bench.main_score(["shapes", "--data", str(data / "shapes"), "--answers", str(path), "--model", model,
                     "--json", str(tmp_path / model / "shapes.scores.json")])  # fmt: skip
     assert "Shapes of new: 85.00 %" in capsys.readouterr().out
     record = ScoreFile.read(tmp_path / "new" / "shapes.scores.json")

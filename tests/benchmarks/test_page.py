@@ -10,9 +10,9 @@ import pytest
 from golden_mllm import MODELS, ROOT, answers
 from PIL import Image
 
+from llava_integration.benchmarks.bench import main_score as score
 from llava_integration.benchmarks.benchmark import find_image
 from llava_integration.benchmarks.rules import benchmark
-from llava_integration.benchmarks.score import main as score
 from llava_integration.compare.command import main as compare
 from llava_integration.compare.report import picture_folders
 from llava_integration.compare.sides import load_side

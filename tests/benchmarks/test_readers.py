@@ -9,7 +9,7 @@ from golden_mllm import MODELS, ROOT, answers, expected
 
 from llava_integration.benchmarks import bench, rules
 from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.score import score_answers
+from llava_integration.benchmarks.bench import score_answers
 from llava_integration.compare.command import main
 from llava_integration.compare.readers import read_logs, readers
 from llava_integration.compare.sides import load_side

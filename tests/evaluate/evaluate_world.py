@@ -12,9 +12,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, caption_rows
 from llm2clip_plugin.data.samples import caption_hash
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.family import DualConfig
 
 WIDTH = 24  # of a teacher embedding
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}

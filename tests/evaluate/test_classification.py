@@ -32,7 +32,7 @@ from llm2clip_plugin.evaluate.classification import (
 )
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 IMAGES = ImageConfig(size=32)
 CPU = torch.device("cpu")

@@ -14,8 +14,7 @@ from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
-from llm2clip_plugin.evaluate.suites import hard_negative_scores, select_suites, suites
-from llm2clip_plugin.evaluate.suites.sharegpt4v_1k import first_items
+from llm2clip_plugin.evaluate.suites import hard_negative_scores, long_captions, select_suites, suites
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 
@@ -157,11 +156,13 @@ def test_every_spelling_of_flickr_cn_is_read(lines, tmp_path):
     assert row.key == "7" and [caption.text for caption in row.captions] == ["一只狗", "狗"]
 
 
-def test_a_huge_array_is_read_no_further_than_needed(tmp_path):
-    path = tmp_path / "big.json"
+def test_a_huge_array_is_read_no_further_than_needed(tmp_path, monkeypatch):
+    path, first_items = tmp_path / "big.json", long_captions.first_items
     items = [{"number": number, "text": "]}," * number} for number in range(50)]
     path.write_text(" [\n" + " ,\n".join(json.dumps(item) for item in items[:40]) + ", {cut short", encoding="utf-8")
-    assert first_items(path, 40, block=7) == items[:40]
+    monkeypatch.setattr(long_captions, "BEGINNING", path.stat().st_size - 5)
+    assert first_items(path, 40) == items[:40]
+    monkeypatch.undo()
     whole = tmp_path / "whole.json"
     whole.write_text(json.dumps(items), encoding="utf-8")
     assert first_items(whole, 1000) == items

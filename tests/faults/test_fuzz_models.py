@@ -20,10 +20,10 @@ from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.adapter import add_lora, save_adapter, weights_sha256
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.family import DualConfig
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 SHAPE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 

@@ -17,9 +17,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 from llm2clip_plugin.evaluate.retrieval import rank_both
 from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
 CONCEPTS = 9

@@ -15,7 +15,7 @@ from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import set_tf32
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
 from llm2clip_plugin.train.optim import EnginePlan, chosen_optimizer, complete, lr_factor, read_deepspeed_json
-from llm2clip_plugin.vision.family import DualConfig
+from llm2clip_plugin.vision import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -22,8 +22,8 @@ from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
 from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.train.optim import parameter_groups, set_lr
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
-from llm2clip_plugin.vision.family import DualConfig
+from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 DUAL = DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True)
 

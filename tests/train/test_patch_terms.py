@@ -12,9 +12,9 @@ from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.engine import Reference, frozen_copy
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
-from llm2clip_plugin.vision.family import DualConfig
 
 STEPS = 4
 TERMS = ("infonce", "patch_reference=2", "patch_captions=0.5")

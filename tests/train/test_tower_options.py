@@ -11,10 +11,10 @@ from train_helpers import trainable_names
 
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
 from llm2clip_plugin.train.model import build_dual, trained_parameters
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.dual import heads_state
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import tower_blocks
 
 DUAL = DualConfig(projection_dim=8, llm_width=24, pool="mean")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import TextAdapter
-from llm2clip_plugin.vision.family import DualConfig
 
 from .conftest import REFERENCE, golden_config, largest_difference, read
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel, _GatedSiLU, complex_turns, rope_tables, rotate
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import tower_blocks
 
 from .conftest import REFERENCE, golden_config, largest_difference, read, train_twenty_steps

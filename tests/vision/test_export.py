@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import TeacherIdentity, TowerCard, sha256_weights
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision import export
+from llm2clip_plugin.vision import DualConfig, export
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import compare_features, export_tower, probe_features
-from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
 from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, read

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.directory import check_card
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
 from .conftest import TRANSFORMERS_TOWERS

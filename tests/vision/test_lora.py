@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from llm2clip_plugin import load_dual_encoder
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower, probe_features
-from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import add_lora, load_tower, merged, tower_blocks
 
 from .conftest import TRANSFORMERS_TOWERS

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.family import DualConfig
-from llm2clip_plugin.vision.towers import resize_tower, tower_blocks, tower_embeddings_parameters
+from llm2clip_plugin.vision.towers import preprocessor_config, resize_tower, tower_blocks, tower_embeddings_parameters
 
 from .conftest import largest_difference, train_twenty_steps
 

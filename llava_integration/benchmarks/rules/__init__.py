@@ -1,4 +1,4 @@
-"""One file per benchmark; each defines ``BENCHMARK``, and a new file is a new benchmark."""
+"""One file per benchmark, or per family; each defines ``BENCHMARK``, and a new file is a new benchmark."""
 
 from __future__ import annotations
 

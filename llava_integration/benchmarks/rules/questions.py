@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Row, read_jsonl
-from llava_integration.benchmarks.vqa_text import m4c
+from llava_integration.benchmarks.rules.vqa import m4c
 from llm2clip_plugin.files import ContractError
 
 

@@ -1,6 +1,6 @@
-"""The retrieval benchmarks by name, one file each, read from files that users download themselves.
+"""The retrieval benchmarks by name, read from files that users download themselves.
 
-A file defines ``SUITE``; a new file in this folder is a new suite (`llm2clip_plugin.files`).
+A file defines ``SUITE``, a suite or a list of them; a new file in this folder adds its own (`llm2clip_plugin.files`).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.opening import InMemorySource, OpenedTower, Row
 from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, embed_pairs, evaluate_retrieval
 from llm2clip_plugin.files import discover
-from llm2clip_plugin.files import read_json_value as read_json
+from llm2clip_plugin.files import read_json_value as read_json  # noqa: F401 - for the suites
 from llm2clip_plugin.options import unknown
 
 # metrics (fractions) and the score of every query; the last argument: all ranks call it together and split the work
@@ -135,26 +135,6 @@ def select_suites(names: str) -> list[Suite]:
 
 
 # What several suites' readers share.
-
-KARPATHY = "caption_datasets.zip of https://cs.stanford.edu/people/karpathy/deepimagesent/"
-KARPATHY_CAPTIONS = 5  # of an image; the field drops the few sixth and seventh ones
-FLICKR30K_IMAGES = "https://shannon.cs.illinois.edu/DenotationGraph/ (on request)"
-COCO_VAL2014 = "http://images.cocodataset.org/zips/val2014.zip"
-
-
-def karpathy_test(path: Path, image: Callable[[dict[str, Any]], Path]) -> list[Row]:
-    """The test split of Karpathy's JSON; ``image`` maps an item to its image file."""
-    body = read_json(path)
-    with expected_layout(path):
-        return [
-            Row(
-                item["filename"],
-                image(item),
-                to_captions(part["raw"] for part in item["sentences"][:KARPATHY_CAPTIONS]),
-            )
-            for item in body["images"]
-            if item["split"] == "test"
-        ]
 
 
 def to_captions(texts: Iterable[str], kind: str = "short", language: str = "en") -> tuple[Caption, ...]:

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.evaluate.suites import Row, Suite, expected_layout, first_existing, hard_negatives
-from llm2clip_plugin.files import read_json_value as read_json
+from llm2clip_plugin.evaluate.suites import Row, Suite, expected_layout, first_existing, hard_negatives, read_json
 
 HOME = "https://github.com/RAIVNLab/sugar-crepe (folder data)"
 COCO_VAL2017 = "http://images.cocodataset.org/zips/val2017.zip"

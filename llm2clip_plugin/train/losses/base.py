@@ -18,7 +18,7 @@ from llm2clip_plugin.files import discover
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import LossConfig, TermWeight, from_named_args, parse_terms
 from llm2clip_plugin.train.distributed import Group, gather_rows, rank, sum_own_rows
-from llm2clip_plugin.vision.family import DualConfig
+from llm2clip_plugin.vision import DualConfig
 
 EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
 BLOCK_LOGITS_CPU = 1 << 22  # 16 MiB of fp32: about what stays in cache

@@ -1,14 +1,14 @@
 """Turn vision checkpoints into tower directories.
 
-| checkpoint                                        | recognized by                         | layouts/            |
-|---------------------------------------------------|---------------------------------------|---------------------|
-| LLM2CLIP-EVA02-*.pt, EVA-CLIP, timm's EVA02       | visual.blocks.*, visual.trunk.*.fc1_g | eva_clip.py         |
-| OpenCLIP CLIP                                     | visual.transformer.resblocks.*        | open_clip.py        |
-| OpenCLIP SigLIP                                   | visual.trunk.attn_pool.*              | open_clip_siglip.py |
-| OpenCLIP, other towers of timm (PE)               | visual.trunk.*                        | open_clip_timm.py   |
-| OpenVision                                        | no visual.ln_pre                      | openvision.py       |
-| timm's own, on the Hub                            | config.json with an architecture      | hub.py              |
-| HF model, LLM2CLIP-Openai-*, LLM2CLIP-*-siglip2-* | config.json with a known model_type   | hub.py              |
+| checkpoint                                        | recognized by                         | layouts/     |
+|---------------------------------------------------|---------------------------------------|--------------|
+| LLM2CLIP-EVA02-*.pt, EVA-CLIP, timm's EVA02       | visual.blocks.*, visual.trunk.*.fc1_g | eva_clip.py  |
+| OpenCLIP CLIP                                     | visual.transformer.resblocks.*        | open_clip.py |
+| OpenVision                                        | no visual.ln_pre                      | open_clip.py |
+| OpenCLIP SigLIP                                   | visual.trunk.attn_pool.*              | open_clip.py |
+| OpenCLIP, other towers of timm (PE)               | visual.trunk.*                        | open_clip.py |
+| timm's own, on the Hub                            | config.json with an architecture      | hub.py       |
+| HF model, LLM2CLIP-Openai-*, LLM2CLIP-*-siglip2-* | config.json with a known model_type   | hub.py       |
 """
 
 import dataclasses
@@ -26,21 +26,28 @@ from llm2clip_plugin.console import quiet_onnx, quiet_transformers
 from llm2clip_plugin.contracts import TowerCard, atomic_directory, naming_full_disk
 from llm2clip_plugin.files import ContractError, load_tensors
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.vision.checkpoint import (
+from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.convert import FORMATS, IMPORT
+from llm2clip_plugin.vision.convert.layouts import (
+    PARTS,
+    ParsedCheckpoint,
     config_in,
+    layouts,
     lift_model_cfg,
     merge,
-    preprocessor_config,
     preprocessor_in,
+)
+from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
+from llm2clip_plugin.vision.directory import (
+    PREPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    fetch_directory,
+    read_json,
     read_tensors,
     section,
     weight_files,
+    write_json,
 )
-from llm2clip_plugin.vision.convert import FORMATS, IMPORT
-from llm2clip_plugin.vision.convert.common import PARTS, ParsedCheckpoint
-from llm2clip_plugin.vision.convert.layouts import layouts
-from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
-from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, fetch_directory, read_json, write_json
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state
 from llm2clip_plugin.vision.export import (
     compare_features,
@@ -53,9 +60,8 @@ from llm2clip_plugin.vision.export import (
     save_tower,
     summary,
 )
-from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.family import DualConfig, Tower, tower_in
-from llm2clip_plugin.vision.towers import TIMM_PREFIX, load_tower
+from llm2clip_plugin.vision.families import Tower, family_of
+from llm2clip_plugin.vision.towers import TIMM_PREFIX, load_tower, preprocessor_config, tower_in
 
 
 def main(argv: list[str]) -> int:
@@ -124,6 +130,7 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
     layout = next((layout for layout in layouts().values() if layout.matches(state)), None)
     if layout is not None:
         parsed = layout.parse(state, config, given)
+        parsed.layout = layout.name
     elif "model_type" in config:
         parsed = parse_hub(state, config)
     elif "architecture" in config:

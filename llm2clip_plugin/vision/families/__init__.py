@@ -1,12 +1,86 @@
-"""One file per family of towers, each defining ``FAMILY``; a new file is a new family."""
+"""Families of vision towers, as plain data: one file each, which defines ``FAMILY``; a new file is a new family."""
 
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from llm2clip_plugin.files import discover, errors_about
 from llm2clip_plugin.options import command
 from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json
-from llm2clip_plugin.vision.family import Family, Tower
+
+Tower: TypeAlias = Any  # a Hugging Face vision model (nn.Module); the fields of its `config` differ by family
+
+# channel means and standard deviations of pixels in [0, 1], as in pretraining
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # timm's and OpenCLIP's names of PIL's filters
+
+# sizes that several families share, as fields of config.json
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of towers.
+
+    Dotted names are relative to the module that contains the blocks: ``vision_model``, in which transformers 4 wraps
+    CLIP and SigLIP, or the tower itself.
+    """
+
+    name: str  # in the TowerCard
+    model_types: tuple[str, ...]  # `model_type` in config.json, of the vision model and of models that contain it
+    vision_class: Callable[[], Any]  # returns the Hugging Face class, which is imported only then
+    has_cls: bool  # a class token precedes the patches
+    positions: str = "embeddings.position_embedding.weight"  # the position table; "" if the family has none
+    blocks: str = "encoder.layers"  # the ModuleList of transformer blocks
+    embeddings: tuple[str, ...] = ("embeddings",)  # modules and parameters below the first block
+    final_norm: str  # the norm after the last block
+    last_state_is_normed: bool = True  # last_hidden_state is the output of final_norm
+    pooling_head: tuple[str, ...] = ()  # modules that only pooler_output uses (SigLIP's attention pooling)
+    never_trained: tuple[str, ...] = ()  # parameters that the tower's forward pass never reads
+    file_prefix: str = ""  # of the tower's tensors in files on the Hub
+    not_tower: tuple[str, ...] = ()  # prefixes of the other tensors in a file, such as a text tower's
+    image_text_class: Callable[[], Any] | None = None  # the class of the image-text model that contains the tower
+    image_text_tensors: tuple[str, ...] = ()  # tensors that every image-text model of the family has
+    mean: tuple[float, float, float] = OPENAI_MEAN  # for preprocessing, if the source doesn't specify it
+    std: tuple[float, float, float] = OPENAI_STD
+    needs: str = ""  # requirement beyond the package's own, for the model card
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name or Hub id -> config.json, for --dry-run
+
+
+def in_transformers(name: str) -> Callable[[], Any]:
+    """A function that imports and returns ``transformers.NAME``."""
+    return in_module("transformers", name)
+
+
+def in_module(module: str, name: str) -> Callable[[], Any]:
+    """A function that imports ``module`` and returns ``name`` from it."""
+    return lambda: getattr(importlib.import_module(module), name)
+
+
+def wrapped(name: str, *, of: str, title: str, since: str) -> Callable[[], Any]:
+    """A function that returns class ``name`` of ``vision/wrapped.py`` as ``transformers.OF``, its base.
+
+    It has the base's name and configuration, as transformers translates the Hub's tensor names for its own classes
+    alone. Raises ValueError in versions of transformers before ``since``.
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def made() -> type:
+        transformers = importlib.import_module("transformers")
+        if (base := getattr(transformers, of, None)) is None:
+            raise ValueError(f"{title} requires transformers {since} or newer; {transformers.__version__} is installed")
+        model = in_module("llm2clip_plugin.vision.wrapped", name)()
+        own = {"config_class": base.config_class, "is_custom_code": classmethod(lambda cls: False)}
+        return type(of, (model,), own)
+
+    return made
 
 
 def families() -> dict[str, Family]:

@@ -1,6 +1,6 @@
 """AIMv2 (transformers 5): no class token; learned positions, or sinusoidal ones for any grid (``native``)."""
 
-from llm2clip_plugin.vision.family import Family, in_transformers, wrapped
+from llm2clip_plugin.vision.families import Family, in_transformers, wrapped
 
 L = {"intermediate_size": 2816, "use_head": False}  # the other sizes are the configuration's defaults
 

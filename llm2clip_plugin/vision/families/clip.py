@@ -1,6 +1,6 @@
 """OpenAI CLIP, and the OpenCLIP models that are published as CLIP on the Hub: B/32, B/16, L/14, L/14-336 ..."""
 
-from llm2clip_plugin.vision.family import BASE, LARGE, Family, in_transformers
+from llm2clip_plugin.vision.families import BASE, LARGE, Family, in_transformers
 
 B = {**BASE, "intermediate_size": 3072, "hidden_act": "quick_gelu", "image_size": 224}
 L = {**LARGE, "intermediate_size": 4096, "hidden_act": "quick_gelu", "patch_size": 14}

@@ -1,6 +1,6 @@
 """DINOv3 (transformers 5): rotary positions for any grid; the states leave out its register tokens."""
 
-from llm2clip_plugin.vision.family import IMAGENET_MEAN, IMAGENET_STD, Family, wrapped
+from llm2clip_plugin.vision.families import IMAGENET_MEAN, IMAGENET_STD, Family, wrapped
 
 FAMILY = Family(
     name="dinov3",

@@ -3,7 +3,7 @@
 Sizes: EVA-CLIP's model configurations (arXiv 2303.15389, table 8; arXiv 2303.11331, table 2 for SwiGLU's widths).
 """
 
-from llm2clip_plugin.vision.family import BASE, LARGE, Family, in_module
+from llm2clip_plugin.vision.families import BASE, LARGE, Family, in_module
 
 B = {**BASE, "intermediate_size": 2048, "patch_size": 16, "rope_pretrained_grid": 16}
 L = {**LARGE, "intermediate_size": 2730, "patch_size": 14, "rope_pretrained_grid": 16}  # int(1024 * 2.6667)

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from llm2clip_plugin.vision.family import Family
+from llm2clip_plugin.vision.families import Family
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,6 +1,6 @@
 """OpenVision: CLIP's architecture without the norm before the blocks; the norm of the patches' mean is pooled."""
 
-from llm2clip_plugin.vision.family import BASE, IMAGENET_MEAN, IMAGENET_STD, LARGE, Family, in_module
+from llm2clip_plugin.vision.families import BASE, IMAGENET_MEAN, IMAGENET_STD, LARGE, Family, in_module
 
 ALL = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
 B = {**BASE, **ALL, "intermediate_size": 3072}

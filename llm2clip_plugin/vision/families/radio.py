@@ -1,6 +1,6 @@
 """RADIO (C-RADIO, transformers 5): one class token a teacher, registers, positions for any grid, pixels in [0, 1]."""
 
-from llm2clip_plugin.vision.family import Family, wrapped
+from llm2clip_plugin.vision.families import Family, wrapped
 
 FAMILY = Family(
     name="radio",

@@ -1,11 +1,11 @@
 """Any timm vision transformer, by name: ``timm:vit_base_patch16_224``. Training environment only (timm 1.0)."""
 
-from llm2clip_plugin.vision.family import Family, in_module
+from llm2clip_plugin.vision.families import Family, in_module
 
 FAMILY = Family(
     name="timm",
     model_types=("llm2clip_timm",),
-    vision_class=in_module("llm2clip_plugin.vision.timm_tower", "TimmTower"),
+    vision_class=in_module("llm2clip_plugin.vision.wrapped", "TimmTower"),
     has_cls=False,  # the states leave out all prefix tokens
     positions="model.pos_embed",
     blocks="model.blocks",

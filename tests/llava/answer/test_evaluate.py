@@ -120,7 +120,8 @@ def test_two_processes_at_once(world, checkpoint, theirs, tmp_path):
     """Under torchrun, as on a node."""
     output = tmp_path / "answers.jsonl"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    world.run(*launcher, "-m", "llava_integration.evaluate", *words(world, checkpoint, output, "--batch-size", "3"))
+    launcher += ["-m", "llm2clip_plugin.cli", "llava", "evaluate"]
+    world.run(*launcher, *words(world, checkpoint, output, "--batch-size", "3"))
     assert texts(output) == texts(theirs)
 
 

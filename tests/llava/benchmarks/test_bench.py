@@ -59,7 +59,7 @@ def root(tmp_path):
 @pytest.mark.slow
 def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(world, checkpoint, root, tmp_path):
     output = tmp_path / "out"
-    command = ("-m", "llava_integration.benchmarks.bench", "--model-path", checkpoint, "--data", root)
+    command = ("-m", "llm2clip_plugin.cli", "bench-mllm", "--model-path", checkpoint, "--data", root)
     command += ("--output", output)
     printed = world.forked(*command, *QUICK, fails=True)
     outcomes = {row["name"]: row for row in json.loads((output / "bench.json").read_text())}

@@ -64,7 +64,7 @@ def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
     script = tmp_path / "only_llava.py"
     script.write_text(f"import sys\n{KNOWS}\nprint(__name__, sys.argv[1:])\n")
     paths = [str(tmp_path), str(Path(llava_integration.__file__).parents[1]), sysconfig.get_paths()["purelib"]]
-    words = ["-S", "-m", "llava_integration.launch", "--local_rank=1"]
+    words = ["-S", "-m", "llava_integration.boot", "--local_rank=1"]
     words += ["only_llava" if target == "module" else str(script), "--bf16", "True"]
     told = world.python(*words, PYTHONPATH=":".join(paths)).strip().splitlines()
     assert told[-2:] == ["True", "__main__ ['--local_rank=1', '--bf16', 'True']"]

@@ -97,7 +97,7 @@ def test_slurm(world, tmp_path):
     ):
         assert part in done.stdout, done.stdout + done.stderr
     done = submitted("scripts/slurm/evaluate.sbatch", "--batch-size", "4")
-    assert done.stdout.strip() == f"srun {sys.executable} -m llava_integration.evaluate --batch-size 4"
+    assert done.stdout.strip() == f"srun {sys.executable} -m llm2clip_plugin.cli llava evaluate --batch-size 4"
 
 
 def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tmp_path):

@@ -2,7 +2,7 @@
 
 from safetensors.torch import load_file
 
-from llm2clip_plugin.vision.convert.layouts import open_clip as open_clip_layout
+from llm2clip_plugin.vision.convert.layouts.open_clip import CLIP_NAMES
 
 from ..conftest import REFERENCE, TRANSFORMERS_TOWERS, read
 
@@ -25,9 +25,8 @@ def open_clip_state_of_the_release() -> dict:
     """The CLIP-style release under OpenCLIP's names, without a folder."""
     state = read(RELEASE, "model.safetensors")
     tower = {name: value for name, value in state.items() if name.startswith("vision_model.")}
-    names = {"text_adapter.adaptor.": "text.text_adaptor."}
-    other = {n.replace(*next(iter(names.items()))): v for n, v in state.items() if n.startswith("text_adapter.")}
-    visual = open_clip_layout.NAMES.to_theirs(tower) | {"visual.proj": state["visual_projection.weight"].T.contiguous()}
+    other = {n.replace("text_adapter.adaptor.", "text.text_adaptor."): v for n, v in state.items() if "adaptor" in n}
+    visual = CLIP_NAMES.to_theirs(tower) | {"visual.proj": state["visual_projection.weight"].T.contiguous()}
     return {**visual, **other, "logit_scale": state["logit_scale"]}
 
 

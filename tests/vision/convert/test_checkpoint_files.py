@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision import checkpoint as checkpoint_files
 from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.directory import read_tensors
 
 from ..conftest import REFERENCE, read
 from .checkpoints import CHECKPOINT, EVA_FILES
@@ -52,9 +52,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(protocol, tmp_path):
 
 
 def test_pickles_are_refused_where_torch_cannot_read_them_safely(monkeypatch):
-    monkeypatch.setattr(checkpoint_files.torch, "__version__", "2.1.2+cu121")
+    monkeypatch.setattr(torch, "__version__", "2.1.2+cu121")
     with pytest.raises(ContractError, match="CVE-2025-32434"):
-        checkpoint_files.read_tensors(CHECKPOINT / "checkpoint.pt")
+        read_tensors(CHECKPOINT / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("wrapper", ["plain", "state_dict", "model", "module prefix", "state_dict, module prefix"])

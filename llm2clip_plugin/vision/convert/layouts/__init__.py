@@ -1,7 +1,282 @@
-"""One file per layout of checkpoints, each defining ``LAYOUT``; ``hub.py`` reads what none of them recognizes."""
+"""Layouts of checkpoints, each a ``LAYOUT`` of a file of this folder, and what they share: tensors by name, a parsed
+checkpoint, the text adapter in it. ``hub.py`` reads what none of them recognizes.
 
-from llm2clip_plugin.files import discover
-from llm2clip_plugin.vision.convert.common import Layout
+Releases nest the adapter differently (``text.text_adaptor.0.fn.0``, ``text_adapter.adaptor.0.fn.0`` ...); its parts are
+numbered: residual blocks (a norm, two Linears each), then a norm, then a Linear. An adapter at
+``text.text_proj.text_adaptor`` was trained with the LLM in the loop, whose embeddings the reference does not normalize.
+Shapes: W width of an LLM embedding, D projection_dim.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm2clip_plugin.files import ContractError, discover
+from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import own_preprocessor, read_json, section
+from llm2clip_plugin.vision.families import RESAMPLE
+
+IN_THE_LOOP = "text.text_proj.text_adaptor."  # the reference's names if its text tower contains the LLM too
+PARTS = {"ln": "norm", "fn.0": "up", "fn.3": "down"}  # of a block: the reference's names -> ours
+ADAPTER = r"(?P<prefix>.*\b(text_)?adaptor\.)(?P<number>\d+)\.((?P<part>ln|fn\.0|fn\.3)\.)?(?P<kind>weight|bias)"
+
+
+@dataclass(kw_only=True)
+class AdapterMatch:
+    """An adapter in a checkpoint: its sizes, its tensors under our names, and our name -> the checkpoint's name."""
+
+    config: DualConfig
+    state: dict[str, Tensor]
+    names: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
+    """The text adapter in a checkpoint; ContractError for several ones, or one without its last Linear."""
+    found = [match for name in state if (match := re.fullmatch(ADAPTER, name))]
+    if not found:
+        return None
+    if len(prefixes := sorted({match["prefix"] for match in found})) > 1:
+        raise ContractError(f"the checkpoint contains several text adapters: {prefixes}")
+    prefix, last = prefixes[0], max(int(match["number"]) for match in found)
+    names = {}
+    for match in found:
+        ends = {last - 1: "norm", last: "projection"}
+        part = f"blocks.{match['number']}.{PARTS[match['part']]}" if match["part"] else ends.get(int(match["number"]))
+        names[f"{part}.{match['kind']}"] = match[0]
+    own = {ours: state[theirs] for ours, theirs in names.items()}
+    weight, up = own.get("projection.weight"), own.get("blocks.0.up.weight")
+    if weight is None or weight.dim() != 2:
+        raise ContractError(f"the checkpoint is missing {prefix}{last}.weight, the last Linear of its text adapter")
+    config = DualConfig(
+        projection_dim=len(weight),
+        llm_width=weight.shape[1],
+        adapter_blocks=last - 1,
+        adapter_expansion=2 if up is None else len(up) // weight.shape[1],
+        normalise_input=prefix != IN_THE_LOOP,
+    )
+    adapter = AdapterMatch(config=config, state=own, names=names)
+    if prefix == IN_THE_LOOP:
+        adapter.notes.append(f"{prefix}* was trained with the LLM in the loop: its input is not normalized")
+    if "projection.bias" not in own:
+        own["projection.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
+        adapter.notes.append(f"{prefix}{last} has no bias: filled with zeros")
+    return adapter
+
+
+# A parsed checkpoint: every tensor belongs to the tower or its heads, or has a reason to be left out.
+
+OWN_TEXT = "text tower, replaced by the LLM"
+COMPUTED = "recomputed from the configuration and compared"
+# prefixes of OpenCLIP's and EVA-CLIP's text towers
+TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "attn_mask")
+TEXT = (*TEXT, *(f"text.{name}" for name in (*TEXT, "cls_emb", "proj.")))
+
+
+@dataclass(kw_only=True)
+class ParsedCheckpoint:
+    """Shapes: D projection_dim, H width of the tower."""
+
+    state: dict[str, Tensor]  # the checkpoint
+    config: dict[str, Any]  # config.json of the vision model
+    tower: dict[str, Tensor]  # under the Hub's names
+    used: set[str]  # names in ``state`` that the tower or its heads use
+    projection: Tensor | None = None  # (D, H)
+    projection_bias: Tensor | None = None  # (D,)
+    logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
+    adapter: AdapterMatch | None = None
+    left_out: dict[str, str] = field(default_factory=dict)  # name in ``state`` -> reason
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+    layout: str = ""  # recorded in the card as `imported_as`
+
+    @property
+    def is_image_text(self) -> bool:
+        """Whether the checkpoint compares images with texts; a CLIP then needs its projection."""
+        has_text_side = self.adapter is not None or self.logit_scale is not None
+        return has_text_side or OWN_TEXT in self.left_out.values()
+
+    def take(self, name: str) -> Tensor | None:
+        """A tensor of the checkpoint, marked as used; None if it does not exist."""
+        if name in self.state:
+            self.used.add(name)
+        return self.state.get(name)
+
+    def find_text_side(self, own_text: tuple[str, ...] = TEXT) -> None:
+        """Find logit scale and bias, and the adapter; leave out names that start with ``own_text``."""
+        for name in [key for key in self.state if key.split(".")[-1] in ("logit_scale", "logit_bias")]:
+            if self.state[name].numel() != 1:
+                raise ContractError(f"{name} is {tuple(self.state[name].shape)}, expected one number")
+            setattr(self, name.split(".")[-1], self.take(name))
+        if (adapter := match_adapter(self.state)) is not None:
+            self.adapter = adapter
+            self.used |= set(adapter.names.values())
+        rest = self.state.keys() - self.used - self.left_out.keys()
+        self.left_out |= {key: OWN_TEXT for key in rest if key.startswith(own_text)}
+
+    def report(self) -> list[str]:
+        """What was matched and what was left out, line by line."""
+        lines = [f"layout {self.layout}: {len(self.tower)} tensors of the tower"]
+        if self.projection is not None:
+            bias = "" if self.projection_bias is None else " with bias"
+            lines.append(f"projection {tuple(self.projection.shape)}{bias}")
+        if (adapter := self.adapter) is not None:
+            sizes = adapter.config
+            widths = f"width {sizes.llm_width}, expansion {sizes.adapter_expansion}, then {sizes.projection_dim}"
+            lines.append(f"text adapter: {sizes.adapter_blocks} blocks of {widths}")
+            lines += [f"  {theirs} -> text_adapter.{ours}" for ours, theirs in adapter.names.items()]
+            lines += [f"  {note}" for note in adapter.notes]
+        for reason in sorted(set(self.left_out.values())):
+            names = sorted(name for name, why in self.left_out.items() if why == reason)
+            lines.append(f"left out ({reason}): {len(names)} tensors ({', '.join([*names[:3], '...'][: len(names)])})")
+        return lines
+
+
+# Tensors of a checkpoint: translate their names (theirs) to the Hugging Face model's (ours) and back, read sizes.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorNames:
+    """A name that ends in "." stands for a module's weight and bias, any other one for a tensor."""
+
+    prefixes: tuple[str, str]  # before every name: theirs, ours
+    outside: dict[str, str]  # theirs -> ours, outside the blocks
+    blocks: tuple[str, str]  # before the number of a block: theirs, ours
+    inside: dict[str, str]  # theirs -> ours, within a block
+    fused: tuple[str, str]  # before "weight" or "bias": theirs, q, k and v in one tensor; ours, "{}" for q, k or v
+
+    def parse(self, state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
+        """A checkpoint's tower; ``config``: its config.json."""
+        tower, used = self.to_ours(state)
+        return ParsedCheckpoint(state=state, config=config, tower=tower, used=used)
+
+    def to_ours(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+        """The tower's tensors under our names, and the names that were used; ContractError for two of one tensor."""
+        tower: dict[str, Tensor] = {}
+        used: set[str] = set()
+        for theirs, names in self._table(depth(state, self.prefixes[0] + self.blocks[0])).items():
+            if (value := state.get(theirs)) is None:
+                continue
+            if len(names) > 1 and (value.dim() == 0 or len(value) % 3):
+                raise ContractError(f"{theirs} is {tuple(value.shape)}, expected a multiple of 3 rows (q, k, v)")
+            if again := tower.keys() & names:
+                raise ContractError(f"{theirs} and another tensor both map to {again.pop()}")
+            tower |= zip(names, value.chunk(3) if len(names) > 1 else [value], strict=True)
+            used.add(theirs)
+        return tower, used
+
+    def to_theirs(self, tower: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The checkpoint's tensors from the tower's (``tower`` must be complete)."""
+        rest, state = dict(tower), {}
+        for theirs, names in self._table(depth(tower, self.prefixes[1] + self.blocks[1])).items():
+            if rest.keys() >= set(names):
+                parts = [rest.pop(name) for name in names]
+                state[theirs] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return state
+
+    def _table(self, blocks: int) -> dict[str, list[str]]:
+        """Their name of each tensor in a tower of so many blocks -> ours, three for a fused tensor."""
+        modules = {theirs: [ours] for theirs, ours in self.outside.items()}
+        for number in range(blocks):
+            before, own = (f"{name}{number}." for name in self.blocks)
+            modules |= {before + theirs: [own + ours] for theirs, ours in self.inside.items()}
+            for kind in ("weight", "bias"):
+                modules[f"{before}{self.fused[0]}{kind}"] = [own + self.fused[1].format(part) + kind for part in "qkv"]
+        return {
+            f"{self.prefixes[0]}{theirs}{kind}": [f"{self.prefixes[1]}{name}{kind}" for name in names]
+            for theirs, names in modules.items()
+            for kind in (("weight", "bias") if theirs.endswith(".") else ("",))
+        }
+
+
+def require(state: dict[str, Tensor], *names: str) -> None:
+    """ContractError for missing tensors that every checkpoint of a layout has."""
+    if missing := [name for name in names if name not in state]:
+        raise ContractError(f"the checkpoint is missing {missing}, which its layout requires")
+
+
+def patch_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
+    """Width and patch size of a tower from its patch convolution (H, 3, P, P); ContractError for other shapes."""
+    shape = tuple(state[name].shape)
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise ContractError(
+            f"{name} is {shape}, expected (width, 3, patch, patch); the tensor is transposed or truncated"
+        )
+    return shape[0], shape[2]
+
+
+def check_sizes(vision: dict[str, Any], **sizes: int) -> None:
+    """ContractError if ``vision_cfg`` contradicts the ``sizes`` of the tensors."""
+    for name, size in sizes.items():
+        if (configured := vision.get(name)) not in (None, size, [size, size]):
+            hint = f"; pass --image-size {configured} to interpolate" if name == "image_size" else ""
+            raise ContractError(f"vision_cfg.{name} is {configured}, but the tensors have {size}{hint}")
+
+
+def depth(state: dict[str, Tensor], prefix: str) -> int:
+    """The number of blocks, whose numbers follow ``prefix``."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+
+
+# The configuration of a checkpoint: the file next to it, with the user's --config on top.
+
+
+def config_in(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+    """The configuration file in the folder of a checkpoint, which may hold OpenCLIP's beside Hugging Face's; or {}."""
+    is_open_clip = any(key.startswith("visual.") for key in state)
+    names = ("open_clip_config.json", "config.json") if is_open_clip else ("config.json",)
+    return next((read_json(path / name) for name in names if (path / name).is_file()), {})
+
+
+def preprocessor_in(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Mean, deviation, filter of OpenCLIP's ``preprocess_cfg``, else of the folder's preprocessor_config.json."""
+    return normalization(section(config, "preprocess_cfg")) if "model_cfg" in config else own_preprocessor(path)
+
+
+def normalization(values: dict[str, Any]) -> dict[str, Any]:
+    """Mean, deviation and filter, under Hugging Face's names, of OpenCLIP's or timm's ``values``."""
+    own = {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
+    resample = RESAMPLE.get(str(values.get("interpolation")))
+    return own if resample is None else {**own, "resample": resample}
+
+
+def lift_model_cfg(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the fields of ``model_cfg``, where OpenCLIP's files on the Hub nest them, at the top."""
+    return {**config, **section(config, "model_cfg")}
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``below`` overridden by ``above``, key by key in nested objects too."""
+    nested = {key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+    return {**below, **above, **{key: merge(below[key], above[key]) for key in nested}}
+
+
+def vision_fields(config: Any) -> dict[str, Any]:
+    """OpenCLIP's ``vision_cfg`` for the configuration of a CLIP or EVA-CLIP tower."""
+    return {
+        "image_size": config.image_size,
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "head_width": config.hidden_size // config.num_attention_heads,
+        "patch_size": config.patch_size,
+        "mlp_ratio": config.intermediate_size / config.hidden_size,
+    }
+
+
+class Layout(NamedTuple):
+    """A layout of checkpoints that is recognized by its tensor names; without ``family`` it is only read."""
+
+    name: str
+    matches: Callable[[dict[str, Tensor]], bool]
+    parse: Callable[[dict[str, Tensor], dict[str, Any], dict[str, Any]], ParsedCheckpoint]  # state, config, --config
+    family: str = ""  # of the towers that ``visual_state`` and ``model_config`` write
+    visual_state: Any = None  # (DualEncoder, tensors of the tower's file) -> tensors under the layout's names
+    model_config: Any = None  # (DualEncoder) -> embed_dim, vision_cfg ... of OpenCLIP's file
 
 
 def layouts() -> dict[str, Layout]:

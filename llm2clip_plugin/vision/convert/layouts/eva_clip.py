@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision.checkpoint import section, vision_fields
-from llm2clip_plugin.vision.convert import common
+from llm2clip_plugin.vision.convert.layouts import (
+    COMPUTED,
+    Layout,
+    ParsedCheckpoint,
+    TensorNames,
+    check_sizes,
+    depth,
+    patch_shape,
+    require,
+    vision_fields,
+)
+from llm2clip_plugin.vision.directory import section
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, rope_tables
 
@@ -31,7 +41,7 @@ IN_BLOCK = {name: name for name in ("norm1.", "norm2.", "mlp.fc1.", "mlp.fc2.")}
 }
 SPLIT = {f"attn.{part}_proj.": f"attention.{part}_proj." for part in "qkv"}
 BIASES = {f"attn.{part}_bias": f"attention.{part}_proj.bias" for part in "qv"}
-FUSED_NAMES = common.TensorNames(  # as the reference writes towers without sub-norms
+FUSED_NAMES = TensorNames(  # as the reference writes towers without sub-norms
     prefixes=("visual.", ""),
     outside={
         "cls_token": "embeddings.cls_token",
@@ -62,7 +72,7 @@ def is_timm_eva(state: dict[str, Tensor]) -> bool:
 
 def matches(state: dict[str, Tensor]) -> bool:
     """Whether a checkpoint contains an EVA-CLIP tower."""
-    return common.depth(state, BLOCKS) > 0 or is_timm_eva(state)
+    return depth(state, BLOCKS) > 0 or is_timm_eva(state)
 
 
 def rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,8 +98,8 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
     first = {key.removeprefix(f"{BLOCKS}0."): value for key, value in state.items() if key.startswith(f"{BLOCKS}0.")}
     swiglu = any(name.startswith(("mlp.w1.", "mlp.w2.", "mlp.w3.")) for name in first)
     hidden = f"{BLOCKS}0.mlp.{'w1' if swiglu else 'fc1'}.weight"
-    common.require(state, "visual.patch_embed.proj.weight", "visual.pos_embed", hidden)
-    width, patch = common.patch_shape(state, "visual.patch_embed.proj.weight")
+    require(state, "visual.patch_embed.proj.weight", "visual.pos_embed", hidden)
+    width, patch = patch_shape(state, "visual.patch_embed.proj.weight")
     image_size = round((state["visual.pos_embed"].shape[-2] - 1) ** 0.5) * patch
     if "width" not in vision:
         table = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
@@ -100,8 +110,8 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
         if table is not None:  # its second row: the angle of a step of one column is pt_hw_seq_len / grid
             step = float(table[1, table.shape[1] // 2].float().acos())
             vision |= {"head_width": table.shape[1], "pt_hw_seq_len": round(step * len(table) ** 0.5)}
-    layers, pretrained_grid = common.depth(state, BLOCKS), vision.get("pt_hw_seq_len", 16)
-    common.check_sizes(vision, width=width, layers=layers, patch_size=patch, image_size=image_size)
+    layers, pretrained_grid = depth(state, BLOCKS), vision.get("pt_hw_seq_len", 16)
+    check_sizes(vision, width=width, layers=layers, patch_size=patch, image_size=image_size)
     if vision.get("global_average_pool"):
         raise ValueError("global_average_pool is true; EVA-CLIP towers with average pooling are not supported")
     if vision.get("rope") and not vision.get("intp_freq") and image_size // patch != pretrained_grid:
@@ -149,7 +159,7 @@ def tables_of(config: Eva02Config, grid: int) -> tuple[Tensor, Tensor]:
     return rope_tables(grid=grid, pretrained_grid=config.rope_pretrained_grid, head_width=head_width)
 
 
-def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> common.ParsedCheckpoint:
+def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
     """``visual.*``, ``text.*`` (adapter or EVA-CLIP's own text tower), ``logit_scale``."""
     state = rename_timm(state) if is_timm_eva(state) else state
     vision = section(config, "vision_cfg")
@@ -158,14 +168,12 @@ def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any
         raise ValueError(f"--config: an EVA-CLIP tower needs vision_cfg.width; the configuration has {sorted(config)}")
     eva = tower_config(state, vision)
     eva.architectures = ["Eva02VisionModel"]
-    tower, used = READ_NAMES.to_ours(state)
-    fields = json.loads(eva.to_json_string(use_diff=False))
-    parsed = common.ParsedCheckpoint(layout="eva-clip", state=state, config=fields, tower=tower, used=used)
-    parsed.left_out.update(dict.fromkeys(check_rope_tables(state, eva), common.COMPUTED))
+    parsed = READ_NAMES.parse(state, json.loads(eva.to_json_string(use_diff=False)))
+    parsed.left_out.update(dict.fromkeys(check_rope_tables(state, eva), COMPUTED))
     parsed.projection = parsed.take("visual.head.weight")
     parsed.projection_bias = parsed.take("visual.head.bias")
-    parsed.find_text_side(*common.NESTED_TEXT)
-    common.require(state, "visual.head.weight", "visual.head.bias")
+    parsed.find_text_side()
+    require(state, "visual.head.weight", "visual.head.bias")
     return parsed
 
 
@@ -205,6 +213,4 @@ def model_config(dual: DualEncoder) -> dict[str, Any]:
     return {"embed_dim": dual.config.projection_dim, "vision_cfg": vision}
 
 
-LAYOUT = common.Layout(
-    name="eva-clip", matches=matches, parse=parse, family="eva02", visual_state=visual_state, model_config=model_config
-)
+LAYOUT = Layout("eva-clip", matches, parse, "eva02", visual_state, model_config)

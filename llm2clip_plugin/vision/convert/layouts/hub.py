@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision.checkpoint import normalization, section
-from llm2clip_plugin.vision.convert.common import OWN_TEXT, ParsedCheckpoint, require
-from llm2clip_plugin.vision.families import families, family_of_type
-from llm2clip_plugin.vision.family import Family
+from llm2clip_plugin.vision.convert.layouts import OWN_TEXT, ParsedCheckpoint, normalization, require
+from llm2clip_plugin.vision.directory import section
+from llm2clip_plugin.vision.families import Family, families, family_of_type
 from llm2clip_plugin.vision.towers import make_timm, timm_config
 
 CLASSIFIER = ("head.", "fc.")  # of timm's models
@@ -44,7 +43,7 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpo
     projection = f"{parent}visual_projection.weight"
     parsed.projection = parsed.take(projection)
     parsed.projection_bias = parsed.take(f"{parent}visual_projection.bias")
-    parsed.find_text_side("text_model.", "text_projection.", "classifier.")
+    parsed.find_text_side(("text_model.", "text_projection.", "classifier."))
     if OWN_TEXT in parsed.left_out.values() and parsed.adapter is None:
         require(state, *family.image_text_tensors)
     is_projected = "CLIPVisionModelWithProjection" in (config.get("architectures") or [])
@@ -86,7 +85,7 @@ def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCh
     given, published = section(config, "model_args"), section(config, "pretrained_cfg")
     size = given.get("img_size") or (published.get("input_size") or [None])[-1]
     arguments = {name: value for name, value in given.items() if name not in NOT_ARGUMENTS}
-    fields = tower_config(str(config["architecture"]), side_of(size), arguments)
+    fields = timm_fields(str(config["architecture"]), side_of(size), arguments)
     inside = {key for key in state if not key.startswith(CLASSIFIER)}
     return ParsedCheckpoint(
         layout="timm",
@@ -106,7 +105,7 @@ def side_of(size: Any) -> int | None:
     return sides.pop()
 
 
-def tower_config(name: str, image_size: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def timm_fields(name: str, image_size: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the tower that a timm model makes; ValueError for an unknown model or argument."""
     config = timm_config(make_timm(name, image_size, pretrained=False, arguments=arguments), name, arguments)
     config.architectures = ["TimmTower"]

@@ -1,6 +1,6 @@
 """Chinese-CLIP (transformers): OpenAI's CLIP with a Chinese text tower."""
 
-from llm2clip_plugin.vision.family import BASE, Family, in_transformers
+from llm2clip_plugin.vision.families import BASE, Family, in_transformers
 
 FAMILY = Family(
     name="chinese_clip",
