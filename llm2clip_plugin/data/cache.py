@@ -64,14 +64,14 @@ log = logging.getLogger(__name__)
 
 OPEN_SHARDS = 64  # files that one process keeps open
 FEW_SAMPLES = 16384  # samples whose captions this process compares alone, without a pool
-ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
+ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256", "bytes")  # of a shard in the manifest
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 REDO = "rerun `llm2clip embed` with the options that made it: it embeds what is missing or damaged"
 
 # of a shard's file
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
-CHECKS = ("image_checks", "row_checks")  # caches of older versions have image_checks, which are ignored
+CHECKS = ("row_checks",)
 METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "checks_sha256", "truncated")
 META = "llm2clip"  # the metadata entry that holds METADATA as JSON
 DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
@@ -122,7 +122,7 @@ class ShardFile:
             self.size = self._file.size()  # bytes
             header = parse_header(self.size, self._file.read)
             self._data_start, self._entries = header.data_start, header.entries
-            if wrong := {*TENSORS, "row_checks", "image_checks"} ^ {*header.entries, "image_checks"}:
+            if wrong := {*TENSORS, *CHECKS} ^ {*header.entries}:
                 raise ValueError(f"unknown or missing tensors: {', '.join(sorted(wrong))}")
             self.meta: dict[str, str] = json.loads(header.metadata[META])
             if missing := {*METADATA} - {*self.meta}:
@@ -191,7 +191,7 @@ class ShardFile:
     def verify(self) -> None:
         """Read every byte; raises ContractError if the contents have another SHA-256 than the file says."""
         for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
-            digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._entries})
+            digest = tensors_digest({tensor: self[tensor] for tensor in names})
             if digest != self.meta[name]:
                 raise ContractError(f"{self.path} is damaged: SHA-256 {digest}, expected {self.meta[name]}; {REDO}")
 
@@ -236,7 +236,7 @@ class EmbeddingCache:
         for path, entry, stamp in zip(paths, manifest.shards.values(), stamps_of(paths), strict=True):
             if stamp is None:
                 raise ContractError(f"{path} is missing, but the manifest lists it; {REDO}")
-            if stamp[0] != entry.get("bytes", stamp[0]):  # caches of older versions have no "bytes"
+            if stamp[0] != entry["bytes"]:
                 raise ContractError(f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {REDO}")
         return cls(directory, manifest)
 
@@ -551,7 +551,7 @@ def source_digest(source: Source) -> str:
 def cache_digest(cache: EmbeddingCache) -> str:
     """``6636666 captions (1f0c...)``: over the manifest, which has a hash of each shard's rows."""
     manifest = cache.manifest
-    shards = {  # caches of older versions have no "bytes"
+    shards = {  # without the sizes, which checkpoints did not know at first
         name: {key: value for key, value in entry.items() if key != "bytes"} for name, entry in manifest.shards.items()
     }
     return f"{manifest.captions} captions ({short_digest([manifest.fingerprint, manifest.dtype, shards])})"

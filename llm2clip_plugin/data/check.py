@@ -116,7 +116,6 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
 
 
 def _read(source: Source, config: CheckConfig) -> Reading:
-    """A reading of a source, in several processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
     chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
     parts = parallel(
@@ -250,7 +249,6 @@ def overlap(source: Source, train: Reading, validation: Reading) -> dict[str, An
 
 
 def _duplicate_captions(source: Source, captions: np.ndarray, show: int) -> dict[str, Any]:
-    """Texts that several samples have, with the most frequent ones."""
     pairs = np.unique(captions[:, :2], axis=0)  # a text of two kinds in one sample is no duplicate
     hashes, first, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
@@ -292,7 +290,6 @@ def _lengths(config: CheckConfig, source: Source, captions: np.ndarray) -> dict[
 
 
 def _images(reading: Reading, sides: np.ndarray) -> dict[str, Any]:
-    """Formats and sizes of the images that decode."""
     report: dict[str, Any] = {"whole": len(sides), "formats": dict(reading.formats.most_common())}
     if len(sides):
         report["mean_bytes"] = reading.image_bytes // len(sides)

@@ -528,7 +528,6 @@ def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: i
 
 
 def _copy_shard(source: TarSource, folder: Path, job: tuple[int, np.ndarray]) -> None:
-    """Copy the members of one tar to its two sides."""
     number, held_out_N = job
     shard = source.shards[number]
     keys = [{source.key(shard.start + n) for n in np.flatnonzero(held_out_N == side).tolist()} for side in (0, 1)]

@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
+from tiny_data import write_tar
 
 from llm2clip_plugin.contracts import TeacherIdentity
 
@@ -53,19 +53,6 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: int) -> bytes:
 
 def jpeg(seed: int, size: tuple[int, int] = (64, 48)) -> bytes:
     return encoded(picture(seed, size), quality=95)
-
-
-Members = Iterable[tuple[str, bytes]]
-
-
-def write_tar(path: Path, members: Members, tar_format: int = tarfile.GNU_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def img2dataset_members(first: int, count: int) -> Iterator[tuple[str, bytes]]:

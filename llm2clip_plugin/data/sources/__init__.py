@@ -82,6 +82,8 @@ class SourceConfig(ReadConfig):
         super().__post_init__()
         if not self.path:
             raise ValueError("no data path is set; give DATA")
+        if self.path.startswith("file://"):
+            raise ValueError(f"{self.path}: remove file:// from the path of a local source")
         if not self.weight > 0:
             raise ValueError(f"weight of {self.path} is {self.weight}, expected a number above 0")
 
