@@ -194,10 +194,6 @@ class Downloads:
                 if copy.exists():
                     raise
 
-    def forget(self, url: str) -> None:
-        """Delete the local copy of ``url``, so that it is downloaded again when it is next used."""
-        self.local_path(url).unlink(missing_ok=True)
-
     def read(self, url: str) -> bytes:
         """The bytes at ``url``, without a local copy: for single images. Raises as ``retried`` does."""
         filesystem, path = open_filesystem(url)

@@ -71,7 +71,7 @@ class RowSource(Source):
                 raise ValueError(f"{config.path} contains no samples")
         except ValueError:
             if is_url(config.path):
-                self._downloads.forget(config.path)  # so that the next start downloads it again
+                self._downloads.local_path(config.path).unlink(missing_ok=True)  # the next start downloads it again
             raise
         return path, folder, index
 

@@ -227,7 +227,7 @@ def _index(downloads: Downloads, tar: str) -> ShardRows | Exception:
     except BrokenShard as error:
         if not is_url(tar):
             return error
-        downloads.forget(tar)
+        downloads.local_path(tar).unlink(missing_ok=True)
         return BrokenShard(f"{tar}: {error}; the copy is deleted, so the next start downloads it again")
 
 
