@@ -33,7 +33,7 @@ from llm2clip_plugin.contracts import atomic_file, canonical_json
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import PairDataset, eval_pairs
+from llm2clip_plugin.data.pairs import EvalPairs, PairDataset
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_shares
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig
@@ -164,7 +164,7 @@ def frozen_features(
         if stop:
             break
         source, cache = sources[blocks[number][0]], caches[blocks[number][0]]
-        pairs = eval_pairs(
+        pairs = EvalPairs(
             source,
             cache,
             images,
