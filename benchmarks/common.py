@@ -172,8 +172,9 @@ def random_llama(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([" ".join(WORDS)], special_tokens=[*specials.values()], show_progress=False)
+    tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
+    tokens = {"special_tokens": [*specials.values()], "min_frequency": 0}
+    tokenizer.train_from_iterator([" ".join(WORDS)], show_progress=False, **tokens)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16}
