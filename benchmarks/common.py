@@ -173,7 +173,8 @@ def random_llama(folder: Path) -> Path:
 
     specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
-    tokenizer.train_from_iterator([" ".join(WORDS)], min_frequency=0, special_tokens=[*specials.values()])
+    tokens: Any = [*specials.values()]
+    tokenizer.train_from_iterator([" ".join(WORDS)], min_frequency=0, show_progress=False, special_tokens=tokens)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16}
