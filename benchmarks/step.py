@@ -70,7 +70,7 @@ def make_dual(name: str) -> DualEncoder:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    sizes = dict(zip(SIZES, TOWERS[name], strict=True))
+    sizes: dict[str, Any] = dict(zip(SIZES, TOWERS[name], strict=True))
     tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **sizes))
     return DualEncoder(tower, DualConfig(projection_dim=512, llm_width=TEACHER.width)).train()
 
