@@ -173,7 +173,7 @@ def page(
     use = USE.replace("OPTION", OPTION if own_code else "")
     if served:
         use += f"{SERVED}{'' if tower.config['model_type'] in STOCK else PLUGIN}\n"
-    return "\n".join([*head, what, "", table, *LICENSE, use])
+    return "\n".join([*head, what, "", table, LICENSE, use])
 
 
 # Compare an exported model with LLaVA's own code on the same checkpoint: one question about one image.

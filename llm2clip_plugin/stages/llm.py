@@ -66,7 +66,6 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
 
 
 def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]) -> Path:
-    """From the data on: LLM, engine, loop, adapter."""
     with phase("opening the data"):
         data = Data(config, rank(), world_size())
     run = dataclasses.replace(open_run(config, data), command=command)
@@ -104,7 +103,6 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
 
 
 def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
-    """The run, with DeepSpeed's configuration and what its checkpoints are compared with."""
     total_steps, deepspeed = plan_stage(config, data.samples, world_size())
     folders = map(adapters.adapter_folder, config.start_adapters)
     starts = {f"start adapter {number}": adapters.adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
@@ -252,7 +250,7 @@ def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) 
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
+    """Print the plan or train; exit status 0."""
     config = FINETUNE_LLM.parse(argv)
     train = partial(finetune_llm, config, started_by("finetune-llm", argv))
     return plan_or_train(config.dry_run, partial(llm_plan, config), train, "adapter")
@@ -364,7 +362,6 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int])
 
 
 def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
-    """The LLM's frozen parameters and the adapter's."""
     lora, trained = config.lora, trained_parameters(shape.llm, config)
     dtype = ("NF4 and " if config.encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
     starts = "".join(f"; {name} merged" for name in config.start_adapters)

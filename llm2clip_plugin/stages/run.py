@@ -1,7 +1,5 @@
 """A run of either training stage: DeepSpeed's configuration, the checkpoint to resume from, run.json, the end."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -313,12 +311,9 @@ def warmup_note(optim: OptimConfig, total_steps: int) -> str:
 
 def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """One line with the scores before training and now: of all captions, or of every part if there is no total."""
-    names = headline(name for name in after if name in before)
-    if before == after:  # a run without steps
-        values = [f"{name} {after[name]:.3f}" for name in names]
-        return f"held-out scores: {', '.join(values)}" if values else ""
-    changes = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in names]
-    return f"held-out scores, before -> after: {', '.join(changes)}" if changes else ""
+    names, same = headline(name for name in after if name in before), before == after  # a run without steps
+    values = [f"{name} {'' if same else f'{before[name]:.3f} -> '}{after[name]:.3f}" for name in names]
+    return f"held-out scores{'' if same else ', before -> after'}: {', '.join(values)}" if values else ""
 
 
 # How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage.
@@ -384,8 +379,8 @@ def describe_columns(
     kept: StepMemory | None = None,
 ) -> str:
     """A table of GPUs by ZeRO stage, with scripts/zeroN.json: the run's micro-batch (0: the largest that fits under
-    ZeRO-1) and a GPU's memory. ``about``: further assumptions. ``kept``: what a step
-    needs without gradient checkpointing, which is on where this does not fit."""
+    ZeRO-1) and a GPU's memory. ``kept``: what a step needs without gradient checkpointing, which is on where this does
+    not fit."""
 
     def total(memory: StepMemory, stage: int, world: int, micro_batch: int) -> float:
         stage = 1 if stage == 0 and memory.precision != "fp32" else stage  # as it runs, see train.optim
@@ -393,18 +388,16 @@ def describe_columns(
         parts = rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
         return sum(parts.values()) / GIB
 
-    lines = [
-        "  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages) + "  checkpointing" * bool(kept)
-    ]
+    columns = [*(f"   ZeRO-{stage}" for stage in stages), "  checkpointing" * bool(kept)]
+    lines = ["  GPUs   local  micro-batch" + "".join(columns)]
     for world in WORLDS:
         local, rest = divmod(train.global_batch, world)
         sizes = [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and train.micro_batch in (0, n)]
         fits = (size for size in sizes if train.micro_batch or total(memory, 1, world, size) <= FILLED * gpu_gib)
         if size := next(fits, 0):
             off = kept if kept and total(kept, 1, world, size) <= FILLED * gpu_gib else None
-            row = f"{local:7} {size:12}" + "".join(
-                f"{total(off or memory, stage, world, size):9.1f}" for stage in stages
-            )
+            needed = (total(off or memory, stage, world, size) for stage in stages)
+            row = f"{local:7} {size:12}" + "".join(f"{each:9.1f}" for each in needed)
             row += f"{'off' if off else 'on':>15}" * bool(kept)
         else:
             row = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {train.global_batch}"
