@@ -228,13 +228,14 @@ def make_references(
         references[AVERAGES] = Reference(engine, decay, warmup=True, updates=updates, values=values)
     if frozen is not None:
         values = resumed.twin if resumed is not None else None
-        references[TWIN] = Reference(engine, config.distill.reference_decay, module=frozen, values=values)
+        decay = config.distill.decay if config.distill.reference == "ema" else 1.0
+        references[TWIN] = Reference(engine, decay, module=frozen, values=values)
     return references
 
 
 def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_size: int) -> TrainingRun:
     """The run's DeepSpeed configuration and what its checkpoints are compared with."""
-    plan, deepspeed = plan_engine(config, samples=data.samples, world=world_size(), hidden_size=hidden_size)
+    steps, deepspeed = plan_engine(config, samples=data.samples, world=world_size(), hidden_size=hidden_size)
     learned_from = {"teacher": data.caches[0].teacher.fingerprint, "samples": data.samples}
     if data.clip_caches:
         learned_from["clip"] = data.clip_caches[0].fingerprint
@@ -242,7 +243,7 @@ def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_s
         config=config,
         run_settings={**dataclasses.asdict(config), **learned_from},
         teacher=dataclasses.asdict(data.caches[0].teacher),
-        total_steps=plan.total_steps,
+        total_steps=steps,
         deepspeed=deepspeed,
         data=data.digests,
         command=command,
@@ -393,7 +394,7 @@ def tower_plan(config: RunConfig) -> str:
     dual = shape_dual(config.tower, config.dual)
     check_patch_layers(config.loss, dual.tower.config.num_hidden_layers)
     heads, gpu_gib, tower = config.heads, config.plan.gpu_gib, dual.tower.config
-    plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
+    _, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
     trained = trained_parameters(dual, config.optim)
     parameters = plans.describe_parameters(trained, config.optim)
     memory, auto = step_memory(config, dual), config.train.gradient_checkpointing == "auto"
@@ -406,10 +407,10 @@ def tower_plan(config: RunConfig) -> str:
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
         f"{config.dual.projection_dim}, LLM embeddings {width} wide",
         *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
-        plans.describe_run(plan, deepspeed, samples=samples, world=world),
+        plans.describe_run(config.train, config.optim, deepspeed, samples=samples, world=world),
         parameters,
         *([f"gradient checkpointing (auto): {'off' if fits else 'on'}"] if auto else []),
-        plans.describe_rank(kept if kept and fits else memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
+        plans.describe_rank(kept if kept and fits else memory, deepspeed, config.train, world=world, gpu_gib=gpu_gib),
         plans.describe_columns(memory, config.train, gpu_gib, kept=kept),
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
