@@ -11,11 +11,10 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, Generic, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,13 +34,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------- measurements
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run(Generic[T]):
+class Run(NamedTuple):
     """One timed call and its result."""
 
-    wall: float  # seconds; on a GPU, between two CUDA events
+    wall: float  # seconds
     cpu: float  # processor seconds, which other programs hardly disturb
-    result: T
+    result: Any
 
     @property
     def seconds(self) -> float:
@@ -49,25 +47,20 @@ class Run(Generic[T]):
         return self.wall if torch.cuda.is_available() else self.cpu
 
 
-def timed(work: Callable[[], T]) -> Run[T]:
-    """Call ``work`` and wait until the GPU has finished; its time is then measured by CUDA events."""
-    if not torch.cuda.is_available():
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = work()
-        return Run(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu, result=result)
-    torch.cuda.synchronize()
-    start, end, cpu = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True), time.process_time()
-    start.record()
+def timed(work: Callable[[], Any]) -> Run:
+    """Call ``work`` and wait until the GPU has finished."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
     result = work()
-    end.record()
-    torch.cuda.synchronize()
-    return Run(wall=start.elapsed_time(end) / 1e3, cpu=time.process_time() - cpu, result=result)
+    wait()
+    return Run(time.perf_counter() - wall, time.process_time() - cpu, result)
 
 
-def alternate(ways: Mapping[str, Callable[[], T]], rounds: int, *, warm_up: bool = True) -> dict[str, list[Run[T]]]:
+def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: bool = True) -> dict[str, list[Run]]:
     """Time every way once a round, each round starting with the next way; an additional first round is not counted."""
     names = list(ways)
-    runs: dict[str, list[Run[T]]] = {name: [] for name in names}
+    runs: dict[str, list[Run]] = {name: [] for name in names}
     for number in range(rounds + warm_up):
         first = number % len(names)
         for name in names[first:] + names[:first]:
@@ -101,12 +94,21 @@ def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
+def alternate_processes(
+    measure: Callable[..., tuple[int, Run]], ways: Iterable[str], args: argparse.Namespace
+) -> tuple[dict[str, list[Run]], dict[str, str]]:
+    """The runs of ``measure(way, args)``, each in a new process, way by way; and the MiB of each way's peak."""
+    rounds = [{way: in_new_process(measure, way, args) for way in ways} for _ in range(args.rounds)]
+    runs = {way: [one[way][1] for one in rounds] for way in rounds[0]}
+    return runs, {way: f"{max(one[way][0] for one in rounds) / 2**20:,.0f}" for way in runs}
+
+
 # -------------------------------------------------------------------------------------------------- table
 
 
 def print_table(
     about: str,
-    runs: Mapping[str, Sequence[Run[Any]]],
+    runs: Mapping[str, Sequence[Run]],
     *,
     amount: float,
     unit: str,
@@ -147,15 +149,11 @@ def write_shard(folder: Path, count: int, *, side: int = 512, quality: int = 95)
         for number in range(count):
             body = io.BytesIO()
             photo_like(rng, side).save(body, "JPEG", quality=quality)
-            _add(tar, f"{number:05d}.jpg", body.getvalue())
-            _add(tar, f"{number:05d}.txt", f"caption {number}".encode())
+            for suffix, content in (("jpg", body.getvalue()), ("txt", f"caption {number}".encode())):
+                member = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
     return path
-
-
-def _add(tar: tarfile.TarFile, name: str, body: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(body)
-    tar.addfile(member, io.BytesIO(body))
 
 
 def photo_like(rng: np.random.Generator, side: int) -> Image.Image:
@@ -168,32 +166,21 @@ def photo_like(rng: np.random.Generator, side: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def random_llama(folder: Path, *, tiny: bool = False) -> Path:
-    """A Llama with random weights, of 2 narrow blocks or 8 of width 256, and a byte-level tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def random_llama(folder: Path) -> Path:
+    """A Llama of 8 blocks of width 256 with random weights, and a byte-level tokenizer."""
+    from tokenizers import ByteLevelBPETokenizer, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(special_tokens=[*specials.values()], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
+    tokens: Any = [*specials.values()]
+    tokenizer.train_from_iterator([" ".join(WORDS)], min_frequency=0, show_progress=False, special_tokens=tokens)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    width, blocks = (64, 2) if tiny else (256, 8)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=blocks,
-        num_attention_heads=width // 16,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials).save_pretrained(folder)
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": tokenizer.get_vocab_size()}
+    LlamaForCausalLM(LlamaConfig.from_dict({**sizes, **ids})).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **specials).save_pretrained(folder)
     return folder
 
 

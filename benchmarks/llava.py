@@ -24,7 +24,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, logging
 from benchmarks.common import alternate, parser, print_table
 from llm2clip_plugin.vision.export import export_tower
 
-SHAPES = {  # width, blocks, heads, image size, patch size
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+SHAPES = {
     "tiny": (64, 4, 4, 56, 14),
     "b16": (768, 12, 12, 224, 16),
     "l14-336": (1024, 24, 16, 336, 14),
@@ -33,15 +34,8 @@ SHAPES = {  # width, blocks, heads, image size, patch size
 
 def make_tower(shape: str, folder: Path) -> Path:
     """A CLIP tower directory of that shape with random weights."""
-    width, blocks, heads, image, patch = SHAPES[shape]
-    config = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        image_size=image,
-        patch_size=patch,
-    )
+    sizes: dict[str, Any] = dict(zip(SIZES, SHAPES[shape], strict=True))
+    config = CLIPVisionConfig(**sizes, intermediate_size=4 * SHAPES[shape][0])
     torch.manual_seed(0)
     export_tower(CLIPVisionModel(config).eval(), folder, origin=f"random weights of shape {shape}")
     return folder
@@ -49,17 +43,10 @@ def make_tower(shape: str, folder: Path) -> Path:
 
 def make_llava(tower: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A small LLaVA with our tower."""
-    settings: dict[str, Any] = dict(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=1000,
-        mm_vision_tower=f"llm2clip:{tower}",
-        mm_vision_select_layer=-2,
-        mm_hidden_size=json.loads((tower / "config.json").read_text())["hidden_size"],
-        mm_projector_type="mlp2x_gelu",
-    )
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    width = json.loads((tower / "config.json").read_text())["hidden_size"]
+    eye = {"mm_vision_tower": f"llm2clip:{tower}", "mm_vision_select_layer": -2, "mm_hidden_size": width}
+    settings: dict[str, Any] = {**sizes, **eye, "vocab_size": 1000, "mm_projector_type": "mlp2x_gelu"}
     model: Any = LlavaLlamaForCausalLM(LlavaConfig(**settings))
     model.get_vision_tower().load_model()
     return model.to(device=device, dtype=dtype).eval()

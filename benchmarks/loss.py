@@ -10,7 +10,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import Run, in_new_process, parser, peak_growth, print_table, timed
+from benchmarks.common import Run, alternate_processes, parser, peak_growth, print_table, timed
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 
 
@@ -24,7 +24,7 @@ def full_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> t
 LOSSES = {"full logits": full_loss, "llm2clip, in blocks": contrastive_loss}
 
 
-def measure(way: str, args: argparse.Namespace) -> tuple[int, Run[float]]:
+def measure(way: str, args: argparse.Namespace) -> tuple[int, Run]:
     """Growth of the peak memory in one forward and backward pass, its time, and the loss."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -50,12 +50,10 @@ def main() -> None:
     options.add_argument("--width", type=int, default=512, help="of the embeddings")
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = options.parse_args()
-    rounds = [{way: in_new_process(measure, way, args) for way in LOSSES} for _ in range(args.rounds)]
-    memory = {way: f"{max(one[way][0] for one in rounds) / 1e6:,.0f}" for way in LOSSES}
-    losses = {way: f"{rounds[0][way][1].result:.7g}" for way in LOSSES}
-    runs = {way: [one[way][1] for one in rounds] for way in LOSSES}
+    runs, memory = alternate_processes(measure, LOSSES, args)
+    losses = {way: f"{of_way[0].result:.7g}" for way, of_way in runs.items()}
     about = f"loss of {args.pairs} pairs, width {args.width}, {args.dtype}"
-    print_table(about, runs, amount=1, unit="passes", columns={"peak MB": memory, "loss": losses})
+    print_table(about, runs, amount=1, unit="passes", columns={"peak MiB": memory, "loss": losses})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import math
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,20 +51,12 @@ def open_clip_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callabl
     for number in range(len(source)):
         key, captions = source.captions(number)
         embeddings[captions[0].text] = cache.rows(*source.locate(number), captions, key=key)[0]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     off = dict.fromkeys(("distill", "horovod", "wandb", "distributed"), False)
-    settings = SimpleNamespace(
-        batch_size=args.batch,
-        world_size=1,
-        rank=0,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        precision="fp32",
-        accum_freq=1,
-        skip_scheduler=True,
-        grad_clip_norm=OPTIM.max_grad_norm,
-        log_every_n_steps=10**9,
-        **off,
-    )
-    model, loss, transform = OpenClipModel(dual).to(settings.device), ClipLoss(), image_transform(224, is_train=True)
+    one = {"world_size": 1, "rank": 0, "accum_freq": 1, "batch_size": args.batch, "log_every_n_steps": 10**9}
+    how = {"device": device, "precision": "fp32", "skip_scheduler": True, "grad_clip_norm": OPTIM.max_grad_norm}
+    settings = SimpleNamespace(**off, **one, **how)
+    model, loss, transform = OpenClipModel(dual).to(device), ClipLoss(), image_transform(224, is_train=True)
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     adam = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
 
@@ -101,9 +94,8 @@ def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], 
     step = our_step(dual, args.batch)
 
     def epoch() -> None:
-        batches = jpeg_batches(folder, batch=args.batch, workers=1)
-        for _ in range(args.steps):
-            assert math.isfinite(step(next(batches))[0])
+        for batch in islice(jpeg_batches(folder, batch=args.batch, workers=1), args.steps):
+            assert math.isfinite(step(batch)[0])
 
     return epoch
 

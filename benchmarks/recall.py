@@ -15,11 +15,10 @@ import argparse
 import torch
 from torch import Tensor
 
-from benchmarks.common import Run, in_new_process, parser, peak_growth, print_table, timed
+from benchmarks.common import Run, alternate_processes, parser, peak_growth, print_table, timed
 from llm2clip_plugin.evaluate.retrieval import recall
 
 KS = (1, 5, 10)
-Metrics = dict[str, float]
 
 
 def embeddings(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +30,7 @@ def embeddings(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     return torch.nn.functional.normalize(image, dim=1), torch.nn.functional.normalize(text, dim=1), owner
 
 
-def one_hot(image: Tensor, text: Tensor, owner: Tensor, args: argparse.Namespace) -> Metrics:
+def one_hot(image: Tensor, text: Tensor, owner: Tensor, args: argparse.Namespace) -> dict[str, float]:
     """Dense correct pairs times one-hot top-k, batch by batch."""
     correct = torch.zeros(len(text), len(image), dtype=torch.bool)
     correct[torch.arange(len(text)), owner] = True
@@ -49,14 +48,10 @@ def one_hot(image: Tensor, text: Tensor, owner: Tensor, args: argparse.Namespace
     return metrics
 
 
-def llm2clip(image: Tensor, text: Tensor, owner: Tensor, args: argparse.Namespace) -> Metrics:
-    return recall(image, text, owner)
+WAYS = {"one-hot": one_hot, "llm2clip": lambda image, text, owner, args: recall(image, text, owner)}
 
 
-WAYS = {"one-hot": one_hot, "llm2clip": llm2clip}
-
-
-def measure(way: str, args: argparse.Namespace) -> tuple[int, Run[Metrics]]:
+def measure(way: str, args: argparse.Namespace) -> tuple[int, Run]:
     """Peak memory and time of one way in this process, and its metrics."""
     arrays = embeddings(args)
     (arrays[0] @ arrays[1][:64].T).sum()  # the first product starts the threads
@@ -70,9 +65,7 @@ def main() -> None:
     options.add_argument("--captions", type=int, default=25000)
     options.add_argument("--batch", type=int, default=64, help="queries per batch of one-hot")
     args = options.parse_args()
-    rounds = [{way: in_new_process(measure, way, args) for way in WAYS} for _ in range(args.rounds)]
-    memory = {way: f"{rounds[0][way][0] / 2**20:,.0f}" for way in WAYS}
-    runs = {way: [one[way][1] for one in rounds] for way in WAYS}
+    runs, memory = alternate_processes(measure, WAYS, args)
     about = f"recall of {args.images:,} images x {args.captions:,} captions, one-hot of {args.batch} queries"
     print_table(about, runs, amount=1, unit="evaluations", columns={"MiB above the inputs": memory})
     theirs, ours = (of_way[0].result for of_way in runs.values())

@@ -31,9 +31,8 @@ from benchmarks.common import (
 from llm2clip_plugin.stages.llm import trained_module
 from llm2clip_plugin.stages.settings import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
-from llm2clip_plugin.text.contrast import CaptionStep, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pairs import PairBatches, PairTokenizer, open_pairs
+from llm2clip_plugin.text.pairs import CaptionStep, PairBatches, PairTokenizer, caption_terms, open_pairs
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
 
@@ -95,12 +94,8 @@ def ours(args: argparse.Namespace) -> Step:
     encoder = CaptionEncoder(encoder_config(args.llm), trainable_adapter=True)
     config = FinetuneConfig(encoder=encoder_config(args.llm), lora=LoraSettings(dropout=0.0), contrast=CONTRAST)
     module = trained_module(encoder, config)
-    ds_config = {
-        "train_batch_size": args.batch,
-        "train_micro_batch_size_per_gpu": args.micro,
-        "zero_optimization": {"stage": 0},
-        "steps_per_print": 1 << 31,
-    }
+    batch = {"train_batch_size": args.batch, "train_micro_batch_size_per_gpu": args.micro}
+    ds_config = {**batch, "zero_optimization": {"stage": 0}, "steps_per_print": 1 << 31}
     groups = [{"params": [p for p in module.parameters() if p.requires_grad]}]
     engine = Engine(module, groups, OPTIM, ds_config, keep_frozen=False)
     step = CaptionStep(engine, caption_terms(CONTRAST), encoder, CONTRAST, seed=0)

@@ -6,7 +6,6 @@ Both ways train the same dual encoder from the same weights, and their first los
 the best matrix product measured here.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,25 +18,22 @@ from torch import Tensor
 
 from benchmarks.common import alternate, parser, print_table, timed, write_shard
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, shard_captions
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision
+from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision, TrainConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.losses.base import weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
-from llm2clip_plugin.train.optim import EnginePlan, complete, parameter_groups
+from llm2clip_plugin.train.optim import complete, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 
-TOWERS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-    "vit-s": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
-    "vit-b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-}
+TOWERS = {"tiny": (32, 2, 2, 64), "vit-s": (384, 12, 6, 1536), "vit-b": (768, 12, 12, 3072)}
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 TEACHER = TeacherIdentity(
     llm="random", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="last",
     layer=-1, prompt="", chat_template="", max_tokens=64, width=640,
@@ -56,22 +52,17 @@ def main() -> None:
     device = start_ranks()
     peak = matmul_peak(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     for name in args.towers:
-        measure(name, args, device, peak)
-
-
-def measure(name: str, args: argparse.Namespace, device: torch.device, peak: float) -> None:
-    """Both ways, alternating."""
-    dual, batch = make_dual(name), make_batch(args.batch)
-    bare, flops = bare_step(copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16")
-    ours = our_step(dual, args.batch, args.precision)
-    ways = {"bare loop": bare, "llm2clip": lambda: float(ours(batch)[0])}
-    first = [step() for step in ways.values()]  # before rounding lets the weights drift apart
-    if abs(first[0] - first[1]) > TOLERANCE[args.precision]:
-        raise SystemExit(f"the first losses differ: {first}")
-    runs = alternate(ways, args.rounds, warm_up=False)
-    used = {way: f"{flops / median(run.seconds for run in runs[way]) / peak:.2f}" for way in runs}
-    about = f"{name}, 224 px, batch {args.batch}, {args.precision}; peak {peak / 1e9:,.0f} GFLOP/s"
-    print_table(about, runs, amount=args.batch, unit="images", columns={"FLOP/s of peak": used})
+        dual, batch = make_dual(name), make_batch(args.batch)
+        bare, flops = bare_step(copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16")
+        ours = our_step(dual, args.batch, args.precision)
+        ways = {"bare loop": bare, "llm2clip": lambda ours=ours, batch=batch: float(ours(batch)[0])}
+        first = [step() for step in ways.values()]  # before rounding lets the weights drift apart
+        if abs(first[0] - first[1]) > TOLERANCE[args.precision]:
+            raise SystemExit(f"the first losses differ: {first}")
+        runs = alternate(ways, args.rounds, warm_up=False)
+        used = {way: f"{flops / median(run.seconds for run in runs[way]) / peak:.2f}" for way in runs}
+        about = f"{name}, 224 px, batch {args.batch}, {args.precision}; peak {peak / 1e9:,.0f} GFLOP/s"
+        print_table(about, runs, amount=args.batch, unit="images", columns={"FLOP/s of peak": used})
 
 
 def make_dual(name: str) -> DualEncoder:
@@ -79,7 +70,8 @@ def make_dual(name: str) -> DualEncoder:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **TOWERS[name]))
+    sizes: dict[str, Any] = dict(zip(SIZES, TOWERS[name], strict=True))
+    tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **sizes))
     return DualEncoder(tower, DualConfig(projection_dim=512, llm_width=TEACHER.width)).train()
 
 
@@ -132,18 +124,10 @@ def our_step(
     dual: DualEncoder, size: int, precision: Precision = "fp32", *, stage: int = 0, world: int = 1, bucket: float = 1.0
 ) -> TowerStep:
     """The training step of this project; bucket: factor of DeepSpeed's reduce_bucket_size."""
-    plan = EnginePlan(
-        global_batch=size * world,
-        micro_batch=size,
-        accumulation=1,
-        precision=precision,
-        optim=OPTIM,
-        warmup_steps=0,
-        total_steps=100,
-        hidden_size=dual.tower.config.hidden_size,
-    )
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
-    config = complete({"zero_optimization": {"stage": stage}}, plan)
+    train, hidden_size = TrainConfig(global_batch=size * world, precision=precision), dual.tower.config.hidden_size
+    user = {"zero_optimization": {"stage": stage}}
+    config = complete(user, train, OPTIM, world=world, total_steps=100, hidden_size=hidden_size)
     zero = config["zero_optimization"]
     zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
     engine = Engine(dual, groups, OPTIM, config)
@@ -156,8 +140,7 @@ def write_training_data(folder: Path, count: int) -> None:
     write_shard(folder, count)
     source, writer = open_source(SourceConfig(path=str(folder))), CacheWriter(folder / "cache", TEACHER)
     for shard in source.shards:
-        samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
-        keys, captions = zip(*samples, strict=True)
+        keys, captions = shard_captions(source, shard)
         rows = caption_rows(captions)
         writer.write_shard(shard.name, keys, rows, torch.randn(len(rows), TEACHER.width))
     writer.finish()

@@ -46,7 +46,7 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(args.ranks), LOCAL_SIZE=str(args.ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     start_ranks()
-    TOWERS["deep"] = {**TOWERS["tiny"], "num_hidden_layers": args.blocks}
+    TOWERS["deep"] = (TOWERS["tiny"][0], args.blocks, *TOWERS["tiny"][2:])
     dual, tolist = make_dual("deep"), Tensor.tolist
 
     def seen(self: Tensor) -> Any:
@@ -62,16 +62,9 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
         losses.append(step(batch)[0])
         assert step.engine.grad_norm is not None  # the loop reports it
     if rank == 0:
-        groups, found = len(step.engine.groups), Counter(kinds(trace.events()))
-        cells = [
-            stage,
-            groups,
-            found["collective"],
-            found["flush"],
-            found["read"],
-            ", ".join(f"{x:.6f}" for x in losses),
-        ]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        found = Counter(kinds(trace.events()))
+        counts = [stage, len(step.engine.groups), *(found[kind] for kind in ("collective", "flush", "read"))]
+        print(f"| {' | '.join(map(str, counts))} | {', '.join(f'{loss:.6f}' for loss in losses)} |", flush=True)
 
 
 def kinds(events: Any) -> Iterator[str]:

@@ -24,11 +24,10 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm2clip_plugin.bootstrap import fraction, p_value, signed, spread, t_quantile
 from llm2clip_plugin.contracts import ScoreFile, atomic_file
@@ -122,19 +121,16 @@ def part_of(name: str) -> str:
 
 
 def gains(stated: Mapping[str, Any], values: Mapping[str, Values], sides: Sides) -> list[float]:
-    """For each seed, which fraction of the significant differences in ``stated`` its values have."""
-    weights = {
-        name: claim["difference"] / ((claim["interval"][1] - claim["interval"][0]) / 2) ** 2
-        for name, claim in stated.items()
-        if claim["significant"]
-    }
-    whole = sum(weight * fmean(differences(stated[name], sides)) for name, weight in weights.items())
-    by_claim = [[weight * one for one in differences(values[name], sides)] for name, weight in weights.items()]
+    """For each seed, which fraction of the differences in ``stated`` its values have."""
+    whole, by_claim = 0.0, []
+    for name, claim in stated.items():
+        weight = claim["difference"] / ((claim["interval"][1] - claim["interval"][0]) / 2) ** 2
+        whole += weight * fmean(differences(claim, sides))
+        by_claim.append([weight * one for one in differences(values[name], sides)])
     return [sum(of_seed) / whole for of_seed in zip(*by_claim, strict=True)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checked:
+class Checked(NamedTuple):
     """One number of a rerun against what is stated."""
 
     name: str
@@ -149,12 +145,6 @@ class Checked:
         off = self.now - self.stated
         return (-off if self.below_only else abs(off)) <= self.most
 
-    def line(self, shown: Callable[[float], str]) -> str:
-        """A row of a Markdown table; ``shown`` writes a number of a claim."""
-        write = fraction if self.below_only else shown
-        verdict = "as stated" if self.same else "**moved**"
-        return f"| {self.name} | {write(self.stated)} | {write(self.now)} | {write(self.most)} | {verdict} |"
-
 
 def check(
     stated: Mapping[str, Any], new: Mapping[str, Values], sides: Sides, *, numbers: int, parts: int
@@ -167,14 +157,14 @@ def check(
             ("difference", differences(old, sides), differences(now, sides)),
             (sides[0], old[sides[0]], now[sides[0]]),
         ):
-            most, what = reach(before, after, NUMBERS_LEVEL / numbers), f"{name}; {what}"
-            found.append(Checked(name=what, stated=fmean(before), now=fmean(after), most=most))
+            most = reach(before, after, NUMBERS_LEVEL / numbers)
+            found.append(Checked(f"{name}; {what}", fmean(before), fmean(after), most))
     for part in dict.fromkeys(map(part_of, stated)):
         own = {name: claim for name, claim in stated.items() if part_of(name) == part and claim["significant"]}
         if own and own.keys() <= new.keys():
             before, after = gains(own, own, sides), gains(own, new, sides)
-            most, what = reach(before, after, GAINS_LEVEL / parts, sides=1), f"{part}: fraction of the gains"
-            found.append(Checked(name=what, stated=1.0, now=fmean(after), most=most, below_only=True))
+            most = reach(before, after, GAINS_LEVEL / parts, sides=1)
+            found.append(Checked(f"{part}: fraction of the gains", 1.0, fmean(after), most, below_only=True))
     return found
 
 
@@ -192,9 +182,11 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
     found: list[Checked] = []
     for stated, new, sides, shown in runs:
-        checked = check(stated, new, sides, **levels)
         print("| number | stated | now | may differ by | |\n|---|---|---|---|---|")
-        print("\n".join([*(one.line(shown) for one in checked), ""]))
+        for one in (checked := check(stated, new, sides, **levels)):
+            cells = map(fraction if one.below_only else shown, (one.stated, one.now, one.most))
+            print(f"| {one.name} | {' | '.join(cells)} | {'as stated' if one.same else '**moved**'} |")
+        print()
         found += checked
     return found, [name for stated, new, *_ in runs for name in stated if name not in new]
 
@@ -219,11 +211,12 @@ def table(claims: Mapping[str, Any], *, full: bool = False) -> list[str]:
     for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
         difference = f"{signed(claim['difference'])} [{', '.join(map(signed, claim['interval']))}]"
         alone, chance = f"{claim['seeds_significant']} of {len(claim['tuned'])}", fraction(claim["chance"])
-        strong = "**" if claim["headline"] else ""
-        cells = [spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}", difference, alone, chance]
         if full:
             sides = [fraction(fmean(claim[side])) for side in RAW_TUNED]
             cells = [*sides, chance, difference, adjusted_p(claim, "not significant"), alone]
+        else:
+            strong = "**" if claim["headline"] else ""
+            cells = [spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}", difference, alone, chance]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
 
@@ -266,11 +259,11 @@ def main() -> int:
         claims = measured(args.folder)
         record(CLAIMS, claims, BEGIN, {README: table(claims), BENCHMARKS: table(claims, full=True)})
     if args.record in ("all", "llava"):
-        if not (new := measured_llava(args.folder)):
+        if not (claims := measured_llava(args.folder)):
             raise FileNotFoundError(f"{args.folder} has no LLaVA; run scripts/quickstart.sh without --no-llava")
-        known = read_json(CLAIMS_LLAVA) if CLAIMS_LLAVA.is_file() else {}  # the control, which no run measures, stays
-        controls = {name: {"control": one["control"]} for name, one in known.items() if "control" in one}
-        claims = {name: {**claim, **controls.get(name, {})} for name, claim in new.items()}
+        for name, known in (read_json(CLAIMS_LLAVA) if CLAIMS_LLAVA.is_file() else {}).items():
+            if name in claims and "control" in known:
+                claims[name]["control"] = known["control"]  # no run measures it
         record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, dict.fromkeys((README, BENCHMARKS), llava_table(claims)))
     if args.record:
         return 0

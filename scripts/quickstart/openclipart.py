@@ -3,20 +3,18 @@
 
     scripts/quickstart/openclipart.py --output quickstart-output/openclipart [--size 98] [--drawings DIR]
 
-The drawings are Debian's package ``openclipart-svg`` (public domain by the files' own tags, 25 MB). They are taken from
-``--drawings``, else from /usr/share/openclipart/svg, else downloaded from the mirror that apt is configured with. resvg
-draws them on white. Left out: drawings without a title or with fewer than two keywords, titles of whole collections,
-blank ones, and those whose title or a keyword is the name of a validation or test emoji. A family, which one split has
-whole, is drawings with one title, or that look alike in gray.
+The drawings are those of Debian's package ``openclipart-svg`` (public domain by the files' own tags, 25 MB), installed
+or unpacked in ``--drawings`` (``apt-get download openclipart-svg; dpkg-deb -x openclipart-svg_*.deb DIR``). resvg draws
+them on white. Left out: drawings without a title or with fewer than two keywords, titles of whole collections, blank
+ones, and those whose title or a keyword is the name of a validation or test emoji. A family, which one split has whole,
+is drawings with one title, or that look alike in gray.
 """
 
 import argparse
 import hashlib
 import io
 import re
-import subprocess
 import sys
-import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
@@ -29,7 +27,7 @@ from shards import EMOJI, Description, Sample, read_tar, write_tar
 
 from llm2clip_plugin.contracts import atomic_directory
 
-PACKAGE, INSTALLED = "openclipart-svg", Path("/usr/share/openclipart/svg")
+INSTALLED = Path("/usr/share/openclipart/svg")
 LEFT_OUT = {"unsorted", "flags"}  # folders
 COLLECTION = 8  # a title of more drawings names a collection ("Lemon SVG theme"), not what is drawn
 NO_KEYWORDS = {"clip art", "clipart", "image", "media", "public domain", "svg", "png"}
@@ -68,36 +66,31 @@ def describe(drawings: Path, path: Path) -> Description | None:
 def draw(path: Path, size: int) -> Image.Image | None:
     """The drawing in the middle of a white square of ``size`` pixels; None if it cannot be drawn or is blank."""
     try:
-        body = bytes(svg_to_bytes(svg_path=str(path), width=3 * size, dpi=96, skip_system_fonts=True))
-        with Image.open(io.BytesIO(body)) as opened:
-            picture = opened.convert("RGBA")
+        body = bytes(
+            svg_to_bytes(svg_path=str(path), width=3 * size, dpi=96, background="#fff", skip_system_fonts=True)
+        )
+        drawn = Image.open(io.BytesIO(body)).convert("RGB")
     except (ValueError, OSError, RuntimeError, Image.DecompressionBombError):
         return None
-    page = Image.new("RGBA", picture.size, "white")
-    page.alpha_composite(picture)
-    drawn = page.convert("RGB")
     box = ImageChops.difference(drawn, Image.new("RGB", drawn.size, "white")).getbbox()  # without the margin
     if box is None or np.asarray(drawn.convert("L")).std() < 4:
         return None
     return ImageOps.pad(drawn.crop(box), (size, size), Image.Resampling.LANCZOS, color="white")
 
 
-def signature(picture: Image.Image) -> np.ndarray:
-    """(16, 16) unit vector of the gray thumbnail around its mean: colors, contrast and brightness don't count."""
-    gray = np.asarray(picture.convert("L").resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
-    return (gray - gray.mean()) / (np.linalg.norm(gray - gray.mean()) + 1e-6)
-
-
-def families(samples: list[tuple[str, Image.Image]]) -> list[str]:
-    """The family of each (title, drawing): those with one title, or that look alike (also mirrored), share it."""
+def families(titles: list[str], pictures: list[Image.Image]) -> list[str]:
+    """The family of each drawing: those with one title, or that look alike (also mirrored), share it."""
     alike, first = networkx.Graph(), {}
-    alike.add_edges_from((number, first.setdefault(title, number)) for number, (title, _) in enumerate(samples))
-    look = np.stack([signature(picture) for _, picture in samples])
-    look_ND, mirrored_ND = (side.reshape(len(samples), -1) for side in (look, look[:, :, ::-1]))
+    alike.add_edges_from((number, first.setdefault(title, number)) for number, title in enumerate(titles))
+    gray = [picture.convert("L").resize((16, 16), Image.Resampling.BOX) for picture in pictures]
+    look = np.stack([np.asarray(one, dtype=np.float32) for one in gray])
+    look -= look.mean((1, 2), keepdims=True)  # colors, contrast and brightness do not count
+    look /= np.linalg.norm(look, axis=(1, 2), keepdims=True) + 1e-6
+    look_ND, mirrored_ND = (side.reshape(len(look), -1) for side in (look, look[:, :, ::-1]))
     similar_NN = np.maximum(look_ND @ look_ND.T, look_ND @ mirrored_ND.T)
     alike.add_edges_from(zip(*np.nonzero(similar_NN >= ALIKE), strict=True))
-    family = {number: samples[min(group)][0] for group in networkx.connected_components(alike) for number in group}
-    return [family[number] for number in range(len(samples))]
+    family = {number: titles[min(group)] for group in networkx.connected_components(alike) for number in group}
+    return [family[number] for number in range(len(titles))]
 
 
 def read_drawings(drawings: Path, size: int) -> list[Sample]:
@@ -106,44 +99,32 @@ def read_drawings(drawings: Path, size: int) -> list[Sample]:
     described = {path: about for path in paths if (about := describe(drawings, path))}
     titles = Counter(about["concept"] for about in described.values())
     shards = [read_tar(EMOJI / f"{split}-noto.tar") for split in ("validation", "test")]
-    emoji = [caption for shard in shards for _, _, about in shard for caption in about["captions"]]
-    # which training must not see
-    names = {words(c["text"]) for c in emoji if c["kind"] == "short" and c["language"] == "en"}
-    found: list[tuple[Path, Image.Image, Description]] = []
+    emoji = [c for shard in shards for _, _, about in shard for c in about["captions"] if c["language"] == "en"]
+    names = {words(c["text"]) for c in emoji if c["kind"] == "short"}  # which training must not see
+    pictures: dict[Path, Image.Image] = {}
     for path, about in described.items():
         if titles[about["concept"]] <= COLLECTION and not names & {about["concept"], *about["keywords"]}:
-            picture = draw(path, size)
-            found += [(path, picture, about)] if picture else []
-    if not found:
+            if picture := draw(path, size):
+                pictures[path] = picture
+    if not pictures:
         raise ValueError(f"{drawings} contains no SVG file with a title and keywords")
     samples = []
-    of_family = families([(about["concept"], picture) for _, picture, about in found])
-    for (path, picture, about), family in zip(found, of_family, strict=True):
+    of_family = families([described[path]["concept"] for path in pictures], [*pictures.values()])
+    for (path, picture), family in zip(pictures.items(), of_family, strict=True):
         key = path.relative_to(drawings).with_suffix("").as_posix().replace("/", "-").replace(".", "_")
         held_out = hashlib.sha256(f"openclipart:{family}".encode()).digest()[0] % 10 == 0  # one family in ten
         body = io.BytesIO()
         picture.save(body, "png")
-        split = "validation" if held_out else "train"
-        samples.append((key, body.getvalue(), {**about, "family": family, "split": split}))
+        more = {"family": family, "split": "validation" if held_out else "train"}
+        samples.append((key, body.getvalue(), {**described[path], **more}))
     return samples
 
 
-def download(folder: Path) -> Path:
-    """Debian's package, unpacked below ``folder``. Raises OSError if it can't be downloaded."""
-    commands = [["apt-get", "-q", "download", PACKAGE], ["sh", "-c", f"dpkg-deb -x {PACKAGE}_*.deb unpacked"]]
-    for command in commands:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
-        if done.returncode:
-            raise OSError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()[-300:]}")
-    return folder / "unpacked" / INSTALLED.relative_to("/")
-
-
-def prepare(output: Path, drawings: Path | None, size: int) -> None:
-    """Write the shards unless they exist. Raises OSError or ValueError without drawings."""
+def prepare(output: Path, drawings: Path, size: int) -> None:
+    """Write the shards unless they exist. Raises ValueError without drawings."""
     if output.is_dir():
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        samples = read_drawings(drawings or (INSTALLED if INSTALLED.is_dir() else download(Path(scratch))), size)
+    samples = read_drawings(drawings, size)
     with atomic_directory(output) as temporary:
         for split in ("train", "validation"):
             write_tar(temporary / f"{split}-openclipart.tar", [one for one in samples if one[2]["split"] == split])
@@ -154,12 +135,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/openclipart"))
     parser.add_argument("--size", type=int, default=98, help="pixels of a side (default: 98, as the emoji)")
-    parser.add_argument("--drawings", type=Path, help="folder of the drawings, if they are on this machine")
+    parser.add_argument("--drawings", type=Path, default=INSTALLED, help="folder of the drawings")
     options = parser.parse_args()
     try:
         prepare(options.output, options.drawings, options.size)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}; install {PACKAGE}, or unpack it and set --drawings to its folder")
+    except ValueError as error:
+        sys.exit(
+            f"error: {error}; install openclipart-svg, or unpack it (dpkg-deb -x) and set --drawings to its folder"
+        )
 
 
 if __name__ == "__main__":

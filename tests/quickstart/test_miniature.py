@@ -68,12 +68,8 @@ def test_sides_that_were_trained_otherwise_are_refused(output: Path) -> None:
     assert done.returncode == 1 and str(path) in done.stderr and "Traceback" not in done.stderr
 
 
-def question(number: int, image: str, text: str, answer: str) -> dict:
-    return {"id": f"q{number}", "image": image, "conversations": miniature.talk(text, answer, picture=True)}
-
-
 def test_each_turn_of_a_conversation_counts_as_a_guess(tmp_path: Path) -> None:
-    asked = [question(n, f"{n // 2}.png", "Which?", answer) for n, answer in enumerate(("a", "b", "b", "a", "b", "b"))]
+    asked = [miniature.talk(f"q{n}", "Which?", answer, f"{n // 2}.png") for n, answer in enumerate("abbabb")]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "finetune.json").write_text(json.dumps(miniature.conversations(asked)))
     assert miniature.guesses(tmp_path) == {"Which?": "b"}

@@ -15,7 +15,7 @@ import torch
 from quickstart_folders import IDENTITY, WIDTH, write_cache, write_run
 from transformers import Dinov2Config, Dinov2Model
 
-from llm2clip_plugin.evaluate.retrieval import rank_both
+from llm2clip_plugin.evaluate.retrieval import rank_both, report_retrieval
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -23,14 +23,15 @@ from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower
 
 CONCEPTS = 9
-LANGUAGES_TEST = "names in languages never trained on"
+LANGUAGES_TEST = "names in languages never trained on, caption → image"
+LONG = "test families, long captions"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """data/, and towers: two seeds of "raw" and a control, none of them trained."""
     folder = tmp_path_factory.mktemp("quickstart-report")
-    shards.prepare(folder / "data", shards.Part(concepts=(5, 4, CONCEPTS)))
+    shards.prepare(folder / "data", (5, 4, CONCEPTS))
     write_cache(folder / "data" / "all", folder / "data" / "cache" / "raw")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -47,7 +48,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def raw(folder) -> list[scores.Tower]:
     """Both seeds of "raw", measured."""
-    caches, sets = report.open_caches(folder / "data"), scores.open_sets(folder / "data" / "all")
+    caches, sets = scores.open_caches(folder / "data"), scores.open_sets(folder / "data" / "all")
     return [scores.measure_tower(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
 
 
@@ -72,26 +73,26 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
     for name in ("raw", "shuffled"):  # one tower under both names: no better than the control
         (tmp_path / "towers" / f"{name}-seed1").symlink_to(folder / "out" / "towers" / "raw-seed1")
         write_run(tmp_path, f"{name}-seed1")
-    (line,) = report.make_report(folder / "data", tmp_path).failures()
+    (line,) = report.make_report(folder / "data", tmp_path).failures
     assert line.startswith("'raw LLM, read well' reaches")
 
 
 def test_every_style_is_a_gallery_of_its_own(raw) -> None:
     by_hand, families = [], []  # 1 / rank of a caption's drawing among those of its style
-    for pairs in (one.pairs for one in raw[0].reports["test"]):
+    for pairs in raw[0].pairs:
         assert len({meta["style"] for meta in pairs.meta}) == 1 and len(pairs.meta) == CONCEPTS
         for number, (caption, owner) in enumerate(zip(pairs.captions, pairs.owner_M.tolist(), strict=True)):
             if (caption.kind, caption.language) == ("long", "en"):
                 order = (pairs.image_ND @ pairs.text_MD[number]).argsort(descending=True).tolist()
                 by_hand.append(1 / (1 + order.index(owner)))
                 families.append(pairs.meta[owner]["family"])
-    found = raw[0].queries("test families, long captions", "t2i")
+    found = raw[0].rows[f"{LONG}, caption → image"]
     assert found.scores == pytest.approx(by_hand) and len(by_hand) == 3 * CONCEPTS
     assert found.clusters == families
     # a concept's caption is in the pool once, so image -> caption is one among so many concepts
     assert found.chance == pytest.approx(np.mean(1 / np.arange(1, CONCEPTS + 1)))
-    assert raw[0].queries("test families, long captions", "i2t").chance == found.chance
-    languages = raw[0].queries(LANGUAGES_TEST, "t2i")
+    assert raw[0].rows[f"{LONG}, image → caption"].chance == found.chance
+    languages = raw[0].rows[LANGUAGES_TEST]
     assert len(languages.scores) == len(languages.clusters) == 11 * 3 * CONCEPTS
 
 
@@ -106,8 +107,8 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
     tuned = [dataclasses.replace(tower, name="tuned", seed=1 - tower.seed) for tower in raw]
     made = scores.make_claims(scores.tower_tests([*raw, *tuned]))
     first = made[0]
-    assert first.name == scores.HEADLINE[0] and len(made) == len(raw[0].tests)
-    by_hand = (raw[1].queries(LANGUAGES_TEST, "t2i").scores - raw[0].queries(LANGUAGES_TEST, "t2i").scores).mean()
+    assert first.name == scores.HEADLINE[0] and len(made) == len(raw[0].rows)
+    by_hand = (raw[1].rows[LANGUAGES_TEST].scores - raw[0].rows[LANGUAGES_TEST].scores).mean()
     assert by_hand != 0
     each = {seed: difference.difference for seed, difference in first.by_seed.items()}
     assert each == pytest.approx({0: by_hand, 1: -by_hand}) and first.difference.difference == pytest.approx(0)
@@ -151,13 +152,13 @@ def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
 
 
 def test_families_are_drawn_not_concepts(raw) -> None:
-    pairs = raw[0].pairs
+    pairs = raw[0].pairs[0]
     paired = [{**meta, "family": str(number // 2)} for number, meta in enumerate(pairs.meta)]
-    by_style = scores.report_retrieval(dataclasses.replace(pairs, meta=paired), scores.RETRIEVAL)
+    by_style = report_retrieval(dataclasses.replace(pairs, meta=paired), scores.RETRIEVAL)
     drawn = [meta["family"] for meta in paired]
     assert len(set(drawn)) < CONCEPTS
     for side in scores.SIDES:
-        assert sorted(scores.query_scores([(by_style, by_style.parts["long:en"])], side).clusters) == sorted(drawn)
+        assert sorted(scores.tower_queries([by_style], "long", side).clusters) == sorted(drawn)
     rows = {(kind, "en"): {f"concept{n}": torch.randn(4) for n in range(6)} for kind in ("short", "long", "keywords")}
     rows["short", "de"] = rows["short", "en"]
     family = {f"concept{n}": f"family{n // 2}" for n in range(6)}
@@ -170,4 +171,4 @@ def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
     write_cache(folder / "data" / "all", tmp_path / "cache" / "raw", other)
     sets = scores.open_sets(folder / "data" / "all")
     with pytest.raises(ContractError, match=other.fingerprint):
-        scores.measure_tower(folder / "out" / "towers" / "raw-seed0", sets, report.open_caches(tmp_path))
+        scores.measure_tower(folder / "out" / "towers" / "raw-seed0", sets, scores.open_caches(tmp_path))

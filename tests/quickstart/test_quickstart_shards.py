@@ -15,7 +15,7 @@ from llm2clip_plugin.data.sources import SourceConfig, open_source
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("quickstart-data")
-    shards.prepare(output, shards.Part(concepts=(30, 10, 12), languages=("de", "zh")))
+    shards.prepare(output, (30, 10, 12), ("de", "zh"))
     return output
 
 

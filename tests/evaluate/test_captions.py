@@ -1,0 +1,157 @@
+"""Caption retrieval accuracy, against a loop by hand, and the search for how an LLM is best read, from end to end."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from evaluate_world import write_llm
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.contracts import CacheManifest
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.evaluate.captions import FIT_CAPTIONS, READINGS, find_pairs, measure_captions, search
+from llm2clip_plugin.evaluate.config import CaptionSetConfig, EvaluateCaptionsConfig, ReadingConfig
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, first_captions, remove_components
+
+NAMES = "cat dog boat tree house lake bird fish moon star road hill".split()
+GERMAN = ["Katze", "Hund", "Boot", "Baum", "Haus", "See"]
+
+
+def write_set(path: Path, names: list[str], foreign: list[str], language: str) -> Path:
+    rows = []
+    for number, (name, other) in enumerate(zip(names, foreign, strict=True)):
+        texts = [
+            {"text": name, "kind": "short"},
+            {"text": f"a picture of a {name}", "kind": "long"},
+            {"text": other, "kind": "short", "language": language},
+        ]
+        rows.append({"id": f"k{number}", "image": "x.png", "captions": texts})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("set") / "set.jsonl"
+    return write_set(path, NAMES[:6] * 2, GERMAN * 2, "de")  # each twice, as in two drawing styles
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> CaptionEncoder:
+    llm = write_llm(tmp_path_factory.mktemp("llm"))
+    return CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32", query_prompt="Query: "), "cpu")
+
+
+def top1(encoder: CaptionEncoder, first: list[str], second: list[str], *, center: bool = False) -> float:
+    """By a plain loop; the first as queries."""
+    left = torch.cat([encoder.encode([text], query=True) for text in first])
+    right = torch.cat([encoder.encode([text]) for text in second])
+    if center:
+        left, right = left - left.mean(0), right - right.mean(0)
+    scores = F.normalize(left, dim=1) @ F.normalize(right, dim=1).T
+    return sum(int(scores[i].argmax()) == i for i in range(len(first))) / len(first)
+
+
+def test_accuracy_is_that_of_a_plain_loop(teacher: CaptionEncoder, captions: Path) -> None:
+    rows = {row.name: row for row in measure_captions(teacher, CaptionSetConfig(captions=str(captions)))}
+    assert list(rows) == ["short->long", "de->en", "languages"]
+    names = NAMES[:6]
+    long = [f"a picture of a {name}" for name in names]
+    assert rows["short->long"].pairs == 6  # the same pair of another style counts once
+    assert rows["short->long"].cra == pytest.approx(top1(teacher, names, long))
+    assert rows["short->long"].centred == pytest.approx(top1(teacher, names, long, center=True))
+    assert rows["de->en"].cra == rows["languages"].cra == pytest.approx(top1(teacher, GERMAN, names))
+
+
+def test_pairs_are_of_two_different_texts() -> None:
+    same, two = (Caption("x"), Caption("x", "long")), (Caption("y"), Caption("y", "long"), Caption("z", "long"))
+    found = find_pairs([("a", same), ("b", two)], ("short", "en"), ("long", "en"))
+    assert found == [("b", "y", "z")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LLM, and captions for validation and training."""
+    folder = tmp_path_factory.mktemp("reading")
+    write_llm(folder / "llm")
+    training = NAMES[8:] + [f"{a} and {b}" for a in NAMES for b in NAMES if a < b]
+    for name, texts in (("validation", NAMES[:8]), ("train", training)):
+        write_set(folder / f"{name}.jsonl", texts, [f"el {text[::-1]}" for text in texts], "es")
+    return folder
+
+
+def config(folder: Path) -> EvaluateCaptionsConfig:
+    return EvaluateCaptionsConfig(
+        measure=CaptionSetConfig(captions=str(folder / "validation.jsonl")),
+        encoder=EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"),
+        search=True,
+        reading=ReadingConfig(fit_on=str(folder / "train.jsonl"), components=(0, 2)),
+    )
+
+
+def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -> None:
+    found = search(config(folder))
+    assert len(found) == 2 * 2 * 3 * 2 * 3  # templates, attentions, hidden states, poolings, post-processing
+    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    assert len({one.score for one in found}) > 3
+    training = first_captions(str(folder / "train.jsonl"), FIT_CAPTIONS)
+    for number, one in enumerate([*found[:2], *[one for one in found if (one.layer, one.components) == (1, 2)][:2]]):
+        settings = {name: vars(one)[name] for name in ("attention", "pooling", "layer", "chat_template")}
+        if one.post is not None:
+            plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu")
+            assert torch.allclose(one.post.mean, plain.encode(training).mean(0), atol=1e-5)
+            (tmp_path / str(number)).mkdir()
+            one.post.save(tmp_path / str(number))
+            settings["post_file"] = str(tmp_path / str(number) / POST_FILE)
+        encoder = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu")
+        rows = {row.name: row.cra for row in measure_captions(encoder, config(folder).measure)}
+        assert one.rows == pytest.approx({name: rows[name] for name in ("short->long", "languages")})
+        assert one.score == pytest.approx((rows["short->long"] + rows["languages"]) / 2)
+
+
+def test_removed_components_are_the_largest_of_the_fit() -> None:
+    torch.manual_seed(0)
+    spread_W = torch.tensor([9.0, 5.0, 1.0, 1.0, 1.0, 1.0])
+    rotation_WW = torch.linalg.qr(torch.randn(6, 6))[0]
+    fitted_NW = torch.randn(400, 6) * spread_W @ rotation_WW.T + 3
+    centered, without = remove_components(fitted_NW, (0, 2))
+    assert torch.allclose(centered(fitted_NW), fitted_NW - fitted_NW.mean(0), atol=1e-4)
+    left_NW = without(fitted_NW)
+    assert (left_NW @ rotation_WW[:, :2]).std(0).max() < 0.7  # of 9 and 5; the fit's directions are a little off
+    assert (left_NW @ rotation_WW[:, 2:]).std(0).min() > 0.8
+    values = torch.linalg.eigvalsh(torch.cov(left_NW.T))
+    assert values[:2].abs().max() < 1e-4 < values[2]
+    with pytest.raises(ValueError, match="cannot remove 6 components"):
+        remove_components(fitted_NW, (6,))
+
+
+def test_the_printed_command_embeds_so_and_the_fingerprint_knows(folder: Path, tmp_path: Path, capsys) -> None:
+    words = ["evaluate", "captions", str(folder / "validation.jsonl"), "--llm", str(folder / "llm"), "--search"]
+    words += ["--fit-on", str(folder / "train.jsonl"), "--folder", str(tmp_path / "found")]
+    assert main([*words, "--compute-dtype", "float32", "--components", "2", "--templates", ""]) == 0
+    said = capsys.readouterr().out.splitlines()
+    best = json.loads((tmp_path / "found" / READINGS).read_text())["readings"][0]
+    embed = shlex.split(said[-1])[1:]
+    embed[embed.index("DATA")] = str(folder / "validation.jsonl")
+    if best["components"] < 0:  # then nothing is removed, but the way is the same
+        embed += ["--post-file", str(write_post(folder, tmp_path))]
+    assert main([*embed, "--cache", str(tmp_path / "cache"), "--compute-dtype", "float32"]) == 0
+    teacher = CacheManifest.read(tmp_path / "cache" / CacheManifest.FILE).teacher
+    assert (teacher["layer"], teacher["attention"], teacher["pooling"]) == tuple(
+        best[name] for name in ("layer", "attention", "pooling")
+    )
+    assert len(teacher["post"]) == 64
+    plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu").identity()
+    assert dataclasses.replace(plain, post=teacher["post"]).fingerprint != plain.fingerprint
+
+
+def write_post(folder: Path, where: Path) -> Path:
+    encoder = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu")
+    (post,) = remove_components(encoder.encode(NAMES + [f"a {name}" for name in NAMES]), (1,))
+    post.save(where)
+    return where / POST_FILE
