@@ -13,13 +13,17 @@ import torch
 from greedy import TOKENS
 from PIL import Image
 from serve_checkpoints import full, tower_directory
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from tiny_llm import save_tiny_llm
+from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from llava_integration.serve.build import register
 from llava_integration.serve.export import Export, export
+from llm2clip_plugin.cli import main as llm2clip
 
-STOCK = ("metaclip2",)  # vLLM opens it without our plugin
-FAMILIES = ("openvision", "aimv2", "aimv2_native", "dinov3", "radio", "pe_core", *STOCK)
+TRAINED = ("trained-clip", "trained-eva02")  # of vlm build, and saved again by transformers
+STOCK = ("metaclip2", "trained-clip")  # vLLM opens them without our plugin
+FAMILIES = (*TRAINED, "openvision", "aimv2", "aimv2_native", "dinov3", "radio", "pe_core", "metaclip2")
+COLORS = ("red", "blue")
 QUESTION = "Which color is the picture?"
 ENGINE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -30,12 +34,40 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An exported LLaVA for each family."""
     root, made = tmp_path_factory.mktemp("families"), {}
     one_head = {"num_attention_heads": 1, "num_key_value_heads": 1}  # vLLM's attention on a CPU needs 32 or wider
-    for family in FAMILIES:
+    for family in TRAINED:
+        made[family] = trained(root / family, family.removeprefix("trained-"))
+    for family in FAMILIES[len(TRAINED) :]:
         checkpoint = full(root / f"llava-{family}", tower_directory(family), **one_head)
         made[family] = root / f"hf-{family}"
         export(Export.of(checkpoint, dtype="fp32"), made[family])
     Image.effect_noise((30, 20), 80).convert("RGB").save(root / "noise.png")
     return made
+
+
+def trained(folder: Path, tower: str) -> Path:
+    """A model of ``vlm build`` after 40 steps of everything."""
+    llm = save_tiny_llm(folder.with_suffix(".llm"), "qwen3", width=128)
+    built = folder.with_suffix(".built")
+    assert (
+        llm2clip(["vlm", "build", "--tower", str(tower_directory(tower)), "--llm", str(llm), "--output", str(built)])
+        == 0
+    )
+    register()
+    processor, model = AutoProcessor.from_pretrained(built), LlavaForConditionalGeneration.from_pretrained(built)
+    rows = []
+    for color in COLORS:
+        content = [{"type": "image", "image": Image.new("RGB", (40, 30), color)}, {"type": "text", "text": QUESTION}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": f"It is {color}, isn't it?"}]
+        row = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
+        rows.append({**{name: value[0] for name, value in row.items()}, "labels": row["input_ids"][0]})
+    settings = TrainingArguments(
+        str(folder), max_steps=40, learning_rate=1e-2, per_device_train_batch_size=1, use_cpu=True, report_to=[],
+        remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, settings, train_dataset=rows, processing_class=processor)
+    trainer.train()
+    trainer.save_model()
+    return folder
 
 
 @pytest.fixture(scope="module")
