@@ -40,7 +40,6 @@ from llm2clip_plugin.train.optim import (
     EnginePlan,
     Trained,
     complete,
-    flushes,
     parameter_groups,
     read_deepspeed_json,
     zero_stage,
@@ -361,16 +360,6 @@ def describe_parameters(trained: list[Trained], optim: OptimConfig) -> str:
         f"trainable parameters: {sum(sizes.values()):,}; weight decay {optim.weight_decay:g} on {sizes[True]:,}, "
         f"none on {sizes[False]:,}; peak learning rates {course}"
     )
-
-
-def describe_reduction(trained: list[Trained], config: dict[str, Any]) -> str:
-    """How often gradients are sent before the backward pass has ended."""
-    if zero_stage(config) == 3:
-        return "gradients are sent between ranks block by block during the backward pass"
-    if not (count := flushes([item.parameter.numel() for item in trained], config)):
-        return "gradients are sent between ranks after the backward pass"
-    buckets = f"in buckets of {config['zero_optimization']['reduce_bucket_size']:,.0f}"
-    return f"gradients are sent between ranks about {count} times during the backward pass {buckets}, the rest after it"
 
 
 def describe_rank(memory: StepMemory, plan: EnginePlan, config: dict[str, Any], *, world: int, gpu_gib: float) -> str:

@@ -396,7 +396,6 @@ def tower_plan(config: RunConfig) -> str:
     plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
     trained = trained_parameters(dual, config.optim)
     parameters = plans.describe_parameters(trained, config.optim)
-    reduction = plans.describe_reduction(trained, deepspeed)
     memory, auto = step_memory(config, dual), config.train.gradient_checkpointing == "auto"
     kept = step_memory(without_checkpointing(config), shape_dual(config.tower, config.dual)) if auto else None
     fits = kept and plans.fits(kept, deepspeed, config.train, world=world, gib=gpu_gib)
@@ -409,7 +408,6 @@ def tower_plan(config: RunConfig) -> str:
         *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
         plans.describe_run(plan, deepspeed, samples=samples, world=world),
         parameters,
-        reduction,
         *([f"gradient checkpointing (auto): {'off' if fits else 'on'}"] if auto else []),
         plans.describe_rank(kept if kept and fits else memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
         plans.describe_columns(memory, config.train, gpu_gib, kept=kept),

@@ -108,7 +108,7 @@ def fit_heads(
         else:
             dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=weights, targets=clip_caches)
             batches = CaptionBatches(model, dataset, config.batch, workers, device)
-        return _fit(model, batches, products, config, loss, device, seed, logging_steps, stop, unfinished)
+        return _fit(model, batches, products, config, loss, seed, logging_steps, stop, unfinished)
 
     curve, done = on_first_rank(fit)  # the others wait in no collective, whose timeout a long fit would exceed
     if done < config.steps:
@@ -219,71 +219,75 @@ def _fit(
     products: torch.autocast,
     config: HeadsConfig,
     loss_config: LossConfig,
-    device: torch.device,
     seed: int,
     logging_steps: int,
     stop: StopRequest | None,
     unfinished: Path | None,
 ) -> tuple[list[FitLine], int]:
     """Train the heads, or the text adapter alone; returns the curve and the number of steps that are done."""
+    of_clip, optimizer = config.target == "clip_text", _optimizer(model, config)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    terms = {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss_config, group=ALONE)
+    fit_of = canonical_json(["3", *map(dataclasses.asdict, (config, loss_config)), seed, batches.samples])
+    done, curve = _continued(model, optimizer, unfinished, fit_of)
+    batches.skip(done)
+    started, before = time.perf_counter(), done
+    with progress_bar(total=config.steps, label="heads", unit="steps", initial=done) as bar:
+        while done < config.steps and not stop:
+            factor = lr_factor(done, config.steps, CLIP_TEXT_OPTIM) if of_clip else 1.0
+            set_lr(optimizer.param_groups, factor)
+            with products:
+                batch = batches.draw()
+            losses = {f"loss_{name}": term(batch) for name, term in terms.items()}
+            loss = torch.stack(list(losses.values())).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            if of_clip:
+                torch.nn.utils.clip_grad_norm_(parameters, CLIP_TEXT_OPTIM.max_grad_norm)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+            done += 1
+            if done == config.steps or done % logging_steps == 0:
+                values = {"loss": loss, **losses, "logit_scale": batch.log_scale.exp()}
+                if batch.reference_bD is not None:
+                    values["cosine"] = (batch.anchor_bD * batch.reference_bD).sum(1).mean()
+                line = {name: float(value.detach()) for name, value in values.items()}
+                rate = (done - before) * batches.size / (time.perf_counter() - started)
+                line |= {"lr": config.lr * factor, "samples_per_second": rate}
+                curve.append({"step": done, "samples": done * batches.size, **line})
+                bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
+            bar.update()
+    optimizer.zero_grad()  # or these gradients are added to those of the first training step
+    if done < config.steps and unfinished is not None:
+        state: dict[str, Any] = {"fit_of": fit_of, "done": done, "curve": curve}
+        with atomic_file(unfinished) as temporary:
+            torch.save(state | {"optimizer": optimizer.state_dict(), "heads": heads_state(model)}, temporary)
+    return curve, done
+
+
+def _optimizer(model: DualEncoder, config: HeadsConfig) -> torch.optim.Optimizer:
     of_clip = config.target == "clip_text"
     trained = [
         Trained(name=name, parameter=p, lr=config.lr, decay=not is_vector(p))
         for name, p in head_parameters(model)
         if name.startswith("text_adapter.") or not of_clip
     ]
-    parameters = [item.parameter for item in trained]
     groups, eps = parameter_groups(trained, config.weight_decay), CLIP_TEXT_OPTIM.eps if of_clip else 1e-8
-    optimizer = AdamW().make(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
-    terms = {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss_config, group=ALONE)
-    curve, done = [], 0
-    fit_of = canonical_json(["2", *map(dataclasses.asdict, (config, loss_config)), seed, batches.samples])
-    if unfinished is not None and unfinished.is_file():
-        saved = torch.load(unfinished, weights_only=True)
-        if saved["fit_of"] == fit_of:
-            done, curve = saved["done"], saved["curve"]
-            batches.skip(done)
-            optimizer.load_state_dict(saved["optimizer"])
-            for parameter, value in zip(parameters, saved["parameters"], strict=True):
-                parameter.data.copy_(value)
-            log.warning("continuing the heads' fit at step %d of %d, from %s", done, config.steps, unfinished)
-    started, before = time.perf_counter(), done
-    bar = progress_bar(total=config.steps, label="heads", unit="steps", initial=done)
-    for step in range(done + 1, config.steps + 1):
-        if stop:
-            break
-        with products:
-            batch = batches.draw()
-        losses = {f"loss_{name}": term(batch) for name, term in terms.items()}
-        loss = torch.stack(list(losses.values())).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        factor = lr_factor(step - 1, config.steps, CLIP_TEXT_OPTIM) if of_clip else 1.0
-        set_lr(optimizer.param_groups, factor)
-        if of_clip:
-            torch.nn.utils.clip_grad_norm_(parameters, CLIP_TEXT_OPTIM.max_grad_norm)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
-        if step == config.steps or step % logging_steps == 0:
-            values = {"loss": loss, **losses, "logit_scale": batch.log_scale.exp()}
-            if batch.reference_bD is not None:
-                values["cosine"] = (batch.anchor_bD * batch.reference_bD).sum(1).mean()
-            line = {name: float(value.detach()) for name, value in values.items()}
-            rate = (step - before) * batches.size / (time.perf_counter() - started)
-            line |= {"lr": config.lr * factor, "samples_per_second": rate}
-            curve.append({"step": step, "samples": step * batches.size, **line})
-            bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
-        bar.update()
-        done = step
-    bar.close()
-    optimizer.zero_grad()  # or these gradients are added to those of the first training step
-    if done < config.steps and unfinished is not None:
-        state: dict[str, Any] = {"fit_of": fit_of, "done": done, "curve": curve}
-        state |= {"optimizer": optimizer.state_dict(), "parameters": [parameter.detach() for parameter in parameters]}
-        with atomic_file(unfinished) as temporary:
-            torch.save(state, temporary)
-    return curve, done
+    return AdamW().make(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
+
+
+def _continued(
+    model: DualEncoder, optimizer: torch.optim.Optimizer, unfinished: Path | None, fit_of: str
+) -> tuple[int, list[FitLine]]:
+    """Steps done and curve of the same fit that was stopped, whose state is read; of a new one otherwise."""
+    saved = torch.load(unfinished, weights_only=True) if unfinished is not None and unfinished.is_file() else {}
+    if saved.get("fit_of") != fit_of:
+        return 0, []
+    optimizer.load_state_dict(saved["optimizer"])
+    model.load_state_dict(saved["heads"], strict=False)
+    log.warning("continuing the heads' fit at step %d, from %s", saved["done"], unfinished)
+    return saved["done"], saved["curve"]
 
 
 class ImageBatches:
@@ -308,7 +312,7 @@ class ImageBatches:
         return chosen_B, caption_B, torch.randn(self.size, width, generator=self.generator)
 
     def skip(self, steps: int) -> None:
-        """As if so many batches had been drawn."""
+        """Begin after so many batches."""
         for _ in range(steps):
             self._choose()
 
@@ -334,10 +338,9 @@ class CaptionBatches:
     def __init__(self, model: DualEncoder, dataset: PairDataset, size: int, workers: int, device: torch.device) -> None:
         self.model, self.size, self.samples, self.device = model, size, len(dataset), device
         self.load = partial(PairLoader, dataset, local_batch=size, workers=workers)
-        self.batches = iter(self.load())
 
     def skip(self, steps: int) -> None:
-        """As if so many batches had been drawn."""
+        """Begin after so many batches."""
         self.batches = iter(self.load(position=steps * self.size))
 
     def draw(self) -> Features:

@@ -135,16 +135,15 @@ def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[
     factor = lr_factor(state.step, parts.total_steps, parts.optim)
     set_lr(engine.groups, factor)
     bad: list[dict[str, Any]] = []
-    with reports.count_flops():
-        try:
-            values = _update(parts, batch)
-        except NonFiniteLossError as error:
-            if len(state.bad_batches) >= parts.train.skip_bad_batches:
-                raise
-            values, bad = {}, [{"step": state.step + 1, "samples": batch["position"], "reason": error.what}]
-        with timed("optimizer"):
-            for reference in parts.references.values():
-                reference.update()
+    try:
+        values = _update(parts, batch)
+    except NonFiniteLossError as error:
+        if len(state.bad_batches) >= parts.train.skip_bad_batches:
+            raise
+        values, bad = {}, [{"step": state.step + 1, "samples": batch["position"], "reason": error.what}]
+    with timed("optimizer"):
+        for reference in parts.references.values():
+            reference.update()
     reports.timer.stop()
     seconds = time.perf_counter() - started
     state = replace(

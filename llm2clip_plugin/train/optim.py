@@ -257,22 +257,6 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
     return config
 
 
-def flushes(sizes: Iterable[int], config: dict[str, Any]) -> int:
-    """How often ZeRO-1 or 2 sends gradients before the backward pass of a step's last micro-batch has ended. sizes: of
-    the trained parameters, in the order of the forward pass."""
-    zero, stage = config["zero_optimization"], zero_stage(config)
-    # in fp32 until the end, by DeepSpeed's BF16_Optimizer
-    sums = config.get("bf16", {}).get("enabled") and config["gradient_accumulation_steps"] > 1
-    if stage not in (1, 2) or (stage == 1 and (not zero["overlap_comm"] or (sums and not offloads_optimizer(config)))):
-        return 0
-    count = filled = 0
-    for size in reversed(list(sizes)):
-        if filled + size > zero["reduce_bucket_size"]:
-            count, filled = count + 1, 0
-        filled += size
-    return count
-
-
 def zero_stage(config: dict[str, Any]) -> int:
     """The ZeRO stage of a configuration, 0 by default."""
     return int(config.get("zero_optimization", {}).get("stage", 0))

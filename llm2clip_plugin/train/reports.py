@@ -1,24 +1,17 @@
-"""What a run says about its steps: the bar, metrics.jsonl, DeepSpeed's monitors; time by phase, over ranks, MFU."""
+"""What a run says about its steps: the bar, metrics.jsonl, DeepSpeed's monitors; time by phase and over ranks."""
 
 import json
 import math
-import re
 import resource
 import socket
 import sys
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import atomic_file
@@ -42,38 +35,8 @@ WARM_UP = 5  # steps before the traced ones, if the run has as many
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
 
 # Values of a step that are labeled time/ for DeepSpeed's monitors; the others are train/, scores are eval/.
-TIME_VALUES = {"samples_per_second", "wait_share", "peak_gib", "mfu", "tflops", "slowest_rank"}
+TIME_VALUES = {"samples_per_second", "wait_share", "peak_gib", "slowest_rank"}
 TIME_PARTS = ("_seconds", "loader_")
-
-_aten = torch.ops.aten
-FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    # torch's counter lacks attention on CPUs
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
-}
-
-# Name of a device -> dense TFLOP/s with fp32 accumulation, without sparsity: (bf16 and fp16, TF32, fp32); 0: none.
-# Sources: the makers' data sheets and architecture white papers of each product. The first match counts.
-PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
-    (r"\bMIG\b|Laptop|Max-Q|4090 D\b|H100 NVL", (0, 0, 0)),  # a part of a GPU, or one with other clocks: unknown
-    (r"\bGB200\b", (2500, 1250, 80)),
-    (r"\bB200\b", (2250, 1125, 75)),
-    (r"\bH100 PCIe\b", (756, 378, 51)),
-    (r"\b(H100|H200|H800|GH200)\b", (989, 494, 67)),
-    (r"\b(A100|A800)\b", (312, 156, 19.5)),
-    (r"\bA10G\b", (70, 35, 35)),
-    (r"\bRTX A6000\b", (154.8, 77.4, 38.7)),
-    (r"\bL40S\b", (362, 183, 91.6)),
-    (r"\bL4\b", (121, 60, 30.3)),
-    (r"\bRTX 5090\b", (209.5, 104.8, 104.8)),
-    (r"\bRTX 4090\b", (165.2, 82.6, 82.6)),
-    (r"\bRTX 3090\b(?! Ti)", (71, 35.6, 35.6)),
-    (r"\bMI(300X|325X)\b", (1307, 653.7, 163.4)),
-    (r"\bV100-SXM", (125, 0, 15.7)),
-)
 
 
 class Reports:
@@ -98,7 +61,6 @@ class Reports:
         self._bar = progress_bar(
             total=total_steps, label="train", unit="steps", initial=state.step, show=self._show, delay=0.0
         )
-        self._flops: Counter[torch.dtype] | None = None  # of a step on this rank; counted by rank 0 alone
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
         self._profile: Any = None
@@ -127,16 +89,6 @@ class Reports:
         if self._file is not None:
             self._attempt(self._file.close)
         self._bar.close()
-
-    @contextmanager
-    def count_flops(self) -> Iterator[None]:
-        """Count those of a step, on rank 0, the first time."""
-        if self._flops is not None or rank() > 0:
-            yield
-            return
-        with count_model_flops() as flops:
-            yield
-        self._flops = flops
 
     def step(self, state: TrainState, seconds: float, values: dict[str, float], *, always: bool) -> None:
         """A finished step of ``seconds``; ``always``: write a line of it."""
@@ -193,13 +145,9 @@ class Reports:
             self._bar.write(text, file=sys.stderr)
 
     def _speed(self, *, last: bool) -> dict[str, Any]:
-        """Time by phase and MFU of the mean step since the last line, ranks compared."""
+        """Time by phase of the mean step since the last line, ranks compared."""
         mean = self.timer.lap("line", wait=last)
         values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
-        if mean and self._flops:
-            values["tflops"] = sum(self._flops.values()) / mean[STEP] / 1e12
-            least = least_seconds(self._flops, self.engine.device)
-            values |= {"mfu": least / mean[STEP]} if least else {}
         if world_size() > 1 and (last or self._step - self._compared_at >= COMPARE_EVERY):
             self._compared_at = self._step
             values |= self._compare()
@@ -232,14 +180,10 @@ class Reports:
             self._failed = True
 
     def _description(self) -> str:
-        """``loss 3.21  72 samples/s  MFU 41 %  R@1 image->text 0.12, text->image 0.14  1.9 GiB memory  save 0.4 s``."""
+        """``loss 3.21  72 samples/s  R@1 image->text 0.12, text->image 0.14  1.9 GiB memory  save 0.4 s``."""
         values = self.values
         parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
         parts.append(f"{self._samples_per_second:.3g} samples/s")
-        if "mfu" in values:
-            parts.append(f"MFU {100 * values['mfu']:.3g} %")
-        elif "tflops" in values:
-            parts.append(f"{values['tflops']:.3g} TFLOP/s")
         if values.get("wait_share", 0) >= 0.05:
             parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
         if "i2t_r1" in values:
@@ -300,69 +244,3 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-
-
-class ModelFlops(TorchDispatchMode):
-    """Counts the FLOPs of matrix products, convolutions and attention under it, by the dtype that they run in.
-
-    They are those that the model needs (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B): what is computed
-    again (gradient checkpointing, the first pass of gradient caching) does not count.
-    """
-
-    supports_higher_order_operators = True  # passed through, not counted
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_dtype: Counter[torch.dtype] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = FORMULAS.get(getattr(func, "_overloadpacket", func))
-        if formula is not None and not _repeated and not _recomputing():
-            dtype = next((value.dtype for value in args if isinstance(value, Tensor)), torch.float32)
-            self.by_dtype[dtype] += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-_repeated = False
-
-
-@contextmanager
-def repeated() -> Iterator[None]:
-    """What the block computes is computed again later, and counted then."""
-    global _repeated
-    _repeated = True
-    try:
-        yield
-    finally:
-        _repeated = False
-
-
-def _recomputing() -> bool:
-    """Whether gradient checkpointing is computing a block again, in the backward pass."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "unpack_hook" and frame.f_code.co_filename == checkpoint.__file__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def least_seconds(flops: Counter[torch.dtype], device: torch.device) -> float | None:
-    """Seconds that the device needs for them at its peak; None on a CPU or if the peak is unknown."""
-    if device.type != "cuda" or not flops:
-        return None
-    name = torch.cuda.get_device_name(device)
-    half, tf32, single = next((peaks for pattern, peaks in PEAKS if re.search(pattern, name)), (0, 0, 0))
-    if tf32 and torch.get_float32_matmul_precision() != "highest":
-        single = tf32
-    peaks = {dtype: half if dtype in (torch.bfloat16, torch.float16) else single for dtype in flops}
-    return sum(flops[dtype] / (peak * 1e12) for dtype, peak in peaks.items()) if all(peaks.values()) else None
-
-
-@contextmanager
-def count_model_flops() -> Iterator[Counter[torch.dtype]]:
-    """Count what the block computes. Slower by a little Python for each operation; compiled modules run eagerly."""
-    compiles = "torch._dynamo" in sys.modules  # importing it takes seconds
-    with ModelFlops() as mode, torch.compiler.set_stance("force_eager") if compiles else nullcontext():
-        yield mode.by_dtype

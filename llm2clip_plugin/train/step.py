@@ -27,7 +27,6 @@ from llm2clip_plugin.train.distributed import gather_objects, rank, sum_over_ran
 from llm2clip_plugin.train.engine import Engine, Reference
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.losses.base import Features, Terms
-from llm2clip_plugin.train.reports import repeated
 
 MAX_LOG_SCALE = math.log(100)  # upper bound of the logit scale, as in CLIP
 NAMED_KEYS = 8  # keys per rank that an error lists
@@ -107,7 +106,7 @@ class ContrastiveStep(ABC):
     def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> dict[str, float]:
         """Features without a graph, the gradient of the loss for each, and a second pass that propagates it."""
         references = map(_joined, zip(*(self._reference(micro) for micro in micro_batches), strict=True))
-        with torch.no_grad(), repeated():
+        with torch.no_grad():
             parts = [self._encode(micro) for micro in micro_batches]
         columns = zip(Encoded._fields, zip(*parts, strict=True), strict=True)
         joined = {name: column[0].clone() if name in SCALARS else _joined(column) for name, column in columns}
