@@ -7,6 +7,9 @@ Both have prompts of their own, chosen by name, and none for a new model: traine
 one format and answer in another. Here the parts of the model's template become theirs; see docs/vlm.md.
 """
 
+# Both are in environments of their own, not where types are checked.
+# pyright: reportMissingImports=false
+
 import sys
 from dataclasses import dataclass
 from typing import Any

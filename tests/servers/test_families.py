@@ -24,7 +24,11 @@ TRAINED = ("trained-clip", "trained-eva02")  # of vlm build, and saved again by 
 STOCK = ("metaclip2", "trained-clip")  # vLLM opens them without our plugin
 FAMILIES = (*TRAINED, "openvision", "aimv2", "aimv2_native", "dinov3", "radio", "pe_core", "metaclip2")
 COLORS = ("red", "blue")
-QUESTION = "Which color is the picture?"
+TEMPLATE = """{{ bos_token }}{% for m in messages %}<user>{{ m['role'] }}
+{{ m['content'] }}<end>
+{% endfor %}{% if add_generation_prompt %}<user>assistant
+{% endif %}"""
+QUESTION = "Which color is the picture?\nAnswer the question using a single word or phrase."  # as bench-mllm asks
 ENGINE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
@@ -45,23 +49,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def trained(folder: Path, tower: str) -> Path:
-    """A model of ``vlm build`` after 40 steps of everything."""
-    llm = save_tiny_llm(folder.with_suffix(".llm"), "qwen3", width=128)
-    built = folder.with_suffix(".built")
-    assert (
-        llm2clip(["vlm", "build", "--tower", str(tower_directory(tower)), "--llm", str(llm), "--output", str(built)])
-        == 0
-    )
+    """A model of ``vlm build`` that has learned to answer with a color, saved by transformers' Trainer."""
+    llm, built = save_tiny_llm(folder.with_suffix(".llm"), "qwen3", width=128), folder.with_suffix(".built")
+    (folder.parent / "chat.jinja").write_text(TEMPLATE)
+    words = ["--tower", str(tower_directory(tower)), "--llm", str(llm), "--output", str(built)]
+    assert llm2clip(["vlm", "build", *words, "--chat-template", str(folder.parent / "chat.jinja")]) == 0
     register()
     processor, model = AutoProcessor.from_pretrained(built), LlavaForConditionalGeneration.from_pretrained(built)
-    rows = []
+    options, rows = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}, []
     for color in COLORS:
         content = [{"type": "image", "image": Image.new("RGB", (40, 30), color)}, {"type": "text", "text": QUESTION}]
-        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": f"It is {color}, isn't it?"}]
-        row = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
-        rows.append({**{name: value[0] for name, value in row.items()}, "labels": row["input_ids"][0]})
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": color}]
+        row = {name: value[0] for name, value in processor.apply_chat_template(turns, **options).items()}
+        asked = processor.apply_chat_template(turns[:1], add_generation_prompt=True, **options)["input_ids"].shape[1]
+        labels = torch.cat((torch.full((asked,), -100), row["input_ids"][asked:]))
+        rows.append({**row, "labels": labels})
     settings = TrainingArguments(
-        str(folder), max_steps=40, learning_rate=1e-2, per_device_train_batch_size=1, use_cpu=True, report_to=[],
+        str(folder), max_steps=40, learning_rate=3e-3, per_device_train_batch_size=1, use_cpu=True, report_to=[],
         remove_unused_columns=False, disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model, settings, train_dataset=rows, processing_class=processor)

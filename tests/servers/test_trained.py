@@ -18,7 +18,7 @@ def test_scored_and_compared(tmp_path: Path) -> None:
     for number in range(20):
         color = COLORS[number % 2]
         Image.new("RGB", (40 + number, 30), color).save(tmp_path / f"{number}.png")
-        rows.append({"image": f"{number}.png", "question": QUESTION, "answer": color})
+        rows.append({"image": f"{number}.png", "question": QUESTION.partition("\n")[0], "answer": color})
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for model in (folder.with_suffix(".built"), folder):
         with vllm_serving(model, VLLM_PLUGINS="") as url:
@@ -26,7 +26,7 @@ def test_scored_and_compared(tmp_path: Path) -> None:
             assert llm2clip(["bench-mllm", str(tmp_path / "own.jsonl"), *words]) == 0
     sides = [str(tmp_path / f"scores-{name}" / "scores") for name in ("after.built", "after")]
     assert llm2clip(["compare", *sides, "--output", str(tmp_path / "report")]) == 0
-    print(sorted(path.name for path in (tmp_path / "report").rglob("*")))
     before, after = (json.loads(next(Path(side).glob("*.json")).read_text()) for side in sides)
-    print(before, after)
-    assert 0
+    assert before["metrics"]["accuracy_percent"] < after["metrics"]["accuracy_percent"] == 100
+    report = json.loads((tmp_path / "report" / "compare.json").read_text())
+    assert "better" in json.dumps(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -145,8 +146,8 @@ def test_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str)
     assert {name.split(".")[0] for name in changed[0]} == {"multi_modal_projector"}
     assert {name.split(".")[0] for name in changed[1]} == {"multi_modal_projector", "language_model", "vision_tower"}
 
-    trained = LlavaForConditionalGeneration.from_pretrained(folder(2), dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder(2))
+    trained: Any = LlavaForConditionalGeneration.from_pretrained(folder(2), dtype=torch.float32).eval()
+    processor: Any = AutoProcessor.from_pretrained(folder(2))
     for name in COLORS:
         inputs = encoded(processor, conversation(name)[:1])
         answer = trained.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -156,10 +157,8 @@ def test_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str)
 @pytest.mark.skipif(TRAINER != "trl", reason="TRL 1 has the chat templates")
 @pytest.mark.parametrize("name", ["llama3_2", "qwen2_5", "qwen3", "gemma3", "phi3", "lfm2"])
 def test_prompts_are_those_of_real_templates(name: str) -> None:
-    import trl  # pyright: ignore[reportMissingImports]
-
-    tokenizer: Any = tiny_tokenizer()
-    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    trl, tokenizer = importlib.import_module("trl"), tiny_tokenizer()
+    tokenizer.chat_template = (Path(str(trl.__file__)).parent / "chat_templates" / f"{name}.jinja").read_text()
     texts = ("What is it?", "A cat.", "Sure?")
     turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
     prompt = Prompt.of(tokenizer)
