@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llava_integration.answer.questions import ModelConfig, settings_file
 from llava_integration.benchmarks.answers import Answers, read_answers, read_jsonl
@@ -20,8 +24,8 @@ from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llava_integration.benchmarks.rules.judged import reviewed
 from llava_integration.checkpoints import check_checkpoint, config_of
 from llava_integration.compare import report
+from llava_integration.compare.comparison import run_of
 from llava_integration.compare.readers import read_logs
-from llava_integration.compare.sides import run_of
 from llava_integration.compat.runner import installed_version
 from llm2clip_plugin.contracts import ScoreFile, atomic_file, sha256_file
 from llm2clip_plugin.files import errors_about, printable_lines, read_json_value
@@ -121,26 +125,40 @@ def main_score(argv: list[str]) -> int:
 class BenchConfig(ModelConfig):
     """A model and the benchmarks to evaluate it on."""
 
-    data: Path  # LLaVA's playground/data/eval, or a .jsonl with own questions
+    # LLaVA's playground/data/eval, or a .jsonl with own questions; for lmms-eval a folder with copies of the Hub's data
+    # sets, OWNER/NAME (without it, lmms-eval downloads them)
+    data: Path | None = None
     output: Path  # folder for answers, scores and logs
     benchmarks: tuple[str, ...] = ()  # names; empty: all whose files are found
-    engine: Literal["llava", "lmms-eval"] = "llava"  # program that generates the answers
+    engine: Literal["llava", "lmms-eval"] = "llava"  # program that answers; lmms-eval also scores, by its own rules
+    tasks: tuple[str, ...] = ()  # of lmms-eval, by its names; empty: today's, from cv_bench to mmmu_val
     gpus: int = 1  # number of processes, one GPU each
     name: str = ""  # model name in score files; "": the checkpoint's folder, or its name on the server
     plan: bool = False  # only list the benchmarks whose files are found
     engine_options: tuple[str, ...] = ()  # after --, for the engine
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine == "llava" and (self.tasks or self.data is None):
+            what = "--tasks are lmms-eval's" if self.tasks else "bench-mllm needs DATA, LLaVA's playground/data/eval"
+            raise ValueError(f"{what}; or add --engine lmms-eval, which has tasks and downloads data of its own")
+        if self.engine == "lmms-eval" and (self.benchmarks or self.endpoint):
+            option = "--benchmarks" if self.benchmarks else "--endpoint"
+            raise ValueError(f"--engine lmms-eval takes no {option}; use --tasks and --model-path, or options after --")
+        if self.engine == "lmms-eval" and self.data and not self.data.is_dir():
+            raise FileNotFoundError(f"no folder {self.data}; expected copies of data sets, such as Lin-Chen/MMStar")
 
 
 COMMAND = Command(
     name="bench-mllm",
     example="llm2clip bench-mllm playground/data/eval --model-path checkpoints/llava-7b --output runs/llava-7b",
     about="Evaluate one LLaVA checkpoint, or a served model, on every benchmark whose files are found: "
-    f"{', '.join(benchmarks())}. Answers, scores and logs are written to --output; completed ones are skipped on "
-    "a rerun, and a benchmark that fails does not stop the others. Options after -- are passed to the engine "
-    "(llava evaluate, or lmms_eval).",
+    f"{', '.join(benchmarks())}. Or on tasks of lmms-eval (--engine lmms-eval --tasks cv_bench mmvp). Answers, scores "
+    "and logs are written to --output; completed ones are skipped on a rerun, and a benchmark that fails does not stop "
+    "the others. Options after -- are passed to the engine (llava evaluate, or lmms_eval).",
     settings=BenchConfig,
     arguments="data",
-    everyday="model-path endpoint output benchmarks engine gpus batch-size overwrite plan",
+    everyday="model-path endpoint output benchmarks engine tasks gpus batch-size overwrite plan",
     rest="engine_options",
 )
 
@@ -159,27 +177,31 @@ class Outcome:
 def main(argv: list[str]) -> int:
     """Run the benchmarks; 1 if one of them failed, 0 otherwise."""
     args = COMMAND.parse(argv)
-    if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
-        raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
-    if args.model_path:
-        check_checkpoint(args.model_path, args.model_base)
-    tasks = plans(list(args.benchmarks), args.data, args.output / "questions")
     if args.engine == "lmms-eval":
-        lacking = "lmms-eval's log has no score of each question"
-        tasks = [one if one.benchmark.lmms_eval_task else replace(one, missing=lacking) for one in tasks]
-    print(describe_plan(tasks))
-    if all(task.missing for task in tasks):
-        raise FileNotFoundError(f"no benchmark can run with the files in {args.data}; the reasons are listed above")
+        if find_spec("lmms_eval") is None:
+            raise ValueError("lmms-eval is not installed here (docs/llava.md says how); or use --engine llava")
+        jobs = {name: partial(run_lmms_eval, name, args) for name in args.tasks or TODAY}
+        print(*(shlex.join(lmms_eval_command(name, args)) for name in jobs), sep="\n")
+    else:
+        if args.model_path:
+            check_checkpoint(args.model_path, args.model_base)
+        assert args.data is not None  # __post_init__
+        tasks = plans(list(args.benchmarks), args.data, args.output / "questions")
+        print(describe_plan(tasks))
+        if all(task.missing for task in tasks):
+            raise FileNotFoundError(f"no benchmark can run with the files in {args.data}; the reasons are listed above")
+        if not args.plan and not args.endpoint and find_spec("llava") is None:
+            raise ValueError("LLaVA is not installed here: pip install --no-deps llava-torch==1.2.2.post1")
+        jobs = {task.benchmark.name: partial(score_task, task, args) for task in tasks}
     if args.plan:
         return 0
-    if args.engine == "llava" and not args.endpoint and find_spec("llava") is None:
-        raise ValueError("LLaVA is not installed here: pip install --no-deps llava-torch==1.2.2.post1")
-    outcomes = [run_one(task, args) for task in tasks]
+    outcomes = [run_one(name, job, args.output) for name, job in jobs.items()]
     table = [(one.name, one.status, f"{one.seconds:.0f} s" * bool(one.seconds), one.detail) for one in outcomes]
     print("\n" + "\n".join(report.aligned(("benchmark", "status", "time", "result"), table)))
     with atomic_file(args.output / "bench.json") as temporary:
         temporary.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
-    compare = command("compare", "BASE/scores", args.output / "scores", "--output", "report")
+    scores = "scores" if args.engine == "llava" else LOGS
+    compare = command("compare", f"BASE/{scores}", args.output / scores, "--output", "report")
     print(f"\ncompare two towers: {compare}", file=sys.stderr)
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
@@ -194,17 +216,14 @@ def describe_plan(tasks: list[Task]) -> str:
     return "\n".join(report.aligned(("benchmark", "", "files"), rows))
 
 
-def run_one(task: Task, args: BenchConfig) -> Outcome:
+def run_one(name: str, job: Callable[[], Outcome], output: Path) -> Outcome:
     """Evaluate and score one benchmark; an error of any kind is its outcome and does not stop the run."""
-    name = task.benchmark.name
-    if task.missing:
-        return Outcome(name=name, status="no files", detail=task.missing)
     started = time.monotonic()
-    print(f"\n== {task.benchmark.title}", flush=True)
+    print(f"\n== {name}", flush=True)
     try:
-        outcome = score_task(task, args, *make_answers(task, args))
+        outcome = job()
     except Exception as error:
-        log = args.output / "logs" / f"{name}.error.txt"
+        log = output / "logs" / f"{name}.error.txt"
         with atomic_file(log) as temporary:
             temporary.write_text(traceback.format_exc(), encoding="utf-8")
         outcome = Outcome(name=name, status="failed", detail=f"{error} (traceback: {log})")
@@ -212,27 +231,25 @@ def run_one(task: Task, args: BenchConfig) -> Outcome:
     return replace(outcome, seconds=round(time.monotonic() - started, 1))
 
 
-def score_task(task: Task, args: BenchConfig, path: Path, answered_by: list[str]) -> Outcome:
-    """Score the answers and write the score file; if only the server has the truth, write the server's file."""
+def score_task(task: Task, args: BenchConfig) -> Outcome:
+    """Answer, score and write the score file; if only the server has the truth, write the server's file."""
     member, name = task.benchmark, task.benchmark.name
-    if args.engine == "lmms-eval":  # which has scored them by rules of its own
-        ((_, record),) = read_logs(path)
-        run = run_of(path, record)
-        value, unit = run.statistic.full(), run.unit
-        record = replace(record, model=args.name or Path(args.model_path).name, metrics={run.title: value})
-    else:
-        answers = read_answers(path)
-        if member.judge:
-            score = command("score", name, task.folder, "--answers", path, "--reviews", "FILE")
-            return Outcome(name=name, status="answered", detail=f"needs a judge: {score}")
-        if task.unscored:
-            upload = args.output / "submissions" / f"{name}.{member.submission_format}"
-            member.write_submission(task.folder, answers, upload)
-            return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
-        model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
-        record = score_answers(name, task.folder, answers, model=model)
-        record.provenance["question_file_sha256"] = sha256_file(task.question_file)
-        value, unit = record.metrics[member.headline] * member.scale, member.unit
+    if task.missing:
+        return Outcome(name=name, status="no files", detail=task.missing)
+    path = args.output / "answers" / f"{name}.jsonl"
+    answered_by = evaluate_command(task, args, path)
+    run_logged(answered_by, args.output / "logs" / f"{name}.log", path.exists)
+    answers = read_answers(path)
+    if member.judge:
+        score = command("score", name, task.folder, "--answers", path, "--reviews", "FILE")
+        return Outcome(name=name, status="answered", detail=f"needs a judge: {score}")
+    if task.unscored:
+        upload = args.output / "submissions" / f"{name}.{member.submission_format}"
+        member.write_submission(task.folder, answers, upload)
+        return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
+    model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
+    record = score_answers(name, task.folder, answers, model=model)
+    record.provenance["question_file_sha256"] = sha256_file(task.question_file)
     record.provenance["command"] = answered_by
     if args.model_path:
         config = config_of(args.model_path)
@@ -243,7 +260,8 @@ def score_task(task: Task, args: BenchConfig, path: Path, answered_by: list[str]
             tower_sha256=(config.get("llm2clip_tower") or {}).get("weights_sha256", ""),
         )
     record.write(args.output / "scores" / f"{name}.scores.json")
-    detail = f"{report.number(value, unit)} {unit}" + f" ({'; '.join(record.notes)})" * bool(record.notes)
+    value = record.metrics[member.headline] * member.scale
+    detail = f"{report.number(value, member.unit)} {member.unit}" + f" ({'; '.join(record.notes)})" * bool(record.notes)
     return Outcome(name=name, status="scored", value=value, detail=detail)
 
 
@@ -321,46 +339,32 @@ def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: b
     return path
 
 
-# The programs that generate a benchmark's answers, run in a subprocess: `llm2clip llava evaluate` and lmms-eval
+# The programs that answer, each in a process of its own: `llm2clip llava evaluate` and lmms-eval
 
 
-def make_answers(task: Task, args: BenchConfig) -> tuple[Path, list[str]]:
-    """Run the engine in a subprocess; returns the path of the answers, or of lmms-eval's log, and the command."""
-    name, task_name = task.benchmark.name, task.benchmark.lmms_eval_task
-    if args.engine == "lmms-eval":
-        folder = args.output / "lmms_eval" / name
-        command, pattern = lmms_eval_command(task, args, folder), f"**/*_samples_{task_name}.jsonl"
-        if logs := [] if args.overwrite else sorted(folder.glob(pattern)):  # written at the very end of its run
-            return logs[-1], command
-    else:
-        folder, pattern = args.output / "answers", f"{name}.jsonl"
-        command = evaluate_command(task, args, folder / pattern)
-    print(" ".join(command), flush=True)
-    log = args.output / "logs" / f"{name}.log"
-    status, last = run_logged(command, log)
-    written = sorted(folder.glob(pattern))
-    if status or not written:  # lmms-eval ends with status 0 after an error
-        raise RuntimeError(
-            f"{args.engine} exited with status {status} without answers; last line: {last!r}; log: {log}"
-        )
-    return written[-1], command
+def run_logged(words: list[str], log: Path, is_done: Callable[[], Any], folder: Path | None = None) -> None:
+    """Run a command in a folder, copy its output to stderr and a file. RuntimeError if it fails, or wrote no results.
 
-
-def run_logged(command: list[str], log: Path) -> tuple[int, str]:
-    """Run a command, copy its output to stderr and a file; returns its exit status and last line."""
+    lmms-eval ends with status 0 after an error.
+    """
+    print(shlex.join(words), flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     # transformers otherwise lists the names of all the tower's weights, which the tower loads itself
     environment = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
     with (
         log.open("ab") as file,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
+        subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=folder
+        ) as process,
     ):
         assert process.stdout is not None
         while chunk := os.read(process.stdout.fileno(), 1 << 16):
             os.write(2, chunk)
             file.write(chunk)
-    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
-    return process.returncode, next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
+    if process.returncode or not is_done():
+        lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
+        last = next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
+        raise RuntimeError(f"exit status {process.returncode} without results; last line: {last!r}; log: {log}")
 
 
 def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
@@ -380,16 +384,43 @@ def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
     return [*words, *(["--overwrite"] if args.overwrite else []), *args.engine_options]
 
 
-def lmms_eval_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
-    """The command line of lmms-eval, which downloads its own questions and pictures."""
-    model = f"pretrained={args.model_path},conv_template={args.conv_mode}"
-    if args.device != "auto":
-        model += f",device={args.device}" + ",device_map=auto" * (args.device == "cpu")
+LOGS = "lmms_eval"  # folder of lmms-eval's logs, which `compare` reads
+TODAY = ("cv_bench", "mmvp", "blink", "realworldqa", "mmstar", "chartqa", "docvqa_val", "ai2d", "mmmu_val")
+
+
+def run_lmms_eval(task: str, args: BenchConfig) -> Outcome:
+    """One task of lmms-eval, unless its logs are there: they are written at its very end. Read as `compare` reads them.
+
+    It runs in ``args.data``, since Hugging Face's ``load_dataset("OWNER/NAME")`` takes a folder of that name first.
+    """
+    folder = args.output / LOGS / task
+    if args.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not read_logs(folder):
+        log = args.output / "logs" / f"{task}.log"
+        run_logged(lmms_eval_command(task, args), log, lambda: read_logs(folder), args.data)
+    runs = [run_of(*log) for log in read_logs(folder)]
+    values = [run.statistic.full() for run in runs]
+    told = [
+        f"{run.title}: {report.number(value, run.unit)} {run.unit}" for run, value in zip(runs, values, strict=True)
+    ]
+    return Outcome(name=task, status="scored", value=values[0], detail="; ".join(told))
+
+
+def lmms_eval_command(task: str, args: BenchConfig) -> list[str]:
+    """The command line of lmms-eval: its ``llava`` for a checkpoint of LLaVA's code, ``llava_hf`` for transformers'."""
+    path, config = Path(args.model_path).expanduser(), config_of(args.model_path)
+    given = str(path.resolve()) if path.is_dir() else args.model_path
+    device = "cuda" if args.device == "auto" else args.device
+    if "mm_vision_tower" in config or not (config or given.startswith("llava-hf/")):
+        model, about = "llava", f"conv_template={args.conv_mode}" + ",device_map=auto" * (device == "cpu")
+    else:
+        model, about = "llava_hf", f"device_map={device}" * (args.gpus == 1)
     start = [sys.executable, "-m"]
     if args.gpus > 1:
         start += ["accelerate.commands.launch", "--num_processes", str(args.gpus), "-m"]
     return [
-        *start, "lmms_eval", "--model", "llava", "--model_args", model, "--tasks", task.benchmark.lmms_eval_task,
-        "--batch_size", str(args.batch_size), "--log_samples", "--log_samples_suffix", task.benchmark.name,
-        "--output_path", str(output), *args.engine_options,
+        *start, "lmms_eval", "--model", model, "--model_args", f"pretrained={given},device={device},{about}".strip(","),
+        "--tasks", task, "--batch_size", str(args.batch_size), "--log_samples",
+        "--output_path", str((args.output / LOGS / task).resolve()), *args.engine_options,
     ]  # fmt: skip

@@ -284,7 +284,6 @@ class Benchmark(ABC):
     scored_question_files: tuple[str, ...] = ()  # of the split with public annotations, where LLaVA's file is another's
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
     evaluate_options: tuple[str, ...] = ()  # of ``llava evaluate``, as in LLaVA's scripts/v1_5/eval
-    lmms_eval_task: str = ""  # lmms-eval's name; "": its log has no score of each question
     judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
     submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
     published: Mapping[str, float] = field(default_factory=dict)  # headline number by model

@@ -7,8 +7,7 @@
 >>> Path("compare.html").write_text(page(comparison, sides))
 """
 
-from llava_integration.compare.comparison import build
+from llava_integration.compare.comparison import build, load_side
 from llava_integration.compare.report import page, text
-from llava_integration.compare.sides import load_side
 
 __all__ = ["build", "load_side", "page", "text"]

@@ -16,8 +16,7 @@ from typing import Any
 
 from llava_integration.benchmarks.benchmark import Item, find_image
 from llava_integration.benchmarks.rules import benchmarks
-from llava_integration.compare.comparison import Comparison, Row
-from llava_integration.compare.sides import Side
+from llava_integration.compare.comparison import Comparison, Row, Side
 from llm2clip_plugin.console import page_style, render, thumbnail
 from llm2clip_plugin.contracts import sha256_text
 

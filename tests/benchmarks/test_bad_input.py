@@ -8,7 +8,7 @@ from PIL import Image
 
 from llava_integration.answer.questions import Question
 from llava_integration.benchmarks.bench import main_score
-from llava_integration.compare.sides import load_side
+from llava_integration.compare.comparison import load_side
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError
 

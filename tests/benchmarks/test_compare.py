@@ -9,8 +9,7 @@ from golden_mllm import BENCHMARKS, MODELS, ROOT, answers
 from llava_integration.benchmarks.bench import main_score as score
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.compare.command import main
-from llava_integration.compare.comparison import build
-from llava_integration.compare.sides import load_side, load_sides
+from llava_integration.compare.comparison import build, load_side, load_sides
 from llava_integration.compare.statistics import holm
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from llava_integration.benchmarks.benchmark import mean_statistic
-from llava_integration.compare.command import main
-from llava_integration.compare.planning import plan
-from llava_integration.compare.sides import load_side
+from llava_integration.compare.command import main, plan
+from llava_integration.compare.comparison import load_side
 from llava_integration.compare.statistics import compare, pair
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError

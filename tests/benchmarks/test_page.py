@@ -14,8 +14,8 @@ from llava_integration.benchmarks.bench import main_score as score
 from llava_integration.benchmarks.benchmark import find_image
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.compare.command import main as compare
+from llava_integration.compare.comparison import load_side
 from llava_integration.compare.report import picture_folders
-from llava_integration.compare.sides import load_side
 from llm2clip_plugin.contracts import ScoreFile
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> & <b>red</b>"

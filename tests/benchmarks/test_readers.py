@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from golden_mllm import MODELS, ROOT, answers, expected
 
-from llava_integration.benchmarks import bench, rules
+from llava_integration.benchmarks import bench
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.bench import score_answers
 from llava_integration.compare.command import main
+from llava_integration.compare.comparison import load_side
 from llava_integration.compare.readers import read_logs, readers
-from llava_integration.compare.sides import load_side
+from llava_integration.compare.readers.lmms_eval import cider, tokens
 from llm2clip_plugin.files import ContractError
 
 LOGS = Path(__file__).parent / "logs"  # of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks
@@ -56,7 +57,9 @@ def test_lmms_evals_numbers(model):
     aggregates = expected("lmms_eval")["aggregates"]
     for task, (benchmark, metric, unit) in LMMS_EVAL.items():
         assert value(side, benchmark) == pytest.approx(unit * aggregates[task][model][metric]), task
-        assert len(side.runs[benchmark][0].ids) == aggregates[task][model]["n"]
+        rest = side.runs["MME cognition"][0].ids if task == "mme" else []
+        assert len(side.runs[benchmark][0].ids + rest) == aggregates[task][model]["n"]
+    assert value(side, "MME cognition") == pytest.approx(aggregates["mme"][model]["mme_cognition_score"])
     told = {name for name, (run,) in side.runs.items() if any("names no images" in note for note in run.notes)}
     assert told == {
         "gqa exact_match",
@@ -79,20 +82,42 @@ def test_older_lmms_evals(version):
         assert old.runs[benchmark][0].scores == new.runs[benchmark][0].scores[:40]
 
 
-def test_bench_mllm_keeps_lmms_evals_scores(tmp_path):
-    """A log that is there is not made again; its score file is compared as the log itself."""
-    options = ["--model-path", "org/llava", "--data", str(ROOT), "--output", str(tmp_path), "--engine", "lmms-eval"]
-    args = bench.COMMAND.parse(options)
+def test_bench_mllm_does_not_run_a_task_again(tmp_path):
+    """A log that is there is read as `compare` reads it."""
+    options = ["--model-path", "org/llava", "--output", str(tmp_path), "--engine", "lmms-eval", "--tasks", "gqa"]
     folder = tmp_path / "lmms_eval" / "gqa"
     (log,) = (ROOT / "lmms_eval" / "synthetic__model-b").glob("*_gqa.jsonl")
     folder.mkdir(parents=True)
     (folder / log.name).write_bytes(log.read_bytes())
-    outcome = bench.run_one(bench.Task(benchmark=rules.benchmark("gqa")), args)
+    outcome = bench.run_lmms_eval("gqa", bench.COMMAND.parse(options))
     assert (outcome.status, outcome.value) == ("scored", pytest.approx(76.875)), outcome.detail
-    kept = load_side(tmp_path / "scores").runs["gqa exact_match"][0]
-    assert kept.items == load_side(log).runs["gqa exact_match"][0].items and kept.model == "llava"
     with pytest.raises(ValueError, match="llm2clip compare"):
         read_answers(log)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--tasks mmvp", "lmms-eval's"),
+        ("", "needs DATA"),
+        ("--engine lmms-eval --benchmarks gqa", "--benchmarks"),
+        ("--engine lmms-eval --data nosuch", "no folder nosuch"),
+    ],
+)
+def test_bench_mllms_engines_have_options_of_their_own(tmp_path, options, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        bench.main([*options.split(), "--model-path", "org/llava", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [({"model_type": "llava"}, "llava_hf"), ({"model_type": "llava", "mm_vision_tower": "x"}, "llava"), ({}, "llava")],
+)
+def test_the_model_of_lmms_eval_is_that_of_the_checkpoint(tmp_path, config, model):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ["--engine", "lmms-eval", "--model-path", str(tmp_path), "--output", "out", "--device", "cpu"]
+    words = bench.lmms_eval_command("mmvp", bench.COMMAND.parse(options))
+    assert words[words.index("--model") + 1] == model and f"pretrained={tmp_path}" in words[words.index("mmvp") - 2]
 
 
 def test_lmms_evals_own_metric(tmp_path):
@@ -125,6 +150,96 @@ def test_inspect_ai(ending):
     assert value(side, "toy_match match") == pytest.approx(100 / 6)
     (run,) = side.runs["toy_match match"]
     assert len(run.ids) == 6 and run.clusters[0] == "im0"
+
+
+TODAY = {  # benchmark: (lmms-eval's task, its metric, filter; its unit in ours)
+    "cv_bench cv_bench_acc": ("cv_bench", "cv_bench_acc,none", 100),
+    "mmvp mmvp_pair_accuracy": ("mmvp", "mmvp_pair_accuracy,none", 100),
+    "blink blink_acc": ("blink", "blink_acc,none", 100),
+    "realworldqa exact_match": ("realworldqa", "exact_match,none", 100),
+    "mmstar average": ("mmstar", "average,none", 100),
+    "chartqa relaxed_overall": ("chartqa", "relaxed_overall,none", 100),
+    "docvqa_val anls": ("docvqa_val", "anls,none", 100),
+    "ai2d exact_match": ("ai2d", "exact_match,flexible-extract", 100),
+    "mmmu_val mmmu_acc": ("mmmu_val", "mmmu_acc,none", 100),
+    "mme": ("mme", "mme_perception_score,none", 1),
+    "MME cognition": ("mme", "mme_cognition_score,none", 1),
+    "pope": ("pope", "pope_f1_score,none", 100),
+    "mmbench": ("mmbench_en_dev_static", "gpt_eval_score,none", 1),
+    "coco2017_cap_val coco_CIDEr": ("coco2017_cap_val", "coco_CIDEr,none", 100),
+}
+
+
+def test_lmms_evals_tasks_of_today():
+    """Every task's number is that which lmms-eval printed, of answers of which a third are wrong."""
+    folder = LOGS / "lmms_eval" / "today"
+    side = load_side(folder)
+    printed = json.loads(next(folder.glob("*_results.json")).read_text())["results"]
+    assert set(side.runs) == set(TODAY)
+    for benchmark, (task, metric, unit) in TODAY.items():
+        assert value(side, benchmark) == pytest.approx(unit * printed[task][metric], abs=2e-3), (
+            benchmark
+        )  # MMMU's: .66667
+        assert 0 < printed[task][metric]
+    assert not [note for (run,) in side.runs.values() for note in run.notes if "another way" in note]
+    assert len(set(side.runs["blink blink_acc"][0].groups)) == 14
+
+
+def test_another_aggregate_than_the_evaluators_is_said(tmp_path):
+    """A task that weighs its parts otherwise: the number that was printed is in a note."""
+    for log in (LOGS / "lmms_eval" / "today").glob("*mmvp*"):
+        (tmp_path / log.name.replace("mmvp", "other")).write_text(log.read_text().replace("mmvp_pair_acc", "mmvp_acc"))
+    name = next(tmp_path.iterdir()).name[:15]
+    results = {"results": {"other": {"mmvp_accuracy,none": 0.25}}}
+    (tmp_path / f"{name}_results.json").write_text(json.dumps(results))
+    (run,) = load_side(tmp_path).runs["other mmvp_accuracy"]
+    assert any("printed 0.25" in note for note in run.notes)
+
+
+VLMEVALKIT = {  # benchmark: what VLMEvalKit wrote, in a column of which table; unit
+    "MMBench_DEV_EN": ("toy_MMBench_DEV_EN_acc.csv", "Overall", 100),
+    "AI2D_TEST": ("toy_AI2D_TEST_acc.csv", "Overall", 100),
+    "MMVP": ("toy_MMVP_acc.csv", "Overall", 100),
+    "ChartQA_TEST": ("toy_ChartQA_TEST_acc.csv", "Overall", 1),
+    "DocVQA_VAL": ("toy_DocVQA_VAL_acc.csv", "Overall", 1),
+    "TextVQA_VAL": ("toy_TextVQA_VAL_acc.csv", "Overall", 1),
+    "GQA_TestDev_Balanced": ("toy_GQA_TestDev_Balanced_acc.csv", "Overall", 1),
+    "pope": ("toy_POPE_score.csv", "Overall", 1),
+    "mme": ("toy_MME_score.csv", "perception", 1),
+    "MME cognition": ("toy_MME_score.csv", "reasoning", 1),
+}
+
+
+def test_vlmevalkits_own_tables():
+    """Written by its evaluation (e8e78f0) of toy predictions."""
+    side = load_side(LOGS / "vlmevalkit")
+    assert set(side.runs) == set(VLMEVALKIT)
+    for benchmark, (table, column, unit) in VLMEVALKIT.items():
+        with (LOGS / "vlmevalkit" / "toy" / table).open() as file:
+            row = next(csv.DictReader(file))
+        assert value(side, benchmark) == pytest.approx(unit * float(row[column])), benchmark
+        assert not side.runs[benchmark][0].notes
+
+
+CAPTIONS = {  # as Stanford's PTBTokenizer and pycocoevalcap make of it
+    "A man's dog can't sit on the well-lit t-shirt.": "a man 's dog ca n't sit on the well-lit t-shirt",
+    'It is 3.5 meters (or so) high; "no" & yes!': "it is 3.5 meters -lrb- or so -rrb- high no & yes",
+    "He's there, I'm gone, we've won, she'll go": "he 's there i 'm gone we 've won she 'll go",
+    "Mr. Smith, a.m. and the U.S. flag, no. 42": "mr. smith a.m. and the u.s. flag no. 42",
+    "A bottle of H&M, red/white, park!!": "a bottle of h&m red/white park !!",
+    "The girls' team; James's hat": "the girls team james 's hat",
+    "I cannot believe 1/2 of 12,000 at 10:30": "i can not believe 1/2 of 12,000 at 10:30",
+}
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_captions_are_tokenized_as_the_treebank(caption):
+    assert " ".join(tokens(caption)) == CAPTIONS[caption]
+
+
+def test_cider_by_hand():
+    """Two captions, one word in each: idf is log 2; equal ones score 10 of four n-gram lengths a quarter, others 0."""
+    assert cider(["cat", "dog"], [["cat"], ["bird"]]) == [pytest.approx(2.5), 0]
 
 
 def vlmevalkit(folder: Path, ending: str, rows: list[dict]) -> None:

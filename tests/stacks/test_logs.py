@@ -154,3 +154,62 @@ def test_lmms_eval(questions, tmp_path):
     assert row.benchmark == "pope" and (row.result.base, row.result.new) == pytest.approx((0, 50))
     assert row.images == QUESTIONS // 2 or row.images == QUESTIONS  # newer versions log the image
     assert row.verdict == "better"
+
+
+def tiny_llava(folder: Path, seed: int) -> Path:
+    """A random CLIP and a random Llama as one vision-language model."""
+    from tiny_llm import save_tiny_llm
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from llm2clip_plugin.cli import main as llm2clip
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=28, patch_size=14)).save_pretrained(folder / "tower")
+    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_processor_type": "CLIPImageProcessor"}
+    sizes = {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}}
+    (folder / "tower" / "preprocessor_config.json").write_text(json.dumps({**statistics, **sizes}))
+    llm = save_tiny_llm(folder / "llm", "llama", seed=seed)
+    words = ["--tower", str(folder / "tower"), "--llm", str(llm), "--output", str(folder / "llava")]
+    assert llm2clip(["vlm", "build", *words]) == 0
+    return folder / "llava"
+
+
+def test_bench_mllm_runs_tasks_of_today(tmp_path, monkeypatch):
+    """Two models on copies of two data sets, in their columns, without network; the logs are compared."""
+    from datasets import Dataset, Image
+    from PIL import Image as Picture
+
+    from llava_integration.benchmarks import bench
+    from llava_integration.compare.command import main as compare
+
+    pictures = [tmp_path / f"{n}.png" for n in range(8)]
+    for n, path in enumerate(pictures):
+        Picture.new("RGB", (40, 30), (30 * n, 255 - 30 * n, 120)).save(path)
+    same = {"image": [str(path) for path in pictures]}
+    letters = [f"({'ab'[n % 2]})" for n in range(8)]
+    mmvp = {"Index": range(1, 9), "Question": ["Is it?"] * 8, "Options": ["(a) yes (b) no"] * 8}
+    cv_bench = {"idx": range(8), "type": ["2D"] * 8, "task": ["Count"] * 8, "choices": [["1", "2"]] * 8}
+    cv_bench |= {"answer": [letter.upper() for letter in letters], "prompt": ["Which? (A) 1 (B) 2"] * 8}
+    sets = {
+        "lmms-lab-eval/MMVP/train.parquet": {**same, **mmvp, "Correct Answer": letters},
+        "nyu-visionx/CV-Bench/test.parquet": {**same, **cv_bench, "source": ["COCO"] * 8},
+    }
+    for name, columns in sets.items():
+        path = tmp_path / "hub" / name
+        path.parent.mkdir(parents=True)
+        Dataset.from_dict({key: list(values) for key, values in columns.items()}).cast_column(
+            "image", Image()
+        ).to_parquet(path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    options = ["--engine", "lmms-eval", "--device", "cpu", "--tasks", "mmvp", "cv_bench"]
+    for seed in (0, 1):
+        model = tiny_llava(tmp_path / f"{seed}", seed)
+        words = [str(tmp_path / "hub"), *options, "--model-path", str(model), "--output", str(tmp_path / f"run{seed}")]
+        assert bench.main([*words, "--", "--gen_kwargs", "max_new_tokens=4"]) == 0
+    folders = [tmp_path / f"run{seed}" / "lmms_eval" for seed in (0, 1)]
+    assert compare([*map(str, folders), "--resamples", "200", "--output", str(tmp_path / "report")]) == 0
+    rows = json.loads((tmp_path / "report" / "compare.json").read_text())["rows"]
+    questions = {row["benchmark"]: row["questions"] for row in rows}
+    assert questions == {"mmvp mmvp_pair_accuracy": 4, "cv_bench cv_bench_acc": 8}
+    assert not any("another way" in note for row in rows for note in row["notes"])

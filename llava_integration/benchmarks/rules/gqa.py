@@ -119,7 +119,6 @@ BENCHMARK = GQA(
     ),
     question_files=("llava_gqa*.jsonl",),
     image_folders=("data/images", "images", ""),
-    lmms_eval_task="gqa",
     submission_format="json",
     published=base.published_scores(llava_7b=62.0, llava_13b=63.3, reproduced_7b=62.86, llm2clip_7b=63.15),
 )

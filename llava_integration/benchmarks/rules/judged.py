@@ -173,7 +173,6 @@ MMVET = MMVet(
     question_files=("llava-mm-vet.jsonl",),
     image_folders=("images", ""),
     evaluate_options=base.LONG_ANSWERS,
-    lmms_eval_task="mmvet",
     judge="MM-Vet's evaluator",
     answered_only=True,
     published=base.published_scores(llava_7b=31.1, llava_13b=36.1, reproduced_7b=34.3, llm2clip_7b=34.8),

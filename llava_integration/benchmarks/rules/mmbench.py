@@ -219,7 +219,6 @@ BENCHMARK = MMBench(
     annotations=PATTERNS,
     question_files=PATTERNS,
     evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
-    lmms_eval_task="mmbench_en_dev",
     submission_format="jsonl",  # its server takes the same rows as .xlsx: docs/mllm.md
     published=base.published_scores(llava_7b=64.3, llava_13b=67.7, reproduced_7b=66.66, llm2clip_7b=68.29),
 )

@@ -15,6 +15,5 @@ BENCHMARK = replace(
     annotations=PATTERNS,
     question_files=PATTERNS,
     evaluate_options=(*mmbench.BENCHMARK.evaluate_options, "--lang", "cn"),
-    lmms_eval_task="mmbench_cn_dev",
     published=published_scores(llava_7b=58.3, llava_13b=63.6, reproduced_7b=60.39, llm2clip_7b=60.40),
 )

@@ -78,26 +78,28 @@ class MME(base.Benchmark):
         return base.flatten({"categories": categories, **sums})
 
     def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
-        """Perception, of 2000, which LLaVA's table calls MME; images are resampled within a subtask.
+        """Perception, of 2000, which LLaVA's table calls MME."""
+        return paired_accuracy(items, PERCEPTION)
 
-        Sum over subtasks of 100 x right / questions + 100 x complete pairs / images.
-        """
-        parts, complete = [item["category"] for item in items], complete_pairs(items)
-        first = {item["cluster"]: place for place, item in reversed(list(enumerate(items)))}  # there its pair counts
-        firsts = [first[item["cluster"]] == place for place, item in enumerate(items)]
-        values = [
-            (item["score"], 1, complete[item["cluster"]] and counts, counts)
-            for item, counts in zip(items, firsts, strict=True)
-        ]
-        sums = base.in_columns(parts, values, PERCEPTION)
 
-        def value(totals: np.ndarray) -> np.ndarray:
-            accuracy = base.ratio(totals[..., 0::4], totals[..., 1::4])
-            accuracy_plus = base.ratio(totals[..., 2::4], totals[..., 3::4])
-            return 100 * (accuracy + accuracy_plus).sum(axis=-1)
+def paired_accuracy(items: Sequence[base.Item], categories: Sequence[str]) -> base.Statistic:
+    """Sum over subtasks of 100 x right / questions + 100 x complete pairs / images, resampled within a subtask."""
+    parts, complete = [item["category"] for item in items], complete_pairs(items)
+    first = {item["cluster"]: place for place, item in reversed(list(enumerate(items)))}  # there its pair counts
+    firsts = [first[item["cluster"]] == place for place, item in enumerate(items)]
+    values = [
+        (item["score"], 1, complete[item["cluster"]] and counts, counts)
+        for item, counts in zip(items, firsts, strict=True)
+    ]
+    sums = base.in_columns(parts, values, categories)
 
-        _, strata = np.unique(parts, return_inverse=True)
-        return base.Statistic(sums, value, strata=strata, counted=sums[:, 1::4].sum(axis=1) > 0)
+    def value(totals: np.ndarray) -> np.ndarray:
+        accuracy = base.ratio(totals[..., 0::4], totals[..., 1::4])
+        accuracy_plus = base.ratio(totals[..., 2::4], totals[..., 3::4])
+        return 100 * (accuracy + accuracy_plus).sum(axis=-1)
+
+    _, strata = np.unique(parts, return_inverse=True)
+    return base.Statistic(sums, value, strata=strata, counted=sums[:, 1::4].sum(axis=1) > 0)
 
 
 def plain(question: str) -> str:
@@ -175,7 +177,6 @@ BENCHMARK = MME(
     annotations=(f"{RELEASE}/**/*.txt",),
     question_files=("llava_mme.jsonl", "llava_mme*.jsonl"),
     image_folders=(RELEASE, ""),
-    lmms_eval_task="mme",
     item_fields=("category", "cluster"),
     published=base.published_scores(llava_7b=1510.7, llava_13b=1531.3, reproduced_7b=1476.69, llm2clip_7b=1505.82),
 )

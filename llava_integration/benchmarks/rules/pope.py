@@ -96,7 +96,6 @@ BENCHMARK = POPE(
     annotations=("coco/coco_pope_*.json", "llava_pope*.jsonl"),
     question_files=("llava_pope_test.jsonl", "llava_pope*.jsonl"),
     image_folders=("val2014", "images", ""),
-    lmms_eval_task="pope",
     item_fields=("category", "parsed", "label"),
     published=base.published_scores(llava_7b=85.9, llava_13b=85.9),
 )

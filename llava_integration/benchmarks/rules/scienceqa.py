@@ -106,6 +106,5 @@ BENCHMARK = ScienceQA(
     question_files=("llava_test_CQM-A.json", "llava_test_*.json"),
     image_folders=("images/test", "images", "test", ""),
     evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
-    lmms_eval_task="scienceqa_img",
     published=base.published_scores(llava_7b=66.8, llava_13b=71.6, reproduced_7b=67.97, llm2clip_7b=69.92),
 )

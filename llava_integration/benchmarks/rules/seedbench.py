@@ -75,7 +75,6 @@ BENCHMARK = SEEDBench(
     folders=("seed_bench", "seedbench", "seed-bench"),
     annotations=("SEED-Bench.json",),
     question_files=("llava-seed-bench.jsonl", "llava-seed-bench*.jsonl"),
-    lmms_eval_task="seedbench",
     submission_format="jsonl",
     published=base.published_scores(llava_7b=58.6, llava_13b=61.6),
 )

@@ -197,7 +197,6 @@ VQAV2 = VQAv2(
     question_files=("llava_vqav2*.jsonl",),
     scored_question_files=("llava_vqav2*val*.jsonl",),
     image_folders=("val2014", "test2015", "images", ""),
-    lmms_eval_task="vqav2_val",
     submission_format="json",
     published=base.published_scores(llava_7b=78.5, llava_13b=80.0, reproduced_7b=79.04, llm2clip_7b=79.80),
 )
@@ -282,7 +281,6 @@ VIZWIZ = VizWiz(
     question_files=("llava_val*.jsonl", "llava_test*.jsonl"),
     scored_question_files=("llava_val*.jsonl",),
     image_folders=("val", "test", "images", ""),
-    lmms_eval_task="vizwiz_vqa_val",
     submission_format="json",
     published=base.published_scores(llava_7b=50.0, llava_13b=53.6, reproduced_7b=50.57, llm2clip_7b=52.37),
 )
@@ -373,7 +371,6 @@ TEXTVQA = TextVQA(
     annotations=("TextVQA*val*.json",),
     question_files=("llava_textvqa*.jsonl",),
     image_folders=("train_images", "train_val_images/train_images", "images", ""),
-    lmms_eval_task="textvqa_val",
     answered_only=True,
     published=base.published_scores(llava_7b=58.2, llava_13b=61.3, reproduced_7b=57.48, llm2clip_7b=58.35),
 )

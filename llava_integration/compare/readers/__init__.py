@@ -5,19 +5,31 @@ A reader makes score files of logs, with an item for each question: ``id``, ``sc
 composite's rule reads (``benchmarks/rules/``). Standard library only; what a format needs more is imported in its file.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llava_integration.benchmarks.answers import json_lines
+from llava_integration.benchmarks.rules.mme import COGNITION, PERCEPTION
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError, discover
 
 IMAGES = ("image_id", "imageId", "img_id", "image_name", "image_path", "img_path", "image")  # a question's image
+BY_PART = "mean of categories"  # an aggregate: categories have equal weight
 OWN = "score files"  # name of the reader of ours, which take precedence
-CATEGORIES = ("category", "group", "subset", "question_type", "task")
+CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log(ScoreFile):
+    """The scores of one task, scorer or run, and how its number is made of them."""
+
+    aggregate: str = ""  # name in ``comparison.AGGREGATES``; "": the headline of the benchmark's rule, else the mean
+    printed: float | None = None  # the number that the evaluator printed; a comparison says where its own differs
+    # of the group whose tasks have one number: name, metric, printed number, aggregate, run
+    group: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +39,7 @@ class Reader:
     name: str  # as in messages: "lmms-eval"
     endings: tuple[str, ...]  # of its files
     fits: Callable[[Path], bool]  # whether a file with such an ending is a log of this form; reads only its start
-    read: Callable[[Path], Iterable[ScoreFile]]  # one for each task, scorer or run in the file; ContractError
+    read: Callable[[Path], Iterable[Log]]  # one for each task, scorer or run in the file; ContractError
 
 
 def readers() -> dict[str, Reader]:
@@ -35,8 +47,10 @@ def readers() -> dict[str, Reader]:
     return discover(__name__, "READER")
 
 
-def read_logs(path: Path) -> list[tuple[Path, ScoreFile]]:
+def read_logs(path: Path) -> list[tuple[Path, Log]]:
     """The scores in a log, or in all logs below a folder, which must be of one form; none if there is no log.
+
+    The tasks of a group (BLINK's 14, MMLU's 57) become one, with the tasks as categories.
 
     Raises ContractError for a log that cannot be read, or for logs of several forms in one folder.
     """
@@ -51,7 +65,34 @@ def read_logs(path: Path) -> list[tuple[Path, ScoreFile]]:
     if len(found) > 1:
         listed = "; ".join(f"{reader.name}: {logs[0]}" for reader, logs in found.items())
         raise ContractError(f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one")
-    return [(log, record) for reader, logs in found.items() for log in logs for record in reader.read(log)]
+    logs = [(file, log) for reader, files in found.items() for file in files for log in reader.read(file)]
+    groups: dict[Any, list[tuple[Path, Log]]] = {}
+    for place, (file, log) in enumerate(logs):
+        groups.setdefault(log.group or place, []).append((file, log))
+    return [members[0] if len(members) == 1 else (members[0][0], _merged(members)) for members in groups.values()]
+
+
+def _merged(members: list[tuple[Path, Log]]) -> Log:
+    """The log of a group."""
+    first, items = members[0][1], []
+    name, metric, printed, aggregate, _ = first.group
+    for _, log in members:
+        task = log.benchmark.removesuffix(f" {metric}")
+        items += [
+            {**item, "id": f"{task}/{item['id']}", "cluster": f"{task}/{item['cluster']}", "category": task}
+            for item in log.items
+        ]
+    notes = list(dict.fromkeys(note for _, log in members for note in log.notes))
+    about = {"model": first.model, "printed": printed, "aggregate": aggregate, "notes": notes}
+    return Log(benchmark=f"{name} {metric}", metrics={}, items=items, **about)
+
+
+def mme_logs(items: list[dict[str, Any]], printed: Sequence[float | None], **about: Any) -> Iterator[Log]:
+    """MME's two composites, of items with the image in ``cluster``; ``printed``: of perception and cognition."""
+    parts = {"mme": PERCEPTION, "MME cognition": COGNITION}
+    for (name, categories), number in zip(parts.items(), printed, strict=True):
+        if chosen := [item for item in items if item["category"] in categories]:
+            yield Log(benchmark=name, metrics={}, items=chosen, aggregate="MME", printed=number, **about)
 
 
 def first_object(path: Path) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_integration.compare.readers import CATEGORIES, IMAGES, Reader, first_of, number
-from llm2clip_plugin.contracts import ScoreFile
+from llava_integration.compare.readers import CATEGORIES, IMAGES, Log, Reader, first_of, number
 from llm2clip_plugin.files import ContractError, read_json_value
 
 GRADES = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}  # correct, partially correct, incorrect, no answer
@@ -38,7 +37,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise ContractError(f"{path} is no whole log of inspect_ai ({error}); was the run cut off?") from error
 
 
-def read(path: Path) -> Iterator[ScoreFile]:
+def read(path: Path) -> Iterator[Log]:
     """Raises ContractError for a log without scores, or with samples that its scorer did not judge."""
     header, samples = load(path)
     results = header.get("results") or {}
@@ -60,7 +59,7 @@ def read(path: Path) -> Iterator[ScoreFile]:
         item = {"id": name, "score": sum(values[name]) / len(values[name]), "truth": sample.get("target")}
         items.append({**item, "cluster": first_of(about, IMAGES) or name, "category": first_of(about, CATEGORIES)})
     model = str(header.get("eval", {}).get("model", ""))
-    yield ScoreFile(benchmark=f"{task} {scorer}", metrics={}, items=items, model=model)
+    yield Log(benchmark=f"{task} {scorer}", metrics={}, items=items, model=model)
 
 
 READER = Reader(name="inspect_ai", endings=(".eval", ".json"), fits=fits, read=read)

@@ -1,9 +1,10 @@
 """VLMEvalKit's tables of judged answers, ``MODEL_DATASET[_JUDGE]_result.xlsx`` and the like (or .tsv, .json).
 
 The score is the column ``hit``, ``score`` or ``eval_score``; circular benchmarks have one row for all turns of a
-question there. MME and POPE become their composites.
+question there. MME, POPE and MMVP become their composites.
 """
 
+import ast
 import csv
 import json
 import re
@@ -11,14 +12,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_integration.compare.readers import IMAGES, Reader, first_of, number
-from llm2clip_plugin.contracts import ScoreFile
+from llava_integration.compare.readers import IMAGES, Log, Reader, first_of, mme_logs, number
 from llm2clip_plugin.files import ContractError, errors_about, read_json_value
 
 SCORES = ("hit", "score", "eval_score", "verifier_match")
 ENDING = re.compile(
     r"(_(exact_matching|openai|chatgpt[\w.-]*?|gpt[\w.-]*?))?_(auxmatch|result|results|detailed_results|score)$"
 )
+ANLS_THRESHOLD = 0.5  # a nearness below is none
 TEXT = {"True": 1.0, "False": 0.0}
 
 
@@ -56,8 +57,8 @@ def fits(path: Path) -> bool:
     return {"index", "prediction"} <= names and bool(names & set(SCORES))
 
 
-def read(path: Path) -> Iterator[ScoreFile]:
-    """One table. The model is the folder that the file's name begins with."""
+def read(path: Path) -> Iterator[Log]:
+    """One table; of MME perception and cognition. The model is the folder that the file's name begins with."""
     lines: Iterable[list[Any]] = table(path)
     names = next(iter(lines), [])
     column = next((name for name in SCORES if name in names), "")
@@ -70,21 +71,51 @@ def read(path: Path) -> Iterator[ScoreFile]:
     items = []
     for place, values in enumerate(lines, 2):
         row = dict(zip(names, values, strict=False))
-        value: Any = TEXT.get(str(row.get(column)), row.get(column))
-        try:
-            score = number(float(value), f"{path}, row {place}: {column}")
-        except (TypeError, ValueError) as error:
-            raise ContractError(f"{path}, row {place}: {column} is {value!r}; expected a number") from error
         name, parts = str(row["index"]), str(row.get("category") or "")
-        item = {"id": name, "score": score, "category": parts, "truth": row.get("answer")}
-        item["cluster"] = first_of(row, IMAGES[:-1]) or name
+        item = {"id": name, "score": _score(data, row, column, f"{path}, row {place}: {column}"), "category": parts}
+        item |= {"truth": row.get("answer"), "cluster": first_of(row, IMAGES[:-1]) or name}
         if kind != "pope":
             items.append(item)
             continue
         said = {"parsed": str(row.get("extracted")).lower(), "label": str(row.get("answer")).lower(), "category": ""}
         # VLMEvalKit counts a question in each of its parts ("random,popular")
         items += [{**item, **said, "id": f"{name}/{part}"} for part in parts.split(",")]
-    yield ScoreFile(benchmark=kind or data, metrics={}, items=items, model=model)
+    printed = _printed(path.parent / stem)
+    if kind == "mme":
+        items = [{**item, "cluster": f"{item['category']}/{item['cluster']}"} for item in items]
+        yield from mme_logs(items, [printed.get(part) for part in ("perception", "reasoning")], model=model)
+        return
+    if data == "MMVP":  # two images of a pair, in two rows
+        both = zip(items[0::2], items[1::2], strict=False)
+        items = [{**one, "score": int(one["score"] and other["score"]), "truth": None} for one, other in both]
+    overall = printed.get("Overall")
+    overall = overall / 100 if overall is not None and column != "hit" else overall
+    yield Log(benchmark=kind or data, metrics={}, items=items, model=model, printed=overall)
+
+
+def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
+    """A row's score: the column's value, or what VLMEvalKit makes of a row's matches with several answers."""
+    value: Any = TEXT.get(str(row.get(column)), row.get(column))
+    try:
+        matches = [float(one) for one in ast.literal_eval(str(row.get("eval_match") or "[]"))]
+        if matches and data.startswith(("DocVQA", "InfoVQA")):  # distances
+            return 1 - min(matches) if min(matches) <= 1 - ANLS_THRESHOLD else 0.0
+        if matches and data.startswith(("ChartQA", "OCRVQA")):
+            return max(matches)
+        return number(float(value), where)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ContractError(f"{where} is {value!r}; expected a number") from error
+
+
+def _printed(stem: Path) -> dict[str, float]:
+    """The numbers that VLMEvalKit wrote next to a table, by name: of all splits, or of the only one."""
+    for ending in ("_acc.csv", "_score.csv"):
+        if (path := stem.with_name(stem.name + ending)).is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            row = next((row for row in rows if row.get("split") == "Overall"), rows[0] if len(rows) == 1 else {})
+            return {name: float(row[name]) for name in ("Overall", "perception", "reasoning") if row.get(name)}
+    return {}
 
 
 READER = Reader(name="VLMEvalKit", endings=(".xlsx", ".tsv", ".json"), fits=fits, read=read)

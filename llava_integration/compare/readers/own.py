@@ -1,0 +1,148 @@
+"""Our own forms: score files, and tables (CSV, TSV, JSONL) of item, score and, where there are such, group and more.
+
+Those of ``evaluate`` become one for each recall: in each direction, overall and by part. Their items are queries with
+``side`` (i2t, t2i), ``part`` ("all", "long:en" ...) and a hit for each k (``r1`` ...); SugarCrepe's are pairs of
+captions without a side, whose ``part`` is one of seven groups. XM3600's languages have each their own candidates.
+
+Of a table, ``item`` (or ``id``, ``question_id``) and ``score`` (or ``correct``) must be there. ``group`` (or
+``cluster``, ``image``): what is resampled together. ``task`` and ``run`` (or ``seed``) split a table into benchmarks
+and runs.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava_integration.benchmarks.answers import json_lines
+from llava_integration.compare.readers import BY_PART, OWN, Log, Reader, first_object, number
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.files import ContractError
+
+OVERALL = "all"  # the part with every caption
+DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
+MOST_PARTS = 8  # more would dominate the table, and Holm's correction costs every row power
+
+
+def scores_fits(path: Path) -> bool:
+    """It is named as a score file, or is JSON of this kind."""
+    if path.name.endswith(".scores.json"):
+        return True
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    return isinstance(head, dict) and head.get("kind") == ScoreFile.KIND
+
+
+def scores_read(path: Path) -> Iterator[Log]:
+    """One for each part, direction and k if the items are queries; else the file itself."""
+    record = Log(**vars(ScoreFile.read(path)))
+    name, items = record.benchmark.removeprefix("retrieval:"), record.items
+    grouped = [{**item, "category": item.get("part")} for item in items]
+    if record.benchmark == "retrieval:sugarcrepe":
+        yield replace(record, benchmark=name, items=grouped, aggregate=BY_PART)
+        return
+    if not items or any("side" not in item or "r1" not in item for item in items):
+        yield record
+        return
+    parts = {str(item.get("part", OVERALL)): [] for item in items}
+    for item in items:
+        parts[str(item.get("part", OVERALL))].append(item)
+    if record.benchmark == "retrieval:xm3600":
+        record = replace(record, aggregate=BY_PART)
+        parts = {OVERALL: [item for item in grouped if item["category"] not in (None, OVERALL)] or grouped}
+    elif len(parts) > MOST_PARTS + 1:
+        record = replace(record, notes=[*record.notes, f"{len(parts)} parts: only the overall number is compared"])
+        parts = {part: parts[part] for part in ([OVERALL] if OVERALL in parts else list(parts)[:MOST_PARTS])}
+    for part, queries in parts.items():
+        title = name if part == OVERALL else f"{name} {part}"
+        for side, arrow in DIRECTIONS.items():
+            chosen = [item for item in queries if item["side"] == side]
+            for k in ("r1", "r10") if part == OVERALL else ("r1",):
+                if chosen and all(k in item for item in chosen):
+                    hits = [{**item, "score": item[k]} for item in chosen]
+                    yield replace(record, benchmark=f"{title} {arrow} R@{k[1:]}", items=hits)
+
+
+# Tables
+
+COLUMNS = {  # ours: theirs
+    "id": ("item", "id", "question_id"),
+    "score": ("score", "correct"),
+    "cluster": ("group", "cluster", "image", "image_id"),
+    "category": ("category",),
+    "task": ("task", "benchmark"),
+    "run": ("run", "seed"),
+}
+WORDS = {"true": 1.0, "false": 0.0}
+csv.field_size_limit(2**24)
+
+
+def _columns(names: Any) -> dict[str, str]:
+    """The table's name of each of our columns."""
+    return {ours: one for ours, theirs in COLUMNS.items() if (one := next((t for t in theirs if t in names), ""))}
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix == ".tsv" else ","
+
+
+def table_fits(path: Path) -> bool:
+    """It has an item and a score."""
+    if path.suffix == ".jsonl":
+        names = set(first_object(path))
+    else:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            names = set(next(csv.reader(file, delimiter=_delimiter(path)), []))
+    return {"id", "score"} <= set(_columns(names))
+
+
+def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of each line."""
+    if path.suffix == ".jsonl":
+        yield from json_lines(path)
+        return
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, delimiter=_delimiter(path))
+            for row in table:
+                if None in row or None in row.values():
+                    raise ContractError(f"{path}, line {table.line_num}: not {len(table.fieldnames or ())} columns")
+                yield f"{path}, line {table.line_num}", row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ContractError(f"{path} is no table of UTF-8 text ({error})") from error
+
+
+def table_read(path: Path) -> Iterator[Log]:
+    """One for each task and run."""
+    columns: dict[str, str] = {}
+    tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for where, row in rows(path):
+        columns = columns or _columns(row)
+        got = {ours: row.get(theirs) for ours, theirs in columns.items()}
+        if got["id"] in (None, ""):
+            raise ContractError(f"{where}: no {columns['id']}")
+        score = got["score"]
+        if isinstance(score, str):
+            try:
+                score = WORDS[score.lower()] if score.lower() in WORDS else float(score)
+            except ValueError:
+                score = None if score == "" else score
+        item = {"id": str(got["id"]), "score": number(score, f"{where}: {columns['score']}")}
+        item["cluster"] = str(got.get("cluster") or item["id"])
+        if got.get("category"):
+            item["category"] = str(got["category"])
+        tables.setdefault((str(got.get("task") or path.stem), str(got.get("run") or "")), []).append(item)
+    if not tables:
+        raise ContractError(f"{path} has no items below its first line")
+    for (task, _), items in tables.items():
+        yield Log(benchmark=task, metrics={}, items=items)
+
+
+READER = [
+    Reader(name=OWN, endings=(".json",), fits=scores_fits, read=scores_read),
+    Reader(name="table", endings=(".csv", ".tsv", ".jsonl"), fits=table_fits, read=table_read),
+]
