@@ -31,9 +31,8 @@ from benchmarks.common import (
 from llm2clip_plugin.stages.llm import trained_module
 from llm2clip_plugin.stages.settings import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
-from llm2clip_plugin.text.contrast import CaptionStep, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pairs import PairBatches, PairTokenizer, open_pairs
+from llm2clip_plugin.text.pairs import CaptionStep, PairBatches, PairTokenizer, caption_terms, open_pairs
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
 

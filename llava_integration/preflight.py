@@ -20,16 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava_integration import boot, towers
-from llava_integration.checkpoints import (
-    HUB_ID,
-    LORA,
-    OTHERS,
-    WORD,
-    blocks_below,
-    check_feature,
-    config_of,
-    model_name,
-)
+from llava_integration.checkpoints import HUB_ID, LORA, OTHERS, WORD, blocks_below, check_feature, config_of, model_name
 from llava_integration.compat import runner
 from llava_integration.compat.runner import installed_version
 from llava_integration.hook import check_projector
@@ -43,31 +34,23 @@ MPT = "mpt"
 TRAINED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")  # types of language models
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of scripts/llava/*.sh that can be wrong."""
-    made = argparse.ArgumentParser(prog="python -m llava_integration.preflight", description=__doc__)
-    made.add_argument("stage", choices=STAGES)
-    for name in ("model", "tower", "output"):
-        made.add_argument(f"--{name}", required=True)
-    for name in ("data", "image-folder"):
-        made.add_argument(f"--{name}", required=True, type=Path)
-    made.add_argument("--projector", default=None)
-    return made
-
-
 def main(argv: list[str]) -> int:
     """Print the problems to stderr, or the environment to stdout; returns the exit status.
 
     After -- come the script's options for LLaVA, which take precedence.
     """
+    parser = argparse.ArgumentParser(prog="python -m llava_integration.preflight", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    for name in ("model", "tower", "output", "data", "image-folder"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--projector", default=None)
     end = argv.index("--") if "--" in argv else len(argv)
-    options, llava = parser().parse_args(argv[:end]), llava_options(argv[end + 1 :])
+    options, llava = parser.parse_args(argv[:end]), llava_options(argv[end + 1 :])
     problems = [
         *check_model(options.model),
         *check_output(options.stage, options.output),
-        *check_data(options.stage, options.data, options.image_folder),
+        *check_data(options.stage, Path(options.data), Path(options.image_folder)),
         *check_tower(llava.vision_tower or options.tower, llava.pretrain_mm_mlp_adapter or options.projector, llava),
-        *check_wandb(llava.report_to or os.environ.get("REPORT_TO", "")),
     ]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -79,8 +62,8 @@ def main(argv: list[str]) -> int:
 def llava_options(words: Sequence[str]) -> argparse.Namespace:
     """Those options of LLaVA that are looked at here, "" for one that is not given."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    names = ("vision_tower", "pretrain_mm_mlp_adapter", "report_to", "mm_vision_select_layer")
-    for name in (*names, "mm_vision_select_feature"):
+    names = ("vision_tower", "pretrain_mm_mlp_adapter", "mm_vision_select_layer", "mm_vision_select_feature")
+    for name in names:
         made.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="")
     return made.parse_known_args(words)[0]
 
@@ -105,13 +88,6 @@ def _folder_of(package: str) -> str:
     """Where a package is installed, "" if it is not; nothing is imported."""
     spec = find_spec(package)
     return next(iter(spec.submodule_search_locations or []), "") if spec else ""
-
-
-def check_wandb(report_to: str) -> Iterator[str]:
-    """If Weights & Biases is asked for, it is installed and has a key; else it stops the run after its models load."""
-    if report_to not in ("wandb", "all") or (find_spec("wandb") and logged_in()):
-        return
-    yield f"--report_to {report_to}: run `pip install wandb` and `wandb login`, or set --report_to none"
 
 
 def logged_in() -> bool:
@@ -143,26 +119,19 @@ def check_language(path: Path) -> Iterator[str]:
         yield f"--model {path}: model_type is {kind!r}, which LLaVA would read as a Llama; expected llama or mistral"
     tokens = [config_of(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     if any(tokens) and not (path / "tokenizer.model").is_file() and not any(one.get("unk_token") for one in tokens):
-        yield (
-            f"--model {path}: its tokenizer has no unk_token, with which LLaVA pads batches; set one in "
-            "tokenizer_config.json, such as its pad token"
-        )
+        yield f"--model {path}: no unk_token, with which LLaVA pads batches; set one in its tokenizer_config.json"
 
 
 def check_output(stage: str, output: str) -> Iterator[str]:
-    """The folder's name is one by which LLaVA will load what it holds; see ``checkpoint_name``."""
+    """The folder's name is one by which LLaVA will load what it holds; see ``refuse_name``."""
     path, name = Path(output), model_name(output)
-    if path.exists() and not path.is_dir():
-        yield f"--output {output} is a file; expected a folder"
-    elif stage == "pretrain":  # its projector is loaded by path
+    if stage == "pretrain":  # its projector is loaded by path
         if path.name.startswith("checkpoint-"):
             yield f"--output {output}: LLaVA writes the projector of a folder named checkpoint-* elsewhere; rename it"
         for found in sorted(path.glob("checkpoint-*"), key=os.path.getmtime)[-1:]:
-            yield (
-                f"--output {output} contains {found.name}, from which LLaVA cannot resume: pretraining saves the "
-                "projector alone. Delete the checkpoint-* folders to start over, or start from its projector with "
-                f"another --output and -- --pretrain_mm_mlp_adapter {found / 'mm_projector.bin'}"
-            )
+            start = f"start from its projector with another --output and -- --pretrain_mm_mlp_adapter {found}"
+            told = f"contains {found.name}, from which pretraining cannot resume; delete its checkpoint-* folders"
+            yield f"--output {output} {told}, or {start}/mm_projector.bin"
     else:
         required = (WORD, LORA) if stage == "finetune_lora" else (WORD,)
         if missing := [word for word in required if word not in name.lower()]:
@@ -193,10 +162,8 @@ def check_data(stage: str, data: Path, images: Path) -> Iterator[str]:
     paths = [sample["image"] for sample in samples if "image" in sample]
     looked_at = paths[:: max(1, len(paths) // IMAGES_LOOKED_AT)] if images.is_dir() else []
     if missing := [path for path in looked_at if not (images / path).is_file()]:
-        yield (
-            f"--image-folder {images}: {len(missing)} of {len(looked_at)} images checked are missing, the first is "
-            f"{images / missing[0]}; {data} has its path as {missing[0]!r}"
-        )
+        told = f"{len(missing)} of {len(looked_at)} images checked are missing, the first is {images / missing[0]}"
+        yield f"--image-folder {images}: {told}; {data} has its path as {missing[0]!r}"
 
 
 def sample_problem(stage: str, sample: Any) -> str:
@@ -225,10 +192,8 @@ def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) ->
     if not towers.is_ours(tower):
         known = tower.startswith(LLAVAS_TOWERS) or "ShareGPT4V" in tower  # as LLaVA's own builder accepts them
         if not os.path.isfile(os.path.join(tower, "config.json")) and (os.path.isdir(tower) or not known):
-            yield (
-                f"--tower {tower}: LLaVA knows no such vision tower; expected llm2clip, llm2clip:PATH_OR_HUB_ID, a "
-                "folder with config.json, or a name such as openai/clip-vit-large-patch14-336"
-            )
+            expected = "llm2clip, llm2clip:PATH_OR_HUB_ID, a folder with config.json, or a name as openai/clip-..."
+            yield f"--tower {tower}: LLaVA knows no such vision tower; expected {expected}"
         return
     try:
         location = towers.locate(tower)
@@ -265,14 +230,13 @@ def check_llava() -> Iterator[Finding]:
     elif boot.watching():
         yield _finding("start-up hook", "ok", "active")
     else:
-        fix = "pip install llm2clip-plugin (without --target), or `python -m llava_integration.boot ...` for LLaVA"
+        fix = "pip install llm2clip-plugin (without --target), or `python -m llava_integration.boot ...`"
         yield _finding("start-up hook", "fail", "not active", fix)
     try:
         location = towers.locate(towers.NAME)
         yield _finding("--vision_tower llm2clip", "ok", f"{location.how}: {location.describe()}")
     except (FileNotFoundError, ContractError) as error:
-        fix = "llm2clip use PATH_OR_HUB_ID (only needed for the bare name)"
-        yield _finding("--vision_tower llm2clip", "warn", str(error), fix)
+        yield _finding("--vision_tower llm2clip", "warn", str(error), "llm2clip use PATH_OR_HUB_ID, for the bare name")
 
 
 def check_transformers() -> Finding:
@@ -283,7 +247,7 @@ def check_transformers() -> Finding:
         return _finding(subject, "fail", "missing", pinned)
     if OLDEST <= numbers(installed) <= NEWEST:
         return _finding(subject, "ok", f"{installed}, which LLaVA pins")
-    if problem := runner.problems().get(runner.TRAINER):
+    if problem := runner.problem():
         return _finding(subject, "fail", installed, problem)
     if numbers(installed) < (5,):
         return _finding(subject, "warn", installed, f"{pinned} (LLaVA fails to generate with this one)")

@@ -136,9 +136,7 @@ def device_of_map(device_map: Any) -> Any:
         return None
     if isinstance(device_map, dict):
         if set(device_map) != {""}:
-            raise ValueError(
-                f"the vision tower cannot be split over devices (device_map {device_map}); pass {{'': device}}"
-            )
+            raise ValueError(f"the vision tower cannot be split over devices ({device_map}); pass {{'': device}}")
         return device_map[""]
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
@@ -197,9 +195,7 @@ def parse_scales(text: str, image_size: int) -> list[int]:
     try:
         scales = sorted(int(part) for part in str(text).split(","))
     except ValueError as error:
-        raise ValueError(
-            f"s2_scales {text!r} is not a comma-separated list of sizes, such as {DEFAULT_SCALES!r}"
-        ) from error
+        raise ValueError(f"s2_scales {text!r}: expected sizes with commas, such as {DEFAULT_SCALES!r}") from error
     if scales[0] != image_size or any(scale % image_size for scale in scales):
         fit = ",".join(str(image_size * factor) for factor in (1, 2, 3))
         raise ValueError(f"s2_scales {text!r} must be the tower's {image_size} px and multiples of it; try {fit!r}")

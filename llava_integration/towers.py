@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -58,11 +58,8 @@ class TowerLocation:
         Raises ContractError if ``directory`` is not a tower directory.
         """
         if not (directory / TowerCard.FILE).is_file():
-            raise ContractError(
-                f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); "
-                "create one with `llm2clip export RUN --output DIR` or "
-                f"`{command('import', directory, '--output', 'DIR')}`"
-            )
+            fix = f"create one with `llm2clip export RUN` or `{command('import', directory, '--output', 'DIR')}`"
+            raise ContractError(f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); {fix}")
         card = TowerCard.read(directory / TowerCard.FILE)
         return cls(directory=directory, card=card, origin=origin or str(directory.resolve()), how=how)
 
@@ -97,12 +94,6 @@ class Registry(VersionedRecord):
 
     chosen: str = ""  # key of towers; "" before the first `llm2clip use`
     towers: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> {"spec", "weights_sha256"}
-
-    def check_values(self, *, where: str) -> None:
-        """Raise ContractError for an entry without its two fields, or a selected tower that is not registered."""
-        damaged = [name for name, entry in self.towers.items() if not entry.keys() >= {"spec", "weights_sha256"}]
-        if damaged or self.chosen not in {"", *self.towers}:
-            raise ContractError(f"{where}: tower {[*damaged, self.chosen][0]!r} has no spec and weights_sha256")
 
     def summary(self) -> str:
         """The registered towers in one line, for error messages."""
@@ -179,20 +170,9 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
     if spec in known.towers and known.towers[spec]["spec"] != spec:
         return locate_spec(known.towers[spec]["spec"], how=f"{how} (registered as {spec!r})")
     if HUB_ID.match(spec):
-        return locate_on_hub(spec, how=how)
-    raise TowerNotFoundError(f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {known.summary()}")
-
-
-def locate_on_hub(spec: str, *, how: str) -> TowerLocation:
-    """The tower directory of a Hub repository, downloaded once; raises TowerNotFoundError if the download fails."""
-    repository, _, revision = spec.partition("@")
-    try:
+        repository, _, revision = spec.partition("@")
         return TowerLocation.of(download(repository, HUB_FILES, revision or None), how=how, origin=spec)
-    except TowerNotFoundError as error:
-        raise TowerNotFoundError(
-            f"{how}: no directory {repository!r}, and {error}; download it on a machine with network access and pass "
-            f"{NAME}:PATH; {registry().summary()}"
-        ) from error
+    raise TowerNotFoundError(f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {known.summary()}")
 
 
 def download(repository: str, patterns: list[str], revision: str | None = None) -> Path:
@@ -200,9 +180,10 @@ def download(repository: str, patterns: list[str], revision: str | None = None) 
     try:
         return hub_snapshot(repository, revision=revision, patterns=patterns)
     except (OSError, ValueError) as error:  # the client's errors for network, cache, permissions and names
-        reason = str(error).strip().split("\n")[0]
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise TowerNotFoundError(
-            f"downloading {repository} from the Hub failed ({type(error).__name__}: {reason})"
+            f"no directory {repository!r}, and downloading it from the Hub failed ({reason}); download it on a machine "
+            f"with network access and pass {NAME}:PATH; {registry().summary()}"
         ) from error
 
 
@@ -319,7 +300,6 @@ class TowersConfig:
     """How to list the towers."""
 
     forget: str = ""  # name of a tower to remove from the list; its files are kept
-    json: bool = False  # print JSON
 
 
 USE = Command(
@@ -357,29 +337,23 @@ def main_towers(argv: list[str]) -> int:
         towers = {name: entry for name, entry in known.towers.items() if name != options.forget}
         known = replace(known, chosen=known.chosen if known.chosen in towers else "", towers=towers)
         known.write(registry_file())
-    rows = [listing(name, entry, chosen=name == known.chosen) for name, entry in sorted(known.towers.items())]
-    if options.json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    for row in rows:
-        print(f"{'*' if row['chosen'] else ' '} {row['name']}: {row['found']}")
+    for name, entry in sorted(known.towers.items()):
+        print(f"{'*' if name == known.chosen else ' '} {name}: {listed(name, entry['spec'], entry['weights_sha256'])}")
     if spec := os.environ.get("LLM2CLIP_TOWER"):
         print(f"LLM2CLIP_TOWER={spec} takes precedence over the selected tower (*)")
-    if not rows:
+    if not known.towers:
         print(f"{known.summary()}; register one with `llm2clip use PATH_OR_HUB_ID`")
     return 0
 
 
-def listing(name: str, entry: dict[str, str], *, chosen: bool) -> dict[str, object]:
-    """One row of ``llm2clip towers``, its description under "found"; Hub towers are not downloaded for it."""
-    row: dict[str, object] = {"name": name, "chosen": chosen, **entry}
-    if HUB_ID.match(entry["spec"]) and not Path(entry["spec"]).is_dir():
-        return {**row, "found": f"on the Hub as {entry['spec']}, sha256 {entry['weights_sha256'][:12]}"}
+def listed(name: str, spec: str, sha256: str) -> str:
+    """What ``llm2clip towers`` says of a tower; those of the Hub are not downloaded for it."""
+    if HUB_ID.match(spec) and not Path(spec).is_dir():
+        return f"on the Hub as {spec}, sha256 {sha256[:12]}"
     try:
-        location = locate_spec(entry["spec"], how=name)
+        return locate_spec(spec, how=name).describe()
     except (FileNotFoundError, ContractError) as error:
-        return {**row, "found": f"not usable: {error}"}
-    return {**row, "found": location.describe(), "card": asdict(location.card)}
+        return f"not usable: {error}"
 
 
 def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Path:
@@ -392,10 +366,7 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     config = checkpoint_config(checkpoint)
     name = str(config.get("mm_vision_tower"))
     if not is_ours(name):
-        raise ContractError(
-            f"{checkpoint} was trained with the vision tower {name!r}, which is not a tower of this package and "
-            "cannot be bundled"
-        )
+        raise ContractError(f"{checkpoint} has the vision tower {name!r}; only a tower of this package is bundled")
     location = locate_tower(checkpoint, name, config, tower)
     target = checkpoint / BUNDLE
     if (target / TowerCard.FILE).is_file() and TowerLocation.of(target, how="bundled").sha256 == location.sha256:
@@ -422,10 +393,8 @@ def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str
     location = locate_spec(tower, how=f"--tower {tower}")
     recorded = config.get(KEY, {}).get("weights_sha256", location.sha256)
     if location.sha256 != recorded:
-        raise ContractError(
-            f"{checkpoint} was trained with the tower sha256 {recorded}, "
-            f"but {location.directory} has sha256 {location.sha256}; pass the original with --tower"
-        )
+        told = f"trained with the tower sha256 {recorded}, but {location.directory} has sha256 {location.sha256}"
+        raise ContractError(f"{checkpoint} was {told}; pass the original with --tower")
     return location
 
 

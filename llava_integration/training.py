@@ -24,14 +24,8 @@ from llm2clip_plugin.console import quiet_llava
 
 
 PROGRAMS = ("__main__", "llava.train.train")  # as a program, and imported by train_mem.py
-COLLECTIVES = (  # those that DeepSpeed starts several of and then waits for the last one only
-    "all_gather",
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
-    "all_reduce",
-    "reduce",
-    "broadcast",
-)
+# those that DeepSpeed starts several of and then waits for the last one only
+COLLECTIVES = "all_gather all_gather_into_tensor reduce_scatter_tensor all_reduce reduce broadcast".split()
 Turns = list[dict[str, str]]
 
 

@@ -70,23 +70,34 @@ def embed(text: str) -> torch.Tensor:
     return total
 
 
-def make_cache(data: Path, *, llm: str = "made-up", embed: Callable[[str], torch.Tensor] = embed) -> Path:
-    """The cache of ``data``, in its default place."""
-    identity = TeacherIdentity(
+def made_up(llm: str = "made-up", *, pooling: str = "mean") -> TeacherIdentity:
+    """The identity of a teacher that does not exist."""
+    return TeacherIdentity(
         llm=llm,
         revision="",
         weights_sha256=hashlib.sha256(llm.encode()).hexdigest(),
         adapter_sha256="",
         attention="bidirectional",
-        pooling="mean",
+        pooling=pooling,
         layer=-1,
         prompt="",
         chat_template="",
         max_tokens=512,
         width=WIDTH,
     )
-    source = open_source(SourceConfig(path=str(data)))
-    directory = data / f"embeddings-{identity.fingerprint[:12]}"
+
+
+def make_cache(
+    data: Path,
+    *,
+    llm: str = "made-up",
+    embed: Callable[[str], torch.Tensor] = embed,
+    identity: TeacherIdentity | None = None,
+    directory: Path | None = None,
+) -> Path:
+    """The cache of ``data``, by default in its default place."""
+    source, identity = open_source(SourceConfig(path=str(data))), identity or made_up(llm)
+    directory = directory or data / f"embeddings-{identity.fingerprint[:12]}"
     writer = CacheWriter(directory, identity, "float16")
     for shard in source.shards:
         pairs = [source.captions(shard.start + i) for i in range(shard.size)]

@@ -58,10 +58,7 @@ class Question:
         """The image in RGB; raises ValueError with the question's id if it cannot be read, or is outside the folder."""
         path = Path(folder) / self.image
         if not self.embedded and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-            raise ValueError(
-                f"question {self.id!r}: image {self.image!r} is outside --image-folder {folder or '.'}; correct the "
-                "path, or set --image-folder to a folder above it"
-            )
+            raise ValueError(f"question {self.id!r}: image {self.image!r} is outside --image-folder {folder or '.'}")
         try:
             source = io.BytesIO(base64.b64decode(self.image)) if self.embedded else path
             image = Image.open(source)

@@ -1,6 +1,7 @@
 """Questions answered by a served model: several requests at a time, failed ones repeated, answers kept as they come."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -33,14 +34,14 @@ class EndpointError(ConnectionError):
     """The server cannot be used: wrong URL, no such model, access denied, gone."""
 
 
-class PassingError(Exception):
-    """A request failed, but may succeed later."""
-
-    pause = 0.0  # seconds that the server wants to be left alone for
-
-
 class RefusedError(Exception):
     """The server refuses this request; others may succeed."""
+
+
+class PassingError(RefusedError):
+    """A request failed, but may succeed later, ``pause`` seconds from now at the earliest."""
+
+    pause = 0.0
 
 
 Reply = tuple[str, str]  # the text of a chat completion, and why it ended: stop | length | ...
@@ -95,14 +96,13 @@ class Endpoint:
         except RefusedError as error:  # some gateways have chat completions alone
             if name:
                 return ServedModel(id=name)
-            raise EndpointError(f"{self.url} has no list of models; set --served-model-name or --endpoint") from error
+            raise EndpointError(f"{self.url}/models: {error}; set --served-model-name or --endpoint") from error
         except (KeyError, TypeError):
             raise EndpointError(f"{self.url}/models is not the list of an OpenAI-compatible server") from None
         chosen = [model for model in models if name in ("", model.id)]
         if len(chosen) != 1:
             shown = ", ".join(model.id for model in models[:20])
-            does = f"does not serve {name!r}" if name else f"serves {len(models)} models"
-            raise EndpointError(f"{self.url} {does}; choose one with --served-model-name: {shown}")
+            raise EndpointError(f"{self.url} serves {len(models)} models; choose one with --served-model-name: {shown}")
         return chosen[0]
 
     def chat(self, body: dict[str, Any]) -> Reply:
@@ -118,7 +118,7 @@ class Endpoint:
                     fault = f"{self.url}: an answer without choices[0].message.content: {_short(answer)}"
                     raise PassingError(fault) from None
                 if not isinstance(text, str):
-                    raise RefusedError(f"the answer has no text (content: {_short(text)}, {_short(reason)})")
+                    raise RefusedError(f"the answer has no text (content: {_short(text)}, {reason})")
                 return text.strip(), reason
             except PassingError as error:
                 failures += 1
@@ -142,10 +142,9 @@ class Endpoint:
                 raise self._status_error(error, path) from None
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)  # of a URLError
-            reason = f"{type(cause).__name__}: {cause}" if isinstance(cause, Exception) else str(cause)
-            if isinstance(cause, TimeoutError):
-                reason = f"no answer within {limit:g} s ({option}); the server is overloaded or stalled"
-            raise PassingError(f"{self.url}: {printable(reason)}") from error
+            late = f"no answer within {limit:g} s ({option}); the server is overloaded or stalled"
+            said = late if isinstance(cause, TimeoutError) else _short(f"{type(cause).__name__}: {cause}")
+            raise PassingError(f"{self.url}: {said}") from error
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
@@ -153,31 +152,28 @@ class Endpoint:
 
     def _status_error(self, error: urllib.error.HTTPError, path: str) -> Exception:
         """What to raise for an HTTP status that is not 200."""
-        status, reply = error.code, f"HTTP {error.code}: {_error_text(error)}"
+        status, place = error.code, error.headers.get("Location")
+        reply = f"HTTP {status}: {_short(place) if place else _error_text(error)}"
         if status in PASSING or status >= 500:
             passing = PassingError(f"{self.url}: {reply}")
             passing.pause = seconds_of_retry_after(error.headers.get("Retry-After") or "")
             return passing
-        if 300 <= status < 400:
-            location = printable(error.headers.get("Location") or "?")
-            return EndpointError(f"{self.url} redirects to {location}; pass that")
         if status in (401, 403):
             return EndpointError(f"{self.url} denies access ({reply}); set {KEY} to a key of this server")
-        if status in (404, 405) and path != "/models":
-            return EndpointError(f"{self.url}{path} does not exist ({reply}); set --endpoint or --served-model-name")
+        if status < 400 or (status in (404, 405) and path != "/models"):
+            return EndpointError(f"{self.url}{path}: {reply}; set --endpoint or --served-model-name")
         return RefusedError(reply)
 
 
 def _error_text(error: urllib.error.HTTPError) -> str:
     """What a server says about an error: OpenAI's ``error.message``, FastAPI's ``detail``, or its first words."""
     raw = b""
-    try:
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, AttributeError):
         raw = error.read(1 << 16)
         body = json.loads(raw)
         inner = body.get("error", body)
         return _short(inner.get("message") or inner.get("detail") or raw)
-    except (OSError, http.client.HTTPException, ValueError, AttributeError):
-        return _short(raw or error.reason)
+    return _short(raw or error.reason)
 
 
 def _short(value: Any) -> str:
@@ -229,9 +225,7 @@ def answer_served(
                 content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": content}]
             return index, endpoint.chat({**request, "messages": [{"role": "user", "content": content}]})
         except Exception as error:
-            if not isinstance(
-                error, (RefusedError, PassingError)
-            ):  # the other threads' next questions would fail alike
+            if not isinstance(error, RefusedError):  # the other threads' next questions would fail alike
                 endpoint.stopped.set()
             return index, error
 
@@ -251,7 +245,7 @@ def answer_served(
                     answers.write({index: entry(questions[index], text, model, metadata)})
                     in_a_row = 0
                     bar.update()
-                elif isinstance(result, (RefusedError, PassingError)):
+                elif isinstance(result, RefusedError):
                     refused.append(f"question {questions[index].id!r}: {result}")
                     in_a_row += 1
                     if in_a_row >= MOST_REFUSED:

@@ -56,10 +56,8 @@ def read_text(path: Path) -> str:
     raw = path.read_bytes()
     refuse_encoding(path, raw)
     text = raw.decode("utf-8-sig", "replace")
-    if "\0" in text:
-        raise ValueError(f"{path} has NUL bytes: it is truncated or not a text file; generate it again")
-    if not text.strip():
-        raise ValueError(f"{path} is empty; run the evaluation again")
+    if "\0" in text or not text.strip():
+        raise ValueError(f"{path} is empty, or has NUL bytes; run the evaluation again")
     return text
 
 
@@ -115,17 +113,8 @@ def read_answers(path: str | Path) -> Answers:
     if not rows:
         raise ValueError(f"{path} has no answers" + f": no line is a JSON object; {broken[:1]}" * bool(broken))
     layout = _layout(path, rows[0][1])
-    answers = []
-    for number, row in rows:
-        identifier, answer, prompt = _fields(layout, row)
-        if isinstance(identifier, float) and identifier.is_integer():  # as a table writes it where one is missing
-            identifier = int(identifier)
-        # without lone surrogates, which UTF-8 can't encode
-        plain = (
-            answer.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(answer, str) else None
-        )
-        answers.append(Answer(id=identifier, text=plain, prompt=prompt, line=number, row=row, layout=layout))
-    return Answers(path=path, layout=layout, rows=tuple(answers), broken=tuple(broken))
+    answers = tuple(_answer(layout, number, row) for number, row in rows)
+    return Answers(path=path, layout=layout, rows=answers, broken=tuple(broken))
 
 
 def _mapped_row(path: Path, key: str, entry: Any) -> Row:
@@ -149,22 +138,21 @@ def _layout(path: Path, head: Row) -> str:
     if keys & {"answer", "prediction"} and keys & {"question_id", "questionId", "image", "index"}:
         return "submission"
     if {"question_id", "image", "text"} <= keys:
-        raise ValueError(
-            f"{path} is a question file (its 'text' is the question); --answers is the --answers-file of "
-            "llava.eval.model_vqa*"
-        )
-    raise ValueError(
-        f"{path}: rows have {sorted(keys)[:12]}; expected LLaVA's answers (question_id, prompt, text) or a submission "
-        "(question_id, answer)"
-    )
+        raise ValueError(f"{path} is a question file; --answers is the --answers-file of llava.eval.model_vqa*")
+    expected = "LLaVA's answers (question_id, prompt, text) or a submission (question_id, answer)"
+    raise ValueError(f"{path}: rows have {sorted(keys)[:12]}; expected {expected}")
 
 
-def _fields(layout: str, row: Row) -> tuple[Any, Any, str]:
-    """Id, text and prompt of a row, not yet checked."""
+def _answer(layout: str, line: int, row: Row) -> Answer:
     identifier = next((row[key] for key in ("question_id", "questionId", "index", "image") if key in row), None)
-    text = {"judge": "content", "llava": "text"}.get(layout, "prediction" if "prediction" in row else "answer")
-    prompt = row.get("prompt") if layout == "llava" else ""
-    return identifier, row.get(text), prompt if isinstance(prompt, str) else ""
+    if isinstance(identifier, float) and identifier.is_integer():  # as a table writes it where one is missing
+        identifier = int(identifier)
+    key = {"judge": "content", "llava": "text"}.get(layout, "prediction" if "prediction" in row else "answer")
+    text, prompt = row.get(key), row.get("prompt") if layout == "llava" else ""
+    # without lone surrogates, which UTF-8 can't encode
+    plain = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(text, str) else None
+    prompt = prompt if isinstance(prompt, str) else ""
+    return Answer(id=identifier, text=plain, prompt=prompt, line=line, row=row, layout=layout)
 
 
 CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")

@@ -73,8 +73,7 @@ def score_answers(
     Raises ValueError for answers to another benchmark.
     """
     member = benchmark(name)
-    given = reviewed(member, answers, reviews) if member.judge else answers
-    record = member.score(data, given, allow=allow)
+    record = member.score(data, reviewed(member, answers, reviews) if member.judge else answers, allow=allow)
     settings = settings_file(answers.path)
     provenance = {
         **({"answer_settings": read_json_value(settings)} if settings.is_file() else {}),
@@ -169,7 +168,7 @@ class Outcome:
 
     name: str
     status: str  # scored | answered (to be scored by a server or a judge) | no files | failed
-    detail: str = ""
+    detail: str
     value: float | None = None
     seconds: float = 0.0
 

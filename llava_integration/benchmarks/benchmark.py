@@ -203,7 +203,14 @@ def match(
             doubled += joined[place] is not None
             joined[place] = answer
     given = [(question, answer) for question, answer in zip(questions, joined, strict=True) if answer is not None]
-    _refuse_other_benchmark(given, unknown, answers, questions[0], allow, name)
+    if not given or len(unknown) > max(allow * len(answers.rows), 1):
+        example = unknown[0] if unknown else answers.rows[0]
+        raise ValueError(
+            f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name} (line "
+            f"{example.line}: id {example.id!r}, prompt {example.prompt[:80]!r}; first question: id "
+            f"{questions[0].id!r}). Check BENCHMARK, --data and --answers; for a subset pass --allow-missing"
+        )
+    _refuse_other_prompts(given, answers.path, name)
     total = len(questions)
     first = f", first at {answers.broken[0]}" if answers.broken else ""
     empty = sum(not (answer.text or "").strip() for _, answer in given)
@@ -220,37 +227,20 @@ def match(
     }
     for count, said, most in faults.values():
         if most is not None and count > allow * most:
-            raise ValueError(
-                f"{answers.path}: {count} {said}, more than the allowed {allow:.0%}. Finish the evaluation (an "
-                "incomplete file, or chunks of different runs?), or pass --allow-missing"
-            )
+            told = f"{count} {said}, more than the allowed {allow:.0%}"
+            raise ValueError(f"{answers.path}: {told}. Finish the evaluation, or pass --allow-missing")
     counts = {"questions": total, "answered": len(given), **{fault: count for fault, (count, *_) in faults.items()}}
     return joined, counts, [f"{count} {said}" for count, said, _ in faults.values() if count]
 
 
-def _refuse_other_benchmark(
-    given: Sequence[tuple[Question, Answer]],
-    unknown: Sequence[Answer],
-    answers: Answers,
-    first: Question,
-    allow: float,
-    name: str,
-) -> None:
-    """ValueError if the ids are not this benchmark's, or the prompts ask other questions."""
-    total = len(answers.rows)
-    if not given or len(unknown) > max(allow, 1 / total) * total:
-        example = unknown[0] if unknown else answers.rows[0]
-        raise ValueError(
-            f"{len(unknown)} of {total} answers in {answers.path} match no question of {name} (line {example.line}: id "
-            f"{example.id!r}, prompt {example.prompt[:80]!r}; first question: id {first.id!r}). Check BENCHMARK, "
-            "--data and --answers; for a subset pass --allow-missing"
-        )
+def _refuse_other_prompts(given: Sequence[tuple[Question, Answer]], path: Path, name: str) -> None:
+    """ValueError if the ids are this benchmark's, but the prompts ask other questions."""
     prompted = [(question, answer) for question, answer in given if answer.prompt]
     wrong = [pair for pair in prompted if squeeze(pair[0].text) not in squeeze(pair[1].prompt)]
     if len(wrong) > 0.5 * len(prompted):
         question, answer = wrong[0]
         raise ValueError(
-            f"{answers.path} has ids of {name}, but other questions: line {answer.line} has the prompt "
+            f"{path} has ids of {name}, but other questions: line {answer.line} has the prompt "
             f"{answer.prompt[:80]!r}, question {question.id!r} is {question.text[:80]!r}. Check BENCHMARK and --data"
         )
 
@@ -263,9 +253,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Models of the published numbers: LLaVA's model zoo (https://github.com/haotian-liu/LLaVA/blob/main/docs/MODEL_ZOO.md)
 # and the LLM2CLIP project page (https://aka.ms/llm2clip). One run each; they enter no test.
 LLAVA_7B = "LLaVA-1.5 7B (official)"
-LLAVA_13B = "LLaVA-1.5 13B (official)"
-LLAVA_7B_REPRODUCED = "LLaVA-1.5 7B (LLM2CLIP's reproduction)"
-LLM2CLIP_7B = "LLaVA-1.5 7B + LLM2CLIP (paper)"
+MODELS = {
+    "llava_7b": LLAVA_7B,
+    "llava_13b": "LLaVA-1.5 13B (official)",
+    "reproduced_7b": "LLaVA-1.5 7B (LLM2CLIP's reproduction)",
+    "llm2clip_7b": "LLaVA-1.5 7B + LLM2CLIP (paper)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,12 +381,9 @@ class Benchmark(ABC):
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def published_scores(
-    *, llava_7b: float, llava_13b: float, reproduced_7b: float | None = None, llm2clip_7b: float | None = None
-) -> dict[str, float]:
-    """``published`` of a benchmark: headline numbers by model, without those that nobody reported."""
-    numbers = {LLAVA_7B: llava_7b, LLAVA_13B: llava_13b, LLAVA_7B_REPRODUCED: reproduced_7b, LLM2CLIP_7B: llm2clip_7b}
-    return {model: number for model, number in numbers.items() if number is not None}
+def published_scores(**numbers: float) -> dict[str, float]:
+    """``published`` of a benchmark: headline numbers by model, of those that reported one."""
+    return {MODELS[model]: number for model, number in numbers.items()}
 
 
 def question_row(identifier: int | str, image: str, prompt: str) -> Row:
@@ -404,10 +394,8 @@ def question_row(identifier: int | str, image: str, prompt: str) -> Row:
 def texts_by_id(answers: Answers, identifiers: Sequence[int | str]) -> dict[str, str]:
     """Texts by id; ValueError if one of ``identifiers`` has none, since the server rejects an incomplete file."""
     texts = {str(answer.id): answer.text for answer in answers.rows if answer.text is not None}
-    if missing := [identifier for identifier in identifiers if str(identifier) not in texts]:
-        raise ValueError(
-            f"{len(missing)} questions have no answer in {answers.path}, first {missing[0]}; the server requires all"
-        )
+    if missing := [one for one in identifiers if str(one) not in texts]:
+        raise ValueError(f"{answers.path} lacks {len(missing)} answers, first to {missing[0]}; the server requires all")
     return texts
 
 

@@ -69,17 +69,13 @@ def options_of_5(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @completes(LLAMA, "after", transformers=">=5")
-def llama(module: Any) -> None:
-    """LLaVA's Llama: see `complete_generation` and `complete_saving`."""
-    complete_generation(module.LlavaLlamaForCausalLM, module.LlamaForCausalLM)
-    complete_saving(module.LlavaLlamaForCausalLM, module.LlavaConfig)
-
-
 @completes(MISTRAL, "after", transformers=">=5")
-def mistral(module: Any) -> None:
-    """LLaVA's Mistral: see `complete_generation` and `complete_saving`."""
-    complete_generation(module.LlavaMistralForCausalLM, module.MistralForCausalLM)
-    complete_saving(module.LlavaMistralForCausalLM, module.LlavaMistralConfig)
+def language_models(module: Any) -> None:
+    """LLaVA's Llama and its Mistral: see `complete_generation` and `complete_saving`."""
+    kind = "Mistral" if module.__name__ == MISTRAL else "Llama"
+    complete_generation(getattr(module, f"Llava{kind}ForCausalLM"), getattr(module, f"{kind}ForCausalLM"))
+    config = module.LlavaMistralConfig if kind == "Mistral" else module.LlavaConfig
+    complete_saving(getattr(module, f"Llava{kind}ForCausalLM"), config)
 
 
 def complete_generation(model_class: Any, parent: Any) -> None:
@@ -152,7 +148,14 @@ def complete_saving(model_class: Any, config_class: Any) -> None:
     @replaces(config_class, "to_json_string")
     def to_json_string(original: Any, self: Any, *arguments: Any, **options: Any) -> str:
         written = json.loads(original(self, *arguments, **options))
-        return json.dumps({**written, **settings_of_4(written)}, indent=2, sort_keys=True) + "\n"
+        if "dtype" in written:
+            written["torch_dtype"] = written["dtype"]
+        if rope := written.get("rope_parameters"):
+            scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "rope_type")}
+            kind = rope.get("rope_type", "default")
+            written["rope_theta"] = rope.get("rope_theta", 10000.0)
+            written["rope_scaling"] = None if kind == "default" else {"type": kind, **scaling}
+        return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
 
 def names_of_4(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,19 +165,6 @@ def names_of_4(tensors: Mapping[str, Any]) -> dict[str, Any]:
     if not layers or {name.partition(".")[0] for name in inside} - PARTS:
         return dict(tensors)
     return {name.replace(PLACE, PLACE + PREFIX): tensor for name, tensor in tensors.items()}
-
-
-def settings_of_4(written: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that transformers 4 reads under other names."""
-    settings = {}
-    if "dtype" in written:
-        settings["torch_dtype"] = written["dtype"]
-    if rope := written.get("rope_parameters"):
-        scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "rope_type")}
-        kind = rope.get("rope_type", "default")
-        settings["rope_theta"] = rope.get("rope_theta", 10000.0)
-        settings["rope_scaling"] = None if kind == "default" else {"type": kind, **scaling}
-    return settings
 
 
 KNOWN = frozenset(  # settings of peft 0.10
@@ -214,9 +204,7 @@ def drop_defaults(file: Path, defaults: dict[str, Any]) -> None:
         for name, value in json.loads(file.read_text()).items()
         if name in KNOWN or (name in defaults and value != defaults[name])
     }
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
-    os.replace(new, file)
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 # Towers
@@ -254,16 +242,12 @@ def tower_building(module: Any) -> None:
     @replaces(PreTrainedModel, "from_pretrained")
     def from_pretrained(original: Any, cls: Any, *arguments: Any, **options: Any) -> Any:
         made = original(cls, *arguments, **options)
-        restore_buffers(made[0] if isinstance(made, tuple) else made)
+        model = made[0] if isinstance(made, tuple) else made
+        for tower in [module for module in model.modules() if "buffers_as_read" in vars(module)]:
+            for name, buffer in tower.named_buffers():
+                buffer.copy_(tower.buffers_as_read.get(name, buffer))
+            del tower.buffers_as_read
         return made
-
-
-def restore_buffers(model: Any) -> None:
-    """Give the towers in a model that was read the buffers that they were read with."""
-    for tower in [module for module in model.modules() if "buffers_as_read" in vars(module)]:
-        for name, buffer in tower.named_buffers():
-            buffer.copy_(tower.buffers_as_read.get(name, buffer))
-        del tower.buffers_as_read
 
 
 def accept_either_names(state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -1,4 +1,7 @@
-"""Which completions the installed libraries need, when they run, what is said of versions, and which one has failed."""
+"""Runs the functions of ``patches``: each completes one module of LLaVA for the versions of libraries that need it.
+
+With LLaVA's own pins nothing is touched. ``LLM2CLIP_LLAVA_COMPAT=0`` disables all.
+"""
 
 import functools
 import importlib
@@ -18,22 +21,7 @@ When = Literal["before", "after"]
 TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}  # beginnings of versions, beside LLaVA's own pins
 ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"
 TRAINER = "llava.train.llava_trainer"
-REFUSED = {  # module -> versions of transformers with which it cannot run, why and what works
-    TRAINER: (
-        ">4.46.3,<5",
-        "its trainer has neither the names of 4.37 nor those of 5; install transformers==4.37.2 (LLaVA's own) or "
-        "transformers==5.24.0",
-    ),
-    "llava.train.llama_xformers_attn_monkey_patch": (
-        ">=5",
-        "it replaces the attention of transformers 4; train with train.py or train_mem.py, or install "
-        "transformers==4.37.2",
-    ),
-}
-
-
-class CompletionError(ImportError):
-    """A completion failed, or the installed version of a library cannot run the module at all."""
+REFUSED = ">4.46.3,<5"  # versions of transformers whose trainer has neither the names of 4.37 nor those of 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,19 +77,21 @@ def needed() -> list[Completion]:
 
 def watched() -> set[str]:
     """The modules of LLaVA that something is to be done for."""
-    return {completion.module for completion in needed()} | {*problems()} if enabled() else set()
+    if not enabled():
+        return set()
+    return {completion.module for completion in needed()} | ({TRAINER} if problem() else set())
 
 
 def run(module: ModuleType, when: When) -> None:
     """Run the completions of ``module`` for that moment; each runs once in a process.
 
-    Raises CompletionError, which names the function, its module and the versions of the libraries.
+    Raises ImportError, which names the function, its module and the versions of the libraries.
     """
     if not enabled():
         return
     try:
-        if when == "before" and module.__name__ in problems():
-            raise ImportError(problems()[module.__name__])
+        if module.__name__ == TRAINER and problem():
+            raise ImportError(problem())
         for completion in needed():
             if (completion.module, completion.when) == (module.__name__, when) and completion not in done:
                 warn_if_untried()
@@ -110,7 +100,7 @@ def run(module: ModuleType, when: When) -> None:
                 except Exception as error:
                     name = completion.complete.__name__
                     found = ", ".join(f"{library} {installed_version(library)}" for library in completion.libraries)
-                    raise CompletionError(
+                    raise ImportError(
                         f"llava_integration/compat/patches.py, {name} could not complete {module.__name__} "
                         f"for {found}: {error!r}; {ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
                     ) from error
@@ -153,13 +143,12 @@ def has_version(library: str, versions: str) -> bool:
 
 
 @functools.cache
-def problems() -> dict[str, str]:
-    """module of LLaVA -> why the installed transformers cannot run it, and what can."""
-    return {
-        module: f"{module} cannot run with transformers {installed_version('transformers')}: {reason}"
-        for module, (versions, reason) in REFUSED.items()
-        if has_version("transformers", versions)
-    }
+def problem() -> str:
+    """Why LLaVA cannot train with the installed transformers, and what works; "" if it can."""
+    if not has_version("transformers", REFUSED):
+        return ""
+    fix = "install transformers==4.37.2 (LLaVA's own) or transformers==5.24.0"
+    return f"LLaVA cannot train with transformers {installed_version('transformers')}; {fix}"
 
 
 def untried() -> list[str]:

@@ -40,24 +40,15 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """Convert a LLaVA 1.5 checkpoint into a Hugging Face model."""
     options = COMMAND.parse(argv)
-    from llava_integration.serve.export import Export, compare, export
+    from llava_integration.serve.export import Export, export
     from llm2clip_plugin.vision.export import check_repository, upload
 
     check_repository(options.push)
-    made = Export.of(
-        options.checkpoint,
-        base=options.model_base,
-        tower=options.tower,
-        conv_mode=options.conv_mode,
-        dtype=options.dtype,
-    )
+    choices = {"base": options.model_base, "tower": options.tower, "conv_mode": options.conv_mode}
+    made = Export.of(options.checkpoint, dtype=options.dtype, **choices)
     compares = options.compare and find_spec("llava") is not None
-
-    def verify(directory: Path) -> None:
-        print(f"compared with LLaVA's own code: {compare(made, directory)}", flush=True)
-
     print(f"{options.checkpoint}: {made.describe()}", flush=True)
-    size = export(made, options.output, overwrite=options.overwrite, verify=verify if compares else None)
+    size = export(made, options.output, overwrite=options.overwrite, compares=compares)
     reason = "" if compares or not options.compare else ": LLaVA is not installed in this environment"
     dtype = "" if options.dtype == "keep" else f"{options.dtype} "
     print(f"{options.output}: {size / GIB:.2f} GiB of {dtype}weights, every tensor verified by reloading", end="")

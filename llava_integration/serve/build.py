@@ -68,9 +68,8 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
     projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
     wanted = [EMBEDDING, *blocks, "model.norm.weight", *([] if is_tied else [HEAD]), *projector]
     if missing := [name for name in wanted if name not in own]:
-        raise ContractError(
-            f"{where}: {len(missing)} of {len(wanted)} tensors are missing, such as {missing[0]}; {FIX}"
-        )
+        told = f"{len(missing)} of {len(wanted)} tensors are missing, such as {missing[0]}"
+        raise ContractError(f"{where}: {told}; {FIX}")
     biases = {f"{name.removesuffix('.weight')}.bias" for name in blocks if "norm" not in name}
     refuse_rest(set(own) - set(wanted) - {HEAD} - biases, where)
     out = {}
@@ -224,10 +223,8 @@ class ExportedTower:
         elif type(config) in AutoModel._model_mapping:  # as AutoModel.from_config asks
             fields = {**config.to_diff_dict(), "model_type": config.model_type}
         else:
-            raise ContractError(
-                f"{directory}: towers of the family {family.name!r} cannot be exported: transformers' LLaVA does not "
-                f"open model_type {config.model_type!r}, and only {', '.join(CODE)} come with code"
-            )
+            told = f"towers of the family {family.name!r} cannot be exported: transformers' LLaVA does not open them"
+            raise ContractError(f"{directory}: {told}, and only {', '.join(CODE)} come with code")
         fields = {key: value for key, value in fields.items() if key not in OF_THE_FILE}
         fields |= {name: getattr(config, name) for name in SIZES}
         fields |= {name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)}

@@ -15,7 +15,6 @@ from torch import Tensor
 from llava_integration.checkpoints import checkpoint_config
 from llava_integration.compat.runner import adapters_stay_fp32
 from llm2clip_plugin.files import ContractError, errors_about, read_header
-from llm2clip_plugin.options import command
 from llm2clip_plugin.vision.directory import read_json, read_tensors, weight_files
 
 # Tensors of checkpoints are read one by one when they are needed, and written in shards: a model of any size passes
@@ -154,27 +153,22 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
         match = NAME.match(name)
         target = f"{match['module']}.weight" if match else name
         if match is None or target not in tensors:
-            raise ContractError(
-                f"{path}: {name} belongs to no weight of the base model; is --model-base the right one?"
-            )
+            raise ContractError(f"{path}: {name} belongs to no weight of the base model; check --model-base")
         halves.setdefault(target, {})[match["half"]] = tensor
     targets = config.get("target_modules")
     kinds = {str(target).split(".")[-1] for target in targets} if isinstance(targets, list) else set()
     blocks = {name for name in tensors if name.startswith("model.layers.") and name.endswith(".weight")}
     wanted = {name for name in blocks if name.split(".")[-2] in kinds}
     if lost := sorted(wanted - {*halves}):
-        told = f"{len(lost)} of {len(wanted)} target_modules of {LORA_FILE} have no LoRA, such as {lost[0]}"
-        raise ContractError(f"{path}: {told}; {FIX}")
+        raise ContractError(f"{path}: {len(lost)} of {len(wanted)} target_modules have no LoRA, as {lost[0]}; {FIX}")
     out = dict(tensors)
     for name, pair in halves.items():
         if len(pair) != 2:
             raise ContractError(f"{path}: {name} has one half of its LoRA, expected lora_A and lora_B; {FIX}")
-        shape = (pair["B"].shape[0], pair["A"].shape[-1])
-        if shape != tensors[name].shape or pair["A"].shape[0] != config["r"]:
-            raise ContractError(
-                f"{path}: the LoRA of {name} has shape {shape}, rank {pair['A'].shape[0]}, expected "
-                f"{tensors[name].shape}, {config['r']}; check --model-base"
-            )
+        shape, rank = (pair["B"].shape[0], pair["A"].shape[-1]), pair["A"].shape[0]
+        if (shape, rank) != (expected := (tensors[name].shape, config["r"])):
+            told = f"has shape {shape}, rank {rank}, expected {expected[0]}, {expected[1]}"
+            raise ContractError(f"{path}: the LoRA of {name} {told}; check --model-base")
         out[name] = LazyTensor(
             shape=shape,
             read=lambda weight=tensors[name], pair=pair: _sum(weight.read(), pair["A"].read(), pair["B"].read(), scale),
@@ -247,16 +241,11 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
     if kind == "full" and base is not None:
         raise ValueError(f"{directory} is a full checkpoint; leave out --model-base {base}")
     if kind != "full" and base is None:  # the one recorded
-        recorded = str(config.get("_name_or_path", ""))
-        if kind == "lora":
-            recorded = str(read_json(directory / ADAPTER).get("base_model_name_or_path") or recorded)
-        base = Path(recorded)
+        recorded = read_json(directory / ADAPTER).get("base_model_name_or_path") if kind == "lora" else ""
+        base = Path(str(recorded or config.get("_name_or_path", "")))
     if base is not None and not base.is_dir():
-        example = command("llava", "export", directory, "--model-base", "DIR", "--format", "hf", "--output", "OUT")
-        raise FileNotFoundError(
-            f"{directory} is a {kind} checkpoint, which needs its base model, and {str(base)!r} is not a folder; "
-            f"run `{example}`"
-        )
+        told = f"{directory} is a {kind} checkpoint, which needs its base model, and {str(base)!r} is not a folder"
+        raise FileNotFoundError(f"{told}; pass it as --model-base DIR")
     return LlavaCheckpoint(directory=directory, kind=kind, config=config, base=base)
 
 
@@ -264,18 +253,14 @@ def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
     """Raise ContractError, naming the setting, unless Hugging Face's LLaVA computes what LLaVA computes with it."""
     if "vision_config" in config:
         raise ContractError(f"{where}: this is a Hugging Face model already, which servers open as it is")
-    kind = config.get("model_type")
-    if kind not in LLAVA_TYPES or "mm_vision_tower" not in config:
-        tower = config.get("mm_vision_tower")
-        raise ContractError(
-            f"{where}: model_type is {kind!r}, mm_vision_tower {tower!r}; expected LLaVA 1.5 (llava_llama)"
-        )
+    kind, tower = config.get("model_type"), config.get("mm_vision_tower")
+    if kind not in LLAVA_TYPES or not tower:
+        raise ContractError(f"{where}: model_type is {kind!r}, mm_vision_tower {tower!r}; expected LLaVA 1.5 models")
     loaded = {"mm_projector_type": "linear", "mm_use_im_patch_token": True, "mm_patch_merge_type": "flat", **config}
     for name, values in EXPRESSIBLE.items():
         if loaded.get(name) not in values:
-            raise ContractError(
-                f"{where}: {name} is {loaded[name]!r}; Hugging Face's LLaVA 1.5 has {' or '.join(map(repr, values))}"
-            )
+            allowed = " or ".join(map(repr, values))
+            raise ContractError(f"{where}: {name} is {loaded[name]!r}; Hugging Face's LLaVA 1.5 has {allowed}")
     for name in LANGUAGE_SIZES:
         if type(config.get(name)) is not int or config[name] < 1:
             raise ContractError(f"{where}: {name} is {config.get(name)!r}, expected a positive whole number; {FIX}")

@@ -13,10 +13,8 @@ The files are written by hand: transformers 5 drops ``vision_model.`` from a tow
 then do not find.
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -27,14 +25,8 @@ from torch import Tensor
 import llm2clip_plugin
 from llava_integration.hook import CONVERSATION
 from llava_integration.serve.build import ExportedTower, find_tower, language_tensors, register, text_config
-from llava_integration.serve.checkpoint import (
-    LazyTensors,
-    LlavaCheckpoint,
-    checkpoint_tensors,
-    open_checkpoint,
-    write_shards,
-)
-from llava_integration.serve.prompt import IMAGE, choose, conversation_named, read_tokenizer, write_tokenizer
+from llava_integration.serve.checkpoint import LlavaCheckpoint, checkpoint_tensors, open_checkpoint, write_shards
+from llava_integration.serve.prompt import CONVERSATIONS, IMAGE, choose, read_tokenizer, write_tokenizer
 from llava_integration.towers import loading
 from llm2clip_plugin.console import quiet_llava_loading, quiet_transformers
 from llm2clip_plugin.contracts import atomic_directory
@@ -51,14 +43,10 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, 
 class Export:
     """A Hugging Face LLaVA to write; everything that can be wrong with it is found before anything is written."""
 
-    config: dict[str, Any]  # LLaVA's: sizes of its language model, mm_vision_select_layer, image_aspect_ratio ...
-    tensors: Callable[[ExitStack], LazyTensors]  # language model and projector under LLaVA's names
-    tokenizer: Path  # folder of the language model's
+    checkpoint: LlavaCheckpoint
     tower: ExportedTower
     conversation: str  # a name of LLaVA's
     dtype: str  # fp16 | bf16 | fp32 | keep: each tensor's own
-    made_from: dict[str, str]  # checkpoint, kind, base_model: names that config.json records, and README.md
-    checkpoint: LlavaCheckpoint | None = None  # what ``compare`` loads
 
     @classmethod
     def of(
@@ -67,61 +55,52 @@ class Export:
         """``base``: of a LoRA or projector checkpoint. Raises ValueError or FileNotFoundError for what is wrong."""
         checkpoint = open_checkpoint(directory, base)
         recorded = str(checkpoint.config.get(CONVERSATION, "plain" if checkpoint.kind == "projector" else ""))
-        places = {"checkpoint": directory, "base_model": checkpoint.base}  # no path of this machine is recorded
-        names = {name: place.resolve().name if place else "" for name, place in places.items()}
-        return cls(
-            config=checkpoint.config,
-            tensors=partial(checkpoint_tensors, checkpoint),
-            tokenizer=checkpoint.language_model,
-            tower=find_tower(checkpoint, tower),
-            conversation=choose(conv_mode, recorded, where=directory),
-            dtype=dtype,
-            made_from={**names, "kind": checkpoint.kind},
-            checkpoint=checkpoint,
-        )
+        conversation = choose(conv_mode, recorded, where=directory)
+        return cls(checkpoint=checkpoint, tower=find_tower(checkpoint, tower), conversation=conversation, dtype=dtype)
 
     @property
     def pads(self) -> bool:
         """Images are padded to squares instead of cropped."""
-        return self.config.get("image_aspect_ratio") == "pad"
+        return self.checkpoint.config.get("image_aspect_ratio") == "pad"
 
     def describe(self) -> str:
         """One line: what is exported, and how."""
-        base = f" on {self.checkpoint.base}" if self.checkpoint and self.checkpoint.base else ""
+        base = f" on {self.checkpoint.base}" if self.checkpoint.base else ""
         tower = f"{self.tower.family.name} tower at {self.tower.config['image_size']} px"
         images = "padded to squares" if self.pads else "cropped"
-        return f"{self.made_from['kind']} checkpoint{base}, {tower}, images {images}, conversation {self.conversation}"
+        return f"{self.checkpoint.kind} checkpoint{base}, {tower}, images {images}, conversation {self.conversation}"
 
 
-def export(made: Export, output: Path, *, overwrite: bool = False, verify: Any = None) -> int:
+def export(made: Export, output: Path, *, overwrite: bool = False, compares: bool = False) -> int:
     """Write ``made`` to ``output``, completely or not at all; the bytes of its weights.
 
-    ``verify``: called with the written folder before it gets its name. Raises FileExistsError if the folder is not
-    empty, and what ``verify`` raises.
+    ``compares``: with LLaVA's own code, before the folder gets its name. Raises FileExistsError if it is not empty.
     """
     with atomic_directory(output, replace=overwrite) as temporary:
         size = write_model(made, temporary)
-        if verify is not None:
-            verify(temporary)
+        if compares:
+            print(f"compared with LLaVA's own code: {compare(made, temporary)}", flush=True)
     return size
 
 
 def write_model(made: Export, directory: Path) -> int:
     """Write every file into an empty folder; the bytes of the weights."""
-    config, tower = made.config, made.tower
-    tokenizer = read_tokenizer(made.tokenizer)
+    checkpoint, config, tower = made.checkpoint, made.checkpoint.config, made.tower
+    tokenizer = read_tokenizer(checkpoint.language_model)
     image_id = write_tokenizer(tokenizer, directory, max_length=config.get("tokenizer_model_max_length"))
     with ExitStack() as opened:
-        own = made.tensors(opened)
-        tensors = language_tensors(own, config, image_id, made.tokenizer)
+        own = checkpoint_tensors(checkpoint, opened)
+        tensors = language_tensors(own, config, image_id, checkpoint.language_model)
         tensors |= tower.tensors(own, unfrozen=bool(config.get("unfreeze_mm_vision_tower")), files=opened)
         size = write_shards(tensors, directory, DTYPES[made.dtype])
     chosen = tower.selection(feature := config.get("mm_vision_select_feature", "patch"))
     stored = DTYPES[made.dtype] or config.get("torch_dtype") or config.get("dtype") or "float16"
     stored = str(stored).removeprefix("torch.")
     text = text_config(config, image_id + 1)
+    places = {"checkpoint": checkpoint.directory, "base_model": checkpoint.base}  # no path of this machine is recorded
     made_from = {
-        **made.made_from,
+        **{name: place.resolve().name if place else "" for name, place in places.items()},
+        "kind": checkpoint.kind,
         "version": llm2clip_plugin.__version__,
         "conversation": made.conversation,
         "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
@@ -148,9 +127,11 @@ def write_model(made: Export, directory: Path) -> int:
     processor = {"processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": tower.config["patch_size"]}
     processor |= {name: value for name, value in chosen.items() if name != "image_seq_length"}
     write_json(directory / "processor_config.json", processor)
-    template = conversation_named(made.conversation).served_template(bos=tokenizer.adds_bos, space=not tokenizer.legacy)
+    template = CONVERSATIONS[made.conversation].served_template(bos=tokenizer.adds_bos, space=not tokenizer.legacy)
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
-    readme = model_card(made_from, tower, own_code="auto_map" in body)
+    what = f"LLaVA 1.5{' with an LLM2CLIP vision tower' if tower.card else ''}, exported by llm2clip-plugin."
+    table = {name.replace("_", " "): f"`{value}`" for name, value in made_from.items() if value}
+    readme = page(made_from["checkpoint"], what, table, tower, own_code="auto_map" in body)
     (directory / "README.md").write_text(readme, encoding="utf-8")
     return size
 
@@ -179,28 +160,13 @@ PLUGIN = " (`pip install llm2clip-plugin` gives vLLM the vision tower)"
 OPTION = ", trust_remote_code=True"  # runs the tower's code, which is saved with the model
 
 
-def model_card(made: dict[str, Any], tower: ExportedTower, *, own_code: bool) -> str:
-    """Markdown with the Hub's front matter; ``made``: from what; ``own_code``: the tower's is saved with the model."""
-    card = tower.card
-    rows = {
-        "made from": f"the LLaVA 1.5 checkpoint `{made['checkpoint']}` ({made['kind']})",
-        "base model": f"`{made['base_model']}`" if made["base_model"] else "",
-        "conversation": f"`{made['conversation']}`",
-        "images": "padded to squares" if made["image_aspect_ratio"] == "pad" else "resized, center-cropped",
-        "dtype": made["dtype"],
-    }
-    if card:
-        rows["vision tower"] = f"{card.family}, {card.image_size} px, started from `{card.origin}`"
-        rows["SHA-256 of the tower"] = f"`{card.weights_sha256}`"
-        rows["tower's teacher LLM"] = f"`{card.teacher['llm']}`" if card.teacher.get("llm") else ""
-    kind = "LLaVA 1.5 with an LLM2CLIP vision tower" if card else "LLaVA 1.5"
-    return page(made["checkpoint"], f"{kind}, exported by llm2clip-plugin.", rows, tower, own_code=own_code)
-
-
 def page(
     title: str, what: str, rows: dict[str, Any], tower: ExportedTower, *, own_code: bool, served: bool = True
 ) -> str:
-    """The README.md: ``what`` the model is, a table of ``rows``, how to use it, and to serve it by vLLM."""
+    """The README.md: ``what`` the model is, a table of ``rows``, how to use it, and to serve it by vLLM.
+
+    ``own_code``: the tower's code is saved with the model.
+    """
     table = markdown_table(("", ""), [(name, value) for name, value in rows.items() if value])
     head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "license: other"]
     head += ["tags:", "- llava", "- llm2clip", "---", "", f"# {title}", ""]
@@ -247,7 +213,7 @@ def compare(made: Export, directory: Path) -> str:
     with torch.inference_mode():
         ours = hf_outcome(made, directory)
         theirs = llava_outcome(made, ours.answer)
-    where = f"the exported model differs from LLaVA's own code on {made.made_from['checkpoint']}"
+    where = f"the exported model differs from LLaVA's own code on {made.checkpoint.directory.name}"
     top, vocabulary = theirs.logits_TV.abs().max().item(), theirs.logits_TV.shape[1]
     expected = [vocabulary if token < 0 else token for token in theirs.token_ids]
     for what, mine, other in (("prompt", ours.token_ids, expected), ("answer", ours.answer, theirs.answer)):
@@ -286,7 +252,6 @@ def llava_outcome(made: Export, answer: list[int]) -> Outcome:
     from llava.model.builder import load_pretrained_model
 
     checkpoint = made.checkpoint
-    assert checkpoint is not None
     quiet_llava_loading()
     with quiet_transformers(), loading(str(checkpoint.directory)):
         tokenizer, model, image_processor, _ = load_pretrained_model(
@@ -297,7 +262,7 @@ def llava_outcome(made: Export, answer: list[int]) -> Outcome:
         )
     model = rounded(model.to("cpu"), DTYPES[made.dtype])
     conversation = conv_templates[made.conversation].copy()
-    conversation.append_message(conversation.roles[0], f"{conversation_named(made.conversation).image}{QUESTION}")
+    conversation.append_message(conversation.roles[0], f"{CONVERSATIONS[made.conversation].image}{QUESTION}")
     conversation.append_message(conversation.roles[1], None)
     text = conversation.get_prompt()
     if conversation.sep_style is SeparatorStyle.PLAIN:

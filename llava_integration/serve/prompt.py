@@ -13,7 +13,7 @@ from typing import Any
 
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.vision.directory import read_json
+from llm2clip_plugin.vision.directory import read_json, write_json
 
 # Conversations
 
@@ -102,21 +102,13 @@ CONVERSATIONS: dict[str, Conversation] = {
 }
 
 
-def conversation_named(name: str) -> Conversation:
-    """LLaVA's conversation of that name; ValueError lists the known ones."""
-    if name not in CONVERSATIONS:
-        raise ValueError(unknown("conversation", name, CONVERSATIONS))
-    return CONVERSATIONS[name]
-
-
 def choose(given: str, recorded: str, *, where: object) -> str:
     """The conversation's name: ``given`` (--conv-mode), or the checkpoint's; ValueError if these are different ones."""
     name = given or recorded or DEFAULT
-    chosen = conversation_named(name)
-    if recorded in CONVERSATIONS and chosen != CONVERSATIONS[recorded]:
-        raise ValueError(
-            f"{where} was trained with the conversation {recorded!r}, but --conv-mode is {given!r}; leave it out"
-        )
+    if name not in CONVERSATIONS:
+        raise ValueError(unknown("conversation", name, CONVERSATIONS))
+    if recorded in CONVERSATIONS and CONVERSATIONS[name] != CONVERSATIONS[recorded]:
+        raise ValueError(f"{where} was trained with the conversation {recorded!r}; leave out --conv-mode {given}")
     return name
 
 
@@ -128,13 +120,8 @@ BPE_TYPE = 2  # sentencepiece's TrainerSpec.ModelType
 SPACE = "▁"
 DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # The space before a text, at its start alone. tokenizers 0.15 has no such argument of Metaspace.
-FIRST_SPACE = {
-    "type": "Metaspace",
-    "replacement": SPACE,
-    "add_prefix_space": True,
-    "prepend_scheme": "first",
-    "split": False,
-}
+FIRST_SPACE = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": True}
+FIRST_SPACE |= {"prepend_scheme": "first", "split": False}
 FIX = "copy the checkpoint again, or its base model's tokenizer into it"
 
 
@@ -148,11 +135,6 @@ class TokenizerFiles:
     collapses_spaces: bool  # and strips them
     config: dict[str, Any]
     added: dict[int, str]  # tokens beyond the pieces
-
-    @property
-    def size(self) -> int:
-        """Tokens, those added included: rows of LLaVA's embedding."""
-        return max([len(self.pieces) - 1, *self.added]) + 1
 
     @property
     def legacy(self) -> bool:
@@ -200,10 +182,8 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     symbols = {piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1}
     if unreachable := symbols - {*added.values()} - {left + right for left, right in merges(pieces)}:
-        raise ContractError(
-            f"{path} has user-defined pieces that are no merges of others, such as {min(unreachable)[:60]!r}, which "
-            "the exported tokenizer would split"
-        )
+        told = f"user-defined pieces that are no merges of others, such as {min(unreachable)[:60]!r}"
+        raise ContractError(f"{path} has {told}, which the exported tokenizer would split")
     return TokenizerFiles(
         directory=directory,
         pieces=pieces,
@@ -235,41 +215,22 @@ def write_tokenizer(files: TokenizerFiles, directory: Path, *, max_length: int |
         "clean_up_tokenization_spaces": False,
         "legacy": files.legacy,
     }
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, config)
     shutil.copyfile(files.directory / MODEL, directory / MODEL)
     image_id: int = made.token_to_id(IMAGE)
-    if image_id != files.size:
+    if image_id != max([len(files.pieces) - 1, *files.added]) + 1:  # the rows of LLaVA's embedding
         raise ContractError(f"{files.directory}: ids of its added tokens have gaps; {FIX}")
     return image_id
 
 
 def _tokenizer(files: TokenizerFiles) -> Any:
-    """Llama's BPE with LLaVA's spaces, as a tokenizers.Tokenizer."""
-    from tokenizers import AddedToken, Tokenizer, decoders
-    from tokenizers.models import BPE
-
-    vocabulary = {piece: number for number, (piece, _) in enumerate(files.pieces)}
-    made = Tokenizer(
-        BPE(vocabulary, merges(files.pieces), unk_token=files.token("unk_token"), fuse_unk=True, byte_fallback=True)
-    )
-    made.normalizer = _normalizer(files)  # pyright: ignore[reportAttributeAccessIssue] - the stubs say read-only
-    made.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    known = [files.token(name) for name in DEFAULTS]
-    tokens = [*filter(None, known), *(token for _, token in sorted(files.added.items())), IMAGE]
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
-    # no post_processor: a prompt's <s> is written by the chat template, in transformers as in vLLM
-    return made
-
-
-def _normalizer(files: TokenizerFiles) -> Any:
-    """Sentencepiece's normalization, and the space before a text.
+    """Llama's BPE with LLaVA's spaces, as a tokenizers.Tokenizer.
 
     Not legacy: the text after special tokens has no space before it, other than at the start of a piece of LLaVA's,
     which after an image begins with a line break.
     """
-    from tokenizers import Regex, normalizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
 
     steps: list[Any] = [normalizers.Precompiled(files.charsmap)] if files.charsmap else []
     if files.collapses_spaces:
@@ -278,7 +239,19 @@ def _normalizer(files: TokenizerFiles) -> Any:
         steps += [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     else:
         steps.append(normalizers.Replace(Regex(r"\A\n"), " \n"))
-    return normalizers.Sequence(steps)
+    vocabulary = {piece: number for number, (piece, _) in enumerate(files.pieces)}
+    made = Tokenizer(
+        BPE(vocabulary, merges(files.pieces), unk_token=files.token("unk_token"), fuse_unk=True, byte_fallback=True)
+    )
+    made.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue] - the stubs say read-only
+    made.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    known = [files.token(name) for name in DEFAULTS]
+    tokens = [*filter(None, known), *(token for _, token in sorted(files.added.items())), IMAGE]
+    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+    # no post_processor: a prompt's <s> is written by the chat template, in transformers as in vLLM
+    return made
 
 
 def merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:

@@ -38,6 +38,7 @@ SHOWN = 10  # readings in the table of --search
 READINGS = "search.json"
 
 Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
+Rows = dict[str, Tensor]  # caption -> (W,)
 
 
 def main(argv: list[str]) -> int:
@@ -84,21 +85,26 @@ class CaptionScore:
 
 def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[CaptionScore]:
     """One row per ``retrieve``, per further language, and their mean. Raises ValueError as ``caption_sets``."""
+    sets = caption_sets(config)
+    sides = [list(dict.fromkeys(pair[side] for pairs in sets.values() for pair in pairs)) for side in (1, 2)]
+    first, second = (dict(zip(texts, encoder.encode(texts, query=texts is sides[0]), strict=True)) for texts in sides)
+    return measure_sets(sets, first, second, config.retrieve)
+
+
+def measure_sets(sets: dict[str, Pairs], first: Rows, second: Rows, retrieve: Sequence[str]) -> list[CaptionScore]:
+    """`measure_captions` of embedded captions, as first and as second ones."""
     rows = []
-    for name, pairs in caption_sets(config).items():
-        first_NW = encoder.encode([left for _, left, _ in pairs], query=True)
-        rows.append(rank_pairs(name, pairs, first_NW, encoder.encode([right for _, _, right in pairs])))
-    if foreign := [row for row in rows if row.name.replace("->", ":") not in config.retrieve]:
+    for name, pairs in sets.items():
+        first_NW = torch.stack([first[left] for _, left, _ in pairs])
+        rows.append(rank_pairs(name, pairs, first_NW, torch.stack([second[right] for _, _, right in pairs])))
+    if foreign := [row for row in rows if row.name.replace("->", ":") not in retrieve]:
         means = [sum(vars(row)[name] for row in foreign) / len(foreign) for name in (*ACCURACIES, "pairs")]
         rows.append(CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3])))
     return rows
 
 
 def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
-    """What is retrieved: pairs of captions by row name; reads captions, needs no encoder.
-
-    Raises ValueError if no image has both kinds of captions.
-    """
+    """What is retrieved: pairs of captions by row name, without an encoder. ValueError if no image has both kinds."""
     source = open_source(SourceConfig(path=config.captions))
     captions = [source.captions(number) for number in range(min(len(source), config.limit))]
     sets = {
@@ -203,6 +209,7 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
         raise ValueError("--search needs training captions for its post-processing; set --fit-on DATA")
     sets, fitted = caption_sets(config.measure), first_captions(config.reading.fit_on, FIT_CAPTIONS)
     texts = list(dict.fromkeys(text for pairs in sets.values() for _, *both in pairs for text in both))
+    shown = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES]
     found = []
     for encoding in ways(config):
         encoder = CaptionEncoder(encoding)
@@ -216,6 +223,8 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
             posts = remove_components(state_NW[len(texts) :], config.reading.components)
             for components, post in [(-1, None), *zip(config.reading.components, posts, strict=True)]:
                 read_NW = state_NW[: len(texts)] if post is None else post(state_NW[: len(texts)])
+                row_of = dict(zip(texts, read_NW, strict=True))
+                scores = measure_sets(sets, row_of, row_of, config.measure.retrieve)
                 found.append(
                     Reading(
                         chat_template=encoder.config.chat_template,
@@ -223,7 +232,7 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
                         layer=layer,
                         pooling=pooling,
                         components=components,
-                        rows=measure(sets, dict(zip(texts, read_NW, strict=True)), config.measure.retrieve),
+                        rows={row.name: row.cra for row in scores if row.name in shown},
                         post=post,
                     )
                 )
@@ -267,28 +276,16 @@ def pooled_states(
     return found
 
 
-def measure(sets: dict[str, Pairs], row_of: dict[str, Tensor], retrieve: tuple[str, ...]) -> dict[str, float]:
-    """Name -> top-1 accuracy of the first captions; languages together are one row."""
-    accuracy = {}
-    for name, pairs in sets.items():
-        first_NW, second_NW = (torch.stack([row_of[pair[side]] for pair in pairs]) for side in (1, 2))
-        accuracy[name] = rank_pairs(name, pairs, first_NW, second_NW).cra
-    home = {name: value for name, value in accuracy.items() if name.replace("->", ":") in retrieve}
-    foreign = [value for name, value in accuracy.items() if name not in home]
-    return {**home, **({LANGUAGES: sum(foreign) / len(foreign)} if foreign else {})}
-
-
 def search_and_write(config: EvaluateCaptionsConfig) -> str:
     """Search, write ``folder`` if one is given, and return the table with the command that embeds so."""
     readings = search(config)
     best, folder = readings[0], config.reading.folder
     if folder:
+        tried = [{name: value for name, value in vars(one).items() if name != "post"} for one in readings]
+        body = {"validation": config.measure.captions, "fit_on": config.reading.fit_on}
+        body |= {"readings": [{"score": one.score} | settings for one, settings in zip(readings, tried, strict=True)]}
         with atomic_file(Path(folder) / READINGS) as temporary:
-            tried = [{"score": one.score, **vars(one)} for one in readings]
-            body = {"validation": config.measure.captions, "fit_on": config.reading.fit_on}
-            body |= {"readings": [{name: one[name] for name in one if name != "post"} for one in tried]}
-            text = json.dumps(body, indent=1, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if best.post is not None:
             best.post.save(Path(folder))
     names = list(best.rows)

@@ -29,7 +29,6 @@ from llm2clip_plugin.evaluate.opening import (
     NOTES_SHOWN,
     InMemorySource,
     Row,
-    Teacher,
     dataset_name,
     encode_images,
     image_files,
@@ -37,17 +36,17 @@ from llm2clip_plugin.evaluate.opening import (
     on_all_ranks,
     open_tower,
     provenance,
-    tower_provenance,
     write_scores,
 )
 from llm2clip_plugin.evaluate.retrieval import Dual, encode_texts, rank_both
-from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, rank, world_size
+from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory, has_card
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
+CLASS = "class"  # field of an image's JSON where the data has none
 NAME_FILES = ("classnames.txt", "classes.txt")
 TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
 PENALTIES = tuple(10.0**power for power in range(-6, 3))  # candidates for the linear probe
@@ -58,12 +57,12 @@ NOT_A_CLASS = (".", "embeddings-")  # prefixes of other folders: hidden ones, th
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """N images, each with a label: the index of its class in ``classes``."""
+    """Images whose JSON names their class."""
 
     source: Source
     classes: list[str]  # the data's own names: folders, values of the field, or the numbers in .cls members
-    labels: list[int]
-    clusters: list[str]  # resampled together in the bootstrap, held out together
+    field: str  # of the JSON: the class
+    cluster: str  # of the JSON: images with the same value are resampled and held out together; "": each by itself
 
 
 def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:
@@ -72,22 +71,20 @@ def open_labeled_images(path: str, field: str = "", cluster: str = "") -> Labele
     ``field`` and ``cluster`` are fields of each sample's JSON. Raises FileNotFoundError, or ValueError for another
     layout.
     """
-    if field:
-        source = open_source(SourceConfig(path=path))
-        records = [source.record(number) for number in range(len(source))]
-        of_image = [str(json_field(record.meta, field, record.key, before=f"{path}: ")) for record in records]
-        clusters = [str(json_field(one.meta, cluster, one.key) if cluster else one.key) for one in records]
-        classes = sorted(set(of_image))
-    else:
+    if not field:
         root = Path(path)
-        rows, of_image, classes = (_of_tars if root.is_file() or any(root.rglob("*.tar")) else _of_folders)(root)
-        source, clusters = InMemorySource(path, root, rows), [row.key for row in rows]
-    number_of = {name: number for number, name in enumerate(classes)}
-    return LabeledImages(source, classes, [number_of[name] for name in of_image], clusters)
+        rows, classes = (_of_tars if root.is_file() or any(root.rglob("*.tar")) else _of_folders)(root)
+        return LabeledImages(InMemorySource(path, root, rows), classes, CLASS, "")
+    source = open_source(SourceConfig(path=path))
+    records, found = map(source.record, range(len(source))), set()
+    for record in records:  # before the work: every sample has the fields
+        values = [json_field(record.meta, name, record.key, before=f"{path}: ") for name in (field, cluster) if name]
+        found.add(str(values[0]))
+    return LabeledImages(source, sorted(found), field, cluster)
 
 
-def _of_folders(path: Path) -> tuple[list[Row], list[str], list[str]]:
-    """``CLASS/**/IMAGE.jpg``: the rows, their classes, and all classes in alphabetical order."""
+def _of_folders(path: Path) -> tuple[list[Row], list[str]]:
+    """``CLASS/**/IMAGE.jpg``: the rows, and all classes in alphabetical order."""
     names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     if not names:
         raise ValueError(
@@ -95,12 +92,12 @@ def _of_folders(path: Path) -> tuple[list[Row], list[str], list[str]]:
         )
     classes = [name for name in names if not name.startswith(NOT_A_CLASS)]
     images = [(name, file) for name in classes for file in image_files(path / name)]
-    return [Row(str(file.relative_to(path)), file) for _, file in images], [name for name, _ in images], classes
+    return [Row(str(file.relative_to(path)), file, meta={CLASS: name}) for name, file in images], classes
 
 
-def _of_tars(path: Path) -> tuple[list[Row], list[str], list[str]]:
-    """Tars of ``KEY.jpg`` (png, webp) with ``KEY.cls``, the class index: the rows, their classes, all classes."""
-    rows, indices = [], []
+def _of_tars(path: Path) -> tuple[list[Row], list[str]]:
+    """Tars of ``KEY.jpg`` (png, webp) with ``KEY.cls``, the class index: the rows, and all classes."""
+    rows, count = [], 0
     for tar in [path] if path.is_file() else sorted(path.rglob("*.tar")):
         parts: dict[str, dict[str, Callable[[], bytes]]] = {}
         for member in scan_tar(tar):
@@ -113,9 +110,9 @@ def _of_tars(path: Path) -> tuple[list[Row], list[str], list[str]]:
             text = of_key["cls"]().decode("utf-8", "replace").strip() if "cls" in of_key else ""
             if not text.isdecimal():
                 raise ValueError(f"{tar}: {key}.cls contains {text!r}, expected a class index (0, 1, ...)")
-            rows.append(Row(f"{tar.stem}/{key}", of_key["image"]))
-            indices.append(int(text))
-    return rows, list(map(str, indices)), [str(number) for number in range(max(indices, default=0) + 1)]
+            rows.append(Row(f"{tar.stem}/{key}", of_key["image"], meta={CLASS: int(text)}))
+            count = max(count, int(text) + 1)
+    return rows, list(map(str, range(count)))
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
@@ -140,10 +137,9 @@ class ImageFeatures:
 
     def items(self, classes: Sequence[str], hit_N: Tensor) -> list[dict[str, Any]]:
         """One item of a score file for each image; ``part`` is the name of its class."""
-        rows = zip(self.keys, hit_N.tolist(), self.clusters, self.label_N.tolist(), strict=True)
-        return [
-            {"id": key, "score": hit, "cluster": cluster, "part": classes[label]} for key, hit, cluster, label in rows
-        ]
+        parts = [classes[label] for label in self.label_N.tolist()]
+        rows = zip(self.keys, hit_N.tolist(), self.clusters, parts, strict=True)
+        return [dict(zip(("id", "score", "cluster", "part"), row, strict=True)) for row in rows]
 
 
 def image_features(
@@ -153,18 +149,16 @@ def image_features(
     device: torch.device,
     **options: Any,
 ) -> ImageFeatures:
-    """Labeled images through ``encode``; broken ones are left out and listed in ``broken``.
-
-    ``options``: further arguments of `encode_images`. Raises ValueError if no image is readable.
-    """
+    """Labeled images through ``encode``, with ``options`` of `encode_images`. ValueError if no image is readable."""
     found = encode_images(encode, images.source, config, device, **options)
     if not found.numbers:
         raise ValueError(f"{images.source.path} contains no readable images: {found.broken[0]}")
+    number_of = {name: number for number, name in enumerate(images.classes)}
     return ImageFeatures(
         feature_ND=torch.cat(found.vectors),
-        label_N=torch.tensor([images.labels[number] for number in found.numbers]),
+        label_N=torch.tensor([number_of[str(meta[images.field])] for meta in found.meta]),
         keys=found.keys,
-        clusters=[images.clusters[number] for number in found.numbers],
+        clusters=[str(meta.get(images.cluster, key)) for key, meta in zip(found.keys, found.meta, strict=True)],
         broken=found.broken,
     )
 
@@ -193,9 +187,8 @@ def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
     labeled = open_labeled_images(config.data, config.label)
     names = read_class_names(config.classes, config.data, labeled.classes)
     prompts = prompt_source(names, read_templates(config.templates, config.data), config.data)
-    tower = open_tower(config.tower, config.device)
-    teacher = Teacher(tower.dual.card, config.teacher, tower.device)
-    cache = teacher.cache(prompts, Path(config.cache) if config.cache else None, all_ranks=all_ranks)
+    tower = open_tower(config.tower, config.device, config.teacher)
+    cache = tower.cache(prompts, config.cache, all_ranks=all_ranks)
     class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
     options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
     features = image_features(tower.dual.encode_image, labeled, tower.images, tower.device, **options)
@@ -203,7 +196,7 @@ def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
         classification_scores(features, class_CD, names),
         benchmark=f"zeroshot:{dataset_name(config.data)}",
         model=config.tower,
-        provenance=tower_provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
+        provenance=provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
     )
 
 
@@ -303,14 +296,9 @@ def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> 
 @torch.no_grad()
 def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, *, all_ranks: bool = False) -> Tensor:
     """(C, D): the mean of each class's normalized prompts, normalized again (Radford et al. 2021, section 3.1.4)."""
-    group = group_of(all_ranks)
-    of_rank: dict[int, Tensor] = {}
-    for number in range(rank(group), len(prompts), world_size(group)):
-        row = prompts.rows[number]
-        teacher_PW = cache.rows(prompts.name, number, row.captions, key=row.key)
-        of_rank[number] = F.normalize(encode_texts(dual, teacher_PW).mean(0), dim=0)
-    vectors = {number: row for part in gather_objects(of_rank, group) for number, row in part.items()}
-    return torch.stack([vectors[number] for number in range(len(prompts))])
+    rows = [cache.rows(prompts.name, number, row.captions, key=row.key) for number, row in enumerate(prompts.rows)]
+    text_CPD = encode_texts(dual, torch.cat(rows), all_ranks).unflatten(0, (len(rows), -1))
+    return F.normalize(text_CPD.mean(1), dim=1)
 
 
 def main_probe(argv: list[str]) -> int:

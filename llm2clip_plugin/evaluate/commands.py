@@ -17,16 +17,15 @@ from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig
 from llm2clip_plugin.evaluate.opening import (
     NOTES_SHOWN,
     OpenedTower,
-    Teacher,
     check_measurable,
     dataset_name,
     on_all_ranks,
     open_tower,
-    tower_provenance,
+    provenance,
     wide_console,
     write_scores,
 )
-from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, embed_pairs, evaluate_retrieval
 from llm2clip_plugin.evaluate.suites import Suite, select_suites, suites
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> int:
             report.scores(),
             benchmark=f"retrieval:{dataset_name(config.data.path)}",
             model=config.tower,
-            provenance=tower_provenance(tower.dual, **facts),
+            provenance=provenance(tower.dual, **facts),
         )
 
     def report(scores: ScoreFile) -> None:
@@ -60,16 +59,12 @@ def main(argv: list[str]) -> int:
 
 
 def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
-    """Open the tower, the data and the cache, embed captions that it lacks, and measure.
-
-    Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
-    """
+    """Open the tower, the data and the cache, embed captions that it lacks, and measure."""
     source = open_source(config.data)
     check_fields(source)
     on_first_rank(lambda: check_measurable(source, config.retrieval))
-    tower = open_tower(config.tower, config.device)
-    teacher = Teacher(tower.dual.card, config.teacher, tower.device)
-    cache = teacher.cache(source, Path(config.cache) if config.cache else None, all_ranks=all_ranks)
+    tower = open_tower(config.tower, config.device, config.teacher)
+    cache = tower.cache(source, config.cache, all_ranks=all_ranks)
     return tower, evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
 
 
@@ -130,29 +125,30 @@ def main_suites(config: EvaluateConfig) -> int:
 
 def measure_suites(config: EvaluateConfig, ready: list[Suite], all_ranks: bool) -> dict[str, ScoreFile]:
     """The score file of each suite: read if its provenance is the same, else measured and written by rank 0."""
-    tower, root = open_tower(config.tower, config.device), Path(config.data.path)
-    card = tower.dual.card
-    teacher = Teacher(card, config.teacher, tower.device)
-    output = Path(config.json) if config.json else root / f"scores-{card.weights_sha256[:12]}"
+    tower, root = open_tower(config.tower, config.device, config.teacher), Path(config.data.path)
+    output = Path(config.json or root / f"scores-{tower.dual.card.weights_sha256[:12]}")
     settings = dataclasses.asdict(config.retrieval) | {"batch": 0, "workers": 0}
     settings = json.loads(json.dumps(settings))  # as read back
     results = {}
     for suite in ready:
         source = suite.open(root)
-        cache = teacher.cache(source, all_ranks=all_ranks)
+        cache = tower.cache(source, all_ranks=all_ranks)
         captions = cache.manifest.shards[suite.name]["rows_sha256"]
         facts = {"teacher": cache.fingerprint, "captions_sha256": captions, "settings": settings}
-        provenance = tower_provenance(tower.dual, **facts)  # everything that decides the scores but the image files
+        origin = provenance(tower.dual, **facts)  # everything that decides the scores but the image files
         path = output / f"{suite.name}.scores.json"
-        if not config.overwrite and path.is_file() and (before := ScoreFile.read(path)).provenance == provenance:
+        if not config.overwrite and path.is_file() and (before := ScoreFile.read(path)).provenance == origin:
             results[suite.name] = before
             continue
-        scores = suite.measure(tower, source, cache, config.retrieval, all_ranks)
+        everything = dataclasses.replace(config.retrieval, kinds=(), languages=())
+        chosen = config.retrieval if suite.choose else everything
+        pairs = embed_pairs(tower.dual, source, cache, tower.images, chosen, all_ranks=all_ranks)
+        scores = suite.measure(pairs, chosen, all_ranks=all_ranks, device=tower.device)
         notes = list(scores.notes)
         if suite.images and scores.counts["images"] != suite.images:
             notes.append(f"{scores.counts['images']} images, the published test set has {suite.images}")
         results[suite.name] = dataclasses.replace(
-            scores, benchmark=f"retrieval:{suite.name}", model=config.tower, provenance=provenance, notes=notes
+            scores, benchmark=f"retrieval:{suite.name}", model=config.tower, provenance=origin, notes=notes
         )
         if rank(group_of(all_ranks)) == 0:
             results[suite.name].write(path)

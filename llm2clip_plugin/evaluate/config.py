@@ -89,11 +89,20 @@ EVALUATE_CAPTIONS = Command(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """How images are encoded."""
+
+    batch: int = 64  # images in one call of the tower
+    workers: int = 0  # processes that decode images
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+
+
 DRAWINGS = Path(llm2clip_plugin.__file__).parent / "data" / "emoji" / "validation-noto.tar"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForecastConfig:
+class ForecastConfig(MeasureConfig):
     """How well towers are likely to serve an LLM in LLaVA."""
 
     towers: tuple[str, ...]  # tower directories, Hugging Face directories or Hub ids; differences are to the first
@@ -105,8 +114,6 @@ class ForecastConfig:
     cluster: str = ""  # field of the samples' JSON; images with the same value are resampled and held out together
     select_layer: int = -2  # hidden state of the tower whose patches are read, LLaVA's mm_vision_select_layer
     limit: int = 1000  # images, evenly spaced, at most
-    batch: int = 64  # images in one call of a tower
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
     json: str = ""  # write each tower's measures and every image's values here (score files, for llm2clip compare)
 
     def __post_init__(self) -> None:
@@ -133,7 +140,7 @@ FORECAST = Command(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreImagesConfig:
+class ScoreImagesConfig(MeasureConfig):
     """How well images fit their texts."""
 
     data: SourceConfig  # the pairs: images with the texts that they should show
@@ -141,8 +148,6 @@ class ScoreImagesConfig:
     cluster: str = ""  # field of the samples' JSON; images with the same value are resampled together
     cache: str = ""  # the teacher's embeddings of the texts; "": embeddings-<fingerprint> in the data's folder
     teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
-    batch: int = 64  # images in one call of the tower
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
     json: str = ""  # write every pair's cosine here (a score file, for llm2clip compare)
 
     def __post_init__(self) -> None:
@@ -164,7 +169,7 @@ SCORE_IMAGES = Command(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(MeasureConfig):
     """kNN and linear probe on a tower's features."""
 
     tower: str  # tower directory, Hugging Face directory or Hub id
@@ -177,9 +182,6 @@ class ProbeConfig:
     k: int = 20  # neighbors that vote
     temperature: float = 0.07  # a neighbor's vote is exp(cosine similarity / temperature)
     linear: bool = True  # also fit the linear probe
-    batch: int = 64  # images in one call of the tower
-    workers: int = 0  # processes that decode images
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
     json: str = ""  # write the metrics and every test image's hits here (a score file)
 
 
@@ -230,7 +232,7 @@ EVALUATE = Command(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig:
+class SearchConfig(MeasureConfig):
     """Images by text."""
 
     tower: str  # tower directory or Hub id, with a text adapter
@@ -241,9 +243,6 @@ class SearchConfig:
     json: str = ""  # write keys and scores here
     cache: str = ""  # folder of the embedded images and texts; "": TOWER-search, next to the tower
     teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
-    batch: int = 64  # images in one call of the tower
-    workers: int = 0  # processes that decode images
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -268,7 +267,7 @@ SEARCH = Command(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShotConfig:
+class ZeroShotConfig(MeasureConfig):
     """Zero-shot classification."""
 
     tower: str  # tower directory or Hub id, with a text adapter
@@ -278,9 +277,6 @@ class ZeroShotConfig:
     templates: str = ""  # file of prompts, one per line, {c} for the class; "": the data's, or "a photo of a {c}."
     cache: str = ""  # folder of the prompts' embeddings; "": embeddings-<fingerprint> in the data's folder
     teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for prompts not cached yet
-    batch: int = 64  # images in one call of the tower
-    workers: int = 0  # processes that decode images
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
     json: str = ""  # write the metrics and every image's hit here (a score file)
     clip_benchmark: str = ""  # write the metrics here in CLIP_benchmark's format
 

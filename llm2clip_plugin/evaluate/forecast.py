@@ -88,10 +88,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_captions(config: ForecastConfig, source: Source) -> Captioned:
-    """Up to ``limit`` images, evenly spaced, whose captions are embedded by the LLM, unless they are cached.
-
-    Raises ContractError if the folder is another LLM's cache; what loading the LLM raises.
-    """
+    """Up to ``limit`` images, evenly spaced, whose captions are embedded by the LLM, unless they are cached."""
     count = min(config.limit, len(source))
     rows: dict[int, Row] = {}
     for number in (place * len(source) // count for place in range(count)):
@@ -140,9 +137,8 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Capt
         states = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True).hidden_states
         return on_grid(states[config.select_layer][:, first:].float())
 
-    encoded = encode_images(
-        encode, source, images, device, batch=config.batch, indices=captioned.numbers, label=dataset_name(tower)
-    )
+    options = {"batch": config.batch, "workers": config.workers, "indices": captioned.numbers}
+    encoded = encode_images(encode, source, images, device, label=dataset_name(tower), **options)
     found = [captioned.numbers.index(number) for number in encoded.numbers]
     clusters = [captioned.clusters[place] for place in found]
     patch_NPH, text_NW = torch.cat(encoded.vectors).to(device), captioned.text_NW[found]

@@ -27,6 +27,7 @@ from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample, select_c
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.teacher import TeacherLLM, load_dual_encoder
 from llm2clip_plugin.train.distributed import barrier, choose_device, gather_objects, group_of, rank, world_size
@@ -136,17 +137,54 @@ def encode_images(
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedTower:
-    """A dual encoder on its device, and how its images are preprocessed."""
+    """A dual encoder on its device, how its images are preprocessed, and the LLM that its card names."""
 
     dual: LoadedDualEncoder
     images: ImageConfig
     device: torch.device
+    teacher: TeacherLLM
+
+    def cache(self, source: Source, directory: str | Path = "", *, all_ranks: bool = False) -> EmbeddingCache:
+        """The cache of ``source``: opened if it is complete, otherwise embedded now, by all ranks together.
+
+        ``directory``: by default ``embeddings-<fingerprint>`` in the source's folder. A complete one is taken as it is
+        if the card names no teacher. Raises ContractError if the LLM is not the tower's teacher or the directory
+        belongs to another one; FileNotFoundError without the LLM.
+        """
+        teacher = self.teacher
+        known = teacher.identity or (None if directory and not teacher.config.llm else teacher.encoder.identity())
+        folder = Path(directory or default_cache_folder(source.path, teacher.fingerprint))
+        if known is not None and (folder / CacheManifest.FILE).is_file():
+            theirs = CacheManifest.read(folder / CacheManifest.FILE)
+            if theirs.fingerprint != known.fingerprint:
+                raise ContractError(
+                    f"the cache {folder} was not created with the tower's teacher: "
+                    f"{differences(theirs.teacher, known)}; choose another --cache"
+                )
+
+        def opened() -> EmbeddingCache:
+            cache = EmbeddingCache.open(folder, expect_width=teacher.llm_width or None)
+            cache.check(source)
+            return cache
+
+        group, cache = group_of(all_ranks), None
+        with suppress(FileNotFoundError, ContractError):  # embedding redoes what is incomplete, refuses another teacher
+            cache = opened()
+        # decided together: a fast rank may have finished its part
+        if any(gather_objects(cache is None, group)) or cache is None:
+            number, ranks = rank(group), world_size(group)
+            embed_source(source, teacher.encoder, folder, rank=number, world=ranks, quiet=number != 0)
+            if all_ranks:
+                barrier()
+            cache = opened()
+        return cache
 
 
-def open_tower(tower: str, device: str) -> OpenedTower:
+def open_tower(tower: str, device: str, llm: EncoderConfig) -> OpenedTower:
     """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator, if there is one.
 
-    Raises ValueError with the command for a baseline if it has none.
+    ``llm``: the teacher, if it is not where the card says. Raises ValueError with the command for a baseline if the
+    tower has no adapter.
     """
     directory, chosen = fetch_directory(tower), choose_device(device)
     if has_card(directory) and not TowerCard.read(directory / TowerCard.FILE).projection_dim:
@@ -154,8 +192,8 @@ def open_tower(tower: str, device: str) -> OpenedTower:
             f"{tower} has no projection and text adapter to compare images with captions; fit them on it, frozen: "
             f"llm2clip train-tower DATA --tower {shlex.quote(tower)} --num-train-epochs 0 --output runs/baseline"
         )
-    images = ImageConfig.from_preprocessor(preprocessor_config(directory))
-    return OpenedTower(dual=load_dual_encoder(directory).to(chosen), images=images, device=chosen)
+    images, dual = ImageConfig.from_preprocessor(preprocessor_config(directory)), load_dual_encoder(directory)
+    return OpenedTower(dual=dual.to(chosen), images=images, device=chosen, teacher=TeacherLLM(dual.card, llm, chosen))
 
 
 def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], None]) -> int:
@@ -167,16 +205,13 @@ def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], N
     return 0
 
 
-def provenance(**values: Any) -> dict[str, Any]:
-    """``values`` and the versions of what measured."""
+def provenance(dual: LoadedDualEncoder | None = None, **values: Any) -> dict[str, Any]:
+    """``values``, the hashes of a dual encoder's weights, and the versions of what measured."""
+    if dual is not None:
+        card, training = dual.card, dual.card.training
+        precision = {"precision": training["precision"]} if "precision" in training else {}
+        values = {"weights_sha256": card.weights_sha256, "adapter_sha256": card.adapter_sha256} | precision | values
     return values | {"versions": {"llm2clip-plugin": __version__, "torch": torch.__version__}}
-
-
-def tower_provenance(dual: LoadedDualEncoder, **values: Any) -> dict[str, Any]:
-    """`provenance` with the hashes of a dual encoder's weights."""
-    card = dual.card
-    precision = {"precision": card.training["precision"]} if "precision" in card.training else {}
-    return provenance(weights_sha256=card.weights_sha256, adapter_sha256=card.adapter_sha256, **precision, **values)
 
 
 def dataset_name(path: str) -> str:
@@ -197,44 +232,6 @@ def wide_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
-class Teacher(TeacherLLM):
-    """Opens or creates the embedding cache of any data source, with the LLM that the tower's card names."""
-
-    def cache(self, source: Source, directory: Path | None = None, *, all_ranks: bool = False) -> EmbeddingCache:
-        """The cache of ``source``: opened if it is complete, otherwise embedded now, by all ranks together.
-
-        ``directory``: by default ``embeddings-<fingerprint>`` in the source's folder. A complete one is taken as it is
-        if the card names no teacher. Raises ContractError if the LLM is not the tower's teacher or the directory
-        belongs to another one; FileNotFoundError without the LLM.
-        """
-        known = self.identity or (None if directory and not self.config.llm else self.encoder.identity())
-        folder = directory or default_cache_folder(source.path, self.fingerprint)
-        if known is not None and (folder / CacheManifest.FILE).is_file():
-            theirs = CacheManifest.read(folder / CacheManifest.FILE)
-            if theirs.fingerprint != known.fingerprint:
-                raise ContractError(
-                    f"the cache {folder} was not created with the tower's teacher: "
-                    f"{differences(theirs.teacher, known)}; choose another --cache"
-                )
-
-        def opened() -> EmbeddingCache:
-            cache = EmbeddingCache.open(folder, expect_width=self.llm_width or None)
-            cache.check(source)
-            return cache
-
-        group, cache = group_of(all_ranks), None
-        with suppress(FileNotFoundError, ContractError):  # embedding redoes what is incomplete, refuses another teacher
-            cache = opened()
-        # decided together: a fast rank may have finished its part
-        if any(gather_objects(cache is None, group)) or cache is None:
-            number, ranks = rank(group), world_size(group)
-            embed_source(source, self.encoder, folder, rank=number, world=ranks, quiet=number != 0)
-            if all_ranks:
-                barrier()
-            cache = opened()
-        return cache
-
-
 def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = "") -> Any:
     """A field of the JSON of the sample ``key``. ValueError with the known ones, after ``before``, if it has none."""
     if name in meta:
@@ -244,10 +241,7 @@ def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = ""
 
 
 def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:
-    """Raise ValueError for kinds and languages that select no caption, and for a field that a sample lacks.
-
-    option: the prefix of the settings' options.
-    """
+    """ValueError for kinds and languages without a caption, a field that a sample lacks; ``option``: their prefix."""
     images = min(config.limit or len(source), len(source))
     samples: list[Sample] = []
     for number in range(0, images, max(1, images // LOOKED_AT)):

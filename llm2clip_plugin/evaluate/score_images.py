@@ -4,7 +4,7 @@ Shapes: B images of a batch, D width of the features.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,10 @@ from llm2clip_plugin.data.samples import select_captions
 from llm2clip_plugin.data.sources import check_fields, open_source
 from llm2clip_plugin.evaluate.config import SCORE_IMAGES
 from llm2clip_plugin.evaluate.opening import (
-    Teacher,
     dataset_name,
     encode_images,
     open_tower,
-    tower_provenance,
+    provenance,
     write_scores,
 )
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
@@ -43,10 +42,7 @@ class ImageTextCosine(nn.Module):
 
     @torch.inference_mode()
     def update(self, pixel_values: Tensor, texts: Sequence[str]) -> Tensor:
-        """(B, 3, S, S) preprocessed images and their texts; returns (B,) cosines, float64.
-
-        Raises ValueError for another number of texts.
-        """
+        """(B, 3, S, S) preprocessed images, B texts -> (B,) cosines, float64. ValueError for another number."""
         if len(pixel_values) != len(texts):
             raise ValueError(f"{len(texts)} texts for {len(pixel_values)} images; pass one text per image")
         image_BD, text_BD = self.dual.encode_image(pixel_values), self.dual.encode_text(texts)
@@ -68,10 +64,10 @@ def main(argv: list[str]) -> int:
     config = SCORE_IMAGES.parse(argv)
     source = open_source(config.data)
     check_fields(source)
-    tower = open_tower(config.tower, config.device)
-    teacher = Teacher(tower.dual.card, config.teacher, tower.device)
-    cache = teacher.cache(source, Path(config.cache) if config.cache else None)
-    found = encode_images(tower.dual.encode_image, source, tower.images, tower.device, batch=config.batch)
+    tower = open_tower(config.tower, config.device, config.teacher)
+    cache = tower.cache(source, config.cache)
+    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers}
+    found = encode_images(tower.dual.encode_image, source, tower.images, tower.device, **options)
     items = []
     for place, vector_D in enumerate(torch.cat(found.vectors).double() if found.vectors else ()):
         key, number = found.keys[place], found.numbers[place]
@@ -97,7 +93,7 @@ def main(argv: list[str]) -> int:
         items=items,
         counts={"pairs": len(items), "left_out": len(found.broken)},
         model=config.tower,
-        provenance=tower_provenance(tower.dual, data=config.data.path),
+        provenance=provenance(tower.dual, data=config.data.path),
     )
     write_scores(scores, config.json)
     return 0

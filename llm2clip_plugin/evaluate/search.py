@@ -10,9 +10,9 @@ Shapes: N images of a part, Q texts, D projection dimension.
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +31,6 @@ from llm2clip_plugin.evaluate.opening import (
     InMemorySource,
     OpenedTower,
     Row,
-    Teacher,
     dataset_name,
     encode_images,
     image_files,
@@ -39,20 +38,13 @@ from llm2clip_plugin.evaluate.opening import (
     open_tower,
 )
 from llm2clip_plugin.files import ContractError, printable
-from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.train.distributed import barrier, gather_objects, group_of, on_first_rank, rank, world_size
 
 FORMAT = 2  # of a part
 PART = 4096  # images of a file, and what a stopped command embeds again at most
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """An image that was found for a text."""
-
-    key: str  # of its sample
-    score: float  # cosine
-    picture: str | None  # data URI; None without a page, or if it can't be read any more
+Found = dict[str, Any]  # key of its sample; score: cosine; picture: data URI, None without a page or if unreadable
 
 
 def main(argv: list[str]) -> int:
@@ -67,26 +59,25 @@ def search(config: SearchConfig, all_ranks: bool) -> tuple[Source, list[BrokenSa
     The texts are embedded first, so that a teacher that is not at hand is an error before the work on the images.
     """
     source = folder_of_images(config.data.path) or open_source(config.data)
-    tower = open_tower(config.tower, config.device)
+    tower = open_tower(config.tower, config.device, config.teacher)
     if config.cache:
         folder = Path(config.cache)
     elif (path := Path(config.tower).expanduser()).is_dir():
         folder = path.absolute().with_name(f"{path.absolute().name}-search")
     else:
         folder = default_download_folder().parent / f"{config.tower.replace('/', '--')}-search"
-    text_QD = on_first_rank(lambda: embed_texts(tower, config.text, folder, config.teacher))
+    text_QD = on_first_rank(lambda: embed_texts(tower, config.text, folder))
     parts, broken = embed_images(config, tower, source, folder, all_ranks)
     hits = on_first_rank(lambda: nearest(parts, text_QD, config.top_k))
     found = [[_found(source, *hit, picture=bool(config.output)) for hit in of_text] for of_text in hits]
     return source, broken, dict(zip(config.text, found, strict=True))
 
 
-def embed_texts(tower: OpenedTower, texts: Sequence[str], folder: Path, config: EncoderConfig) -> Tensor:
+def embed_texts(tower: OpenedTower, texts: Sequence[str], folder: Path) -> Tensor:
     """(Q, D): the texts by the tower's teacher; texts that ``folder`` already has need no LLM."""
     rows = [Row(f"{number:05d}", None, (Caption(text, "text"),)) for number, text in enumerate(texts)]
     source = InMemorySource(f"texts-{sha256_text(canonical_json(list(texts)))[:12]}", folder, rows)
-    teacher = Teacher(tower.dual.card, config, tower.device)
-    cache = teacher.cache(source, folder / f"texts-{teacher.fingerprint[:12]}")
+    cache = tower.cache(source, folder / f"texts-{tower.teacher.fingerprint[:12]}")
     embedded = [cache.rows(source.name, number, row.captions, key=row.key) for number, row in enumerate(rows)]
     with torch.no_grad():
         return tower.dual.encode_text(torch.cat(embedded)).cpu()
@@ -95,9 +86,9 @@ def embed_texts(tower: OpenedTower, texts: Sequence[str], folder: Path, config: 
 def _found(source: Source, number: int, score: float, *, picture: bool) -> Found:
     try:
         record = source.record(number, image=True)
-        return Found(key=record.key, score=score, picture=thumbnail(record.read_image()) if picture else None)
+        return {"key": record.key, "score": score, "picture": thumbnail(record.read_image()) if picture else None}
     except BrokenSample as error:
-        return Found(key=error.key, score=score, picture=None)
+        return {"key": error.key, "score": score, "picture": None}
 
 
 def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample], found: dict[str, list[Found]]) -> None:
@@ -105,7 +96,7 @@ def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample],
     for text, images in found.items():
         print(f"\n{text}")
         for place, image in enumerate(images, 1):
-            print(f"{place:4}  {image.score:6.3f}  {printable(image.key)}")
+            print(f"{place:4}  {image['score']:6.3f}  {printable(image['key'])}")
     print()
     for error in broken[:NOTES_SHOWN]:
         print(printable(f"left out: {error}"))
@@ -116,7 +107,7 @@ def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample],
         _write(config.output, render(template, title=title, intro=intro, results=found, style=page_style()))
     if config.json:
         results = [
-            {"text": text, "found": [{"key": image.key, "score": image.score} for image in images]}
+            {"text": text, "found": [{"key": image["key"], "score": image["score"]} for image in images]}
             for text, images in found.items()
         ]
         body = {"tower": config.tower, "data": config.data.path, "results": results}
@@ -132,10 +123,7 @@ def _write(path: str, text: str) -> None:
 def embed_images(
     config: SearchConfig, tower: OpenedTower, source: Source, parent: Path, all_ranks: bool
 ) -> tuple[list[Path], list[BrokenSample]]:
-    """Embed the images of ``source`` whose part is not yet below ``parent``; all parts, and the images left out now.
-
-    ``all_ranks``: every rank of the default process group calls this and embeds some of the parts.
-    """
+    """Embed the parts of ``source`` that are not yet below ``parent``; all parts, and the images left out now."""
     card, stamps = tower.dual.card, [str(stamp) for stamp in source.stamps]
     data = [source_digest(source), source.config.images, source.config.image_field, stamps]
     images = dataclasses.asdict(tower.images)

@@ -27,10 +27,20 @@ from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import FINETUNE_LLM, FinetuneConfig, plan_or_train, rank_and_world
 from llm2clip_plugin.text import adapter as adapters
 from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, effective
-from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms, equal_parts
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import CaptionModel, LlmShape, llm_config, shape_llm
-from llm2clip_plugin.text.pairs import PairBatches, PairTokenizer, Survey, open_pairs, survey, tokenized_batches
+from llm2clip_plugin.text.pairs import (
+    CaptionStep,
+    PairBatches,
+    PairModule,
+    PairTokenizer,
+    Survey,
+    caption_terms,
+    equal_parts,
+    open_pairs,
+    survey,
+    tokenized_batches,
+)
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import stop_requests

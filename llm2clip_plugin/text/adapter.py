@@ -76,10 +76,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def adapter_sha256(folder: Path) -> str:
-    """SHA-256 over a PEFT adapter: its tensors and ``ADAPTER_SETTINGS``.
-
-    Raises FileNotFoundError for a folder without an adapter.
-    """
+    """SHA-256 over a PEFT adapter: tensors and ``ADAPTER_SETTINGS``. FileNotFoundError for a folder without one."""
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a PEFT adapter: {name} is missing; pass its folder or Hub id")

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.data.sources import ReadConfig
@@ -228,19 +228,17 @@ class ExportConfig:
     """Export a fine-tuned LLM."""
 
     output: str  # folder to write
-    layout: Literal["merged", "sentence-transformers"] = "merged"  # merged: model folder and encoder card
     overwrite: bool = False  # replace an existing folder
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
-COMMAND = Command(
+EXPORT_LLM = Command(
     name="export-llm",
     example="llm2clip export-llm --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter --output llms/cc3m",
-    about="Export a fine-tuned LLM: merged weights, or a sentence-transformers folder. It is reloaded, and its "
-    "embeddings are compared, before it counts.",
+    about="Export a fine-tuned LLM: merged weights and how they embed. The folder is reloaded, and its embeddings are "
+    "compared, before it counts.",
     settings=ExportConfig,
-    everyday="llm adapter preset output format overwrite",
-    shown={"layout": "format"},
+    everyday="llm adapter preset output overwrite",
 )
 
 
@@ -258,10 +256,7 @@ def is_sentence_transformers(folder: Path) -> bool:
 
 
 def apply_sentence_transformers(config: EncoderConfig, folder: Path) -> EncoderConfig:
-    """The configuration with the pooling, prompts, length and attention given in the folder's files.
-
-    Raises ContractError for unsupported modules or pooling, or settings that contradict the files.
-    """
+    """With the pooling, prompts, length and attention of the folder's files. ContractError for those that we lack."""
 
     def read(name: str) -> Any:
         return read_json_value(folder / name) if (folder / name).is_file() else {}

@@ -173,10 +173,7 @@ def _move_bar(bar: tqdm, start: int, size: int, done: int, total: int) -> None:
 
 
 def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
-    """Read every byte of the cache, compare it with the data, embed a few captions again; returns a report.
-
-    Raises ContractError or FileNotFoundError at the first problem.
-    """
+    """Read all of the cache, compare it with the data, embed a few captions again: a report, or ContractError."""
     cache = caches.EmbeddingCache.open(directory, expect_fingerprint=encoder.identity().fingerprint)
     cache.verify()
     cache.check(source, full=True)

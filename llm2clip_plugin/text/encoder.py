@@ -1,4 +1,4 @@
-"""CaptionEncoder: captions in, embeddings out; a caption's embedding does not depend on its batch.
+"""CaptionEncoder: captions in, embeddings out; a caption's embedding does not depend on its batch. And its export.
 
 Shape letters: N captions, B captions of a batch, T tokens, W embedding width.
 """
@@ -16,12 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity, sha256_text, sha256_weights
+from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity, atomic_directory, sha256_text, sha256_weights
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.text import adapter as adapters
 from llm2clip_plugin.text import llm as llms
-from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig, effective
+from llm2clip_plugin.text.config import (
+    CARD_SETTINGS,
+    EXPORT_LLM,
+    IDENTITY_SETTINGS,
+    EncoderConfig,
+    ExportConfig,
+    effective,
+)
 from llm2clip_plugin.train.distributed import choose_device
 
 # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
@@ -257,3 +264,56 @@ def first_captions(data: str, limit: int) -> list[str]:
         if len(texts) >= limit:
             break
     return list(texts)[:limit]
+
+
+# ``llm2clip export-llm``: a fine-tuned LLM as a folder of its own.
+
+SAMPLE_CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # compared before and after
+TOLERANCE = 1e-4  # of an embedding's norm: the same float32 weights, summed in another order once
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip export-llm --llm PATH_OR_HUB_ID --adapter DIR --output DIR``."""
+    print(f"wrote {export_llm(EXPORT_LLM.parse(argv))}; verified by reloading")
+    return 0
+
+
+def export_llm(config: ExportConfig) -> Path:
+    """Write merged weights, tokenizer and card, reload and compare embeddings before the folder is moved to its place.
+
+    Raises ValueError for 4-bit weights, ContractError if the reloaded embeddings differ.
+    """
+    if config.encoder.load_in_4bit:
+        raise ValueError("an adapter cannot be merged into 4-bit weights; omit --load-in-4bit")
+    encoder = CaptionEncoder(dataclasses.replace(config.encoder, compute_dtype="float32"), "cpu")
+    with atomic_directory(config.output, replace=config.overwrite) as temporary:
+        write_merged(encoder, temporary)
+        reloaded = CaptionEncoder(EncoderConfig(llm=str(temporary), compute_dtype="float32"), "cpu")
+        before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, reloaded))
+        worst = float(((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max())
+        if not worst < TOLERANCE:
+            raise ContractError(f"{config.output}: reloaded embeddings differ by {worst:.2g} of their norm")
+    return Path(config.output)
+
+
+def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
+    """Write merged weights of all blocks, those above the pooled layer included, with tokenizer and card."""
+    config = encoder.config
+    model = llms.load_backbone(encoder.folder, dataclasses.replace(config, layer=-1), torch.float32, encoder.device)
+    if config.adapter:  # it may cover only the blocks up to the pooled layer
+        blocks, norm, depth = model.get_submodule("layers"), model.get_submodule("norm"), model.config.num_hidden_layers
+        llms.keep_layers(model, config.layer)
+        model = adapters.merge(adapters.attach_adapter(model, adapters.adapter_folder(config.adapter)))
+        lower = list(model.get_submodule("layers"))  # type: ignore[call-overload]
+        model.set_submodule("layers", torch.nn.ModuleList([*lower, *list(blocks)[len(lower) :]]))  # type: ignore[call-overload]
+        model.set_submodule("norm", norm)
+        model.config.num_hidden_layers = depth
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder.folder).save_pretrained(folder)
+    EncoderCard(
+        base=config.llm,
+        base_sha256="",  # the folder itself holds the weights
+        **{name: vars(config)[name] for name in CARD_SETTINGS},
+        post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
+        training={"adapter_sha256": encoder.identity().adapter_sha256},
+    ).write(folder / EncoderCard.FILE)

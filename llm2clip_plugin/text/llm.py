@@ -224,10 +224,7 @@ def is_decoder(model: nn.Module) -> bool:
 
 
 def keep_layers(model: PreTrainedModel, layer: int) -> None:
-    """Drop the blocks above hidden state ``layer``; below the last block there is no final norm.
-
-    Raises ValueError for a layer out of range.
-    """
+    """Drop the blocks above hidden state ``layer``, and the final norm below the last. ValueError for another."""
     blocks = model.get_submodule("layers")
     assert isinstance(blocks, nn.ModuleList)
     depth = len(blocks)
@@ -361,10 +358,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # gated on the Hub: their config.json nee
 
 
 def llm_config(config: EncoderConfig) -> PretrainedConfig:
-    """The LLM's configuration: from its folder, from SHAPES, or its config.json from the Hub.
-
-    Raises FileNotFoundError if there is none.
-    """
+    """The LLM's configuration: of its folder, SHAPES, or from the Hub. FileNotFoundError if there is none."""
     if not config.llm:
         raise FileNotFoundError("no LLM given; set --llm PATH_OR_HUB_ID")
     local = Path(config.llm).is_dir()

@@ -1,20 +1,26 @@
-"""Pairs of texts for caption-contrastive training: two captions of one image, or rows of a text-pair file.
+"""Caption-contrastive training of an LLM: pairs (two captions of an image, or rows of a text-pair file), step and loss.
 
 A batch is drawn from one source and, from a caption set, with one kind of pair (short and long, say), so that its
-negatives are alike. The order is a function of (seed, samples consumed), as in data.sampler.
+negatives are alike. The order is a function of (seed, samples consumed), as in data.sampler. The step is the tower's;
+both sides of a pair are texts.
+
+Shape letters: b this rank's pairs, m pairs of a micro-batch, N pairs over all ranks, R texts of a micro-batch,
+G texts of one length group, T tokens, W embedding width.
 """
 
 import dataclasses
 import json
+import math
 import os
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llm2clip_plugin.data.loader import leave_signals_to_the_run
@@ -22,8 +28,14 @@ from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, s
 from llm2clip_plugin.data.samples import BrokenSample, Caption, caption_hash, select_captions
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.files import refuse_encoding
-from llm2clip_plugin.text.config import EncoderConfig, PairKind, PairsConfig
-from llm2clip_plugin.text.llm import build_frame, literal_template, tokenize
+from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, PairKind, PairsConfig
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.llm import CaptionModel, TokenBatch, build_frame, literal_template, tokenize
+from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
+from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.losses.base import EXCLUDED, Features, Terms, stack_ids
+from llm2clip_plugin.train.losses.infonce import contrastive_loss
+from llm2clip_plugin.train.step import Batch, ContrastiveStep, Encoded
 
 SURVEYED = 5000  # samples read before training, to detect a wrong configuration
 NEGATIVES_TRIED = 100  # random images in which a negative is searched
@@ -43,35 +55,20 @@ class Pair:
     instruction: str | None = None  # text before the query; None: the encoder's query prompt
 
 
-class PairSource(ABC):
-    """Samples that pairs are made of."""
+class CaptionPairs:
+    """Two captions of one image."""
 
-    def __init__(self, path: str, kinds: tuple[PairKind, ...], sizes: list[int]) -> None:
-        self.path = path
-        self.kinds = kinds
-        self.sizes = sizes  # samples of each shard
-
-    @abstractmethod
-    def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
-        """A pair of one sample, chosen by ``rng``; None if it has none of this kind."""
-
-    def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
-        """The pair with the hard negative that the configuration adds, chosen by ``rng``."""
-        return pair
+    def __init__(self, source: Source, config: PairsConfig) -> None:
+        self.path, self.kinds = source.path, config.kinds
+        self.sizes = [shard.size for shard in source.shards]  # samples of each shard
+        self.source, self.config = source, config
+        self.drawn_items, self.instruction_of = config.drawn_items, config.instruction_of
 
     def __len__(self) -> int:
         return sum(self.sizes)
 
-
-class CaptionPairs(PairSource):
-    """Two captions of one image."""
-
-    def __init__(self, source: Source, config: PairsConfig) -> None:
-        super().__init__(source.path, config.kinds, [shard.size for shard in source.shards])
-        self.source, self.config = source, config
-        self.drawn_items, self.instruction_of = config.drawn_items, config.instruction_of
-
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
+        """A pair of one sample, chosen by ``rng``; None if it has none of this kind."""
         try:
             sample = self.source[number]
         except BrokenSample:
@@ -112,7 +109,7 @@ class CaptionPairs(PairSource):
         return ", ".join(items[: rng.randint(min(low, len(items)), min(high, len(items)))])
 
 
-class TextPairs(PairSource):
+class TextPairs:
     """Rows of a JSON Lines file: query, positive, and optionally a hard negative and an instruction."""
 
     def __init__(self, path: Path) -> None:
@@ -121,7 +118,7 @@ class TextPairs(PairSource):
         refuse_encoding(path, data)
         lines = data.decode("utf-8-sig", "replace").split("\n")
         self.rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        super().__init__(str(path), (PairKind("query", "positive"),), [len(self.rows)])
+        self.path, self.kinds, self.sizes = str(path), (PairKind("query", "positive"),), [len(self.rows)]
         with_negative = [bool(self.read(index).negative) for index in range(len(self.rows))]
         if any(with_negative) and not all(with_negative):
             line = self.rows[with_negative.index(False)][0]
@@ -141,8 +138,19 @@ class TextPairs(PairSource):
             raise ValueError(f"{self.path}, line {line}: no text in field {missing!r}; texts: {', '.join(texts)}")
         return Pair(str(line), query, positive, negative, instruction=texts.get("instruction"))
 
-    def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair:
+        """A row; every row has a pair."""
         return self.read(number)
+
+    def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
+        """The pair; its negative is in the file."""
+        return pair
+
+
+PairSource = CaptionPairs | TextPairs
 
 
 def open_pairs(config: PairsConfig) -> list[PairSource]:
@@ -323,3 +331,134 @@ def _start_worker(number: int) -> None:
     """The tokenizer's own threads would deadlock in a forked process, and each process is one of several already."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     leave_signals_to_the_run(number)
+
+
+# The step and the loss.
+
+
+class PairModule(nn.Module):
+    """An LLM's pooled embeddings of several groups of texts, and the logit scale."""
+
+    def __init__(self, model: CaptionModel, config: ContrastConfig) -> None:
+        super().__init__()
+        self.model = model
+        # shape (1,): DeepSpeed does not support 0-d parameters
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(config.scale)]), requires_grad=config.learn_scale)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Token batches of G texts each, four tensors a batch -> (R, W) embeddings of length 1, log scale (1,)."""
+        groups = [TokenBatch(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
+        embeddings_RW = torch.cat([self.model(group) for group in groups])
+        return F.normalize(embeddings_RW, dim=1), self.logit_scale.float() * 1
+
+
+class CaptionStep(ContrastiveStep):
+    """A step of the LLM: ``batch["tokens"]`` holds this rank's b pairs (see PairTokenizer).
+
+    The positives' features are (m, 1, W), or (m, 2, W) with the hard negatives second.
+    """
+
+    def __init__(
+        self, engine: Engine, terms: Terms, encoder: CaptionEncoder, config: ContrastConfig, *, seed: int
+    ) -> None:
+        super().__init__(engine, terms, seed=seed)
+        self.encoder = encoder
+        self.config = config
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {key: v.to(self.engine.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+
+    def _rows(self, batch: Batch, rows: slice) -> Batch:
+        return {"tokens": {side: ids[rows] for side, ids in batch["tokens"].items()}}
+
+    def _forward(self, micro: Batch) -> Encoded:
+        queries: list[list[int]] = micro["tokens"]["query"]
+        targets: list[list[int]] = [*micro["tokens"]["positive"], *micro["tokens"].get("negative", ())]
+        frames = [*micro["tokens"]["query_frame"], *[self.encoder.frame] * len(targets)]
+        rows = [*queries, *targets]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        tensors: list[Tensor] = []
+        for part in equal_parts(order, self.config.length_groups):
+            group = self.encoder.collate([rows[index] for index in part], [frames[index] for index in part])
+            tensors += vars(group).values()
+        sorted_RW, log_scale = self.engine(*tensors)
+        features_RW = sorted_RW[torch.argsort(torch.tensor(order, device=sorted_RW.device))]
+        size = len(queries)
+        query_mW = features_RW[:size]
+        positive_mkW = features_RW[size:].unflatten(0, (-1, size)).transpose(0, 1)
+        return Encoded(query_mW, positive_mkW, log_scale, torch.zeros_like(log_scale))
+
+
+def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """Split ``items`` into at most ``parts`` contiguous parts of like length.
+
+    Their number follows from that of the items alone: all ranks call the module equally often, as ZeRO-3 requires.
+    """
+    size = -(-len(items) // parts)
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def caption_terms(config: ContrastConfig) -> Terms:
+    """The loss: InfoNCE, with hard negatives if the batch has them."""
+
+    def infonce(x: Features) -> Tensor:
+        ids: dict[str, Any] = {"caption_hashes": x.caption_hashes, "image_ids": x.image_ids} if config.mask_same else {}
+        positive_bW, scale = x.positive_bkD[:, 0], x.log_scale.exp()
+        if config.symmetric and x.positive_bkD.shape[1] == 1:
+            return contrastive_loss(x.anchor_bD, positive_bW, scale, **ids)
+        negative_nW = x.positive_bkD[:, 1:].flatten(0, 1)
+        return pair_loss(x.anchor_bD, positive_bW, negative_nW, scale, symmetric=config.symmetric, **ids)
+
+    return {"infonce": infonce}
+
+
+def pair_loss(
+    query_bW: Tensor,
+    positive_bW: Tensor,
+    negative_nW: Tensor,
+    scale: Tensor,
+    *,
+    symmetric: bool = True,
+    caption_hashes: Tensor | None = None,
+    image_ids: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE of pairs of texts, in which the hard negatives of all N pairs are negatives of each query.
+
+    there_i = log(sum_j e^(s q_i.p_j) + sum_j e^(s q_i.n_j)) - s q_i.p_i
+    back_i  = log sum_j e^(s p_i.q_j) - s p_i.q_i
+    loss_r  = 1/b sum_i there_i, or with ``symmetric`` 1/(2b) sum_i (there_i + back_i);
+    i over this rank's pairs, j over all ranks'. One-directional: supervised SimCSE (Gao et al. 2021, arXiv 2104.08821)
+    as LLM2Vec and LLM2CLIP train with; both: E5 (Wang et al. 2022).
+
+    query, positive: (b, W) of length 1; negative: (n, W), n a multiple of b or 0; scale: (1,); ids as in
+    ``contrastive_loss``: pairs that share one are excluded from the sums over positives. The mean over ranks is the
+    loss of the whole batch, in its gradient, too. Not for batches whose (b, 3 N) logits are too large to hold.
+    """
+    b, first = len(query_bW), rank() * len(query_bW)
+    s = scale.float()
+    there_bM = s * query_bW.float() @ gather_with_gradient(positive_bW).float().T
+    target_b = torch.arange(first, first + b, device=query_bW.device)
+    ids_kb, excluded_bN = stack_ids(caption_hashes, image_ids), None
+    if ids_kb is not None:
+        ids_kN = gather_rows(ids_kb.T.contiguous()).T
+        excluded_bN = (ids_kb[:, :, None] == ids_kN[:, None, :]).any(0)
+        excluded_bN.diagonal(first)[:b].fill_(False)
+        there_bM = there_bM.masked_fill(excluded_bN, EXCLUDED)
+    if len(negative_nW):
+        there_bM = torch.cat([there_bM, s * query_bW.float() @ gather_with_gradient(negative_nW).float().T], 1)
+    there = F.cross_entropy(there_bM, target_b)
+    if not symmetric:
+        return there
+    back_bN = s * positive_bW.float() @ gather_with_gradient(query_bW).float().T
+    if excluded_bN is not None:
+        back_bN = back_bN.masked_fill(excluded_bN, EXCLUDED)
+    return 0.5 * (there + F.cross_entropy(back_bN, target_b))
+
+
+def gather_with_gradient(local: Tensor) -> Tensor:
+    """(b, W) on each rank -> (N, W), differentiable with respect to every rank's rows."""
+    if world_size() == 1:
+        return local
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(local.contiguous()))

@@ -1,4 +1,4 @@
-"""A small world on disk: coloured squares with captions, their made-up teacher embeddings, a tiny exported tower."""
+"""A small world on disk: coloured squares with captions, a tiny exported tower."""
 
 import io
 import json
@@ -6,17 +6,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tiny_data import WIDTH, made_up
 from tiny_llm import save_tiny_llm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, caption_rows
-from llm2clip_plugin.data.samples import caption_hash
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 
-WIDTH = 24  # of a teacher embedding
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 GERMAN = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß"}
 
@@ -26,27 +23,6 @@ def square(colour, shade):
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
-
-
-def teacher(**changes):
-    values = {
-        "llm": "tiny-llm",
-        "revision": "",
-        "weights_sha256": "0" * 64,
-        "adapter_sha256": "",
-        "attention": "bidirectional",
-        "pooling": "mean",
-        "layer": -1,
-        "prompt": "",
-        "chat_template": "",
-        "max_tokens": 512,
-        "width": WIDTH,
-    }
-    return TeacherIdentity(**(values | changes))
-
-
-def embedding(text):
-    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(caption_hash(text) % (1 << 62)))
 
 
 def write_data(folder: Path, shades=(0, 20, 40)) -> Path:
@@ -72,18 +48,6 @@ def write_data(folder: Path, shades=(0, 20, 40)) -> Path:
     return path
 
 
-def write_cache(source, directory: Path, identity=None) -> Path:
-    writer = CacheWriter(directory, identity or teacher(), "float16")
-    for shard in source.shards:
-        samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
-        texts = {caption_hash(caption.text): caption.text for _, captions in samples for caption in captions}
-        rows = caption_rows([captions for _, captions in samples])
-        vectors = torch.stack([embedding(texts[digest]) for _, digest in rows])
-        writer.write_shard(shard.name, [key for key, _ in samples], rows, vectors)
-    assert writer.finish() is not None
-    return directory
-
-
 def tiny_dual():
     torch.manual_seed(0)
     config = CLIPVisionConfig(
@@ -94,7 +58,7 @@ def tiny_dual():
 
 
 def write_tower(directory: Path, identity=None) -> Path:
-    export_tower(tiny_dual(), directory, origin="tiny", teacher=vars(identity or teacher()))
+    export_tower(tiny_dual(), directory, origin="tiny", teacher=vars(identity or made_up()))
     return directory
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluate_world import COLOURS, WIDTH, square, tiny_dual, write_data, write_llm, write_tower
+from evaluate_world import COLOURS, square, tiny_dual, write_data, write_llm, write_tower
 from tiny_clip import save_tiny_clip
+from tiny_data import WIDTH
 from transformers import AutoTokenizer
 
 from llm2clip_plugin.cli import main as cli
@@ -72,20 +73,21 @@ def features(feature, label):
 
 def test_each_layout_gives_the_same_images_and_labels(tmp_path):
     folders = open_labeled_images(str(write_folders(tmp_path / "folders")))
-    assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"] and len(folders.labels) == 12
+    assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"] and len(folders.source) == 12
     assert read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
     tars = write_tars(tmp_path / "wds")
     from_tars = open_labeled_images(str(tars))
-    assert from_tars.labels == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [row.meta["class"] for row in from_tars.source.rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert read_class_names("", str(tars), from_tars.classes) == list(COLOURS)
     assert read_templates("", str(tars)) == ["a {c} thing.", "all of it is {c}"]
     from_field = open_labeled_images(str(write_data(tmp_path / "data")), "colour", "colour")
-    assert from_field.classes == sorted(COLOURS) and set(from_field.clusters) == set(COLOURS)
+    assert from_field.classes == sorted(COLOURS)
     for images in (folders, from_tars, from_field):
         found = image_features(lambda pixels: F.one_hot(colour_of(pixels), 4), images, IMAGES, CPU, batch=5)
         told = [list(COLOURS)[int(place)] for place in found.feature_ND.argmax(1)]
         names = list(COLOURS) if images is from_tars else [name.removeprefix("the_") for name in images.classes]
         assert told == [names[int(label)] for label in found.label_N]
+    assert set(found.clusters) == set(COLOURS)
 
 
 def test_names_by_class_or_in_order_or_as_json(tmp_path):

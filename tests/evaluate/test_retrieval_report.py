@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from evaluate_world import COLOURS, teacher, tiny_dual, write_cache, write_data
+from evaluate_world import COLOURS, tiny_dual, write_data
 from forked import Command
+from tiny_data import made_up, make_cache
 from tower_runs import ROOT, finish, places
 
 from llm2clip_plugin import load_dual_encoder
@@ -108,7 +109,7 @@ def test_broken_images_are_left_out_and_named(tmp_path):
     data = write_data(tmp_path / "data")
     (tmp_path / "data" / "images" / "red-0.png").write_bytes(b"not an image")
     source = open_source(SourceConfig(path=str(data)))
-    cache = EmbeddingCache.open(write_cache(source, tmp_path / "cache"))
+    cache = EmbeddingCache.open(make_cache(data, directory=tmp_path / "cache"))
     report = evaluate_retrieval(tiny_dual(), source, cache, IMAGES)
     assert report.counts["left_out"] == 1 and report.counts["images"] == 11
     assert "red-0.png" in str(report.pairs.broken[0])
@@ -145,8 +146,7 @@ def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, cap
 
 def test_the_command_refuses_another_teachers_cache(world, tmp_path, capsys):
     data, _, tower = world
-    source = open_source(SourceConfig(path=str(data)))
-    other = write_cache(source, tmp_path / "other", teacher(pooling="last"))
+    other = make_cache(data, identity=made_up(pooling="last"), directory=tmp_path / "other")
     assert cli(["evaluate", str(tower), "--data", str(data), "--cache", str(other)]) == 2
     error = capsys.readouterr().err
     assert "pooling 'last' != 'mean'" in error and "choose another --cache" in error

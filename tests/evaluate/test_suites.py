@@ -14,7 +14,7 @@ from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
-from llm2clip_plugin.evaluate.suites import hard_negative_scores, long_captions, select_suites, suites
+from llm2clip_plugin.evaluate.suites import hard_negatives, long_captions, select_suites, suites
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 
@@ -258,7 +258,7 @@ def test_hard_negatives_count_a_tie_as_half():
         meta=[{}, {}],
         broken=[],
     )
-    scores = hard_negative_scores(pairs)
+    scores = hard_negatives(pairs)
     assert scores.metrics == {"swap": 1.0, "add": 0.25, "mean": 0.625}
     assert {item["id"]: item["score"] for item in scores.items} == {"swap/1": 1.0, "add/7": 0.0, "add/8": 0.5}
     assert {item["cluster"] for item in scores.items} == {"x", "y"}

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from serving_page import block_with, make_folder
+from serving_page import block_with, check_trained, make_folder
 
 
 def test_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,11 +27,4 @@ def test_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for ids, row in zip(batch["input_ids"], batch["labels"], strict=True):
         assert ids.tolist().count(tokenizer.bos_token_id) == 1
         assert torch.equal(ids[row != -100], row[row != -100])
-    with (
-        safe_open("hf/llava-7b/model.safetensors", "pt") as before,
-        safe_open("hf/llava-7b-tuned/model.safetensors", "pt") as after,
-    ):
-        assert set(after.keys()) == set(before.keys())
-        for name in after.keys():
-            same = torch.equal(before.get_tensor(name), after.get_tensor(name))
-            assert same == name.startswith("vision_tower."), name
+    check_trained()

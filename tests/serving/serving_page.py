@@ -6,7 +6,9 @@ import json
 import re
 from pathlib import Path
 
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from serve_checkpoints import full, tower_directory
 
 from llava_integration.serve.export import Export, export
@@ -37,3 +39,11 @@ def make_folder(folder: Path) -> None:
     rows.append({"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
     (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
     Image.new("RGB", (30, 20), COLORS["red"]).save(folder / "cat.png")
+
+
+def check_trained() -> None:
+    """In the current folder: the tower stays, the rest is trained, and servers know the saved names."""
+    before, after = (load_file(f"hf/{name}/model.safetensors") for name in ("llava-7b", "llava-7b-tuned"))
+    assert set(after) == set(before)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == name.startswith("vision_tower."), name

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from PIL import Image
-from safetensors import safe_open
 from serve_checkpoints import full, tower_directory
-from serving_page import block_with, make_folder
+from serving_page import block_with, check_trained, make_folder
 
 from llava_integration.serve.export import Export, export
 
@@ -70,11 +68,4 @@ def test_trainer(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learned = [decode(row[row != -100]) for row in batch["labels"]]
     assert [text.split() for text in learned] == [["red</s>", "yes</s>"], ["blue</s>", "yes</s>"], ["Hello</s>"]]
     assert batch["pixel_values"].shape[0] == 2
-    with (
-        safe_open("hf/llava-7b/model.safetensors", "pt") as before,
-        safe_open("hf/llava-7b-tuned/model.safetensors", "pt") as after,
-    ):
-        assert set(after.keys()) == set(before.keys())
-        for name in after.keys():
-            same = torch.equal(before.get_tensor(name), after.get_tensor(name))
-            assert same == name.startswith("vision_tower."), name
+    check_trained()

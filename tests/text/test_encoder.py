@@ -1,15 +1,18 @@
-"""A caption's embedding is its own: not its batch's, not its padding's, not the order's."""
+"""A caption's embedding is its own: not its batch's, not its padding's; an LLM that is called bidirectional is."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from text_helpers import write_moved
-from transformers import AutoModel, AutoTokenizer
+from text_helpers import moved, write_moved
+from tiny_llm import HYBRIDS
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.stages.settings import FinetuneConfig
+from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.llm import check_attention, set_attention, set_kernels
 
 CAPTIONS = [
     "a red bicycle",
@@ -159,3 +162,87 @@ def test_an_adapter_counts_in_half_precision_as_in_float32(llama: Path, tmp_path
     rough = CaptionEncoder(config, device="cpu").encode(CAPTIONS)
     assert torch.nn.functional.cosine_similarity(plain, exact).min() < 0.9  # the adapter changes something
     assert torch.nn.functional.cosine_similarity(rough, exact).min() > 0.999
+
+
+def load(folder: Path, *, attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The LLM with the attention of its configuration set, but not of its layers."""
+    settings = AutoConfig.from_pretrained(folder)
+    set_attention(settings, attention)
+    return AutoModel.from_pretrained(folder, config=settings, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("family", ["stablelm", "nemotron"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_configuration_alone_leaves_some_families_causal(make_llm, tmp_path: Path, family: str, dtype) -> None:
+    model = load(make_llm(tmp_path / family, family), attention="bidirectional", dtype=dtype)
+    with pytest.raises(ValueError, match="blocks 0, 1 cannot attend"):
+        check_attention(model, "bidirectional", where=family)
+    set_kernels(model, "bidirectional")
+    check_attention(model, "bidirectional", where=family)
+
+
+def test_what_else_is_refused(make_llm, llama: Path, tmp_path: Path) -> None:
+    """Layers that are bidirectional only without padding, linear attention unless causal."""
+    model = load(make_llm(tmp_path / "stablelm", "stablelm"), attention="causal")
+    set_kernels(model, "bidirectional")
+    with pytest.raises(ValueError, match="padding"):
+        check_attention(model, "bidirectional", where="stablelm")
+    for family in HYBRIDS:  # the first state does depend on the last token, through the other block
+        llm = str(make_llm(tmp_path / family, family))
+        for dtype in ("float32", "bfloat16"):
+            with pytest.raises(ValueError, match="blocks 0 cannot attend"):
+                CaptionEncoder(EncoderConfig(llm=llm, compute_dtype=dtype), "cpu")
+            CaptionEncoder(EncoderConfig(llm=llm, compute_dtype=dtype, attention="causal"), "cpu")
+    CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32", layer=0), "cpu")  # no blocks to check
+
+
+FOUR = ["two dogs run over the wet grass", "a red bicycle leans against a brick wall", "a boat", "the lake"]
+
+
+def pass_through(
+    llm: Path, dtype: str, *, autocast: bool, dora: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Embeddings, all gradients of the adapter, and the bytes that the forward pass kept for them."""
+    encoding = EncoderConfig(llm=str(llm), compute_dtype=dtype)
+    config = FinetuneConfig(encoder=encoding, lora=LoraSettings(r=4, dropout=0.0, dora=dora))
+    encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
+    module = moved(encoder, config)
+    assert (encoder.model.autocast is torch.bfloat16) is (dtype == "bfloat16" and not dora)
+    if not autocast:
+        encoder.model.autocast = None
+        for layer in module.modules():
+            layer.cast_input_dtype_enabled = True
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    rows = encoder.tokenize(FOUR)
+    batch = encoder.collate(rows, [encoder.frame] * len(rows))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        embeddings = encoder.model(batch)
+    (embeddings * torch.linspace(-1, 1, embeddings.shape[1])).sum().backward()
+    grads = [p.grad for p in module.parameters() if p.requires_grad and p.grad is not None]
+    assert grads and all(grad.dtype == torch.float32 for grad in grads)
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    bytes_kept = sum(size for pointer, size in kept.items() if pointer not in weights)
+    return embeddings.detach(), torch.cat([grad.flatten() for grad in grads]), bytes_kept
+
+
+def test_products_in_bfloat16_give_the_gradients_of_float32(llama: Path) -> None:
+    """bf16 rounds to 2^-9: the LLM's own rounding is as large as the adapter's."""
+    exact, exact_grad, _ = pass_through(llama, "float32", autocast=True)
+    mixed, mixed_grad, mixed_bytes = pass_through(llama, "bfloat16", autocast=False)
+    half, half_grad, half_bytes = pass_through(llama, "bfloat16", autocast=True)
+
+    def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((actual - expected).norm() / expected.norm())
+
+    assert error(half, exact) < 1.5 * error(mixed, exact) + 1e-3 < 0.05
+    assert error(half_grad, exact_grad) < 1.5 * error(mixed_grad, exact_grad) + 1e-3 < 0.1
+    assert half_bytes < 0.8 * mixed_bytes
+
+
+def test_dora_keeps_its_products(llama: Path) -> None:
+    pass_through(llama, "bfloat16", autocast=True, dora=True)

@@ -1,4 +1,4 @@
-"""Merged weights and sentence-transformers directories give the adapter's embeddings."""
+"""Merged weights give the adapter's embeddings."""
 
 import dataclasses
 from pathlib import Path
@@ -10,8 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.text.config import EncoderConfig, ExportConfig
-from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, remove_components
-from llm2clip_plugin.text.export import export_llm
+from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, export_llm, remove_components
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain", "x", "猫"]
 
@@ -40,28 +39,6 @@ def test_merged_folder_opens_as_a_plain_model(llama: Path, tmp_path: Path) -> No
         hidden = model(**tokenizer(TEXTS[1], return_tensors="pt")).last_hidden_state
     tuned = CaptionEncoder(dataclasses.replace(encoding, compute_dtype="float32"), "cpu")
     assert torch.allclose(hidden.mean(dim=1), tuned.encode(TEXTS[1:2]), atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"attention": "causal", "pooling": "last"},
-        {"prompt": "Passage:\n", "query_prompt": "Query:\n", "include_bos": False},
-        {"max_tokens": 8},
-    ],
-    ids=["mean", "last", "prompts", "cut"],
-)
-def test_sentence_transformers_gives_the_same(llama: Path, tmp_path: Path, settings: dict) -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    _, adapter = write_moved(llama, tmp_path / "adapter", **settings)
-    encoding = EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32")
-    export_llm(ExportConfig(output=str(tmp_path / "st"), layout="sentence-transformers", encoder=encoding))
-    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "st"), device="cpu")
-    ours = CaptionEncoder(encoding, "cpu")
-    assert torch.allclose(torch.from_numpy(theirs.encode(TEXTS)), ours.encode(TEXTS), atol=1e-4)
-    queries = torch.from_numpy(theirs.encode(TEXTS, prompt_name="query"))
-    assert torch.allclose(queries, ours.encode(TEXTS, query=True), atol=1e-4)
 
 
 def test_post_processing_is_stored_with_the_card(llama: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class GQA(base.Benchmark):
                 category=entry["types"]["structural"],
                 extra={
                     "semantic": entry["types"]["semantic"],
-                    "steps": _reasoning_steps(entry["semantic"]),
+                    "steps": sum(_is_step(f"{one['operation']}: {one['argument']}") for one in entry["semantic"]),
                     "words": len(entry["question"].split()),
                     "group": entry["groups"]["global"],
                 },
@@ -77,9 +77,8 @@ class GQA(base.Benchmark):
         return [{"questionId": answer.id, "prediction": convert(answer.text or "")} for answer in answers.rows]
 
 
-def _reasoning_steps(program: Sequence[dict]) -> int:
-    names = [f"{step['operation']}: {step['argument']}" for step in program]
-    return sum(not any(word in name for word in NOT_A_STEP) for name in names)
+def _is_step(name: str) -> bool:
+    return not any(word in name for word in NOT_A_STEP)
 
 
 def convert(text: str) -> str:

@@ -27,9 +27,8 @@ class Questions(base.Benchmark):
             truths = answer if isinstance(answer, list) else [answer]
             texts = [row.get("image"), row.get("question"), *truths]
             if not truths or not all(isinstance(text, str) and text.strip() for text in texts):
-                raise ContractError(
-                    f"{path}, question {number}: expected texts in image, question and answer, got {row}"
-                )
+                expected = "texts in image, question and answer"
+                raise ContractError(f"{path}, question {number}: expected {expected}, got {row}")
             questions.append(
                 base.Question(
                     id=row.get("id", number),

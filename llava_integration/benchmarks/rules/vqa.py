@@ -103,11 +103,6 @@ def vqa_api_accuracy(prediction: str, humans: Sequence[str]) -> float:
     return leave_one_out(prediction, humans)
 
 
-def m4c_accuracy(prediction: str, humans: Sequence[str]) -> float:
-    """The M4C normal form on both sides, always: TextVQA's rule."""
-    return leave_one_out(m4c(prediction), [m4c(answer) for answer in humans])
-
-
 def vqa_api_numbers(items: Sequence[base.Item], *parts: str) -> dict:
     """The VQA API's numbers, also by each field of ``parts``: percent, rounded as it does, and once unrounded."""
     return {
@@ -129,14 +124,9 @@ class VQAv2(base.Benchmark):
     """
 
     def load(self, folder: Path) -> list[base.Question]:
-        annotations = self.require(
-            folder,
-            "*val2014_annotations*.json",
-            "*annotations*.json",
-            where="val2014's are at https://visualqa.org/download.html; for test-dev write --submission FILE for the "
-            "server https://eval.ai/web/challenges/challenge-page/830",
-        )
-        path = self.require(folder, *VAL_QUESTIONS, where="https://visualqa.org/download.html")
+        where = "val2014's are at https://visualqa.org/download.html; the server scores test-dev: --submission FILE"
+        annotations = self.require(folder, "*val2014_annotations*.json", "*annotations*.json", where=where)
+        path = self.require(folder, *VAL_QUESTIONS, where=where)
         truths = {entry["question_id"]: entry for entry in read_json_value(annotations)["annotations"]}
         llavas = base.first_file(folder, *self.question_files)  # it names the pictures
         images = {str(row["question_id"]): str(row.get("image", "")) for row in read_jsonl(llavas)} if llavas else {}
@@ -214,21 +204,13 @@ class VizWiz(base.Benchmark):
 
     def load(self, folder: Path) -> list[base.Question]:
         """Questions of val.json, with the ids of LLaVA's question file of val, or else their positions in val.json."""
-        annotations = self.require(
-            folder,
-            "val.json",
-            "*val*.json",
-            where="val.json is in Annotations.zip at https://vizwiz.org/tasks-and-datasets/vqa; the test split is "
-            "scored by the server: write --submission FILE",
-        )
+        where = "in Annotations.zip at https://vizwiz.org/tasks-and-datasets/vqa; the server scores test: --submission"
+        annotations = self.require(folder, "val.json", "*val*.json", where=where)
         entries = read_json_value(annotations)
         path = base.first_file(folder, *self.scored_question_files)
         ids = {row["image"]: row["question_id"] for row in read_jsonl(path)} if path else {}
         if path and (unknown := [entry["image"] for entry in entries if entry["image"] not in ids]):
-            raise ValueError(
-                f"{len(unknown)} images of {annotations} ({unknown[0]} ...) are not in {path}; they are of different "
-                "splits"
-            )
+            raise ValueError(f"{len(unknown)} images of {annotations}, first {unknown[0]}, are not in {path}")
         return [
             base.Question(
                 id=ids.get(entry["image"], place),
@@ -298,12 +280,8 @@ class TextVQA(base.Benchmark):
     """
 
     def load(self, folder: Path) -> list[base.Question]:
-        path = self.require(
-            folder,
-            "TextVQA_0.5.1_val.json",
-            "TextVQA*val*.json",
-            where="https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json",
-        )
+        where = "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json"
+        path = self.require(folder, "TextVQA_0.5.1_val.json", "TextVQA*val*.json", where=where)
         entries = read_json_value(path)["data"]
         last = {(entry["image_id"], entry["question"].lower()): entry for entry in entries}
         return [
@@ -330,16 +308,17 @@ class TextVQA(base.Benchmark):
         return None if text is None else (str(answer.id), text)
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
-        """``line``: the answer's line in the file, from 0; -1 for none."""
-        text, official = base.text_of(answer), question.rule
+        """``line``: the answer's line in the file, from 0; -1 for none. The M4C normal form on both sides, always."""
+        normalized, official = m4c(base.text_of(answer)), question.rule
+        score = leave_one_out(normalized, [m4c(human) for human in official["answers"]]) if answer else 0.0
         return base.item_of(
             question,
             answer,
-            score=m4c_accuracy(text, official["answers"]) if answer else 0.0,
+            score=score,
             line=answer.line - 1 if answer else -1,
             question_id=question.cluster,  # LLaVA's question_id is the image's
             annotation_question_id=official["question_id"],
-            normalized=m4c(text),
+            normalized=normalized,
             truth=official["answers"],
         )
 

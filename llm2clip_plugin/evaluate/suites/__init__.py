@@ -13,32 +13,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.opening import InMemorySource, OpenedTower, Row
-from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, embed_pairs, evaluate_retrieval
+from llm2clip_plugin.evaluate.opening import InMemorySource, Row
+from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, report_retrieval
 from llm2clip_plugin.files import discover
 from llm2clip_plugin.files import read_json_value as read_json  # noqa: F401 - for the suites
 from llm2clip_plugin.options import unknown
 
-# metrics (fractions) and the score of every query; the last argument: all ranks call it together and split the work
-Measure = Callable[[OpenedTower, Source, EmbeddingCache, RetrievalConfig, bool], ScoreFile]
+# metrics (fractions) and the score of every query, by the arguments of `report_retrieval`
+Measure = Callable[..., ScoreFile]
 
 
-def recall(
-    tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
-) -> ScoreFile:
-    """Recall@k in both directions over all captions; see `evaluate_retrieval`."""
-    return evaluate_retrieval(tower.dual, source, cache, tower.images, config, all_ranks=all_ranks).scores()
+def recall(pairs: EmbeddedPairs, config: RetrievalConfig, **options: Any) -> ScoreFile:
+    """Recall@k in both directions over all captions."""
+    return report_retrieval(pairs, config, **options).scores()
 
 
-def recall_by_language(
-    tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
-) -> ScoreFile:
+def recall_by_language(pairs: EmbeddedPairs, config: RetrievalConfig, **options: Any) -> ScoreFile:
     """The mean of the languages' recalls, each over its own captions; recall over all captions is ``all/...``."""
-    scores = recall(tower, source, cache, config, all_ranks)
+    scores = recall(pairs, config, **options)
     parts = sorted({key.split("/")[0] for key in scores.metrics if "/" in key} - {"shuffled", "chance"})
     if not parts:
         return scores
@@ -50,15 +44,7 @@ def recall_by_language(
     return dataclasses.replace(scores, metrics=metrics, notes=notes)
 
 
-def hard_negatives(
-    tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
-) -> ScoreFile:
-    """How often an image scores its caption above the caption's hard negative; see `hard_negative_scores`."""
-    config = dataclasses.replace(config, kinds=(), languages=())  # a caption's kind is its item and its side
-    return hard_negative_scores(embed_pairs(tower.dual, source, cache, tower.images, config, all_ranks=all_ranks))
-
-
-def hard_negative_scores(pairs: EmbeddedPairs) -> ScoreFile:
+def hard_negatives(pairs: EmbeddedPairs, config: RetrievalConfig | None = None, **options: Any) -> ScoreFile:
     """Captions of kind ``GROUP/ID/right`` against ``GROUP/ID/wrong`` of the same image; a tie counts one half.
 
     Metrics: one for each group, and ``mean``, the unweighted mean of the groups; chance is 0.5.
@@ -93,6 +79,7 @@ class Suite:
     requires: Mapping[str, str]  # path in the suite's folder, or alternatives separated by "|" -> where to get it
     read: Callable[[Path], list[Row]]  # the suite's folder -> its images and captions
     measure: Measure = recall  # recall | recall_by_language | hard_negatives
+    choose: bool = True  # --kinds and --languages choose among its captions
     images: int = 0  # of the published test set, any other number is reported; 0: don't check
     table: str = ""  # title of the table that the suite is a column of, recall only; "": none
     paper: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # row of that table -> (i2t, t2i)
@@ -120,10 +107,7 @@ def suites() -> dict[str, Suite]:
 
 
 def select_suites(names: str) -> list[Suite]:
-    """The suites of a comma-separated list of names, ``paper`` and ``all``.
-
-    Raises ValueError for an unknown name, listing the known ones.
-    """
+    """The suites of names separated by commas, ``paper`` and ``all`` among them. ValueError for an unknown one."""
     known = suites()
     groups = {"paper": [name for name, suite in known.items() if suite.paper], "all": list(known)}
     selected: dict[str, Suite] = {}

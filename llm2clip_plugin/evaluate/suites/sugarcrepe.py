@@ -39,5 +39,6 @@ SUITE = Suite(
     requires={"|".join(names): HOME for names in FILES.values()} | {"val2017|../coco/val2017": COCO_VAL2017},
     read=read,
     measure=hard_negatives,
+    choose=False,
     order=9,
 )

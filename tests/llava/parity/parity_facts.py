@@ -1,7 +1,8 @@
 """What LLaVA does on the libraries of this environment: token ids and label masks, answers, training.
 
-    PYTHONPATH=tests:tests/llava .venv-llava/bin/python tests/llava/parity/parity_facts.py      writes golden.json
-    PYTHONPATH=tests:tests/llava ... parity_facts.py WORLD MINE THEIRS      trains into MINE; opens what is in both
+    PYTHONPATH=tests:tests/llava:tests/llava/serve .venv-llava/bin/python tests/llava/parity/parity_facts.py
+
+writes golden.json; with WORLD MINE THEIRS after it, it trains into MINE and opens what is in both.
 
 The test compares both with what it sees in its own process.
 """
@@ -86,7 +87,7 @@ def ids_and_back(tokenizer: Any, text: str) -> list[Any]:
 def load_tokenizer(folder: Path, *, legacy: bool) -> Any:
     """As LLaVA's training loads it."""
     parity_world.save_tokenizer(folder, legacy=legacy)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **parity_world.COMMON}))
+    (folder / "config.json").write_text(json.dumps(parity_world.COMMON))
     return transformers.AutoTokenizer.from_pretrained(
         folder, model_max_length=2048, padding_side="right", use_fast=False
     )

@@ -7,44 +7,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
 import llava_world
-import numpy as np
 import torch
 from safetensors.torch import save_file
+from serve_checkpoints import LLM, SEES, WIDTH, draw, language_weights, projector_weights
 
 from llm2clip_plugin.vision.export import export_tower
 
 VOCABULARY = Path(__file__).with_name("tokenizer.model")
-PIECES, WIDTH, HIDDEN, LAYERS, HEADS = 400, 32, 64, 2, 4
-COMMON = {
-    "vocab_size": PIECES,
-    "hidden_size": WIDTH,
-    "intermediate_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": HEADS,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-}
-SEES = {
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_vision_select_layer": -2,
-    "mm_vision_select_feature": "patch",
-    "mm_use_im_start_end": False,
-    "mm_use_im_patch_token": False,
-    "use_mm_proj": True,
-    "tokenizer_padding_side": "left",
-}
+PIECES = 400
+COMMON = {**LLM, "vocab_size": PIECES, "max_position_embeddings": 1024, "torch_dtype": "float32"}
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llava-llama": {"model_type": "llava_llama", "image_aspect_ratio": "pad"},
     "llava-mistral-anyres": {
@@ -57,41 +32,6 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llava-s2": {"model_type": "llava_llama", "image_aspect_ratio": "pad", "s2": True, "s2_scales": "28,56"},
 }
 CLASSES = {"llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM"}
-
-
-def draw(name: str, *shape: int, scale: float = 0.25) -> torch.Tensor:
-    """A tensor that depends on its name and shape alone."""
-    numbers = np.random.default_rng(zlib.crc32(name.encode()))
-    return torch.from_numpy((numbers.standard_normal(shape) * scale).astype("float32"))
-
-
-def language_model() -> dict[str, torch.Tensor]:
-    """The weights of a Llama or a Mistral."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (PIECES, WIDTH),
-        "lm_head.weight": (PIECES, WIDTH),
-    }
-    for layer in range(LAYERS):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"model.layers.{layer}.self_attn.{name}.weight"] = (WIDTH, WIDTH)
-        for name in ("gate_proj", "up_proj"):
-            shapes[f"model.layers.{layer}.mlp.{name}.weight"] = (HIDDEN, WIDTH)
-        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (WIDTH, HIDDEN)
-    norms = ["model.norm.weight"]
-    norms += [f"model.layers.{n}.{name}.weight" for n in range(LAYERS) for name in NORMS]
-    return {
-        **{name: draw(name, *shape) for name, shape in shapes.items()},
-        **{name: torch.ones(WIDTH) for name in norms},
-    }
-
-
-NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
-def projector(scales: int = 1) -> dict[str, torch.Tensor]:
-    """The weights of LLaVA's projector, from features of ``scales`` towers' width."""
-    shapes = {"0.weight": (WIDTH, WIDTH * scales), "0.bias": (WIDTH,), "2.weight": (WIDTH, WIDTH), "2.bias": (WIDTH,)}
-    return {f"model.mm_projector.{name}": draw(f"projector {name}", *shape) for name, shape in shapes.items()}
 
 
 def places(root: Path) -> llava_world.World:
@@ -118,12 +58,14 @@ def make_parity_world(root: Path) -> llava_world.World:
         for name, parameter in tower.named_parameters():  # transformers 5 has no vision_model. in the names
             parameter.copy_(draw(name.removeprefix("vision_model."), *parameter.shape, scale=0.2))
     export_tower(tower, towers["clip"], origin="made for tests")
-    save(world.llm, {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **COMMON}, language_model())
-    torch.save(projector(), root / "mm_projector.bin")
+    language_model = language_weights(PIECES, 0.0, torch.float32)
+    save(world.llm, COMMON, language_model)
+    torch.save(projector_weights(WIDTH, torch.float32), root / "mm_projector.bin")
     for name, settings in CHECKPOINTS.items():
         scales = 2 if settings.get("s2") else 1
         config = {**COMMON, **SEES, "mm_hidden_size": WIDTH * scales, "mm_vision_tower": f"llm2clip:{towers['clip']}"}
-        tensors = {**language_model(), **projector(scales)}
+        config["tokenizer_padding_side"] = "left"
+        tensors = {**language_model, **projector_weights(WIDTH * scales, torch.float32)}
         if settings.get("mm_patch_merge_type") == "spatial_unpad":
             tensors["model.image_newline"] = draw("newline", WIDTH)
         save(root / name, {**config, **settings, "architectures": [CLASSES[settings["model_type"]]]}, tensors)

@@ -83,7 +83,7 @@ def test_checkpoints_open_in_the_other_environment(world, tmp_path):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT / 'tests' / 'llava'}",
+        "PYTHONPATH": ":".join(str(ROOT / "tests" / name) for name in (".", "llava", "llava/serve")),
         "PYTHONWARNINGS": "ignore",
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)

@@ -112,12 +112,8 @@ def test_wandb_is_used_only_by_those_who_are_logged_in(world, tmp_path):
     words = [*given(world, tmp_path, "pretrain"), "--dry-run"]
     nobody = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "WANDB_MODE": ""}
     assert "--report_to none" in script(world, "llava/pretrain.sh", *words, **nobody)
-    asked = [*words, "--", "--report_to", "wandb"]
-    (line,) = script(world, "llava/pretrain.sh", *asked, fails=True, **nobody).splitlines()
-    assert line.startswith("error: --report_to wandb: ")
-    if find_spec("wandb"):
-        told = script(world, "llava/pretrain.sh", *asked, **nobody | {"WANDB_MODE": "offline"})
-        assert told.strip().endswith("--report_to wandb")
+    told = script(world, "llava/pretrain.sh", *words, **nobody | {"WANDB_MODE": "offline"})
+    assert f"--report_to {'wandb' if find_spec('wandb') else 'none'}" in told
 
 
 FOREIGN = ("Warning", "deprecated", "[INFO]", "You are using a model of type")  # lines of libraries, not of LLaVA

@@ -4,8 +4,10 @@ import functools
 import json
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -47,54 +49,44 @@ LLM = {
     "vocab_size": TOKENS,
 }
 
-TOKENIZER = {
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "pad_token": "<unk>",
-    "tokenizer_class": "LlamaTokenizer",
-    "unk_token": "<unk>",
+SEES = {  # of LLaVA's settings, those that all checkpoints have
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "use_mm_proj": True,
 }
+TOKENIZER = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+TOKENIZER |= {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
 
 
 def llava_config(tower: str, **changes: object) -> dict:
     """config.json of a LLaVA checkpoint."""
-    return {
-        **LLM,
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "image_aspect_ratio": "pad",
-        "mm_hidden_size": width_of(tower),
-        "mm_patch_merge_type": "flat",
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": tower,
-        "model_type": "llava_llama",
-        "tokenizer_model_max_length": 256,
-        "use_mm_proj": True,
-        **changes,
-    }
+    own = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat", "tokenizer_model_max_length": 256}
+    own |= {"mm_hidden_size": width_of(tower), "mm_vision_tower": tower}
+    kind = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
+    return {**LLM, **SEES, **own, **kind, **changes}
 
 
-def drawn(*shape: int, seed: int, scale: float = 0.2) -> torch.Tensor:
-    """Normal numbers in bf16."""
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+def draw(name: str, *shape: int, scale: float = 0.25) -> torch.Tensor:
+    """A tensor that depends on its name and shape alone, whatever the versions of libraries."""
+    numbers = np.random.default_rng(zlib.crc32(name.encode()))
+    return torch.from_numpy((numbers.standard_normal(shape) * scale).astype("float32"))
 
 
-def language_weights() -> dict[str, torch.Tensor]:
-    """A random Llama."""
-    shapes = {"model.embed_tokens.weight": (TOKENS, WIDTH), "lm_head.weight": (TOKENS, WIDTH)}
+def language_weights(tokens: int = TOKENS, norms: float = 0.2, dtype: torch.dtype = torch.bfloat16) -> dict:
+    """The weights of a Llama or a Mistral; ``norms``: how far those of its norms are from 1."""
+    shapes = {"model.embed_tokens.weight": (tokens, WIDTH), "lm_head.weight": (tokens, WIDTH)}
     for layer in range(LAYERS):
         for part in "qkvo":
             shapes[f"model.layers.{layer}.self_attn.{part}_proj.weight"] = (WIDTH, WIDTH)
         shapes |= {f"model.layers.{layer}.mlp.{part}_proj.weight": (MLP, WIDTH) for part in ("gate", "up")}
         shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (WIDTH, MLP)
-    weights = {name: drawn(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
-    norms = [f"model.layers.{n}.{kind}_layernorm.weight" for n in range(LAYERS) for kind in ("input", "post_attention")]
-    return weights | {name: 1 + drawn(WIDTH, seed=99) for name in (*norms, "model.norm.weight")}
+    weights = {name: draw(name, *shape) for name, shape in shapes.items()}
+    names = [f"model.layers.{n}.{kind}_layernorm.weight" for n in range(LAYERS) for kind in ("input", "post_attention")]
+    weights |= {name: 1 + draw(name, WIDTH, scale=norms) for name in (*names, "model.norm.weight")}
+    return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
 @functools.cache
@@ -112,10 +104,10 @@ def width_of(tower: Path | str) -> int:
     return json.loads((Path(tower) / "config.json").read_text())["hidden_size"]
 
 
-def projector_weights(width: int = 32) -> dict[str, torch.Tensor]:
+def projector_weights(width: int = 32, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """LLaVA's projector of a tower's width."""
     shapes = {"0.weight": (WIDTH, width), "0.bias": (WIDTH,), "2.weight": (WIDTH, WIDTH), "2.bias": (WIDTH,)}
-    return {f"model.mm_projector.{name}": drawn(*shape, seed=n) for n, (name, shape) in enumerate(shapes.items(), 50)}
+    return {f"model.mm_projector.{name}": draw(f"projector {name}", *shape).to(dtype) for name, shape in shapes.items()}
 
 
 def write_tokenizer_files(folder: Path, *, legacy: bool) -> None:
@@ -168,10 +160,10 @@ def lora(folder: Path, tower: Path | str, base: Path, **changes: object) -> Path
     config |= {"bias": "none", "target_modules": modules, "base_model_name_or_path": str(base), "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     halves = {}
-    for seed, (name, weight) in enumerate(language_weights().items(), 200):
+    for name, weight in language_weights().items():
         if name.split(".")[-2] in modules:
             stem = f"base_model.model.{name.removesuffix('.weight')}"
-            halves[f"{stem}.lora_A.weight"] = drawn(4, weight.shape[1], seed=seed)
-            halves[f"{stem}.lora_B.weight"] = drawn(weight.shape[0], 4, seed=seed + 100)
+            halves[f"{stem}.lora_A.weight"] = draw(f"{stem} A", 4, weight.shape[1]).bfloat16()
+            halves[f"{stem}.lora_B.weight"] = draw(f"{stem} B", weight.shape[0], 4).bfloat16()
     save_file(halves, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder

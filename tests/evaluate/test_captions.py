@@ -1,4 +1,4 @@
-"""The search for how an LLM is best read: what it finds is what ``embed`` then gives, from end to end."""
+"""Caption retrieval accuracy, against a loop by hand, and the search for how an LLM is best read, from end to end."""
 
 import dataclasses
 import json
@@ -7,29 +7,71 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from evaluate_world import write_llm
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
-from llm2clip_plugin.evaluate.captions import FIT_CAPTIONS, READINGS, measure_captions, search
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.evaluate.captions import FIT_CAPTIONS, READINGS, find_pairs, measure_captions, search
 from llm2clip_plugin.evaluate.config import CaptionSetConfig, EvaluateCaptionsConfig, ReadingConfig
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, first_captions, remove_components
 
 NAMES = "cat dog boat tree house lake bird fish moon star road hill".split()
+GERMAN = ["Katze", "Hund", "Boot", "Baum", "Haus", "See"]
 
 
-def write_set(path: Path, names: list[str]) -> Path:
+def write_set(path: Path, names: list[str], foreign: list[str], language: str) -> Path:
     rows = []
-    for name in names:
+    for number, (name, other) in enumerate(zip(names, foreign, strict=True)):
         texts = [
             {"text": name, "kind": "short"},
             {"text": f"a picture of a {name}", "kind": "long"},
-            {"text": f"el {name[::-1]}", "kind": "short", "language": "es"},
+            {"text": other, "kind": "short", "language": language},
         ]
-        rows.append({"id": name, "image": "x.png", "captions": texts})
+        rows.append({"id": f"k{number}", "image": "x.png", "captions": texts})
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("set") / "set.jsonl"
+    return write_set(path, NAMES[:6] * 2, GERMAN * 2, "de")  # each twice, as in two drawing styles
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> CaptionEncoder:
+    llm = write_llm(tmp_path_factory.mktemp("llm"))
+    return CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32", query_prompt="Query: "), "cpu")
+
+
+def top1(encoder: CaptionEncoder, first: list[str], second: list[str], *, center: bool = False) -> float:
+    """By a plain loop; the first as queries."""
+    left = torch.cat([encoder.encode([text], query=True) for text in first])
+    right = torch.cat([encoder.encode([text]) for text in second])
+    if center:
+        left, right = left - left.mean(0), right - right.mean(0)
+    scores = F.normalize(left, dim=1) @ F.normalize(right, dim=1).T
+    return sum(int(scores[i].argmax()) == i for i in range(len(first))) / len(first)
+
+
+def test_accuracy_is_that_of_a_plain_loop(teacher: CaptionEncoder, captions: Path) -> None:
+    rows = {row.name: row for row in measure_captions(teacher, CaptionSetConfig(captions=str(captions)))}
+    assert list(rows) == ["short->long", "de->en", "languages"]
+    names = NAMES[:6]
+    long = [f"a picture of a {name}" for name in names]
+    assert rows["short->long"].pairs == 6  # the same pair of another style counts once
+    assert rows["short->long"].cra == pytest.approx(top1(teacher, names, long))
+    assert rows["short->long"].centred == pytest.approx(top1(teacher, names, long, center=True))
+    assert rows["de->en"].cra == rows["languages"].cra == pytest.approx(top1(teacher, GERMAN, names))
+
+
+def test_pairs_are_of_two_different_texts() -> None:
+    same, two = (Caption("x"), Caption("x", "long")), (Caption("y"), Caption("y", "long"), Caption("z", "long"))
+    found = find_pairs([("a", same), ("b", two)], ("short", "en"), ("long", "en"))
+    assert found == [("b", "y", "z")]
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +79,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An LLM, and captions for validation and training."""
     folder = tmp_path_factory.mktemp("reading")
     write_llm(folder / "llm")
-    write_set(folder / "validation.jsonl", NAMES[:8])
-    write_set(folder / "train.jsonl", NAMES[8:] + [f"{a} and {b}" for a in NAMES for b in NAMES if a < b])
+    training = NAMES[8:] + [f"{a} and {b}" for a in NAMES for b in NAMES if a < b]
+    for name, texts in (("validation", NAMES[:8]), ("train", training)):
+        write_set(folder / f"{name}.jsonl", texts, [f"el {text[::-1]}" for text in texts], "es")
     return folder
 
 
-def config(folder: Path, **encoder: str) -> EvaluateCaptionsConfig:
+def config(folder: Path) -> EvaluateCaptionsConfig:
     return EvaluateCaptionsConfig(
         measure=CaptionSetConfig(captions=str(folder / "validation.jsonl")),
-        encoder=EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **encoder),
+        encoder=EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"),
         search=True,
         reading=ReadingConfig(fit_on=str(folder / "train.jsonl"), components=(0, 2)),
     )

@@ -1,9 +1,4 @@
-"""ScienceQA: multiple choice; the headline is over the questions with an image (IMG).
-
-Rule of LLaVA's ``eval_science_qa.py``: the answer is exactly a letter A-E, or begins with 'X. ', or has exactly one
-'The answer is X' followed by any character. Its IMG part is the questions whose *prompt* has ``<image>``, so a missing
-answer is not in the IMG denominator.
-"""
+"""ScienceQA and SEED-Bench: multiple choice, where the letter alone is right."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, Answers
+from llava_integration.benchmarks.answers import Answer, Answers, Row
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import read_json_value
 
@@ -20,6 +15,13 @@ ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
 class ScienceQA(base.Benchmark):
+    """The headline is over the questions with an image (IMG).
+
+    Rule of LLaVA's ``eval_science_qa.py``: the answer is exactly a letter A-E, or begins with 'X. ', or has exactly one
+    'The answer is X' followed by any character. Its IMG part is the questions whose *prompt* has ``<image>``, so a
+    missing answer is not in the IMG denominator.
+    """
+
     def load(self, folder: Path) -> list[base.Question]:
         where = "from https://github.com/lupantech/ScienceQA (data/scienceqa)"
         problems, splits = (read_json_value(self.require(folder, name, where=where)) for name in self.annotations)
@@ -40,10 +42,8 @@ class ScienceQA(base.Benchmark):
         """Raises ValueError if the model answered without the images."""
         record = super().score(folder, answers, **options)
         if not any(item["is_multimodal"] for item in record.items):
-            raise ValueError(
-                f"no prompt in {answers.path} has <image>: the model answered without the images, which "
-                "ScienceQA-IMG is about; evaluate with LLaVA's question file and --image-folder"
-            )
+            fix = "evaluate with LLaVA's question file and --image-folder"
+            raise ValueError(f"no prompt in {answers.path} has <image>: it answered without the images; {fix}")
         return record
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
@@ -96,7 +96,7 @@ def parse(text: str) -> str:
     return letters[0] if len(letters) == 1 else "FAILED"
 
 
-BENCHMARK = ScienceQA(
+SCIENCEQA = ScienceQA(
     name="scienceqa",
     title="ScienceQA-IMG",
     order=4,
@@ -108,3 +108,81 @@ BENCHMARK = ScienceQA(
     evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
     published=base.published_scores(llava_7b=66.8, llava_13b=71.6, reproduced_7b=67.97, llm2clip_7b=69.92),
 )
+
+
+PRINTED = {"all": "Total accuracy", "image": "image accuracy", "video": "video accuracy"}  # the official script's
+
+
+class SEEDBench(base.Benchmark):
+    """Four options, image and video questions by type.
+
+    Rule of LLaVA's ``convert_seed_for_submission.py``: ``text == answer`` exactly ('A.', 'a' and 'A. cat' are wrong).
+    The headline is the accuracy over all questions, as in LLaVA's table; image and video are reported too. An
+    unanswered question is wrong.
+    """
+
+    def _annotations(self, folder: Path) -> dict:
+        where = "from https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
+        return read_json_value(self.require(folder, *self.annotations, where=where))
+
+    def load(self, folder: Path) -> list[base.Question]:
+        data = self._annotations(folder)
+        names = {number: name for name, number in data["question_type"].items()}
+        return [
+            base.Question(
+                id=entry["question_id"],
+                text=entry["question"],
+                cluster=_media(entry),
+                truth=entry["answer"],
+                image=f"SEED-Bench-{entry['data_type']}/{_media(entry)}" if entry["data_type"] == "image" else "",
+                category=names[entry["question_type_id"]],
+                extra={
+                    "question_type_id": entry["question_type_id"],
+                    "data_type": entry["data_type"],
+                    "choices": [entry[f"choice_{letter}"] for letter in "abcd" if f"choice_{letter}" in entry],
+                },
+            )
+            for entry in data["questions"]
+        ]
+
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
+        return base.item_of(question, answer, score=int(base.text_of(answer) == question.truth))
+
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
+        """The official script's printed percentages, and the same unrounded."""
+        types = base.by_group(items, "category")
+        printed = base.percents(items, "category")
+        metrics = {}
+        for part, name in PRINTED.items():
+            if chosen := [item for item in items if part in ("all", item["data_type"])]:
+                metrics[f"{part}_accuracy_percent"] = 100 * base.mean_of(chosen)
+                printed[name] = round(metrics[f"{part}_accuracy_percent"], 2)
+        counts = {name: {"correct": sum(values), "count": len(values)} for name, values in types.items()}
+        return base.flatten({**metrics, "printed_percent": printed, "correct_and_count_per_type": counts})
+
+    def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
+        """The leaderboard's file: one ``{question_id, prediction}`` per line, in the annotations' order."""
+        identifiers = [entry["question_id"] for entry in self._annotations(folder)["questions"]]
+        texts = base.texts_by_id(answers, identifiers)
+        return [{"question_id": name, "prediction": texts[str(name)]} for name in identifiers]
+
+
+def _media(entry: Row) -> str:
+    media = entry["data_id"]
+    return str(media[0] if isinstance(media, list) else media)
+
+
+SEEDBENCH = SEEDBench(
+    name="seedbench",
+    title="SEED-Bench",
+    order=10,
+    headline="all_accuracy_percent",
+    folders=("seed_bench", "seedbench", "seed-bench"),
+    annotations=("SEED-Bench.json",),
+    question_files=("llava-seed-bench.jsonl", "llava-seed-bench*.jsonl"),
+    submission_format="jsonl",
+    published=base.published_scores(llava_7b=58.6, llava_13b=61.6),
+)
+
+
+BENCHMARK = [SCIENCEQA, SEEDBENCH]
