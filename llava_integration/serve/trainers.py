@@ -92,6 +92,7 @@ def register_with_llamafactory() -> None:
     from llamafactory.data import template
     from llamafactory.data.formatter import EmptyFormatter, StringFormatter
     from llamafactory.data.mm_plugin import LlavaPlugin
+    from llamafactory.model import loader
 
     class VlmPlugin(LlavaPlugin):
         def process_messages(self, messages: list[dict[str, str]], *media: Any) -> list[dict[str, str]]:
@@ -110,6 +111,7 @@ def register_with_llamafactory() -> None:
         return made
 
     template.parse_template = parse
+    loader.register_autoclass = lambda *_: None  # saves files of transformers as the code of a model with own code
 
 
 def main() -> None:
