@@ -172,13 +172,14 @@ def random_llama(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([" ".join(WORDS)], special_tokens=[*specials.values()], show_progress=False)
+    tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
+    tokens: Any = [*specials.values()]
+    tokenizer.train_from_iterator([" ".join(WORDS)], min_frequency=0, show_progress=False, special_tokens=tokens)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.get_vocab_size(), **sizes, **ids)).save_pretrained(folder)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": tokenizer.get_vocab_size()}
+    LlamaForCausalLM(LlamaConfig.from_dict({**sizes, **ids})).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **specials).save_pretrained(folder)
     return folder
 

@@ -34,7 +34,8 @@ SHAPES = {
 
 def make_tower(shape: str, folder: Path) -> Path:
     """A CLIP tower directory of that shape with random weights."""
-    config = CLIPVisionConfig(**dict(zip(SIZES, SHAPES[shape], strict=True)), intermediate_size=4 * SHAPES[shape][0])
+    sizes: dict[str, Any] = dict(zip(SIZES, SHAPES[shape], strict=True))
+    config = CLIPVisionConfig(**sizes, intermediate_size=4 * SHAPES[shape][0])
     torch.manual_seed(0)
     export_tower(CLIPVisionModel(config).eval(), folder, origin=f"random weights of shape {shape}")
     return folder
@@ -45,8 +46,8 @@ def make_llava(tower: Path, device: torch.device, dtype: torch.dtype) -> Any:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     width = json.loads((tower / "config.json").read_text())["hidden_size"]
     eye = {"mm_vision_tower": f"llm2clip:{tower}", "mm_vision_select_layer": -2, "mm_hidden_size": width}
-    config = LlavaConfig(vocab_size=1000, mm_projector_type="mlp2x_gelu", **sizes, **eye)
-    model: Any = LlavaLlamaForCausalLM(config)
+    settings: dict[str, Any] = {**sizes, **eye, "vocab_size": 1000, "mm_projector_type": "mlp2x_gelu"}
+    model: Any = LlavaLlamaForCausalLM(LlavaConfig(**settings))
     model.get_vision_tower().load_model()
     return model.to(device=device, dtype=dtype).eval()
 

@@ -23,11 +23,11 @@ from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision
+from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision, TrainConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.losses.base import weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
-from llm2clip_plugin.train.optim import EnginePlan, complete, parameter_groups
+from llm2clip_plugin.train.optim import complete, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -70,7 +70,7 @@ def make_dual(name: str) -> DualEncoder:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    sizes = dict(zip(SIZES, TOWERS[name], strict=True))
+    sizes: dict[str, Any] = dict(zip(SIZES, TOWERS[name], strict=True))
     tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **sizes))
     return DualEncoder(tower, DualConfig(projection_dim=512, llm_width=TEACHER.width)).train()
 
@@ -124,18 +124,10 @@ def our_step(
     dual: DualEncoder, size: int, precision: Precision = "fp32", *, stage: int = 0, world: int = 1, bucket: float = 1.0
 ) -> TowerStep:
     """The training step of this project; bucket: factor of DeepSpeed's reduce_bucket_size."""
-    plan = EnginePlan(
-        global_batch=size * world,
-        micro_batch=size,
-        accumulation=1,
-        precision=precision,
-        optim=OPTIM,
-        warmup_steps=0,
-        total_steps=100,
-        hidden_size=dual.tower.config.hidden_size,
-    )
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
-    config = complete({"zero_optimization": {"stage": stage}}, plan)
+    train, hidden_size = TrainConfig(global_batch=size * world, precision=precision), dual.tower.config.hidden_size
+    user = {"zero_optimization": {"stage": stage}}
+    config = complete(user, train, OPTIM, world=world, total_steps=100, hidden_size=hidden_size)
     zero = config["zero_optimization"]
     zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
     engine = Engine(dual, groups, OPTIM, config)

@@ -12,14 +12,7 @@ import os
 import sys
 import traceback
 
-from llm2clip_plugin.console import (
-    Interrupted,
-    end_children,
-    interrupts_end_loading,
-    quiet_libraries,
-    raise_open_files,
-    remedy_open_files,
-)
+from llm2clip_plugin import console
 from llm2clip_plugin.train.errors import FINAL_STATUSES, FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
@@ -43,10 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "evaluate captions": ("evaluate.captions:main", "measure an LLM's caption-to-caption retrieval"),
     "evaluate zeroshot": ("evaluate.classification:main_zeroshot", "measure a tower's zero-shot classification"),
     "evaluate probe": ("evaluate.classification:main_probe", "measure a tower's features by kNN and linear probe"),
-    "forecast": (
-        "evaluate.forecast:main",
-        "how well towers are likely to serve an LLM in LLaVA, before one is trained",
-    ),
+    "forecast": ("evaluate.forecast:main", "how well towers are likely to serve an LLM in LLaVA, before training"),
     "score-images": ("evaluate.score_images:main", "how well images fit their texts, by a tower and its teacher"),
     "search": ("evaluate.search:main", "find the images that are nearest to a text; a page with pictures"),
     "export": ("stages.tower_export:main", "export a training run as a tower directory or in another format"),
@@ -54,25 +44,13 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "use": ("llava_integration.towers:main_use", "choose the tower for --vision_tower llm2clip"),
     "towers": ("llava_integration.towers:main_towers", "list known towers: location, hash, sizes"),
     "llava data": ("data.make:main_llava_data", "write a data set as LLaVA's pretraining reads it"),
-    "llava evaluate": (
-        "llava_integration.answer.command:main",
-        "answer a question file with a LLaVA model, in batches",
-    ),
+    "llava evaluate": ("llava_integration.answer.command:main", "answer a question file with LLaVA, in batches"),
     "compare": ("llava_integration.compare.command:main", "compare score files: paired statistics and a report"),
-    "bench-mllm": (
-        "llava_integration.benchmarks.bench:main",
-        "evaluate a LLaVA checkpoint on every benchmark whose files are found",
-    ),
+    "bench-mllm": ("llava_integration.benchmarks.bench:main", "evaluate LLaVA on each benchmark that is found"),
     "score": ("llava_integration.benchmarks.bench:main_score", "score answers with a benchmark's official rule"),
     "llava bundle": ("llava_integration.towers:main_bundle", "copy the tower into a LLaVA checkpoint"),
-    "llava export": (
-        "llava_integration.serve:main",
-        "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
-    ),
-    "vlm build": (
-        "llava_integration.serve.vlm:main",
-        "build a vision-language model to train: any tower, any LLM",
-    ),
+    "llava export": ("llava_integration.serve:main", "convert a LLaVA checkpoint into a Hugging Face model for vLLM"),
+    "vlm build": ("llava_integration.serve.vlm:main", "build a vision-language model to train: any tower, any LLM"),
 }
 
 # Where a command declares its options, an options.Command: COMMAND next to the function, or elsewhere. These modules
@@ -124,19 +102,19 @@ def main(argv: list[str] | None = None) -> int:
     if group and words[0] not in COMMANDS and (len(words) == 1 or words[1] in HELP):
         print(usage(group))  # `llm2clip data --help`
         return 0
-    name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
+    name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), "")
     if problem := misspelled(words, name, group):
-        _report(f"error: {problem}")
+        from llm2clip_plugin.files import printable
+
+        print(f"error: {printable(problem)}", file=sys.stderr)
         return 2
-    assert name is not None
     return run(name, words[len(name.split()) :])
 
 
-def misspelled(words: list[str], name: str | None, group: list[str]) -> str:
-    """``unknown command 'trian-tower'; did you mean 'train-tower'? known: ...``; "" for a known one.
+def misspelled(words: list[str], name: str, group: list[str]) -> str:
+    """``unknown command 'trian-tower'; did you mean 'train-tower'? known: ...``; "" for a known one, ``name``.
 
-    name: of the known command that the words begin with. group: commands of two words that begin with the first word.
-    A word behind ``evaluate`` may be a tower, unless it is nearly that of a command, `evaluate zeroshot`.
+    A word behind ``evaluate`` may be a tower, unless it is nearly that of a command of its ``group``.
     """
     from llm2clip_plugin.options import closest, joined
 
@@ -161,7 +139,7 @@ def leave(status: int) -> "NoReturn":
     in ten such shutdowns aborts. After an error the exit handlers don't run either: destroying a group waits for
     collectives that other ranks may never join.
     """
-    end_children()
+    console.end_children()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
     if status in (0, StoppedError.status):
@@ -177,72 +155,59 @@ def run(name: str, argv: list[str]) -> int:
         # ranks that each use all cores, and spin while they wait, are several times slower
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    limit = raise_open_files()
-    if (fix := remedy_open_files(limit)) and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: a process may open only {limit} files; {fix}", file=sys.stderr)
-    quiet_libraries()
+    console.raise_open_files()
+    console.quiet_libraries()
     try:
-        with interrupts_end_loading():
+        with console.interrupts_end_loading():
             read_options(name, argv)
             return load(COMMANDS[name][0])(argv) or 0
     except KeyboardInterrupt as error:
-        ended = error if isinstance(error, Interrupted) else Interrupted()
+        ended = error if isinstance(error, console.Interrupted) else console.Interrupted()
         print(ended, file=sys.stderr)
         return ended.status
     except BrokenPipeError:  # `llm2clip ... | head` stops reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the shell's status for SIGPIPE
     except Exception as error:
-        expected = None if os.environ.get("LLM2CLIP_TRACEBACK") == "1" else reported(error)
-        if expected is None and os.environ.get("WORLD_SIZE", "1") == "1":
+        status = None if os.environ.get("LLM2CLIP_TRACEBACK") == "1" else reported(error)
+        if status is not None:
+            return status
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        if expected is None:  # one of several ranks must not wait for the others in the interpreter's shutdown
-            traceback.print_exception(error)
-        return 1 if expected is None else expected
+        traceback.print_exception(error)  # one of several ranks must not wait in the interpreter's shutdown
+        return 1
 
 
 def reported(error: Exception) -> int | None:
     """Print an error that a user can act upon; its exit status. None for any other error."""
+    from llm2clip_plugin.files import FINAL, printable_lines, tell_job
+
+    text, status, is_final = f"error: {error}", 2, False
     if isinstance(error, FirstRankError):
         return 2
     if isinstance(error, (ValueError, OSError)):
-        _report(f"error: {error}")
-        return _final(2) if isinstance(error, ValueError) else 2  # an OSError may pass
-    if isinstance(error, SameOnAllRanksError):
-        if os.environ.get("RANK", "0") == "0":
-            _report(f"{error.label}{error}")
-        return _final(error.status) if error.status in FINAL_STATUSES else error.status
-    if isinstance(error, RuntimeError) and (message := lost_rank(error)):
-        print(f"error: {message}", file=sys.stderr)
-        return 1
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(OURS):
-        extra = 'pip install "llm2clip-plugin[train]"'
-        print(f"error: {error}; run `pip install {error.name}`, or `{extra}` for all of training", file=sys.stderr)
-        return 2
-    return None
-
-
-def _final(status: int) -> int:
-    """The exit status of an error that a rerun would meet again, left for the job script, too."""
-    from llm2clip_plugin.files import FINAL, tell_job
-
-    tell_job(FINAL, str(status))
+        is_final = isinstance(error, ValueError)  # an OSError may pass
+    elif isinstance(error, SameOnAllRanksError):
+        text = f"{error.label}{error}" if os.environ.get("RANK", "0") == "0" else ""
+        status, is_final = error.status, error.status in FINAL_STATUSES
+    elif isinstance(error, RuntimeError) and (message := lost_rank(error)):
+        text, status = f"error: {message}", 1
+    elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(OURS):
+        text += f'; run `pip install {error.name}`, or `pip install "llm2clip-plugin[train]"` for all of training'
+    else:
+        return None
+    if text:
+        print(printable_lines(text), file=sys.stderr)  # names come from files and servers
+    if is_final:  # a rerun would meet it again: left for the job script, too
+        tell_job(FINAL, str(status))
     return status
-
-
-def _report(text: str) -> None:
-    """Print an error; names in it come from files and servers, so control characters are shown as escapes."""
-    from llm2clip_plugin.files import printable_lines
-
-    print(printable_lines(text), file=sys.stderr)
 
 
 def read_options(name: str, argv: list[str]) -> None:
     """Print --help and exit, or refuse an unknown option or a wrong path, before anything large is imported."""
     from llm2clip_plugin.options import check_paths
 
-    command = load(OPTIONS[name])
-    check_paths(command, command.read(argv).values)
+    check_paths(load(OPTIONS[name]), argv)
 
 
 def load(place: str) -> "Any":

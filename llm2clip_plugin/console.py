@@ -183,14 +183,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 
-@contextmanager
-def quiet_onnx() -> Iterator[None]:
-    """Silence torch's ONNX exporter about a renamed class of torch's own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        yield
-
-
 def quiet_llava_loading() -> None:
     """Silence transformers about a LLaVA checkpoint's copy of its tower, which LLaVA reads from the tower's own folder.
 
@@ -318,10 +310,6 @@ def _wait() -> None:
 
 # What the machine allows a process: open files. Standard library only.
 
-# of a rank, whatever the number of shards: 64 tars, some files of libraries, and a few for each batch that a loader
-# process has sent and the rank has not taken yet
-OPEN_FILES_NEEDED = 1024
-
 
 def raise_open_files() -> int:
     """Raise the soft limit of open files to the hard one; processes started from here inherit it. Returns the limit."""
@@ -332,14 +320,6 @@ def raise_open_files() -> int:
         except (ValueError, OSError):  # macOS has a lower limit of its own
             return soft
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
-
-
-def remedy_open_files(limit: int) -> str:
-    """What to do about a limit of open files; "" if it is high enough."""
-    needed = (
-        f"raise the hard limit to at least {OPEN_FILES_NEEDED} (ulimit -Hn, limits.conf, docker run --ulimit nofile)"
-    )
-    return needed if limit < OPEN_FILES_NEEDED else ""
 
 
 # The lines that ``llm2clip doctor`` prints; standard library only.

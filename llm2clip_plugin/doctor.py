@@ -18,10 +18,10 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from llm2clip_plugin.console import Finding, numbers, raise_open_files, remedy_open_files
+from llm2clip_plugin.console import Finding, numbers, raise_open_files
 from llm2clip_plugin.options import Command
 
-GIB = 1024**3
+OPEN_FILES = 1024  # of a rank: 64 tars, some of libraries, a few for each batch that a loader process has sent
 MIN_COMPILER = 10  # of g++ and clang: the first with -std=c++20, which current torch builds with
 
 
@@ -31,15 +31,12 @@ class DoctorConfig:
 
     # environment to check: llava if LLaVA is installed with the libraries that it pins, else train
     environment: Literal["train", "llava"] = field(default_factory=lambda: default_environment())
-    cache: str = "."  # folder that will hold the embedding cache
-    captions: int = 1_000_000  # number of captions to cache
-    width: int = 4096  # width of the LLM's embeddings
     json: bool = False  # print the report as JSON
 
 
 COMMAND = Command(
     name="doctor",
-    example="llm2clip doctor --cache /data --captions 6000000",
+    example="llm2clip doctor",
     about="Check this environment, and print how to fix what is missing or too old.",
     settings=DoctorConfig,
 )
@@ -113,24 +110,6 @@ def check_accelerator() -> Iterator[Finding]:
         yield finding("accelerator", found, "for a GPU, install the torch build of your CUDA or ROCm version")
 
 
-def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
-    """Space for an fp16 embedding cache of ``captions`` rows of ``width``."""
-    need = captions * width * 2  # fp16
-    existing = os.path.abspath(folder)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    free = shutil.disk_usage(existing).free
-    found = (
-        f"{free / GIB:.1f} GiB free at {existing}; {captions:,} captions x {width} need {need / GIB:.1f} GiB in fp16"
-    )
-    fix = ""
-    if not os.access(existing, os.W_OK):
-        fix = f"{existing} is not writable; set another --cache"
-    elif free <= need:
-        fix = f"free disk space, set another --cache, or use --dtype int8 ({need / 2 / GIB:.1f} GiB)"
-    yield finding("disk for the cache", found, fix, state="fail")
-
-
 def report(options: DoctorConfig) -> Iterator[Finding]:
     """The lines of an environment's report, in order."""
     training = options.environment == "train"
@@ -142,8 +121,8 @@ def report(options: DoctorConfig) -> Iterator[Finding]:
         yield from check_launcher()
     yield from check_accelerator()
     limit = raise_open_files()
-    yield finding("open files", f"at most {limit} per process", remedy_open_files(limit))
-    yield from check_disk(options.cache, options.captions, options.width)
+    how = f"raise the hard limit to {OPEN_FILES} (ulimit -Hn, limits.conf, docker run --ulimit nofile)"
+    yield finding("open files", f"at most {limit} per process", "" if limit >= OPEN_FILES else how)
     if training and not llava_installed():
         fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"
         yield finding("llava", f"not installed (optional); {fix}")

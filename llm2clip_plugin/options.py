@@ -6,8 +6,6 @@ of other programs are understood too, with dashes or underscores. What an option
 docs/options.md has the table. Below: the nearest of known names, commands as text, and mistyped paths.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools
@@ -137,9 +135,7 @@ class Command(Generic[Settings]):
             word = waiting.popleft()
             if not OPTION.match(word):
                 bare.append(word)
-            elif not word.replace("_", "-").startswith(
-                "--local-rank="
-            ):  # of the DeepSpeed launcher; sets LOCAL_RANK too
+            elif not word.startswith(("--local_rank=", "--local-rank=")):  # the launcher's, which sets LOCAL_RANK too
                 name, hint, texts = self._option(word, waiting)
                 try:
                     values[name] = _value(hint, texts)
@@ -230,7 +226,10 @@ class Command(Generic[Settings]):
         elif name in self.extras or (name in HALF and PRECISION in self.leaves):
             hint = bool if name in HALF else str
         else:
-            raise ValueError(self._unknown(option, flags))
+            shown = {name: f"--{self.options[of]}" for name, of in self.understood.items()}
+            shown |= {name: f"--{name}" for name in (*self.extras, *map(negative, flags))}
+            hint = nearest(name, shown, shown.__getitem__)
+            raise ValueError(joined(f"unknown option {option}{hint}", f"`llm2clip {self.name} --help-all` lists all"))
         if equals:
             return name, hint, [value]
         if hint in (bool, AUTO) and not (waiting and waiting[0].lower() in (*TRUTH, *["auto"][: hint is not bool])):
@@ -242,12 +241,6 @@ class Command(Generic[Settings]):
         while waiting and not OPTION.match(waiting[0]) and (kinds[-1] is Ellipsis or len(texts) < len(kinds)):
             texts.append(waiting.popleft())
         return name, hint, texts
-
-    def _unknown(self, word: str, flags: set[str]) -> str:
-        shown = {name: f"--{self.options[of]}" for name, of in self.understood.items()}
-        shown |= {name: f"--{name}" for name in (*self.extras, *map(negative, flags))}
-        hint = nearest(word.removeprefix("--").replace("_", "-"), shown, shown.__getitem__)
-        return joined(f"unknown option {word}{hint}", f"`llm2clip {self.name} --help-all` lists all")
 
     def _refuse_without_effect(self, config: Settings, given: Mapping[str, Any]) -> None:
         """Raise ValueError for a given option that another setting makes void."""
@@ -443,12 +436,14 @@ TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 MODEL_FILES = ("config.json", "adapter_config.json", "open_clip_config.json", "*.onnx")
 
 
-def check_paths(command: Command[Any], values: Mapping[str, Any]) -> None:
-    """Raise FileNotFoundError, FileExistsError or ValueError that names a path and what to do.
-
-    values: of the options that were given, by field.
-    """
-    given = [(name, path) for name in command.leaves for path in _texts(values.get(name))]
+def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
+    """Raise FileNotFoundError, FileExistsError or ValueError that names a path and what to do, or as ``read``."""
+    values = command.read(argv).values
+    given: list[tuple[str, str]] = []
+    for name in command.leaves:
+        value = values.get(name)
+        items = value if isinstance(value, tuple | list) else [value]
+        given += [(name, str(item)) for item in items if item and isinstance(item, (str, Path))]
     for name, path in given:
         kind, wanted, written = INPUTS.get(name), f"expected {command.leaves[name].help}", command.written(name)
         # a Hub id, a URL, a wildcard or braces is not missing
@@ -470,11 +465,6 @@ def check_paths(command: Command[Any], values: Mapping[str, Any]) -> None:
             raise ValueError(f"--output {output} has the input {path}, which --overwrite would delete; choose another")
     if not _has_any(output, MODEL_FILES):
         raise ValueError(f"--output {output} is no model, and --overwrite deletes all that is in it; choose another")
-
-
-def _texts(value: Any) -> list[str]:
-    items = value if isinstance(value, tuple | list) else [value]
-    return [str(item) for item in items if item and isinstance(item, (str, Path))]
 
 
 def _has_any(folder: str, patterns: Iterable[str]) -> bool:

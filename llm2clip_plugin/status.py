@@ -1,7 +1,5 @@
 """``llm2clip status``: where a run or a cache stands, from the files in its folder alone."""
 
-from __future__ import annotations
-
 import json
 import socket
 import time
@@ -13,21 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from llm2clip_plugin import files
 from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, EncoderCard, RunRecord, TowerCard, shard_file
-from llm2clip_plugin.files import (
-    CHECKPOINTS,
-    FAILED,
-    LOCK,
-    METRICS,
-    SAVE_FAILED,
-    SAVED,
-    STOPPED,
-    UNFINISHED_HEADS,
-    ContractError,
-    again,
-    headline,
-    printable_lines,
-)
 from llm2clip_plugin.options import Command, command
 
 RATE_LINES = 20  # last lines of steps that the rate is the mean of
@@ -61,7 +46,7 @@ def main(argv: list[str]) -> int:
         raise FileNotFoundError(f"no folder {folder}")
     if (folder / CacheManifest.FILE).exists():
         status, rows_of = cache_status(folder), _cache_rows
-    elif any((folder / name).exists() for name in (RunRecord.FILE, METRICS, LOCK, CHECKPOINTS)):
+    elif any((folder / name).exists() for name in (RunRecord.FILE, files.METRICS, files.LOCK, files.CHECKPOINTS)):
         status, rows_of = run_status(folder), _run_rows
     else:
         raise FileNotFoundError(
@@ -72,17 +57,16 @@ def main(argv: list[str]) -> int:
         print(json.dumps(vars(status), indent=2, ensure_ascii=False))
     else:
         (name, state), *rows = rows_of(status)
+        rows += [*(("problem", problem) for problem in status.problems), ("go on", status.go_on)]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name}: {state}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
-        print(printable_lines("\n".join(lines)))
+        print(files.printable_lines("\n".join(lines)))
     return 0
 
 
 def _run_rows(status: SimpleNamespace) -> list[tuple[str, str]]:
-    rows = [
-        (status.folder, (SHOWN.get(status.state) or status.state) + (f": {status.reason}" if status.reason else ""))
-    ]
-    rows.append(("progress", _progress(status)))
+    reason = f": {status.reason}" if status.reason else ""
+    rows = [(status.folder, f"{SHOWN.get(status.state, status.state)}{reason}"), ("progress", _progress(status))]
     for name in status.last or status.before:
         parts = [f"before {status.before[name]:.3f}"] if name in status.before else []
         if name in status.best:
@@ -90,11 +74,9 @@ def _run_rows(status: SimpleNamespace) -> list[tuple[str, str]]:
         if name in status.last:
             parts.append(f"last {status.last[name]:.3f} (step {status.last_scored})")
         rows.append((name, ", ".join(parts)))
-    rows.append(("checkpoints", ", ".join(status.checkpoints) or "none yet"))
     results = ", ".join(str(Path(status.folder) / name) for name in status.results)
+    rows.append(("checkpoints", ", ".join(status.checkpoints) or "none yet"))
     rows.append(("result", results or "none yet: the tower or adapter is written at the end"))
-    rows += [("problem", problem) for problem in status.problems]
-    rows.append(("go on", status.go_on))
     return rows
 
 
@@ -115,13 +97,12 @@ def _progress(status: SimpleNamespace) -> str:
 def _cache_rows(status: SimpleNamespace) -> list[tuple[str, str]]:
     done = "complete" if status.complete else "not complete"
     of = f" of {status.shards}" if status.shards else ""
-    rows = [(status.folder, f"{done}: {status.done}{of} shards of {status.data or 'its data'}")]
-    rows.append(("teacher", f"{status.teacher}, {status.width} wide, {status.dtype}" if status.teacher else ""))
-    rows.append(("captions", f"{status.captions:,}" if status.captions else ""))
-    rows.append(("last shard", ago(status.last_change)))
-    rows += [("problem", problem) for problem in status.problems]
-    rows.append(("go on", status.go_on))
-    return rows
+    return [
+        (status.folder, f"{done}: {status.done}{of} shards of {status.data or 'its data'}"),
+        ("teacher", f"{status.teacher}, {status.width} wide, {status.dtype}" if status.teacher else ""),
+        ("captions", f"{status.captions:,}" if status.captions else ""),
+        ("last shard", ago(status.last_change)),
+    ]
 
 
 def ago(seconds_since_epoch: float) -> str:
@@ -133,14 +114,10 @@ def ago(seconds_since_epoch: float) -> str:
 def run_status(folder: Path) -> SimpleNamespace:
     """What the folder of a run of either stage shows; what is damaged or missing is in ``problems``, and no error."""
     problems: list[str] = []
-    try:
-        record = RunRecord.read(folder / RunRecord.FILE)
-    except (ContractError, OSError) as error:
-        problems.append(str(error))
-        record = RunRecord(config={}, config_hash="")
-    metrics = read_metrics(folder / METRICS)
+    record = _read(RunRecord, folder, problems) or RunRecord(config={}, config_hash="")
+    metrics = read_metrics(folder / files.METRICS)
     if metrics.unreadable:
-        problems.append(f"{metrics.unreadable} unreadable lines in {METRICS}")
+        problems.append(f"{metrics.unreadable} unreadable lines in {files.METRICS}")
     if metrics.save_failed:
         problems.append(f"the last checkpoint could not be written: {metrics.save_failed.get('reason', '')}")
     step, total = max(metrics.step, record.step), record.total_steps
@@ -149,8 +126,8 @@ def run_status(folder: Path) -> SimpleNamespace:
     scored = {at: scores for at, scores in metrics.scores.items() if at}
     by_name = [(name, value, at) for at, scores in scored.items() for name, value in scores.items()]
     last_scored = max(scored, default=0)
-    files = [path for name in (METRICS, RunRecord.FILE) if (path := folder / name).is_file()]
-    go_on = again(record.command)
+    written = [path for name in (files.METRICS, RunRecord.FILE) if (path := folder / name).is_file()]
+    go_on = files.again(record.command)
     if not go_on and "tower" in record.config:  # called from Python
         go_on = command("train-tower", "--config", folder / RunRecord.FILE)
     return SimpleNamespace(
@@ -163,12 +140,12 @@ def run_status(folder: Path) -> SimpleNamespace:
         epoch_samples=record.epoch_samples,
         loss=metrics.loss,
         seconds_left=rate * (total - step) if rate is not None and total > step else None,
-        last_change=max((path.stat().st_mtime for path in files), default=0.0),
-        before=metrics.scores.get(0) or {name: record.before[name] for name in headline(record.before)},
+        last_change=max((path.stat().st_mtime for path in written), default=0.0),
+        before=metrics.scores.get(0) or {name: record.before[name] for name in files.headline(record.before)},
         best={name: (value, at) for name, value, at in sorted(by_name, key=lambda each: (each[1], -each[2]))},
         last=scored.get(last_scored, {}),
         last_scored=last_scored,  # step of ``last``
-        checkpoints=sorted(path.name for path in (folder / CHECKPOINTS).glob("step-*")),
+        checkpoints=sorted(path.name for path in (folder / files.CHECKPOINTS).glob("step-*")),
         results=[name for name, card in RESULTS.items() if (folder / name / card).is_file()],
         go_on="" if state in ("finished", "running", "running elsewhere") else go_on,
         problems=problems,
@@ -191,16 +168,16 @@ class Metrics:
     def add(self, line: dict[str, Any]) -> None:
         """Raises ValueError, KeyError or TypeError for a line of another kind."""
         step, event = int(line["step"]), line.get("event")
-        if event in (STOPPED, FAILED):
+        if event in (files.STOPPED, files.FAILED):
             self.ended = line
-        elif event in (SAVE_FAILED, SAVED):
-            self.save_failed = line if event == SAVE_FAILED else None
+        elif event in (files.SAVE_FAILED, files.SAVED):
+            self.save_failed = line if event == files.SAVE_FAILED else None
         elif event is None and "loss" in line:
             self.step, self.samples, self.loss, self.ended = step, int(line["samples"]), float(line["loss"]), None
             self.seconds.extend([float(line["step_seconds"])] if "step_seconds" in line else [])
         elif event is None:
             scores = {name: float(value) for name, value in line.items() if name not in ("step", "samples")}
-            self.scores[step] = {name: scores[name] for name in headline(scores)}
+            self.scores[step] = {name: scores[name] for name in files.headline(scores)}
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -218,7 +195,7 @@ def read_metrics(path: Path) -> Metrics:
 
 def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tuple[str, str]:
     with suppress(OSError, ValueError, KeyError, TypeError):  # no lock, or a damaged one
-        holder = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        holder = json.loads((folder / files.LOCK).read_text(encoding="utf-8"))
         who = f"process {int(holder['pid'])} on {holder['host']}"
         if holder["host"] != socket.gethostname():
             return "running elsewhere", f"{who}, or killed there"
@@ -226,11 +203,12 @@ def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tupl
             return "running", who
     if record.finished:
         return "finished", ""
-    if not step and (folder / UNFINISHED_HEADS).is_file():
-        return "stopped", f"in the fit of the heads, before step 1; saved in {UNFINISHED_HEADS}"
+    if not step and (folder / files.UNFINISHED_HEADS).is_file():
+        return "stopped", f"in the fit of the heads, before step 1; saved in {files.UNFINISHED_HEADS}"
     if metrics.ended:
         when = f", {metrics.ended['time']}" if "time" in metrics.ended else ""
-        return "stopped" if metrics.ended["event"] == STOPPED else "failed", metrics.ended.get("reason", "") + when
+        state = "stopped" if metrics.ended["event"] == files.STOPPED else "failed"
+        return state, metrics.ended.get("reason", "") + when
     died = "no message: killed from outside, out of memory, or the machine went down"
     return "killed", died if step else "before step 1"
 
@@ -267,7 +245,7 @@ def cache_status(folder: Path) -> SimpleNamespace:
         width=manifest.width if manifest else 0,
         dtype=manifest.dtype if manifest else "",
         last_change=max((file.stat().st_mtime for file in there), default=0.0),
-        go_on=again(record.command) if record and not complete else "",
+        go_on=files.again(record.command) if record and not complete else "",
         problems=problems,
     )
 
@@ -275,6 +253,6 @@ def cache_status(folder: Path) -> SimpleNamespace:
 def _read(kind: type, folder: Path, problems: list[str]):
     try:
         return kind.read(folder / kind.FILE)
-    except (ContractError, OSError) as error:
+    except (files.ContractError, OSError) as error:
         problems.append(str(error))
         return None

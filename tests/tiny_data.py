@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -40,24 +40,32 @@ def make_tower(folder: Path, kind: str = "clip") -> Path:
     return folder
 
 
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], tar_format: int = tarfile.GNU_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
 def make_shards(folder: Path) -> Path:
     """Pictures of a coloured half with a number of dark rows, each with a short and a long caption."""
-    folder.mkdir(parents=True)
     names = list(COLOURS)
     for shard in range(SHARDS):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(SAMPLES):
-                colour, rows = names[number % 4], number // 4 + 6 * shard
-                pixels = np.full((24, 24, 3), 255, np.uint8)
-                pixels[:, 12:] = COLOURS[colour]
-                pixels[: 2 * rows] //= 2
-                body = io.BytesIO()
-                Image.fromarray(pixels).save(body, "PNG")
-                caption = {"caption": f"{colour} {rows}", "long_caption": f"a {colour} half, {rows} dark rows"}
-                for suffix, data in (("png", body.getvalue()), ("json", json.dumps(caption).encode())):
-                    member = tarfile.TarInfo(f"{shard}-{number:03d}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        members = []
+        for number in range(SAMPLES):
+            colour, rows = names[number % 4], number // 4 + 6 * shard
+            pixels = np.full((24, 24, 3), 255, np.uint8)
+            pixels[:, 12:] = COLOURS[colour]
+            pixels[: 2 * rows] //= 2
+            body = io.BytesIO()
+            Image.fromarray(pixels).save(body, "PNG")
+            caption = {"caption": f"{colour} {rows}", "long_caption": f"a {colour} half, {rows} dark rows"}
+            key = f"{shard}-{number:03d}"
+            members += [(f"{key}.png", body.getvalue()), (f"{key}.json", json.dumps(caption).encode())]
+        write_tar(folder / f"{shard:05d}.tar", members)
     return folder
 
 

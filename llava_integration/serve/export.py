@@ -131,6 +131,8 @@ def write_model(made: Export, directory: Path) -> int:
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
     what = f"LLaVA 1.5{' with an LLM2CLIP vision tower' if tower.card else ''}, exported by llm2clip-plugin."
     table = {name.replace("_", " "): f"`{value}`" for name, value in made_from.items() if value}
+    if card := tower.card:  # whose terms the model inherits
+        table |= {"tower started from": f"`{card.origin}`", "tower's teacher": card.teacher.get("llm")}
     readme = page(made_from["checkpoint"], what, table, tower, own_code="auto_map" in body)
     (directory / "README.md").write_text(readme, encoding="utf-8")
     return size
@@ -173,7 +175,7 @@ def page(
     use = USE.replace("OPTION", OPTION if own_code else "")
     if served:
         use += f"{SERVED}{'' if tower.config['model_type'] in STOCK else PLUGIN}\n"
-    return "\n".join([*head, what, "", table, *LICENSE, use])
+    return "\n".join([*head, what, "", table, LICENSE, use])
 
 
 # Compare an exported model with LLaVA's own code on the same checkpoint: one question about one image.

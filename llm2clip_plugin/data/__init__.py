@@ -1,4 +1,4 @@
-"""Processes that share the reading of a data set, and what loader processes hand over through shared memory.
+"""Captioned images. Here: processes that share the reading of a data set, and what they hand over in shared memory.
 
 Standard library only.
 """
@@ -115,22 +115,13 @@ def plan_loading(*, rows: int, micro_batch: int, workers: int, row_bytes: int, p
     return LoadPlan(part=part, prefetch=prefetch, workers=workers, row_bytes=row_bytes)
 
 
-def free_shared_memory(folder: str = SHARED_MEMORY) -> int | None:
-    """Free bytes of shared memory; None on a system without /dev/shm."""
-    return shutil.disk_usage(folder).free if os.path.isdir(folder) else None
-
-
 def lacks_shared_memory(plans: Sequence[LoadPlan], ranks: int, folder: str = SHARED_MEMORY) -> str:
     """Why ``ranks`` ranks on this machine can't load as planned, each with all of ``plans``; "" if they can."""
-    need, free = ranks * sum(plan.shared_bytes for plan in plans), free_shared_memory(folder)
-    if free is None or need <= free:
+    need = ranks * sum(plan.shared_bytes for plan in plans)
+    if not os.path.isdir(folder) or need <= (free := shutil.disk_usage(folder).free):  # not Linux: nothing to compare
         return ""
     return (
-        f"{folder} has {free:,} bytes free, the loader processes of {ranks} ranks on this machine need {need:,}; "
-        f"{remedy(need)}, or lower --dataloader-prefetch-mb or --workers (0 needs none)"
+        f"{folder} has {free:,} bytes free, the loader processes of {ranks} ranks on this machine need {need:,}; start "
+        f"the container with --ipc=host or --shm-size={-(-need // 10**9) + 1}g, or lower --dataloader-prefetch-mb or "
+        "--workers (0 needs none)"
     )
-
-
-def remedy(need: int) -> str:
-    """How a container gets ``need`` bytes of shared memory."""
-    return f"start the container with --ipc=host or --shm-size={-(-need // 10**9) + 1}g"

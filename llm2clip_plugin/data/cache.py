@@ -32,18 +32,16 @@ import math
 import os
 import struct
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from llm2clip_plugin.console import progress_bar
+from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import (
     CACHE_DTYPES,
     VALUE_BYTES,
@@ -66,14 +64,14 @@ log = logging.getLogger(__name__)
 
 OPEN_SHARDS = 64  # files that one process keeps open
 FEW_SAMPLES = 16384  # samples whose captions this process compares alone, without a pool
-ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
+ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256", "bytes")  # of a shard in the manifest
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 REDO = "rerun `llm2clip embed` with the options that made it: it embeds what is missing or damaged"
 
 # of a shard's file
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
-CHECKS = ("image_checks", "row_checks")  # caches of older versions have image_checks, which are ignored
+CHECKS = ("row_checks",)
 METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "checks_sha256", "truncated")
 META = "llm2clip"  # the metadata entry that holds METADATA as JSON
 DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
@@ -124,7 +122,7 @@ class ShardFile:
             self.size = self._file.size()  # bytes
             header = parse_header(self.size, self._file.read)
             self._data_start, self._entries = header.data_start, header.entries
-            if wrong := {*TENSORS, "row_checks", "image_checks"} ^ {*header.entries, "image_checks"}:
+            if wrong := {*TENSORS, *CHECKS} ^ {*header.entries}:
                 raise ValueError(f"unknown or missing tensors: {', '.join(sorted(wrong))}")
             self.meta: dict[str, str] = json.loads(header.metadata[META])
             if missing := {*METADATA} - {*self.meta}:
@@ -172,8 +170,7 @@ class ShardFile:
                 text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
                 raise ContractError(
                     f"{self.path}: sample {self.key(index)!r}: caption {text!r} (hash {hash_hex(value)}) was not "
-                    f"embedded; cached caption hashes: {known}; if its data was changed and the file's time kept, "
-                    f"`touch` that file; {REDO}"
+                    f"embedded; cached caption hashes: {known}; `touch` data whose time was kept; {REDO}"
                 )
         return [row_of[value] for value in hashes]
 
@@ -194,7 +191,7 @@ class ShardFile:
     def verify(self) -> None:
         """Read every byte; raises ContractError if the contents have another SHA-256 than the file says."""
         for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
-            digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._entries})
+            digest = tensors_digest({tensor: self[tensor] for tensor in names})
             if digest != self.meta[name]:
                 raise ContractError(f"{self.path} is damaged: SHA-256 {digest}, expected {self.meta[name]}; {REDO}")
 
@@ -205,7 +202,10 @@ class EmbeddingCache:
     def __init__(self, directory: Path, manifest: CacheManifest) -> None:
         self.directory = directory
         self.manifest = manifest
-        self._files: OrderedDict[str, ShardFile] = OrderedDict()  # last used last
+        self.width = manifest.width  # W of an embedding
+        self.teacher = TeacherIdentity(**manifest.teacher)
+        self.fingerprint = manifest.fingerprint  # of the teacher
+        self._file = lru_cache(OPEN_SHARDS)(self._open_shard)
 
     @classmethod
     def open(
@@ -221,14 +221,11 @@ class EmbeddingCache:
         or a shard is missing or has another size; the message has both values.
         """
         directory = Path(directory)
-        path = directory / CacheManifest.FILE
-        manifest = CacheManifest.read(path)
-        _check_manifest(manifest, path)
+        manifest = _complete_manifest(directory / CacheManifest.FILE)
         if expect_fingerprint is not None and manifest.fingerprint != expect_fingerprint:
             raise ContractError(
-                f"{directory} contains embeddings of {manifest.teacher['llm']} with fingerprint "
-                f"{manifest.fingerprint}, expected fingerprint {expect_fingerprint}; "
-                "embed with the expected LLM, or use its cache"
+                f"{directory} has embeddings of {manifest.teacher['llm']} with fingerprint {manifest.fingerprint}, "
+                f"expected {expect_fingerprint}; embed with the expected LLM, or use its cache"
             )
         if expect_width is not None and manifest.width != expect_width:
             raise ContractError(
@@ -239,34 +236,18 @@ class EmbeddingCache:
         for path, entry, stamp in zip(paths, manifest.shards.values(), stamps_of(paths), strict=True):
             if stamp is None:
                 raise ContractError(f"{path} is missing, but the manifest lists it; {REDO}")
-            if stamp[0] != entry.get("bytes", stamp[0]):  # caches of older versions have no "bytes"
+            if stamp[0] != entry["bytes"]:
                 raise ContractError(f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {REDO}")
         return cls(directory, manifest)
 
-    @property
-    def width(self) -> int:
-        """Width W of an embedding."""
-        return self.manifest.width
-
-    @property
-    def teacher(self) -> TeacherIdentity:
-        """The teacher that the embeddings come from."""
-        return TeacherIdentity(**self.manifest.teacher)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the teacher."""
-        return self.manifest.fingerprint
-
-    def __getstate__(self) -> dict[str, object]:
-        # a worker opens the files itself
-        return {"directory": self.directory, "manifest": self.manifest, "_files": OrderedDict()}
+    def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[Path, CacheManifest]]:
+        return EmbeddingCache, (self.directory, self.manifest)  # a worker opens the files itself
 
     def shard(self, name: str) -> ShardFile:
         """A shard's file; raises ContractError if it is missing or differs from the manifest."""
-        if name in self._files:
-            self._files.move_to_end(name)
-            return self._files[name]
+        return self._file(name)
+
+    def _open_shard(self, name: str) -> ShardFile:
         entry = self.manifest.shards.get(name)
         if entry is None:
             known = ", ".join([*self.manifest.shards][:5]) + ", ..." * (len(self.manifest.shards) > 5)
@@ -282,9 +263,6 @@ class EmbeddingCache:
         if wrong := [name for name, value in expected.items() if name in actual and actual[name] != value]:
             both = "; ".join(f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong)
             raise ContractError(f"{path} differs from the manifest: {both}; {REDO}")
-        self._files[name] = file
-        if len(self._files) > OPEN_SHARDS:
-            self._files.popitem(last=False)
         return file
 
     def rows(self, shard_name: str, index_in_shard: int, captions: Sequence[Caption], *, key: str = "") -> torch.Tensor:
@@ -310,29 +288,24 @@ class EmbeddingCache:
                     f"{file.path}: shard {shard.name!r} has {shard.size} samples in {source.path}, {file.samples} "
                     f"when it was embedded; {REDO}"
                 )
-        if full or self._unproven(source):
-            folder = source.side_folder
-            with folder.lock(f"compare {source.path} with its embeddings") if folder else nullcontext():
-                self._compare(source, source.shards if full else self._unproven(source), full)
+        if not full and not self._unproven(source):
+            return
+        results: dict[str, tuple[str, str]] = {}
+        with source.lock(f"compare {source.path} with its embeddings"):
+            shards = source.shards if full else self._unproven(source)
+            processes = min(cores(), len(shards)) if sum(shard.size for shard in shards) > FEW_SAMPLES else 1
+            compared = parallel(partial(self._compare_shard, source, full), shards, processes=processes)
+            shown = track(compared, total=len(shards), label="compare captions", unit="shards")
+            try:
+                for shard, result in zip(shards, shown, strict=True):
+                    results[shard.name] = result
+            finally:
+                source.record_digests(results)
 
     def _unproven(self, source: Source) -> list[Shard]:
         """The shards without a recorded digest that says that the cache has their captions."""
-        known, entries = _known(source), self.manifest.shards
+        known, entries = source.known_digests(), self.manifest.shards
         return [shard for shard in source.shards if entries[shard.name]["rows_sha256"] not in known.get(shard.name, ())]
-
-    def _compare(self, source: Source, shards: Sequence[Shard], full: bool) -> None:
-        """Compare the captions of these shards with the cache, from all cores if there is much to read."""
-        results: dict[str, tuple[str, str]] = {}
-        total = sum(shard.size for shard in shards)
-        processes = min(cores(), len(shards)) if total > FEW_SAMPLES else 1
-        try:
-            with progress_bar(total=total, label="compare captions", unit="samples") as bar:
-                compared = parallel(partial(self._compare_shard, source, full), shards, processes=processes)
-                for shard, result in zip(shards, compared, strict=True):
-                    results[shard.name] = result
-                    bar.update(shard.size)
-        finally:
-            _record(source, results)
 
     def _compare_shard(self, source: Source, full: bool, shard: Shard) -> tuple[str, str]:
         """Digests of a shard's captions and of the cache's; ContractError at the first caption that the cache lacks."""
@@ -350,8 +323,9 @@ class EmbeddingCache:
             self.shard(name).verify()
 
 
-def _check_manifest(manifest: CacheManifest, path: Path) -> None:
-    """ContractError unless a manifest is complete and agrees with itself."""
+def _complete_manifest(path: Path) -> CacheManifest:
+    """A manifest; ContractError unless it is complete and agrees with itself."""
+    manifest = CacheManifest.read(path)
     if not manifest.complete:
         raise ContractError(f"{path} is incomplete: embedding has not finished; {REDO}")
     for name, entry in manifest.shards.items():
@@ -359,56 +333,18 @@ def _check_manifest(manifest: CacheManifest, path: Path) -> None:
             raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {REDO}")
     with errors_about(path, fix=REDO):
         teacher = TeacherIdentity(**manifest.teacher)
-    if teacher.fingerprint != manifest.fingerprint or teacher.width != manifest.width:
+    if (teacher.fingerprint, teacher.width) != (manifest.fingerprint, manifest.width):
         raise ContractError(
             f"{path} was edited: it has fingerprint {manifest.fingerprint} and width {manifest.width}, its teacher's "
             f"settings give {teacher.fingerprint} and {teacher.width}; {REDO}"
         )
-
-
-# Digests of a source's captions
+    return manifest
 
 
 def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]]]:
     """Keys and captions of a shard's samples; an unreadable sample has a key and no captions."""
     samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
     return [key for key, _ in samples], [captions for _, captions in samples]
-
-
-def kept_digests(source: Source) -> dict[str, str]:
-    """Digest of each shard of a source whose file is still the one that was read."""
-    return {name: fits[0] for name, fits in _known(source).items()}
-
-
-def keep_digests(source: Source, digests: Mapping[str, str]) -> None:
-    """Record the digests of some shards for the next start."""
-    if source.side_folder is not None and digests:
-        with source.side_folder.lock(f"record the digests of {source.path}"):
-            _record(source, {name: (digest, digest) for name, digest in digests.items()})
-
-
-def _known(source: Source) -> dict[str, list[str]]:
-    """For each shard whose file is the one that was read: its digest, and those of caches that hold its captions."""
-    recorded = source.side_folder.read_json(source.digests) if source.side_folder else {}
-    known: dict[str, list[str]] = {}
-    for shard, stamp in zip(source.shards, source.stamps, strict=bool(recorded)):
-        match recorded.get(shard.name):
-            case {"stamp": was, "fits": [_, *_] as fits} if was == list(stamp):
-                known[shard.name] = list(map(str, fits))
-    return known
-
-
-def _record(source: Source, results: Mapping[str, tuple[str, str]]) -> None:
-    """Add (digest, digest of a cache that has these captions) of some shards; the lock is held."""
-    if source.side_folder is None or not results:
-        return
-    known, stamps = _known(source), dict(zip((shard.name for shard in source.shards), source.stamps, strict=True))
-    entries = {}
-    for name, (digest, in_cache) in results.items():
-        others = known.get(name, [digest])
-        others = {*others, in_cache} if others[0] == digest else {in_cache}
-        entries[name] = {"stamp": list(stamps[name]), "fits": [digest, *sorted(others - {digest})]}
-    source.side_folder.add_json(source.digests, entries)
 
 
 class CacheWriter:
@@ -443,10 +379,7 @@ class CacheWriter:
                 f"{existing.fingerprint[:12]}, not {identity.fingerprint[:12]}); choose another --cache"
             )
         if existing.dtype != dtype:
-            raise ContractError(
-                f"{path} has dtype {existing.dtype}, not {dtype}; choose another --cache, or use --dtype "
-                f"{existing.dtype}"
-            )
+            raise ContractError(f"{path} has dtype {existing.dtype}, not {dtype}; choose another --cache or --dtype")
 
     def manifest(self) -> CacheManifest:
         """The directory's, as it is now."""
@@ -618,7 +551,7 @@ def source_digest(source: Source) -> str:
 def cache_digest(cache: EmbeddingCache) -> str:
     """``6636666 captions (1f0c...)``: over the manifest, which has a hash of each shard's rows."""
     manifest = cache.manifest
-    shards = {  # caches of older versions have no "bytes"
+    shards = {  # without the sizes, which checkpoints did not know at first
         name: {key: value for key, value in entry.items() if key != "bytes"} for name, entry in manifest.shards.items()
     }
     return f"{manifest.captions} captions ({short_digest([manifest.fingerprint, manifest.dtype, shards])})"

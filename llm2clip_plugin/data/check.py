@@ -30,12 +30,10 @@ from llm2clip_plugin.data.samples import (
     words_of,
 )
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
-from llm2clip_plugin.data.sources.rows import NO_IMAGE
 from llm2clip_plugin.files import check_hub_answers, printable
 from llm2clip_plugin.options import Command
 
 CHUNK = 64  # samples that a worker reads in one task
-WHERE_IMAGES_ARE = "set --image-folder to the folder that the paths in the file start from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +116,6 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
 
 
 def _read(source: Source, config: CheckConfig) -> Reading:
-    """A reading of a source, in several processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
     chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
     parts = parallel(
@@ -252,7 +249,6 @@ def overlap(source: Source, train: Reading, validation: Reading) -> dict[str, An
 
 
 def _duplicate_captions(source: Source, captions: np.ndarray, show: int) -> dict[str, Any]:
-    """Texts that several samples have, with the most frequent ones."""
     pairs = np.unique(captions[:, :2], axis=0)  # a text of two kinds in one sample is no duplicate
     hashes, first, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
@@ -294,7 +290,6 @@ def _lengths(config: CheckConfig, source: Source, captions: np.ndarray) -> dict[
 
 
 def _images(reading: Reading, sides: np.ndarray) -> dict[str, Any]:
-    """Formats and sizes of the images that decode."""
     report: dict[str, Any] = {"whole": len(sides), "formats": dict(reading.formats.most_common())}
     if len(sides):
         report["mean_bytes"] = reading.image_bytes // len(sides)
@@ -336,15 +331,10 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _problems(report: dict[str, Any], show: int) -> list[str]:
-    lines, others = [], report["broken"]
-    missing = [one for one in others if one["reason"].startswith(NO_IMAGE)]
-    if len(missing) > 1:  # one mistake, so one line
-        others = [one for one in others if one not in missing]
-        first = missing[0]["reason"].removeprefix(NO_IMAGE)
-        lines.append(f"  images that are not found: {len(missing)}, the first {first}: {WHERE_IMAGES_ARE}")
+    lines = []
     for title, entries in (
         ("broken shards", report["broken_shards"]),
-        ("broken samples", others),
+        ("broken samples", report["broken"]),
         ("samples without a caption", report["without_captions"]),
     ):
         lines.append(f"  {title}: {len(entries)}")

@@ -45,7 +45,7 @@ class PairLoader:
     """Endless batches of one rank from ``position`` on. Counts broken samples.
 
     A batch: pixels (b, S, S, 3) uint8, for images.Normalize; embeddings (b, W) float32 (absent without caches),
-    caption_hashes and image_ids (b,) int64, captions, keys and shards lists of b texts (with k captions an image,
+    caption_hashes and image_ids (b,) int64, captions and keys lists of b texts (with k captions an image,
     embeddings (b, k, W), caption_hashes (b, k), captions the first), position: pairs consumed after this
     batch, retries: reads that this rank has repeated so far. With ``workers`` the next batch is put together in a
     thread while the caller uses this one.
@@ -78,7 +78,7 @@ class PairLoader:
             prefetch_mb=self.prefetch_mb,
         )
         loader = DataLoader(
-            CollatedDataset(self.dataset, collate),
+            CollatedDataset(self.dataset.__getitem__, collate),
             batch_sampler=self._draws(plan.part),  # pyright: ignore[reportArgumentType] - endless, so it has no length
             num_workers=self.workers,
             collate_fn=as_it_is,
@@ -91,16 +91,12 @@ class PairLoader:
         if self.workers:
             batches = made_ahead(batches, closed, device=torch.cuda.current_device() if self.pin_memory else None)
         del parts  # the thread alone holds the loader processes, and ends them
-        try:
-            with closing(batches):
-                for number, batch in enumerate(batches, start=1):
-                    self._count(len(batch["keys"]), batch.pop("broken"))
-                    self.retries += sum(batch.pop("retries"))
-                    position = self.position + number * self.local_batch * self.world
-                    yield {**batch, "position": position, "retries": self.retries}
-        finally:
-            if self.retries:
-                log.warning("retried %d reads of data while loading %d rows", self.retries, self.rows)
+        with closing(batches):
+            for number, batch in enumerate(batches, start=1):
+                self._count(len(batch["keys"]), batch.pop("broken"))
+                self.retries += sum(batch.pop("retries"))
+                position = self.position + number * self.local_batch * self.world
+                yield {**batch, "position": position, "retries": self.retries}
 
     def _draws(self, part: int) -> Iterator[list[Draw]]:
         """Endless draws of this rank, in parts of a batch: each belongs to one batch."""
@@ -220,8 +216,9 @@ class ShardsAhead:
         }
         self._current: dict[int, tuple[int, int]] = {}  # source -> pass and window that are being read
         self._jobs: queue.SimpleQueue[tuple[Source, int] | None] = queue.SimpleQueue()  # None: no more
-        self._thread: threading.Thread | None = None
         self._warned: set[int] = set()
+        if self._sources:
+            threading.Thread(target=_fetch, args=(self._jobs,), name="shards-ahead", daemon=True).start()
 
     def __del__(self) -> None:
         self._jobs.put(None)
@@ -234,32 +231,21 @@ class ShardsAhead:
                 continue
             self._current[number] = window
             shards, following = (self._mixture.window_shards(number, window[0], window[1] + later) for later in (0, 1))
-            need, limit = source.bytes_to_fetch({*shards, *following}), _limit(source)
+            need = source.bytes_to_fetch({*shards, *following})
+            if is_url(source.path):
+                limit, name = source.config.cache_gb * 1e9 or float("inf"), "cache_gb"
+            else:
+                import psutil  # comes with DeepSpeed
+
+                limit, name = MEMORY_SHARE * psutil.virtual_memory().available, "half of the available memory"
             if need <= limit:
                 for shard in following:
                     self._jobs.put((source, shard))
-                if self._thread is None:
-                    self._thread = threading.Thread(target=_fetch, args=(self._jobs,), name="shards-ahead", daemon=True)
-                    self._thread.start()
             elif number not in self._warned:
                 self._warned.add(number)
-                log.warning(
-                    "%s: two windows of shards have %.1f GB, more than %s (%.1f GB), so training waits for its disk "
-                    "or server at the end of each window; raise it or lower shuffle_window",
-                    source.path,
-                    need / 1e9,
-                    "cache_gb" if is_url(source.path) else "half of the available memory",
-                    limit / 1e9,
-                )
-
-
-def _limit(source: Source) -> float:
-    """Bytes that two windows may have."""
-    if is_url(source.path):
-        return source.config.cache_gb * 1e9 or float("inf")
-    import psutil  # comes with DeepSpeed
-
-    return MEMORY_SHARE * psutil.virtual_memory().available
+                what = f"two windows of shards have {need / 1e9:.1f} GB, more than {name} ({limit / 1e9:.1f} GB)"
+                fix = "so training waits at the end of each; raise it or lower shuffle_window"
+                log.warning("%s: %s, %s", source.path, what, fix)
 
 
 def _fetch(jobs: "queue.SimpleQueue[tuple[Source, int] | None]") -> None:

@@ -515,23 +515,25 @@ def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: i
         done = parallel(partial(_copy_shard, source, folder), jobs, processes=min(workers or cores(), len(jobs)))
         for _ in track(done, total=len(jobs), label="data split: writing", unit="shards"):
             pass
-    else:
-        assert isinstance(source, RowSource)  # the base of every other format
-        _write_rows(source, held_out_N, outputs(source, folder))
+        return
+    assert isinstance(source, RowSource)  # the base of every other format
+    for held_out, (side, target) in enumerate(outputs(source, folder).items()):  # each row as it is stored, in order
+        numbers = np.flatnonzero(held_out_N == held_out).tolist()
+        before, between, after = (b"[\n", b",\n", b"\n]\n") if target.suffix == ".json" else (b"", b"\n", b"\n")
+        shown = track(numbers, total=len(numbers), label=f"data split: {side}", unit="rows")
+        with atomic_file(target) as temporary, temporary.open("wb") as file:
+            for place, number in enumerate(shown):
+                file.write((between if place else before) + source.row(number)[1].strip())
+            file.write(after)
 
 
 def _copy_shard(source: TarSource, folder: Path, job: tuple[int, np.ndarray]) -> None:
-    """Copy the members of one tar to its two sides."""
     number, held_out_N = job
     shard = source.shards[number]
-    keys: dict[str, set[str]] = {side: set() for side in SIDES}
-    for within, held_out in enumerate(held_out_N.tolist()):
-        keys[SIDES[held_out]].add(source.key(shard.start + within))
-    if both := keys["train"] & keys["validation"]:
-        raise ValueError(
-            f"shard {shard.name!r} has two samples with the key {min(both)!r}, one on each side; rename one of them"
-        )
-    for side, wanted in keys.items():
+    keys = [{source.key(shard.start + n) for n in np.flatnonzero(held_out_N == side).tolist()} for side in (0, 1)]
+    if both := keys[0] & keys[1]:
+        raise ValueError(f"shard {shard.name!r} has two samples with the key {min(both)!r}, one on each side")
+    for side, wanted in zip(SIDES, keys, strict=True):
         target = folder / side / f"{shard.name}.tar"
         if wanted and not target.exists():
             with atomic_file(target) as temporary:
@@ -543,18 +545,6 @@ def _copy_members(path: Path, *, wanted: set[str], target: Path) -> None:
         for member in old:
             if member.isreg() and split_name(member.name)[0] in wanted:
                 new.addfile(member, old.extractfile(member))
-
-
-def _write_rows(source: RowSource, held_out_N: np.ndarray, targets: dict[str, Path]) -> None:
-    """Each row as it is stored, in its order; a .json stays one list."""
-    for held_out, (side, target) in enumerate(targets.items()):
-        numbers = np.flatnonzero(held_out_N == held_out).tolist()
-        before, between, after = (b"[\n", b",\n", b"\n]\n") if target.suffix == ".json" else (b"", b"\n", b"\n")
-        shown = track(numbers, total=len(numbers), label=f"data split: {side}", unit="rows")
-        with atomic_file(target) as temporary, temporary.open("wb") as file:
-            for place, number in enumerate(shown):
-                file.write((between if place else before) + source.row(number)[1].strip())
-            file.write(after)
 
 
 def _how_to_read(source: Source, output: Path) -> list[str]:

@@ -44,9 +44,9 @@ class Row:
     embeddings: torch.Tensor | None  # (k, W) float32; None without a cache
     targets: torch.Tensor | None  # (k, V) float32 from a second cache, None without one
     image_id: int
-    shard: str
     key: str
     broken: tuple[BrokenSample, ...]  # the samples that this row replaces
+    meta: Mapping[str, Any] = field(default_factory=dict)  # of an evaluated sample
 
 
 @dataclass(eq=False)
@@ -124,7 +124,7 @@ class PairDataset(Dataset):
             for rows in (cache, self.targets[draw.source] if self.targets else None)
         )
         image_id = (draw.source << SOURCE_BITS) + draw.index
-        return Row(pixels, chosen, embeddings, targets, image_id, shard, key, broken)
+        return Row(pixels, chosen, embeddings, targets, image_id, key, broken)
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:
@@ -136,7 +136,6 @@ def collate(rows: list[Row]) -> dict[str, Any]:
         "image_ids": torch.tensor([row.image_id for row in rows]),
         "captions": [row.captions[0].text for row in rows],
         "keys": [row.key for row in rows],
-        "shards": [row.shard for row in rows],
         "broken": [row.broken for row in rows if row.broken],
         "retries": [take_retries()],  # of the process that loaded these rows
     }
@@ -153,20 +152,17 @@ def collate(rows: list[Row]) -> dict[str, Any]:
 
 
 class CollatedDataset(Dataset):
-    """Batches of a dataset, with a ValueError or OSError in place of one; LLM2CLIP_TRACEBACK=1 leaves them to torch.
+    """Batches of what ``read`` gives, with a ValueError or OSError in place of one; LLM2CLIP_TRACEBACK=1: to torch.
 
     For a DataLoader whose ``collate_fn`` is ``as_it_is``; ``raised`` raises the errors.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self.dataset, self.collate = dataset, collate
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __init__(self, read: Callable[[Any], Any], collate: Callable[[list[Any]], Any]) -> None:
+        self.read, self.collate = read, collate
 
     def __getitems__(self, indices: Sequence[Any]) -> Any:
         try:
-            return self.collate([self.dataset[index] for index in indices])
+            return self.collate([self.read(index) for index in indices])
         except (ValueError, OSError) as error:
             if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
                 raise
@@ -186,37 +182,47 @@ def raised(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-# Every image of a source once, in order, with all of its captions, for retrieval.
-
-
-@dataclass(frozen=True)
-class EvalItem:
-    """One image with its captions."""
-
-    index: int  # in the source
-    key: str
-    pixels: np.ndarray  # (S, S, 3) uint8
-    captions: tuple[Caption, ...]
-    embeddings: torch.Tensor | None  # (captions, W) float32; None without a cache
-    meta: dict[str, Any]
-
-
 @dataclass(eq=False)
-class EvalDataset(Dataset):
-    """Images of a source in order, prepared as by the tower's own preprocessor, with the selected captions."""
+class EvalPairs:
+    """Batches of a source's images, each once, in order, prepared as by the tower's own preprocessor.
+
+    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; image_ids (b,) int64 (number in the source), embeddings
+    (m, W) float32 (absent without a cache), owners (m,) int64: the image_ids of the captions' images, captions (m
+    Caption), keys and meta (b). A sample that is broken or has no selected caption is left out and listed in
+    ``broken``.
+    """
 
     source: Source
     cache: EmbeddingCache | None
     images: ImageConfig
-    indices: Sequence[int]
-    kinds: Sequence[str] | None
-    languages: Sequence[str]
+    _: KW_ONLY
+    batch: int  # images
+    kinds: Sequence[str] | None = ()  # only captions of these kinds; empty: all; None: also images without captions
+    languages: Sequence[str] = ()  # only captions in these languages; empty: all
+    indices: Sequence[int] | None = None  # samples of the source; None: all
+    rank: int = 0
+    world: int = 1  # each rank gets consecutive samples of its own
+    workers: int = 0
+    broken: list[BrokenSample] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        chosen = np.arange(len(self.source)) if self.indices is None else np.asarray(self.indices, dtype=np.int64)
+        mine = np.array_split(chosen, self.world)[self.rank].tolist()
+        self._batches = [mine[start : start + self.batch] for start in range(0, len(mine), self.batch)]
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self._batches)
 
-    def __getitem__(self, number: int) -> EvalItem | BrokenSample:
-        index = self.indices[number]
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.broken = []
+        dataset = CollatedDataset(self._read, self._collate)
+        loader = DataLoader(dataset, batch_sampler=self._batches, collate_fn=as_it_is, num_workers=self.workers)
+        for batch in raised(loader):
+            self.broken += batch.pop("broken")
+            if batch["keys"]:
+                yield batch
+
+    def _read(self, index: int) -> Row | BrokenSample:
         shard, within = self.source.locate(index)
         try:
             sample = self.source.with_image(index)
@@ -228,19 +234,18 @@ class EvalDataset(Dataset):
         except BrokenSample as error:
             return error
         except BrokenImage as error:
-            return BrokenSample(shard, self.source.key(index), str(error))
+            return BrokenSample(shard, sample.key, str(error))
         embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=sample.key)
-        return EvalItem(index, sample.key, pixels, captions, embeddings, sample.meta)
+        return Row(pixels, captions, embeddings, None, index, sample.key, (), sample.meta)
 
-    def collate(self, items: list[EvalItem | BrokenSample]) -> dict[str, Any]:
-        """Items to tensors; broken ones are listed under ``broken``."""
-        good = [item for item in items if isinstance(item, EvalItem)]
-        side = self.images.size
-        pixels = np.stack([item.pixels for item in good]) if good else np.zeros((0, side, side, 3), np.uint8)
+    def _collate(self, items: list[Row | BrokenSample]) -> dict[str, Any]:
+        good = [item for item in items if isinstance(item, Row)]
+        side, all_pixels = self.images.size, [item.pixels for item in good if item.pixels is not None]
+        pixels = np.stack(all_pixels) if all_pixels else np.zeros((0, side, side, 3), np.uint8)
         batch: dict[str, Any] = {
             "pixels": torch.from_numpy(pixels),
-            "image_ids": torch.tensor([item.index for item in good], dtype=torch.int64),
-            "owners": torch.tensor([item.index for item in good for _ in item.captions], dtype=torch.int64),
+            "image_ids": torch.tensor([item.image_id for item in good], dtype=torch.int64),
+            "owners": torch.tensor([item.image_id for item in good for _ in item.captions], dtype=torch.int64),
             "captions": [caption for item in good for caption in item.captions],
             "keys": [item.key for item in good],
             "meta": [item.meta for item in good],
@@ -248,48 +253,3 @@ class EvalDataset(Dataset):
         }
         embeddings = [item.embeddings for item in good if item.embeddings is not None]
         return batch | ({"embeddings": torch.cat(embeddings)} if embeddings else {})
-
-
-class EvalPairs:
-    """Batches over a source, once. After iterating, ``broken`` lists the samples that were left out."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        self._loader = loader
-        self.broken: list[BrokenSample] = []
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.broken = []
-        for batch in raised(self._loader):
-            self.broken += batch.pop("broken")
-            if batch["keys"]:
-                yield batch
-
-
-def eval_pairs(
-    source: Source,
-    cache: EmbeddingCache | None,
-    images: ImageConfig,
-    *,
-    batch: int,  # images
-    kinds: Sequence[str] | None = (),  # only captions of these kinds; empty: all; None: also images without captions
-    languages: Sequence[str] = (),  # only captions in these languages; empty: all
-    indices: Sequence[int] | None = None,  # samples of the source; None: all
-    rank: int = 0,
-    world: int = 1,  # each rank gets consecutive samples of its own
-    workers: int = 0,
-) -> EvalPairs:
-    """Batches of this rank's samples, in order.
-
-    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; image_ids (b,) int64 (number in the source), embeddings
-    (m, W) float32 (absent without a cache), owners (m,) int64: the image_ids of the captions' images, captions (m
-    Caption), keys and meta (b). A sample that is broken or has no selected caption is left out and listed in
-    ``.broken``.
-    """
-    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    mine = np.array_split(chosen, world)[rank].tolist()
-    dataset = EvalDataset(source, cache, images, mine, kinds, languages)
-    batches = CollatedDataset(dataset, dataset.collate)
-    return EvalPairs(DataLoader(batches, batch, collate_fn=as_it_is, num_workers=workers))

@@ -15,11 +15,11 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from llm2clip_plugin.contracts import fsync
 from llm2clip_plugin.files import TIMEOUT, Retry, seconds_of_retry_after, timeout
 
 log = logging.getLogger(__name__)
@@ -28,18 +28,17 @@ Result = TypeVar("Result")
 
 RETRY = Retry()
 WARN_EVERY = 30.0  # seconds between a process's warnings
-RANGE = 16 << 20  # bytes of a request
 COPY_TIME = 0  # modification time of every copy, so that a shard's index fits the next copy too
 SHARD = re.compile(r"[0-9a-f]{16}-.*\.tar")  # files that may be evicted
 ERRORS = (
-    "EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EAGAIN", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EHOSTDOWN",
-    "EHOSTUNREACH", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOTCONN", "EPIPE", "ENOLINK", "ECOMM", "EPROTO",
-)  # fmt: skip
-TRANSIENT = {getattr(errno, name) for name in ERRORS if hasattr(errno, name)}
+    "EIO ESTALE ETIMEDOUT EREMOTEIO EAGAIN ECONNRESET ECONNABORTED ECONNREFUSED EHOSTDOWN EHOSTUNREACH ENETDOWN "
+    "ENETRESET ENETUNREACH ENOTCONN EPIPE ENOLINK ECOMM EPROTO"
+)
+TRANSIENT = {getattr(errno, name) for name in ERRORS.split() if hasattr(errno, name)}
 NETWORK = (  # types of file systems over a network; fuse.* in addition
-    "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "9p", "afs", "glusterfs", "orangefs", "pvfs2",
-    "panfs", "wekafs", "virtiofs", "fuse", "davfs", "ocfs2", "gfs2", "quobyte", "pfs",
-)  # fmt: skip
+    "nfs nfs4 lustre gpfs beegfs ceph cifs smb3 9p afs glusterfs orangefs pvfs2 panfs wekafs virtiofs fuse davfs ocfs2 "
+    "gfs2 quobyte pfs"
+).split()
 LOCAL_FUSE = ("fuse.mergerfs", "fuse.fuse-overlayfs", "fuse.ntfs-3g")
 NETWORK_WINDOW = 16  # shards; of 10,000 samples each: 160,000, dozens of global batches
 _retries = [0]  # of this process since take_retries
@@ -110,10 +109,8 @@ def list_urls(url: str, suffix: str) -> list[str]:
         pattern = path if "*" in path else path.rstrip("/") + "/**/*" + suffix
         names = sorted(retried(lambda: filesystem.glob(pattern), one))  # noqa: B023
         if not names:
-            raise FileNotFoundError(
-                f"no {suffix} files at {one}; for a server that does not list folders, name the files: "
-                f"{one.rstrip('/')}/{{00000..00099}}{suffix}"
-            )
+            example = f"{one.rstrip('/')}/{{00000..00099}}{suffix}"
+            raise FileNotFoundError(f"no {suffix} files at {one}; if its server lists no folders, name them: {example}")
         urls += [filesystem.unstrip_protocol(name) for name in names]
     return urls
 
@@ -150,7 +147,7 @@ def default_download_folder() -> Path:
 
 @dataclass(frozen=True)
 class Downloads:
-    """A local folder of copies of files at URLs, downloaded in byte ranges, each retried.
+    """A local folder of copies of files at URLs.
 
     A copy gets its final name when it is complete, so a reader never sees part of a shard. A lock keeps the processes
     of a machine from downloading a shard twice. (fsspec's file caches have no lock and no limit.)
@@ -189,17 +186,13 @@ class Downloads:
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"no file at {path}")
             return action(Path(path))
-        for _ in range(RETRY.tries):
+        while True:
+            copy = self.fetch(path)
             try:
-                return action(self.fetch(path))
+                return action(copy)
             except FileNotFoundError:
-                if self.local_path(path).exists():
+                if copy.exists():
                     raise
-        return action(self.fetch(path))
-
-    def forget(self, url: str) -> None:
-        """Delete the local copy of ``url``, so that it is downloaded again when it is next used."""
-        self.local_path(url).unlink(missing_ok=True)
 
     def read(self, url: str) -> bytes:
         """The bytes at ``url``, without a local copy: for single images. Raises as ``retried`` does."""
@@ -220,27 +213,17 @@ class Downloads:
 
 def _download(url: str, target: Path) -> None:
     filesystem, path = open_filesystem(url)
+    incomplete = Path(f"{target}.partial")  # of a killed download: overwritten
     size = retried(lambda: filesystem.info(path), url).get("size")
 
-    def read(start: int) -> bytes:
-        if size is None:  # then there are no ranges
-            return filesystem.cat_file(path)
-        stop = min(start + RANGE, size)
-        data = filesystem.cat_file(path, start=start, end=stop)
-        if len(data) == size:
-            data = data[start:stop]  # a server without ranges sends the entire file
-        if len(data) != stop - start:
-            raise ConnectionError(f"received {len(data)} bytes instead of {stop - start}")
-        return data
+    def copy() -> None:
+        filesystem.get_file(path, str(incomplete))
+        received = incomplete.stat().st_size
+        if size is not None and received != size:
+            raise ConnectionError(f"received {received} bytes instead of {size}")
 
-    incomplete = Path(f"{target}.partial")  # of a killed download: overwritten
-    with open(incomplete, "wb") as file:
-        while size is None or file.tell() < size:
-            file.write(retried(partial(read, file.tell()), f"{url}, from byte {file.tell()}"))
-            if size is None:
-                break
-        file.flush()
-        os.fsync(file.fileno())
+    retried(copy, url)
+    fsync(incomplete)
     os.replace(incomplete, target)
 
 

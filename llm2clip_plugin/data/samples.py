@@ -123,10 +123,8 @@ def _captions(value: Any, field: CaptionField) -> Iterator[Caption]:
         for language, text in value.items():
             yield Caption(well_formed(text.strip()), field.kind, well_formed(language))
     elif value is not None:
-        raise ValueError(
-            f"caption field {field.name!r} has type {type(value).__name__}; expected a text, a list of "
-            "texts, {language: text}, or objects with a text"
-        )
+        expected = "a text, a list of texts, {language: text}, or objects with a text"
+        raise ValueError(f"caption field {field.name!r} has type {type(value).__name__}; expected {expected}")
 
 
 def well_formed(text: str) -> str:

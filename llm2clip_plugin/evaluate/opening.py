@@ -22,7 +22,7 @@ from llm2clip_plugin.console import phase, track
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.pairs import eval_pairs
+from llm2clip_plugin.data.pairs import EvalPairs
 from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample, select_captions
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
@@ -112,12 +112,12 @@ def encode_images(
 ) -> EncodedImages:
     """A source's images, also those without captions, through ``encode``, (B, 3, S, S) on ``device`` -> (B, D) or more.
 
-    ``options``: batch, workers, and which samples: see `eval_pairs`. ``all_ranks``: every rank of the default process
+    ``options``: batch, workers, and which samples: see `EvalPairs`. ``all_ranks``: every rank of the default process
     group calls this, encodes a part, and gets all.
     """
     group, normalize = group_of(all_ranks), Normalize(images, device)
     options = {"batch": 64, "kinds": None, "rank": rank(group), "world": world_size(group), **options}
-    batches = eval_pairs(source, None, images, **options)
+    batches = EvalPairs(source, None, images, **options)
     # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
     calls = max(gather_objects(len(batches), group))
     own, remaining, show = EncodedImages([], [], [], [], []), iter(batches), not quiet and rank(group) == 0

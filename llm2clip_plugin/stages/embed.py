@@ -1,7 +1,5 @@
 """``llm2clip embed``, stage 1.5: captions and a frozen LLM in, a cache of embeddings out."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator
@@ -27,7 +25,7 @@ from llm2clip_plugin.train.guard import watched_group
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip embed DATA --llm PATH_OR_HUB_ID [--cache DIR] [--dtype int8] [--verify]``."""
+    """Embed this rank's shards, verify a cache, or print the plan."""
     config = EMBED.parse(argv)
     if config.dry_run:
         if rank_and_world()[0] == 0:

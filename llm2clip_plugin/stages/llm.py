@@ -47,7 +47,7 @@ from llm2clip_plugin.train.errors import stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.model import StepMemory, activation_bytes, enable_gradient_checkpointing
-from llm2clip_plugin.train.optim import EnginePlan, Trained, chosen_optimizer, is_vector, zero_stage
+from llm2clip_plugin.train.optim import Trained, chosen_optimizer, is_vector, zero_stage
 from llm2clip_plugin.vision.export import library_versions
 
 ASSUMED_TOKENS = 64  # of a text, template and prompt included, in a plan without data
@@ -66,7 +66,6 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
 
 
 def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]) -> Path:
-    """From the data on: LLM, engine, loop, adapter."""
     with phase("opening the data"):
         data = Data(config, rank(), world_size())
     run = dataclasses.replace(open_run(config, data), command=command)
@@ -104,23 +103,22 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
 
 
 def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
-    """The run, with DeepSpeed's configuration and what its checkpoints are compared with."""
-    plan, deepspeed = plan_stage(config, data.samples, world_size())
+    total_steps, deepspeed = plan_stage(config, data.samples, world_size())
     folders = map(adapters.adapter_folder, config.start_adapters)
     starts = {f"start adapter {number}": adapters.adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
     return TrainingRun(
         config=config,
         run_settings={**dataclasses.asdict(config), "samples": data.samples},
         teacher={},
-        total_steps=plan.total_steps,
+        total_steps=total_steps,
         deepspeed=deepspeed,
         data=data.digests | starts,
     )
 
 
-def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[EnginePlan, dict[str, Any]]:
-    """The run in DeepSpeed's terms. Raises ValueError for settings that exclude each other."""
-    plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=1024)
+def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[int, dict[str, Any]]:
+    """Steps, and DeepSpeed's configuration. Raises ValueError for settings that exclude each other."""
+    total_steps, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
         raise ValueError("ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
     if not config.train.has_steps:
@@ -132,7 +130,7 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[Engine
             f"train.precision {config.train.precision} would convert the LLM's float32 weights; leave precision (the "
             "adapter's) at fp32, and set --compute-dtype"
         )
-    return plan, deepspeed
+    return total_steps, deepspeed
 
 
 class Data:
@@ -252,7 +250,7 @@ def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) 
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
+    """Print the plan or train; exit status 0."""
     config = FINETUNE_LLM.parse(argv)
     train = partial(finetune_llm, config, started_by("finetune-llm", argv))
     return plan_or_train(config.dry_run, partial(llm_plan, config), train, "adapter")
@@ -266,8 +264,8 @@ def llm_plan(config: FinetuneConfig) -> str:
         encoder, _ = effective(encoder, Path(encoder.llm), Path(encoder.adapter) if encoder.adapter else None)
         config = dataclasses.replace(config, encoder=encoder)
     pairs, texts, lengths, notes = measure_data(config)
-    plan, deepspeed = plan_stage(config, pairs, world)
-    parts = [*notes, plans.describe_run(plan, deepspeed, samples=pairs, world=world)]
+    train, (_, deepspeed) = config.train, plan_stage(config, pairs, world)
+    parts = [*notes, plans.describe_run(train, config.optim, deepspeed, samples=pairs, world=world)]
     try:
         settings = llm_config(encoder)
     except FileNotFoundError as error:
@@ -275,12 +273,12 @@ def llm_plan(config: FinetuneConfig) -> str:
     gpu_gib, shape = config.plan.gpu_gib, shape_llm(settings, encoder, config.lora, config.train.precision)
     usual = step_memory(config, settings, shape, texts, lengths)
     long = step_memory(config, settings, shape, texts, [encoder.max_tokens])
-    parts += [describe_llm(config, shape), plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib)]
+    parts += [describe_llm(config, shape), plans.describe_rank(usual, deepspeed, train, world=world, gpu_gib=gpu_gib)]
     stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
     mean = f"{sum(lengths) / len(lengths):.4g} tokens (the mean)"
     for memory, tokens in ((usual, mean), (long, f"{encoder.max_tokens} tokens (max_tokens)")):
         about = f", for pairs of {texts} texts of {tokens}"
-        parts.append(plans.describe_columns(memory, config.train, gpu_gib, about=about, stages=stages))
+        parts.append(plans.describe_columns(memory, train, gpu_gib, about=about, stages=stages))
     return "\n".join(parts)
 
 
@@ -364,7 +362,6 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int])
 
 
 def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
-    """The LLM's frozen parameters and the adapter's."""
     lora, trained = config.lora, trained_parameters(shape.llm, config)
     dtype = ("NF4 and " if config.encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
     starts = "".join(f"; {name} merged" for name in config.start_adapters)

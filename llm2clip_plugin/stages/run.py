@@ -1,7 +1,5 @@
 """A run of either training stage: DeepSpeed's configuration, the checkpoint to resume from, run.json, the end."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -37,7 +35,6 @@ from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_lo
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
 from llm2clip_plugin.train.optim import (
     REDUCTION,
-    EnginePlan,
     Trained,
     complete,
     parameter_groups,
@@ -216,33 +213,25 @@ def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
 
 def plan_engine(
     config: RunConfig | FinetuneConfig, *, samples: int, world: int, hidden_size: int
-) -> tuple[EnginePlan, dict[str, Any]]:
-    """The run in DeepSpeed's terms, and the configuration that DeepSpeed gets.
+) -> tuple[int, dict[str, Any]]:
+    """Steps of the run, and the configuration that DeepSpeed gets.
 
     ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that the ranks can't share
     equally, or a DeepSpeed JSON that contradicts the run.
     """
-    train, optim = config.train, config.optim
-    _, micro, accumulation = train.rows(world)
-    steps = train.steps(samples)
-    plan = EnginePlan(
-        global_batch=train.global_batch,
-        micro_batch=micro,
-        accumulation=accumulation,
-        precision=train.precision,
-        optim=optim,
-        warmup_steps=optim.warmup(steps),
+    where, steps = config.deepspeed or "the run", config.train.steps(samples)
+    deepspeed = complete(
+        read_deepspeed_json(config.deepspeed),
+        config.train,
+        config.optim,
+        world=world,
         total_steps=steps,
         hidden_size=hidden_size,
-        communication_data_type=train.communication_data_type,
-        report_to=train.report_to,
         output_dir=config.output_dir,
-        run_name=Path(config.output_dir).name,
+        where=where,
     )
-    where = config.deepspeed or "the run"
-    deepspeed = complete(read_deepspeed_json(config.deepspeed), plan, where=where)
     check_deepspeed(deepspeed, where)
-    return plan, deepspeed
+    return steps, deepspeed
 
 
 def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None, *, of_clip: bool = False) -> str:
@@ -322,12 +311,9 @@ def warmup_note(optim: OptimConfig, total_steps: int) -> str:
 
 def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """One line with the scores before training and now: of all captions, or of every part if there is no total."""
-    names = headline(name for name in after if name in before)
-    if before == after:  # a run without steps
-        values = [f"{name} {after[name]:.3f}" for name in names]
-        return f"held-out scores: {', '.join(values)}" if values else ""
-    changes = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in names]
-    return f"held-out scores, before -> after: {', '.join(changes)}" if changes else ""
+    names, same = headline(name for name in after if name in before), before == after  # a run without steps
+    values = [f"{name} {'' if same else f'{before[name]:.3f} -> '}{after[name]:.3f}" for name in names]
+    return f"held-out scores{'' if same else ', before -> after'}: {', '.join(values)}" if values else ""
 
 
 # How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage.
@@ -337,17 +323,18 @@ WORLDS = (1, 8, 64)  # numbers of GPUs that a run is planned for
 FILLED = 0.9  # fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
 
 
-def describe_run(plan: EnginePlan, config: dict[str, Any], *, samples: int, world: int) -> str:
+def describe_run(train: TrainConfig, optim: OptimConfig, deepspeed: dict[str, Any], *, samples: int, world: int) -> str:
     """Steps, ranks, schedule and precision."""
-    optim, epochs = plan.optim, plan.total_steps * plan.global_batch / samples
-    note = warmup_note(optim, plan.total_steps)
-    warmup = f"{plan.warmup_steps} steps of warm-up" + (f" (note: {note})" if note else "")
-    reduced = config.get("communication_data_type", plan.precision)
+    steps, (_, micro_batch, accumulation) = train.steps(samples), train.rows(world)
+    note = warmup_note(optim, steps)
+    warmup = f"{optim.warmup(steps)} steps of warm-up" + (f" (note: {note})" if note else "")
+    reduced = deepspeed.get("communication_data_type", train.precision)
+    epochs = steps * train.global_batch / samples
     return (
-        f"steps: {plan.total_steps} of {plan.global_batch} pairs, {epochs:.2f} epochs of {samples:,} samples\n"
-        f"ranks: {world} x {plan.accumulation} micro-batches of {plan.micro_batch}\n"
+        f"steps: {steps} of {train.global_batch} pairs, {epochs:.2f} epochs of {samples:,} samples\n"
+        f"ranks: {world} x {accumulation} micro-batches of {micro_batch}\n"
         f"schedule: {optim.schedule}, {warmup}, gradient clipping {optim.max_grad_norm:g}\n"
-        f"precision: {plan.precision}, gradients reduced in {reduced}; ZeRO-{zero_stage(config)}"
+        f"precision: {train.precision}, gradients reduced in {reduced}; ZeRO-{zero_stage(deepspeed)}"
     )
 
 
@@ -362,10 +349,15 @@ def describe_parameters(trained: list[Trained], optim: OptimConfig) -> str:
     )
 
 
-def describe_rank(memory: StepMemory, plan: EnginePlan, config: dict[str, Any], *, world: int, gpu_gib: float) -> str:
+def rank_parts(memory: StepMemory, config: dict[str, Any], train: TrainConfig, world: int) -> dict[str, float]:
+    """Expected bytes of a rank of a run."""
+    zero, micro_batch = config["zero_optimization"], train.rows(world)[1]
+    return rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
+
+
+def describe_rank(memory: StepMemory, config: dict[str, Any], train: TrainConfig, *, world: int, gpu_gib: float) -> str:
     """Expected memory of a rank of this run, part by part."""
-    zero, batches = config.get("zero_optimization", {}), (plan.global_batch, plan.micro_batch)
-    parts = rank_bytes(memory, zero, world=world, global_batch=batches[0], micro_batch=batches[1])
+    parts = rank_parts(memory, config, train, world)
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     total = sum(parts.values()) / GIB
     too_much = f"; more than a GPU of {gpu_gib:g} GiB holds, see the micro-batches below" if total > gpu_gib else ""
@@ -374,9 +366,7 @@ def describe_rank(memory: StepMemory, plan: EnginePlan, config: dict[str, Any], 
 
 def fits(memory: StepMemory, config: dict[str, Any], train: TrainConfig, *, world: int, gib: float) -> bool:
     """Whether a rank's memory holds what a step needs."""
-    zero, micro_batch = config["zero_optimization"], train.rows(world)[1]
-    parts = rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
-    return sum(parts.values()) <= FILLED * gib * GIB
+    return sum(rank_parts(memory, config, train, world).values()) <= FILLED * gib * GIB
 
 
 def describe_columns(
@@ -389,8 +379,8 @@ def describe_columns(
     kept: StepMemory | None = None,
 ) -> str:
     """A table of GPUs by ZeRO stage, with scripts/zeroN.json: the run's micro-batch (0: the largest that fits under
-    ZeRO-1) and a GPU's memory. ``about``: further assumptions. ``kept``: what a step
-    needs without gradient checkpointing, which is on where this does not fit."""
+    ZeRO-1) and a GPU's memory. ``kept``: what a step needs without gradient checkpointing, which is on where this does
+    not fit."""
 
     def total(memory: StepMemory, stage: int, world: int, micro_batch: int) -> float:
         stage = 1 if stage == 0 and memory.precision != "fp32" else stage  # as it runs, see train.optim
@@ -398,18 +388,16 @@ def describe_columns(
         parts = rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
         return sum(parts.values()) / GIB
 
-    lines = [
-        "  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages) + "  checkpointing" * bool(kept)
-    ]
+    columns = [*(f"   ZeRO-{stage}" for stage in stages), "  checkpointing" * bool(kept)]
+    lines = ["  GPUs   local  micro-batch" + "".join(columns)]
     for world in WORLDS:
         local, rest = divmod(train.global_batch, world)
         sizes = [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and train.micro_batch in (0, n)]
         fits = (size for size in sizes if train.micro_batch or total(memory, 1, world, size) <= FILLED * gpu_gib)
         if size := next(fits, 0):
             off = kept if kept and total(kept, 1, world, size) <= FILLED * gpu_gib else None
-            row = f"{local:7} {size:12}" + "".join(
-                f"{total(off or memory, stage, world, size):9.1f}" for stage in stages
-            )
+            needed = (total(off or memory, stage, world, size) for stage in stages)
+            row = f"{local:7} {size:12}" + "".join(f"{each:9.1f}" for each in needed)
             row += f"{'off' if off else 'on':>15}" * bool(kept)
         else:
             row = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {train.global_batch}"

@@ -2,8 +2,6 @@
 run's are compared with its checkpoint's. Read without torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator

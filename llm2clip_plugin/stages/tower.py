@@ -7,6 +7,7 @@ LLaVA's scripts keep their names.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from contextlib import suppress
@@ -101,7 +102,6 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
 
 
 def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]) -> Path:
-    """From the opened data on: tower, heads, engine, loop, export."""
     dual, images = start_model(config, data)
     trained = trained_parameters(dual, config.optim)
     run = open_run(config, data, command, hidden_size=dual.tower.config.hidden_size)
@@ -132,12 +132,11 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         reference=references.get(TWIN),
         patch_layers=patch_layers(config.loss),
     )
-    batches = iter(make_batches(config, data, images, start.samples))
     state = run.train_to_end(
         engine,
         start,
         step=step,
-        batches=batches,
+        batches=iter(make_batches(config, data, images, start.samples)),
         evaluate=evaluate,
         before=before,
         heads=curve,
@@ -228,13 +227,13 @@ def make_references(
         references[AVERAGES] = Reference(engine, decay, warmup=True, updates=updates, values=values)
     if frozen is not None:
         values = resumed.twin if resumed is not None else None
-        references[TWIN] = Reference(engine, config.distill.reference_decay, module=frozen, values=values)
+        decay = config.distill.decay if config.distill.reference == "ema" else 1.0
+        references[TWIN] = Reference(engine, decay, module=frozen, values=values)
     return references
 
 
 def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_size: int) -> TrainingRun:
-    """The run's DeepSpeed configuration and what its checkpoints are compared with."""
-    plan, deepspeed = plan_engine(config, samples=data.samples, world=world_size(), hidden_size=hidden_size)
+    steps, deepspeed = plan_engine(config, samples=data.samples, world=world_size(), hidden_size=hidden_size)
     learned_from = {"teacher": data.caches[0].teacher.fingerprint, "samples": data.samples}
     if data.clip_caches:
         learned_from["clip"] = data.clip_caches[0].fingerprint
@@ -242,7 +241,7 @@ def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_s
         config=config,
         run_settings={**dataclasses.asdict(config), **learned_from},
         teacher=dataclasses.asdict(data.caches[0].teacher),
-        total_steps=plan.total_steps,
+        total_steps=steps,
         deepspeed=deepspeed,
         data=data.digests,
         command=command,
@@ -283,11 +282,8 @@ def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunCo
     if source is None or cache is None:
         return None
 
-    def evaluate() -> dict[str, float]:
-        report = evaluate_retrieval(dual, source, cache, images, config.evaluation, all_ranks=True, quiet=True)
-        return report.metrics()
-
-    return evaluate
+    measure = partial(evaluate_retrieval, dual, source, cache, images, config.evaluation, all_ranks=True, quiet=True)
+    return lambda: measure().metrics()
 
 
 @dataclass(frozen=True)
@@ -323,10 +319,7 @@ def open_data(config: RunConfig) -> Data:
     caches_of = (*(data.cache or ("",) * len(data.path)), data.validation_cache)
     for path, cache in zip((*data.path, data.validation), caches_of, strict=True):
         if is_url(path) and not cache:  # before anything is downloaded
-            raise ValueError(
-                f"{path} is not a local folder; set its embedding cache with --cache DIR (--validation-cache DIR for "
-                "the held-out split)"
-            )
+            raise ValueError(f"{path} is not a local folder; set --cache DIR (--validation-cache DIR for --validation)")
     sources = [open_source(source) for source in data.sources]
     check_fields(*sources)
     caches = open_caches(sources, data.cache)
@@ -393,7 +386,7 @@ def tower_plan(config: RunConfig) -> str:
     dual = shape_dual(config.tower, config.dual)
     check_patch_layers(config.loss, dual.tower.config.num_hidden_layers)
     heads, gpu_gib, tower = config.heads, config.plan.gpu_gib, dual.tower.config
-    plan, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
+    _, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
     trained = trained_parameters(dual, config.optim)
     parameters = plans.describe_parameters(trained, config.optim)
     memory, auto = step_memory(config, dual), config.train.gradient_checkpointing == "auto"
@@ -406,10 +399,10 @@ def tower_plan(config: RunConfig) -> str:
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
         f"{config.dual.projection_dim}, LLM embeddings {width} wide",
         *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
-        plans.describe_run(plan, deepspeed, samples=samples, world=world),
+        plans.describe_run(config.train, config.optim, deepspeed, samples=samples, world=world),
         parameters,
         *([f"gradient checkpointing (auto): {'off' if fits else 'on'}"] if auto else []),
-        plans.describe_rank(kept if kept and fits else memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
+        plans.describe_rank(kept if kept and fits else memory, deepspeed, config.train, world=world, gpu_gib=gpu_gib),
         plans.describe_columns(memory, config.train, gpu_gib, kept=kept),
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
@@ -418,14 +411,14 @@ def tower_plan(config: RunConfig) -> str:
 
 def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
     """Samples, width of the embeddings, and a line for each thing that is missing and assumed."""
-    has_caches = bool(config.data.cache)
-    with suppress(FileNotFoundError):
-        has_caches = has_caches or all(map(find_cache, config.data.sources))
-    if config.data.path and has_caches:
-        data = open_data(config)
-        check_data(config, data)
-        return data.samples, data.caches[0].width, []
     if config.data.path:
+        has_caches = bool(config.data.cache)
+        with suppress(FileNotFoundError):
+            has_caches = has_caches or all(map(find_cache, config.data.sources))
+        if has_caches:
+            data = open_data(config)
+            check_data(config, data)
+            return data.samples, data.caches[0].width, []
         samples, assumed = sum(len(open_source(source)) for source in config.data.sources), "an embedding cache"
     else:
         samples, assumed = config.plan.images, f"{config.plan.images:,} images (--assumed-samples, or DATA)"
@@ -444,7 +437,10 @@ def recomputes(config: RunConfig, deepspeed: dict[str, Any], device: torch.devic
     """Whether this rank recomputes the tower's blocks: as set, or where its memory would not hold their activations."""
     if config.train.gradient_checkpointing != "auto":
         return config.train.gradient_checkpointing
-    holds = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_share()
+    if device.type == "cuda":
+        holds = torch.cuda.get_device_properties(device).total_memory
+    else:
+        holds = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()  # this rank's share
     memory = step_memory(without_checkpointing(config), shape_dual(config.tower, config.dual))
     on = not plans.fits(memory, deepspeed, config.train, world=world_size(), gib=holds / plans.GIB)
     if rank() == 0:
@@ -452,17 +448,12 @@ def recomputes(config: RunConfig, deepspeed: dict[str, Any], device: torch.devic
     return on
 
 
-def host_share() -> int:
-    """Bytes of this machine's memory for each of its ranks."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()
-
-
 def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
     """Measured on fake tensors; ``dual``, on the meta device, is left with those."""
-    precision, train = config.train.precision, config.train
+    precision, train, tower = config.train.precision, config.train, dual.tower.config
     counts = {flag: sum(p.numel() for p in dual.parameters() if p.requires_grad is flag) for flag in (True, False)}
     tower_parameters = sum(p.numel() for p in dual.tower.parameters())
-    dtype, pixels = DTYPES[precision], (3, dual.tower.config.image_size, dual.tower.config.image_size)
+    dtype, pixels = DTYPES[precision], (3, tower.image_size, tower.image_size)
     if train.gradient_checkpointing:
         enable_gradient_checkpointing(dual.tower)
 
@@ -475,8 +466,7 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
     def forward(*inputs: Tensor) -> Tensor:
         return sum((feature.sum() for feature in dual(*inputs, **layers) if feature is not None), torch.zeros(()))
 
-    of_patch = {"patches": 3 * dual.tower.config.hidden_size, "patch_features": 2 * config.dual.projection_dim}
-    grid = dual.tower.config.image_size // dual.tower.config.patch_size
+    of_patch = {"patches": 3 * tower.hidden_size, "patch_features": 2 * config.dual.projection_dim}
     return StepMemory(
         precision=precision,
         trained=counts[True],
@@ -485,8 +475,8 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         pair_bytes=activation_bytes(dual.to(dtype), make_inputs, forward) / IMAGES,
         width=config.dual.projection_dim,
         state_bytes=chosen_optimizer(config.optim).state_bytes,
-        pixels=3 * dual.tower.config.image_size**2,
+        pixels=math.prod(pixels),
         averages=bool(config.train.ema_decay) + needs_reference(config.loss),
         frozen_tower_bytes=needs_reference(config.loss) * tower_parameters * dtype.itemsize,
-        patches=grid**2 * sum(of_patch[reads] for reads in layers),
+        patches=(tower.image_size // tower.patch_size) ** 2 * sum(of_patch[reads] for reads in layers),
     )

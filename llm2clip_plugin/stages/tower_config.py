@@ -54,15 +54,13 @@ class DataConfig:
         for name, values in (("cache", self.cache), ("clip_cache", self.clip_cache), ("weight", self.weight)):
             if values and len(values) != len(self.path):
                 raise ValueError(
-                    f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one per path, or none"
+                    f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one each or none"
                 )
         if not 1 <= self.captions_per_image <= MAX_CAPTIONS:
             raise ValueError(f"data.captions_per_image {self.captions_per_image} must be between 1 and {MAX_CAPTIONS}")
         weights, kinds = self.kind_weights, self.read.kinds
         if weights and kinds and set(weights) != set(kinds):
-            raise ValueError(
-                f"data.caption_weights {weights} and data.read.kinds {kinds} name different kinds of captions"
-            )
+            raise ValueError(f"data.caption_weights {weights} and data.read.kinds {kinds} name different kinds")
 
     @property
     def kind_weights(self) -> dict[str, float]:
@@ -131,9 +129,7 @@ class RunConfig(TrainingConfig):
                 "leave tower.keep_heads and dual.adapter none out"
             )
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
-            raise ValueError(
-                "tower.freeze with dual.projection none and dual.adapter none leaves nothing to train; change one"
-            )
+            raise ValueError("nothing to train: tower.freeze with dual.projection none and dual.adapter none")
         return self
 
 

@@ -64,9 +64,7 @@ def teacher_adapter(teacher: dict[str, Any]) -> Path:
     Raises ValueError if the teacher has none, FileNotFoundError if it is gone, ContractError if it was changed.
     """
     if not teacher.get("adapter_sha256"):
-        raise ValueError(
-            f"--with-adapter: the tower's teacher {teacher.get('llm', '')!r} has no adapter; leave the option out"
-        )
+        raise ValueError(f"--with-adapter: the teacher {teacher.get('llm', '')!r} has no adapter; leave the option out")
     folder = adapter_folder(str(teacher.get("adapter", "")))
     if (actual := adapter_sha256(folder)) != teacher["adapter_sha256"]:
         raise ContractError(

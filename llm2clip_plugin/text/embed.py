@@ -98,7 +98,8 @@ def embed_source(
         progress_bar(total=total, label="embed", unit="samples", show=not quiet) as bar,
         ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read") as reader,
     ):
-        read = partial(_read_shard, source, writer, caches.kept_digests(source), overwrite)
+        known = {name: fits[0] for name, fits in source.known_digests().items()}
+        read = partial(_read_shard, source, writer, known, overwrite)
         # the next shard is read while this one is embedded
         for shard, content in zip(shards, map_in_order(reader, read, shards, ahead=2), strict=True):
             start = int(bar.n)
@@ -119,7 +120,9 @@ def embed_source(
                 summary.truncated += truncated
                 summary.seconds = time.monotonic() - started
             bar.update(start + shard.size - bar.n)
-    caches.keep_digests(source, digests)
+    if digests:
+        with source.lock(f"record the digests of {source.path}"):
+            source.record_digests({name: (digest, digest) for name, digest in digests.items()})
     return writer.finish([shard.name for shard in source.shards]), summary
 
 
@@ -138,7 +141,7 @@ class _ShardContent:
 def _read_shard(
     source: Source, writer: caches.CacheWriter, known: Mapping[str, str], overwrite: bool, shard: Shard
 ) -> _ShardContent:
-    """Compare a shard with its file in the cache, and read what is to be embedded; ``known``: kept digests."""
+    """Compare a shard with its file in the cache, and read what is to be embedded; ``known``: recorded digests."""
     if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
         return _ShardContent(complete=True)
     keys, captions = caches.shard_captions(source, shard)

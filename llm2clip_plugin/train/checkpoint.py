@@ -94,15 +94,14 @@ class Loaded:
 
 
 def write_checkpoint(target: Path, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write tensors of the CPU by file, and ``state`` with their hashes, to the folder ``target``. Raises OSError."""
+    """Write tensors of the CPU by file, and ``state`` with their hashes, to a folder. Raises OSError."""
     with atomic_directory(target, replace=True) as temporary:
         files = {name: write_tensors(temporary / name, content) for name, content in tensors.items()}
         dataclasses.replace(state, files=files).write(temporary / TrainState.FILE)
 
 
 def verify(path: Path, *, moments: bool = True) -> None:
-    """Read a checkpoint once and compare its hashes; without ``moments``, not the optimizer's file. Raises
-    FileNotFoundError or ContractError naming the file that is missing or damaged."""
+    """Compare a checkpoint's hashes. Raises FileNotFoundError or ContractError for a missing or damaged file."""
     files = TrainState.read(path / TrainState.FILE).files
     names = [name for name in files if moments or name != OPTIMIZER]
     for name in names:
@@ -116,8 +115,7 @@ def verify(path: Path, *, moments: bool = True) -> None:
 
 
 def load(path: Path, *, moments: bool = True) -> Loaded:
-    """Open a checkpoint, without the optimizer's ``moments`` where only its weights are needed. Raises as ``verify``,
-    which compares hashes."""
+    """Open a checkpoint, with or without the optimizer's ``moments``. Raises as ``verify``, which compares hashes."""
     state = TrainState.read(path / TrainState.FILE)
     return Loaded(
         path=path,
@@ -150,12 +148,10 @@ class Checkpoints:
           latest                            name of the newest one, for people and scripts
           abandoned-20261126-101500/        checkpoints and metrics.jsonl of steps that a run went back before
 
-    All of ``step-*`` belong to one sequence of steps: what a run does not continue from is moved to ``abandoned-*``,
-    and never removed.
+    All of ``step-*`` belong to one sequence of steps: what a run does not continue from is moved to ``abandoned-*``.
     """
 
-    def __init__(self, run_folder: Path, *, keep: int) -> None:
-        """keep: number of checkpoints to keep, 0 for all."""
+    def __init__(self, run_folder: Path, *, keep: int) -> None:  # keep: how many; 0: all
         self.run_folder, self.folder, self.keep = run_folder, run_folder / CHECKPOINTS, keep
 
     def path(self, step: int) -> Path:
@@ -167,20 +163,20 @@ class Checkpoints:
         return sorted(path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}"))
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none; its content is not verified."""
-        names = self.names()
-        return self.folder / names[-1] if names else None
+        """The newest complete checkpoint, not verified; None if there is none."""
+        return next((self.folder / name for name in reversed(self.names())), None)
 
-    def write(self, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-        """Write a checkpoint of tensors by file, then remove old ones; returns warnings. Raises OSError."""
-        target = self.path(state.step)
+    def write(self, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> tuple[float, list[str]]:
+        """Write a checkpoint of tensors by file, then remove old ones; returns seconds and warnings. Raises OSError."""
+        started, target = time.perf_counter(), self.path(state.step)
         write_checkpoint(target, state, tensors)
         self._point_to(target.name)
         tell_job(PROGRESS)
-        return self._prune(target)
+        warnings = self._prune(target)
+        return time.perf_counter() - started, warnings
 
     def record_metrics(self, state: TrainState) -> None:
-        """Put an evaluation into the checkpoint of its step, if there is one. Raises OSError."""
+        """Put an evaluation into the checkpoint of its step, if there is one."""
         path = self.path(state.step) / TrainState.FILE
         if path.is_file():
             saved = TrainState.read(path)
@@ -252,12 +248,10 @@ class Checkpoints:
         return None
 
     def move_aside(self, resumed: Path | None) -> str:
-        """Move what a run does not continue from to ``abandoned-*``: checkpoints newer than ``resumed``, all if that
-        is in another folder; returns a line about it, "" if there are none. Raises OSError."""
-        names = sorted(path.name for path in self.folder.glob("step-*"))
-        own = resumed is not None and resumed.resolve().parent == self.folder.resolve()
-        if resumed is not None and own:
-            names = [name for name in names if name > resumed.name]
+        """Move checkpoints newer than ``resumed``, or all if that is in another folder, to ``abandoned-*``; returns a
+        line about it, "" if there are none."""
+        own = resumed.name if resumed and resumed.resolve().parent == self.folder.resolve() else ""
+        names = sorted(path.name for path in self.folder.glob("step-*") if path.name > own)
         if not names:
             return ""
         aside = self.folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -268,17 +262,17 @@ class Checkpoints:
             os.replace(self.folder / name, aside / name)
         if (self.run_folder / METRICS).is_file():
             shutil.copy2(self.run_folder / METRICS, aside)
-        if resumed is not None and own:
-            self._point_to(resumed.name)
+        if own:
+            self._point_to(own)
         return f"moved {', '.join(names)} to {aside}; delete that folder when you no longer need it"
 
 
 class Saver:
     """Saves a run's checkpoints in the background; leaving the context waits for the write in progress.
 
-    Every rank needs one. ``save`` gathers the state on rank 0 and copies it into buffers of the CPU, which later saves
-    use again; a thread hashes, writes and flushes them, one write at a time. A periodic save that fails leaves the last
-    checkpoint in place, and the next tries again; the last must succeed. No rank waits for the disk in a collective.
+    Every rank needs one. ``save`` gathers the state in buffers of rank 0's CPU, which a thread hashes and writes. A
+    periodic save that fails leaves the last checkpoint in place, and the next tries again; the last must succeed. No
+    rank waits for the disk in a collective.
     """
 
     def __init__(
@@ -314,10 +308,11 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether a write is in progress; False on ranks that do not write."""
+        """Whether this rank is writing."""
         self.poll()
         return not self._reported
 
+    @phase("gathering the checkpoint")
     def save(self, state: TrainState, *, last: bool = False) -> None:
         """Copy the state and start to write it; every rank must call this, and none while one is busy unless this is
         the ``last`` save, which waits for the write in progress."""
@@ -332,7 +327,7 @@ class Saver:
         self.waited = time.perf_counter() - started
         if rank() == 0:
             self._written, self._reported = (state, tensors), False
-            self._write = self._thread.submit(_write, self.checkpoints, state, tensors)
+            self._write = self._thread.submit(self.checkpoints.write, state, tensors)
 
     def record_metrics(self, state: TrainState) -> None:
         """Put the evaluation of the last saved step into its checkpoint, in the background."""
@@ -360,10 +355,8 @@ class Saver:
         self._event({"step": step, "event": SAVED, **times})
 
     def finish(self) -> None:
-        """Wait until the last save is complete; every rank must call this.
-
-        Raises OSError (FirstRankError on other ranks) if it failed; its state is then written to ``fallback``.
-        """
+        """Wait until the last save is complete; every rank must call this. Raises OSError (FirstRankError on other
+        ranks) if it failed; its state is then written to ``fallback``."""
         with phase(CHECKPOINT):
             on_first_rank(lambda: self._wait(last=True))
 
@@ -396,14 +389,6 @@ class Saver:
 def _reason(error: OSError) -> str:
     """What failed, without the remedy: these messages have their own."""
     return error.reason if isinstance(error, DiskFullError) else str(error)
-
-
-def _write(
-    checkpoints: Checkpoints, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]
-) -> tuple[float, list[str]]:
-    started = time.perf_counter()
-    warnings = checkpoints.write(state, tensors)
-    return time.perf_counter() - started, warnings
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

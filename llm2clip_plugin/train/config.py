@@ -53,10 +53,7 @@ class TowerConfig:
     def __post_init__(self) -> None:
         pretrained = self.path or self.freeze or self.freeze_first_blocks or self.lora_rank or self.keep_heads
         if self.from_scratch and (pretrained or not self.architecture):
-            raise ValueError(
-                "tower.from_scratch makes a tower of tower.architecture and trains all of it; leave tower.path, "
-                "freeze*, lora_rank, keep_heads unset"
-            )
+            raise ValueError("tower.from_scratch takes tower.architecture, not path, freeze*, lora_rank, keep_heads")
         if sum(map(bool, (self.lora_rank, self.freeze, self.freeze_first_blocks))) > 1:
             raise ValueError("tower.lora_rank, tower.freeze, tower.freeze_first_blocks: set only one")
 
@@ -91,11 +88,6 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_choices("distill", self)
         check_bounds("distill", self, decay=(0, BELOW_1))
-
-    @property
-    def reference_decay(self) -> float:
-        """Decay of the moving average; 1 for the tower as it was."""
-        return self.decay if self.reference == "ema" else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +210,6 @@ class TermWeight:
         """The weight when a fraction ``progress`` of the run is done."""
         return self.end if progress >= self.until else self.start + (self.end - self.start) * progress / self.until
 
-    @property
-    def peak(self) -> float:
-        """The larger of the two weights."""
-        return max(self.start, self.end)
-
 
 def parse_terms(words: Sequence[str]) -> list[TermWeight]:
     """``NAME`` (weight 1), ``NAME=WEIGHT``, ``NAME=START:END`` or ``NAME=START:END@FRACTION`` -> weights.
@@ -239,12 +226,9 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
             term = TermWeight(name, first, float(end) if colon else first, float(until) if at else 1.0)
         except ValueError:
             term = TermWeight(name, math.nan, math.nan)
-        numbers = term.start >= 0 and term.end >= 0 and term.peak < math.inf and 0 < term.until <= 1
+        numbers = 0 <= term.start < math.inf and 0 <= term.end < math.inf and 0 < term.until <= 1
         if not (name and numbers and (colon or not at)):
-            raise ValueError(
-                f"loss.terms: {word!r} is not NAME, NAME=WEIGHT, NAME=START:END or NAME=START:END@FRACTION, "
-                "with weights of at least 0"
-            )
+            raise ValueError(f"loss.terms: {word!r} is not NAME, NAME=WEIGHT or NAME=START:END@FRACTION, weights >= 0")
         if name in [other.name for other in terms]:
             raise ValueError(f"loss.terms {' '.join(words)} names {name} twice")
         terms.append(term)

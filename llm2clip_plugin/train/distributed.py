@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from llm2clip_plugin.train.config import DDP_TIMEOUT, Tf32
+from llm2clip_plugin.train.config import Tf32
 from llm2clip_plugin.train.errors import FirstRankError
 
-TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, mpirun, mpiexec
 MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a line
 # of a step. data: waiting for the loader. communication: features and losses of all ranks, and the reduction of
 # gradients that DeepSpeed begins after the backward pass; what it overlaps with another phase is part of that phase
@@ -66,24 +66,9 @@ def choose_device(name: str = "") -> torch.device:
         raise ValueError(f"--device {name} is not there; this machine has {known}") from error
 
 
-@contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
-    """(rank, world size) of the launcher's processes, which form a group inside the block; (0, 1) for one process."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1
-        return
-    join_ranks(choose_device(), DDP_TIMEOUT)
-    try:
-        yield dist.get_rank(), world
-    finally:
-        dist.destroy_process_group()
-
-
 def join_ranks(device: torch.device, timeout: float) -> None:
-    """Start the process group: a line if this rank has waited for others for MISSING_SECONDS, and OSError if another
-    process listens on the launcher's port. timeout: seconds after which a collective that a rank does not join fails.
-    """
+    """Start the process group; OSError if another process listens on the launcher's port. timeout: seconds after which
+    a collective that a rank does not join fails."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -97,10 +82,8 @@ def join_ranks(device: torch.device, timeout: float) -> None:
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
             raise
-        raise OSError(
-            f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')} is in use by another process; "
-            f"choose another one, as in `deepspeed --master_port {free_port()} ...` (torchrun: --master-port)"
-        ) from error
+        port = os.environ.get("MASTER_PORT")
+        raise OSError(f"port {port} is in use by another process; choose another with --master_port") from error
     finally:
         timer.cancel()
 
@@ -113,15 +96,12 @@ def free_port() -> int:
 
 
 def set_single_process_environment() -> None:
-    """Without a launcher, set what one would set for a single process. Raises ValueError for one of several tasks of
-    srun or mpirun, each of which would train alone, in the same folder."""
+    """Without a launcher, set what one would set for a single process; ValueError for one of several tasks of srun or
+    mpirun, each of which would train alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        for program, variable in TASKS.items():
-            if (tasks := int(os.environ.get(variable) or 1)) > 1:
-                raise ValueError(
-                    f"{program} started {tasks} tasks ({variable}) without RANK and WORLD_SIZE; let it start one "
-                    "`torchrun --nnodes NODES ...` per node (docs/scaling.md)"
-                )
+        for name in TASKS:
+            if (tasks := int(os.environ.get(name) or 1)) > 1:
+                raise ValueError(f"{name} is {tasks}, RANK is not set: start torchrun per node (docs/scaling.md)")
         port = str(free_port())
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     elif "MASTER_ADDR" not in os.environ and not dist.is_initialized():
@@ -134,8 +114,7 @@ class StepTimer:
     """Seconds of a step by phase, measured without making the device wait.
 
     On a CPU a clock is read where one phase ends and the next begins. On a GPU an event is recorded there, and read
-    when the device has passed it; so a step that is still being computed is part of a later lap. Used as a context
-    manager, it is the one that ``timed`` reports to.
+    when the device has passed it; so a step that is still being computed is part of a later lap.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -147,15 +126,6 @@ class StepTimer:
         self._steps = 0
         self._laps: dict[str, tuple[int, Counter[str]]] = {}
 
-    def __enter__(self) -> "StepTimer":
-        global _active
-        _active = self
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        global _active
-        _active = None
-
     def _mark(self, phase: str) -> None:
         moment: Any = torch.cuda.Event(enable_timing=True) if self._on_gpu else time.perf_counter()
         if self._on_gpu:
@@ -163,7 +133,9 @@ class StepTimer:
         self._marks.append((phase, moment))
 
     def start(self) -> None:
-        """A step begins, with waiting for its data."""
+        """A step begins, with waiting for its data; this is the timer that ``timed`` reports to."""
+        global _active
+        _active = self
         self._started, self._marks = time.perf_counter(), []
         self._mark("data")
 

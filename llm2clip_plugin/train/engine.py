@@ -20,11 +20,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import (
     safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
 )
 from packaging.version import Version
 from torch import Tensor, nn
@@ -114,18 +111,18 @@ class Engine:
         """groups: see optim.parameter_groups. config: of optim.complete. keep_frozen: checkpoints include what is
         frozen; not so for an LLM, whose weights are in its own files."""
         self.stage, self.module, self.keep_frozen = zero_stage(config), module, keep_frozen
-        on_cpu = not torch.cuda.is_available()
-        if self.stage == 3 and on_cpu and Version(deepspeed.__version__) < WAITS_FOR_EVERY_GATHER:
+        on_gpu, offloads = torch.cuda.is_available(), offloads_optimizer(config)
+        if self.stage == 3 and not on_gpu and Version(deepspeed.__version__) < WAITS_FOR_EVERY_GATHER:
             raise ValueError("ZeRO-3 on CPUs would compute with weights that have not arrived; use deepspeed>=0.19.8")
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
         self.optimizer = chosen_optimizer(optim)
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         rates: dict[Tensor, Rates] = {}
-        if self.stage in (1, 2) and type(self.optimizer) is AdamW and not offloads_optimizer(config):
+        if self.stage in (1, 2) and type(self.optimizer) is AdamW and not offloads:
             groups, rates = as_one_group(groups)
-            optimizer: torch.optim.Optimizer = FlatAdamW(groups, **hyper, fused=torch.cuda.is_available())
-        elif torch.cuda.is_available() and offloads_optimizer(config):
+            optimizer: torch.optim.Optimizer = FlatAdamW(groups, **hyper, fused=on_gpu)
+        elif on_gpu and offloads:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             optimizer = DeepSpeedCPUAdam(groups, **hyper)
@@ -150,6 +147,8 @@ class Engine:
         self._left_out = 0  # updates of ZeRO-0 whose gradient was not finite
         if self._scaler is not None:
             self._scaler.raise_error_at_min_scale = False  # the loop ends the run, and names the samples
+        if not all(master.numel() for master in self.masters()):
+            raise ValueError("offload_optimizer to NVMe is not supported; use the device cpu")
         if any(p.dtype != torch.float32 for _, p in self.trained):
             self.write_trained(whole)
         self._constants = {p: whole[n] for n, p in module.named_parameters() if n in whole and not p.requires_grad}
@@ -208,8 +207,7 @@ class Engine:
         if not parameter.requires_grad:
             return self._constants[parameter].to(self.device, torch.float32)
         exact = self.stage < 3 and parameter.dtype == torch.float32
-        value = parameter.detach() if exact else self._read(parameter, None)
-        assert value is not None
+        value = parameter.detach() if exact else self._read(parameter)
         return value.to(self.device, torch.float32)
 
     @timed("optimizer")
@@ -218,7 +216,7 @@ class Engine:
         master = self.fp32(parameter)
         clamped = master.clamp(low, high)
         if self.stage < 3 or not torch.equal(master, clamped):  # the comparison makes the host wait, writing does not
-            self._write(parameter, None, clamped)
+            self._write(parameter, clamped)
             with self.gathered([parameter], modify=True):
                 parameter.data.clamp_(low, high)
         return clamped
@@ -232,15 +230,10 @@ class Engine:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
             yield
 
-    def report(self, values: dict[str, float], x: int, *, of_run: bool = True) -> None:
-        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0; ``x``: samples of the run.
-
-        of_run: False for another x, which W&B does not get: its one axis only goes forward.
-        """
+    def report(self, values: dict[str, float], samples: int) -> None:
+        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0."""
         if self._monitor.enabled:
-            each = [self._monitor] if of_run else filter(None, (self._monitor.tb_monitor, self._monitor.csv_monitor))
-            for monitor in each:
-                monitor.write_events([(label, value, x) for label, value in values.items()])
+            self._monitor.write_events([(label, value, samples) for label, value in values.items()])
 
     def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
@@ -256,75 +249,77 @@ class Engine:
         return values
 
     def read_trained(
-        self, copy: Callable[[str, Tensor], Tensor] | None, names: Collection[str] | None = None
+        self, copy: Callable[[str, Tensor], Tensor] | None, names: Collection[str] | None = None, suffix: str = ""
     ) -> dict[str, Tensor]:
-        """The masters of trained parameters, as made by ``copy``; {} on ranks without one. names: all by default."""
+        """The masters of trained parameters (names: all by default), as made by ``copy`` under NAME + suffix; {} on
+        ranks without one."""
         values: dict[str, Tensor] = {}
         for name, parameter in self.trained:
             if names is None or name in names:
-                master = self._read(parameter, None)
-                if copy and master is not None:
-                    values[name] = copy(name, master)
+                master = self._read(parameter)
+                if copy:
+                    values[name + suffix] = copy(name + suffix, master)
         return values
 
-    def write_trained(self, values: Mapping[str, Tensor]) -> None:
+    def write_trained(self, values: Mapping[str, Tensor], suffix: str = "") -> None:
         """The inverse of ``read_trained``: each rank writes its part of the masters."""
         for name, parameter in self.trained:
-            if name in values:
-                self._write(parameter, None, values[name].to(self.device))
+            if name + suffix in values:
+                self._write(parameter, values[name + suffix].to(self.device))
 
     @contextmanager
     def exchanged(self, others: list[Tensor]) -> Iterator[None]:
-        """Inside the block, ``masters()`` hold the values of ``others``, and ``others`` theirs. For reading and writing
-        alone: the module's weights stay as they are."""
-
-        @torch.no_grad()
-        def exchange() -> None:
-            for master, other in zip(self.masters(), others, strict=True):
-                value = master.clone()
-                master.copy_(other)
-                other.copy_(value)
-
-        exchange()
+        """Inside the block, ``masters()`` hold the values of ``others``, and ``others`` theirs, to be read and written
+        by name."""
+        self._exchange(others)
         yield
-        exchange()
+        self._exchange(others)
+
+    @torch.no_grad()
+    def _exchange(self, others: list[Tensor]) -> None:
+        for master, other in zip(self.masters(), others, strict=True):
+            value = master.clone()
+            master.copy_(other)
+            other.copy_(value)
 
     def moments(self, copy: HostCopies | None) -> dict[str, Tensor]:
-        """The optimizer's moments, ``NAME.exp_avg`` and so on, as made by ``copy``; {} before the first update and on
-        ranks without one."""
+        """The optimizer's moments, as made by ``copy``; {} before the first update and on ranks without one."""
         if self.updates == 0:
             return {}
-        pairs = self._moments_by_rank() if self.optimizer.by_rank else self._moments_by_name()
-        return {name: copy(name, value) for name, value in pairs if copy}
-
-    def _moments_by_name(self) -> Iterator[tuple[str, Tensor]]:
-        self._link()
+        if self.optimizer.by_rank:
+            return {name: copy(name, value) for name, value in self._moments_by_rank() if copy}
+        values: dict[str, Tensor] = {}
         for moment in self.optimizer.moments:
-            for name, parameter in self.trained:
-                if (value := self._read(parameter, moment)) is not None:
-                    yield f"{name}.{moment}", value
+            with self.exchanged(self._moment(moment)):
+                values |= self.read_trained(copy, suffix=f".{moment}")
+        return values
+
+    def _moment(self, name: str) -> list[Tensor]:
+        """That of each master; zeros of one that has had no gradient."""
+        states = self._base.state
+        return [states[one][name] if one in states else torch.zeros_like(one.data) for one in self.masters()]
 
     def _moments_by_rank(self) -> Iterator[tuple[str, Tensor]]:
-        """``zero2-of-4.0.1.state1``: of rank 0's second master. Masters have the same shapes on all ranks."""
-        layout, parts = self._layout
-        for name, own in self._held():
-            for source in range(parts):
-                value = own if parts == 1 or source == rank() else torch.empty_like(own)
-                if parts > 1:
+        """Those of all ranks, whose masters have the same shapes."""
+        for source in range(self._parted):
+            for name, own in self._held(source):
+                value = own.clone()
+                if self._parted > 1:
                     dist.broadcast(value, source)
-                yield f"{layout}.{source}.{name}", value
+                yield name, value
 
-    def _held(self) -> Iterator[tuple[str, Tensor]]:
-        """``1.state1``: the moments of this rank's masters; one that is too small for 8 bits has fewer."""
+    def _held(self, source: int) -> Iterator[tuple[str, Tensor]]:
+        """The moments of this rank's masters, named as if it were rank ``source``: ``zero2-of-4.0.1.state1`` is of rank
+        0's second master. One that is too small for 8 bits has fewer."""
         for number, master in enumerate(self.masters()):
             state = self._base.state.get(master, {})
-            yield from ((f"{number}.{moment}", state[moment]) for moment in self.optimizer.moments if moment in state)
+            for moment in filter(state.__contains__, self.optimizer.moments):
+                yield f"zero{self.stage}-of-{self._parted}.{source}.{number}.{moment}", state[moment]
 
     @property
-    def _layout(self) -> tuple[str, int]:
-        """What decides which values a rank's masters hold, and among how many ranks they are parted."""
-        parts = world_size() if self.stage else 1
-        return f"zero{self.stage}-of-{parts}", parts
+    def _parted(self) -> int:
+        """Among how many ranks the masters are parted."""
+        return world_size() if self.stage else 1
 
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held ``weights`` when the
@@ -344,26 +339,17 @@ class Engine:
                 setattr(scaler, field, value)
 
     def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
-        self._link()
-        names = [(moment, name, p) for moment in self.optimizer.moments for name, p in self.trained]
-        found = [(moment, name, p) for moment, name, p in names if f"{name}.{moment}" in moments]
-        if not found:
-            raise ValueError(
-                f"the checkpoint's moments ({next(iter(moments))}, ...) are not those of {self.optimizer.name}: resume "
-                "with the --optimizer that wrote it"
-            )
-        for moment, name, parameter in found:  # a parameter without gradient has no moments
-            self._write(parameter, moment, moments[f"{name}.{moment}"].to(self.device))
+        if not any(f"{name}.{moment}" in moments for name, _ in self.trained for moment in self.optimizer.moments):
+            raise ValueError(f"the checkpoint has no moments of {self.optimizer.name}: resume with its own --optimizer")
+        for moment in self.optimizer.moments:
+            with self.exchanged(self._moment(moment)):
+                self.write_trained(moments, f".{moment}")
 
     def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
-        layout, parts = self._layout
-        for name, own in self._held():
-            saved = moments.get(f"{layout}.{rank() if parts > 1 else 0}.{name}")
+        for name, own in self._held(rank() % self._parted):
+            saved = moments.get(name)
             if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
-                raise ValueError(
-                    f"the checkpoint's moments ({next(iter(moments))}, ...) do not fit {self.optimizer.name} in "
-                    f"{layout}: resume on as many ranks, with the ZeRO stage and --optimizer that wrote it"
-                )
+                raise ValueError(f"the checkpoint has no {name}: resume with its ranks, ZeRO stage and --optimizer")
             own.copy_(saved)
 
     @property
@@ -376,30 +362,22 @@ class Engine:
         fields = vars(self._scaler) if self._scaler is not None else {}
         return {"updates": self.updates, "scaler": {key: fields[key] for key in SCALER_FIELDS if key in fields}}
 
-    def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
-        """The full fp32 master (``key`` None) or a tensor of the optimizer's state; a collective under ZeRO."""
-        if self.stage > 0:
-            return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-        return parameter.data if key is None else self._base.state.get(parameter, {}).get(key)
+    def _read(self, parameter: nn.Parameter) -> Any:
+        """The full fp32 master; a collective under ZeRO."""
+        return safe_get_full_fp32_param(parameter) if self.stage > 0 else parameter.data
 
-    def _write(self, parameter: Any, key: str | None, value: Tensor) -> None:
+    def _write(self, parameter: Any, value: Tensor) -> None:
         """The inverse of ``_read``: each rank writes its part of ``value``."""
         if self.stage == 3:
-            # safe_set_full_* run past the end of a parameter whose size is not a multiple of the ranks
+            # safe_set_full_fp32_param runs past the end of a parameter whose size is not a multiple of the ranks
             size = parameter.ds_tensor.numel()
             padded = value.new_zeros(size * world_size())
             padded[: value.numel()] = value.flatten()
-            own = padded.narrow(0, size * rank(), size)
-            if key is None:
-                safe_set_local_fp32_param(parameter, own)
-            else:
-                safe_set_local_optimizer_state(parameter, own, key)
-        elif self.stage > 0 and key is None:
-            safe_set_full_fp32_param(parameter, value)
+            safe_set_local_fp32_param(parameter, padded.narrow(0, size * rank(), size))
         elif self.stage > 0:
-            safe_set_full_optimizer_state(parameter, value, str(key))
-        elif (own := self._read(parameter, key)) is not None:
-            own.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            parameter.data.copy_(value)
 
     @property
     def _base(self) -> torch.optim.Optimizer:
@@ -439,13 +417,6 @@ class Engine:
                 slices.append(slice(start, address.start + address.numel))
         return parts
 
-    def _link(self) -> None:
-        """Make ZeRO-1 and 2 look up the states' tensors anew. DeepSpeed does it once, after the first group's first
-        step, when the other groups have none yet."""
-        if self.stage in (1, 2):
-            self.device_engine.optimizer._hp_optimizer_states_linked = False
-            self.device_engine.optimizer._lazy_init_hp_params_optimizer_state()
-
 
 class Reference:
     """A moving average of the trained weights, and the frozen module that computes with it, if there is one.
@@ -467,11 +438,9 @@ class Reference:
     ) -> None:
         """decay: d; 1 stays at the weights of the start. warmup: d = min(decay, (1 + n) / (10 + n)) after n updates, so
         that early weights are forgotten quickly. module: of ``frozen_copy``. values: of a checkpoint, by name; without
-        them the average starts at the weights. Raises ValueError if the masters are on NVMe."""
+        them the average starts at the weights."""
         self.engine, self.decay, self.warmup, self.updates, self.module = engine, decay, warmup, updates, module
         self.averages = [master.detach().clone() for master in engine.masters()]
-        if not all(average.numel() for average in self.averages):
-            raise ValueError("moving averages do not support offload_optimizer to NVMe; use the device cpu")
         if values:
             with engine.exchanged(self.averages):
                 engine.write_trained(values)

@@ -25,15 +25,16 @@ import torch.distributed as dist
 from torch import nn
 
 import llm2clip_plugin.console as phases
-from llm2clip_plugin.contracts import canonical_json, sha256_file, sha256_text
+from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.files import LOCK
 from llm2clip_plugin.train.config import DDP_TIMEOUT, STRAGGLER_SECONDS
 from llm2clip_plugin.train.distributed import (
     barrier,
     broadcast_object,
+    choose_device,
     gather_objects,
+    join_ranks,
     on_first_rank,
-    process_group,
     rank,
     world_size,
 )
@@ -61,7 +62,7 @@ Facts = Mapping[str, str]  # what is compared -> this rank's value
 
 
 def watched(*, straggler_seconds: float, timeout: float) -> AbstractContextManager[None]:
-    """Watch the ranks inside the block; every rank must enter it. Nothing happens with one rank.
+    """Watch the ranks inside the block, which every rank must enter; nothing happens with one rank.
 
     straggler_seconds: a rank that makes no progress for so long is named; 0: never. timeout: after so many seconds
     without a sign of life of one rank, all end with exit status 1. An exception that leaves the block ends all ranks;
@@ -72,17 +73,25 @@ def watched(*, straggler_seconds: float, timeout: float) -> AbstractContextManag
 
 @contextmanager
 def watched_group() -> Iterator[tuple[int, int]]:
-    """(rank, world size) of the launcher's processes, which form a group and watch each other inside the block."""
-    with process_group() as ranks, watched(straggler_seconds=STRAGGLER_SECONDS, timeout=DDP_TIMEOUT):
-        yield ranks
+    """(rank, world size) of the launcher's processes, which form a group and watch each other inside the block; (0, 1)
+    of one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+        return
+    join_ranks(choose_device(), DDP_TIMEOUT)
+    try:
+        with watched(straggler_seconds=STRAGGLER_SECONDS, timeout=DDP_TIMEOUT):
+            yield rank(), world_size()
+    finally:
+        dist.destroy_process_group()
 
 
 class Watch(AbstractContextManager[None]):
     """Two threads of a rank, which end with it, while its main thread is inside of the block.
 
     Every rank sends a sign of life every few seconds through the process group's store. Rank 0 names ranks that send
-    none, rank 1 names rank 0; a rank that sends them, but makes no progress, names itself. One thread talks to the
-    store and may be blocked by it (rank 0 can host it, and be stopped), the other looks at what the first has read.
+    none, rank 1 names rank 0; a rank that makes no progress names itself. One thread talks to the store and may be
+    blocked by it (rank 0 can host it, and be stopped), the other looks at what the first has read.
 
     An error ends all ranks on NCCL, too, where the others wait in a kernel that no exception and no signal handler
     reaches: their watch reads it from the store and ends the process without asking its main thread.
@@ -100,7 +109,6 @@ class Watch(AbstractContextManager[None]):
         self.failure = ""  # of another rank, as it published it
         self._found = ""  # a failure that this rank has seen first, to be published
         self.deadline = math.inf  # when this process ends, whatever its main thread does
-        self._beats = 0
         self._late_told = (0, 0.0)  # number of a phase, seconds of lateness in it that were reported
         self._main = threading.get_ident()
         self._stopped = threading.Event()
@@ -144,17 +152,15 @@ class Watch(AbstractContextManager[None]):
         return ""
 
     def _end_within_grace(self) -> None:
-        """End this process soon, if it still runs."""
         self.deadline = min(self.deadline, time.monotonic() + GRACE)
 
     def _beat(self) -> dict[str, Any]:
         now = phases.current()
-        self._beats += 1
         frame = sys._current_frames().get(self._main)  # none while the interpreter ends; NCCL's kernels are not seen
         code = frame.f_code if frame else None
         waits = code and (code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN))
-        beat = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats, "phase": _doing()}
-        return {**beat, "number": now.number, "seconds": time.monotonic() - now.since, "waits": bool(waits)}
+        beat = {"host": socket.gethostname(), "pid": os.getpid(), "phase": _doing(), "waits": bool(waits)}
+        return {**beat, "number": now.number, "seconds": time.monotonic() - now.since}  # no two beats are equal
 
     def _beats_of(self, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
         found = self.store.multi_get([f"beat/{number}" for number in ranks]) if ranks else []
@@ -169,8 +175,7 @@ class Watch(AbstractContextManager[None]):
         if not self.failure and self.store.check(["failed"]):
             self.failure = self.store.get("failed").decode()
 
-    def _talk(self) -> None:
-        """Send signs of life and read those of others; may block for long."""
+    def _talk(self) -> None:  # may block for long
         while not self._stopped.wait(self.interval):
             try:
                 beat = self._beat()
@@ -223,16 +228,13 @@ class Watch(AbstractContextManager[None]):
         return f"rank {number} ({self.others[number]['host']}, pid {self.others[number]['pid']})"
 
     def _name_silent(self, now: float) -> None:
-        """Ranks whose process does not run."""
         limit = max(self.straggler_seconds, 3 * self.interval)
         for number, beat in self.others.items():
             silence, told = now - self._heard[number], self._told.get(number, 0.0)
             if silence > max(limit, 2 * told):
                 self._told[number] = silence
-                _say(
-                    f"late: {self._name(number)} has sent no sign of life for {silence:.0f} s, since phase "
-                    f"{beat['phase']}: its process is stopped, or its host is down or cut off"
-                )
+                phase = beat["phase"]
+                _say(f"late: {self._name(number)} has sent no sign of life for {silence:.0f} s, since phase {phase}")
             elif silence < limit:
                 self._told[number] = 0.0
 
@@ -265,26 +267,19 @@ def _say(text: str) -> None:
 
 
 def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
-    """Compare what all ranks must have in common before the first step; every rank must call this.
-
-    ``advice``: the first word of a fact -> what to do if it differs. Raises DisagreementError on every rank, with every
-    value and the hosts and ranks that have it.
-    """
-    digests = gather_objects(sha256_text(canonical_json(dict(facts))))
-    if len(set(digests)) == 1:
-        return
+    """Compare what all ranks must have in common before the first step; every rank must call this. Raises
+    DisagreementError on every rank. ``advice``: the first word of a fact -> what to do if it differs."""
     ranks = gather_objects((socket.gethostname(), dict(facts)))
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
     differing = [name for name in names if len({facts.get(name) for _, facts in ranks}) > 1]
+    if not differing:
+        return
     lines, advised = ["the ranks disagree before the first step:"], set()
     for name in differing[:LISTED]:
-        holders: dict[str, dict[str, list[int]]] = {}  # value -> host -> ranks
+        holders: dict[tuple[str, str], list[str]] = {}  # value and host -> ranks
         for number, (host, facts) in enumerate(ranks):
-            holders.setdefault(facts.get(name, "absent"), {}).setdefault(host, []).append(number)
-        groups = [
-            f"{value} on " + ", ".join(f"{host} (ranks {', '.join(map(str, own))})" for host, own in hosts.items())
-            for value, hosts in holders.items()
-        ]
+            holders.setdefault((facts.get(name, "absent"), host), []).append(str(number))
+        groups = [f"{value} on {host} (ranks {', '.join(own)})" for (value, host), own in holders.items()]
         lines.append(f"  {name}: {'; '.join(groups)}")
         advised.add(advice.get(name.split()[0], ""))
     if len(differing) > LISTED:
@@ -327,11 +322,10 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder, which is created (and removed if it stays empty), inside the block; every rank
-    must enter it.
+    must enter it. Raises OSError on every rank if another process trains in the folder, or it cannot be written.
 
     The lock is the kernel's (fcntl): it ends with rank 0, loader workers do not inherit it, NFS and Lustre pass it on
-    to other hosts. ``run.lock`` says who holds it. Raises OSError on every rank if another process trains in the
-    folder, or if it cannot be written.
+    to other hosts. ``run.lock`` says who holds it.
     """
     held: list[tuple[bool, int]] = []
     on_first_rank(lambda: held.append((folder.exists(), acquire(folder))))
@@ -347,10 +341,9 @@ def locked(folder: Path) -> Iterator[None]:
                     folder.rmdir()
 
 
-def acquire(folder: Path, *, patience: float = LEASE) -> int:
-    """Take and sign the lock; returns its open descriptor. Raises OSError. patience: seconds to wait for another host's
-    lock."""
-    path, deadline, reported = folder / LOCK, time.monotonic() + patience, False
+def acquire(folder: Path) -> int:
+    """Take and sign the lock, after waiting for another host's; returns its open descriptor. Raises OSError."""
+    path, deadline, reported = folder / LOCK, time.monotonic() + LEASE, False
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)  # each time: a refused run removes the folder that it made
@@ -382,21 +375,16 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
                 f"end, stop it, or choose another --output. If that host is down, delete {path}"
             )
         if holder and not reported:
-            print(f"{folder} is locked from {holder['host']}; waiting up to {patience:.0f} s", file=sys.stderr)
+            print(f"{folder} is locked from {holder['host']}; waiting up to {LEASE:.0f} s", file=sys.stderr)
             reported = True
         time.sleep(0.2)
 
 
 def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
-    """Raise ValueError naming the first tensor of a module with a NaN or an infinity; ``where``: what it was read from.
-
-    One pass over the weights, .6 s of a CPU for a billion.
-    """
+    """Raise ValueError naming the first tensor of a module with a NaN or an infinity; ``where``: what it was read
+    from."""
     for name, value in module.state_dict().items():
         # NaN in both ends if there is one; isfinite of all takes 17 times as long
         if value.is_floating_point() and value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
             bad = int((~torch.isfinite(value)).sum())
-            raise ValueError(
-                f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; restore the file, or "
-                "start from another one"
-            )
+            raise ValueError(f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; restore it")

@@ -33,7 +33,7 @@ from llm2clip_plugin.contracts import atomic_file, canonical_json
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import PairDataset, eval_pairs
+from llm2clip_plugin.data.pairs import EvalPairs, PairDataset
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_shares
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig
@@ -123,8 +123,8 @@ def fit_heads(
 
 
 def load_clip_heads(model: DualEncoder, source: str) -> None:
-    """Load the projection and logit scale of an imported CLIP, which has no text adapter, into ``model``, in place;
-    ValueError for a directory that has other settings than ``model``, or a text adapter."""
+    """Load the projection and logit scale of an imported CLIP into ``model``; ValueError for a directory that has other
+    settings than ``model``, or a text adapter."""
     default = DualConfig()
     config = dataclasses.replace(model.config, **{name: getattr(default, name) for name in TEXT_SIDE})
     own = DualEncoder(model.tower, config)
@@ -164,7 +164,7 @@ def frozen_features(
         if stop:
             break
         source, cache = sources[blocks[number][0]], caches[blocks[number][0]]
-        pairs = eval_pairs(
+        pairs = EvalPairs(
             source,
             cache,
             images,
@@ -181,12 +181,11 @@ def frozen_features(
     parts = gather_to_first((encoded, broken))
     if rank() > 0:
         return None
-    if left_out := [sample for _, samples in parts for sample in samples]:
-        total = sum(len(indices) for _, indices in blocks)
-        counted = f"{len(left_out)} of {total} samples are broken, the first: {left_out[0]}"
-        if len(left_out) == total:
-            raise ValueError(f"{counted}; run `llm2clip data check DATA` to list them")
-        log.warning("fitting the heads without some samples: %s", counted)
+    left_out = [sample for _, samples in parts for sample in samples]
+    if len(left_out) == sum(len(indices) for _, indices in blocks):
+        raise ValueError(f"all samples are broken, the first: {left_out[0]}; run `llm2clip data check DATA`")
+    if left_out:
+        log.warning("fitting the heads without %d broken samples, the first: %s", len(left_out), left_out[0])
     merged = {number: items for part, _ in parts for number, items in part.items()}
     columns = zip(*(item for number in sorted(merged) for item in merged[number]), strict=True)
     pooled, embedding, ids, counts, shares = (torch.cat(column) for column in columns)

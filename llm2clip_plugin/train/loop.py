@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.console import phase
 from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, sum_over_ranks, timed, world_size
@@ -82,8 +81,7 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
             state = replace(state, metrics=state.before, evaluated=0)
     if stop or state.step >= parts.total_steps:  # no step to make: requested before the first, or resumed at the end
         if not on_first_rank(lambda: parts.checkpoints.path(state.step).is_dir()):  # resumed from another folder
-            with phase("gathering the checkpoint"):
-                saver.save(state, last=True)
+            saver.save(state, last=True)
         if stop:
             return state, True
     if state.evaluated < state.step:  # killed between a checkpoint and its evaluation, perhaps
@@ -96,9 +94,7 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
         reports.step(state, seconds, values, always=last)
         save_due = save_due or due or _due(parts.train.save_steps, state.step)
         if last or (save_due and not busy):  # a save that comes while one is written waits for it
-            with phase("gathering the checkpoint"):
-                saver.save(state, last=last)
-            reports.values["save_seconds"] = saver.waited
+            saver.save(state, last=last)
             saved_at, save_due = time.monotonic(), False
         if stop:
             return state, True
@@ -121,8 +117,7 @@ def _evaluate_if_due(parts: LoopParts, state: TrainState, reports: Reports, save
 
 
 def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[TrainState, float, dict[str, float]]:
-    """Wait for a batch and make its step: learning rate, update, moving averages; also the seconds of both, and values
-    to report.
+    """A step with its learning rate, from waiting for its batch to the moving averages; its seconds, values to report.
 
     A batch with a non-finite loss or gradient is left out and listed in the state: a step like any other, whose update
     is missing. One more than train.skip_bad_batches raises NonFiniteLossError.

@@ -9,7 +9,6 @@ flat fp32 buffer that holds many parameters, whose boundaries have nothing to do
 """
 
 import copy
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,18 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from llm2clip_plugin.options import closest, unknown
-from llm2clip_plugin.train.config import OptimConfig, Precision, ReductionType, from_named_args
+from llm2clip_plugin.files import read_json_value
+from llm2clip_plugin.options import unknown
+from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, from_named_args
 
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
 REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}  # ZeRO's: gradients are sent during backward
 FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
-SECTIONS = (
-    *("zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "data_types", "aio", "flops_profiler"),
-    *("tensorboard", "wandb", "csv_monitor", "comet", "activation_checkpointing", "comms_logger"),
-)
-SIMILAR = 0.85  # of a misspelling
+SECTIONS = ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "scheduler")  # that are read here
 State = dict[str, Any]  # optimizer.state[master]
 Rates = tuple[float, float]  # peak learning rate and weight decay
 Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weight_decay``
@@ -39,10 +35,8 @@ Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weigh
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """``--optimizer adamw``: Loshchilov & Hutter 2019, arXiv 1711.05101, with fp32 moments; torch's own, fused on GPUs.
-
-    A checkpoint holds one tensor for each parameter and moment, ``NAME.exp_avg``, independent of ranks and stage.
-    """
+    """``--optimizer adamw``: Loshchilov & Hutter 2019, arXiv 1711.05101; torch's own, fused on GPUs. A checkpoint holds
+    one tensor for each parameter and moment, ``NAME.exp_avg``, independent of ranks and stage."""
 
     name: ClassVar[str] = "adamw"
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")  # keys of a state that checkpoints hold
@@ -192,27 +186,8 @@ def set_lr(groups: Groups, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-# DeepSpeed's JSON: "auto" values are filled in, conflicts with the run's settings reported. Settings of ZeRO, offload,
-# buckets, loss scaling, profilers and monitors are passed on unchanged. What the run sets (batch, precision, clipping,
-# optimizer, schedule) may be absent, "auto", or equal.
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnginePlan:
-    """The run's settings, in DeepSpeed's terms."""
-
-    global_batch: int  # pairs per optimizer step, over all ranks
-    micro_batch: int  # pairs per forward pass on one rank
-    accumulation: int  # micro-batches per optimizer step on one rank
-    precision: Precision
-    optim: OptimConfig
-    warmup_steps: int
-    total_steps: int
-    hidden_size: int  # of the tower: sets the sizes of ZeRO-3's "auto" buckets
-    communication_data_type: ReductionType = ""  # in which gradients are reduced over ranks; "": see complete
-    report_to: tuple[str, ...] = ()  # tensorboard | wandb | csv
-    output_dir: str = ""
-    run_name: str = ""
+# DeepSpeed's JSON: "auto" values are filled in, and what the run sets (batch, precision, clipping, optimizer, schedule)
+# may be absent, "auto", or equal; all else is passed on unchanged.
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
@@ -221,38 +196,47 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
         return {"zero_optimization": {"stage": 0}}
     if not Path(path).is_file():
         raise FileNotFoundError(f"no DeepSpeed configuration at {path}")
-    try:
-        body = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise ValueError(f"{path} contains a {type(body).__name__}, expected a JSON object of DeepSpeed settings")
-    return body
+    if isinstance(body := read_json_value(path), dict):
+        return body
+    raise ValueError(f"{path} contains a {type(body).__name__}, expected a JSON object of DeepSpeed settings")
 
 
-def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSpeed configuration") -> dict[str, Any]:
-    """The configuration for ``deepspeed.initialize``; ValueError lists every conflict with the run.
+def complete(
+    user: dict[str, Any],
+    train: TrainConfig,
+    optim: OptimConfig,
+    *,
+    world: int,
+    total_steps: int,
+    hidden_size: int,
+    output_dir: str = "",
+    where: str = "the DeepSpeed configuration",
+) -> dict[str, Any]:
+    """The configuration for ``deepspeed.initialize``; ValueError lists every conflict with the run, or says that
+    ``world`` ranks cannot share its batch. hidden_size: of the tower, sets the sizes of ZeRO-3's "auto" buckets.
 
     ``optimizer`` and ``scheduler`` sections are checked and removed: the engine builds the optimizer (for layer-wise
     groups), and the loop sets the learning rate. Half-precision gradients of 16 ranks or more are reduced in fp32 if
     neither the file nor the run sets a type.
     """
     config = copy.deepcopy(user)
-    _check_names(config, where)
-    if conflicts := _set_run_values(config, plan) + _remove_schedule(config, plan):
+    for name in SECTIONS:
+        if not isinstance(config.get(name, {}), dict):
+            raise ValueError(f'{where}: {name} is {config[name]!r}, expected an object such as {{"enabled": true}}')
+    if (stage := config.get("zero_optimization", {}).get("stage", 0)) not in (0, 1, 2, 3):
+        raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; known: 0, 1, 2, 3")
+    conflicts = _set_run_values(config, train, optim, world) + _remove_schedule(config, optim, total_steps)
+    if conflicts:
         raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
-    ranks = plan.global_batch // (plan.micro_batch * plan.accumulation)
     reduced = config.get("communication_data_type", "auto")
-    if plan.precision != "fp32" and ranks >= FP32_REDUCTION_RANKS and reduced == "auto":
+    if train.precision != "fp32" and world >= FP32_REDUCTION_RANKS and reduced == "auto":
         config["communication_data_type"] = "fp32"
-    _fill_zero(config, plan)
-    if type(chosen_optimizer(plan.optim)) is not AdamW:
+    _fill_zero(config, train.precision, hidden_size)
+    if type(chosen_optimizer(optim)) is not AdamW:
         if offloads_optimizer(config):
             raise ValueError(f"{where} offloads optimizer states: set --optimizer adamw, or remove offload_optimizer")
         config.setdefault("zero_allow_untested_optimizer", True)
-    _add_monitors(config, plan)
-    if unresolved := sorted(_paths_with_auto(config)):
-        raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
+    _add_monitors(config, train.report_to, Path(output_dir))
     config.setdefault("steps_per_print", 1 << 31)  # the run has its own progress bar
     return config
 
@@ -268,32 +252,20 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return device not in ("none", None)
 
 
-def _check_names(config: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a misspelled ``zero_optimization``, which DeepSpeed would ignore, a section that is no
-    object, or a ZeRO stage that does not exist."""
-    for name, value in config.items():
-        if name not in SECTIONS and (near := closest(name, SECTIONS, SIMILAR)):
-            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near!r}?")
-        if name in SECTIONS and not isinstance(value, dict):
-            raise ValueError(f'{where}: {name} is {value!r}, expected an object such as {{"enabled": true}}')
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; known: 0, 1, 2, 3")
-
-
-def _set_run_values(config: dict[str, Any], plan: EnginePlan) -> list[str]:
-    """Set what the run decides; returns what the user has set to another value."""
+def _set_run_values(config: dict[str, Any], train: TrainConfig, optim: OptimConfig, world: int) -> list[str]:
+    """Set what the run decides; returns the conflicts."""
+    _, micro_batch, accumulation = train.rows(world)
     rows: list[tuple[str, Any, str]] = [
-        ("train_batch_size", plan.global_batch, "--global-batch"),
-        ("train_micro_batch_size_per_gpu", plan.micro_batch, "--micro-batch"),
-        ("gradient_accumulation_steps", plan.accumulation, "--micro-batch"),
-        ("gradient_clipping", plan.optim.max_grad_norm, "--max-grad-norm"),
+        ("train_batch_size", train.global_batch, "--global-batch"),
+        ("train_micro_batch_size_per_gpu", micro_batch, "--micro-batch"),
+        ("gradient_accumulation_steps", accumulation, "--micro-batch"),
+        ("gradient_clipping", optim.max_grad_norm, "--max-grad-norm"),
     ]
-    if plan.communication_data_type:
-        rows.append(("communication_data_type", plan.communication_data_type, "--communication-data-type"))
+    if train.communication_data_type:
+        rows.append(("communication_data_type", train.communication_data_type, "--communication-data-type"))
     for kind in ("bf16", "fp16"):
-        if kind in config or plan.precision == kind:
-            rows.append((f"{kind}.enabled", plan.precision == kind, "--precision"))
+        if kind in config or train.precision == kind:
+            rows.append((f"{kind}.enabled", train.precision == kind, "--precision"))
     conflicts = []
     for path, value, option in rows:
         section, _, name = path.rpartition(".")
@@ -305,14 +277,14 @@ def _set_run_values(config: dict[str, Any], plan: EnginePlan) -> list[str]:
     return conflicts
 
 
-def _remove_schedule(config: dict[str, Any], plan: EnginePlan) -> list[str]:
-    """Remove the optimizer's and the scheduler's sections; returns what they set to another value than the run."""
-    own = {name: getattr(plan.optim, name) for name in ("lr", "eps", "weight_decay")}
-    own |= {"betas": list(plan.optim.betas), "warmup_max_lr": plan.optim.lr, "warmup_min_lr": 0}
-    own |= {"warmup_num_steps": plan.warmup_steps, "total_num_steps": plan.total_steps}
+def _remove_schedule(config: dict[str, Any], optim: OptimConfig, total_steps: int) -> list[str]:
+    """Remove the optimizer's and the scheduler's sections; returns the conflicts."""
+    own = {name: getattr(optim, name) for name in ("lr", "eps", "weight_decay")}
+    own |= {"betas": list(optim.betas), "warmup_max_lr": optim.lr, "warmup_min_lr": 0}
+    own |= {"warmup_num_steps": optim.warmup(total_steps), "total_num_steps": total_steps}
     conflicts = []
     if (kind := config.get("optimizer", {}).get("type", "AdamW")) not in ("Adam", "AdamW"):
-        conflicts.append(f"optimizer.type is {kind!r}, but the run uses {plan.optim.name!r} (--optimizer)")
+        conflicts.append(f"optimizer.type is {kind!r}, but the run uses {optim.name!r} (--optimizer)")
     for section in ("optimizer", "scheduler"):
         for name, given in config.pop(section, {}).get("params", {}).items():
             if name in own and given not in ("auto", own[name]):
@@ -320,20 +292,20 @@ def _remove_schedule(config: dict[str, Any], plan: EnginePlan) -> list[str]:
     return conflicts
 
 
-def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
+def _fill_zero(config: dict[str, Any], precision: Precision, hidden_size: int) -> None:
     """Fill ZeRO's "auto" sizes as Hugging Face's integration does, and set what an external optimizer needs."""
     zero = config.setdefault("zero_optimization", {"stage": 0})
-    square = plan.hidden_size**2
+    square = hidden_size**2
     for name, value in (
         ("reduce_bucket_size", square),
         ("allgather_bucket_size", square),
         ("stage3_prefetch_bucket_size", int(0.9 * square)),
-        ("stage3_param_persistence_threshold", 10 * plan.hidden_size),
+        ("stage3_param_persistence_threshold", 10 * hidden_size),
         ("stage3_gather_16bit_weights_on_model_save", False),
     ):
         if zero.get(name) == "auto":
             zero[name] = value
-    if plan.precision != "fp32" and zero.get("stage", 0) == 0:
+    if precision != "fp32" and zero.get("stage", 0) == 0:
         # same results in less memory; DeepSpeed's fp16 optimizer of stage 0 divides gradients by a loss scale that
         # was never applied, and starts AdamW with a step of zero gradients
         zero["stage"] = 1
@@ -341,26 +313,17 @@ def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
         config["zero_optimization"] = {**REDUCTION, **zero}
     if offloads_optimizer(config):
         config.setdefault("zero_force_ds_cpu_optimizer", False)
-    if plan.precision == "bf16" and plan.accumulation > 1 and zero.get("stage", 0) >= 1:
+    if precision == "bf16" and config["gradient_accumulation_steps"] > 1 and zero.get("stage", 0) >= 1:
         # in bf16, a micro-batch's gradient below 1/256 of the sum so far is rounded away
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
-def _add_monitors(config: dict[str, Any], plan: EnginePlan) -> None:
+def _add_monitors(config: dict[str, Any], report_to: Iterable[str], run: Path) -> None:
     """Add a section for each requested monitor that the file lacks."""
-    for monitor in plan.report_to:
+    for monitor in report_to:
         section: dict[str, Any] = {"enabled": True}
         if monitor == "wandb":
-            section |= {"project": "llm2clip"} | ({"group": plan.run_name} if plan.run_name else {})
+            section |= {"project": "llm2clip"} | ({"group": run.name} if run.name else {})
         else:
-            section |= {"output_path": str(Path(plan.output_dir) / "monitor"), "job_name": plan.run_name or monitor}
+            section |= {"output_path": str(run / "monitor"), "job_name": run.name or monitor}
         config.setdefault(MONITORS[monitor], section)
-
-
-def _paths_with_auto(value: Any, path: str = "") -> list[str]:
-    """Dotted paths of the remaining "auto" values."""
-    if value == "auto":
-        return [path]
-    if isinstance(value, dict):
-        return [hit for name, item in value.items() for hit in _paths_with_auto(item, f"{path}.{name}".lstrip("."))]
-    return []

@@ -6,7 +6,6 @@ import resource
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,8 @@ from llm2clip_plugin.train.engine import Engine
 
 PROFILE = "profile"  # folder of a run for traces
 COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
-WARM_UP = 5  # steps before the traced ones, if the run has as many
+WARM_UP = 5  # steps before the traced ones; in the last of them the profiler warms up
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
-
-# Values of a step that are labeled time/ for DeepSpeed's monitors; the others are train/, scores are eval/.
-TIME_VALUES = {"samples_per_second", "wait_share", "peak_gib", "slowest_rank"}
-TIME_PARTS = ("_seconds", "loader_")
 
 
 class Reports:
@@ -64,8 +59,14 @@ class Reports:
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
         self._profile: Any = None
-        if train.profile_steps and total_steps > state.step and (train.profile_all_ranks or rank() == 0):
-            self._start_profile(train.profile_steps, total_steps - state.step)
+        if train.profile_steps and (train.profile_all_ranks or rank() == 0):
+            name = f"{socket.gethostname()}-rank{rank()}"  # NAME.TIME.pt.trace.json
+            steps = train.profile_steps
+            self._profile = torch.profiler.profile(
+                schedule=torch.profiler.schedule(skip_first=WARM_UP - 1, wait=0, warmup=1, active=steps, repeat=1),
+                on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run_folder / PROFILE), name),
+            )
+            self._profile.start()
 
     def _open(self, state: TrainState) -> None:
         """Open metrics.jsonl, without the lines of steps that a killed run made after its last checkpoint."""
@@ -80,12 +81,11 @@ class Reports:
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "Reports":
-        self.timer.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.timer.__exit__(*error)
-        self._end_profile()
+        if self._profile is not None:
+            self._profile.stop()
         if self._file is not None:
             self._attempt(self._file.close)
         self._bar.close()
@@ -103,8 +103,6 @@ class Reports:
         self._bar.update()
         if self._profile is not None:
             self._profile.step()
-            if state.step == self._traced:
-                self._end_profile()
 
     def left_out(self, state: TrainState, allowed: int) -> None:
         """The last batch had no update; ``allowed``: as many as the run may leave out."""
@@ -119,12 +117,9 @@ class Reports:
         self._line(state, scores, phase="eval")
 
     def heads(self, curve: Iterable[dict[str, float]]) -> None:
-        """The fit of the heads before step 1, on lines of its own; its ``samples`` are the monitors' x."""
+        """The fit of the heads before step 1, on lines of its own."""
         for line in curve:
             self.event({"step": 0, "samples": 0, "event": HEADS, **{f"heads_{name}": x for name, x in line.items()}})
-            if self._file is not None:
-                numbers = {label(name, "heads"): x for name, x in line.items() if name not in ("step", "samples")}
-                self._attempt(self.engine.report, numbers, int(line["samples"]), of_run=False)
 
     def ended(self, reason: str, *, failed: bool) -> None:
         """The run ends before its last step, by an error or on request."""
@@ -168,19 +163,19 @@ class Reports:
     def _line(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
         self.event({"step": state.step, "samples": state.samples, **values})
         if self._file is not None:
-            numbers = {label(name, phase): value for name, value in values.items() if not isinstance(value, str)}
+            numbers = {f"{phase}/{name}": value for name, value in values.items() if not isinstance(value, str)}
             self._attempt(self.engine.report, numbers, state.samples)
 
-    def _attempt(self, write: Callable[..., object], *values: Any, **options: Any) -> None:
+    def _attempt(self, write: Callable[..., object], *values: Any) -> None:
         try:
-            write(*values, **options)
+            write(*values)
         except OSError as error:  # metrics.jsonl keeps its lines in memory until the disk has space again
             if not self._failed:
                 self.note(f"warning: cannot log to {self.run_folder}: {error}; training continues")
             self._failed = True
 
     def _description(self) -> str:
-        """``loss 3.21  72 samples/s  R@1 image->text 0.12, text->image 0.14  1.9 GiB memory  save 0.4 s``."""
+        """``loss 3.21  72 samples/s  R@1 image->text 0.12, text->image 0.14  1.9 GiB memory``."""
         values = self.values
         parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
         parts.append(f"{self._samples_per_second:.3g} samples/s")
@@ -190,45 +185,9 @@ class Reports:
             parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
         if "peak_gib" in values:
             parts.append(f"{values['peak_gib']:.2f} GiB memory")
-        if "save_seconds" in values:
-            parts.append(f"save {values['save_seconds']:.1f} s")
         if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
             parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
         return "  ".join(parts)
-
-    def _start_profile(self, steps: int, remaining: int) -> None:
-        """Trace so many of the ``remaining`` steps of this rank, after a warm-up."""
-        steps = min(steps, remaining)
-        skipped = min(WARM_UP, remaining - steps)
-        self._traced = self._step + skipped + steps  # the last step of the trace
-        warm = min(skipped, 1)  # in which the profiler itself warms up
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a run that has no step for that
-            schedule = torch.profiler.schedule(skip_first=skipped - warm, wait=0, warmup=warm, active=steps, repeat=1)
-            self._profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write_profile)
-            self._profile.start()
-
-    def _end_profile(self) -> None:
-        """Stop; what was traced of a run that ends early is written."""
-        if self._profile is not None:
-            self._profile.stop()
-            self._profile = None
-
-    def _write_profile(self, profile: Any) -> None:
-        """``HOST-rankN.TIME.pt.trace.json``, for chrome://tracing, ui.perfetto.dev and TensorBoard's profiler."""
-        folder = self.run_folder / PROFILE
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.profiler.tensorboard_trace_handler(str(folder), f"{socket.gethostname()}-rank{rank()}")(profile)
-            self.note(f"profile: trace in {folder} (chrome://tracing, TensorBoard)")
-        except (OSError, RuntimeError) as error:
-            self.note(f"warning: cannot write the profile to {folder}: {error}; training continues")
-
-
-def label(name: str, phase: str) -> str:
-    """What monitors call a value of ``phase`` (train, eval, heads): train/loss, time/data_seconds, eval/i2t_r1."""
-    is_time = phase == "train" and (name in TIME_VALUES or any(part in name for part in TIME_PARTS))
-    return f"{'time' if is_time else phase}/{name}"
 
 
 def _step_of(line: str) -> float:

@@ -55,9 +55,7 @@ def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = No
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; FileNotFoundError or ContractError names the file."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path.name} in {path.parent}; create a tower directory with `llm2clip import CHECKPOINT --output DIR`"
-        )
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; `llm2clip import` makes a tower directory")
     body = read_json_value(path)
     if not isinstance(body, dict):
         raise ContractError(f"{path} contains a {type(body).__name__}, expected a JSON object")
@@ -235,14 +233,6 @@ def weight_files(directory: Path) -> list[Path]:
     if len(files) > 1:
         raise ContractError(f"{directory} has several checkpoints; choose one of {', '.join(p.name for p in files)}")
     return files
-
-
-def check_pickles(directory: Path) -> None:
-    """Raise ContractError if a model's weights are only in a pickle that runs code, or is not safe to read."""
-    if any(directory.glob("model*.safetensors")):
-        return
-    for path in sorted(directory.glob("pytorch_model*.bin")):
-        read_tensors(path)
 
 
 def _read_pickle(path: Path) -> Any:

@@ -122,17 +122,13 @@ class DualEncoder(nn.Module):
             if (chosen := getattr(config, name)) not in known:
                 raise ValueError(unknown(name, chosen, known))
         if config.pool in ("cls", "cls_mean") and not self.family.has_cls:
-            raise ValueError(
-                f"pool {config.pool!r} requires a class token, but this tower has none; use pooled or mean"
-            )
+            raise ValueError(f"pool {config.pool!r} requires a class token; this tower has none; use pooled or mean")
         self.tower = tower
         # as the card records it: the scale as a number, and no initial deviation
         self.config = dataclasses.replace(config, logit_scale_init=log_scale, projection_init_std=None)
         width = tower.config.hidden_size * (2 if config.pool == "cls_mean" else 1)
         if config.projection == "none" and width != config.projection_dim:
-            raise ValueError(
-                f"projection 'none' requires projection_dim {width} (the pooled feature), got {config.projection_dim}"
-            )
+            raise ValueError(f"projection 'none' requires projection_dim {width}, got {config.projection_dim}")
         self.visual_norm = nn.LayerNorm(width) if config.projection_norm else nn.Identity()
         self.visual_projection = nn.Identity()
         if config.projection == "linear":
@@ -276,9 +272,7 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
         initial["logit_bias_init"] = dual.config.logit_bias_init
     ours, theirs = dataclasses.asdict(dual.config), dataclasses.asdict(theirs) | initial
     if different := [f"{name} {theirs[name]!r} (not {ours[name]!r})" for name in ours if ours[name] != theirs[name]]:
-        raise ValueError(
-            f"cannot load the heads in {directory}, saved with {', '.join(different)}; set dual.* to these values"
-        )
+        raise ValueError(f"the heads in {directory} were saved with {', '.join(different)}; set dual.* to these values")
     check_hash(directory, ADAPTER_FILE)
     state, expected = load_tensors(directory / ADAPTER_FILE), heads_state(dual)
     shapes, own = ({name: tuple(value.shape) for name, value in one.items()} for one in (state, expected))

@@ -239,11 +239,10 @@ class Eva02Block(nn.Module):
 
     def forward(self, x_BTH: Tensor, rope: Rope | None) -> Tensor:
         scale1, scale2 = self.scale1, self.scale2
-        attended = (
-            self.norm1(self.attention(x_BTH, rope)) if self.post_norm else self.attention(self.norm1(x_BTH), rope)
-        )
+        post = self.post_norm
+        attended = self.norm1(self.attention(x_BTH, rope)) if post else self.attention(self.norm1(x_BTH), rope)
         x_BTH = x_BTH + (attended if scale1 is None else scale1 * attended)
-        mixed = self.norm2(self.mlp(x_BTH)) if self.post_norm else self.mlp(self.norm2(x_BTH))
+        mixed = self.norm2(self.mlp(x_BTH)) if post else self.mlp(self.norm2(x_BTH))
         return x_BTH + (mixed if scale2 is None else scale2 * mixed)
 
 

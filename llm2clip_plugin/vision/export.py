@@ -237,9 +237,7 @@ def compare_features(expected: dict[str, Tensor], actual: dict[str, Tensor], *, 
         scale = max(value.float().abs().max().item(), 1e-6)
         difference = (value.float() - actual[name].float()).abs().max().item() / scale
         if not difference <= tolerance:  # NaN fails too
-            raise ContractError(
-                f"{where}: {name} differs by {difference:.2e} of its largest value, more than the tolerance {tolerance}"
-            )
+            raise ContractError(f"{where}: {name} differs by {difference:.2e} of its largest value, above {tolerance}")
 
 
 def verify_directory(model: nn.Module, directory: Path) -> None:
@@ -256,13 +254,12 @@ def verify_directory(model: nn.Module, directory: Path) -> None:
 # The README.md of a tower directory, and its upload to the Hub.
 
 BEFORE = "before"  # of a card's training: scores before step 1
-LICENSE = (
-    "## License",
-    "",
-    "Not stated. The tower inherits terms from the weights that it started from, from its teacher LLM and from its "
-    "training data. Complete this section and `license` above before you publish it.",
-    "",
-)
+LICENSE = """\
+## License
+
+Not stated. The tower inherits terms from the weights that it started from, from its teacher LLM and from its training \
+data. Complete this section and `license` above before you publish it.
+"""
 PAGE = """\
 ---
 library_name: transformers
@@ -323,7 +320,7 @@ def model_card(card: TowerCard) -> str:
         facts=markdown_table(("", ""), [(name, text) for name, text in facts.items() if text]),
         training=f"## Training\n\n{markdown_table(('', ''), training)}\n" if training else "",
         metrics=f"## Metrics\n\n{frozen}{markdown_table(('metric', 'before', 'after'), scores)}\n" if scores else "",
-        license="\n".join(LICENSE),
+        license=LICENSE,
         limits=f"This tower {reason}.\n\n" if (reason := beyond_llava(card)) else "",
         dual=texts + DUAL if card.projection_dim else "",
     )

@@ -26,10 +26,10 @@ from llm2clip_plugin.vision.directory import (
     INHERITED,
     WEIGHTS_FILE,
     check_hash,
-    check_pickles,
     fetch_directory,
     own_preprocessor,
     read_tensor,
+    read_tensors,
     weight_files,
 )
 from llm2clip_plugin.vision.eva02 import check_pixels
@@ -58,7 +58,7 @@ def load_tower(
         tower = timm_tower(str(source).removeprefix(TIMM_PREFIX)).to(dtype)
     else:
         tower = _load_directory(fetch_directory(source, revision=revision), dtype)
-    _reject_other_sizes(tower)
+    tower.register_forward_pre_hook(_check_images, with_kwargs=True)
     if image_size is not None and image_size != tower.config.image_size:
         tower = resize_tower(tower, image_size)
     return tower
@@ -79,7 +79,9 @@ def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
 def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     """The tower in a directory, with every tensor of its file used and none missing."""
     family, _ = read_config(directory)
-    check_pickles(directory)
+    if not any(directory.glob("model*.safetensors")):
+        for path in sorted(directory.glob("pytorch_model*.bin")):
+            read_tensors(path)  # refuses a pickle that runs code, or is not safe to read
     check_hash(directory, WEIGHTS_FILE)
     read = functools.partial(
         family.vision_class().from_pretrained, directory, torch_dtype=dtype, output_loading_info=True
@@ -126,7 +128,7 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
     except RuntimeError as error:
         message = f"{config.model_type} cannot be resized by interpolating its position table alone: {error}"
         raise ValueError(message) from error
-    _reject_other_sizes(resized)
+    resized.register_forward_pre_hook(_check_images, with_kwargs=True)
     resized.own_preprocessor = getattr(tower, "own_preprocessor", {})
     return resized.train(tower.training)
 
@@ -150,13 +152,8 @@ def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid:
     return resized.reshape(*table.shape[:-2], *resized.shape)
 
 
-def _reject_other_sizes(tower: Tower) -> None:
-    """Make the forward pass raise for images of any other size: DINOv2 would interpolate its positions silently, and
-    differently in each version of transformers."""
-    tower.register_forward_pre_hook(_check_images, with_kwargs=True)
-
-
 def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """DINOv2 would interpolate its positions silently, and differently in each version of transformers."""
     check_pixels(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0], tower.config.image_size)
 
 
@@ -313,9 +310,7 @@ def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu"
         family, shape = shapes[source]
         config = family.vision_class().config_class(**shape)
     else:
-        raise ValueError(
-            f"{source!r} is neither a tower directory nor a known architecture; known: {', '.join(shapes)}, timm:NAME"
-        )
+        raise ValueError(f"{source!r} is no tower directory or architecture; known: {', '.join(shapes)}, timm:NAME")
     if image_size:
         check_size(config, image_size)
         config.image_size = image_size
@@ -389,9 +384,7 @@ def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitC
         raise ValueError(f"timm:{name} is not a plain vision transformer with patch_embed, blocks, num_prefix_tokens")
     (height, width), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
     if height != width or rows != columns:
-        raise ValueError(
-            f"timm:{name} has patches of {height} x {width} and a grid of {rows} x {columns}; both must be square"
-        )
+        raise ValueError(f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be square")
     table = model.pos_embed.shape[1] - rows * columns if isinstance(model.pos_embed, nn.Parameter) else 0
     return TimmVitConfig(
         timm_name=name,

@@ -27,9 +27,17 @@ def remove_tokens(output: Any, start: int, stop: int) -> Any:
     return output
 
 
-def all_states(tower: Any, chosen: Any) -> bool:
-    """Whether states are asked for; transformers 5 may give the number of one, which is answered with all."""
-    return bool(tower.config.output_hidden_states if chosen is None else chosen)
+class Changed:
+    """A tower whose outputs are changed, by its ``change``."""
+
+    def forward(
+        self: Any, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None, **_: Any
+    ) -> Any:
+        """See the base. transformers 5 may ask for one state by its number, which is answered with all."""
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = super().forward(pixel_values.to(self.dtype), output_hidden_states=bool(asked))  # type: ignore[misc]
+        output = self.change(states)
+        return output if return_dict is not False else output.to_tuple()
 
 
 class EvalWhileFrozen:
@@ -62,7 +70,7 @@ class OpenVisionConfig(CLIPVisionConfig):
     model_type = "llm2clip_openvision"
 
 
-class OpenVisionModel(CLIPVisionModel):
+class OpenVisionModel(Changed, CLIPVisionModel):
     """CLIP's tower without the norm before the blocks; the mean of the patches, normed, is pooled."""
 
     config_class = OpenVisionConfig
@@ -75,13 +83,9 @@ class OpenVisionModel(CLIPVisionModel):
     def _core(self) -> Any:
         return getattr(self, "vision_model", self)  # in transformers 4
 
-    def forward(
-        self, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None, **_: Any
-    ) -> Any:
-        """See CLIPVisionModel."""
-        output: Any = super().forward(pixel_values, output_hidden_states=all_states(self, output_hidden_states))
+    def change(self, output: Any) -> Any:
         output.pooler_output = self._core.post_layernorm(output.last_hidden_state[:, 1:].mean(dim=1))
-        return output if return_dict is not False else output.to_tuple()
+        return output
 
 
 register(OpenVisionConfig, OpenVisionModel, "CLIPVisionModel")
@@ -115,18 +119,13 @@ if hasattr(transformers, "DINOv3ViTModel"):
 
         model_type = "llm2clip_dinov3"
 
-    class Dinov3Tower(EvalWhileFrozen, transformers.DINOv3ViTModel):
+    class Dinov3Tower(EvalWhileFrozen, Changed, transformers.DINOv3ViTModel):
         """DINOv3 without the registers between class token and patches."""
 
         config_class = Dinov3TowerConfig
 
-        def forward(
-            self, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None, **_: Any
-        ) -> Any:
-            """See DINOv3ViTModel."""
-            output = super().forward(pixel_values, output_hidden_states=all_states(self, output_hidden_states))
-            output = remove_tokens(output, 1, 1 + self.config.num_register_tokens)
-            return output if return_dict is not False else output.to_tuple()
+        def change(self, output: Any) -> Any:
+            return remove_tokens(output, 1, 1 + self.config.num_register_tokens)
 
     register(Dinov3TowerConfig, Dinov3Tower, "dinov3_vit")
 
@@ -137,24 +136,16 @@ if hasattr(transformers, "RadioModel"):
 
         model_type = "llm2clip_radio"
 
-    class RadioTower(EvalWhileFrozen, transformers.RadioModel):
+    class RadioTower(EvalWhileFrozen, Changed, transformers.RadioModel):
         """RADIO with the first class token alone, as timm has it, and without registers; no norm after the blocks."""
 
         config_class = RadioTowerConfig
 
-        def forward(
-            self, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None, **_: Any
-        ) -> Any:
-            """See RadioModel; the pooled output is the first class token, not all of the summary."""
-            asked = all_states(self, output_hidden_states)
-            states: Any = super().forward(pixel_values.to(self.dtype), output_hidden_states=asked)
-            output = BaseModelOutputWithPooling(
-                last_hidden_state=states.last_hidden_state,
-                pooler_output=states.last_hidden_state[:, 0],
-                hidden_states=states.hidden_states,
-            )
-            output = remove_tokens(output, 1, self.config.num_summary_tokens)
-            return output if return_dict is not False else output.to_tuple()
+        def change(self, states: Any) -> Any:
+            """The pooled output is the first class token, not all of the summary."""
+            last = states.last_hidden_state
+            output = BaseModelOutputWithPooling(last, last[:, 0], states.hidden_states)
+            return remove_tokens(output, 1, self.config.num_summary_tokens)
 
     register(RadioTowerConfig, RadioTower, "radio")
 
@@ -252,10 +243,6 @@ class TimmTower(PreTrainedModel):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recompute each block in the backward pass, with timm's own (non-reentrant) checkpointing."""
         self.model.set_grad_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Save all activations."""
-        self.model.set_grad_checkpointing(False)
 
     def forward(
         self,

@@ -222,3 +222,14 @@ def test_what_cannot_be_compared(tmp_path):
     ):
         with pytest.raises(kind, match=said):
             main([base, str(new)])
+
+
+def test_scores_above_one_are_percentages_on_no_side(tmp_path):
+    """A weak model's judged scores are all at most 1, which alone would read as a share."""
+    for name, scores in {"weak": [0, 1, 1, 0], "strong": [3, 1, 4, 2]}.items():
+        lines = [f"{n},{score},judged" for n, score in enumerate(scores)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["item,score,task", *lines]))
+    result = build([load_side(tmp_path / "weak.csv"), load_side(tmp_path / "strong.csv")], resamples=100)
+    (row,) = result.rows
+    assert row.unit == "score" and (row.result.base, row.result.new) == (0.5, 2.5)
+    assert result.scores["judged"] == {"weak": 0.5, "strong": 2.5}

@@ -32,6 +32,12 @@ def test_lm_evaluation_harness():
     assert run.clusters[:4] == ["im0", "im0", "im1", "im1"] and set(run.groups) == {"easy", "hard"}
 
 
+def test_a_group_with_one_number_is_one_row():
+    """17 of 40: the harness weights a group's tasks, here of 10 and 30 questions, by their size."""
+    (run,) = load_side(LOGS / "lm_eval_group").runs["toys exact_match"]
+    assert run.statistic.full() == pytest.approx(42.5) and set(run.groups) == {"toy_a", "toy_b"} and len(run.ids) == 40
+
+
 def test_lmms_evals_composites():
     """MME: half of each subtask's questions right and no pair, twice; POPE: "yes" to 15 of which 5 are."""
     yes, no = load_side(LOGS / "lmms_eval" / "yes"), load_side(LOGS / "lmms_eval" / "no")
@@ -324,6 +330,10 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "n.jsonl": ('{"doc_id": 0, "doc_hash": "", "acc": 1}\n{"doc_id": 1, "acc": null}\n', "line 2"),
     "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "submission of o"),
     "p.jsonl": ('{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n', "line 1"),
+    "v.jsonl": ('{"doc_id": 0, "doc_hash": "", "coco_CIDEr": {"pred": "a"}}\n', "line 1"),
+    "w.jsonl": ('{"doc_id": 0, "doc_hash": "", "mmvp_pair_accuracy": 1}\n', "line 1"),
+    "x.tsv": ("index\tprediction\teval_match\teval_score\n0\tA\t[1, \t1\n", "row 2"),
+    "y.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": 1}\n', "y.jsonl"),
     "q.eval": ("not a zip file", "q.eval"),
     "r.json": ('{"status": "error", "eval": {"run_id": "x", "task": "t"}}', "status"),
     "s.tsv": ("index\tprediction\thit\n0\tA\tmaybe\n", "row 2"),

@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
+from tiny_data import write_tar
 
 from llm2clip_plugin.contracts import TeacherIdentity
 
@@ -55,19 +55,6 @@ def jpeg(seed: int, size: tuple[int, int] = (64, 48)) -> bytes:
     return encoded(picture(seed, size), quality=95)
 
 
-Members = Iterable[tuple[str, bytes]]
-
-
-def write_tar(path: Path, members: Members, tar_format: int = tarfile.GNU_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def img2dataset_members(first: int, count: int) -> Iterator[tuple[str, bytes]]:
     """Samples as img2dataset writes them: .jpg, .txt and .json, the caption in both."""
     for number in range(first, first + count):
@@ -97,7 +84,6 @@ class DroppingServer:
 
     def __init__(self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0) -> None:
         self.files, self.drop_after, self.drops = files, drop_after, drops
-        self.requests: list[tuple[str, str]] = []  # (path, Range header) of each GET
         self.sent = 0  # bytes of contents
         self.lock = threading.Lock()
 
@@ -106,33 +92,19 @@ class DroppingServer:
         if data is None:
             handler.send_error(404)
             return
-        asked = handler.headers.get("Range", "")
-        start, stop = 0, len(data)
-        if asked:
-            first, _, last = asked.removeprefix("bytes=").partition("-")
-            start, stop = int(first), int(last) + 1 if last else len(data)
-            stop = min(stop, len(data))
-            handler.send_response(206)
-            handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
-        else:
-            handler.send_response(200)
-        handler.send_header("ETag", f'"{hash(data)}"')
-        handler.send_header("Accept-Ranges", "bytes")
-        handler.send_header("Content-Length", str(stop - start))
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
         if not body:
             return
         with self.lock:
-            self.requests.append((handler.path, asked))
-            drop = self.drops > 0 and stop - start > self.drop_after
+            drop = self.drops > 0 and len(data) > self.drop_after
             self.drops -= drop
-        part = data[start : start + self.drop_after] if drop else data[start:stop]
+            part = data[: self.drop_after] if drop else data
+            self.sent += len(part)
         handler.wfile.write(part)
         handler.wfile.flush()
-        with self.lock:
-            self.sent += len(part)
-        if drop:
-            handler.close_connection = True
+        handler.close_connection = handler.close_connection or drop
 
 
 @contextmanager

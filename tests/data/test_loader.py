@@ -1,7 +1,10 @@
 import copy
+import dataclasses
 import logging
 import multiprocessing
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_world import TEACHER, img2dataset_members, jpeg, write_shards, write_tar
+from data_world import TEACHER, DroppingServer, img2dataset_members, jpeg, serving, write_shards, write_tar
 
+from llm2clip_plugin.data import PREFETCH_MB, lacks_shared_memory, plan_loading, row_bytes
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import SOURCE_BITS, PairDataset, eval_pairs
+from llm2clip_plugin.data.pairs import SOURCE_BITS, EvalPairs, PairDataset
 from llm2clip_plugin.data.samples import AugmentConfig, caption_hash
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
@@ -190,7 +194,7 @@ def test_a_caption_changed_after_embedding_stops(dataset: PairDataset, tmp_path:
 
 def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset) -> None:
     source, cache = dataset.sources[0], dataset.caches[0]
-    found = list(eval_pairs(source, cache, IMAGES, batch=5))
+    found = list(EvalPairs(source, cache, IMAGES, batch=5))
     assert [len(batch["keys"]) for batch in found] == [5, 5, 3]
     assert torch.cat([batch["image_ids"] for batch in found]).tolist() == list(range(13))
     owners = torch.cat([batch["owners"] for batch in found]).tolist()
@@ -200,8 +204,65 @@ def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset)
         torch.cat([batch["embeddings"] for batch in found]), torch.stack([embedding_of(t) for t in texts])
     )
     assert found[0]["meta"][2]["url"] == "https://host/2.jpg"
-    ranks = [list(eval_pairs(source, cache, IMAGES, batch=5, rank=rank, world=3, workers=1)) for rank in range(3)]
+    ranks = [list(EvalPairs(source, cache, IMAGES, batch=5, rank=rank, world=3, workers=1)) for rank in range(3)]
     assert torch.equal(
         torch.cat([batch["pixels"] for rank in ranks for batch in rank]),
         torch.cat([batch["pixels"] for batch in found]),
     )
+
+
+WAIT = 120  # seconds that a few kB may take on a busy machine
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers: int) -> None:
+    files = {f"/{path.name}": path.read_bytes() for path in write_shards(tmp_path / "data", [8] * 4).glob("*.tar")}
+    with serving(DroppingServer(files)) as address:
+        config = SourceConfig(
+            path=f"{address}/{{00000..00003}}.tar", cache_folder=str(tmp_path / "cache"), shuffle_window=1
+        )
+        source = open_source(config)
+        copies = [config.downloads.local_path(f"{address}/{shard.name}.tar") for shard in source.shards]
+        for copy in copies:
+            copy.unlink()  # the indexes stay
+        dataset = PairDataset([source], [None], ImageConfig(size=8), seed=0)
+        order = [dataset.mixture().window_shards(0, 0, window)[0] for window in range(4)]
+        stream = iter(PairLoader(dataset, local_batch=1, workers=workers, prefetch_mb=0.001))
+        keys = [next(stream)["keys"][0]]
+        wait_for(lambda: copies[order[0]].exists() and copies[order[1]].exists())
+        assert not copies[order[3]].exists()  # two windows later: nobody reads it yet
+        keys += [batch["keys"][0] for batch in islice(stream, 31)]
+        assert sorted(keys) == [f"{number:09d}" for number in range(32)]
+
+
+L14_336 = row_bytes(336, 4096)  # a row of openai_l14_336 against Llama 3's embeddings
+
+
+@pytest.mark.parametrize("rows", [1, 16, 512, 4096])
+@pytest.mark.parametrize("micro_batch", [1, 16, 512])
+@pytest.mark.parametrize("workers", [1, 8, 32])
+def test_what_is_prepared_ahead_is_bounded(rows: int, micro_batch: int, workers: int) -> None:
+    micro_batch = min(rows, micro_batch)
+    plan = plan_loading(rows=rows, micro_batch=micro_batch, workers=workers, row_bytes=L14_336, prefetch_mb=PREFETCH_MB)
+    assert 1 <= plan.part <= micro_batch and plan.prefetch >= 1
+    assert plan.shared_bytes <= PREFETCH_MB * 1e6
+    more_than_enough = plan.part * plan.workers * max(2, 1 + 2 * rows // (plan.part * workers))
+    assert plan.part * plan.workers * plan.prefetch <= more_than_enough
+
+
+def test_too_little_shared_memory_is_told(tmp_path: Path) -> None:
+    plan = plan_loading(rows=512, micro_batch=512, workers=8, row_bytes=L14_336, prefetch_mb=PREFETCH_MB)
+    free = shutil.disk_usage(tmp_path).free
+    fits, too_many = 1, free // plan.shared_bytes + 2
+    assert not lacks_shared_memory([plan], fits, str(tmp_path))
+    assert f"need {too_many * plan.shared_bytes:,}" in lacks_shared_memory([plan], too_many, str(tmp_path))
+    none = dataclasses.replace(plan, workers=0)
+    assert not lacks_shared_memory([none], too_many, str(tmp_path))
+    assert not lacks_shared_memory([plan], too_many, str(tmp_path / "absent"))  # not Linux: nothing to compare with

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from faults import Fault, World, copied, meet, rows
-from tiny_data import make_shards
+from tiny_data import make_shards, write_tar
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import main
@@ -72,17 +72,9 @@ def test_embed(fault: Fault, complete: World, capsys: pytest.CaptureFixture[str]
 
 def other_captions(world: World) -> None:
     """Tars of the same names with other captions of the same number."""
-    import io
-    import tarfile
-
-    world.path("other").mkdir()
     for shard in ("00000", "00001"):
-        with tarfile.open(world.path(f"other/{shard}.tar"), "w") as tar:
-            for number in range(48):
-                body = json.dumps({"caption": f"something else {shard} {number}"}).encode()
-                member = tarfile.TarInfo(f"x{number}.json")
-                member.size = len(body)
-                tar.addfile(member, io.BytesIO(body))
+        captions = [json.dumps({"caption": f"something else {shard} {number}"}).encode() for number in range(48)]
+        write_tar(world.path(f"other/{shard}.tar"), [(f"x{number}.json", body) for number, body in enumerate(captions)])
 
 
 def test_embed_replaces_with_overwrite_and_grows_without(complete: World) -> None:

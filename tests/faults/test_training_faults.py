@@ -89,10 +89,7 @@ FELL_BACK = "falling back to {w}/" + BEFORE
 
 
 @rows(
-    Fault("cut state.json", MORE, AT + "/state.json...", lambda w: cut(w.path(LAST) / "state.json")),
     Fault("flipped weight", MORE, AT + "/model.safetensors is damaged...", lambda w: flip(w.path(LAST) / MODEL)),
-    Fault("flipped moment", MORE, AT + "/optimizer.safetensors ...", lambda w: flip(w.path(LAST) / OPTIMIZER)),
-    Fault("flipped average", MORE, AT + "/ema.safetensors is damaged...", lambda w: flip(w.path(LAST) / AVERAGES)),
     Fault(
         "missing weights", MORE, "model.safetensors ...{w}/" + LAST + "...", lambda w: (w.path(LAST) / MODEL).unlink()
     ),

@@ -95,10 +95,6 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         assert other is None or may_import(room, other), f"{path.relative_to(ROOT)}: {room} may not import {name}"
 
 
-STAGES = f"{PACKAGE}.stages"
-STAGE_FOLDERS = {f"{STAGES}.{name}" for name in ("tower", "llm", "embed")}
-
-
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
@@ -128,19 +124,6 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 def test_no_circle_of_files() -> None:
     assert circle(arrows()) == []
-
-
-def test_stages_do_not_import_each_other() -> None:
-    """Nor do the files that they share import a stage."""
-    folder_of = {
-        name: next((folder for folder in STAGE_FOLDERS if name == folder or name.startswith(f"{folder}.")), STAGES)
-        for name in arrows()
-        if name.startswith(f"{STAGES}.")
-    }
-    for name, targets in arrows().items():
-        for other in targets & folder_of.keys():
-            allowed = (STAGES, folder_of.get(name)) if name.startswith(f"{STAGES}.") else (*STAGE_FOLDERS, STAGES)
-            assert folder_of[other] in allowed, f"{name} may not import {other}"
 
 
 @pytest.mark.parametrize("package, homes", HOMES.items(), ids=HOMES)

@@ -20,10 +20,10 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_doctor_reports_problems_and_fixes(capsys: pytest.CaptureFixture[str]) -> None:
-    status = cli.main(["doctor", "--environment", "train", "--captions", "1", "--width", "8"])
+    status = cli.main(["doctor", "--environment", "train"])
     out = capsys.readouterr().out
     assert status in (0, 1)
-    for subject in ("python", "torch", "deepspeed launcher", "C++ compiler", "accelerator", "open files", "disk"):
+    for subject in ("python", "torch", "deepspeed launcher", "C++ compiler", "accelerator", "open files"):
         assert subject in out
 
 

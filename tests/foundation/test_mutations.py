@@ -1,7 +1,5 @@
 """The planted bugs of tests/mutations still apply, and their tests exist; `make mutations` runs them."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Options: their names, how words become settings, what is refused and how, and what --help says."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys

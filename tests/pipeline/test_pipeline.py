@@ -1,7 +1,5 @@
 """llm2clip run: which stages there are, what is run again, and what stops it; all of it runs in test_first_day."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import signal

@@ -73,7 +73,7 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
     for name in ("raw", "shuffled"):  # one tower under both names: no better than the control
         (tmp_path / "towers" / f"{name}-seed1").symlink_to(folder / "out" / "towers" / "raw-seed1")
         write_run(tmp_path, f"{name}-seed1")
-    (line,) = report.make_report(folder / "data", tmp_path).failures()
+    (line,) = report.make_report(folder / "data", tmp_path).failures
     assert line.startswith("'raw LLM, read well' reaches")
 
 

@@ -1,7 +1,5 @@
 """Stage 1's paper recipe against the authors' own code (golden/make_authors_captions.py): steps and batches."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Stage 2's paper recipes against twenty steps of the authors' own code (golden/make_authors_curves.py)."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -1,15 +1,15 @@
 """The scores before training: in metrics.jsonl, in the last line, on the card; and the run is the same without them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
-from tiny_data import make_all
+import torch
+from tiny_data import WIDTH, make_all
 from tower_runs import lines, losses
 
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import RunRecord, TowerCard
+from llm2clip_plugin.vision.dual import load_dual
 
 SMALL = ("--precision", "fp32", "--global-batch", "16", "--workers", "0")
 
@@ -64,3 +64,23 @@ def test_the_heads_of_its_scores_change_nothing_in_a_run_that_fits_none(tiny: Pa
     cards = [TowerCard.read(tmp_path / name / "tower" / TowerCard.FILE) for name in ("with", "without")]
     assert cards[0].weights_sha256 == cards[1].weights_sha256
     assert cards[0].adapter_sha256 == cards[1].adapter_sha256
+
+
+def test_lift_trains_a_tower_from_random_weights(tmp_path: Path):
+    """Its recipe: the tower learns from the cache, in a few steps."""
+    steps = 12
+    tiny, output = make_all(tmp_path), tmp_path / "run"
+    words = [str(tiny / "data"), "--recipe", "lift_b16", "--tower.architecture", str(tiny / "tower"), "--seed", "3"]
+    words += ["--validation", str(tiny / "data"), "--output", str(output), "--precision", "fp32", "--workers", "0"]
+    words += ["--global-batch", "16", "--max-steps", str(steps), "--lr", "1e-2", "--warmup-steps", "2"]
+    assert run("train-tower", words) == 0
+    values = losses(output)
+    assert sorted(values) == list(range(1, steps + 1)) and values[steps] < 0.9 * values[1]
+    scores = [line for line in lines(output) if "i2t_r1" in line]
+    assert len(scores) == 1 and scores[0]["step"] == steps  # a random tower has no before
+    card = TowerCard.read(output / "tower" / TowerCard.FILE)
+    assert card.training["recipe"] == "lift_b16" and card.training["steps"] == steps
+    dual, _ = load_dual(output / "tower")
+    captions = torch.randn(2, WIDTH)
+    fixed = torch.nn.functional.normalize(captions, dim=-1)
+    assert torch.allclose(dual.encode_text(captions), fixed, atol=1e-6)

@@ -1,7 +1,5 @@
 """``finetune-llm --dry-run``: numbers against the published ones and against a real step's peak."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

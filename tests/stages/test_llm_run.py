@@ -1,7 +1,5 @@
 """Caption-contrastive training on the tower's loop: ranks, micro-batches, kills and reloads change nothing."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Commands that documentation and messages show: their options exist."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The Slurm job comes back with progress alone, and never after an error that a rerun would meet again."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """llm2clip status: a run that is running, finished, stopped, failed, killed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """``--dry-run``: full-size recipes planned without weights, data or network; numbers against the paper's."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Whole runs of the command: under the launcher, killed and started again, stopped, non-finite, on a full disk."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Ranks that are stopped or fail: the others say so, and all of them end."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

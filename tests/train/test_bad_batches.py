@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_helpers import allow_fp16, new_state, parts_of, run_ranks, tiny_batch, tiny_engine, tiny_step
+from train_helpers import allow_fp16, new_state, newest, parts_of, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.files import LEFT_OUT
-from llm2clip_plugin.train.checkpoint import AVERAGES, Checkpoints, HostCopies, load
-from llm2clip_plugin.train.engine import Reference
+from llm2clip_plugin.train.checkpoint import AVERAGES, HostCopies
 from llm2clip_plugin.train.errors import NonFiniteLossError
+from llm2clip_plugin.train.loop import run_loop
 
 STEPS, BAD = 8, 7  # the seventh batch has a NaN on the last rank
 WAYS: dict[str, dict[str, Any]] = {
@@ -35,17 +35,8 @@ def batches(start: int, rank: int, world: int, bad: tuple[int, ...] = (BAD,)) ->
 
 def train(rank: int, world: int, run: Path, way: dict[str, Any], *, allowed: int, **more: Any) -> dict[str, Any]:
     """Start or resume a run; what it ends with."""
-    from llm2clip_plugin.train.loop import run_loop
-
     bad = more.pop("bad", (BAD,))
-    path = Checkpoints(run, keep=0).find("auto")
-    loaded = load(path) if path else None
-    engine = tiny_engine(world=world, weights=loaded.weights if loaded else None, **way)
-    state, values = new_state(), None
-    if loaded:
-        engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
-        state, values = loaded.state, loaded.averages
-    average = Reference(engine, 0.9, warmup=True, updates=state.step, values=values)
+    engine, state, average = newest(run, world, **way)
     stream, settings = batches(state.step, rank, world, bad), {"skip_bad_batches": allowed, "save_total_limit": 0}
     try:
         state = run_loop(parts_of(run, engine, state, stream, references={AVERAGES: average}, train=settings, **more))
@@ -106,8 +97,6 @@ class _Steep(torch.autograd.Function):
 
 def steep(rank: int, world: int, folder: str) -> dict[str, Any]:
     """The gradient of batch 3 overflows; its loss does not."""
-    from llm2clip_plugin.train.loop import run_loop
-
     results = {}
     for name, way in WAYS.items():
         engine = tiny_engine(world=world, **way)
@@ -135,8 +124,6 @@ def test_a_non_finite_gradient_is_left_out_before_the_update(tmp_path: Path):
 
 def overflow(rank: int, world: int, folder: str) -> dict[str, Any]:
     """fp16: pixels of 6e4 overflow in the first layer of batches 3 and 4, then of all."""
-    from llm2clip_plugin.train.loop import run_loop
-
     allow_fp16()
     results: dict[str, Any] = {}
     for name, bad in (("once", (3, 4)), ("always", tuple(range(3, STEPS + 1)))):

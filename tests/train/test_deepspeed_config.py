@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -14,22 +13,20 @@ import torch
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import set_tf32
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
-from llm2clip_plugin.train.optim import EnginePlan, chosen_optimizer, complete, lr_factor, read_deepspeed_json
+from llm2clip_plugin.train.optim import chosen_optimizer, complete, lr_factor, read_deepspeed_json
 from llm2clip_plugin.vision import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
-PLAN = EnginePlan(
-    global_batch=512,
-    micro_batch=64,
-    accumulation=4,
-    precision="bf16",
-    optim=OptimConfig(lr=1e-5, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.05, max_grad_norm=5.0),
-    warmup_steps=10,
-    total_steps=100,
-    hidden_size=1024,
-)
-REDUCED = dataclasses.replace(PLAN, communication_data_type="fp32")
+OPTIM = OptimConfig(lr=1e-5, eps=1e-8, weight_decay=0.05, max_grad_norm=5.0, warmup_steps=10)
+
+
+def completed(user: dict[str, Any], *, world: int = 2, **train: Any) -> dict[str, Any]:
+    """On ranks of four micro-batches of 64 each."""
+    settings = {"global_batch": world * 4 * 64, "micro_batch": 64, "precision": "bf16", **train}
+    return complete(user, TrainConfig(**settings), OPTIM, world=world, total_steps=100, hidden_size=1024)
+
+
 LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {  # the layout of LLaVA's scripts/zero3_offload.json
     "fp16": {"enabled": "auto", "loss_scale": 0},
     "bf16": {"enabled": "auto"},
@@ -49,7 +46,7 @@ LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {  # the layout of LLaVA's scripts/zero3_o
 
 
 def test_auto_values_are_filled():
-    config = complete(LLAVA_ZERO3_OFFLOAD, PLAN)
+    config = completed(LLAVA_ZERO3_OFFLOAD)
     assert config["train_batch_size"] == 512 and config["train_micro_batch_size_per_gpu"] == 64
     assert config["gradient_accumulation_steps"] == 4 and config["gradient_clipping"] == 5.0
     assert config["bf16"] == {"enabled": True} and config["fp16"]["enabled"] is False
@@ -71,20 +68,17 @@ def test_auto_values_are_filled():
 )
 def test_contradictions_and_misspellings_are_refused(user: dict[str, Any], named: str):
     with pytest.raises(ValueError, match=named):
-        complete(user, PLAN, where="zero.json")
+        completed(user)
 
 
 def test_gradients_are_reduced_in_the_type_of_the_option():
-    assert "communication_data_type" not in complete({}, PLAN)
-    assert complete({}, REDUCED)["communication_data_type"] == "fp32"
-    many = dataclasses.replace(PLAN, global_batch=16 * 4 * 64)  # 16 ranks; PLAN has 2
-    assert complete({"communication_data_type": "auto"}, many)["communication_data_type"] == "fp32"
-    assert complete({"communication_data_type": "bf16"}, many)["communication_data_type"] == "bf16"
-    chosen = dataclasses.replace(many, communication_data_type="bf16")
-    assert complete({}, chosen)["communication_data_type"] == "bf16"
-    assert "communication_data_type" not in complete({}, dataclasses.replace(many, precision="fp32"))
-    with pytest.raises(ValueError, match="communication_data_type"):
-        complete({"communication_data_type": "bf16"}, REDUCED)
+    key = "communication_data_type"
+    assert key not in completed({}) and completed({}, communication_data_type="fp32")[key] == "fp32"
+    assert completed({key: "auto"}, world=16)[key] == "fp32" and completed({key: "bf16"}, world=16)[key] == "bf16"
+    assert completed({}, world=16, communication_data_type="bf16")[key] == "bf16"
+    assert key not in completed({}, world=16, precision="fp32")
+    with pytest.raises(ValueError, match=key):
+        completed({key: "bf16"}, communication_data_type="fp32")
 
 
 @pytest.mark.parametrize(
@@ -106,22 +100,22 @@ def test_tf32_is_for_half_precision_unless_asked_for(monkeypatch, tf32: Any, pre
 
 def test_equal_values_and_a_scheduler_without_values_are_accepted():
     user = {"train_batch_size": 512, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}
-    assert "scheduler" not in complete(user, PLAN)
-    assert complete({}, PLAN)["zero_optimization"]["stage"] == 1  # half precision without ZeRO: see train.optim
-    assert complete({}, dataclasses.replace(PLAN, precision="fp32"))["zero_optimization"] == {"stage": 0}
+    assert "scheduler" not in completed(user)
+    assert completed({})["zero_optimization"]["stage"] == 1  # half precision without ZeRO: see train.optim
+    assert completed({}, precision="fp32")["zero_optimization"] == {"stage": 0}
 
 
 def test_gradients_are_sent_during_the_backward_pass_unless_the_file_says_otherwise():
     for path in (None, *sorted(SCRIPTS.glob("zero[1-3]*.json"))):
-        zero = complete(read_deepspeed_json(str(path)) if path else {}, PLAN)["zero_optimization"]
+        zero = completed(read_deepspeed_json(str(path)) if path else {})["zero_optimization"]
         assert zero["overlap_comm"] is True and zero["reduce_bucket_size"] == 50_000_000
     own = {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000}
-    assert complete({"zero_optimization": own}, PLAN)["zero_optimization"] == own
+    assert completed({"zero_optimization": own})["zero_optimization"] == own
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("zero*.json")), ids=lambda path: path.name)
 def test_our_own_files_are_complete(path: Path):
-    config = complete(read_deepspeed_json(str(path)), PLAN)
+    config = completed(read_deepspeed_json(str(path)))
     assert "auto" not in json.dumps(config)
     assert str(config["zero_optimization"]["stage"]) in path.name.replace("zero0", "zero1")
 

@@ -16,6 +16,10 @@ from tower_runs import STEPS, losses, options
 from train_helpers import GOLDEN, run_ranks
 
 from llm2clip_plugin import load_dual_encoder
+from llm2clip_plugin.stages.tower import train_tower
+from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
+from llm2clip_plugin.train import losses as train_losses
+from llm2clip_plugin.train.losses.base import chosen_terms
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.losses.sigmoid import sigmoid_loss
 
@@ -167,28 +171,16 @@ TERM = HardestNegative
 '''
 
 
-def train_with_new_term(rank: int, world: int, folder: str, argv: list[str]) -> str:
-    """The command in this process, with a folder of members of its own; returns the settings of the term."""
-    from llm2clip_plugin.stages.tower import train_tower
-    from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
-    from llm2clip_plugin.train import losses
-    from llm2clip_plugin.train.losses.base import chosen_terms
-
-    losses.__path__.append(folder)
-    config = TRAIN_TOWER.parse(argv)
-    train_tower(config)
-    return str(chosen_terms(config.loss)[0][1])
-
-
-def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path):
-    members = tmp_path / "members"
+def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The command trains with it, under its settings."""
+    members, run = tmp_path / "members", tmp_path / "run"
     members.mkdir()
     (members / "hardest_negative.py").write_text(HARDEST_NEGATIVE)
-    run = tmp_path / "run"
+    monkeypatch.setattr(train_losses, "__path__", [*train_losses.__path__, str(members)])
     loss = ("--loss.terms", "hardest_negative", "--loss.args", "margin=0.5", "--train.ema-decay", "0")
     argv = options(make_all(tmp_path), run, *loss, "--train.micro-batch", "8", "--optim.lr", "0.003")
-    (term,) = run_ranks(train_with_new_term, 1, str(members), argv)
-    assert term == "HardestNegative(margin=0.5)"
+    assert str(chosen_terms(TRAIN_TOWER.parse(argv).loss)[0][1]) == "HardestNegative(margin=0.5)"
+    train_tower(TRAIN_TOWER.parse(argv))
     values = losses(run)
     assert values[1] > 0.5 and values[STEPS] < values[1] - 0.02
     assert load_dual_encoder(run / "tower").logit_scale.shape == (1,)

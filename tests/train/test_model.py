@@ -1,4 +1,4 @@
-"""Parameter groups, freezing, and the fit of the heads."""
+"""The model that trains: parameter groups, freezing, options of the tower, the fit of the heads, memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_data import WIDTH, make_all
+from tensor_memory import peak_bytes
+from tiny_clip import save_tiny_clip
+from tiny_data import WIDTH, make_all, make_tower
 from train_helpers import run_ranks, trainable_names
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
@@ -20,10 +23,20 @@ from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
-from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
+from llm2clip_plugin.train.model import (
+    activation_bytes,
+    build_dual,
+    enable_gradient_checkpointing,
+    trained_parameters,
+    with_llm_width,
+)
 from llm2clip_plugin.train.optim import parameter_groups, set_lr
 from llm2clip_plugin.vision import DualConfig
-from llm2clip_plugin.vision.towers import preprocessor_config
+from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.dual import heads_state
+from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
+from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_quick_gelu
 
 DUAL = DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True)
 
@@ -157,3 +170,101 @@ def test_heads_draw_captions_by_their_shares():
     chosen = torch.tensor([0, 1, 1, 1, 1, 2, 2, 0, 2])
     draws = torch.tensor([0.99, 0.0, 0.3, 0.5, 0.99, 0.49, 0.51, 0.0, 1.0])
     assert heads._draw_captions(features, chosen, draws).tolist() == [0, 1, 2, 3, 3, 4, 5, 0, 5]
+
+
+PLAIN = DualConfig(projection_dim=8, llm_width=24, pool="mean")
+
+
+@pytest.fixture
+def tower(tmp_path):
+    return str(make_tower(tmp_path / "tower"))
+
+
+def test_keep_heads_trains_the_heads_of_the_directory(tower, tmp_path):
+    first = build_dual(TowerConfig(path=tower), PLAIN, seed=1)
+    export_tower(first, tmp_path / "trained", origin="x")
+    again = build_dual(TowerConfig(path=str(tmp_path / "trained"), keep_heads=True), PLAIN, seed=2)
+    fresh = build_dual(TowerConfig(path=str(tmp_path / "trained")), PLAIN, seed=2)
+    kept = heads_state(first)
+    assert all(torch.equal(value, kept[name]) for name, value in heads_state(again).items())
+    assert not torch.equal(fresh.visual_projection.weight, first.visual_projection.weight)
+    narrow = dataclasses.replace(PLAIN, projection_dim=6)
+    with pytest.raises(ValueError, match="projection_dim 8"):
+        build_dual(TowerConfig(path=str(tmp_path / "trained"), keep_heads=True), narrow, seed=2)
+
+
+def test_lora_trains_low_rank_updates_and_the_heads(tower):
+    model = build_dual(TowerConfig(path=tower, lora_rank=4), PLAIN, seed=1)
+    names = trainable_names(model)
+    assert any(".lora_B." in name for name in names)
+    assert all(".lora_" in name for name in names if name.startswith("tower."))
+    assert {name.split(".")[0] for name in names} == {"tower", "visual_projection", "text_adapter", "logit_scale"}
+    rates = {trained.name: trained.lr for trained in trained_parameters(model, OptimConfig(lr=1.0, layer_decay=0.5))}
+    blocks = len(tower_blocks(model.tower))
+    assert {rate for name, rate in rates.items() if ".lora_" in name} == {0.5**depth for depth in range(1, blocks + 1)}
+    with pytest.raises(ValueError, match="lora_rank"):
+        TowerConfig(path=tower, lora_rank=4, freeze=True)
+
+
+def first_scale(tower: TowerConfig, dual: DualConfig = PLAIN) -> float:
+    return build_dual(tower, dual, seed=1).logit_scale.item()
+
+
+@pytest.mark.parametrize("source", ["whole", "sharded", "siglip", "imported", "trained"])
+def test_the_pretrained_logit_scale_stays(source, tmp_path):
+    """As in the authors' code, whichever file it is in; a set value takes precedence."""
+    model, path = save_tiny_clip(tmp_path / "clip", "siglip" if source == "siglip" else "clip"), tmp_path / "clip"
+    model.logit_scale.data.fill_(4.25)
+    model.save_pretrained(path, max_shard_size="20KB" if source == "sharded" else "1GB")
+    if source == "sharded":
+        (path / "model.safetensors").unlink()
+    if source == "imported":
+        card, _ = import_tower(path, path := tmp_path / "tower")
+        assert card.dual["logit_scale_init"] == 4.25
+    if source == "trained":
+        dual = build_dual(TowerConfig(path=str(path)), PLAIN, seed=1)
+        export_tower(dual, path := tmp_path / "tower", origin="x")
+    tower = TowerConfig(path=str(path))
+    assert first_scale(tower) == 4.25
+    assert first_scale(tower, dataclasses.replace(PLAIN, logit_scale_init=3.0)) == 3.0
+    resized = dataclasses.replace(tower, image_size=24)
+    assert first_scale(resized) == 4.25
+    scratch = TowerConfig(architecture=str(path), from_scratch=True)
+    assert first_scale(scratch) == pytest.approx(math.log(1 / 0.07))
+
+
+SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 140, "patch_size": 14}
+
+
+def small_tower(kind: str, device: str):
+    """A small tower with hidden layers four (EVA02: 8/3) times as wide."""
+    with torch.device(device):
+        if kind == "eva02":
+            return Eva02VisionModel(Eva02Config(**SIZES, intermediate_size=128 * 8 // 3)).train()
+        model = CLIPVisionModel(CLIPVisionConfig(**SIZES, intermediate_size=4 * 128)).train()
+        use_quick_gelu(model)
+        return model
+
+
+def activations(model: torch.nn.Module) -> int:
+    """Of a tower on the meta device; expected, not measured."""
+    return activation_bytes(
+        model,
+        lambda: [torch.empty(12, 3, 140, 140)],
+        lambda pixels: model(pixel_values=pixels).pooler_output.square().mean(),
+    )
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("clip", False), ("eva02", False), ("clip", True)])
+def test_expected_activations_are_near_measured_peaks(kind: str, checkpointing: bool):
+    """Memory of a forward and backward pass of 12 images, without the gradients themselves."""
+    model, expected, pixels = small_tower(kind, "cpu"), small_tower(kind, "meta"), torch.randn(12, 3, 140, 140)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(expected)
+
+    def step(images: torch.Tensor) -> None:
+        model(pixel_values=images).pooler_output.square().mean().backward()
+
+    step(pixels[:1])
+    assert 0.9 < peak_bytes(lambda: step(pixels)) / activations(expected) < 1.1

@@ -12,6 +12,8 @@ from tiny_data import make_all
 from torch import Tensor
 from tower_runs import finish, losses, options, start
 
+from llm2clip_plugin.train.distributed import set_single_process_environment
+
 TOWERS = ("clip", "dinov2")
 STEPS = 6
 BETA1 = 0.9  # of AdamW, whose first moment after one step is (1 - BETA1) x gradient
@@ -91,3 +93,15 @@ def test_gradients_of_cut_batches_are_those_of_one_batch(runs: Path, name: str, 
     for key, value in whole.items():
         # fp32 sums in another order; keys' biases have no gradient in exact arithmetic, so the bound is of the whole
         assert float((cut[key] - value).norm()) <= 1e-5 * float(value.norm()) + 1e-7 * float(norm), key
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str):
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "16")  # of the whole job, also in the batch script
+    set_single_process_environment()
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, "16")
+    with pytest.raises(ValueError, match=variable):
+        set_single_process_environment()

@@ -15,27 +15,18 @@ import pytest
 import torch.distributed as dist
 from small_disk import fill, mounted
 from tower_runs import lines, losses, wait_for
-from train_helpers import (
-    Engineless,
-    new_state,
-    parts_of,
-    run_ranks,
-    start_ranks,
-    tiny_batch,
-    tiny_engine,
-)
+from train_helpers import Engineless, new_state, newest, parts_of, run_ranks, start_ranks, tiny_batch, tiny_engine
 
+from llm2clip_plugin.train import checkpoint
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, Saver, TrainState, load
+from llm2clip_plugin.train.distributed import on_first_rank
+from llm2clip_plugin.train.loop import run_loop
 
 STEPS = 8
 
 
 def train(rank: int, world: int, folder: str, stage: int, stuck_in: str = "") -> None:
     """Start or resume a run. stuck_in: the write of this file of the second checkpoint never ends."""
-    from llm2clip_plugin.train import checkpoint
-    from llm2clip_plugin.train.engine import Reference
-    from llm2clip_plugin.train.loop import run_loop
-
     run = Path(folder)
     write = checkpoint.write_tensors
 
@@ -48,16 +39,9 @@ def train(rank: int, world: int, folder: str, stage: int, stuck_in: str = "") ->
         return digest
 
     checkpoint.write_tensors = write_in_part
-    path = Checkpoints(run, keep=2).find("auto")
-    loaded = load(path) if path else None
-    engine = tiny_engine(stage=stage, micro=16, world=world, weights=loaded.weights if loaded else None)
-    state, averages = new_state(), None
-    if loaded:
-        engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
-        state, averages = loaded.state, loaded.averages
-        assert ".safetensors" not in Path("/proc/self/maps").read_text()
+    engine, state, average = newest(run, world, stage=stage, micro=16)
+    assert ".safetensors" not in Path("/proc/self/maps").read_text()
     batches = (tiny_batch(i, rank=rank, world=world) for i in range(state.step, STEPS))
-    average = Reference(engine, 0.9, warmup=True, updates=state.step, values=averages)
     run_loop(parts_of(run, engine, state, batches, references={AVERAGES: average}))
 
 
@@ -83,8 +67,6 @@ def test_killed_while_a_checkpoint_is_written_it_ends_bit_by_bit_the_same(tmp_pa
 
 def evaluated(rank: int, world: int, folder: str) -> None:
     """Every evaluation waits for the checkpoint of its step, which is written meanwhile."""
-    from llm2clip_plugin.train.loop import run_loop
-
     run, calls = Path(folder), []
 
     def evaluate() -> dict[str, float]:
@@ -126,7 +108,7 @@ class Counting(Checkpoints):
 
     failures = 0
 
-    def write(self, *arguments: Any) -> list[str]:
+    def write(self, *arguments: Any) -> tuple[float, list[str]]:
         try:
             return super().write(*arguments)
         except OSError:
@@ -136,8 +118,6 @@ class Counting(Checkpoints):
 
 def train_on_a_full_disk(rank: int, world: int, disk: str, fallback: str) -> dict[str, Any]:
     """The disk is full in the fourth step, free in the eighth, and full again at the end."""
-    from llm2clip_plugin.train.loop import run_loop
-
     run = Path(disk) / "run"
     checkpoints = Counting(run, keep=2)
     names = []
@@ -193,8 +173,6 @@ def test_a_full_disk_ends_no_training_and_the_last_state_is_kept_elsewhere(small
 
 def wait_for_rank_0(rank: int, world: int, folder: str) -> list[str]:
     """Rank 0 works longer than the process group's timeout; then it fails."""
-    from llm2clip_plugin.train.distributed import on_first_rank
-
     dist.destroy_process_group()
     store = f"file://{folder}/again"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=2))

@@ -16,6 +16,14 @@ import torch.nn.functional as F
 from forked import context
 from torch import Tensor, nn
 
+from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState, load
+from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
+from llm2clip_plugin.train.engine import Engine, Reference
+from llm2clip_plugin.train.errors import StopRequest
+from llm2clip_plugin.train.loop import LoopParts
+from llm2clip_plugin.train.losses.base import patch_layers, weighted_terms
+from llm2clip_plugin.train.optim import Trained, complete, is_vector, parameter_groups
+from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualFeatures
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference"
@@ -123,9 +131,6 @@ def tiny_engine(
     zero: Mapping[str, Any] | None = None,
 ) -> Any:
     """An engine over a TinyDual with a learning rate for each of the tower's layers, and the heads'."""
-    from llm2clip_plugin.train.config import OptimConfig
-    from llm2clip_plugin.train.engine import Engine
-    from llm2clip_plugin.train.optim import EnginePlan, Trained, complete, is_vector, parameter_groups
 
     torch.manual_seed(0)
     module = dual or TinyDual()
@@ -144,29 +149,18 @@ def tiny_engine(
     optim = OptimConfig(
         name=name, args=args, lr=lr, betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=clip, schedule="constant"
     )
-    plan = EnginePlan(
-        global_batch=rows,
-        micro_batch=micro,
-        accumulation=rows // world // micro,
-        precision=precision,  # type: ignore[arg-type]
-        optim=optim,
-        warmup_steps=0,
-        total_steps=10,
-        hidden_size=32,
-    )
+    train = TrainConfig(global_batch=rows, micro_batch=micro, precision=precision)  # type: ignore[arg-type]
     user: dict[str, Any] = {"zero_optimization": {"stage": stage, **(zero or {})}}
     if offload:
         user["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if precision == "fp16":
         user["fp16"] = {"enabled": "auto", "initial_scale_power": 8}
-    return Engine(module, parameter_groups(trained, 0.1), optim, complete(user, plan))
+    config = complete(user, train, optim, world=world, total_steps=10, hidden_size=32)
+    return Engine(module, parameter_groups(trained, 0.1), optim, config)
 
 
 def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool = False, reference: Any = None) -> Any:
     """The step over a tiny engine."""
-    from llm2clip_plugin.train.config import LossConfig
-    from llm2clip_plugin.train.losses.base import patch_layers, weighted_terms
-    from llm2clip_plugin.train.step import TowerStep
 
     config = LossConfig(terms=terms)
     options = {"total_samples": 128, "reference": reference, "patch_layers": patch_layers(config)}
@@ -176,10 +170,6 @@ def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool
 
 def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> Any:
     """What run_loop needs for 8 steps, with a save after each of them."""
-    from llm2clip_plugin.train.checkpoint import Checkpoints
-    from llm2clip_plugin.train.config import OptimConfig, TrainConfig
-    from llm2clip_plugin.train.errors import StopRequest
-    from llm2clip_plugin.train.loop import LoopParts
 
     defaults = {
         "step": tiny_step(engine),
@@ -193,8 +183,19 @@ def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> A
     return LoopParts(engine=engine, state=state, batches=batches, run_folder=run, **(defaults | more))
 
 
+def newest(run: Path, world: int = 1, **way: Any) -> tuple[Any, Any, Reference]:
+    """Engine, state and moving average of a run's newest checkpoint, or of a new run."""
+    path = Checkpoints(run, keep=0).find("auto")
+    loaded = load(path) if path else None
+    engine = tiny_engine(world=world, weights=loaded.weights if loaded else None, **way)
+    if loaded:
+        engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
+    state = loaded.state if loaded else new_state()
+    values = loaded.averages if loaded else None
+    return engine, state, Reference(engine, 0.9, warmup=True, updates=state.step, values=values)
+
+
 def new_state(step: int = 0) -> Any:
-    from llm2clip_plugin.train.checkpoint import TrainState
 
     return TrainState(step=step, samples=32 * step, config={"a": (1, 0.1)}, config_hash="", seed=5)
 
@@ -213,7 +214,6 @@ def trainable_names(model: nn.Module) -> list[str]:
 
 def save_now(run: Path, state: Any, engine: Any, references: Mapping[str, Any] | None = None, keep: int = 1) -> Path:
     """Write a checkpoint to its end."""
-    from llm2clip_plugin.train.checkpoint import Checkpoints, Saver
 
     with Saver(Checkpoints(run, keep=keep), engine, references) as saver:
         saver.save(state)

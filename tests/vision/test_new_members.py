@@ -1,5 +1,6 @@
-"""A family of towers takes one file, used here from another folder, end to end."""
+"""A family of towers takes one file, docs/extending.md's, used here from another folder, end to end."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ from llm2clip_plugin.vision import families
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.towers import new_tower
 
-MEMBERS = Path(__file__).parent / "new_members"
+EXTENDING = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+FAMILY = re.search(r'```python\n("""Chinese-CLIP .*?)```', EXTENDING, re.DOTALL)[1]
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 IMAGES = {"image_size": 28, "patch_size": 7}
 
@@ -20,7 +22,9 @@ IMAGES = {"image_size": 28, "patch_size": 7}
 def released(monkeypatch, tmp_path) -> Path:
     """A Chinese-CLIP image-text model, as transformers saves one."""
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(families, "__path__", [*families.__path__, str(MEMBERS / "families")])
+    (tmp_path / "families").mkdir()
+    (tmp_path / "families" / "chinese_clip.py").write_text(FAMILY)
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "families")])
     text = {**SIZE, "vocab_size": 40}
     config = transformers.ChineseCLIPConfig(text_config=text, vision_config={**SIZE, **IMAGES}, projection_dim=20)
     model = transformers.ChineseCLIPModel(config).eval()

@@ -13,6 +13,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -208,17 +209,30 @@ def _encoded_images(table: Path) -> dict[str, str]:
     return {row["index"]: row.get("image") or "" for row in read_table(table)}
 
 
-PATTERNS = ("mmbench_dev_2*.tsv", "mmbench_dev_en*.tsv", "mmbench_test_2*.tsv", "mmbench_test_en*.tsv")
-BENCHMARK = MMBench(
+ENGLISH = ("mmbench_dev_2*.tsv", "mmbench_dev_en*.tsv", "mmbench_test_2*.tsv", "mmbench_test_en*.tsv")
+CHINESE = ("mmbench_dev_cn*.tsv", "mmbench_test_cn*.tsv", "mmbench_cn*.tsv")
+MMBENCH = MMBench(
     name="mmbench",
     title="MMBench",
     order=8,
     headline="vlmevalkit_exact_matching.overall",
     scale=100.0,
     folders=("mmbench",),
-    annotations=PATTERNS,
-    question_files=PATTERNS,
+    annotations=ENGLISH,
+    question_files=ENGLISH,
     evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
     submission_format="jsonl",  # its server takes the same rows as .xlsx: docs/mllm.md
     published=base.published_scores(llava_7b=64.3, llava_13b=67.7, reproduced_7b=66.66, llm2clip_7b=68.29),
 )
+MMBENCH_CN = replace(  # the same questions in Chinese
+    MMBENCH,
+    name="mmbench_cn",
+    title="MMBench-CN",
+    order=9,
+    folders=("mmbench", "mmbench_cn"),  # LLaVA keeps both languages in one folder
+    annotations=CHINESE,
+    question_files=CHINESE,
+    evaluate_options=(*MMBENCH.evaluate_options, "--lang", "cn"),
+    published=base.published_scores(llava_7b=58.3, llava_13b=63.6, reproduced_7b=60.39, llm2clip_7b=60.40),
+)
+BENCHMARK = [MMBENCH, MMBENCH_CN]

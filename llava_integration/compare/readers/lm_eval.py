@@ -1,7 +1,7 @@
 """lm-evaluation-harness, ``--log_samples``: ``samples_TASK_DATE.jsonl`` next to ``results_DATE.json``."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def read(path: Path) -> Iterator[Log]:
     lines = list(json_lines(path))
     filters = list(dict.fromkeys(str(line.get("filter", "none")) for _, line in lines))
     chosen = [(where, line) for where, line in lines if str(line.get("filter", "none")) == filters[0]]
-    log = scored(chosen, summary, metrics=lines[0][1]["metrics"])
+    metrics = lines[0][1].get("metrics")
+    log = scored(chosen, summary, metrics=list(map(str, metrics)) if isinstance(metrics, list) else [])
     log.notes.extend([f"filter {filters[0]} of {', '.join(filters)}"] if len(filters) > 1 else [])
     yield log
 
@@ -39,16 +40,15 @@ class Summary:
 
     def __init__(self, results: Path | None, task: str, groups: str = ""):
         """``groups``: the aggregate of a group's number."""
-        body = read_json_value(results) if results and results.is_file() else {}
+        body = _object(read_json_value(results) if results and results.is_file() else {})
         self.path, self.task, self.groups = results, task, groups
         self.model = str(body.get("model_name", ""))
-        self.better: Mapping[str, bool] = body.get("higher_is_better", {}).get(task, {})  # whether more is, by metric
-        self.numbers: Mapping[str, Mapping[str, Any]] = body.get("results", {})
-        self.children: Mapping[str, Sequence[str]] = body.get("group_subtasks", {})
+        self.better = _object(_object(body.get("higher_is_better")).get(task))  # whether more is, by metric
+        self.numbers, self.children = _object(body.get("results")), _object(body.get("group_subtasks"))
 
     def printed(self, metric: str, of: str = "") -> float | None:
         """The number that was printed of the task, or of a group."""
-        numbers = self.numbers.get(of or self.task, {})
+        numbers = _object(self.numbers.get(of or self.task))
         values = [value for name, value in numbers.items() if name.split(",")[0] == metric]
         return next((float(value) for value in values if isinstance(value, (int, float))), None)
 
@@ -60,12 +60,18 @@ class Summary:
         return (largest, metric, self.printed(metric, largest), self.groups, self.path) if largest else ()
 
     def _leaves(self, name: str) -> list[str]:
-        return [leaf for one in self.children.get(name, ()) for leaf in (self._leaves(one) or [one])]
+        children = self.children.get(name)
+        below = [str(one) for one in children if one != name] if isinstance(children, list) else []
+        return [leaf for one in below for leaf in self._leaves(one) or [one]]
 
     def log(self, metric: str, items: list[dict[str, Any]], benchmark: str = "", **about: Any) -> Log:
         """The log of a metric."""
         about = {"printed": self.printed(metric), "group": () if benchmark else self.group(metric), **about}
         return Log(benchmark=benchmark or f"{self.task} {metric}", metrics={}, items=items, model=self.model, **about)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def scored(lines: Lines, summary: Summary, *, metrics: Iterable[str]) -> Log:
@@ -90,8 +96,7 @@ def item_of(where: str, line: dict[str, Any], value: Any, score: float) -> dict[
     """The item of a line, whose metric has this value."""
     if "doc_id" not in line:
         raise ContractError(f"{where}: no doc_id")
-    document, media = line.get("doc"), line.get("input_media")
-    about = {**(document if isinstance(document, dict) else {}), **(value if isinstance(value, dict) else line)}
+    media, about = line.get("input_media"), {**_object(line.get("doc")), **(_object(value) or line)}
     image = str(media[0]) if isinstance(media, list) and media else first_of(about, IMAGES)
     item = {"id": line["doc_id"], "score": score, "cluster": image or str(line["doc_id"])}
     return {**item, "category": first_of(about, CATEGORIES), "truth": line.get("target")}

@@ -86,9 +86,10 @@ def _mmbench(lines: Lines, summary: Summary, metric: str) -> Iterator[Log]:
     groups: dict[int, dict[str, Any]] = {}
     for where, line in lines:
         value = with_fields(line.get(metric), ("index", "prediction", "answer", "category"), where)
-        group = int(value["index"]) % ROTATION
+        group = int(number(value["index"], f"{where}: index")) % ROTATION
         item = groups.setdefault(group, {"id": group, "score": 1, "cluster": f"group {group}"})
-        item["score"] *= int(letter_of(str(value["prediction"]), choices_of(value)) == value["answer"])
+        choices = choices_of({name: str(cell) for name, cell in value.items()})
+        item["score"] *= int(letter_of(str(value["prediction"]), choices) == value["answer"])
         if value["index"] == group:
             item |= {"truth": value["answer"], "category": value["category"]}
     items = [item for item in groups.values() if "truth" in item]
@@ -123,7 +124,8 @@ def _mmstar(lines: Lines, summary: Summary, metric: str) -> Iterator[Log]:
 
 def _cider(lines: Lines, summary: Summary, metric: str) -> Iterator[Log]:
     values = [with_fields(line.get(metric), ("answer", "pred"), where) for where, line in lines]
-    scores = cider([value["pred"] for value in values], [value["answer"] for value in values])
+    truths = [value["answer"] if isinstance(value["answer"], list) else [value["answer"]] for value in values]
+    scores = cider([str(value["pred"]) for value in values], [list(map(str, truth)) for truth in truths])
     items = [
         item_of(where, line, value, score) for (where, line), value, score in zip(lines, values, scores, strict=True)
     ]

@@ -9,6 +9,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def _printed(stem: Path) -> dict[str, float]:
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             row = next((row for row in rows if row.get("split") == "Overall"), rows[0] if len(rows) == 1 else {})
-            return {name: float(row[name]) for name in ("Overall", "perception", "reasoning") if row.get(name)}
+            with suppress(ValueError):
+                return {name: float(row[name]) for name in ("Overall", "perception", "reasoning") if row.get(name)}
     return {}
 
 

@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -140,13 +141,6 @@ class Source(ABC):
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0
 
-    @property
-    def digests(self) -> str:
-        """Name of the file of digests of keys and captions by shard, for this choice of fields."""
-        names = [field.name for field in self.fields]
-        reading = [READING, type(self).__name__, names, self.config.key_field, self.config.image_field]
-        return f"captions-{sha256_text(canonical_json(reading))[:16]}.json"
-
     def __getitem__(self, number: int) -> Sample:
         """A sample with its captions. Raises BrokenSample if its JSON or its captions can't be read."""
         return self._with_captions(number, self.record(number))
@@ -169,6 +163,39 @@ class Source(ABC):
         except BrokenSample as error:
             return error.key, ()
         return sample.key, sample.captions
+
+    # Digests of each shard's keys and captions for this choice of fields, so that a later start need not read them.
+
+    def known_digests(self) -> dict[str, list[str]]:
+        """Of each shard whose file is the one that was read: its digest, and those of caches that hold its captions."""
+        recorded = self.side_folder.read_json(self._digests()) if self.side_folder else {}
+        known: dict[str, list[str]] = {}
+        for shard, stamp in zip(self.shards, self.stamps, strict=bool(recorded)):
+            match recorded.get(shard.name):
+                case {"stamp": was, "fits": [_, *_] as fits} if was == list(stamp):
+                    known[shard.name] = list(map(str, fits))
+        return known
+
+    def record_digests(self, results: Mapping[str, tuple[str, str]]) -> None:
+        """Add (digest, digest of a cache that has these captions) of some shards; the caller holds the ``lock``."""
+        if self.side_folder is None or not results:
+            return
+        known, stamps = self.known_digests(), dict(zip((one.name for one in self.shards), self.stamps, strict=True))
+        entries = {}
+        for name, (digest, in_cache) in results.items():
+            others = known.get(name, [digest])
+            others = {*others, in_cache} if others[0] == digest else {in_cache}
+            entries[name] = {"stamp": list(stamps[name]), "fits": [digest, *sorted(others - {digest})]}
+        self.side_folder.add_json(self._digests(), entries)
+
+    def lock(self, doing: str) -> AbstractContextManager[None]:
+        """Held by one process while the others that start together wait."""
+        return self.side_folder.lock(doing) if self.side_folder else nullcontext()
+
+    def _digests(self) -> str:
+        names = [field.name for field in self.fields]
+        reading = [READING, type(self).__name__, names, self.config.key_field, self.config.image_field]
+        return f"captions-{sha256_text(canonical_json(reading))[:16]}.json"
 
     def place(self, number: int) -> tuple[int, int]:
         """Number of the shard, and of the sample within it. Raises IndexError outside 0 .. len-1."""
@@ -214,10 +241,8 @@ def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = Non
     if not os.path.exists(config.path):
         raise FileNotFoundError(f"no data at {config.path}")
     known = "; ".join(f"{known.name}: {known.help}" for known in formats().values())
-    raise ValueError(
-        f"cannot determine the format of {config.path}; choose one with --format ({known}), "
-        f"or {how_to_make_tars(config.path)}"
-    )
+    fix = f"choose one with --format ({known}), or {how_to_make_tars(config.path)}"
+    raise ValueError(f"cannot determine the format of {config.path}; {fix}")
 
 
 def check_fields(*sources: Source, needed: bool = False) -> None:
@@ -254,10 +279,8 @@ def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None
     samples = [sample for source in sources for sample in _probe(source, KIND_PROBES)] if weights else []
     known = declared | {caption.kind for sample in samples for caption in sample.captions}
     if unknown := sorted(set(weights) - known):
-        raise ValueError(
-            f"caption weights name the kinds {', '.join(unknown)}, which the data does not have; "
-            f"known: {', '.join(sorted(known))}"
-        )
+        kinds = f"{', '.join(unknown)}, which the data does not have; known: {', '.join(sorted(known))}"
+        raise ValueError(f"caption weights name the kinds {kinds}")
 
 
 def _probe(source: Source, count: int, broken: list[BrokenSample] | None = None) -> Iterator[Sample]:

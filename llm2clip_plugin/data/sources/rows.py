@@ -20,7 +20,6 @@ from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
 from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, parse_object, shards_of
 from llm2clip_plugin.files import refuse_encoding
 
-NO_IMAGE = "no image "  # how the reason begins if there is no such file
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 ROWS_PER_SHARD = 16384  # ranks embed shards in parallel, and a killed run loses one at most
 COLUMNS = 5  # start and size in the file, number for messages, start and size in the index's own text
@@ -72,7 +71,7 @@ class RowSource(Source):
                 raise ValueError(f"{config.path} contains no samples")
         except ValueError:
             if is_url(config.path):
-                self._downloads.forget(config.path)  # so that the next start downloads it again
+                self._downloads.local_path(config.path).unlink(missing_ok=True)  # the next start downloads it again
             raise
         return path, folder, index
 
@@ -114,8 +113,10 @@ class RowSource(Source):
         except OSError as error:
             if not isinstance(error, MISSING) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
-            what = "access denied to image " if isinstance(error, PermissionError) else NO_IMAGE
-            raise BrokenSample(shard, key, f"{what}{shown!r} in {self.images_folder} (--image-folder)") from error
+            what = "access denied to" if isinstance(error, PermissionError) else "no"
+            raise BrokenSample(
+                shard, key, f"{what} image {shown!r} in {self.images_folder} (--image-folder)"
+            ) from error
 
 
 def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:
@@ -149,10 +150,7 @@ class JsonlSource(RowSource):
             refuse_encoding(path, head)
             first = head.strip().partition(b"\n")[0].rstrip()
             if first.startswith(b"[") or (first.startswith(b"{") and first.endswith(b"},")):
-                raise ValueError(
-                    f"{path} is a list, expected an object a line: `jq -c '.[]' {path} > NEW.jsonl`, or, without "
-                    f"brackets, `sed 's/}},$/}}/' {path} > NEW.jsonl`"
-                )
+                raise ValueError(f"{path} is a list, expected an object a line: `jq -c '.[]' {path} > NEW.jsonl`")
             file.seek(0)
             for number, line in enumerate(file, 1):
                 if line.strip():

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import os
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -135,12 +134,9 @@ class TarSource(Source):
             for offset, size in span:
                 at = offset - start
                 if not is_header_of(data[at - BLOCK : at], key, size):
-                    raise BrokenSample(
-                        self.shards[shard].name,
-                        key,
-                        f"the tar has another member at byte {offset}: it was changed after it was indexed; delete "
-                        f"{self._index.path} and restart",
-                    )
+                    changed = f"the tar has another member at byte {offset}: it was changed after it was indexed"
+                    fix = f"delete {self._index.path} and restart"
+                    raise BrokenSample(self.shards[shard].name, key, f"{changed}; {fix}")
                 contents[offset, size] = data[at : at + size]
         return contents
 
@@ -231,7 +227,7 @@ def _index(downloads: Downloads, tar: str) -> ShardRows | Exception:
     except BrokenShard as error:
         if not is_url(tar):
             return error
-        downloads.forget(tar)
+        downloads.local_path(tar).unlink(missing_ok=True)
         return BrokenShard(f"{tar}: {error}; the copy is deleted, so the next start downloads it again")
 
 
@@ -250,9 +246,6 @@ def list_tars(path: str) -> tuple[str, dict[str, str]]:
         raise FileNotFoundError(f"no .tar files in {path}; {how_to_make_tars(path)}")
     base = path if os.path.isdir(path) else _common_folder(tars)
     names = [tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".") for tar in tars]
-    if len(set(names)) < len(names):
-        duplicates = [name for name, count in sorted(Counter(names).items()) if count > 1]
-        raise ValueError(f"{path} lists shards more than once: {', '.join(duplicates)}")
     return base, {name.removesuffix(".tar"): tar for name, tar in zip(names, tars, strict=True)}
 
 
@@ -263,9 +256,7 @@ def data_folder(path: str) -> Path:
     """
     if is_url(path):
         raise ValueError(f"{path} is not a local folder")
-    if os.path.isdir(path):
-        return Path(path)
-    return Path(_common_folder(_expand(path)) or path[: path.startswith("/")])
+    return Path(path if os.path.isdir(path) else _common_folder(_expand(path)) or path[: path.startswith("/")])
 
 
 def _expand(pattern: str) -> list[str]:

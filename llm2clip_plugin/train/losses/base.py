@@ -87,9 +87,7 @@ class PairBlocks:
 
     def __init__(self, anchor_bD: Tensor, positive_bD: Tensor, ids_jb: Tensor | None, block: int, group: Group) -> None:
         if anchor_bD.shape != positive_bD.shape or anchor_bD.ndim != 2:
-            raise ValueError(
-                f"anchors {tuple(anchor_bD.shape)} and positives {tuple(positive_bD.shape)} must have one shape (b, D)"
-            )
+            raise ValueError(f"anchors {anchor_bD.shape} and positives {positive_bD.shape} must have one shape (b, D)")
         self.anchor_bD, self.positive_ND = anchor_bD.detach(), gather_rows(positive_bD, group)
         self.group: Group = group
         self.rows, self.columns = len(anchor_bD), len(self.positive_ND)
@@ -184,9 +182,9 @@ def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
 def check_terms(config: LossConfig, dual: DualConfig) -> None:
     """Raise ValueError if the terms and the dual encoder are incompatible."""
     if any(term.uses_bias for _, term in chosen_terms(config)) != (dual.logit_bias_init is not None):
+        bias = dual.logit_bias_init
         raise ValueError(
-            f"loss.terms {' '.join(config.terms)}, dual.logit_bias_init {dual.logit_bias_init}: sigmoid learns a logit "
-            "bias, from --dual.logit-bias-init (SigLIP's is -10); the other terms have none"
+            f"dual.logit_bias_init {bias}: sigmoid needs --dual.logit-bias-init (SigLIP: -10), others none"
         )
 
 
@@ -205,10 +203,7 @@ def check_patch_layers(config: LossConfig, blocks: int) -> None:
     """Raise ValueError for a term that reads patches of a hidden state that a tower of so many blocks does not have."""
     for reads, layer in patch_layers(config).items():
         if not -blocks - 1 <= layer <= blocks:
-            raise ValueError(
-                f"loss.terms {' '.join(config.terms)}: layer {layer} of {reads} is outside the tower's {blocks} "
-                "blocks; change layer in --loss.args (-2: the block before the last)"
-            )
+            raise ValueError(f"layer {layer} of {reads} is outside the tower's {blocks} blocks; set it in --loss.args")
 
 
 def weighted_terms(config: LossConfig, *, group: Group = None) -> Terms:
@@ -221,14 +216,14 @@ def heads_terms(config: LossConfig, *, group: Group = None) -> Terms:
 
     Raises ValueError if there are none.
     """
-    constant = {
-        weight.name: partial(_weighted, config, TermWeight(weight.name, weight.peak, weight.peak), term, group)
-        for weight, term in chosen_terms(config)
-        if not term.needs_reference and not term.reads
-    }
-    if not constant:
+    terms: Terms = {}
+    for weight, term in chosen_terms(config):
+        if not term.needs_reference and not term.reads:
+            peak = max(weight.start, weight.end)
+            terms[weight.name] = partial(_weighted, config, TermWeight(weight.name, peak, peak), term, group)
+    if not terms:
         raise ValueError(f"loss.terms {' '.join(config.terms)} has no term between images and captions; add infonce=1")
-    return constant
+    return terms
 
 
 def _weighted(config: LossConfig, weight: TermWeight, term: LossTerm, group: Group, features: Features) -> Tensor:

@@ -12,11 +12,6 @@ from llm2clip_plugin.train.losses.base import Features, LossTerm, PairBlocks, wi
 LEAST = 1e-12  # of a squared distance that is divided by: equal features have no direction
 
 
-def distance_loss(anchor_bD: Tensor, reference_bD: Tensor) -> Tensor:
-    """loss_r = 1/b sum_i |x_i - r_i|^2 over this rank's rows, in fp32 (ProCLIP's semantic term)."""
-    return (anchor_bD.float() - reference_bD.float()).square().sum(-1).mean()
-
-
 def structure_loss(anchor_bD: Tensor, reference_bD: Tensor, *, block: int = 0, group: Group = None) -> Tensor:
     """The mean over the pairs i < j of the whole batch of smooth_l1(|x_i - x_j| - |r_i - r_j|), beta 1 (arXiv
     2510.18795, ProCLIP's structural term).
@@ -34,8 +29,8 @@ def structure_loss(anchor_bD: Tensor, reference_bD: Tensor, *, block: int = 0, g
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(LossTerm):
-    """``--loss.terms infonce=1 distill=WEIGHT``: distance + ``structure`` x structure, between the tower's image
-    features and those of its frozen tower (``--distill.reference``).
+    """``--loss.terms infonce=1 distill=WEIGHT``: 1/b sum_i |x_i - r_i|^2 (ProCLIP's semantic term) + ``structure`` x
+    structure_loss, x the tower's image features, r those of its frozen tower (``--distill.reference``).
 
     Both parts are means, over images and over pairs of images, so that a weight means the same for any batch, ranks and
     micro-batches. ProCLIP sums both over the 512 pairs of a rank: lambda x (512 x distance + 512 x 511 / 2 x structure)
@@ -49,13 +44,13 @@ class Distill(LossTerm):
     def __call__(self, features: Features) -> Tensor:
         if features.reference_bD is None:
             raise ValueError("loss term distill has no reference to compare with: this step has no frozen tower")
-        loss = distance_loss(features.anchor_bD, features.reference_bD)
+        anchor_bD, reference_bD = features.anchor_bD, features.reference_bD
+        loss = (anchor_bD.float() - reference_bD.float()).square().sum(-1).mean()
         if not self.structure:
             return loss
-        structure = structure_loss(
-            features.anchor_bD, features.reference_bD, block=features.block, group=features.group
+        return loss + self.structure * structure_loss(
+            anchor_bD, reference_bD, block=features.block, group=features.group
         )
-        return loss + self.structure * structure
 
 
 TERM = Distill

@@ -15,6 +15,7 @@ import dataclasses
 import importlib.util
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm2clip_plugin.console import quiet_onnx, quiet_transformers
+from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import TowerCard, atomic_directory, naming_full_disk
 from llm2clip_plugin.files import ContractError, load_tensors
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision import DualConfig, export
 from llm2clip_plugin.vision.convert import FORMATS, IMPORT
-from llm2clip_plugin.vision.convert.layouts import (
-    PARTS,
-    ParsedCheckpoint,
-    config_in,
-    layouts,
-    lift_model_cfg,
-    merge,
-    preprocessor_in,
-)
+from llm2clip_plugin.vision.convert.layouts import PARTS, ParsedCheckpoint, layouts, lift_model_cfg, normalization
 from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
 from llm2clip_plugin.vision.directory import (
     PREPROCESSOR_FILE,
     WEIGHTS_FILE,
     fetch_directory,
+    own_preprocessor,
     read_json,
     read_tensors,
     section,
@@ -49,17 +43,6 @@ from llm2clip_plugin.vision.directory import (
     write_json,
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state
-from llm2clip_plugin.vision.export import (
-    compare_features,
-    export_tower,
-    load_model,
-    probe_features,
-    probe_images,
-    reexport,
-    save_tensors,
-    save_tower,
-    summary,
-)
 from llm2clip_plugin.vision.families import Tower, family_of
 from llm2clip_plugin.vision.towers import TIMM_PREFIX, load_tower, preprocessor_config, tower_in
 
@@ -70,7 +53,9 @@ def main(argv: list[str]) -> int:
     card, report = import_tower(
         options.source, options.output, config=options.config, image_size=options.image_size, replace=options.overwrite
     )
-    print("\n".join([*report, summary(options.output, card)]))
+    if old_size := card.training.get("resized_from"):
+        report.append(f"positions interpolated from {old_size} to {card.image_size} px")
+    print("\n".join([*report, export.summary(options.output, card)]))
     return 0
 
 
@@ -90,29 +75,23 @@ def import_tower(
     Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an unknown, missing or misshapen tensor;
     a file that is truncated or contains code).
     """
+    path = Path(source).expanduser()
     if str(source).startswith(TIMM_PREFIX):
         if config is not None:
             raise ValueError(f"{source}: timm describes the architecture; remove --config")
         model, imported_as = load_tower(source, image_size=image_size), "timm"
-        origin, report = str(source), [f"layout timm: {len(model.state_dict())} tensors of the tower"]
+        report = [f"layout timm: {len(model.state_dict())} tensors of the tower"]
     else:
-        path = Path(source).expanduser()
         place = path if path.is_file() else fetch_directory(source)
         if place.is_dir() and (place / TowerCard.FILE).is_file():
-            card = reexport(place, output, image_size=image_size, replace=replace)
-            return card, ["a tower directory", *_resized(card)]
+            return export.reexport(place, output, image_size=image_size, replace=replace), ["a tower directory"]
         parsed = parse_checkpoint(place, None if config is None else read_json(Path(config)))
         with naming_full_disk(output):
             model = build_model(parsed, str(source), temporary=Path(output).resolve().parent, image_size=image_size)
         imported_as, report = parsed.layout, parsed.report()
-        origin = path.name if path.exists() else str(source)
-    card = export_tower(model, output, origin=origin, training={"imported_as": imported_as}, replace=replace)
-    return card, [*report, *_resized(card)]
-
-
-def _resized(card: TowerCard) -> list[str]:
-    old_size = card.training.get("resized_from")
-    return [] if old_size is None else [f"positions interpolated from {old_size} to {card.image_size} px"]
+    origin = path.name if path.exists() else str(source)
+    card = export.export_tower(model, output, origin=origin, training={"imported_as": imported_as}, replace=replace)
+    return card, report
 
 
 def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoint:
@@ -126,7 +105,11 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
     for file in [path] if path.is_file() else weight_files(path):
         state |= read_tensors(file)
     given = lift_model_cfg(given or {})
-    config = given if "model_type" in given else merge(lift_model_cfg(config_in(path, state)), given)
+    names = ["config.json"]
+    if any(key.startswith("visual.") for key in state):  # its folder may hold Hugging Face's configuration, too
+        names.insert(0, "open_clip_config.json")
+    own = next((read_json(path / name) for name in names if (path / name).is_file()), {})
+    config = given if "model_type" in given else merge(lift_model_cfg(own), given)
     layout = next((layout for layout in layouts().values() if layout.matches(state)), None)
     if layout is not None:
         parsed = layout.parse(state, config, given)
@@ -140,7 +123,8 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
             f"{path}: the tensor names ({', '.join(sorted(state)[:3])}, ...) match none of the known layouts "
             f"{', '.join(layouts())}; a Hugging Face model needs its config.json, in the same folder or as --config"
         )
-    parsed.preprocessor = preprocessor_in(path, config)
+    stated = normalization(section(config, "preprocess_cfg")) if "model_cfg" in config else own_preprocessor(path)
+    parsed.preprocessor = stated
     _check_text_side(parsed, given)
     if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
         raise ContractError(
@@ -148,6 +132,12 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
             f"{unused[:10]}; a tensor was renamed, or --config must describe the architecture"
         )
     return parsed
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``below`` overridden by ``above``, key by key in nested objects too."""
+    nested = {key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+    return {**below, **above, **{key: merge(below[key], above[key]) for key in nested}}
 
 
 def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
@@ -179,7 +169,7 @@ def build_model(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image
         folder = Path(name)
         write_json(folder / "config.json", parsed.config)
         write_json(folder / PREPROCESSOR_FILE, parsed.preprocessor)
-        save_tensors(parsed.tower, folder / WEIGHTS_FILE)
+        export.save_tensors(parsed.tower, folder / WEIGHTS_FILE)
         try:
             tower = load_tower(folder, image_size=image_size)
         except ContractError as error:
@@ -208,15 +198,11 @@ def _dual_config(parsed: ParsedCheckpoint, tower: Tower, source: str) -> DualCon
     """The configuration of the heads; ContractError if the widths of projection, adapter and tower don't match."""
     adapter, projection, width = parsed.adapter, parsed.projection, tower.config.hidden_size
     if projection is not None and projection.shape[-1] != width:
-        raise ContractError(
-            f"{source}: the visual projection is {tuple(projection.shape)}, expected (projection_dim, {width})"
-        )
+        raise ContractError(f"{source}: the visual projection is {tuple(projection.shape)}, expected (..., {width})")
     width = width if projection is None else projection.shape[0]
     config = DualConfig(projection_dim=width) if adapter is None else adapter.config
     if config.projection_dim != width:
-        raise ContractError(
-            f"{source}: image features have width {width}, but the adapter's outputs {config.projection_dim}"
-        )
+        raise ContractError(f"{source}: images have width {width}, but the adapter's outputs {config.projection_dim}")
     return dataclasses.replace(
         config,
         projection="none" if projection is None else "linear",
@@ -244,7 +230,7 @@ def convert(
     if format_name not in FORMATS:
         raise ValueError(unknown("format", format_name, ["tower", *FORMATS]))
     directory = fetch_directory(source)
-    model = load_model(directory)
+    model = export.load_model(directory)
     write = {"clip": write_clip, "onnx": write_onnx, "openclip": write_openclip}[format_name]
     with atomic_directory(output, replace=replace) as temporary:
         write(model.eval(), temporary, preprocessor_config(directory))
@@ -256,18 +242,18 @@ def write_clip(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
     from transformers import CLIPVisionModelWithProjection
 
     dual = projected_dual(model, "clip", ("clip",))
-    save_tower(dual.tower, directory)
+    export.save_tower(dual.tower, directory)
     projection = {"visual_projection.weight": dual.visual_projection.weight.detach()}
-    save_tensors(load_tensors(directory / WEIGHTS_FILE) | projection, directory / WEIGHTS_FILE)
+    export.save_tensors(load_tensors(directory / WEIGHTS_FILE) | projection, directory / WEIGHTS_FILE)
     fields = {"projection_dim": dual.config.projection_dim, "architectures": ["CLIPVisionModelWithProjection"]}
     write_json(directory / "config.json", read_json(directory / "config.json") | fields)
     write_json(directory / PREPROCESSOR_FILE, preprocessor)
     with quiet_transformers():
         reloaded: Any = CLIPVisionModelWithProjection.from_pretrained(directory, torch_dtype=dual.tower.dtype).eval()
-    pixels = probe_images(dual.tower)
+    pixels = export.probe_images(dual.tower)
     with torch.no_grad():
         features = F.normalize(reloaded(pixel_values=pixels).image_embeds.float(), dim=-1)
-        compare_features({"encode_image": dual.encode_image(pixels)}, {"encode_image": features}, where="format 'clip'")
+        export.compare_features({"image": dual.encode_image(pixels)}, {"image": features}, where="format 'clip'")
 
 
 def projected_dual(model: nn.Module, format_name: str, families: tuple[str, ...]) -> DualEncoder:
@@ -303,9 +289,10 @@ def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
     import onnxruntime
 
     encoder = _ImageEncoder(model).float().eval()
-    pixels = probe_images(tower_in(model), count=3)
+    pixels = export.probe_images(tower_in(model), count=3)
     size = sum(parameter.numel() * 4 for parameter in encoder.parameters())
-    with quiet_onnx():
+    with warnings.catch_warnings():  # of a renamed class of torch's own
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         torch.onnx.export(
             encoder,
             (pixels[:2],),
@@ -321,7 +308,7 @@ def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
     with torch.no_grad():
         for batch in (pixels, pixels[:1]):
             features = torch.from_numpy(session.run(None, {"pixel_values": batch.numpy()})[0])
-            compare_features({"image_features": encoder(batch)}, {"image_features": features}, where="ONNX Runtime")
+            export.compare_features({"image": encoder(batch)}, {"image": features}, where="ONNX Runtime")
     write_json(directory / PREPROCESSOR_FILE, preprocessor)
 
 
@@ -331,20 +318,20 @@ def write_openclip(model: nn.Module, directory: Path, preprocessor: dict[str, An
     dual = projected_dual(model, "openclip", tuple(layout_of))
     layout = layout_of[family_of(dual.tower).name]
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        save_tower(dual.tower, Path(folder))
+        export.save_tower(dual.tower, Path(folder))
         tower_file = load_tensors(Path(folder) / WEIGHTS_FILE)
     state = layout.visual_state(dual, tower_file) | adapter_state(dual)
     state["logit_scale"] = dual.logit_scale.reshape(())
     if dual.logit_bias is not None:
         state["logit_bias"] = dual.logit_bias.reshape(())
-    save_tensors(state, directory / "open_clip_model.safetensors")
+    export.save_tensors(state, directory / "open_clip_model.safetensors")
     width = dual.config.llm_width
     text = {"text_cfg": {"use_embedding": True, "llm_embedding_dim": width} if width else {}}
     chosen = {name: preprocessor[f"image_{name}"] for name in ("mean", "std")}
     fields = {"model_cfg": layout.model_config(dual) | text, "preprocess_cfg": chosen}
     write_json(directory / "open_clip_config.json", fields)
     reloaded = build_model(parse_checkpoint(directory, None), str(directory), temporary=directory)
-    compare_features(probe_features(dual), probe_features(reloaded), where="format 'openclip'")
+    export.compare_features(export.probe_features(dual), export.probe_features(reloaded), where="format 'openclip'")
 
 
 def adapter_state(dual: DualEncoder) -> dict[str, Tensor]:

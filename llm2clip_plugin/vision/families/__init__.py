@@ -1,4 +1,4 @@
-"""Families of vision towers, as plain data: one file each, which defines ``FAMILY``; a new file is a new family."""
+"""Families of vision towers, as plain data: a file defines ``FAMILY``, or a list of twins; a new file is a family."""
 
 import functools
 import importlib
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from llm2clip_plugin.files import discover, errors_about
-from llm2clip_plugin.options import command
 from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json
 
 Tower: TypeAlias = Any  # a Hugging Face vision model (nn.Module); the fields of its `config` differ by family
@@ -106,9 +105,7 @@ def read_config(directory: Path) -> tuple[Family, Any]:
     file = directory / CONFIG_FILE
     body = read_json(file)
     if "model_type" not in body and "architecture" in body:
-        raise ValueError(
-            f"{file} describes a timm model; run `{command('import', directory, '--output', 'DIR')}` first"
-        )
+        raise ValueError(f"{file} describes a timm model; run `llm2clip import {directory} --output DIR` first")
     family = family_of_type(str(body.get("model_type")), where=str(file))
     with errors_about(file, fix="copy or export the tower again"):
         return family, family.vision_class().config_class.from_pretrained(directory)

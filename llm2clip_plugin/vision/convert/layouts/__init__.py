@@ -10,7 +10,6 @@ Shapes: W width of an LLM embedding, D projection_dim.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from llm2clip_plugin.files import ContractError, discover
 from llm2clip_plugin.vision import DualConfig
-from llm2clip_plugin.vision.directory import own_preprocessor, read_json, section
+from llm2clip_plugin.vision.directory import section
 from llm2clip_plugin.vision.families import RESAMPLE
 
 IN_THE_LOOP = "text.text_proj.text_adaptor."  # the reference's names if its text tower contains the LLM too
@@ -204,9 +203,7 @@ def patch_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
     """Width and patch size of a tower from its patch convolution (H, 3, P, P); ContractError for other shapes."""
     shape = tuple(state[name].shape)
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise ContractError(
-            f"{name} is {shape}, expected (width, 3, patch, patch); the tensor is transposed or truncated"
-        )
+        raise ContractError(f"{name} is {shape}, expected (width, 3, patch, patch)")
     return shape[0], shape[2]
 
 
@@ -223,21 +220,6 @@ def depth(state: dict[str, Tensor], prefix: str) -> int:
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
-# The configuration of a checkpoint: the file next to it, with the user's --config on top.
-
-
-def config_in(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
-    """The configuration file in the folder of a checkpoint, which may hold OpenCLIP's beside Hugging Face's; or {}."""
-    is_open_clip = any(key.startswith("visual.") for key in state)
-    names = ("open_clip_config.json", "config.json") if is_open_clip else ("config.json",)
-    return next((read_json(path / name) for name in names if (path / name).is_file()), {})
-
-
-def preprocessor_in(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Mean, deviation, filter of OpenCLIP's ``preprocess_cfg``, else of the folder's preprocessor_config.json."""
-    return normalization(section(config, "preprocess_cfg")) if "model_cfg" in config else own_preprocessor(path)
-
-
 def normalization(values: dict[str, Any]) -> dict[str, Any]:
     """Mean, deviation and filter, under Hugging Face's names, of OpenCLIP's or timm's ``values``."""
     own = {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
@@ -248,12 +230,6 @@ def normalization(values: dict[str, Any]) -> dict[str, Any]:
 def lift_model_cfg(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with the fields of ``model_cfg``, where OpenCLIP's files on the Hub nest them, at the top."""
     return {**config, **section(config, "model_cfg")}
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``below`` overridden by ``above``, key by key in nested objects too."""
-    nested = {key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
-    return {**below, **above, **{key: merge(below[key], above[key]) for key in nested}}
 
 
 def vision_fields(config: Any) -> dict[str, Any]:

@@ -12,17 +12,8 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision.convert.layouts import (
-    COMPUTED,
-    Layout,
-    ParsedCheckpoint,
-    TensorNames,
-    check_sizes,
-    depth,
-    patch_shape,
-    require,
-    vision_fields,
-)
+from llm2clip_plugin.vision.convert import layouts as common
+from llm2clip_plugin.vision.convert.layouts import Layout, ParsedCheckpoint, TensorNames
 from llm2clip_plugin.vision.directory import section
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, rope_tables
@@ -72,7 +63,7 @@ def is_timm_eva(state: dict[str, Tensor]) -> bool:
 
 def matches(state: dict[str, Tensor]) -> bool:
     """Whether a checkpoint contains an EVA-CLIP tower."""
-    return depth(state, BLOCKS) > 0 or is_timm_eva(state)
+    return common.depth(state, BLOCKS) > 0 or is_timm_eva(state)
 
 
 def rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,8 +89,8 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
     first = {key.removeprefix(f"{BLOCKS}0."): value for key, value in state.items() if key.startswith(f"{BLOCKS}0.")}
     swiglu = any(name.startswith(("mlp.w1.", "mlp.w2.", "mlp.w3.")) for name in first)
     hidden = f"{BLOCKS}0.mlp.{'w1' if swiglu else 'fc1'}.weight"
-    require(state, "visual.patch_embed.proj.weight", "visual.pos_embed", hidden)
-    width, patch = patch_shape(state, "visual.patch_embed.proj.weight")
+    common.require(state, "visual.patch_embed.proj.weight", "visual.pos_embed", hidden)
+    width, patch = common.patch_shape(state, "visual.patch_embed.proj.weight")
     image_size = round((state["visual.pos_embed"].shape[-2] - 1) ** 0.5) * patch
     if "width" not in vision:
         table = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
@@ -110,14 +101,12 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
         if table is not None:  # its second row: the angle of a step of one column is pt_hw_seq_len / grid
             step = float(table[1, table.shape[1] // 2].float().acos())
             vision |= {"head_width": table.shape[1], "pt_hw_seq_len": round(step * len(table) ** 0.5)}
-    layers, pretrained_grid = depth(state, BLOCKS), vision.get("pt_hw_seq_len", 16)
-    check_sizes(vision, width=width, layers=layers, patch_size=patch, image_size=image_size)
+    layers, pretrained_grid = common.depth(state, BLOCKS), vision.get("pt_hw_seq_len", 16)
+    common.check_sizes(vision, width=width, layers=layers, patch_size=patch, image_size=image_size)
     if vision.get("global_average_pool"):
         raise ValueError("global_average_pool is true; EVA-CLIP towers with average pooling are not supported")
     if vision.get("rope") and not vision.get("intp_freq") and image_size // patch != pretrained_grid:
-        raise ValueError(
-            f"intp_freq is false, but the grid {image_size // patch} is not pt_hw_seq_len {pretrained_grid}"
-        )
+        raise ValueError(f"intp_freq is false, but grid {image_size // patch} is not pt_hw_seq_len {pretrained_grid}")
     return Eva02Config(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -169,11 +158,11 @@ def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any
     eva = tower_config(state, vision)
     eva.architectures = ["Eva02VisionModel"]
     parsed = READ_NAMES.parse(state, json.loads(eva.to_json_string(use_diff=False)))
-    parsed.left_out.update(dict.fromkeys(check_rope_tables(state, eva), COMPUTED))
+    parsed.left_out.update(dict.fromkeys(check_rope_tables(state, eva), common.COMPUTED))
     parsed.projection = parsed.take("visual.head.weight")
     parsed.projection_bias = parsed.take("visual.head.bias")
     parsed.find_text_side()
-    require(state, "visual.head.weight", "visual.head.bias")
+    common.require(state, "visual.head.weight", "visual.head.bias")
     return parsed
 
 
@@ -199,7 +188,7 @@ def visual_state(dual: DualEncoder, tower_file: dict[str, Tensor]) -> dict[str, 
 def model_config(dual: DualEncoder) -> dict[str, Any]:
     """EVA-CLIP's configuration file."""
     config = dual.tower.config
-    vision = vision_fields(config) | {
+    vision = common.vision_fields(config) | {
         "mlp_ratio": (config.intermediate_size + 0.5) / config.hidden_size,  # readers truncate: aim between
         "qkv_bias": config.qkv_bias,
         "rope": config.rope,

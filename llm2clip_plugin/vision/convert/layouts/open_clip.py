@@ -10,17 +10,8 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision.convert.layouts import (
-    Layout,
-    ParsedCheckpoint,
-    TensorNames,
-    check_sizes,
-    depth,
-    eva_clip,
-    patch_shape,
-    require,
-    vision_fields,
-)
+from llm2clip_plugin.vision.convert import layouts as common
+from llm2clip_plugin.vision.convert.layouts import Layout, ParsedCheckpoint, TensorNames, eva_clip
 from llm2clip_plugin.vision.convert.layouts.hub import side_of, timm_fields
 from llm2clip_plugin.vision.directory import section
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -51,7 +42,7 @@ UNSUPPORTED = ("act_kwargs", "attentional_pool", "final_ln_after_pool", "norm_kw
 
 
 def matches_clip(state: dict[str, Tensor]) -> bool:
-    return depth(state, BLOCKS) > 0 and any(name.startswith("visual.ln_pre.") for name in state)
+    return common.depth(state, BLOCKS) > 0 and any(name.startswith("visual.ln_pre.") for name in state)
 
 
 def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
@@ -63,11 +54,11 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
             'or {"quick_gelu": true} (OpenAI\'s weights), {"quick_gelu": false} (LAION\'s)'
         )
     hidden = f"{BLOCKS}0.mlp.c_fc.weight"
-    require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
-    width, patch = patch_shape(state, "visual.conv1.weight")
+    common.require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
+    width, patch = common.patch_shape(state, "visual.conv1.weight")
     image_size = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5) * patch
-    layers = depth(state, BLOCKS)
-    check_sizes(vision, layers=layers, width=width, patch_size=patch, image_size=image_size)
+    layers = common.depth(state, BLOCKS)
+    common.check_sizes(vision, layers=layers, width=width, patch_size=patch, image_size=image_size)
     if vision.get("pool_type") not in (None, "tok"):
         raise ValueError(f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is supported")
     if settings := [f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)]:
@@ -101,7 +92,7 @@ def parse_clip(state: dict[str, Tensor], config: dict[str, Any], given: dict[str
     parsed.projection = None if projection is None else projection.T.contiguous()
     parsed.find_text_side()
     if parsed.is_image_text:
-        require(state, "visual.proj")
+        common.require(state, "visual.proj")
     return parsed
 
 
@@ -115,7 +106,7 @@ def clip_model(dual: DualEncoder) -> dict[str, Any]:
     config = dual.tower.config
     return {
         "embed_dim": dual.config.projection_dim,
-        "vision_cfg": vision_fields(config),
+        "vision_cfg": common.vision_fields(config),
         "quick_gelu": config.hidden_act == "quick_gelu",
     }
 
@@ -124,7 +115,7 @@ OPENVISION = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True
 
 
 def matches_openvision(state: dict[str, Tensor]) -> bool:
-    return depth(state, BLOCKS) > 0 and not matches_clip(state)
+    return common.depth(state, BLOCKS) > 0 and not matches_clip(state)
 
 
 def parse_openvision(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
@@ -190,8 +181,8 @@ def join_pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def siglip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
     """A SigLIP vision config.json from the tensors; ``fields`` may set vision_cfg.heads."""
     patches, hidden = f"{TRUNK}patch_embed.proj.weight", f"{TRUNK}blocks.0.mlp.fc1.weight"
-    require(state, patches, POSITIONS, hidden)
-    width, patch = patch_shape(state, patches)
+    common.require(state, patches, POSITIONS, hidden)
+    width, patch = common.patch_shape(state, patches)
     heads = section(fields, "vision_cfg").get("heads") or SIGLIP_HEADS.get(width)
     if heads is None:
         raise ValueError(f"no released SigLIP tower has width {width}; set vision_cfg.heads with --config")
@@ -204,7 +195,7 @@ def siglip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str,
         "intermediate_size": state[hidden].shape[0],
         "layer_norm_eps": 1e-6,
         "num_attention_heads": heads,
-        "num_hidden_layers": depth(state, f"{TRUNK}blocks."),
+        "num_hidden_layers": common.depth(state, f"{TRUNK}blocks."),
         "patch_size": patch,
     }
 
@@ -256,9 +247,7 @@ def parse_timm(state: dict[str, Tensor], config: dict[str, Any], given: dict[str
     """
     vision = section(config, "vision_cfg")
     if "timm_model_name" not in vision:
-        raise ValueError(
-            "a timm tower needs vision_cfg.timm_model_name; pass the model's open_clip_config.json as --config"
-        )
+        raise ValueError("a timm tower needs vision_cfg.timm_model_name; pass open_clip_config.json as --config")
     pool = {"global_pool": vision["timm_pool"]} if vision.get("timm_pool") else {}
     arguments = {**pool, **section(vision, "timm_args")}
     fields = timm_fields(vision["timm_model_name"], side_of(vision.get("image_size")), arguments)
