@@ -90,6 +90,11 @@ SERVERS_EXACT="transformers>=5.24"
 STACKS_REQUIREMENTS="torch torchvision transformers accelerate loguru lm-eval inspect-ai decord filelock<3.19 pytest"
 STACKS_EXACT="lmms-eval==0.7.3"
 
+# What other people train with. ms-swift 4.6 imports what datasets has since 4.7.
+TRL_REQUIREMENTS="trl torchvision pytest" TRL_EXACT=trl
+SWIFT_REQUIREMENTS="ms-swift datasets>=4.7,<4.8.5 torchvision pytest" SWIFT_EXACT=ms-swift
+LLAMAFACTORY_REQUIREMENTS="llamafactory pytest" LLAMAFACTORY_EXACT=llamafactory
+
 install_train() {
     install "$2" -e "$ROOT[$1]"
     install "$2" --no-deps "$LLAVA_WHEEL"
@@ -114,6 +119,8 @@ install_listed() { # NAME FOLDER
     install "$2" --no-deps "${!exact}"
     # PyTorch's CPU wheels do not fit those of PyPI, which fail to load, and vLLM needs neither for images
     [ "$1" != SERVERS ] || "$2/bin/python" -m pip uninstall -q -y torchaudio torchcodec
+    # likewise, but LLaMA-Factory imports it: it can do so without its libraries, which only sound needs
+    [ "$1" != LLAMAFACTORY ] || rm -f "$2"/lib/python3*/site-packages/torchaudio/lib/*.so
     install "$2" -e "$ROOT"
 }
 

@@ -63,10 +63,11 @@ def read_text(path: Path) -> str:
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line of a JSONL file. Raises ContractError that names the line."""
+    name, where = str(path), str(path)
     with path.open(encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
+                where = f"{name}, line {number}"
                 if line.strip():
                     value = json.loads(line)
                     if not isinstance(value, dict):

@@ -228,7 +228,6 @@ class Vlm:
         tower, names = self.tower, {"tower": self.config.tower, "llm": self.config.llm}
         return {
             "version": llm2clip_plugin.__version__,
-            "stage": 0,  # the projector is untrained
             "seed": self.config.seed,
             **{part: Path(name).resolve().name if is_local(name) else name for part, name in names.items()},
             "tower_sha256": tower.location.sha256 if tower.location else files_sha256(weight_files(tower.directory)),
@@ -282,7 +281,8 @@ def write_model(vlm: Vlm, directory: Path) -> int:
         videos |= {"video_processor_type": f"{vlm.classes}VideoProcessor", "processor_class": processor}
         write_json(directory / "video_preprocessor_config.json", videos)
     what = f"{vlm.classes} with an untrained projector (stage 0), built by llm2clip-plugin."
-    table, own_code = {name.replace("_", " "): f"`{value}`" for name, value in made.items()}, "auto_map" in body
+    listed = {"stage": 0, **made}  # trainers copy config.json, not this page
+    table, own_code = {name.replace("_", " "): f"`{value}`" for name, value in listed.items()}, "auto_map" in body
     readme = page(vlm.config.output.name, what, table, tower, own_code=own_code, served=arch == "llava")
     (directory / "README.md").write_text(readme, encoding="utf-8")
     return size

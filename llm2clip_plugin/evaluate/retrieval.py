@@ -315,18 +315,13 @@ def _teacher_rows(
 
 def encode_texts(encoders: Dual, teacher_UW: Tensor, all_ranks: bool = False) -> Tensor:
     """(U, D) float32 on the CPU; the batches, and so the bits, are the same on any number of ranks."""
-    device = next(encoders.parameters()).device
-    group = group_of(all_ranks)
-    batches = teacher_UW.split(TEXT_BATCH)
-    encoded: dict[int, Tensor] = {}
-    for start in range(0, len(batches), world_size(group)):
-        number = start + rank(group)
-        rows = batches[number] if number < len(batches) else batches[0][:1]  # the same number of calls on every rank
-        vectors = encoders.encode_text(rows.to(device)).float().cpu()
-        if number < len(batches):
-            encoded[number] = vectors
-    gathered = {number: rows for part in gather_objects(encoded, group) for number, rows in part.items()}
-    return torch.cat([gathered[number] for number in range(len(batches))])
+    device, group = next(encoders.parameters()).device, group_of(all_ranks)
+    batches, ranks = teacher_UW.split(TEXT_BATCH), world_size(group)
+    # every rank makes the same number of calls, the last ones perhaps with a row that is not used
+    turns = range(rank(group), -(-len(batches) // ranks) * ranks, ranks)
+    own = [batches[turn] if turn < len(batches) else batches[0][:1] for turn in turns]
+    encoded = gather_objects([encoders.encode_text(rows.to(device)).float().cpu() for rows in own], group)
+    return torch.cat([encoded[number % ranks][number // ranks] for number in range(len(batches))])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,8 +118,8 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
     config.resized_from = resized_from(tower) or old_size
     state = tower.state_dict()
     name = core_prefix(tower) + family.positions
-    if family.positions and name in state:  # some timm models have no table
-        rows = config.to_dict().get("position_class_rows", int(family.has_cls))
+    rows = config.to_dict().get("position_class_rows", int(family.has_cls))
+    if family.positions and name in state and rows >= 0:  # some timm models have no table, or interpolate it
         old_grid, new_grid = old_size // config.patch_size, image_size // config.patch_size
         state[name] = resize_positions(state[name], class_rows=rows, old_grid=old_grid, new_grid=new_grid)
     resized = type(tower)(config).to(device=tower.device, dtype=tower.dtype)
@@ -386,6 +386,7 @@ def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitC
     if height != width or rows != columns:
         raise ValueError(f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be square")
     table = model.pos_embed.shape[1] - rows * columns if isinstance(model.pos_embed, nn.Parameter) else 0
+    table = -1 if hasattr(model, "pos_embed_grid_size") else table
     return TimmVitConfig(
         timm_name=name,
         image_size=rows * height,

@@ -177,9 +177,12 @@ def make_timm(
     if unknown := sorted(set(settings) - {*ARGUMENTS, "img_size"}):
         raise ValueError(f"timm_args: {unknown[0]!r} cannot be set here; known: {', '.join(ARGUMENTS)}")
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
+        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"timm {timm.__version__} cannot build {name!r} with {settings}: {error}") from error
+    if hasattr(model, "merger"):  # Qwen3-VL's tower: without its projector; it has no final norm
+        model.merger, model.global_pool, model.norm = None, "avg", nn.Identity()
+    return model
 
 
 class TimmVitConfig(PretrainedConfig):
@@ -195,7 +198,7 @@ class TimmVitConfig(PretrainedConfig):
         hidden_size: int = 768,
         num_hidden_layers: int = 12,
         prefix_tokens: int = 1,  # before the patches; not in the states
-        position_class_rows: int = 1,  # rows of the position table before those of the patches
+        position_class_rows: int = 1,  # rows of the position table before the patches'; -1: the model interpolates it
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         resample: int | None = None,  # PIL's filter
@@ -265,10 +268,11 @@ class TimmTower(PreTrainedModel):
         finally:
             for handle in handles:
                 handle.remove()
-        skip = self.config.prefix_tokens
+        skip, is_grid = self.config.prefix_tokens, tokens.dim() == 4  # Qwen3-VL's: (B, rows, columns, H)
+        tokens = tokens.flatten(1, 2) if is_grid else tokens
         output = BaseModelOutputWithPooling(
             last_hidden_state=tokens[:, skip:],
-            pooler_output=self.model.forward_head(tokens, pre_logits=True),
+            pooler_output=tokens.mean(1) if is_grid else self.model.forward_head(tokens, pre_logits=True),
             hidden_states=tuple(state[:, skip:] for state in states) if output_hidden_states else None,
         )
         return output if return_dict is not False else output.to_tuple()

@@ -13,14 +13,22 @@ import torch
 from greedy import TOKENS
 from PIL import Image
 from serve_checkpoints import full, tower_directory
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from tiny_llm import save_tiny_llm
+from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from llava_integration.serve.build import register
 from llava_integration.serve.export import Export, export
+from llm2clip_plugin.cli import main as llm2clip
 
-STOCK = ("metaclip2",)  # vLLM opens it without our plugin
-FAMILIES = ("openvision", "aimv2", "aimv2_native", "dinov3", "radio", "pe_core", *STOCK)
-QUESTION = "Which color is the picture?"
+TRAINED = ("trained-clip", "trained-eva02")  # of vlm build, and saved again by transformers
+STOCK = ("metaclip2", "trained-clip")  # vLLM opens them without our plugin
+FAMILIES = (*TRAINED, "openvision", "aimv2", "aimv2_native", "dinov3", "radio", "pe_core", "metaclip2")
+COLORS = ("red", "blue")
+TEMPLATE = """{{ bos_token }}{% for m in messages %}<user>{{ m['role'] }}
+{{ m['content'] }}<end>
+{% endfor %}{% if add_generation_prompt %}<user>assistant
+{% endif %}"""
+QUESTION = "Which color is the picture?\nAnswer the question using a single word or phrase."  # as bench-mllm asks
 ENGINE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
@@ -30,12 +38,40 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An exported LLaVA for each family."""
     root, made = tmp_path_factory.mktemp("families"), {}
     one_head = {"num_attention_heads": 1, "num_key_value_heads": 1}  # vLLM's attention on a CPU needs 32 or wider
-    for family in FAMILIES:
+    for family in TRAINED:
+        made[family] = trained(root / family, family.removeprefix("trained-"))
+    for family in FAMILIES[len(TRAINED) :]:
         checkpoint = full(root / f"llava-{family}", tower_directory(family), **one_head)
         made[family] = root / f"hf-{family}"
         export(Export.of(checkpoint, dtype="fp32"), made[family])
     Image.effect_noise((30, 20), 80).convert("RGB").save(root / "noise.png")
     return made
+
+
+def trained(folder: Path, tower: str) -> Path:
+    """A model of ``vlm build`` that has learned to answer with a color, saved by transformers' Trainer."""
+    llm, built = save_tiny_llm(folder.with_suffix(".llm"), "qwen3", width=128), folder.with_suffix(".built")
+    (folder.parent / "chat.jinja").write_text(TEMPLATE)
+    words = ["--tower", str(tower_directory(tower)), "--llm", str(llm), "--output", str(built)]
+    assert llm2clip(["vlm", "build", *words, "--chat-template", str(folder.parent / "chat.jinja")]) == 0
+    register()
+    processor, model = AutoProcessor.from_pretrained(built), LlavaForConditionalGeneration.from_pretrained(built)
+    options, rows = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}, []
+    for color in COLORS:
+        content = [{"type": "image", "image": Image.new("RGB", (40, 30), color)}, {"type": "text", "text": QUESTION}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": color}]
+        row = {name: value[0] for name, value in processor.apply_chat_template(turns, **options).items()}
+        asked = processor.apply_chat_template(turns[:1], add_generation_prompt=True, **options)["input_ids"].shape[1]
+        labels = torch.cat((torch.full((asked,), -100), row["input_ids"][asked:]))
+        rows.append({**row, "labels": labels})
+    settings = TrainingArguments(
+        str(folder), max_steps=40, learning_rate=3e-3, per_device_train_batch_size=1, use_cpu=True, report_to=[],
+        remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, settings, train_dataset=rows, processing_class=processor)
+    trainer.train()
+    trainer.save_model()
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,11 +34,13 @@ from llava_integration.serve.export import test_image as picture
 from llava_integration.tower import LLM2CLIPVisionTower
 from llava_integration.towers import TowerLocation
 from llm2clip_plugin.cli import main as llm2clip
+from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.towers import load_tower
+from llm2clip_plugin.vision.towers import load_tower, resize_tower, timm_tower
 
 TOWERS = ("clip", "siglip", "dinov3", "eva02", "pe_core")  # pe_core: timm's
 LLMS = ("llama", "qwen3", "gemma3")
+MADE = tempfile.TemporaryDirectory(prefix="towers-")  # removed when the process ends
 BOS = 1
 ASKED = [{"type": "image", "image": picture()}, {"type": "text", "text": "Which color?"}]
 
@@ -49,8 +53,31 @@ def llms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@functools.cache
+def place(name: str) -> Path:
+    """The folder of a tower of that name."""
+    made = Path(MADE.name) / name
+    if name == "naflex":
+        config = transformers.Siglip2VisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_patches=16,
+            patch_size=7,
+        )
+        transformers.Siglip2VisionModel(config).save_pretrained(made / "published")
+        import_tower(made / "published", made / "imported")
+        return made / "imported"
+    if name == "qwen3_vit":
+        arguments = {"depth": 2, "embed_dim": 64, "num_heads": 4}
+        resize_tower(timm_tower("qwen3_vit_88m_enc", pretrained=False, arguments=arguments), 64).save_pretrained(made)
+        return made
+    return tower_directory(name)
+
+
 def build(tower: str, llm: Path, output: Path, *more: str) -> Path:
-    words = ["--tower", str(tower_directory(tower)), "--llm", str(llm), "--output", str(output), *more]
+    words = ["--tower", str(place(tower)), "--llm", str(llm), "--output", str(output), *more]
     assert llm2clip(["vlm", "build", *words]) == 0
     return output
 
@@ -63,7 +90,7 @@ def built(llms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def by_hand(folder: Path, tower: str, llm: Path, inputs: Any) -> torch.Tensor:
     """Logits of tower, projector and LLM as their own libraries load them."""
-    vision, own = load_tower(tower_directory(tower)), AutoModelForCausalLM.from_pretrained(llm).eval()
+    vision, own = load_tower(place(tower)), AutoModelForCausalLM.from_pretrained(llm).eval()
     state = vision(pixel_values=inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
     state = state[:, 1:] if family_of(vision).has_cls else state
     weights = load_file(folder / "model.safetensors")
@@ -83,7 +110,9 @@ def loss_of(model: Any, batch: dict[str, Any]) -> float:
         return model.eval()(**batch).loss.item()
 
 
-@pytest.mark.parametrize(("tower", "llm"), list(itertools.product(TOWERS, LLMS)))
+@pytest.mark.parametrize(
+    ("tower", "llm"), [*itertools.product(TOWERS, LLMS), ("naflex", "qwen3"), ("qwen3_vit", "qwen3")]
+)
 def test_equals_its_parts_and_trains(llms: Path, tmp_path: Path, tower: str, llm: str) -> None:
     """One step of the projector alone, in which the frozen tower stays in eval mode, then one of everything."""
     folder = build(tower, llms / llm, tmp_path / "vlm")
@@ -295,9 +324,9 @@ def test_no_code_of_the_towers_folder_is_named(tmp_path: Path) -> None:
 def test_the_card_names_both_by_hash(built: Path) -> None:
     made = json.loads((built / "config.json").read_text())["llm2clip_vlm"]
     card = json.loads((built / "llm2clip_tower.json").read_text())
-    assert made["stage"] == 0 and made["tower_sha256"] == card["weights_sha256"] and len(made["llm_sha256"]) == 64
+    assert "stage" not in made and made["tower_sha256"] == card["weights_sha256"] and len(made["llm_sha256"]) == 64
     readme = (built / "README.md").read_text()
-    assert all(f"`{made[name]}`" in readme for name in ("tower_sha256", "llm_sha256", "stage"))
+    assert all(f"`{made[name]}`" in readme for name in ("tower_sha256", "llm_sha256")) and "stage | `0`" in readme
     assert str(built.parent) not in readme + (built / "config.json").read_text()
 
 
@@ -333,8 +362,15 @@ def test_what_does_not_fit_is_one_line(
         sizes: dict[str, Any] = {"vocab_size": 400, "n_embd": 32, "n_layer": 1, "n_head": 2}
         AutoModelForCausalLM.from_config(transformers.GPT2Config(**sizes)).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
-    place = tower_directory(tower) if tower == "clip" else tower
-    words = ["--tower", str(place), "--llm", str(folder), "--output", str(tmp_path / "out"), *more]
+    words = [
+        "--tower",
+        str(place(tower) if tower == "clip" else tower),
+        "--llm",
+        str(folder),
+        "--output",
+        str(tmp_path / "out"),
+        *more,
+    ]
     capsys.readouterr()
     assert llm2clip(["vlm", "build", *words]) == 2
     said = capsys.readouterr().err

@@ -16,6 +16,7 @@ TIMM_MODELS = [
     "vit_wee_patch16_reg1_gap_256",  # a register, and a table without its row
     "vit_base_patch16_siglip_224",  # no prefix, attention pooling
     "eva02_tiny_patch14_224",  # rotary positions, which no file holds
+    "qwen3_vit_88m_enc",  # Qwen3-VL's: a grid of states, positions that it interpolates itself, no final norm
 ]
 
 

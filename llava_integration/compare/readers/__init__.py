@@ -5,6 +5,7 @@ A reader makes score files of logs, with an item for each question: ``id``, ``sc
 composite's rule reads (``benchmarks/rules/``). Standard library only; what a format needs more is imported in its file.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -65,7 +66,11 @@ def read_logs(path: Path) -> list[tuple[Path, Log]]:
     if len(found) > 1:
         listed = "; ".join(f"{reader.name}: {logs[0]}" for reader, logs in found.items())
         raise ContractError(f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one")
-    logs = [(file, log) for reader, files in found.items() for file in files for log in reader.read(file)]
+    gc.disable()  # it would look at a million lines again and again, half of the time
+    try:
+        logs = [(file, log) for reader, files in found.items() for file in files for log in reader.read(file)]
+    finally:
+        gc.enable()
     groups: dict[Any, list[tuple[Path, Log]]] = {}
     for place, (file, log) in enumerate(logs):
         groups.setdefault(log.group or place, []).append((file, log))
@@ -112,4 +117,7 @@ def number(value: Any, where: str) -> float:
 
 def first_of(values: Mapping[str, Any], names: Iterable[str]) -> str:
     """The first of these fields that is a text or a number, as text; "" if there is none."""
-    return next((str(values[name]) for name in names if isinstance(values.get(name), (str, int))), "")
+    for name in names:
+        if isinstance(value := values.get(name), (str, int)):
+            return str(value)
+    return ""

@@ -5,6 +5,7 @@ Hugging Face's: a vision model, an image-text model, or a release with a text ad
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +17,15 @@ from llm2clip_plugin.vision.directory import section
 from llm2clip_plugin.vision.families import Family, families, family_of_type
 from llm2clip_plugin.vision.towers import make_timm, timm_config
 
-CLASSIFIER = ("head.", "fc.")  # of timm's models
+CLASSIFIER = ("head.", "fc.", "merger.")  # of timm's models; the last is Qwen3-VL's projector
 NOT_ARGUMENTS = ("num_classes", "in_chans", "img_size")  # of model_args, read elsewhere or without effect on a tower
 
 
 def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     """A checkpoint whose config.json has the ``model_type`` of a family."""
     family = family_in(state, config)
+    if family.name == "siglip":
+        state, config = at_fixed_size(state, config)
     anchor = f"{family.file_prefix}embeddings."
     outer = min((key[: key.index(anchor)] for key in state if anchor in key and "text_model." not in key), default="")
     if family.file_prefix and "embeddings.patch_embedding.weight" in state and not any(anchor in key for key in state):
@@ -66,18 +69,30 @@ def vision_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
 def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
     """The family of a Hugging Face model, by its own model_type, else by that of its vision part.
 
-    ``siglip2`` is the type of NaFlex models, which accept images of any shape; with a convolution over square patches
-    the tensors are those of a fixed-resolution SigLIP, whatever the type is. ValueError for anything else.
+    ``siglip2`` is the type of SigLIP 2 NaFlex, and of some files with a fixed resolution. ValueError if unknown.
     """
     parts = [config, section(config, "vision_config")]
     types = [str(part["model_type"]) for part in parts if "model_type" in part]
-    patches = [value for key, value in state.items() if key.endswith("vision_model.embeddings.patch_embedding.weight")]
     if any(name.startswith("siglip2") for name in types):
-        if not patches or patches[0].dim() != 4:
-            raise ValueError("SigLIP2 NaFlex models are not supported; import a fixed-resolution SigLIP2")
         return families()["siglip"]
     known = {kind for family in families().values() for kind in family.model_types}
     return family_of_type(next((name for name in types if name in known), types[0]), where="config.json")
+
+
+def at_fixed_size(state: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """SigLIP 2 NaFlex at the square of its position table, where it is a SigLIP; anything else as it is.
+
+    Its linear layer over the pixels of a patch (rows, columns, channels) is a convolution.
+    """
+    name = next((key for key in state if key.endswith("vision_model.embeddings.patch_embedding.weight")), "")
+    name = name or "embeddings.patch_embedding.weight"
+    if name not in state or state[name].dim() != 2:
+        return state, config
+    fields = dict(section(config, "vision_config") or config)
+    patches, side = fields.pop("num_patches", 256), fields.get("patch_size", 16)  # transformers' defaults
+    fields |= {"image_size": math.isqrt(patches) * side, "patch_size": side}
+    weight = state[name].unflatten(1, (side, side, -1)).permute(0, 3, 1, 2).contiguous()
+    return {**state, name: weight}, {**config, "vision_config": fields} if "vision_config" in config else fields
 
 
 def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
@@ -93,7 +108,7 @@ def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCh
         config=fields | normalization(published),
         tower={f"model.{key}": state[key] for key in state if key in inside},
         used=inside,
-        left_out=dict.fromkeys(state.keys() - inside, "classifier"),
+        left_out=dict.fromkeys(state.keys() - inside, "a classifier or projector"),
     )
 
 

@@ -1,0 +1,148 @@
+"""ms-swift and LLaMA-Factory on a model of ``vlm build``, with the prompts of its own chat template.
+
+    python -m llava_integration.serve.trainers swift sft --model vlm/qwen3 ...
+    python -m llava_integration.serve.trainers llamafactory train qwen3.yaml
+
+Both have prompts of their own, chosen by name, and none for a new model: trained with another's, it would be asked in
+one format and answer in another. Here the parts of the model's template become theirs; see docs/vlm.md.
+"""
+
+# Both are in environments of their own, not where types are checked.
+# pyright: reportMissingImports=false
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+IMAGE = "<image>"
+NAME = "vlm"  # of the template in ms-swift
+ARGUMENTS = ("--external_plugins", __file__, "--template", NAME, "--model_type", "llava1_5_hf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a chat template writes around questions and answers."""
+
+    prefix: str  # before the first turn: <s>, a default system prompt
+    before: str  # a question
+    after: str  # a question, up to where the model answers
+    end: str  # of an answer
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Prompt":
+        """Raises ValueError for a template whose turns differ in more than their text."""
+        texts = ("Question 1", "Answer 1", "Question 2", "Answer 2")
+        turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+        def render(count: int) -> str:
+            return tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=count % 2 == 1)
+
+        start, _, after = render(1).partition(texts[0])
+        tail, between = render(4).rpartition(texts[3])[2], render(3).partition(texts[1])[2].partition(texts[2])[0]
+        before = between.removeprefix(tail)
+        if before == between:  # Phi 3 ends a conversation otherwise than a turn: what both questions have before them
+            before = next(start[n:] for n in range(len(start) + 1) if between.endswith(start[n:]))
+        end = between.removesuffix(before)
+        made = cls(prefix=start.removesuffix(before), before=before, after=after, end=end)
+        if (joined := made.join(*texts[:3])) != render(3):
+            raise ValueError(
+                f"the chat template's turns are not alike: it writes {render(3)!r}, from the first turn follows "
+                f"{joined!r}; build the model with another (--chat-template FILE)"
+            )
+        return made
+
+    def join(self, *texts: str) -> str:
+        """A conversation, up to where the model answers."""
+        turns = [text + self.end if n % 2 else self.before + text + self.after for n, text in enumerate(texts)]
+        return self.prefix + "".join(turns)
+
+
+def image_first(text: str) -> str:
+    """A question with one image as the chat template writes it: LLaVA's data has the image at either end."""
+    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}" if text.count(IMAGE) == 1 else text
+
+
+def register_with_swift() -> None:
+    """Give ms-swift the template ``vlm``, which takes its parts from the model's tokenizer."""
+    from swift.template import TemplateMeta, register_template
+    from swift.template.templates.llava import LlavaHfTemplate
+
+    class VlmTemplate(LlavaHfTemplate):
+        def init_processor(self, processor: Any) -> None:
+            if processor is not None and not self._processor_inited:
+                prompt, meta = Prompt.of(processor.tokenizer), self.template_meta
+                meta.prefix, meta.prompt = [prompt.prefix], [f"{prompt.before}{{{{QUERY}}}}{prompt.after}"]
+                meta.chat_sep = meta.suffix = [prompt.end]
+            super().init_processor(processor)
+
+        def replace_tag(self, media_type: str, index: int, inputs: Any) -> list[str]:
+            return [IMAGE]  # without ms-swift's line break, which image_first has
+
+        def _swift_prepare_inputs(self, inputs: Any) -> None:
+            super()._swift_prepare_inputs(inputs)
+            for message in inputs.messages:
+                if message["role"] == "user":
+                    message["content"] = image_first(message["content"])
+
+    register_template(TemplateMeta(NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], template_cls=VlmTemplate))
+
+
+def register_with_llamafactory() -> None:
+    """Let LLaMA-Factory, without ``template:`` in its YAML, read the model's own template, with images."""
+    from llamafactory.data import template
+    from llamafactory.data.formatter import EmptyFormatter, StringFormatter
+    from llamafactory.data.mm_plugin import LlavaPlugin
+    from llamafactory.model import loader
+
+    class VlmPlugin(LlavaPlugin):
+        def process_messages(self, messages: list[dict[str, str]], *media: Any) -> list[dict[str, str]]:
+            first = [{**message, "content": image_first(message["content"])} for message in messages]
+            return super().process_messages(first, *media)
+
+    read = template.parse_template
+
+    def parse(tokenizer: Any) -> Any:
+        made, prompt = read(tokenizer), Prompt.of(tokenizer)
+        made.format_prefix = EmptyFormatter(slots=[prompt.prefix] if prompt.prefix else [])
+        made.format_user = StringFormatter(slots=[f"{prompt.before}{{{{content}}}}{prompt.after}"])
+        made.format_assistant = StringFormatter(slots=["{{content}}" + prompt.end])
+        made.default_system = ""
+        made.mm_plugin = VlmPlugin(image_token=IMAGE, video_token=None, audio_token=None)
+        return made
+
+    template.parse_template = parse
+    loader.register_autoclass = lambda *_: None  # saves files of transformers as the code of a model with own code
+
+
+def main() -> None:
+    """Start the program that is named first; without a name, as one of LLaMA-Factory's ranks."""
+    if sys.argv[1:2] == ["swift"]:
+        from swift.cli.main import cli_main
+
+        sys.argv[:] = [*sys.argv[1:], *ARGUMENTS]
+        return cli_main()
+    register_code()
+    register_with_llamafactory()
+    if sys.argv[1:2] != ["llamafactory"]:
+        from llamafactory.train.tuner import run_exp
+
+        return run_exp()
+    from llamafactory import launcher
+
+    launcher.__file__ = __file__  # which torchrun then starts on each rank
+    del sys.argv[1]
+    return launcher.launch()
+
+
+def register_code() -> None:
+    """Towers whose code is saved with models are opened by this package's."""
+    from llava_integration.serve.build import register
+
+    register()
+
+
+if __name__ == "__main__":
+    main()
+elif __name__.startswith("_swift_external_"):
+    register_code()
+    register_with_swift()
