@@ -3,13 +3,18 @@
 Where the start itself is not the subject, processes are forked from one that started with the hook.
 """
 
+import re
+import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import llava_integration
 from llava_integration import boot
+from llava_integration.checkpoints import is_unfrozen
 
 KNOWS = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
 
@@ -71,3 +76,40 @@ def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
     finders = "import sys; print([type(finder).__name__ for finder in sys.meta_path])"
     assert boot.WATCHER in world.python("-c", finders)
     assert boot.WATCHER not in world.python("-S", "-c", finders, PYTHONPATH=":".join(paths))
+
+
+def test_a_fork_of_llava_under_another_name(world, tmp_path):
+    """LLaVA's own code, copied to another package: known by its ``model/multimodal_encoder/builder.py``."""
+    source = Path(find_spec("llava").origin).parent
+    for path in source.rglob("*.py"):
+        copied = tmp_path / "otherllava" / path.relative_to(source)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_text(re.sub(r"\b(from|import) llava\b", r"\1 otherllava", path.read_text()))
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import otherllava.model.builder as m
+from otherllava.model.llava_arch import build_vision_tower, LlavaMetaModel
+from otherllava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava_world import model_arguments
+model = LlavaLlamaForCausalLM(LlavaConfig.from_pretrained({str(world.llm)!r}))
+model.get_model().initialize_vision_modules(model_arguments({f"llm2clip:{world.towers['clip']}"!r}))
+print(type(model.get_vision_tower()).__name__, model.config.llm2clip_tower["family"])
+print([hasattr(f, "__wrapped__") for f in (m.load_pretrained_model, build_vision_tower)])
+print([name for name in sys.modules if name.partition(".")[0] == "llava"])
+"""
+    told = world.python("-c", code, PYTHONPATH=":".join(sys.path)).strip().splitlines()
+    assert told[-3:] == ["LLM2CLIPVisionTower clip", "[True, True]", "[]"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({}, False),
+        ({"unfreeze_mm_vision_tower": True}, True),
+        ({"mm_tunable_parts": "mm_mlp_adapter,mm_language_model"}, False),
+        ({"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"}, True),
+    ],
+)
+def test_which_settings_train_the_tower(settings, trained):
+    assert is_unfrozen(settings) == is_unfrozen(SimpleNamespace(**settings)) == trained
