@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from llava_integration import boot, towers
+from llava_integration import towers
 from llava_integration.checkpoints import config_of, refuse_name
 from llm2clip_plugin.files import ContractError, errors_about
 
@@ -24,14 +24,14 @@ Function = Callable[..., Any]
 
 def complete(module: ModuleType) -> None:
     """Wrap the function of ``module`` that handles vision towers; complete LLaVA's trainer."""
-    part = module.__name__.rpartition(boot.MODELS)[2]
-    if module.__name__ == boot.TRAINER:
+    name = module.__name__  # one that boot.knows_towers names
+    if name.endswith(".llava_trainer"):
         from llava_integration import training
 
         training.complete_trainer(module)
-    elif part == "multimodal_encoder.builder":
+    elif name.endswith("multimodal_encoder.builder"):
         wrap_function(module, "build_vision_tower", wrap_build_vision_tower)
-    elif part == "builder":
+    elif name.endswith(".builder"):
         wrap_function(module, "load_pretrained_model", wrap_load_pretrained_model)
     else:
         for one in list(vars(module).values()):
