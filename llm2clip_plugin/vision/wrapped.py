@@ -247,6 +247,10 @@ class TimmTower(PreTrainedModel):
         """Recompute each block in the backward pass, with timm's own (non-reentrant) checkpointing."""
         self.model.set_grad_checkpointing(True)
 
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self.model.set_grad_checkpointing(False)
+
     def forward(
         self,
         pixel_values: Tensor,

@@ -163,6 +163,8 @@ def test_a_huge_array_is_read_no_further_than_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(long_captions, "BEGINNING", path.stat().st_size - 5)
     assert first_items(path, 40) == items[:40]
     monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"big\.json cannot be used .* download it again"):
+        first_items(path, 41)
     whole = tmp_path / "whole.json"
     whole.write_text(json.dumps(items), encoding="utf-8")
     assert first_items(whole, 1000) == items

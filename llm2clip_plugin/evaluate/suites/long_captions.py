@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.evaluate.suites import Row, Suite, expected_layout, read_json_lines, to_captions
+from llm2clip_plugin.files import errors_about
 
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 ITEMS = 1000  # Long-CLIP excludes the first thousand from training
@@ -28,12 +29,12 @@ def read_sharegpt4v(folder: Path) -> list[Row]:
 
 def first_items(path: Path, count: int) -> list[Any]:
     """The first ``count`` items of a JSON array, from the first ``BEGINNING`` characters of a file of gigabytes."""
-    with path.open(encoding="utf-8") as file:
-        text = file.read(BEGINNING)
     items, place = [], 0
-    while len(items) < count and (start := BETWEEN.match(text, place)):
-        item, place = json.JSONDecoder().raw_decode(text, start.end())
-        items.append(item)
+    with errors_about(path, fix="download it again"), path.open(encoding="utf-8") as file:
+        text = file.read(BEGINNING)
+        while len(items) < count and (start := BETWEEN.match(text, place)):
+            item, place = json.JSONDecoder().raw_decode(text, start.end())
+            items.append(item)
     if not items:
         raise ValueError(f"{path} is not a JSON array of objects")
     return items
