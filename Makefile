@@ -11,7 +11,7 @@ FAST = $(QUICK) $(wildcard $(addprefix tests/, foundation data/test_images.py da
     vision/test_towers.py vision/test_eva02.py text/test_encoder.py benchmarks/test_compare.py docs/test_fidelity.py))
 
 setup: ## make .venv (training) and .venv-llava, install the pre-commit hooks
-	bash -c 'ROOT=$$PWD; . scripts/environments.sh; train_environment .venv train,dev; llava_environment .venv-llava'
+	bash -euc 'ROOT=$$PWD; . scripts/environments.sh; train_environment .venv train,dev; llava_environment .venv-llava'
 	.venv/bin/pre-commit install
 
 quick: ## under a minute: style, and tests that start no other process

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from llava_integration import boot, towers
+from llava_integration import towers
 from llava_integration.checkpoints import config_of, refuse_name
 from llm2clip_plugin.files import ContractError, errors_about
 
@@ -24,14 +24,14 @@ Function = Callable[..., Any]
 
 def complete(module: ModuleType) -> None:
     """Wrap the function of ``module`` that handles vision towers; complete LLaVA's trainer."""
-    part = module.__name__.rpartition(boot.MODELS)[2]
-    if module.__name__ == boot.TRAINER:
+    name = module.__name__  # one that boot.knows_towers names
+    if name.endswith(".llava_trainer"):
         from llava_integration import training
 
         training.complete_trainer(module)
-    elif part == "multimodal_encoder.builder":
+    elif name.endswith("multimodal_encoder.builder"):
         wrap_function(module, "build_vision_tower", wrap_build_vision_tower)
-    elif part == "builder":
+    elif name.endswith(".builder"):
         wrap_function(module, "load_pretrained_model", wrap_load_pretrained_model)
     else:
         for one in list(vars(module).values()):
@@ -58,10 +58,10 @@ def wrap_function(owner: Any, name: str, wrap: Callable[[Function], Function]) -
 def wrap_build_vision_tower(original: Function) -> Function:
     """Build the towers of this package; other names are left to ``original``."""
 
-    def build_vision_tower(vision_tower_cfg: Any, **options: Any) -> Any:
+    def build_vision_tower(vision_tower_cfg: Any, *arguments: Any, **options: Any) -> Any:
         name: Any = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
         if not towers.is_ours(name):
-            return original(vision_tower_cfg, **options)
+            return original(vision_tower_cfg, *arguments, **options)
         return build(name, vision_tower_cfg, **options)
 
     return build_vision_tower
@@ -128,16 +128,17 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
     """Write the tower's record and OWN_OPTIONS into the model's configuration."""
 
     def initialize_vision_modules(self: Any, model_args: Any, *arguments: Any, **options: Any) -> None:
-        previous_tower = self.get_vision_tower()
-        refuse_another_tower(previous_tower, model_args.vision_tower)
-        if not towers.is_ours(model_args.vision_tower):
+        name: Any = getattr(model_args, "vision_tower", None)  # a fork may have towers of other names alone
+        previous_tower = self.get_vision_tower() if hasattr(self, "get_vision_tower") else None
+        refuse_another_tower(previous_tower, name)
+        if not towers.is_ours(name):
             return original(self, model_args, *arguments, **options)
         for option in OWN_OPTIONS:  # from the base model's config.json
             if previous_tower is None and hasattr(self.config, option):
                 setattr(model_args, option, getattr(self.config, option))
         original(self, model_args, *arguments, **options)
         tower = self.get_vision_tower()
-        record = towers.tower_record(tower.location, model_args.vision_tower, tower.hidden_size)
+        record = towers.tower_record(tower.location, name, tower.hidden_size)
         setattr(self.config, towers.KEY, record)
         for option in OWN_OPTIONS:
             if hasattr(model_args, option):
@@ -148,18 +149,19 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
     return initialize_vision_modules
 
 
-def refuse_another_tower(tower: Any, name: str) -> None:
+def refuse_another_tower(tower: Any, name: Any) -> None:
     """Raise ContractError if the model already has a tower other than ``name``.
 
     LLaVA would train with the old tower and write the new name into the checkpoint.
     """
-    if tower is None or tower.vision_tower_name == name:
+    previous = getattr(tower, "vision_tower_name", None)
+    if tower is None or previous == name:
         return
-    ours = [towers.is_ours(name), towers.is_ours(tower.vision_tower_name)]
+    ours = [towers.is_ours(name), towers.is_ours(previous)]
     if not any(ours) or (all(ours) and towers.locate(name).sha256 == tower.location.sha256):
         return
     raise ContractError(
-        f"the model already has the vision tower {tower.vision_tower_name!r}, which LLaVA would train with despite "
+        f"the model already has the vision tower {previous!r}, which LLaVA would train with despite "
         f"--vision_tower {name}; pass the same tower, or start from a language model without mm_vision_tower in its "
         "config.json"
     )

@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
         *check_output(options.stage, options.output),
         *check_data(options.stage, Path(options.data), Path(options.image_folder)),
         *check_tower(llava.vision_tower or options.tower, llava.pretrain_mm_mlp_adapter or options.projector, llava),
+        *check_wandb(llava.report_to or os.environ.get("REPORT_TO", "")),
     ]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -62,8 +63,8 @@ def main(argv: list[str]) -> int:
 def llava_options(words: Sequence[str]) -> argparse.Namespace:
     """Those options of LLaVA that are looked at here, "" for one that is not given."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    names = ("vision_tower", "pretrain_mm_mlp_adapter", "mm_vision_select_layer", "mm_vision_select_feature")
-    for name in names:
+    names = ("vision_tower", "pretrain_mm_mlp_adapter", "report_to", "mm_vision_select_layer")
+    for name in (*names, "mm_vision_select_feature"):
         made.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="")
     return made.parse_known_args(words)[0]
 
@@ -88,6 +89,12 @@ def _folder_of(package: str) -> str:
     """Where a package is installed, "" if it is not; nothing is imported."""
     spec = find_spec(package)
     return next(iter(spec.submodule_search_locations or []), "") if spec else ""
+
+
+def check_wandb(report_to: str) -> Iterator[str]:
+    """Without its package or a key, Weights & Biases stops the run after its models are loaded."""
+    if report_to in ("wandb", "all") and not (find_spec("wandb") and logged_in()):
+        yield f"--report_to {report_to}: run `pip install wandb` and `wandb login`, or set --report_to none"
 
 
 def logged_in() -> bool:
@@ -125,7 +132,9 @@ def check_language(path: Path) -> Iterator[str]:
 def check_output(stage: str, output: str) -> Iterator[str]:
     """The folder's name is one by which LLaVA will load what it holds; see ``refuse_name``."""
     path, name = Path(output), model_name(output)
-    if stage == "pretrain":  # its projector is loaded by path
+    if path.exists() and not path.is_dir():
+        yield f"--output {output} is a file; expected a folder"
+    elif stage == "pretrain":  # its projector is loaded by path
         if path.name.startswith("checkpoint-"):
             yield f"--output {output}: LLaVA writes the projector of a folder named checkpoint-* elsewhere; rename it"
         for found in sorted(path.glob("checkpoint-*"), key=os.path.getmtime)[-1:]:

@@ -51,12 +51,10 @@ make_environment() {
     local folder=$1 stamp=$2 python
     shift 2
     if [ -f "$folder/made-for" ] && [ "$(cat "$folder/made-for")" = "$stamp" ]; then return; fi
-    python=$(find_python)
+    python=$(find_python) || return
     echo "making the environment $folder (once; a minute or two) ..." >&2
     rm -rf "$folder"
-    "$python" -m venv "$folder"
-    "$@" "$folder"
-    echo "$stamp" >"$folder/made-for"
+    "$python" -m venv "$folder" && "$@" "$folder" && echo "$stamp" >"$folder/made-for" # not if an installation failed
 }
 
 # extensions_of FOLDER: DeepSpeed's compiled extensions belong to its version, and the two environments have two versions;
@@ -95,15 +93,19 @@ TRL_REQUIREMENTS="trl torchvision pytest" TRL_EXACT=trl
 SWIFT_REQUIREMENTS="ms-swift datasets>=4.7,<4.8.5 torchvision pytest" SWIFT_EXACT=ms-swift
 LLAMAFACTORY_REQUIREMENTS="llamafactory pytest" LLAMAFACTORY_EXACT=llamafactory
 
+# A fork of LLaVA-NeXT, with what both import of their time
+FORKS_REQUIREMENTS="torch>=2.1 torchvision transformers==4.40.2 accelerate==0.29.3 peft==0.10.0 deepspeed==0.19.1 ninja numpy==1.26.4
+    pandas<2.2 pyarrow<16 datasets==2.18.0 trl==0.8.6 open_clip_torch timm einops av decord opencv-python-headless<4.12 sentencepiece
+    protobuf setuptools<81 shortuuid requests pytest"
+FORKS_EXACT="llavaction==0.0.1"
+
 install_train() {
-    install "$2" -e "$ROOT[$1]"
-    install "$2" --no-deps "$LLAVA_WHEEL"
+    install "$2" -e "$ROOT[$1]" && install "$2" --no-deps "$LLAVA_WHEEL"
 }
 
 # train_environment FOLDER EXTRAS: the whole package with current libraries, and LLaVA beside it; e.g. EXTRAS=train,dev
 train_environment() {
-    need_compiler
-    make_environment "$1" "$2 $(echo "$LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_train "$2"
+    need_compiler && make_environment "$1" "$2 $(echo "$LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_train "$2"
 }
 
 # extras_of FOLDER: those that the quickstart needs; an environment made for the tests has all of these packages.
@@ -114,11 +116,11 @@ extras_of() {
 install_listed() { # NAME FOLDER
     local requirements=$1_REQUIREMENTS exact=$1_EXACT
     # shellcheck disable=SC2086 # a list of words on purpose
-    install "$2" ${!requirements}
-    [ "$1" != PINNED ] || install "$2" --no-build-isolation "$PINNED_DEEPSPEED" # its setup imports torch
-    install "$2" --no-deps "${!exact}"
+    install "$2" ${!requirements} || return
+    [ "$1" != PINNED ] || install "$2" --no-build-isolation "$PINNED_DEEPSPEED" || return # its setup imports torch
+    install "$2" --no-deps "${!exact}" || return
     # PyTorch's CPU wheels do not fit those of PyPI, which fail to load, and vLLM needs neither for images
-    [ "$1" != SERVERS ] || "$2/bin/python" -m pip uninstall -q -y torchaudio torchcodec
+    [ "$1" != SERVERS ] || "$2/bin/python" -m pip uninstall -q -y torchaudio torchcodec || return
     # likewise, but LLaMA-Factory imports it: it can do so without its libraries, which only sound needs
     [ "$1" != LLAMAFACTORY ] || rm -f "$2"/lib/python3*/site-packages/torchaudio/lib/*.so
     install "$2" -e "$ROOT"

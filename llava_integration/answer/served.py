@@ -102,7 +102,8 @@ class Endpoint:
         chosen = [model for model in models if name in ("", model.id)]
         if len(chosen) != 1:
             shown = ", ".join(model.id for model in models[:20])
-            raise EndpointError(f"{self.url} serves {len(models)} models; choose one with --served-model-name: {shown}")
+            does = f"does not serve {name!r}" if name else f"serves {len(models)} models"
+            raise EndpointError(f"{self.url} {does}; choose one with --served-model-name: {shown}")
         return chosen[0]
 
     def chat(self, body: dict[str, Any]) -> Reply:

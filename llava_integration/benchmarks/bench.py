@@ -141,8 +141,9 @@ class BenchConfig(ModelConfig):
         if self.engine == "llava" and (self.tasks or self.data is None):
             what = "--tasks are lmms-eval's" if self.tasks else "bench-mllm needs DATA, LLaVA's playground/data/eval"
             raise ValueError(f"{what}; or add --engine lmms-eval, which has tasks and downloads data of its own")
-        if self.engine == "lmms-eval" and (self.benchmarks or self.endpoint):
-            option = "--benchmarks" if self.benchmarks else "--endpoint"
+        refused = [name for name in ("benchmarks", "endpoint", "model_base") if getattr(self, name)]
+        if self.engine == "lmms-eval" and refused:
+            option = f"--{refused[0].replace('_', '-')}"
             raise ValueError(f"--engine lmms-eval takes no {option}; use --tasks and --model-path, or options after --")
         if self.engine == "lmms-eval" and self.data and not self.data.is_dir():
             raise FileNotFoundError(f"no folder {self.data}; expected copies of data sets, such as Lin-Chen/MMStar")
@@ -176,14 +177,14 @@ class Outcome:
 def main(argv: list[str]) -> int:
     """Run the benchmarks; 1 if one of them failed, 0 otherwise."""
     args = COMMAND.parse(argv)
+    if args.model_path and (args.engine == "llava" or is_llavas(args.model_path)):
+        check_checkpoint(args.model_path, args.model_base)
     if args.engine == "lmms-eval":
         if find_spec("lmms_eval") is None:
             raise ValueError("lmms-eval is not installed here (docs/llava.md says how); or use --engine llava")
         jobs = {name: partial(run_lmms_eval, name, args) for name in args.tasks or TODAY}
         print(*(shlex.join(lmms_eval_command(name, args)) for name in jobs), sep="\n")
     else:
-        if args.model_path:
-            check_checkpoint(args.model_path, args.model_base)
         assert args.data is not None  # __post_init__
         tasks = plans(list(args.benchmarks), args.data, args.output / "questions")
         print(describe_plan(tasks))
@@ -406,12 +407,18 @@ def run_lmms_eval(task: str, args: BenchConfig) -> Outcome:
     return Outcome(name=task, status="scored", value=values[0], detail="; ".join(told))
 
 
+def is_llavas(model: str) -> bool:
+    """Whether LLaVA's own code opens the model, not transformers'; so, too, one of the Hub that is not llava-hf's."""
+    config = config_of(model)
+    return "mm_vision_tower" in config or not (config or model.startswith("llava-hf/"))
+
+
 def lmms_eval_command(task: str, args: BenchConfig) -> list[str]:
     """The command line of lmms-eval: its ``llava`` for a checkpoint of LLaVA's code, ``llava_hf`` for transformers'."""
-    path, config = Path(args.model_path).expanduser(), config_of(args.model_path)
+    path = Path(args.model_path).expanduser()
     given = str(path.resolve()) if path.is_dir() else args.model_path
     device = "cuda" if args.device == "auto" else args.device
-    if "mm_vision_tower" in config or not (config or given.startswith("llava-hf/")):
+    if is_llavas(args.model_path):
         model, about = "llava", f"conv_template={args.conv_mode}" + ",device_map=auto" * (device == "cpu")
     else:
         model, about = "llava_hf", f"device_map={device}" * (args.gpus == 1)

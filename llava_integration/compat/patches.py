@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava_integration.compat.runner import TRAINER, completes, replaces
+from llm2clip_plugin.contracts import atomic_file
 
 # transformers 5 alone has some of the names.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -204,7 +205,8 @@ def drop_defaults(file: Path, defaults: dict[str, Any]) -> None:
         for name, value in json.loads(file.read_text()).items()
         if name in KNOWN or (name in defaults and value != defaults[name])
     }
-    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 # Towers

@@ -230,6 +230,8 @@ def plan_engine(
         output_dir=config.output_dir,
         where=where,
     )
+    if unresolved := sorted(name for name, value in flat(deepspeed) if value == "auto"):
+        raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
     check_deepspeed(deepspeed, where)
     return steps, deepspeed
 

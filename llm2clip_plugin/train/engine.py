@@ -51,6 +51,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # else a warning: it is "untested"
 WAITS_FOR_EVERY_GATHER = Version("0.19.8")  # gloo finishes several gathers in any order
+EXCHANGED = 1 << 24  # values, or rows, of a master that are exchanged at once: 64 MiB of a flat one
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -84,7 +85,7 @@ def check_deepspeed(config: dict[str, Any], where: str) -> None:
     batch = world * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
     try:
         deepspeed.DeepSpeedConfig({**config, "train_batch_size": batch})
-    except (ValueError, TypeError, AssertionError, KeyError) as error:  # pydantic's is a ValueError
+    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:  # pydantic's is a ValueError
         raise ValueError(f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
 
 
@@ -147,8 +148,6 @@ class Engine:
         self._left_out = 0  # updates of ZeRO-0 whose gradient was not finite
         if self._scaler is not None:
             self._scaler.raise_error_at_min_scale = False  # the loop ends the run, and names the samples
-        if not all(master.numel() for master in self.masters()):
-            raise ValueError("offload_optimizer to NVMe is not supported; use the device cpu")
         if any(p.dtype != torch.float32 for _, p in self.trained):
             self.write_trained(whole)
         self._constants = {p: whole[n] for n, p in module.named_parameters() if n in whole and not p.requires_grad}
@@ -277,10 +276,11 @@ class Engine:
 
     @torch.no_grad()
     def _exchange(self, others: list[Tensor]) -> None:
-        for master, other in zip(self.masters(), others, strict=True):
-            value = master.clone()
-            master.copy_(other)
-            other.copy_(value)
+        for pair in zip(self.masters(), others, strict=True):
+            for master, other in zip(*(torch.atleast_1d(each.data).split(EXCHANGED) for each in pair), strict=True):
+                value = master.clone()
+                master.copy_(other)
+                other.copy_(value)
 
     def moments(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """The optimizer's moments, as made by ``copy``; {} before the first update and on ranks without one."""

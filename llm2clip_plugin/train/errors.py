@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from llm2clip_plugin.console import Interrupted, is_loading
 
@@ -74,31 +75,31 @@ def lost_rank(error: RuntimeError) -> str:
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
 
-def _launching_command() -> int:
-    """The process that started this rank's launcher."""
-    import psutil  # comes with DeepSpeed
-
-    launcher = psutil.Process().parent()
-    try:
-        return 0 if launcher is None else launcher.ppid()
-    except psutil.NoSuchProcess:
-        return 0
-
-
 class StopRequest:
     """True once this rank has been requested to stop: by a signal, or as the `deepspeed` command that started it has
     ended. (On one node a SIGTERM ends that command without its ranks, which would train on in the background.)"""
 
     def __init__(self) -> None:
         self.signals: list[int] = []
-        # set by deepspeed.launcher.launch, whose parent is that command
-        self._command = _launching_command() if "LOCAL_SIZE" in os.environ else None
+        self._launcher: Any = None
+        if "LOCAL_SIZE" in os.environ:  # set by deepspeed.launcher.launch, whose parent is that command
+            import psutil  # comes with DeepSpeed
+
+            self._launcher = psutil.Process().parent()
+            self._command = self._launcher.ppid() if self._launcher is not None else 0
 
     def __bool__(self) -> bool:
         return bool(self.signals) or self._launcher_ended()
 
     def _launcher_ended(self) -> bool:
-        return self._command is not None and _launching_command() != self._command
+        if self._launcher is None:
+            return False
+        import psutil
+
+        try:  # once a step; finding the launcher anew takes five times as long
+            return self._launcher.ppid() != self._command
+        except psutil.NoSuchProcess:
+            return True
 
     @property
     def reason(self) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from llm2clip_plugin.files import read_json_value
-from llm2clip_plugin.options import unknown
+from llm2clip_plugin.options import closest, unknown
 from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, from_named_args
 
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
@@ -220,11 +220,16 @@ def complete(
     neither the file nor the run sets a type.
     """
     config = copy.deepcopy(user)
+    for name in config:  # DeepSpeed ignores what it does not know
+        if name not in SECTIONS and (near := closest(name, SECTIONS, 0.85)):
+            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near!r}?")
     for name in SECTIONS:
         if not isinstance(config.get(name, {}), dict):
             raise ValueError(f'{where}: {name} is {config[name]!r}, expected an object such as {{"enabled": true}}')
     if (stage := config.get("zero_optimization", {}).get("stage", 0)) not in (0, 1, 2, 3):
         raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; known: 0, 1, 2, 3")
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
+        raise ValueError(f"{where}: offload_optimizer to NVMe is not supported; use the device cpu")
     conflicts = _set_run_values(config, train, optim, world) + _remove_schedule(config, optim, total_steps)
     if conflicts:
         raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
@@ -247,7 +252,7 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
-    """Whether optimizer states live on the CPU (or NVMe)."""
+    """Whether optimizer states live on the CPU."""
     device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     return device not in ("none", None)
 

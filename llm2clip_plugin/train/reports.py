@@ -62,9 +62,10 @@ class Reports:
         if train.profile_steps and (train.profile_all_ranks or rank() == 0):
             name = f"{socket.gethostname()}-rank{rank()}"  # NAME.TIME.pt.trace.json
             steps = train.profile_steps
+            write = torch.profiler.tensorboard_trace_handler(str(run_folder / PROFILE), name)
             self._profile = torch.profiler.profile(
                 schedule=torch.profiler.schedule(skip_first=WARM_UP - 1, wait=0, warmup=1, active=steps, repeat=1),
-                on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run_folder / PROFILE), name),
+                on_trace_ready=lambda profile: self._attempt(write, profile),
             )
             self._profile.start()
 
@@ -169,7 +170,7 @@ class Reports:
     def _attempt(self, write: Callable[..., object], *values: Any) -> None:
         try:
             write(*values)
-        except OSError as error:  # metrics.jsonl keeps its lines in memory until the disk has space again
+        except (OSError, RuntimeError) as error:  # a trace's may be a RuntimeError; metrics.jsonl keeps its lines
             if not self._failed:
                 self.note(f"warning: cannot log to {self.run_folder}: {error}; training continues")
             self._failed = True

@@ -32,7 +32,7 @@ while [ $# -gt 0 ]; do
         --names) given=2 ;;
         --steps) given=3 ;;
     esac
-    [[ $# -gt $given && ($given = 0 || $2 != --*) ]] || fail "$1 needs $given value(s)"
+    [[ $# -gt $given && " ${*:2:given}" != *" --"* ]] || fail "$1 needs $given value(s)"
     case "$1" in
         --before | --after | --output) name=${1#--} && printf -v "${name^^}" %s "$(realpath -m "$2")" ;;
         --llm | --seeds | --held-out) name=${1#--} && name=${name^^} && printf -v "${name//-/_}" %s "$2" ;;

@@ -124,7 +124,8 @@ def prepare(output: Path, drawings: Path, size: int) -> None:
     """Write the shards unless they exist. Raises ValueError without drawings."""
     if output.is_dir():
         return
-    samples = read_drawings(drawings, size)
+    unpacked = drawings / INSTALLED.relative_to("/")  # folders' names are in the captions
+    samples = read_drawings(unpacked if unpacked.is_dir() else drawings, size)
     with atomic_directory(output) as temporary:
         for split in ("train", "validation"):
             write_tar(temporary / f"{split}-openclipart.tar", [one for one in samples if one[2]["split"] == split])

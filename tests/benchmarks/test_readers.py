@@ -108,11 +108,13 @@ def test_bench_mllm_does_not_run_a_task_again(tmp_path):
         ("", "needs DATA"),
         ("--engine lmms-eval --benchmarks gqa", "--benchmarks"),
         ("--engine lmms-eval --data nosuch", "no folder nosuch"),
+        ("--engine lmms-eval --model-base org/base", "--model-base"),
+        ("--engine lmms-eval --model-path ./llava-nosuch", "neither a folder nor a Hub id"),
     ],
 )
 def test_bench_mllms_engines_have_options_of_their_own(tmp_path, options, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
-        bench.main([*options.split(), "--model-path", "org/llava", "--output", str(tmp_path)])
+        bench.main(["--model-path", "org/llava", "--output", str(tmp_path), *options.split()])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,3 +23,13 @@ def test_targets_make_their_environments_and_the_tests_image_runs_what_ci_runs()
         assert f"RUN ROOT=$PWD; . scripts/environments.sh; {made}\n" in steps[target]
     assert 'CMD ["scripts/test.sh"]' in steps["test"]
     assert "exec scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_an_environment_whose_installation_failed_is_made_again(tmp_path: Path) -> None:
+    made = (
+        "need_compiler() { :; }; find_python() { echo venv; }; venv() { mkdir $3; }; install() { [[ $* != *speed* ]]; }"
+    )
+    script = f"ROOT=$PWD; . scripts/environments.sh; {made}; pinned_environment $0 || echo failed"
+    done = subprocess.run(["bash", "-c", script, tmp_path / "env"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"failed\n" and [*tmp_path.iterdir()] == [tmp_path / "env"]
+    assert not (tmp_path / "env" / "made-for").exists()

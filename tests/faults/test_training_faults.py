@@ -51,6 +51,10 @@ def nan_in_tower(world: World) -> None:
     set_weight(world.path("tower/model.safetensors"), "fc1.weight", float("nan"))
 
 
+def auto_steps(world: World) -> None:
+    world.path("zero.json").write_text('{"steps_per_print": "auto"}')
+
+
 ONE_SOURCE = "--data.path {w}/data {w}/data --one-source-per-batch --global-batch 64"
 OWN_NEGATIVES = "--global-batch 999 --loss.no-mask-same-image"
 NO_KIND = "--data.caption-weights lng=1 --data.read.kinds lng"
@@ -64,6 +68,7 @@ NO_KIND = "--data.caption-weights lng=1 --data.read.kinds lng"
     Fault("samples as their own negatives", OWN_NEGATIVES, "global_batch 999 ...48 samples...mask_same_image..."),
     Fault("source smaller than its batches", ONE_SOURCE, "global_batch 64 ...--no-one-source-per-batch"),
     Fault("micro-batch larger than the batch", "--train.micro-batch 99", "...micro_batch 99; try --micro-batch 8"),
+    Fault("auto that nothing fills", "--deepspeed {w}/zero.json", "{w}/zero.json: ...steps_per_print...", auto_steps),
     Fault("NaN in a start weight", "", "{w}/tower: 1 of the 2048 values of tower...fc1.weight ...", nan_in_tower),
 )
 def test_refused_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ def add_drawing(root: Path, name: str, title: str, body: str, keywords: tuple[st
 
 
 def test_shards_are_made_of_clip_art(tmp_path) -> None:
-    root = tmp_path / "svg"
+    root = tmp_path / "deb" / "usr/share/openclipart/svg"  # as dpkg-deb -x unpacks it
     add_drawing(root, "tools/ladder", "Old_Ladder 01", LADDER.format(x=30, fill="red"))
     add_drawing(root, "tools/ladder2", "Steps", LADDER.format(x=2, fill="blue"))  # the same, mirrored, in another color
     add_drawing(root, "tools/saw", "Saw", '<circle cx="10" cy="10" r="9"/>')
@@ -35,7 +35,7 @@ def test_shards_are_made_of_clip_art(tmp_path) -> None:
     add_drawing(root, "animals/crow", "Old crow", LADDER.format(x=20, fill="red"), ("Toothbrush", "black"))
     for number in range(openclipart.COLLECTION + 1):
         add_drawing(root, f"set/{number}", "Nice icon theme", LADDER.format(x=number, fill="red"))
-    openclipart.prepare(tmp_path / "out", root, 32)
+    openclipart.prepare(tmp_path / "out", tmp_path / "deb", 32)
     found = {}
     for split in ("train", "validation"):
         for key, png, about in shards.read_tar(tmp_path / "out" / f"{split}-openclipart.tar"):

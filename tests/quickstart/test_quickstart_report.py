@@ -75,6 +75,7 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
         write_run(tmp_path, f"{name}-seed1")
     (line,) = report.make_report(folder / "data", tmp_path).failures
     assert line.startswith("'raw LLM, read well' reaches")
+    assert "no tower of the control" in report.failures([], [])[0]
 
 
 def test_every_style_is_a_gallery_of_its_own(raw) -> None:

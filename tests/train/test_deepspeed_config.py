@@ -64,6 +64,8 @@ def test_auto_values_are_filled():
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001.* 1e-05"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps"),
         ({"zero_optimization": {"stage": 7}}, "stage is 7"),
+        ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "use the device cpu"),
     ],
 )
 def test_contradictions_and_misspellings_are_refused(user: dict[str, Any], named: str):

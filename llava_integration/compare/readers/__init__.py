@@ -19,6 +19,7 @@ from llm2clip_plugin.files import ContractError, discover
 
 IMAGES = ("image_id", "imageId", "img_id", "image_name", "image_path", "img_path", "image")  # a question's image
 BY_PART = "mean of categories"  # an aggregate: categories have equal weight
+NOTHING: Mapping[str, Any] = {}
 OWN = "score files"  # name of the reader of ours, which take precedence
 CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task")
 
@@ -115,9 +116,12 @@ def number(value: Any, where: str) -> float:
     raise ContractError(f"{where} is {value!r}; expected a finite number")
 
 
-def first_of(values: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The first of these fields that is a text or a number, as text; "" if there is none."""
+def first_of(values: Mapping[str, Any], names: Iterable[str], others: Mapping[str, Any] = NOTHING) -> str:
+    """The first of these fields that is a text or a number, as text; "" if there is none.
+
+    ``others`` has what ``values`` lacks.
+    """
     for name in names:
-        if isinstance(value := values.get(name), (str, int)):
+        if isinstance(value := values.get(name, others.get(name)), (str, int)):
             return str(value)
     return ""

@@ -24,8 +24,9 @@ def read(path: Path) -> Iterator[Log]:
     task = name["task"] if name else path.stem.removeprefix("samples_")
     summary = Summary(path.with_name(f"results_{name['date']}.json") if name else None, task)
     lines = list(json_lines(path))
-    filters = list(dict.fromkeys(str(line.get("filter", "none")) for _, line in lines))
-    chosen = [(where, line) for where, line in lines if str(line.get("filter", "none")) == filters[0]]
+    of_line = [str(line.get("filter", "none")) for _, line in lines]
+    filters = list(dict.fromkeys(of_line))
+    chosen = [line for line, own in zip(lines, of_line, strict=True) if own == filters[0]]
     metrics = lines[0][1].get("metrics")
     log = scored(chosen, summary, metrics=list(map(str, metrics)) if isinstance(metrics, list) else [])
     log.notes.extend([f"filter {filters[0]} of {', '.join(filters)}"] if len(filters) > 1 else [])
@@ -96,10 +97,15 @@ def item_of(where: str, line: dict[str, Any], value: Any, score: float) -> dict[
     """The item of a line, whose metric has this value."""
     if "doc_id" not in line:
         raise ContractError(f"{where}: no doc_id")
-    media, about = line.get("input_media"), {**_object(line.get("doc")), **(_object(value) or line)}
-    image = str(media[0]) if isinstance(media, list) and media else first_of(about, IMAGES)
-    item = {"id": line["doc_id"], "score": score, "cluster": image or str(line["doc_id"])}
-    return {**item, "category": first_of(about, CATEGORIES), "truth": line.get("target")}
+    media, about, doc = line.get("input_media"), _object(value) or line, _object(line.get("doc"))
+    return {
+        "id": line["doc_id"],
+        "score": score,
+        "cluster": (str(media[0]) if isinstance(media, list) and media else first_of(about, IMAGES, doc))
+        or str(line["doc_id"]),
+        "category": first_of(about, CATEGORIES, doc),
+        "truth": line.get("target"),
+    }
 
 
 def score_of(value: Any) -> float | bool | None:

@@ -102,6 +102,23 @@ print([name for name in sys.modules if name.partition(".")[0] == "llava"])
     assert told[-3:] == ["LLM2CLIPVisionTower clip", "[True, True]", "[]"]
 
 
+def test_a_fork_with_towers_of_its_own_is_left_alone(world, tmp_path):
+    """As Video-LLaVA, which has no get_vision_tower, and VILA, whose build_vision_tower takes two arguments."""
+    builder = tmp_path / "otherllava" / "model" / "multimodal_encoder" / "builder.py"
+    builder.parent.mkdir(parents=True)
+    builder.write_text("def build_vision_tower(name, config): return name, config\n")
+    builder.parents[1].joinpath("other_arch.py").write_text(
+        "from .multimodal_encoder.builder import build_vision_tower as build\nclass Model:\n"
+        "    def initialize_vision_modules(self, model_args, fsdp): return build(model_args.image_tower, fsdp)\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from types import SimpleNamespace as Arguments;"
+        "from otherllava.model.other_arch import Model, build; print(hasattr(build, '__wrapped__'),"
+        "Model().initialize_vision_modules(Arguments(image_tower='LanguageBind'), fsdp='no'))"
+    )
+    assert world.forked("-c", code).strip() == "True ('LanguageBind', 'no')"
+
+
 @pytest.mark.parametrize(
     ("settings", "trained"),
     [

@@ -114,6 +114,12 @@ def test_wandb_is_used_only_by_those_who_are_logged_in(world, tmp_path):
     assert "--report_to none" in script(world, "llava/pretrain.sh", *words, **nobody)
     told = script(world, "llava/pretrain.sh", *words, **nobody | {"WANDB_MODE": "offline"})
     assert f"--report_to {'wandb' if find_spec('wandb') else 'none'}" in told
+    words[words.index("--output") + 1] = __file__
+    told = script(world, "llava/pretrain.sh", *words, "--", "--report_to", "wandb", fails=True, **nobody).splitlines()
+    assert [line.partition(": run")[0] for line in told] == [
+        f"error: --output {__file__} is a file; expected a folder",
+        "error: --report_to wandb",
+    ]
 
 
 FOREIGN = ("Warning", "deprecated", "[INFO]", "You are using a model of type")  # lines of libraries, not of LLaVA
