@@ -150,8 +150,8 @@ class JsonlSource(RowSource):
             refuse_encoding(path, head)
             first = head.strip().partition(b"\n")[0].rstrip()
             if first.startswith(b"[") or (first.startswith(b"{") and first.endswith(b"},")):
-                fix = f"jq -c '.[]' {path}" if first.startswith(b"[") else f"sed 's/}},$/}}/' {path}"
-                raise ValueError(f"{path} is a list, expected an object a line: `{fix} > NEW.jsonl`")
+                fix = "jq -c '.[]'" if first.startswith(b"[") else "sed 's/},$/}/'"
+                raise ValueError(f"{path} is a list, expected an object a line: `{fix} {path} > NEW.jsonl`")
             file.seek(0)
             for number, line in enumerate(file, 1):
                 if line.strip():
