@@ -93,6 +93,12 @@ TRL_REQUIREMENTS="trl torchvision pytest" TRL_EXACT=trl
 SWIFT_REQUIREMENTS="ms-swift datasets>=4.7,<4.8.5 torchvision pytest" SWIFT_EXACT=ms-swift
 LLAMAFACTORY_REQUIREMENTS="llamafactory pytest" LLAMAFACTORY_EXACT=llamafactory
 
+# A fork of LLaVA-NeXT, with what both import of their time
+FORKS_REQUIREMENTS="torch>=2.1 torchvision transformers==4.40.2 accelerate==0.29.3 peft==0.10.0 deepspeed==0.19.1 ninja numpy==1.26.4
+    pandas<2.2 pyarrow<16 datasets==2.18.0 trl==0.8.6 open_clip_torch timm einops av decord opencv-python-headless<4.12 sentencepiece
+    protobuf setuptools<81 shortuuid requests pytest"
+FORKS_EXACT="llavaction==0.0.1"
+
 install_train() {
     install "$2" -e "$ROOT[$1]" && install "$2" --no-deps "$LLAVA_WHEEL"
 }

@@ -2,8 +2,8 @@
 # All checks: style, types, the tests of the training environment, then those of LLaVA's environment.
 #   scripts/test.sh             everything; makes .venv and .venv-llava on the first run
 #   scripts/test.sh --servers   tests/servers alone, with a real vLLM: makes .venv-servers (3 GB, three minutes) and .venv-llava
-#   scripts/test.sh --stacks    tests/stacks alone: lm-eval, lmms-eval and inspect_ai in .venv-stacks; TRL, ms-swift and LLaMA-Factory
-#                               in .venv-trl, .venv-swift and .venv-llamafactory; -k test_inspect_ai chooses
+#   scripts/test.sh --stacks    tests/stacks alone: lm-eval, lmms-eval and inspect_ai in .venv-stacks; TRL, ms-swift, LLaMA-Factory and a
+#                               fork of LLaVA in .venv-trl, .venv-swift, .venv-llamafactory and .venv-forks; -k test_inspect_ai chooses
 #   scripts/test.sh -k cache    passes its arguments to pytest in the training environment and runs nothing else
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -19,9 +19,11 @@ case "${1:-}" in
         [ "$name" = stacks ] || llava_environment .venv-llava # trains and exports the models that are served
         "${name}_environment" ".venv-$name"
         extensions_of .venv-llava
-        [ "$name" = servers ] || for trainer in trl swift llamafactory; do
+        [ "$name" = servers ] || for trainer in trl swift llamafactory forks; do
             listed_environment "${trainer^^}" ".venv-$trainer"
-            ".venv-$trainer/bin/python" -m pytest tests/stacks/test_trainers.py "$@" || [ $? = 5 ] # -k chooses none of these
+            tests=tests/stacks/test_trainers.py
+            [ "$trainer" != forks ] || tests=tests/stacks/test_forks.py
+            ".venv-$trainer/bin/python" -m pytest "$tests" "$@" || [ $? = 5 ] # -k chooses none of these
         done
         [ "$name" = servers ] || set -- tests/stacks/test_logs.py "$@"
         ".venv-$name/bin/python" -m pytest "${@:-tests/servers}" || [ "$name $?" = "stacks 5" ]

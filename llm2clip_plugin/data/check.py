@@ -34,6 +34,7 @@ from llm2clip_plugin.files import check_hub_answers, printable
 from llm2clip_plugin.options import Command
 
 CHUNK = 64  # samples that a worker reads in one task
+NO_IMAGE = ("no image '", 'no image "')  # how the reason begins if a file that a row names is missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,10 +332,13 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _problems(report: dict[str, Any], show: int) -> list[str]:
-    lines = []
+    lines: list[str] = []
+    broken = sorted(report["broken"], key=lambda one: one["reason"].startswith(NO_IMAGE))  # missing images last
+    if missing := sum(one["reason"].startswith(NO_IMAGE) for one in broken):
+        lines.append(f"  images not found: {missing}; set --image-folder to the folder that their paths start from")
     for title, entries in (
         ("broken shards", report["broken_shards"]),
-        ("broken samples", report["broken"]),
+        ("broken samples", broken),
         ("samples without a caption", report["without_captions"]),
     ):
         lines.append(f"  {title}: {len(entries)}")

@@ -516,7 +516,8 @@ def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: i
         for _ in track(done, total=len(jobs), label="data split: writing", unit="shards"):
             pass
         return
-    assert isinstance(source, RowSource)  # the base of every other format
+    if not isinstance(source, RowSource):
+        raise ValueError(f"{source.path} is a {type(source).__name__}, which cannot be split; use tars or a .jsonl")
     for held_out, (side, target) in enumerate(outputs(source, folder).items()):  # each row as it is stored, in order
         numbers = np.flatnonzero(held_out_N == held_out).tolist()
         before, between, after = (b"[\n", b",\n", b"\n]\n") if target.suffix == ".json" else (b"", b"\n", b"\n")
@@ -532,7 +533,9 @@ def _copy_shard(source: TarSource, folder: Path, job: tuple[int, np.ndarray]) ->
     shard = source.shards[number]
     keys = [{source.key(shard.start + n) for n in np.flatnonzero(held_out_N == side).tolist()} for side in (0, 1)]
     if both := keys[0] & keys[1]:
-        raise ValueError(f"shard {shard.name!r} has two samples with the key {min(both)!r}, one on each side")
+        raise ValueError(
+            f"shard {shard.name!r} has two samples with the key {min(both)!r}, one on each side; rename one"
+        )
     for side, wanted in zip(SIDES, keys, strict=True):
         target = folder / side / f"{shard.name}.tar"
         if wanted and not target.exists():

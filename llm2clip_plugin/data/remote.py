@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -28,6 +29,7 @@ Result = TypeVar("Result")
 
 RETRY = Retry()
 WARN_EVERY = 30.0  # seconds between a process's warnings
+RANGE = 16 << 20  # bytes of a request
 COPY_TIME = 0  # modification time of every copy, so that a shard's index fits the next copy too
 SHARD = re.compile(r"[0-9a-f]{16}-.*\.tar")  # files that may be evicted
 ERRORS = (
@@ -147,7 +149,7 @@ def default_download_folder() -> Path:
 
 @dataclass(frozen=True)
 class Downloads:
-    """A local folder of copies of files at URLs.
+    """A local folder of copies of files at URLs, downloaded in byte ranges, each retried.
 
     A copy gets its final name when it is complete, so a reader never sees part of a shard. A lock keeps the processes
     of a machine from downloading a shard twice. (fsspec's file caches have no lock and no limit.)
@@ -213,16 +215,25 @@ class Downloads:
 
 def _download(url: str, target: Path) -> None:
     filesystem, path = open_filesystem(url)
-    incomplete = Path(f"{target}.partial")  # of a killed download: overwritten
     size = retried(lambda: filesystem.info(path), url).get("size")
 
-    def copy() -> None:
-        filesystem.get_file(path, str(incomplete))
-        received = incomplete.stat().st_size
-        if size is not None and received != size:
-            raise ConnectionError(f"received {received} bytes instead of {size}")
+    def read(start: int) -> bytes:
+        if size is None:  # then there are no ranges
+            return filesystem.cat_file(path)
+        stop = min(start + RANGE, size)
+        data = filesystem.cat_file(path, start=start, end=stop)
+        if len(data) == size:
+            return data[start:]  # a server without ranges sends the entire file
+        if len(data) != stop - start:
+            raise ConnectionError(f"received {len(data)} bytes instead of {stop - start}")
+        return data
 
-    retried(copy, url)
+    incomplete = Path(f"{target}.partial")  # of a killed download: overwritten
+    with incomplete.open("wb") as file:
+        while size is None or file.tell() < size:
+            file.write(retried(partial(read, file.tell()), f"{url}, from byte {file.tell()}"))
+            if size is None:
+                break
     fsync(incomplete)
     os.replace(incomplete, target)
 

@@ -82,8 +82,8 @@ def write_shards(folder: Path, counts: Iterable[int]) -> Path:
 class DroppingServer:
     """Serves files; closes the connection after ``drop_after`` bytes of an answer, ``drops`` times."""
 
-    def __init__(self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0) -> None:
-        self.files, self.drop_after, self.drops = files, drop_after, drops
+    def __init__(self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0, ranges: bool = False) -> None:
+        self.files, self.drop_after, self.drops, self.ranges = files, drop_after, drops, ranges
         self.sent = 0  # bytes of contents
         self.lock = threading.Lock()
 
@@ -92,7 +92,11 @@ class DroppingServer:
         if data is None:
             handler.send_error(404)
             return
-        handler.send_response(200)
+        asked = handler.headers.get("Range", "") if self.ranges else ""
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            data = data[int(first) : int(last) + 1]
+        handler.send_response(206 if asked else 200)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
         if not body:

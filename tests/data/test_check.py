@@ -86,3 +86,12 @@ def test_what_makes_training_worse_is_noted(tmp_path: Path, capsys: pytest.Captu
     assert report["validation"]["examples"] == ["d"]
     assert main(["data", "check", *words]) == 0
     assert capsys.readouterr().out.count("  note: ") == 5
+
+
+def test_missing_images_do_not_hide_broken_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "19.jpg").write_bytes(b"no picture")
+    rows = (json.dumps({"image": f"{number}.jpg", "caption": f"picture {number}"}) for number in range(20))
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    assert main(["data", "check", str(tmp_path / "data.jsonl")]) == 1
+    assert "images not found: 19; set --image-folder" in (text := capsys.readouterr().out)
+    assert text.index(": 19.jpg: ") < text.index(": 0.jpg: ")

@@ -52,6 +52,18 @@ def test_processes_share_one_download(tmp_path: Path) -> None:
     assert sizes == [len(BODY)] * 3 and server.sent == len(BODY)
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_continues_where_the_line_broke(
+    ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a line that always breaks before the end of the file; a server without ranges sends it once."""
+    monkeypatch.setattr(remote, "RANGE", 70_000)
+    server = DroppingServer({"/a.tar": BODY}, drop_after=80_000, drops=99 * ranges, ranges=ranges)
+    with serving(server) as address:
+        assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
+    assert server.sent == len(BODY)
+
+
 def test_shards_on_another_filesystem(tmp_path: Path) -> None:
     import fsspec
 

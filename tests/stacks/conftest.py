@@ -5,7 +5,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "llava" / "serve")]
+sys.path[:0] = [str(TESTS), str(TESTS / "llava"), str(TESTS / "llava" / "serve")]
 
-NEEDS = {"test_logs.py": ("lmms_eval",), "test_trainers.py": ("swift", "llamafactory", "trl")}  # one of them
+NEEDS = {  # one of them
+    "test_logs.py": ("lmms_eval",),
+    "test_trainers.py": ("swift", "llamafactory", "trl"),
+    "test_forks.py": ("llavaction",),
+}
 collect_ignore = [name for name, packages in NEEDS.items() if not any(map(find_spec, packages))]

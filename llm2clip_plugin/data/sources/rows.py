@@ -150,7 +150,8 @@ class JsonlSource(RowSource):
             refuse_encoding(path, head)
             first = head.strip().partition(b"\n")[0].rstrip()
             if first.startswith(b"[") or (first.startswith(b"{") and first.endswith(b"},")):
-                raise ValueError(f"{path} is a list, expected an object a line: `jq -c '.[]' {path} > NEW.jsonl`")
+                fix = "jq -c '.[]'" if first.startswith(b"[") else "sed 's/},$/}/'"
+                raise ValueError(f"{path} is a list, expected an object a line: `{fix} {path} > NEW.jsonl`")
             file.seek(0)
             for number, line in enumerate(file, 1):
                 if line.strip():
