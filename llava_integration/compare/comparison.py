@@ -56,6 +56,8 @@ class Run:
 
     def pick(self, ids: Sequence[str]) -> "Run":
         """The run on these questions, in their order."""
+        if ids == self.ids:
+            return self
         place = {name: number for number, name in enumerate(self.ids)}
         chosen = [place[one] for one in ids]
         names = ("ids", "scores", "clusters", "groups", "items")
@@ -333,7 +335,11 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
     result = compare(pair(of_base, of_new, first.clusters), resamples=resamples, level=level, seed=seed)
     keep = [place for place, counts in enumerate(counted([*of_base, *of_new])) if counts]
     # each question's score, mean over runs
-    old, now = ([sum(run.scores[p] for run in runs) / len(runs) for p in keep] for runs in (base_runs, new_runs))
+    old, now = (
+        [sum(column) / len(runs) for column in zip(*(run.scores for run in runs), strict=True)]
+        for runs in (base_runs, new_runs)
+    )
+    old, now = ([scores[place] for place in keep] for scores in (old, now))
     clusters = {first.clusters[place] for place in keep}
     wins = sum(b > a for a, b in zip(old, now, strict=True))
     losses = sum(b < a for a, b in zip(old, now, strict=True))

@@ -10,6 +10,8 @@ from llava_integration.compare.readers import CATEGORIES, IMAGES, Log, Reader, f
 from llm2clip_plugin.files import ContractError, read_json_value
 
 NAME = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl$")
+TEXTS = ("arguments", "resps", "filtered_resps", "metrics", "doc_hash", "prompt_hash", "target_hash")
+ABOUT = (*IMAGES, *CATEGORIES)
 Lines = Sequence[tuple[str, dict[str, Any]]]  # where it is, and a line of the log
 
 
@@ -23,14 +25,23 @@ def read(path: Path) -> Iterator[Log]:
     name = NAME.search(path.name)
     task = name["task"] if name else path.stem.removeprefix("samples_")
     summary = Summary(path.with_name(f"results_{name['date']}.json") if name else None, task)
-    lines = list(json_lines(path))
+    lines = [(where, without_texts(line)) for where, line in json_lines(path)]
     of_line = [str(line.get("filter", "none")) for _, line in lines]
     filters = list(dict.fromkeys(of_line))
     chosen = [line for line, own in zip(lines, of_line, strict=True) if own == filters[0]]
-    metrics = lines[0][1].get("metrics")
+    metrics = first_object(path).get("metrics")
     log = scored(chosen, summary, metrics=list(map(str, metrics)) if isinstance(metrics, list) else [])
     log.notes.extend([f"filter {filters[0]} of {', '.join(filters)}"] if len(filters) > 1 else [])
     yield log
+
+
+def without_texts(line: dict[str, Any]) -> dict[str, Any]:
+    """A line without what is long and not compared: a million of them lie in memory."""
+    for name in TEXTS:
+        line.pop(name, None)
+    if isinstance(doc := line.get("doc"), dict):
+        line["doc"] = {name: doc[name] for name in ABOUT if name in doc}
+    return line
 
 
 # What lmms-eval, a fork, has as well
