@@ -70,7 +70,6 @@ def read_logs(path: Path) -> list[tuple[Path, Log]]:
     gc.disable()  # it would look at a million lines again and again, half of the time
     try:
         logs = [(file, log) for reader, files in found.items() for file in files for log in reader.read(file)]
-        gc.freeze()
     finally:
         gc.enable()
     groups: dict[Any, list[tuple[Path, Log]]] = {}

@@ -15,9 +15,9 @@ HEAD = 4096  # bytes at a log's start that name its parts
 
 
 def fits(path: Path) -> bool:
-    """Its ending says so, or JSON begins with the log's version and status."""
+    """Recognized by its ending, or by JSON that begins with the log's version and status."""
     if path.suffix == ".eval":
-        return True  # also one that was cut: read() says so
+        return True  # also one that was cut, which read() refuses
     with path.open("rb") as file:
         head = file.read(HEAD)
     return b'"status"' in head and b'"eval"' in head and b'"run_id"' in head

@@ -16,7 +16,7 @@ Lines = Sequence[tuple[str, dict[str, Any]]]  # where it is, and a line of the l
 
 
 def fits(path: Path) -> bool:
-    """Its name says so, or a line has the hash of its document and says which of its fields are metrics."""
+    """Recognized by its name, or by a line that has the hash of its document and the names of its metrics."""
     return bool(NAME.search(path.name)) or {"doc_id", "doc_hash", "metrics"} <= set(first_object(path))
 
 
