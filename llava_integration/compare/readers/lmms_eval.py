@@ -24,7 +24,7 @@ PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
 
 
 def fits(path: Path) -> bool:
-    """Recognized by its name, or by a line that has a document's hash and, unlike lm-evaluation-harness's, no metrics."""
+    """Recognized by its name, or by a line with a document's hash and, unlike lm-evaluation-harness, no metrics."""
     line = first_object(path)
     return bool(NAME.search(path.name)) or ({"doc_id", "doc_hash"} <= set(line) and "metrics" not in line)
 
