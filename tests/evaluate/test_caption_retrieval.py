@@ -139,18 +139,9 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(folder: Path, t
     attention, pooling, layer = said[title + 2].split(", ")[:3]
     embed = shlex.split(said[-1])[1:]
     embed[embed.index("DATA")] = str(folder / "validation.jsonl")
-    if "--post-file" not in embed:  # then nothing is removed, but the way is the same
-        embed += ["--post-file", str(write_post(folder, tmp_path))]
     assert main([*embed, "--cache", str(tmp_path / "cache"), "--compute-dtype", "float32"]) == 0
     teacher = CacheManifest.read(tmp_path / "cache" / CacheManifest.FILE).teacher
     assert (teacher["layer"], teacher["attention"], teacher["pooling"]) == (int(layer), attention, pooling)
     assert len(teacher["post"]) == 64
     plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu").identity()
     assert dataclasses.replace(plain, post=teacher["post"]).fingerprint != plain.fingerprint
-
-
-def write_post(folder: Path, where: Path) -> Path:
-    encoder = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu")
-    (post,) = remove_components(encoder.encode(NAMES + [f"a {name}" for name in NAMES]), (1,))
-    post.save(where)
-    return where / POST_FILE

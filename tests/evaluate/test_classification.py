@@ -4,6 +4,7 @@ import io
 import math
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,21 +97,14 @@ def test_names_by_class_or_in_order(tmp_path):
         read_class_names(str(tmp_path / "lacking.txt"), str(tmp_path), classes)
 
 
-class PromptCache:
-    """A cache that makes a prompt's embedding up from its words."""
-
-    def __init__(self, table):
-        self.table = table
-
-    def rows(self, shard, number, captions, *, key):
-        return torch.stack([self.table[caption.text] for caption in captions])
-
-
 def test_a_class_is_the_mean_of_its_normalized_prompts(tmp_path):
     dual = tiny_dual()
     table = {text: torch.randn(WIDTH) * size for size, text in enumerate(("a x", "b x", "a y", "b y"), 1)}
     prompts = prompt_source(["x", "y"], ["a {c}", "b {}"], str(tmp_path))
-    found = class_vectors(dual, prompts, PromptCache(table))
+    cache = SimpleNamespace(
+        rows=lambda _, __, captions, key: torch.stack([table[caption.text] for caption in captions])
+    )
+    found = class_vectors(dual, prompts, cache)
     with torch.no_grad():
         for place, name in enumerate("xy"):
             both = dual.encode_text(torch.stack([table[f"a {name}"], table[f"b {name}"]]))

@@ -22,10 +22,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rotation(width: int) -> Tensor:
-    return torch.linalg.qr(normal(width, width, seed=9))[0]
-
-
 @pytest.mark.parametrize("rows", [12, 200])  # fewer than columns, and more
 def test_whitening_is_by_the_covariance_of_ledoit_and_wolf(rows: int):
     feature_MF = normal(rows, 30) @ normal(30, 30, seed=1) + 5
@@ -57,7 +53,7 @@ def test_neighbor_overlap_by_sets():
 
 def test_neighbors_of_the_same_and_of_unrelated_features():
     text_NW = normal(200, 12)
-    turned_NPH = (3 * text_NW @ rotation(12) + 1)[:, None]
+    turned_NPH = (3 * text_NW @ torch.linalg.qr(normal(12, 12, seed=9))[0] + 1)[:, None]
     assert measures.neighbors(turned_NPH, text_NW).tolist() == [1.0] * 200
     unrelated_N = measures.neighbors(normal(200, 5, 12, seed=1), text_NW)
     assert float(unrelated_N.mean()) == pytest.approx(20 / 199, abs=0.02)

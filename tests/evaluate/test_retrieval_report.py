@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from evaluate_world import COLOURS, tiny_dual, write_data
+from evaluate_world import COLOURS, tiny_dual, write_data, write_tower
 from forked import Command
 from tiny_data import made_up, make_cache
 from tower_runs import ROOT, finish, places
@@ -21,6 +21,14 @@ from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, evaluate_retrieval, recall, report_retrieval
 
 IMAGES = ImageConfig(size=32)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(data, cache, tower directory), all on disk."""
+    folder = tmp_path_factory.mktemp("world")
+    data = write_data(folder / "data")
+    return data, make_cache(data, directory=folder / "cache"), write_tower(folder / "tower")
 
 
 @pytest.fixture
