@@ -127,7 +127,7 @@ def our_step(
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     train, hidden_size = TrainConfig(global_batch=size * world, precision=precision), dual.tower.config.hidden_size
     user = {"zero_optimization": {"stage": stage}}
-    config = complete(user, train, OPTIM, world=world, total_steps=100, hidden_size=hidden_size)
+    config = complete(user, train, OPTIM, world=world, hidden_size=hidden_size)
     zero = config["zero_optimization"]
     zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
     engine = Engine(dual, groups, OPTIM, config)

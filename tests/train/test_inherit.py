@@ -93,15 +93,16 @@ def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_pa
 def test_stopped_and_started_again_it_ends_the_same(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train_tower(TRAIN_TOWER.parse(options(clip, whole)))
-    draw, calls = heads.CaptionBatches.draw, []
+    batches, calls = heads.caption_batches, []
 
-    def stopped_at_40(self: heads.CaptionBatches) -> Any:
-        calls.append(1)
-        if len(calls) == 40:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(self)
+    def stopped_at_40(*given: Any) -> Any:
+        for batch in batches(*given):
+            calls.append(1)
+            if len(calls) == 40:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
-    monkeypatch.setattr(heads.CaptionBatches, "draw", stopped_at_40)
+    monkeypatch.setattr(heads, "caption_batches", stopped_at_40)
     with pytest.raises(StoppedError):
         train_tower(TRAIN_TOWER.parse(options(clip, cut)))
     assert (cut / UNFINISHED_HEADS).is_file()

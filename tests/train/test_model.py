@@ -139,15 +139,16 @@ def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
 
 def test_a_stopped_fit_goes_on_to_the_same_heads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, unfinished = fit(0, 1, str(tiny), 5), tmp_path / "unfinished"
-    stop, draw, calls = StopRequest(), heads.ImageBatches.draw, []
+    stop, batches, calls = StopRequest(), heads.image_batches, []
 
-    def stopped_at_2(self: heads.ImageBatches) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            stop.signals.append(signal.SIGTERM)
-        return draw(self)
+    def stopped_at_2(*given: Any) -> Any:
+        for batch in batches(*given):
+            calls.append(1)
+            if len(calls) == 2:
+                stop.signals.append(signal.SIGTERM)
+            yield batch
 
-    monkeypatch.setattr(heads.ImageBatches, "draw", stopped_at_2)
+    monkeypatch.setattr(heads, "image_batches", stopped_at_2)
     with pytest.raises(StoppedError, match="step 2 of 5"):
         fit(0, 1, str(tiny), 5, stop=stop, unfinished=unfinished)
     resumed = fit(0, 1, str(tiny), 5, unfinished=unfinished)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_data import make_all
 from train_helpers import TinyDual, allow_fp16, new_state, run_ranks, save_now, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TWIN, HostCopies, load
+from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, load, on_host
 from llm2clip_plugin.train.engine import Reference, frozen_copy
 
 HALF = {
@@ -35,7 +34,7 @@ def scales(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, 
         step._loss = lambda encoded, *rest, seen=seen, loss=make_loss: (seen.append(encoded), loss(encoded, *rest))[1]
         rows: dict[str, list[float]] = {"scale": [], "bias": [], "master": [], "bias master": [], "rounded": []}
         for i in range(5):
-            masters = engine.weights(HostCopies())
+            masters = engine.weights(on_host)
             rows["master"].append(masters["logit_scale"].item())
             rows["bias master"].append(masters["logit_bias"].item())
             with engine.gathered([dual.logit_scale]):
@@ -86,24 +85,24 @@ def average(rank: int, world: int, folder: str) -> dict[str, dict[str, Any]]:
         engine = tiny_engine(world=world, dual=dual, lr=1e-6, **way)
         step = tiny_step(engine)
         mean, reference = Reference(engine, DECAY, warmup=True), Reference(engine, DECAY, module=frozen)
-        masters = [engine.weights(HostCopies())]
+        masters = [engine.weights(on_host)]
         with engine.gathered(list(dual.parameters())):
             before = {n: p.detach().clone() for n, p in dual.named_parameters()}
         for i in range(3):
             step(tiny_batch(i, rank=rank, world=world))
             mean.update()
             reference.update()
-            masters.append(engine.weights(HostCopies()))
+            masters.append(engine.weights(on_host))
         with engine.gathered(list(dual.parameters())):
             still = sum(int((p == before[n]).sum()) for n, p in dual.named_parameters())
         size = sum(value.numel() for value in before.values())
         results[name] = {
             "initial": initial,
             "masters": masters,
-            "mean": mean.values(HostCopies()),
-            "reference": reference.values(HostCopies()),
+            "mean": mean.values(on_host),
+            "reference": reference.values(on_host),
             "shown": {n: p.float() for n, p in frozen.named_parameters()},
-            "after": engine.weights(HostCopies()),
+            "after": engine.weights(on_host),
             "still": still / size,
             "held": sum(shard.numel() for shard in mean.averages) / size,
         }
@@ -119,7 +118,7 @@ def resumed_averages(rank: int, world: int, folder: str) -> dict[str, dict[str, 
         engine = tiny_engine(stage=stage, precision="bf16" if stage else "fp32", weights=loaded.weights)
         engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
         mean = Reference(engine, DECAY, warmup=True, updates=3, values=loaded.averages)
-        results[name] = {"mean": mean.values(HostCopies()), "weights": engine.weights(HostCopies())}
+        results[name] = {"mean": mean.values(on_host), "weights": engine.weights(on_host)}
     return results
 
 
@@ -156,33 +155,12 @@ def test_averages_are_of_fp32_masters_on_two_ranks_and_resume_on_one(tmp_path: P
         assert all(torch.equal(value, ranks[0][name]["after"][key]) for key, value in values["weights"].items()), name
 
 
-def deterministic_run(rank: int, world: int, folder: str, tiny: str) -> bool:
-    """Two steps of the command with --train.full-determinism; whether torch was told."""
-    from tower_runs import options
-
-    from llm2clip_plugin.stages.tower import train_tower
-    from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
-
-    more = "--train.full-determinism True --max_steps 2 --train.precision bf16 --dual.input-noise .1".split()
-    train_tower(TRAIN_TOWER.parse(options(Path(tiny), Path(folder), *more)))
-    return torch.are_deterministic_algorithms_enabled()
-
-
-def test_two_deterministic_runs_are_equal_bit_for_bit(tmp_path: Path):
-    tiny = make_all(tmp_path)
-    for run in ("a", "b"):
-        assert all(run_ranks(deterministic_run, 2, str(tmp_path / run), str(tiny)))
-    first, second = (tmp_path / run / "checkpoints/step-00000002" for run in ("a", "b"))
-    for name in (MODEL, OPTIMIZER, AVERAGES):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
-
-
 def first_moments(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
     moments = []
     for stage in (0, 1):
         engine = tiny_engine(stage=stage)
         tiny_step(engine)(tiny_batch(0))
-        moments.append(engine.moments(HostCopies()))
+        moments.append(engine.moments(on_host))
     return moments
 
 
