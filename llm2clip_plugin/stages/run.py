@@ -30,7 +30,7 @@ from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32
 from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
-from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
+from llm2clip_plugin.train.guard import Watch, readable_checkpoint, refuse_disagreement, shared_folder
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
 from llm2clip_plugin.train.optim import (
@@ -205,7 +205,7 @@ def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
     if train.precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
     set_tf32(train.tf32, train.precision, device)
-    with watched(train.straggler_seconds):
+    with Watch(train.straggler_seconds):
         yield device
 
 

@@ -80,9 +80,8 @@ class HeadsConfig:
 class DistillConfig:
     """The frozen tower that the loss terms distill and patch_reference compare with."""
 
-    reference: Literal["ema", "start"] = (
-        "ema"  # ema: a moving average of the tower | start: the tower as it was before step 1
-    )
+    # ema: a moving average of the tower | start: the tower as it was before step 1
+    reference: Literal["ema", "start"] = "ema"
     decay: float = 0.999  # of that moving average, a step
 
     def __post_init__(self) -> None:
@@ -102,9 +101,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.98)  # decay rates of Adam's moments
     eps: float = 1e-8  # Adam's epsilon
     max_grad_norm: float = 5.0  # gradient clipping by global norm; 0: none
-    schedule: Literal["cosine", "linear", "constant"] = (
-        "cosine"  # after the warm-up: cosine | linear (both to min_lr_ratio) | constant
-    )
+    # after the warm-up: cosine | linear (both to min_lr_ratio) | constant
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0  # steps of linear warm-up
     warmup_ratio: float = 0.0  # warm-up as a fraction of all steps; set one of the two
     min_lr_ratio: float = 0.0  # where the schedule ends, as a fraction of the peak

@@ -128,7 +128,8 @@ class StepTimer:
         marks, self._marks = self._marks, []
         if self._on_gpu and marks:
             marks[-1][1].synchronize()
-        sums, steps = dict.fromkeys(PHASES, 0.0), sum(not phase for phase, _ in marks)
+        sums: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        steps = sum(not phase for phase, _ in marks)
         for (phase, first), (_, last) in itertools.pairwise(marks):
             if phase:
                 sums[phase] += (first.elapsed_time(last) / 1000 if self._on_gpu else last - first) / steps

@@ -18,11 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-)
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from packaging.version import Version
 from torch import Tensor, nn
 

@@ -14,7 +14,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -59,16 +59,6 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 Facts = Mapping[str, str]  # what is compared -> this rank's value
 
 
-def watched(straggler_seconds: float) -> AbstractContextManager[None]:
-    """Watch the ranks inside the block, which every rank must enter; nothing happens with one rank.
-
-    straggler_seconds: a rank that makes no progress for so long names itself; 0: never. An exception that leaves the
-    block ends all ranks; where it was only the consequence of another rank's, it becomes a RankFailedError that names
-    that one.
-    """
-    return Watch(straggler_seconds) if world_size() > 1 else nullcontext()
-
-
 @contextmanager
 def watched_group() -> Iterator[tuple[int, int]]:
     """(rank, world size) of the launcher's processes, which form a group and watch each other inside the block; (0, 1)
@@ -78,20 +68,23 @@ def watched_group() -> Iterator[tuple[int, int]]:
         return
     join_ranks(choose_device(), DDP_TIMEOUT)
     try:
-        with watched(STRAGGLER_SECONDS):
+        with Watch(STRAGGLER_SECONDS):
             yield rank(), world_size()
     finally:
         dist.destroy_process_group()
 
 
 class Watch(AbstractContextManager[None]):
-    """A thread of a rank, which ends with it, while its main thread is inside of the block.
+    """A thread of a rank, which ends with it, while its main thread is inside of the block; of several ranks, each must
+    enter it.
 
-    It names this rank if it makes no progress, and reads the errors of the others from the process group's store: one
-    ends all ranks on NCCL, too, where they wait in a kernel that no exception and no signal handler reaches.
+    It names this rank if it makes no progress, and reads the errors of the others from the process group's store. An
+    exception that leaves the block ends all ranks, on NCCL, too, where they wait in a kernel that no exception and no
+    signal handler reaches; where it was only the consequence of another rank's, it becomes a RankFailedError.
     """
 
     def __init__(self, straggler_seconds: float) -> None:
+        """straggler_seconds: without progress, after which a rank is named; 0: never."""
         self.straggler_seconds = straggler_seconds
         self.interval = max(0.2, min(SLOWEST_LOOK, straggler_seconds / 5 or SLOWEST_LOOK))
         self.failure = ""  # of another rank, as it published it
@@ -100,6 +93,8 @@ class Watch(AbstractContextManager[None]):
         self._stopped = threading.Event()
 
     def __enter__(self) -> None:
+        if world_size() == 1:
+            return
         # a store of its own: a blocked request of one client blocks the client's other requests
         store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
         self.store = dist.PrefixStore(f"llm2clip/watch/{broadcast_object(os.urandom(6).hex())}", store)
@@ -108,7 +103,7 @@ class Watch(AbstractContextManager[None]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
         self._stopped.set()
-        if error is None or isinstance(error, StoppedError):
+        if error is None or isinstance(error, StoppedError) or world_size() == 1:
             return
         _end_within_grace()
         if isinstance(error, (SameOnAllRanksError, FirstRankError)):
@@ -204,8 +199,6 @@ def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
         groups = [f"{value} on {host} (ranks {', '.join(own)})" for (value, host), own in holders.items()]
         lines.append(f"  {name}: {'; '.join(groups)}")
         advised.add(advice.get(name.split()[0], ""))
-    if len(differing) > LISTED:
-        lines.append(f"  and {len(differing) - LISTED} more")
     raise DisagreementError("\n".join([*lines, *sorted(advised - {""})]))
 
 
@@ -261,7 +254,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def acquire(folder: Path) -> int:
     """Take and sign the lock, after waiting for another host's; returns its open descriptor. Raises OSError."""
-    path, deadline = folder / LOCK, time.monotonic() + LEASE
+    path, deadline, told = folder / LOCK, time.monotonic() + LEASE, False
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -290,6 +283,9 @@ def acquire(folder: Path) -> int:
                 f"{folder} is in use by process {holder.get('pid')} on {holder.get('host')} ({path}): wait for its "
                 f"end, stop it, or choose another --output. If that host is down, delete {path}"
             )
+        if holder and not told:
+            told = True
+            print(f"{folder} is locked from {holder['host']}; waiting up to {LEASE:.0f} s", file=sys.stderr)
         time.sleep(0.2)
 
 

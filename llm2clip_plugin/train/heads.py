@@ -6,8 +6,8 @@ heads distort a pretrained tower. Every training image is encoded once, without 
 ``heads.target clip_text``: the text adapter alone learns the text space of the tower's own CLIP, from captions, as in
 ProCLIP's first stage (arXiv 2510.18795); projection and logit scale are the CLIP's.
 
-Images are encoded in the same blocks on any number of ranks, and only rank 0 fits, so the result is independent of the
-number of ranks. If the run is in bf16, so are the matrix products here; weights and loss stay fp32.
+Images are encoded in the same blocks, and only rank 0 fits, so the result is independent of the number of ranks. If the
+run is in bf16, so are the matrix products here; weights and loss stay fp32.
 
 Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch,
 D width of the joint space.
@@ -41,7 +41,7 @@ from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_f
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.losses.base import Features, heads_terms
 from llm2clip_plugin.train.losses.distill import Distill
-from llm2clip_plugin.train.optim import AdamW, Trained, is_vector, lr_factor, parameter_groups, set_lr
+from llm2clip_plugin.train.optim import Trained, is_vector, lr_factor, make_adamw, parameter_groups, set_lr
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
@@ -66,7 +66,6 @@ class FrozenFeatures:
     pooled_IP: Tensor
     embedding_MW: Tensor
     caption_hashes_M: Tensor
-    first_I: Tensor  # index of an image's first caption
     count_I: Tensor  # number of its captions
     share_M: Tensor  # float64, probability of each of an image's captions
 
@@ -188,7 +187,6 @@ def frozen_features(
         pooled_IP=pooled,
         embedding_MW=embedding,
         caption_hashes_M=ids,
-        first_I=counts.cumsum(0) - counts,
         count_I=counts,
         share_M=shares,
     )
@@ -202,8 +200,7 @@ def _encode(
     ids = torch.tensor([caption_hash(caption.text) for caption in batch["captions"]])
     counts = torch.tensor([int((batch["owners"] == image).sum()) for image in batch["image_ids"]])
     captions = iter(batch["captions"])
-    of_images = [list(islice(captions, count)) for count in counts.tolist()]
-    shares = [share for of_image in of_images for share in caption_shares(of_image, caption_weights)]
+    shares = [share for n in counts.tolist() for share in caption_shares(list(islice(captions, n)), caption_weights)]
     return pooled, batch["embeddings"], ids, counts, torch.tensor(shares, dtype=torch.float64)
 
 
@@ -270,7 +267,7 @@ def _optimizer(model: DualEncoder, config: HeadsConfig) -> torch.optim.Optimizer
         if name.startswith("text_adapter.") or not of_clip
     ]
     groups, eps = parameter_groups(trained, config.weight_decay), CLIP_TEXT_OPTIM.eps if of_clip else 1e-8
-    return AdamW().make(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
+    return make_adamw(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
 
 
 def _continued(
@@ -334,7 +331,7 @@ def caption_batches(
 
 def _draw_captions(features: FrozenFeatures, chosen_B: Tensor, draw_B: Tensor) -> Tensor:
     """(B,) a caption of each chosen image by a number in [0, 1), by the captions' shares."""
-    first_B, count_B = features.first_I[chosen_B], features.count_I[chosen_B]
+    end_B = features.count_I.cumsum(0)[chosen_B]
     # the shares of an image add up to 1, so those of image i lie in i .. i + 1 of the running sum
     caption_B = torch.searchsorted(features.share_M.cumsum(0), chosen_B + draw_B.double(), right=True)
-    return caption_B.clamp(first_B, first_B + count_B - 1)
+    return caption_B.clamp(end_B - features.count_I[chosen_B], end_B - 1)

@@ -17,14 +17,7 @@ from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.files import FAILED, LEFT_OUT, METRICS, STOPPED
 from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState
 from llm2clip_plugin.train.config import TrainConfig
-from llm2clip_plugin.train.distributed import (
-    StepTimer,
-    gather_objects,
-    gather_rows,
-    on_first_rank,
-    rank,
-    world_size,
-)
+from llm2clip_plugin.train.distributed import StepTimer, gather_objects, gather_rows, on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 
 PROFILE = "profile"  # folder of a run for traces
@@ -58,15 +51,14 @@ class Reports:
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
         self._profile: Any = None
-        if train.profile_steps and total_steps > state.step and (train.profile_all_ranks or rank() == 0):
+        steps = min(train.profile_steps, total_steps - state.step)
+        if steps > 0 and (train.profile_all_ranks or rank() == 0):
             name = f"{socket.gethostname()}-rank{rank()}"  # NAME.TIME.pt.trace.json
             write = torch.profiler.tensorboard_trace_handler(str(run_folder / PROFILE), name)
-            before = max(0, min(WARM_UP, total_steps - state.step - train.profile_steps))
+            before = min(WARM_UP, total_steps - state.step - steps)
             first, warm_up = max(0, before - 1), min(1, before)
             self._profile = torch.profiler.profile(
-                schedule=torch.profiler.schedule(
-                    skip_first=first, wait=0, warmup=warm_up, active=train.profile_steps, repeat=1
-                ),
+                schedule=torch.profiler.schedule(skip_first=first, wait=0, warmup=warm_up, active=steps, repeat=1),
                 on_trace_ready=lambda profile: self._attempt(write, profile),
             )
             self._profile.start()

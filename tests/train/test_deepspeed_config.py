@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
-from llm2clip_plugin.train.distributed import set_tf32
+from llm2clip_plugin.train.distributed import set_single_process_environment, set_tf32
 from llm2clip_plugin.train.engine import check_deepspeed
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
 from llm2clip_plugin.train.optim import complete, lr_factor, read_deepspeed_json
@@ -95,15 +95,11 @@ def test_gradients_are_reduced_in_the_type_of_the_option():
 )
 def test_tf32_is_for_half_precision_unless_asked_for(monkeypatch, tf32: Any, precision: str, expected: bool):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not expected)
-    before = torch.get_float32_matmul_precision()
-    try:
-        set_tf32(tf32, precision, torch.device("cpu"))
-        assert torch.get_float32_matmul_precision() == before
-        set_tf32(tf32, precision, torch.device("cuda"))
-        assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")
-        assert torch.backends.cudnn.allow_tf32 is expected
-    finally:
-        torch.set_float32_matmul_precision(before)
+    chosen: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    set_tf32(tf32, precision, torch.device("cpu"))
+    set_tf32(tf32, precision, torch.device("cuda"))
+    assert chosen == ["high" if expected else "highest"] and torch.backends.cudnn.allow_tf32 is expected
 
 
 def test_equal_values_and_a_scheduler_without_values_are_accepted():
@@ -154,3 +150,15 @@ def test_schedules():
     assert lr_factor(9, 10, OptimConfig(schedule="constant")) == 1.0
     assert lr_factor(5, 10, OptimConfig(schedule="linear")) == 0.5
     assert OptimConfig(warmup_ratio=0.25).warmup(40) == 10
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str):
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "16")  # of the whole job, also in the batch script
+    set_single_process_environment()
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, "16")
+    with pytest.raises(ValueError, match=variable):
+        set_single_process_environment()

@@ -113,20 +113,6 @@ def test_stopped_and_started_again_it_ends_the_same(clip: Path, tmp_path: Path, 
         torch.testing.assert_close(weights[1][name], value, atol=1e-6, rtol=1e-5)
 
 
-def test_the_step_is_proclips(clip: Path):
-    """The distance of a caption's two features, and 63.5 times the mean smooth L1 of the distances between captions."""
-    features = torch.nn.functional.normalize(torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
-    own, target = features
-    structure = torch.nn.functional.smooth_l1_loss(torch.pdist(own), torch.pdist(target))
-    expected = (own - target).square().sum(1).mean() + 63.5 * structure
-    one = torch.zeros(1)
-    batch = heads.Features(
-        anchor_bD=own, positive_bkD=target[:, None], log_scale=one, bias=one, caption_hashes=None, image_ids=None,
-        reference_bD=target,
-    )  # fmt: skip
-    torch.testing.assert_close(heads.CLIP_TEXT_LOSS(batch), expected)
-
-
 def test_the_cache_of_another_teacher_is_refused(clip: Path, tmp_path: Path):
     caches = {EmbeddingCache.open(path).teacher.llm: str(path) for path in (clip / "data").glob("embeddings-*")}
     more = ("--data.clip-cache", caches["made-up"])

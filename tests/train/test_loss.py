@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,7 @@ from llm2clip_plugin.train.losses.base import chosen_terms
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.losses.sigmoid import sigmoid_loss
 
-CLIP = GOLDEN / "D_losses" / "clip_loss.safetensors"
-SIGLIP = GOLDEN / "D_losses" / "siglip_loss.safetensors"
+FILES = {kind: GOLDEN / "D_losses" / f"{kind}_loss.safetensors" for kind in ("clip", "siglip")}
 MODE = "local_loss__gather_with_grad"
 
 
@@ -33,49 +33,38 @@ def golden_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
     results: dict[str, Tensor] = {}
     for size in (1, 2, 4):
         group = dist.new_group(list(range(size)))
-        if rank < size:
-            results |= _clip(rank, size, group) | _siglip(rank, size, group)
+        for kind, path in FILES.items():
+            given = load_file(path)
+            for i in range(len(given["logit_scale"]) if rank < size else 0):
+                for name, value in golden(kind, given, i, rank, size, group).items():
+                    results[f"{kind}.{size}.scale{i}.{name}"] = value.detach()
     return results
 
 
-def _part(given: dict[str, Tensor], name: str, rank: int, size: int) -> Tensor:
-    return given[name].chunk(size)[rank].clone().requires_grad_()
-
-
-def _clip(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
-    given, results = load_file(CLIP), {}
-    for i, log_scale in enumerate(given["logit_scale"]):
-        image_raw, text_raw = _part(given, "image_raw", rank, size), _part(given, "text_raw", rank, size)
-        image, text = F.normalize(image_raw, dim=-1), F.normalize(text_raw, dim=-1)
-        image.retain_grad()
-        text.retain_grad()
-        log = log_scale.clone().requires_grad_()
+def golden(kind: str, given: dict[str, Tensor], i: int, rank: int, size: int, group: Any) -> dict[str, Any]:
+    """At logit scale i, of this rank's part of the batch."""
+    what = "raw" if kind == "clip" else "features"
+    raw = [given[f"{side}_{what}"].chunk(size)[rank].clone().requires_grad_() for side in ("image", "text")]
+    image, text = (F.normalize(value, dim=-1) if kind == "clip" else value for value in raw)
+    image.retain_grad()
+    text.retain_grad()
+    log, values = given["logit_scale"][i].clone().requires_grad_(), {}
+    if kind == "clip":
         loss = contrastive_loss(image, text, log.exp(), block=3, group=group)
         loss.backward()
-        key = f"clip.{size}.scale{i}."
-        values = {"loss": loss, "grad_image_features": image.grad, "grad_text_features": text.grad}
-        values |= {"grad_image_raw": image_raw.grad, "grad_text_raw": text_raw.grad, "grad_logit_scale": log.grad}
-        results |= {key + name: value.detach() for name, value in values.items()}
-    return results
-
-
-def _siglip(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
-    given, results = load_file(SIGLIP), {}
-    for i, log_scale in enumerate(given["logit_scale"]):
-        image, text = _part(given, "image_features", rank, size), _part(given, "text_features", rank, size)
-        log, bias = log_scale.clone().requires_grad_(), given["logit_bias"][i].clone().requires_grad_()
+        values |= {"grad_image_raw": raw[0].grad, "grad_text_raw": raw[1].grad}
+    else:
+        bias = given["logit_bias"][i].clone().requires_grad_()
         loss = sigmoid_loss(image, text, log.exp(), bias, block=3, group=group)
         loss.backward()
-        key = f"siglip.{size}.scale{i}."
-        values = {"loss": loss, "grad_image_features": image.grad, "grad_text_features": text.grad}
-        values |= {"grad_logit_scale": log.grad, "grad_logit_bias": bias.grad}
-        results |= {key + name: value.detach() for name, value in values.items()}
-    return results
+        values["grad_logit_bias"] = bias.grad
+    values |= {"loss": loss, "grad_image_features": image.grad, "grad_text_features": text.grad}
+    return values | {"grad_logit_scale": log.grad}
 
 
 def test_golden_on_one_two_and_four_ranks():
     ranks = run_ranks(golden_on_ranks, 4)
-    references = {"clip": load_file(CLIP), "siglip": load_file(SIGLIP)}
+    references = {kind: load_file(path) for kind, path in FILES.items()}
     compared = 0
     for name in ranks[0]:
         kind, size, scale, what = name.split(".", 3)

@@ -164,7 +164,6 @@ def test_heads_draw_captions_by_their_shares():
         pooled_IP=torch.empty(3, 1),
         embedding_MW=torch.empty(6, 1),
         caption_hashes_M=torch.arange(6),
-        first_I=torch.tensor([0, 1, 4]),
         count_I=torch.tensor([1, 3, 2]),
         share_M=shares,
     )

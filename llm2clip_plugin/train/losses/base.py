@@ -181,8 +181,8 @@ def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
 
 def check_terms(config: LossConfig, dual: DualConfig) -> None:
     """Raise ValueError if the terms and the dual encoder are incompatible."""
-    if any(term.uses_bias for _, term in chosen_terms(config)) != (dual.logit_bias_init is not None):
-        bias = dual.logit_bias_init
+    bias = dual.logit_bias_init
+    if any(term.uses_bias for _, term in chosen_terms(config)) != (bias is not None):
         raise ValueError(
             f"dual.logit_bias_init {bias}: sigmoid needs --dual.logit-bias-init (SigLIP: -10), others none"
         )
