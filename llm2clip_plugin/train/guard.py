@@ -140,7 +140,7 @@ class Watch(AbstractContextManager[None]):
                 continue
         if self.failure:
             if rank() == 0:
-                _say(f"{self.failure}; ending all ranks")
+                print(f"\n{self.failure}; ending all ranks", file=sys.stderr, flush=True)
             _end_within_grace()
 
     def _name_if_late(self) -> None:
@@ -156,8 +156,8 @@ class Watch(AbstractContextManager[None]):
             self._told = late
             if self.store.add(late, 1) <= NAMED:
                 who = f"rank {rank()} ({socket.gethostname()}, pid {os.getpid()})"
-                stack = "".join(traceback.format_stack(frame))
-                _say(f"late: {who} has been in phase {_doing()} for {seconds:.0f} s; its main thread:\n{stack}")
+                what = f"late: {who} has been in phase {_doing()} for {seconds:.0f} s; its main thread:"
+                print(f"\n{what}\n{''.join(traceback.format_stack(frame))}", file=sys.stderr, flush=True)
 
 
 def _end_within_grace() -> None:
@@ -177,10 +177,6 @@ def _end_within_grace() -> None:
 def _doing() -> str:
     now = phases.current()
     return now.name + (f" of step {now.step}" if now.step else "")
-
-
-def _say(text: str) -> None:
-    print(f"\n{text}", file=sys.stderr, flush=True)  # apart from a progress bar's line
 
 
 def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
