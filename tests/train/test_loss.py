@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny_data import make_all
 from torch import Tensor
-from tower_runs import STEPS, losses, options
+from tower_runs import ROOT, STEPS, losses, options
 from train_helpers import GOLDEN, run_ranks
 
 from llm2clip_plugin import load_dual_encoder
@@ -132,39 +132,13 @@ def test_sigmoid_with_excluded_pairs_equals_the_formula():
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-HARDEST_NEGATIVE = '''
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-
-from llm2clip_plugin.train.losses.base import Features, LossTerm
-
-
-@dataclass(frozen=True, kw_only=True)
-class HardestNegative(LossTerm):
-    """A caption of another image stays ``margin`` below the image's own (VSE++, arXiv 1707.05612, equation 6)."""
-
-    name: ClassVar[str] = "hardest_negative"
-    margin: float = 0.2  # cosine
-
-    def __call__(self, features: Features) -> Tensor:
-        cosine_bb = features.anchor_bD @ features.positive_bkD[:, 0].T
-        own = torch.eye(len(cosine_bb), dtype=torch.bool)
-        hardest_b = cosine_bb.masked_fill(own, -1.0).amax(1)
-        return (self.margin + hardest_b - cosine_bb.diagonal()).clamp(min=0).mean()
-
-
-TERM = HardestNegative
-'''
-
-
 def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The command trains with it, under its settings."""
+    """The command trains with that of docs/extending.md, under its settings."""
     members, run = tmp_path / "members", tmp_path / "run"
     members.mkdir()
-    (members / "hardest_negative.py").write_text(HARDEST_NEGATIVE)
+    before, code = (ROOT / "docs/extending.md").read_text().split("class HardestNegative", 1)
+    code = before.rpartition("```python\n")[2] + "class HardestNegative" + code.partition("```")[0]
+    (members / "hardest_negative.py").write_text(code)
     monkeypatch.setattr(train_losses, "__path__", [*train_losses.__path__, str(members)])
     loss = ("--loss.terms", "hardest_negative", "--loss.args", "margin=0.5", "--train.ema-decay", "0")
     argv = options(make_all(tmp_path), run, *loss, "--train.micro-batch", "8", "--optim.lr", "0.003")
