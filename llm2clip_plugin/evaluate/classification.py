@@ -155,10 +155,8 @@ def image_features(
 def report(title: str, path: str, scores: ScoreFile) -> None:
     """Print the scores, with the intervals of those that the items have, and write them to ``path``."""
     clusters = [item["cluster"] for item in scores.items]
-    hits = [name for name in scores.metrics if name in scores.items[0]]
-    opening.print_scores(
-        title, scores, {name: bootstrap_mean([item[name] for item in scores.items], clusters) for name in hits}
-    )
+    hits = {name: [item[name] for item in scores.items] for name in scores.metrics if name in scores.items[0]}
+    opening.print_scores(title, scores, {name: bootstrap_mean(of_items, clusters) for name, of_items in hits.items()})
     opening.write_scores(scores, path)
 
 

@@ -205,8 +205,9 @@ class SearchConfig(MeasureConfig):
     teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
 
     def __post_init__(self) -> None:
-        if not self.text:
-            raise ValueError('no text to search for; usage: llm2clip search TOWER DATA "a bird on a wire"')
+        if not self.text or self.top_k < 1:
+            problem = f"top-k is {self.top_k}" if self.text else "no text to search for"
+            raise ValueError(f'{problem}; usage: llm2clip search TOWER DATA "a bird on a wire" --top-k 10')
 
 
 SEARCH = Command(
