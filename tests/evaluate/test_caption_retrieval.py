@@ -140,7 +140,7 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(folder: Path, t
     embed = shlex.split(said[-1])[1:]
     embed[embed.index("DATA")] = str(folder / "validation.jsonl")
     if "--post-file" not in embed:  # then nothing is removed, but the way is the same
-        remove_components(torch.randn(20, 40), (1,))[0].save(tmp_path)
+        remove_components(torch.randn(40, 24), (1,))[0].save(tmp_path)
         embed += ["--post-file", str(tmp_path / POST_FILE)]
     assert main([*embed, "--cache", str(tmp_path / "cache"), "--compute-dtype", "float32"]) == 0
     teacher = CacheManifest.read(tmp_path / "cache" / CacheManifest.FILE).teacher
