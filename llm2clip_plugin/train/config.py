@@ -143,7 +143,7 @@ class TrainConfig:
     eval_on_start: bool = True  # evaluate before step 1 too: the scores that the run's are compared with
     logging_steps: int = 1  # steps between lines of metrics.jsonl
     report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
-    profile_steps: int = 0  # steps traced by torch.profiler into output_dir/profile, after 5 others; 0: none
+    profile_steps: int = 0  # steps traced by torch.profiler into output_dir/profile, after 5 if there are more; 0: none
     profile_all_ranks: bool = False  # trace every rank, not rank 0 alone
     dataloader_num_workers: int = 0  # processes per rank that decode images or tokenize pairs
     dataloader_prefetch_mb: int = PREFETCH_MB  # 10^6 bytes of /dev/shm that these fill ahead, for each rank
