@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from llm2clip_plugin.data import PREFETCH_MB, plan_loading
 from llm2clip_plugin.data.pairs import CollatedDataset, PairDataset, as_it_is, collate, raised
 from llm2clip_plugin.data.remote import is_url
-from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows
+from llm2clip_plugin.data.sampler import Draw, Mixture
 from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources import Source
 
@@ -104,7 +104,7 @@ class PairLoader:
         ahead = ShardsAhead(mixture, self.dataset.sources, whole=self.whole_shards)
         while True:
             ahead(position)
-            draws = mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
+            draws = mixture.rank_draws(position, self.rank, self.local_batch, self.world)
             for start in range(0, self.local_batch, part):
                 yield draws[start : start + part]
             position += self.local_batch * self.world

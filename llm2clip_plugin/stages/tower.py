@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -95,7 +96,9 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             if rank() == 0 and device.type == "cpu" and config.train.precision == "bf16":
                 print("note: no GPU: bf16 is slower than fp32 on most CPUs; add --precision fp32", file=sys.stderr)
             # what its data decides: the order of reading, which a checkpoint records, and embeddings' width
-            window = shuffle_window(config.data.read.shuffle_window, config.data.path)
+            samples_of_shard = mean(shard.size for source in data.sources for shard in source.shards)
+            batch_shards = config.train.global_batch / samples_of_shard
+            window = shuffle_window(config.data.read.shuffle_window, config.data.path, batch_shards)
             read = dataclasses.replace(config.data, read=dataclasses.replace(config.data.read, shuffle_window=window))
             config = dataclasses.replace(config, data=read, dual=with_llm_width(config.dual, data.caches[0].width))
             return _train(config, data, device, stop, command or {})
