@@ -252,7 +252,7 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
 
     def picture(image: int) -> str | None:
         try:
-            return thumbnail(source.with_image(number[first.keys[image]]).read_image())
+            return thumbnail(source[number[first.keys[image]]].read_image())
         except BrokenSample:
             return None
 

@@ -208,7 +208,7 @@ def test_a_read_that_fails_for_a_while_is_repeated_with_the_file_opened_again(
     number: int, tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = source_of(write_shards(tmp_path, [2]))
-    expected = source.with_image(1)
+    expected = source[1].read_image()
     before = source._file(0)._descriptor  # type: ignore[attr-defined]
     os.dup2(os.open(os.devnull, os.O_RDONLY), before)  # a stale handle
     disk.failures = [number, number]
@@ -219,7 +219,7 @@ def test_a_read_that_fails_for_a_while_is_repeated_with_the_file_opened_again(
         return disk.pread(descriptor, size, offset)
 
     os.pread = stale  # the fixture of ``disk`` restores it
-    assert source.with_image(1) == expected and take_retries() == 3
+    assert source[1].read_image() == expected and take_retries() == 3
     assert os.strerror(number) in caplog.text and "00000.tar" in caplog.text and "retrying" in caplog.text
 
 
@@ -227,8 +227,8 @@ def test_it_ends_in_an_error_that_names_the_file(tmp_path: Path, disk: Disk) -> 
     source = source_of(write_shards(tmp_path, [2]))
     disk.failures = [errno.EIO] * 100
     with pytest.raises(ConnectionError, match=r"failed 8 times in a row: .*00000\.tar: OSError.*rerun the same"):
-        source.with_image(0)
+        source[0].read_image()
     disk.failures = [errno.EACCES]
     with pytest.raises(PermissionError):
-        source.with_image(0)
+        source[0].read_image()
     assert take_retries() == 7
