@@ -199,6 +199,12 @@ class PassOrder:
             result[here] = self.shard_starts[shards[shard]] + within - (stops - sizes)[shard]
         return result
 
+    def share(self, group: np.ndarray, node: int, nodes: int) -> list[int]:
+        """The shards of a group that the lanes of one of ``nodes`` are in."""
+        stops = np.cumsum(self.sizes[group])
+        first, last = int(stops[-1]) * np.array([node, node + 1]) // nodes
+        return group[(stops > first) & (stops - self.sizes[group] < last)].tolist()
+
     def _shuffled(self, group: int, size: int, positions: np.ndarray) -> np.ndarray:
         """Which of a group's ``size`` samples, shard after shard, are at these positions of the group."""
         lanes = self.lanes if size >= LANES * LANE_SAMPLES else 1
@@ -275,8 +281,8 @@ class Mixture:
         rows = np.argsort(lanes, kind="stable")[rank * local : (rank + 1) * local]
         return self._draws(labels[rows], places[rows])
 
-    def window(self, source: int, position: int) -> tuple[int, int]:
-        """The pass over a source, and its window of shards, that the draws from ``position`` on read."""
+    def window_shards(self, source: int, position: int, node: int = 0, nodes: int = 1) -> tuple[list[int], list[int]]:
+        """A node's shards of a source's window that the draws from ``position`` on read, and of the window after it."""
         if len(self.draws) == 1:
             drawn = position
         elif self._batches is None:
@@ -287,14 +293,10 @@ class Mixture:
             current, before = self._batches(step)
             drawn = before[source] * self._batches.batch + (offset if current == source else 0)
         number, place = divmod(drawn, self.lengths[source])
-        return number, int(np.searchsorted(self._pass_order(source, number).group_stops, place, side="right"))
-
-    def window_shards(self, source: int, number: int, window: int) -> list[int]:
-        """Shards of a window of pass ``number``; the window after its last is the next pass's first."""
-        groups = self._pass_order(source, number).groups
-        if window == len(groups):
-            groups, window = self._pass_order(source, number + 1).groups, 0
-        return groups[window].tolist()
+        order = self._pass_order(source, number)
+        window = int(np.searchsorted(order.group_stops, place, side="right"))
+        following = [*order.groups, self._pass_order(source, number + 1).groups[0]][window + 1]
+        return order.share(order.groups[window], node, nodes), order.share(following, node, nodes)
 
     def _draws(self, labels: np.ndarray, places: np.ndarray) -> list[Draw]:
         """Draws of these sources (k,), at these places (k,) of each source's endless passes."""

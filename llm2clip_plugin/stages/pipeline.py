@@ -29,7 +29,7 @@ from llm2clip_plugin.stages.settings import PRETRAIN, RUN, PipelineConfig
 
 SURVEYED = 1000  # samples that are read
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
-READ = ("format", "fields", "language", "image_field", "key_field", "cache_folder", "cache_gb")
+READ = ("format", "fields", "language", "image_field", "key_field", "cache_folder", "cache_gb", "index_folder")
 LLAVA_STEPS = 300  # of the projector, at least; LLaVA 1.5's own are 2,180
 ON_ALL_GPUS = ("finetune-llm", "embed", "train-tower")
 SHOWN = 5  # pictures that each tower finds first

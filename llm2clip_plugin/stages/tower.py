@@ -271,11 +271,11 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
         position=position,
         rank=rank(),
         world=world_size(),
+        nodes=max(1, world_size() // local_world_size()),
         workers=config.train.dataloader_num_workers,
         prefetch_mb=config.train.dataloader_prefetch_mb,
         max_broken=config.train.max_broken,
         pin_memory=torch.cuda.is_available(),
-        whole_shards=rank() == 0 and world_size() == local_world_size(),
     )
 
 

@@ -97,6 +97,30 @@ def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
         assert server.sent > before
 
 
+def test_nodes_share_an_index_and_captions_need_no_download(tmp_path: Path) -> None:
+    files = {f"/{path.name}": path.read_bytes() for path in write_shards(tmp_path / "data", [4] * 2).glob("*.tar")}
+    server = DroppingServer(files)
+    with serving(server) as address:
+        nodes = [
+            SourceConfig(
+                path=f"{address}/{{00000..00001}}.tar",
+                cache_folder=str(tmp_path / f"node{node}"),
+                index_folder=str(tmp_path / "shared"),
+            )
+            for node in range(2)
+        ]
+        first = open_source(nodes[0])
+        sent = server.sent
+        second = open_source(nodes[1])
+        assert [second.captions(number) for number in range(8)] == [first.captions(number) for number in range(8)]
+        assert server.sent == sent
+        assert (
+            second[0].read_image() == first[0].read_image() and server.sent > sent
+        )  # its own copy, later than the index
+        sent = server.sent
+        assert open_source(nodes[1]).shards == open_source(nodes[0]).shards and server.sent == sent
+
+
 class FailingServer(DroppingServer):
     """Answers the first requests with ``failures``, one after another, then as it should."""
 

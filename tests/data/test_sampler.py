@@ -117,6 +117,11 @@ def test_each_node_reads_its_share_of_remote_shards(nodes: int, reads: float) ->
                 samples |= {draw.index for draw in draws if draw.epoch == number}
         assert len(samples) > 64_000 - batch
         assert sum(map(len, read)) <= reads * shards
+        for node in range(nodes) if reads == 1 else ():  # what it downloads ahead is what it reads
+            starts = range(number * 64_000, (number + 1) * 64_000, 16_000)
+            assert {shard for start in starts for shard in mixture.window_shards(0, start, node, nodes)[0]} == read[
+                node
+            ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -6,7 +6,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -60,6 +60,8 @@ class ReadConfig:
     shuffle_window: int = -1
     cache_folder: str = ""  # for downloaded shards and indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards
     cache_gb: float = 0.0  # limit for downloaded shards, 10^9 bytes; 0: no limit
+    # for indexes of tars at a URL: one that all nodes share lets one of them make it for all; "" is cache_folder
+    index_folder: str = ""
 
     def __post_init__(self) -> None:
         if self.format != "auto" and self.format not in (known := ("auto", *formats())):
@@ -123,13 +125,6 @@ class Source(ABC):
 
         Raises BrokenSample if it can't be read, IndexError outside 0 .. len-1.
         """
-
-    def fetch(self, shard: int) -> None:  # noqa: B027 - a local disk needs nothing
-        """Prefetch a shard: copy one from its URL, read one of a network file system into the page cache."""
-
-    def bytes_to_fetch(self, shards: Iterable[int]) -> int:
-        """Bytes that ``fetch`` copies or reads for these shards at most; 0 for a local disk."""
-        return 0
 
     def key(self, number: int) -> str:
         """The key of a sample, also of one that can't be read."""

@@ -12,10 +12,10 @@ import itertools
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from llm2clip_plugin.data.remote import (
     RetryingFile,
     expand_braces,
     has_suffix,
-    is_network,
     is_url,
     list_urls,
     retried,
@@ -51,7 +50,6 @@ CRC = 4  # bytes, after the text of each sample
 ABSENT = -1  # offset or size of a part that the sample does not have
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples of it
 OPEN_FILES = 64  # tars held open by one process
-PIECE = 4 << 20  # bytes of one read of an entire shard
 DOWNLOADS_AT_ONCE = 4
 FEW = 16  # tars that are indexed in this process, without a pool
 
@@ -70,7 +68,7 @@ class TarSource(Source):
     ) -> None:
         self._file = lru_cache(OPEN_FILES)(self._retrying_file)  # of a shard's number; the last used stay open
         self._downloads = config.downloads
-        self._opened = opened or open_tars(config.path, self._downloads, broken_shards)
+        self._opened = opened or open_tars(config, self._downloads, broken_shards)
         self._tars, self.side_folder, self._index = self._opened
         table = self._index.table
         super().__init__(config, shards_of(table.names, table.samples))
@@ -83,22 +81,6 @@ class TarSource(Source):
 
     def __reduce__(self) -> tuple[type[TarSource], tuple[object, ...]]:
         return TarSource, (self.config, None, self._opened)
-
-    def fetch(self, shard: int) -> None:
-        tar = self._tars[shard]
-        if is_url(tar):
-            self._downloads.fetch(tar)
-        elif self._on_network:
-            file = RetryingFile(tar)
-            for start in range(0, self.stamps[shard][0], PIECE):
-                file.read(PIECE, start)
-
-    def bytes_to_fetch(self, shards: Iterable[int]) -> int:
-        return sum(self.stamps[shard][0] for shard in shards if self._on_network)
-
-    @cached_property
-    def _on_network(self) -> bool:
-        return is_network(self.path)
 
     def key(self, number: int) -> str:
         return self._row(number)[1]
@@ -152,11 +134,12 @@ class TarSource(Source):
         return descriptor
 
 
-def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) -> OpenedTars:
-    """The tars at ``path``, downloaded from a URL, and indexed by one process of those that open them."""
+def open_tars(config: SourceConfig, downloads: Downloads, broken: dict[str, str] | None) -> OpenedTars:
+    """The tars, downloaded from a URL, and indexed by one process of those that open them."""
+    path = config.path
     base, tars = list_tars(path)
     pattern = path[len(base) :] if is_url(path) else os.path.relpath(path, base or ".")
-    folder = SideFolder.of(base or ".", downloads.folder)
+    folder = SideFolder.of(base or ".", Path(config.index_folder) if config.index_folder else downloads.folder)
     index = open_index(
         folder,
         f"shards-{hashlib.sha256(pattern.encode()).hexdigest()[:16]}.index",
@@ -169,7 +152,10 @@ def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) ->
 
 
 def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict[str, int]:
-    """The shards whose tars are those that were indexed, with their numbers; a copy from a URL may be evicted."""
+    """The shards whose tars are those that were indexed, with their numbers.
+
+    A copy from a URL may be evicted, and another node's has another time.
+    """
     files = {
         number: str(downloads.local_path(tars[name])) if is_url(tars[name]) else tars[name]
         for number, name in enumerate(table.names)
@@ -178,7 +164,8 @@ def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict
     return {
         table.names[number]: number
         for number, stamp in zip(files, stamps_of([*files.values()]), strict=True)
-        if stamp == table.stamps[number] or (stamp is None and is_url(tars[table.names[number]]))
+        if stamp == table.stamps[number]
+        or (is_url(tars[table.names[number]]) and (stamp is None or stamp[0] == table.stamps[number][0]))
     }
 
 
