@@ -9,7 +9,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -18,16 +18,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-)
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from packaging.version import Version
 from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_deepspeed
-from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.config import DDP_TIMEOUT, OptimConfig
 from llm2clip_plugin.train.distributed import (
     choose_device,
@@ -52,6 +47,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # else a warning: it is "untested"
 WAITS_FOR_EVERY_GATHER = Version("0.19.8")  # gloo finishes several gathers in any order
 EXCHANGED = 1 << 24  # values, or rows, of a master that are exchanged at once: 64 MiB of a flat one
+Copy = Callable[..., Tensor]  # of (name, value, dtype or that of the value): checkpoint.on_host on rank 0
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -85,7 +81,7 @@ def check_deepspeed(config: dict[str, Any], where: str) -> None:
     batch = world * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
     try:
         deepspeed.DeepSpeedConfig({**config, "train_batch_size": batch})
-    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:  # pydantic's is a ValueError
+    except Exception as error:  # DeepSpeed's own, pydantic's, or what its reader stumbles over
         raise ValueError(f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
 
 
@@ -220,21 +216,17 @@ class Engine:
                 parameter.data.clamp_(low, high)
         return clamped
 
-    @contextmanager
-    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
+    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[None]:
         """Full values of parameters that ZeRO-3 has partitioned; ``modify``: rank 0's changes are kept."""
-        if self.stage < 3:
-            yield
-            return
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
-            yield
+        modifier = 0 if modify else None
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier, enabled=self.stage == 3)
 
     def report(self, values: dict[str, float], samples: int) -> None:
         """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0."""
         if self._monitor.enabled:
             self._monitor.write_events([(label, value, samples) for label, value in values.items()])
 
-    def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
+    def weights(self, copy: Copy | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
         values = self.read_trained(copy)
         for name, parameter in self.module.named_parameters():
@@ -248,7 +240,7 @@ class Engine:
         return values
 
     def read_trained(
-        self, copy: Callable[[str, Tensor], Tensor] | None, names: Collection[str] | None = None, suffix: str = ""
+        self, copy: Copy | None, names: Collection[str] | None = None, suffix: str = ""
     ) -> dict[str, Tensor]:
         """The masters of trained parameters (names: all by default), as made by ``copy`` under NAME + suffix; {} on
         ranks without one."""
@@ -282,7 +274,7 @@ class Engine:
                 master.copy_(other)
                 other.copy_(value)
 
-    def moments(self, copy: HostCopies | None) -> dict[str, Tensor]:
+    def moments(self, copy: Copy | None) -> dict[str, Tensor]:
         """The optimizer's moments, as made by ``copy``; {} before the first update and on ranks without one."""
         if self.updates == 0:
             return {}
@@ -462,7 +454,7 @@ class Reference:
         if self.module is not None:
             self._show()
 
-    def values(self, copy: HostCopies | None) -> dict[str, Tensor]:
+    def values(self, copy: Copy | None) -> dict[str, Tensor]:
         """The averages by name, as made by ``copy``, {} on ranks without one; every rank must call this."""
         with self.engine.exchanged(self.averages):
             return self.engine.read_trained(copy, self.names)

@@ -133,10 +133,7 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # asked of fake tensors more often than everything else together
             return args[0].fake_device
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self._add(out)
-        else:
-            tree_map_only(Tensor, self._add, out)
+        tree_map_only(Tensor, self._add, out)
         return out
 
     def _add(self, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from tower_runs import STEPS, finish, killed_at, losses, options, start
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.checkpoint import HostCopies
+from llm2clip_plugin.train.checkpoint import on_host
 from llm2clip_plugin.train.optim import OPTIMIZERS, AdamW, Trained, parameter_groups, set_lr
 
 
@@ -60,7 +60,7 @@ def trained_by(rank: int, world: int) -> list[tuple[str, dict[str, int], dict[st
                 set_lr(engine.groups, 1 - i / 10)
                 step(tiny_batch(i, rank=rank, world=world))
             groups[name] = len(engine.groups)
-            tensors[name] = [engine.weights(HostCopies()), engine.moments(HostCopies())]
+            tensors[name] = [engine.weights(on_host), engine.moments(on_host)]
         results.append((f"ZeRO-{stage} {precision} {micro}", groups, tensors))
     return results
 

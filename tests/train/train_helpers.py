@@ -155,7 +155,7 @@ def tiny_engine(
         user["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if precision == "fp16":
         user["fp16"] = {"enabled": "auto", "initial_scale_power": 8}
-    config = complete(user, train, optim, world=world, total_steps=10, hidden_size=32)
+    config = complete(user, train, optim, world=world, hidden_size=32)
     return Engine(module, parameter_groups(trained, 0.1), optim, config)
 
 
