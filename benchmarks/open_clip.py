@@ -131,7 +131,7 @@ def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], 
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     train, hidden_size = TrainConfig(global_batch=args.batch, precision="fp32"), dual.tower.config.hidden_size
     zero = {"zero_optimization": {"stage": 0}}
-    config = complete(zero, train, OPTIM, world=1, total_steps=100, hidden_size=hidden_size)
+    config = complete(zero, train, OPTIM, world=1, hidden_size=hidden_size)
     engine = Engine(dual, groups, OPTIM, config)
     normalize, losses = Normalize(ImageConfig(), engine.device), weighted_terms(LossConfig())
     step = TowerStep(engine, losses, seed=0, text_noise=False, normalize=normalize)
