@@ -222,7 +222,7 @@ def complete(
     config = copy.deepcopy(user)
     for name in config:  # DeepSpeed ignores what it does not know
         if name not in SECTIONS and (near := closest(name, SECTIONS, 0.85)):
-            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near!r}?")
+            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near[0]!r}?")
     for name in SECTIONS:
         if not isinstance(config.get(name, {}), dict):
             raise ValueError(f'{where}: {name} is {config[name]!r}, expected an object such as {{"enabled": true}}')
