@@ -184,7 +184,6 @@ if [ "$LLAVA_LLM" = smollm2 ]; then
     llava_options+=(--teacher "$LLM")
     [ "$TEACHER" = raw ] || llava_options+=(--adapter "$DATA/llm/seed0/adapter")
 fi
-[ "$LLAVA" = no ] || more+=(--comparison "$llava/compare/compare.html")
 python scripts/quickstart/report.py --data "$DATA" --output "$OUT" ${more[@]+"${more[@]}"}
 # ------------------------------------------------------------------------------------------------------------ LLaVA
 if [ "$LLAVA" = yes ]; then
