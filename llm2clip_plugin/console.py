@@ -198,7 +198,8 @@ def _is_not_about_the_tower(record: logging.LogRecord) -> bool:
         return bool(re.search(r"^(?!Key |model\.vision_tower\.[^|]*\| UNEXPECTED)[^|\n]+\|", text, re.MULTILINE))
     if "were not used when initializing Llava" not in text:
         return True
-    return bool(re.search(r"'(?!model\.vision_tower\.)[^']+'", text.partition("\n")[0].partition("[")[2]))
+    names = re.findall(r"'([^']+)'", text.partition("\n")[0].partition("[")[2])
+    return not all(name.startswith("model.vision_tower.") for name in names)
 
 
 def quiet_llava() -> None:
