@@ -53,11 +53,12 @@ def check_packages(extra: str) -> Iterator[Finding]:
 
 def check_programs() -> Iterator[Finding]:
     """A C++ compiler, with which DeepSpeed builds extensions and torch.compile kernels, and DeepSpeed's launcher."""
-    compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or shutil.which("c++")
+    compiler = shutil.which((os.environ.get("CXX") or "g++").split()[0]) or shutil.which("c++")
     fix = "" if compiler else "apt-get install g++ (10 or newer, for C++20), or set CXX"
     yield finding("C++ compiler", compiler or "none", fix, state="fail")
     launcher, own = shutil.which("deepspeed") or "not on PATH", os.path.dirname(sys.executable)
-    fix = "" if os.path.dirname(launcher) == own else f"activate this environment: source {own}/activate"
+    is_own = os.path.realpath(os.path.dirname(launcher)) == os.path.realpath(own)
+    fix = "" if is_own else f"activate this environment: source {own}/activate"
     yield finding("deepspeed launcher", launcher, fix)
 
 
