@@ -36,8 +36,6 @@ NAMES = {
     "batch": "batch-size",
     "output_dir": "output",
     "dataloader_num_workers": "workers",
-    "optim.name": "optimizer",
-    "optim.args": "optimizer-args",
 }
 # Names of Hugging Face's Trainer and of LLaVA's scripts -> the name here; understood, but not shown in --help.
 ALSO = {
@@ -221,7 +219,7 @@ class Command(Generic[Settings]):
             hint = bool if name in HALF else str
         else:
             known = [*self.understood, *self.extras, *map(negative, flags)]
-            near = "".join(f" (did you mean --{near}?)" for near in closest(name, known))
+            near = "".join(f" (did you mean --{one}?)" for one in difflib.get_close_matches(name, known, n=1))
             raise ValueError(f"unknown option {option}{near}; `llm2clip {self.name} --help-all` lists all")
         if equals:
             return name, hint, [value]
@@ -374,11 +372,6 @@ def _comments(kind: type) -> dict[str, str]:
 def unknown(kind: str, name: object, known: Iterable[object], *, also: str = "") -> str:
     """``unknown recipe 'bse'; known: base, quickstart``; ``also`` follows the known names."""
     return f"unknown {kind} {name!r}; known: {', '.join(map(str, known))}{also}"
-
-
-def closest(name: str, known: Iterable[str], similar: float = 0.6) -> list[str]:
-    """The most similar known name; [] if none is at least ``similar`` by difflib's ratio."""
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=similar)
 
 
 def command(*words: object) -> str:
