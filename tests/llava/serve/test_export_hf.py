@@ -184,7 +184,7 @@ def test_another_conversation_is_refused(exported, tmp_path, capsys):
     assert "was trained with the conversation 'v1'" in refused(
         capsys, exported[0], "--conv-mode", "chatml_direct", "--output", out
     )
-    assert "unknown --conv-mode 'vicuna'; known: " in refused(
+    assert "unknown conversation 'vicuna'; known: " in refused(
         capsys, exported[0], "--conv-mode", "vicuna", "--output", out
     )
     assert "is a Hugging Face model already" in refused(capsys, exported[1], "--output", out)
