@@ -32,7 +32,7 @@ from llm2clip_plugin.stages.llm import trained_module
 from llm2clip_plugin.stages.settings import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pairs import CaptionStep, PairBatches, PairTokenizer, caption_terms, open_pairs
+from llm2clip_plugin.text.pairs import CaptionStep, PairBatches, PairTokenizer, caption_terms
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
 
@@ -115,8 +115,8 @@ def make_batch(args: argparse.Namespace) -> dict[str, Any]:
         rows.append({"query": " ".join(words), "positive": " ".join(words[-4:] + more)})
     with tempfile.TemporaryDirectory() as folder:
         path = write_lines(Path(folder) / "pairs.jsonl", rows)
-        pairs = open_pairs(PairsConfig(data=(str(path),)))
-        return PairBatches(pairs, (), seed=0, global_batch=args.batch, rank=0, world=1).batch(0)
+        pairs = PairsConfig(data=(str(path),))
+        return PairBatches(pairs, seed=0, global_batch=args.batch, rank=0, world=1).batch(0)
 
 
 def memory_of(args: argparse.Namespace, way: str) -> float:
