@@ -78,7 +78,7 @@ def test_what_a_format_cannot_hold_is_refused(options, tmp_path):
     tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision")
     config = DualConfig(**{"projection_dim": tower.config.hidden_size, "llm_width": 12, **options})
     export_tower(DualEncoder(tower, config), tmp_path / "tower", origin="x")
-    with pytest.raises(ValueError, match=repr(next(iter(options)))):
+    with pytest.raises(ValueError, match=repr(options).strip("{}")):
         convert(tmp_path / "tower", tmp_path / "out", "clip")
     assert not (tmp_path / "out").exists()
 
