@@ -72,7 +72,7 @@ SELECTED = (
     Fault(
         "unknown feature",
         "--mm_vision_select_feature pach",
-        "unknown mm_vision_select_feature 'pach'; did you mean 'patch'? known: patch, cls_patch",
+        "unknown mm_vision_select_feature 'pach'; known: patch, cls_patch",
     ),
 )
 
