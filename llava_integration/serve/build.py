@@ -1,14 +1,5 @@
 """The parts of a Hugging Face LLaVA: language model and projector, vision tower, code of our own towers; its files.
 
-| file                                     | contents                                                           |
-|------------------------------------------|--------------------------------------------------------------------|
-| config.json, generation_config.json      | the model; provenance under ``llm2clip_export``, ``llm2clip_tower`` |
-| model*.safetensors                       | the weights under the names that servers know                      |
-| tokenizer.json, tokenizer_config.json    | the LLM's tokenizer with ``<image>``                               |
-| preprocessor_config, processor_config    | the image processor, and how many tokens an image has              |
-| chat_template.jinja                      | the LLM's conversation, with a slot for images                     |
-| llm2clip_tower.json, README.md           | the tower's card, and a model card                                 |
-
 The files are written by hand: transformers 5 drops ``vision_model.`` from a tower's names when it saves, which servers
 then do not find.
 """
@@ -29,7 +20,6 @@ from llava_integration.serve.checkpoint import FIX, LazyTensor, LazyTensors, ope
 from llava_integration.serve.prompt import IMAGE
 from llava_integration.towers import KEY as TOWER_KEY
 from llava_integration.towers import TowerLocation, tower_record
-from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, published, weight_files, write_json
 from llm2clip_plugin.vision.export import LICENSE, markdown_table
@@ -64,10 +54,8 @@ def hf_name(name: str) -> str:
     >>> hf_name("model.mm_projector.2.bias"), hf_name("lm_head.weight")
     ('multi_modal_projector.linear_2.bias', 'language_model.lm_head.weight')
     """
-    for ours, theirs in PROJECTOR.items():
-        if name.startswith(f"model.{ours}."):
-            return name.replace(f"model.{ours}", theirs)
-    return f"language_model.{name}"
+    layer, _, kind = name.removeprefix("model.").rpartition(".")
+    return f"{PROJECTOR[layer]}.{kind}" if layer in PROJECTOR else f"language_model.{name}"
 
 
 def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, where: Path) -> LazyTensors:
@@ -76,9 +64,7 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
     ``tokens``: rows of the embedding that LLaVA uses. Raises ContractError for tensors that are missing or unknown, or
     an embedding with fewer rows.
     """
-    own = {
-        name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS) and not name.startswith(TOWER)
-    }
+    own = {n: t for n, t in tensors.items() if not n.startswith(TOWER) and not n.endswith(BUFFERS)}
     is_tied = bool(config.get("tie_word_embeddings"))
     blocks = [f"model.layers.{n}.{part}.weight" for n in range(config["num_hidden_layers"]) for part in BLOCK]
     projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
@@ -88,15 +74,11 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
         raise ContractError(f"{where}: {told}; {FIX}")
     biases = {f"{name.removesuffix('.weight')}.bias" for name in blocks if "norm" not in name}
     refuse_rest(set(own) - set(wanted) - {HEAD} - biases, where)
-    out = {}
-    for name, rows in own.items():
-        if name in (EMBEDDING, HEAD):
-            if rows.shape[0] < tokens:
-                raise ContractError(f"{where}: {name} has {rows.shape[0]} rows, the tokenizer {tokens} tokens; {FIX}")
-            rows = with_image_row(rows, tokens)
-        if name != HEAD or not is_tied:
-            out[hf_name(name)] = rows
-    return out
+    for name in {EMBEDDING, HEAD} & {*own}:
+        if (rows := own[name].shape[0]) < tokens:
+            raise ContractError(f"{where}: {name} has {rows} rows, the tokenizer {tokens} tokens; {FIX}")
+        own[name] = with_image_row(own[name], tokens)
+    return {hf_name(name): tensor for name, tensor in own.items() if name != HEAD or not is_tied}
 
 
 def with_image_row(rows: LazyTensor, tokens: int, *, added: int = 1) -> LazyTensor:
@@ -140,12 +122,10 @@ RENAMED = {{
 
 
 class {arch}TowerConfig({arch}Config):
-    """As transformers' own, once the tower is registered."""
+    pass
 
 
 class {arch}TowerForConditionalGeneration({arch}ForConditionalGeneration):
-    """As transformers' own, once the tower is registered."""
-
     config_class = {arch}TowerConfig
 
     @classmethod
@@ -194,8 +174,7 @@ def write_code(family: str, directory: Path, arch: str) -> dict[str, Any]:
         return {}
     file, config, model = CODE[family]
     source = inspect.getsource(importlib.import_module(f"{VISION}.{file}"))
-    assert "llm2clip_plugin" not in source, f"{file}.py is to stand alone"
-    (directory / f"{file}.py").write_text(source, encoding="utf-8")
+    (directory / f"{file}.py").write_text(source, encoding="utf-8")  # which imports nothing of ours
     modeling = LLAVA.format(file=file, config=config, model=model, arch=arch)
     (directory / f"{MODELING}.py").write_text(modeling, encoding="utf-8")
     model = f"{MODELING}.{arch}TowerForConditionalGeneration"
@@ -218,11 +197,6 @@ class ExportedTower:
     family: Family
     config: dict[str, Any]  # ``vision_config``
     location: TowerLocation | None  # None: not a tower of this package
-
-    @property
-    def card(self) -> TowerCard | None:
-        """The tower's card without paths of this machine."""
-        return published(self.location.card) if self.location else None
 
     @classmethod
     def of(cls, directory: Path, location: TowerLocation | None = None) -> "ExportedTower":
@@ -269,14 +243,8 @@ class ExportedTower:
 # The folder
 
 TEMPLATE = "chat_template.jinja"
-VIDEO = "<video>"
-ONEVISION = "llava_onevision"
-CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", ONEVISION: "LlavaOnevision"}  # how their names begin
-TILES = {  # grids of tiles (rows, columns) that an image may be cut into
-    "llava_next": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
-    ONEVISION: tuple((rows, columns) for rows in range(1, 7) for columns in range(1, 7)),
-}
-MOST_TILES = {"vision_aspect_ratio": "anyres_max_9"}  # of OneVision; features of more are interpolated
+CLASSES = {"llava": "Llava", "llava_next": "LlavaNext"}  # how the names of their classes begin
+TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # grids (rows, columns) that LLaVA-NeXT may cut an image into
 
 
 def write_folder(
@@ -293,7 +261,7 @@ def write_folder(
     pads: bool = True,  # images are padded to squares, as LLaVA trains; else cropped
     dtype: torch.dtype,
     text: dict[str, Any],  # text_config
-    image_ids: list[int],  # of <image>, and of <video>
+    image_id: int,
     ids: dict[str, Any],  # bos_token_id and the like
     generation: dict[str, Any],
     template: str,
@@ -305,17 +273,16 @@ def write_folder(
     side, patch, extra = tower.config["image_size"], tower.config["patch_size"], int(tower.family.has_cls)
     drops_class = bool(extra) and feature == "patch"
     strategy = {"vision_feature_select_strategy": "default" if drops_class else "full"}
-    processor = {"processor_class": f"{classes}Processor"}
+    processor: dict[str, Any] = {"processor_class": f"{classes}Processor"}
     images = {**preprocessor_config(tower.directory), **processor}
     if pads:
         images |= {"image_processor_type": f"{classes}ImageProcessor", "do_pad": True}
-    counts: dict[str, Any] = {"patch_size": patch, "num_additional_image_tokens": extra}
     key, recorded = made_from[0], {"version": llm2clip_plugin.__version__, **made_from[1]}
     body = {
         "architectures": [f"{classes}ForConditionalGeneration"],
         "model_type": arch,
-        **dict(zip(("image_token_index", "video_token_index"), image_ids, strict=False)),
-        "image_seq_length": (tokens := (side // patch) ** 2 + extra - drops_class),
+        "image_token_index": image_id,
+        "image_seq_length": (side // patch) ** 2 + extra - drops_class,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": layer,
@@ -328,21 +295,12 @@ def write_folder(
         **(code := write_code(tower.family.name, directory, classes)),
         key: recorded,
     }
-    if arch in TILES:
-        pinpoints = {"image_grid_pinpoints": [[rows * side, columns * side] for rows, columns in TILES[arch]]}
-        images |= pinpoints
-        body |= pinpoints
-    if arch == ONEVISION:
-        body |= MOST_TILES
-        counts = {"num_image_tokens": tokens + drops_class, "video_token": VIDEO, **MOST_TILES}
-        del images["crop_size"]
-        images |= {"size": {"height": side, "width": side}, "do_center_crop": False}
-        only = ("image_processor_type", "image_grid_pinpoints", "do_pad")
-        videos = {name: value for name, value in images.items() if name not in only}
-        videos["video_processor_type"] = f"{classes}VideoProcessor"
-        write_json(directory / "video_preprocessor_config.json", videos)
+    if arch == "llava_next":
+        body["image_grid_pinpoints"] = [[rows * side, columns * side] for rows, columns in TILES]
+        images["image_grid_pinpoints"] = body["image_grid_pinpoints"]
     table = {name.replace("_", " "): f"`{value}`" for name, value in recorded.items() if value}
-    if tower.location and (card := tower.card):  # whose terms the model inherits
+    if tower.location:  # whose terms the model inherits
+        card = published(tower.location.card)
         named_place = replace(tower.location, origin=card.origin)  # as in LLaVA's, without paths of this machine
         body[TOWER_KEY] = tower_record(named_place, "llm2clip", tower.config["hidden_size"])
         card.write(directory / CARD)
@@ -350,7 +308,8 @@ def write_folder(
     write_json(directory / "config.json", body)
     write_json(directory / "generation_config.json", {**ids, **generation})
     write_json(directory / "preprocessor_config.json", images)
-    write_json(directory / "processor_config.json", {**counts, **strategy, **processor, "image_token": IMAGE})
+    processor |= {"image_token": IMAGE, "patch_size": patch, "num_additional_image_tokens": extra, **strategy}
+    write_json(directory / "processor_config.json", processor)
     rows = markdown_table(("", ""), [(name, value) for name, value in table.items() if value])
     served = "" if arch != "llava" else SERVED if tower.config["model_type"] in STOCK else SERVED + PLUGIN
     option = ", trust_remote_code=True" if code else ""  # runs the tower's code
@@ -359,7 +318,7 @@ def write_folder(
     return size
 
 
-SERVED = "Served with an OpenAI-compatible API: `vllm serve PATH_OR_HUB_ID`"
+SERVED = "`vllm serve PATH_OR_HUB_ID` serves it with an OpenAI-compatible API"
 STOCK = ("clip_vision_model", "siglip_vision_model")  # towers that vLLM has
 PLUGIN = " (`pip install llm2clip-plugin` gives vLLM the vision tower)"
 PAGE = Template("""\
@@ -380,18 +339,6 @@ $rows
 $license
 ## Use
 
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("PATH_OR_HUB_ID"$option)
-model = AutoModelForImageTextToText.from_pretrained("PATH_OR_HUB_ID"$option)
-content = [{"type": "image", "url": "photo.jpg"}, {"type": "text", "text": "What is in this picture?"}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
-```
-
+`AutoProcessor` and `AutoModelForImageTextToText.from_pretrained("PATH_OR_HUB_ID"$option)` of transformers open it.
 $served
 """)

@@ -137,10 +137,6 @@ class LlavaCheckpoint:
     base: Path | None  # of a LoRA
 
     @property
-    def kind(self) -> str:
-        return "lora" if self.base else "full"
-
-    @property
     def language_model(self) -> Path:
         """The folder with the language model's weights and its tokenizer, as LLaVA reads them."""
         return self.base or self.directory

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,24 +14,16 @@ from torch import Tensor
 from llava_integration.checkpoints import blocks_below, check_feature, is_unfrozen
 from llava_integration.hook import CONVERSATION
 from llava_integration.serve import EXPORT
-from llava_integration.serve.build import (
-    TEMPLATE,
-    ExportedTower,
-    language_tensors,
-    register,
-    text_config,
-    write_folder,
-)
+from llava_integration.serve.build import TEMPLATE, ExportedTower, language_tensors, register, text_config, write_folder
 from llava_integration.serve.checkpoint import LlavaCheckpoint, checkpoint_tensors, open_checkpoint
 from llava_integration.serve.prompt import CONVERSATIONS, IMAGE, MODEL, chat_template, read_tokenizer
 from llava_integration.towers import is_ours, loading, locate_tower
 from llm2clip_plugin.console import quiet_llava_loading, quiet_transformers
-from llm2clip_plugin.contracts import atomic_directory
+from llm2clip_plugin.contracts import atomic_directory, size_text
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.vision.directory import fetch_directory
 
-GIB = 1 << 30
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -94,17 +86,10 @@ def main(argv: list[str]) -> int:
     options = EXPORT.parse(argv)
     choices = {"base": options.model_base, "tower": options.tower, "conv_mode": options.conv_mode}
     made = Export.of(options.checkpoint, dtype=options.dtype, **choices)
-    base = f" on {made.checkpoint.base}" if made.checkpoint.base else ""
-    tower = f"{made.tower.family.name} tower at {made.tower.config['image_size']} px"
-    images = f"images {'padded to squares' if made.pads else 'cropped'}"
-    kind = f"{made.checkpoint.kind} checkpoint{base}"
-    print(f"{options.checkpoint}: {kind}, {tower}, {images}, conversation {made.conversation}", flush=True)
     compares = options.compare and find_spec("llava") is not None
     size = export(made, options.output, overwrite=options.overwrite, compares=compares)
     reason = "" if compares or not options.compare else ": LLaVA is not installed in this environment"
-    print(
-        f"{options.output}: {size / GIB:.2f} GiB of {options.dtype} weights, every tensor verified by reloading", end=""
-    )
+    print(f"{options.output}: {size_text(size)} of {options.dtype} weights, every tensor verified by reloading", end="")
     print("" if compares else f"; not compared with LLaVA's own code{reason}")
     return 0
 
@@ -131,7 +116,7 @@ def write_model(made: Export, directory: Path) -> int:
     recorded = {
         "checkpoint": checkpoint.directory.resolve().name,
         "base_model": checkpoint.base.resolve().name if checkpoint.base else "",
-        "kind": checkpoint.kind,
+        "kind": "lora" if checkpoint.base else "full",
         "conversation": made.conversation,
         "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
         "dtype": made.dtype,
@@ -145,14 +130,14 @@ def write_model(made: Export, directory: Path) -> int:
             tower,
             tensors | tower.tensors(files, own if is_unfrozen(config) else None),
             title=recorded["checkpoint"],
-            what=f"LLaVA 1.5{' with an LLM2CLIP vision tower' if tower.card else ''}, exported by llm2clip-plugin.",
+            what=f"LLaVA 1.5{' with an LLM2CLIP vision tower' if tower.location else ''}, exported by llm2clip-plugin.",
             made_from=("llm2clip_export", recorded),
             layer=config["mm_vision_select_layer"],
             feature=config.get("mm_vision_select_feature", "patch"),
             pads=made.pads,
             dtype=DTYPES[made.dtype],
             text=text_config(config, image_id + 1),
-            image_ids=[image_id],
+            image_id=image_id,
             ids={name: number for name, number in tokenizer.ids().items() if name != "unk_token_id"},
             generation={"do_sample": False},
             template=chat_template(made.conversation, bos=tokenizer.adds_bos, space=not tokenizer.legacy),
@@ -172,13 +157,9 @@ PIXEL_TOLERANCE = 1e-5  # of normalized pixels; one level of 255 is about 0.015
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
 
 
-class Outcome(NamedTuple):
-    """What one side computes."""
-
-    token_ids: list[int]  # of the prompt, one ``<image>`` for the image
-    pixels_3SS: Tensor
-    logits_TV: Tensor
-    answer: list[int]  # greedy; LLaVA's: its most likely token at each place of the other's answer
+# What one side computes: token ids of the prompt, one ``<image>`` for the image; pixels (3, S, S); logits (T, V); the
+# greedy answer, of LLaVA its most likely token at each place of the other's answer
+Outcome = tuple[list[int], Tensor, Tensor, list[int]]
 
 
 def test_image() -> Any:
@@ -194,25 +175,25 @@ def test_image() -> Any:
 def compare(made: Export, directory: Path) -> str:
     """Compare the exported ``directory`` with LLaVA's own code; what was compared. ContractError for a difference."""
     with torch.inference_mode():
-        ours = hf_outcome(made, directory)
-        theirs = llava_outcome(made, ours.answer)
+        ids, pixels, logits, answer = hf_outcome(made, directory)
+        their_ids, their_pixels, their_logits, likely = llava_outcome(made, answer)
     where = f"the exported model differs from LLaVA's own code on {made.checkpoint.directory.name}"
-    top, vocabulary = theirs.logits_TV.abs().max().item(), theirs.logits_TV.shape[1]
-    expected = [vocabulary if token < 0 else token for token in theirs.token_ids]
-    for what, mine, other in (("prompt", ours.token_ids, expected), ("answer", ours.answer, theirs.answer)):
+    top, vocabulary = their_logits.abs().max().item(), their_logits.shape[1]
+    expected = [vocabulary if token < 0 else token for token in their_ids]
+    for what, mine, other in (("prompt", ids, expected), ("answer", answer, likely)):
         if mine != other:
             raise ContractError(f"{where}: the {what}'s token ids are {mine}, LLaVA's {other}")
     largest = {}
     for what, mine, other, limit in (
-        ("pixels", ours.pixels_3SS, theirs.pixels_3SS, PIXEL_TOLERANCE),
-        ("logits", ours.logits_TV[:, :vocabulary], theirs.logits_TV, top * LOGIT_TOLERANCE),
+        ("pixels", pixels, their_pixels, PIXEL_TOLERANCE),
+        ("logits", logits[:, :vocabulary], their_logits, top * LOGIT_TOLERANCE),
     ):
         largest[what] = (mine - other).abs().max().item() if mine.shape == other.shape else float("inf")
         if not largest[what] <= limit:
             raise ContractError(f"{where}: {what} by {largest[what]:.2g} (at most {limit:.2g})")
     return (
         f"token ids equal, pixels within {largest['pixels']:.1e}, logits within {largest['logits']:.1e} "
-        f"(largest {top:.3g}), answers of {len(ours.answer)} tokens equal"
+        f"(largest {top:.3g}), answers of {len(answer)} tokens equal"
     )
 
 
@@ -234,12 +215,11 @@ def llava_outcome(made: Export, answer: list[int]) -> Outcome:
     from llava.mm_utils import process_images, tokenizer_image_token
     from llava.model.builder import load_pretrained_model
 
-    where, base = str(made.checkpoint.directory), made.checkpoint.base
+    where, base = str(made.checkpoint.directory), str(made.checkpoint.base or "") or None
     name = "llava-lora" if base else "llava"  # decides how LLaVA loads it
     quiet_llava_loading()
     with quiet_transformers(), loading(where):
-        loaded = load_pretrained_model(where, str(base) if base else None, name, device="cpu")
-    tokenizer, model, image_processor, _ = loaded
+        tokenizer, model, image_processor, _ = load_pretrained_model(where, base, name, device="cpu")
     model = rounded(model.to("cpu"), DTYPES[made.dtype])
     conversation = conv_templates[made.conversation].copy()
     conversation.append_message(conversation.roles[0], f"{IMAGE}\n{QUESTION}")
@@ -249,7 +229,7 @@ def llava_outcome(made: Export, answer: list[int]) -> Outcome:
     logits_TV = model(torch.tensor([ids + answer]), images=pixels).logits[0]
     end = len(logits_TV) - len(answer)
     likely = logits_TV[end - 1 : -1].argmax(-1).tolist()
-    return Outcome(ids, pixels[0], logits_TV[:end], likely)
+    return ids, pixels[0], logits_TV[:end], likely
 
 
 def hf_outcome(made: Export, directory: Path) -> Outcome:
@@ -284,4 +264,4 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
     answer = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, len(ids) :].tolist()
     image_id = model.config.image_token_index
     one = [token for token, before in zip(ids, [None, *ids], strict=False) if token != image_id or before != image_id]
-    return Outcome(one, inputs["pixel_values"][0], logits, answer)
+    return one, inputs["pixel_values"][0], logits, answer

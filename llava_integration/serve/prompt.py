@@ -14,8 +14,6 @@ from typing import Any
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.vision.directory import read_json, write_json
 
-# Conversations
-
 IMAGE = "<image>"
 VICUNA = {  # what precedes and follows the system prompt and the messages
     "system": "A chat between a curious user and an artificial intelligence assistant. "
@@ -82,7 +80,6 @@ def chat_template(conversation: str, *, bos: bool = False, space: bool = False) 
 # The tokenizer
 
 MODEL, FAST, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-USER_DEFINED = 4  # sentencepiece's ModelProto.SentencePiece.Type
 BPE_TYPE = 2  # sentencepiece's TrainerSpec.ModelType
 SPACE = "▁"
 DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -157,11 +154,12 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
     vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     added = {int(number): entry["content"] for number, entry in config.get("added_tokens_decoder", {}).items()}
     added |= {number: token for token, number in numbers.items()}
-    merges = merges_of(vocabulary, [piece.score for piece in proto.pieces])
-    symbols = {piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1}
-    if unreachable := symbols - {*added.values()} - {left + right for left, right in merges}:
-        told = f"user-defined pieces that are no merges of others, such as {min(unreachable)[:60]!r}"
-        raise ContractError(f"{path} has {told}, which the exported tokenizer would split")
+    ranked: list[tuple[float, int, int, str, str]] = []
+    for piece in proto.pieces:
+        for left, right in ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece))):
+            if left in vocabulary and right in vocabulary:
+                ranked.append((-piece.score, vocabulary[left], vocabulary[right], left, right))
+    merges = [(left, right) for *_, left, right in sorted(ranked)]  # every pair that makes a piece, best score first
     spec, legacy = proto.normalizer_spec, bool(config.get("legacy", True))
     steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
@@ -187,14 +185,3 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
         raise ContractError(f"{directory}: ids of its added tokens have gaps, or {IMAGE} is one of them; {FIX}")
     adds_bos = bool(config.get("add_bos_token", True)) and "bos_token" in special
     return LlavaTokenizer(made=made, special=special, legacy=legacy, adds_bos=adds_bos)
-
-
-def merges_of(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges of a BPE sentencepiece model: every pair of pieces that makes a piece, best score first."""
-    found: list[tuple[float, int, int, str, str]] = []
-    for piece, number in vocabulary.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocabulary and right in vocabulary:
-                found.append((-scores[number], vocabulary[left], vocabulary[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from llava_integration.checkpoints import blocks_below
 from llava_integration.serve import VLM, VlmConfig
@@ -24,9 +24,6 @@ from llava_integration.serve.build import (
     EMBEDDING,
     HEAD,
     OF_THE_FILE,
-    ONEVISION,
-    TILES,
-    VIDEO,
     ExportedTower,
     hf_name,
     register,
@@ -34,18 +31,16 @@ from llava_integration.serve.build import (
     write_folder,
 )
 from llava_integration.serve.checkpoint import LazyTensors, in_memory, open_tensors
-from llava_integration.serve.export import GIB, QUESTION, test_image
+from llava_integration.serve.export import QUESTION, test_image
 from llava_integration.serve.prompt import IMAGE, write_tokenizer
 from llava_integration.towers import TowerLocation, is_ours, locate, locate_spec, registry
 from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.contracts import atomic_directory, files_sha256
+from llm2clip_plugin.contracts import atomic_directory, files_sha256, size_text
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.vision.directory import fetch_directory, has_card, is_local, read_json, weight_files
 from llm2clip_plugin.vision.export import RELATIVE_TOLERANCE
 from llm2clip_plugin.vision.towers import load_tower
 
-# settings of a head that transformers' LLaVA doesn't have -> values that change nothing
-HEAD_SETTINGS = {"final_logit_softcapping": (None,), "logit_scale": (None, 1.0), "logits_scaling": (None, 1.0)}
 PADDING = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "<unk>")  # for tokenizers that name none
 
 
@@ -72,11 +67,6 @@ class LanguageModel:
         with errors_about(what, fix="pass a model of transformers with its tokenizer"), quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(directory)
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-        for setting, values in HEAD_SETTINGS.items():
-            if (value := getattr(config, setting, None)) not in values:
-                raise ContractError(f"{what} has {setting} {value}, which transformers' LLaVA does not apply")
-        if not tokenizer.is_fast:
-            raise ContractError(f"{what} has no fast tokenizer (tokenizer.json); convert it first")
         return cls(directory=directory, config=config, tokenizer=tokenizer)
 
     def tensors(self, files: ExitStack) -> LazyTensors:
@@ -101,7 +91,7 @@ FLATTEN = """\
 {%- set parts = namespace(text='') -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'text' -%}{%- set parts.text = parts.text + part['text'] -%}
-{%- else -%}{%- set parts.text = parts.text + ('<video>\\n' if 'video' in part['type'] else '<image>\\n') -%}
+{%- else -%}{%- set parts.text = parts.text + '<image>\\n' -%}
 {%- endif -%}
 {%- endfor -%}
 {%- set flat.messages = flat.messages + [dict(message, content=parts.text)] -%}
@@ -127,17 +117,16 @@ def chat_template(llm: LanguageModel, file: Path | None) -> str:
     return FLATTEN + start + own.lstrip("\n")
 
 
-def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> list[int]:
-    """Write the LLM's tokenizer with the tokens of images, and without a template of its own; the ids of these."""
+def write_llms_tokenizer(llm: LanguageModel, directory: Path, processor: str) -> int:
+    """Write the LLM's tokenizer with ``<image>``, and without a template of its own; the token's id."""
     from tokenizers import AddedToken, Tokenizer
 
-    added = [IMAGE, VIDEO] if arch == ONEVISION else [IMAGE]
     own, body = llm.tokenizer, json.loads(llm.tokenizer.backend_tokenizer.to_str())
     steps = body["post_processor"] or {}
     steps = [one for one in steps.get("processors", [steps]) if one and one["type"] != "TemplateProcessing"]
     body["post_processor"] = {"type": "Sequence", "processors": steps} if steps else None
     made = Tokenizer.from_str(json.dumps(body))
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
+    made.add_special_tokens([AddedToken(IMAGE, normalized=False, special=True)])
     if len(made.encode("x").ids) != len(made.encode("x", add_special_tokens=False).ids):
         raise ContractError(f"{llm.directory}: the tokenizer adds tokens by {steps}, which cannot be changed here")
     known = made.get_vocab(with_added_tokens=True)
@@ -145,8 +134,8 @@ def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> list
     special["pad_token"] = special["pad_token"] or next((t for t in PADDING if t in known), special["eos_token"])
     settings = {name: token for name, token in special.items() if token is not None}
     settings["model_max_length"] = own.model_max_length
-    write_tokenizer(directory, json.loads(made.to_str()), settings, f"{CLASSES[arch]}Processor")
-    return [known[token] for token in added]
+    write_tokenizer(directory, json.loads(made.to_str()), settings, processor)
+    return known[IMAGE]
 
 
 # The model
@@ -154,33 +143,25 @@ def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> list
 
 def open_tower(name: str) -> ExportedTower:
     """A tower directory, registered name or Hub id, ``llm2clip[:...]``, or a stock Hugging Face checkpoint."""
-    location = locate(name) if is_ours(name) else None
-    if name in registry().towers:
-        location = location or locate_spec(name, how=f"--tower {name}")
+    how = f"--tower {name}"
+    known = locate_spec(name, how=how) if name in registry().towers else None
+    location = locate(name) if is_ours(name) else known
     directory = location.directory if location else fetch_directory(name)
     if has_card(directory):
-        location = location or TowerLocation.of(directory, how=f"--tower {name}", origin=name)  # of the Hub
+        location = location or TowerLocation.of(directory, how=how, origin=name)  # of the Hub
         location.check_weights()
     return ExportedTower.of(directory, location)
 
 
-def fresh(config: VlmConfig, width: int, out: int) -> tuple[nn.Sequential, dict[str, Tensor]]:
-    """The projector as LLaVA draws it, and what is added between rows of tiles; the same for the same seed.
-
-    ``width``: of the tower, ``out``: of the language model.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        projector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
-        newline = torch.randn(out) / math.sqrt(out)
-    return projector, {"image_newline": newline} if config.arch in TILES else {}
-
-
 def write_model(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directory: Path) -> int:
     """Write every file into an empty folder; the bytes of the weights."""
-    image_ids = write_llms_tokenizer(llm, directory, config.arch)
-    projector, newline = fresh(config, tower.config["hidden_size"], llm.config.hidden_size)
-    rows, needed, is_tied = llm.config.vocab_size, max(image_ids) + 1, bool(llm.config.tie_word_embeddings)
+    image_id = write_llms_tokenizer(llm, directory, f"{CLASSES[config.arch]}Processor")
+    width, out = tower.config["hidden_size"], llm.config.hidden_size
+    with torch.random.fork_rng(devices=[]):  # the same for the same seed
+        torch.manual_seed(config.seed)
+        projector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))  # as LLaVA draws it
+        newline = torch.randn(out) / math.sqrt(out)  # between rows of tiles
+    rows, needed, is_tied = llm.config.vocab_size, image_id + 1, bool(llm.config.tie_word_embeddings)
     places = {"tower": config.tower, "llm": config.llm}  # no path of this machine is recorded
     recorded = {
         "seed": config.seed,
@@ -197,7 +178,8 @@ def write_model(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, dir
     with ExitStack() as files:
         tensors = tower.tensors(files)
         new = {hf_name(f"model.mm_projector.{name}"): value for name, value in projector.state_dict().items()}
-        tensors |= in_memory(new | newline, "the projector")
+        new |= {"image_newline": newline} if config.arch == "llava_next" else {}
+        tensors |= in_memory(new, "the projector")
         own = llm.tensors(files)
         tensors |= {hf_name(name): tensor for name, tensor in own.items()}
         for name in {hf_name(EMBEDDING), hf_name(HEAD)} & {*tensors} if needed > rows else ():
@@ -213,7 +195,7 @@ def write_model(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, dir
             layer=config.select_layer,
             dtype=llm.config.dtype or next(iter(own.values())).read().dtype,
             text=text | {"vocab_size": max(needed, rows), "tie_word_embeddings": is_tied},
-            image_ids=image_ids,
+            image_id=image_id,
             ids=ids,
             generation={n: v for n, v in generation.items() if n[0] != "_" and n != "pad_token_id"},
             template=chat_template(llm, config.chat_template),
@@ -231,15 +213,15 @@ def main(argv: list[str]) -> int:
         said = "not compared"
         if config.compare:
             said = f"logits within {compare(config, tower, llm, temporary):.1e} of the parts'"
-    print(f"{config.output}: {size / GIB:.2f} GiB of weights, every tensor verified by reloading; {said}")
+    print(f"{config.output}: {size_text(size)} of weights, every tensor verified by reloading; {said}")
     return 0
 
 
 def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directory: Path) -> float:
     """The largest difference from what tower and LLM compute as their own libraries load them, one by one.
 
-    Of the projected features and of the logits that follow from them, in parts of the largest. Raises ContractError
-    for too large a one.
+    Of the features that the projector reads, and of the logits, in parts of the largest. Raises ContractError for too
+    large a one.
     """
     register()
     with torch.inference_mode(), quiet_transformers():
@@ -253,16 +235,13 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
             raise ContractError(f"transformers' {kind.__name__} does not load what was written: {wrong}")
         seen: dict[str, Any] = {}
         inside = model.eval().model
-        inside.multi_modal_projector.register_forward_hook(lambda *call: seen.update(features=call[-1]))
+        inside.multi_modal_projector.register_forward_pre_hook(lambda _, given: seen.update(features=given[0]))
         inside.language_model.register_forward_pre_hook(lambda *call: seen.update(call[-1]), with_kwargs=True)
         logits_1TV, settings, dtype = model(**inputs).logits, model.config, model.dtype
         del model, inside
-
-        projector, _ = fresh(config, tower.config["hidden_size"], llm.config.hidden_size)
         pixels = inputs["pixel_values"].to(dtype).flatten(0, -4)
         states = load_tower(tower.directory, dtype=dtype)(pixel_values=pixels, output_hidden_states=True).hidden_states
-        drops_class = settings.vision_feature_select_strategy == "default"
-        features = projector.to(dtype)(states[config.select_layer][:, int(drops_class) :])
+        features = states[config.select_layer][:, int(settings.vision_feature_select_strategy == "default") :]
         alone: Any = transformers.AutoModelForCausalLM.from_pretrained(llm.directory, torch_dtype=dtype).eval()
         is_image_1T = inputs["input_ids"] == settings.image_token_index
         embedded_1TD = alone.get_input_embeddings()(inputs["input_ids"].masked_fill(is_image_1T, 0))
