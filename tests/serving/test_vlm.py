@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from llava_integration.serve import trainers
 from llava_integration.serve.build import ExportedTower, register
 from llava_integration.serve.export import test_image as picture
 from llava_integration.tower import LLM2CLIPVisionTower
@@ -380,3 +381,11 @@ def test_a_tower_that_transformers_saved_has_the_names_that_servers_know(llms: P
     assert llm2clip(["vlm", "build", *words]) == 0
     names = [name for name in load_file(tmp_path / "vlm" / "model.safetensors") if name.startswith("vision_tower.")]
     assert names and all(name.startswith("vision_tower.vision_model.") for name in names)
+
+
+def test_a_users_own_swift_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("swift", "swift.cli", "swift.cli.main"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(cli_main=lambda: None))
+    monkeypatch.setattr(sys, "argv", ["trainers", "swift", "sft", "--external_plugins", "mine.py", "--model", "vlm"])
+    trainers.main()
+    assert sys.argv[2:5] == ["--external_plugins", trainers.__file__, "mine.py"] and "--template" in sys.argv
