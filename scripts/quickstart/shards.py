@@ -53,19 +53,19 @@ def subset(
 
     All splits use English names and long captions, the test everything else too. (): all concepts, all languages.
     """
-
-    def used(caption: dict[str, str]) -> bool:
-        if caption["language"] == "en" and caption["kind"] in ("short", "long"):
-            return True
-        return split == "test" and (not languages or caption["language"] in ("en", *languages))
-
     count = concepts[SPLITS.index(split)] if concepts else None
     chosen = set(in_random_order({about["concept"] for _, _, about in samples}, "subset")[:count])
-    return [
-        (key, png, {**about, "captions": [caption for caption in about["captions"] if used(caption)]})
-        for key, png, about in samples
-        if about["concept"] in chosen
-    ]
+    found = []
+    for key, png, about in samples:
+        captions = [
+            caption
+            for caption in about["captions"]
+            if (caption["language"] == "en" and caption["kind"] in ("short", "long"))
+            or (split == "test" and (not languages or caption["language"] in ("en", *languages)))
+        ]
+        if about["concept"] in chosen:
+            found.append((key, png, {**about, "captions": captions}))
+    return found
 
 
 def read_tar(path: Path) -> list[Sample]:
@@ -113,8 +113,8 @@ def draw(svg: str, size: int = 98, colors: int = 64) -> bytes:
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     image = Image.new("RGB", (size, size), "white")  # a drawing that is not square keeps its proportions
     image.paste(drawing, ((size - drawing.width) // 2, (size - drawing.height) // 2))
-    palette = image.quantize(colors=colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     out = io.BytesIO()
+    palette = image.quantize(colors=colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     palette.save(out, "PNG", optimize=True)
     return out.getvalue()
 
@@ -158,9 +158,6 @@ def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str]
         for path in sorted(everything.glob("train-*.tar")):
             write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
     stamp.write_text(json.dumps(recipe), encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------------------------- controls
 
 
 def write_control(data: Path, cache: Path, output: Path, random: int | None = None) -> None:

@@ -17,7 +17,7 @@ from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.remote import Downloads, default_download_folder
 from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Caption, Sample, parse_fields, read_captions
 from llm2clip_plugin.files import discover
-from llm2clip_plugin.options import command, joined, nearest, unknown
+from llm2clip_plugin.options import command, unknown
 
 if TYPE_CHECKING:  # index imports numpy, and --help of every command this module
     from llm2clip_plugin.data.index import SideFolder, Stamp
@@ -260,10 +260,10 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
         raise ValueError(f"{where}: no sample can be read; the first: {broken[0]}")
     if missing:
         name, field = next(iter(missing.items()))
-        problem = f"no sample of {where} has a field {name!r} (--fields {field}){nearest(name, known)}"
+        problem = f"no sample of {where} has a field {name!r} (--fields {field})"
     else:
         problem = f"no sample of {where} has a caption in {', '.join(field.name for field in sources[0].fields)}"
-    raise ValueError(joined(problem, f"known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND"))
+    raise ValueError(f"{problem}; known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND")
 
 
 def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:

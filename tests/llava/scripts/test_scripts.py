@@ -121,7 +121,7 @@ def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava
     """A script, run; the loss of each step."""
     words = options(world, tmp_path, stage, gpus, per_device, *words, more=more, name=name)
     told = script(world, f"llava/{stage}.sh", *words, REPORT_TO="none", PYTHONPATH="", PYTHON=str(python))
-    _, *lines, result, following = told.splitlines()  # the command is first
+    _, result, following, *lines = told.splitlines()  # the command is first
     assert str(tmp_path / name) in result and following.startswith(
         ("next: scripts/llava/f", "next: llm2clip bench-mllm")
     )

@@ -171,7 +171,9 @@ def test_another_conversation_is_refused(exported, tmp_path, capsys):
     assert "was trained with the conversation 'v1'" in refused(
         capsys, exported[0], "--conv-mode", "chatml_direct", "--output", out
     )
-    assert "did you mean 'vicuna_v1'" in refused(capsys, exported[0], "--conv-mode", "vicuna", "--output", out)
+    assert "unknown conversation 'vicuna'; known: " in refused(
+        capsys, exported[0], "--conv-mode", "vicuna", "--output", out
+    )
     assert "is a Hugging Face model already" in refused(capsys, exported[1], "--output", out)
 
 
