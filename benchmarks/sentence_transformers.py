@@ -22,7 +22,7 @@ from llm2clip_plugin.stages.llm import trained_module
 from llm2clip_plugin.stages.settings import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pairs import CaptionStep, PairBatches, PairTokenizer, caption_terms, open_pairs
+from llm2clip_plugin.text.pairs import CaptionStep, PairBatches, PairTokenizer, caption_terms
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
 
@@ -90,8 +90,8 @@ def make_batch(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        pairs = open_pairs(PairsConfig(data=(str(path),)))
-        return PairBatches(pairs, (), seed=0, global_batch=args.batch, rank=0, world=1).batch(0)
+        pairs = PairsConfig(data=(str(path),))
+        return PairBatches(pairs, seed=0, global_batch=args.batch, rank=0, world=1).batch(0)
 
 
 def memory_of(args: argparse.Namespace, way: str) -> float:

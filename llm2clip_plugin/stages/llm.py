@@ -33,7 +33,6 @@ from llm2clip_plugin.text.pairs import (
     Survey,
     caption_terms,
     equal_parts,
-    open_pairs,
     survey,
     tokenized_batches,
 )
@@ -44,6 +43,7 @@ from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.model import StepMemory, activation_bytes, enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import Trained, is_vector, zero_stage
+from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.export import library_versions
 
 ASSUMED_TOKENS = 64  # of a text, template and prompt included, in the first table of a plan
@@ -65,7 +65,7 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
     with phase("opening the data"):
         data = Data(config, rank(), world_size())
     total_steps, deepspeed = plan_stage(config, data.samples, world_size())
-    folders = map(adapters.adapter_folder, config.start_adapters)
+    folders = map(fetch_directory, config.start_adapters)
     starts = {f"start adapter {number}": adapters.adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
     run = TrainingRun(
         config=config,
@@ -131,16 +131,9 @@ class Data:
 
     def __init__(self, config: FinetuneConfig, rank: int, world: int) -> None:
         """Raises FileNotFoundError or ValueError for a data set that is missing, too small or without pairs."""
-        pairs, sources = config.pairs, open_pairs(config.pairs)
-        self.batches = PairBatches(
-            sources,
-            pairs.weights,
-            seed=config.train.seed,
-            global_batch=config.train.global_batch,
-            rank=rank,
-            world=world,
-            mix_kinds=pairs.mix_kinds,
-        )
+        pairs, train = config.pairs, config.train
+        self.batches = PairBatches(pairs, seed=train.seed, global_batch=train.global_batch, rank=rank, world=world)
+        sources = self.batches.sources
         self.samples = sum(epoch_draws([*map(len, sources)], pairs.weights or [1.0] * len(sources)))  # of an epoch
         self.surveys = [survey(source) for source in sources]
         # what is compared between ranks: the number of samples, and the texts of the first ones
@@ -177,7 +170,7 @@ def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: boo
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:
     """The encoder's LLM with an adapter, which alone trains."""
     if not config.encoder.adapter:
-        starts = [*map(adapters.adapter_folder, config.start_adapters)]
+        starts = [*map(fetch_directory, config.start_adapters)]
         llm = adapters.merge_adapters(encoder.model.llm, starts)  # type: ignore[arg-type]
         torch.manual_seed(config.train.seed)
         encoder.model.llm = adapters.add_lora(llm, config.lora, base=config.encoder.llm)
@@ -217,7 +210,7 @@ def write_adapter(run: TrainingRun, encoder: CaptionEncoder, config: FinetuneCon
     verify(last, moments=False)
     prefix = "model.llm."
     trained = {n.removeprefix(prefix): t for n, t in load(last, moments=False).weights.items() if n.startswith(prefix)}
-    card, starts = card_of(encoder, config, state), [*map(adapters.adapter_folder, config.start_adapters)]
+    card, starts = card_of(encoder, config, state), [*map(fetch_directory, config.start_adapters)]
     adapters.save_adapter(encoder.model.llm, trained, card, run.folder / "adapter", starts=starts, replace=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.files import CHECKPOINTS, ContractError, from_plain
 from llm2clip_plugin.stages.tower_config import DEFAULT, EXPORT, RunConfig
-from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256
+from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
 from llm2clip_plugin.vision.convert.importing import convert
@@ -18,7 +18,7 @@ TOWER, TOWER_EMA = "tower", "tower-ema"  # folders in a run's
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip export SOURCE --output DIR [--format clip|openclip|onnx] [--push OWNER/NAME]``."""
+    """``llm2clip export SOURCE --output DIR [--format clip|onnx] [--push OWNER/NAME]``."""
     options = EXPORT.parse(argv)
     check_repository(options.push)
     source, output, replace, adapter = Path(options.source), Path(options.output), options.overwrite, None
@@ -52,7 +52,7 @@ def teacher_adapter(teacher: dict[str, Any]) -> Path:
     """
     if not teacher.get("adapter_sha256"):
         raise ValueError(f"--with-adapter: the teacher {teacher.get('llm', '')!r} has no adapter; leave the option out")
-    folder = adapter_folder(str(teacher.get("adapter", "")))
+    folder = fetch_directory(str(teacher.get("adapter", "")))
     if (actual := adapter_sha256(folder)) != teacher["adapter_sha256"]:
         raise ContractError(
             f"--with-adapter: {folder} has SHA-256 {actual[:12]}, but the tower was trained with "

@@ -160,8 +160,8 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
-    config = LlamaConfig(**sizes, vocab_size=pieces, max_position_embeddings=512, pad_token_id=0)
+    sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
+    config = LlamaConfig(**sizes, num_attention_heads=6, vocab_size=pieces, max_position_embeddings=512, pad_token_id=0)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 

@@ -137,27 +137,21 @@ def write_unseen(folder: Path) -> None:
 
 
 def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str] = ()) -> None:
-    """Make ``all/`` and ``shuffled/``, unless they exist for the same subset of the same set."""
-    shipped = [path for split in SPLITS for path in sorted(EMOJI.glob(f"{split}-*.tar"))]
-    sizes = [path.stat().st_size for path in shipped]
-    recipe = {"concepts": list(concepts), "languages": list(languages), "built_from": sizes}
-    stamp, everything = output / "made-for.json", output / "all"
-    complete = (everything / f"test-{UNSEEN}.tar").is_file()
-    if complete and stamp.is_file() and json.loads(stamp.read_text()) == recipe:
+    """Make ``all/`` and ``shuffled/``, unless they exist."""
+    everything, shuffled = output / "all", output / "shuffled"
+    if shuffled.is_dir() and (everything / f"test-{UNSEEN}.tar").is_file():
         return
-    stamp.unlink(missing_ok=True)
     with atomic_directory(everything, replace=True) as temporary:
-        for path in shipped:
+        for path in sorted(EMOJI.glob("*-*.tar")):
             split = path.name.split("-")[0]
             write_tar(temporary / path.name, subset(split, read_tar(path), concepts, languages))
         try:
             write_unseen(temporary)
         except ImportError as error:
             print(f"note: the unseen style ({UNSEEN}) is left out: {error}", file=sys.stderr)
-    with atomic_directory(output / "shuffled", replace=True) as temporary:
+    with atomic_directory(shuffled, replace=True) as temporary:
         for path in sorted(everything.glob("train-*.tar")):
             write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
-    stamp.write_text(json.dumps(recipe), encoding="utf-8")
 
 
 def write_control(data: Path, cache: Path, output: Path, random: int | None = None) -> None:
