@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "bench-mllm": ("llava_integration.benchmarks.bench:main", "evaluate LLaVA on each benchmark that is found"),
     "score": ("llava_integration.benchmarks.bench:main_score", "score answers with a benchmark's official rule"),
     "llava bundle": ("llava_integration.towers:main_bundle", "copy the tower into a LLaVA checkpoint"),
-    "llava export": ("llava_integration.serve:main", "convert a LLaVA checkpoint into a Hugging Face model for vLLM"),
+    "llava export": ("llava_integration.serve.export:main", "convert a LLaVA checkpoint to a Hugging Face model"),
     "vlm build": ("llava_integration.serve.vlm:main", "build a vision-language model to train: any tower, any LLM"),
 }
 
@@ -77,7 +77,8 @@ OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, 
     "llava evaluate": "llava_integration.answer.questions:COMMAND",
     "score": "llava_integration.benchmarks.bench:SCORE",
     "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
-    "vlm build": "llava_integration.serve.vlm_config:COMMAND",
+    "llava export": "llava_integration.serve:EXPORT",
+    "vlm build": "llava_integration.serve:VLM",
 }
 
 HELP = ("-h", "--help", "--help-all")

@@ -56,11 +56,11 @@ inspect() {
     has_llava "$PYTHON" ||
         fail "$PYTHON has no torch, LLaVA or llm2clip-plugin; choose another with PYTHON; to install them: pip install \"llm2clip-plugin[train]\" && pip install --no-deps llava-torch==1.2.2.post1"
     inspected=$("$PYTHON" -m llava_integration.preflight "${words[@]}" -- "${EXTRA[@]}") || exit 2
-    { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r LOGGER; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
+    { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
     SCRIPT=$LLAVA/train/$SCRIPT
     CUDA=$((SEEN > 0))
     GPUS=${GPUS:-$((SEEN > 0 ? SEEN : 1))}
-    REPORT_TO=${REPORT_TO:-$LOGGER}
+    REPORT_TO=${REPORT_TO:-none}
     PORT=${PORT:-$FREE_PORT}
     if [ -n "${HOSTFILE:-}" ]; then
         world=$(sed 's/#.*//' "$HOSTFILE" | awk 'match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }')

@@ -5,7 +5,6 @@ import json
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -105,21 +104,6 @@ def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tm
     told = script(world, "llava/finetune.sh", *words, fails=True).splitlines()
     assert len(told) == 2 and all(line.startswith("error: --") for line in told), told
     assert "choose another name, such as llava-run-1" in told[0] and "'/nowhere' is not a directory" in told[1]
-
-
-@pytest.mark.both_stacks
-def test_wandb_is_used_only_by_those_who_are_logged_in(world, tmp_path):
-    words = [*given(world, tmp_path, "pretrain"), "--dry-run"]
-    nobody = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "WANDB_MODE": ""}
-    assert "--report_to none" in script(world, "llava/pretrain.sh", *words, **nobody)
-    told = script(world, "llava/pretrain.sh", *words, **nobody | {"WANDB_MODE": "offline"})
-    assert f"--report_to {'wandb' if find_spec('wandb') else 'none'}" in told
-    words[words.index("--output") + 1] = __file__
-    told = script(world, "llava/pretrain.sh", *words, "--", "--report_to", "wandb", fails=True, **nobody).splitlines()
-    assert [line.partition(": run")[0] for line in told] == [
-        f"error: --output {__file__} is a file; expected a folder",
-        "error: --report_to wandb",
-    ]
 
 
 FOREIGN = ("Warning", "deprecated", "[INFO]", "You are using a model of type")  # lines of libraries, not of LLaVA
