@@ -91,8 +91,10 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: str = "adamw"  # adamw | adamw_8bit (bitsandbytes: a quarter of the memory for optimizer states)
+    args: tuple[str, ...] = ()  # settings of this optimizer alone, as NAME=VALUE (adamw_8bit: min_8bit_size=4096)
     lr: float = 1e-5  # peak learning rate, of the tower's last block or of the LLM's adapter
     head_lr: float = 0.0  # peak learning rate of projection, text adapter and logit scale; 0: same as lr
     weight_decay: float = 0.05  # not applied to norms, biases, class token, positions, logit scale
