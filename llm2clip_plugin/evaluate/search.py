@@ -59,7 +59,7 @@ def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample],
         print(f"\n{text}")
         results[text] = []
         for place, (number, score) in enumerate(of_text, 1):
-            record = source.record(number, image=True)
+            record = source.record(number)
             print(f"{place:4}  {score:6.3f}  {printable(record.key)}")
             picture = thumbnail(record.read_image()) if config.output else None
             results[text].append({"key": record.key, "score": score, "picture": picture})
