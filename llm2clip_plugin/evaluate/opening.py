@@ -70,7 +70,7 @@ class InMemorySource(Source):
         super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
         self.name = name
 
-    def record(self, number: int, *, image: bool = False) -> Sample:
+    def record(self, number: int) -> Sample:
         self.place(number)
         row = self.rows[number]
         return Sample(row.key, {}, row.meta, partial(self._read_image, row))
