@@ -66,13 +66,13 @@ class InMemorySource(Source):
         super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
         self.name = name
 
-    def record(self, number: int, *, image: bool = False) -> Sample:
+    def record(self, number: int) -> Sample:
         self.place(number)
         row = self.rows[number]
         return Sample(row.key, {}, row.meta, partial(self._read_image, row))
 
-    def _with_captions(self, number: int, record: Sample) -> Sample:
-        return replace(record, captions=self.rows[number].captions)
+    def __getitem__(self, number: int) -> Sample:
+        return replace(self.record(number), captions=self.rows[number].captions)
 
     def _read_image(self, row: Row) -> bytes:
         if row.image is None:
