@@ -35,10 +35,7 @@ llava: ## LLaVA's environment alone
 	TORCH_EXTENSIONS_DIR=.venv-llava/torch-extensions $(TEST_ENV) .venv-llava/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/llava
 
 gpu: ## tests and benchmarks on a GPU, in ten minutes
-	$(TEST_ENV) .venv/bin/python -m pytest -q -m gpu tests --ignore=tests/llava
-	for words in "loss --pairs 32768" "open_clip --batch 128 --tower vit-b" "sentence_transformers --batch 256 --micro 64"; do \
-		$(TEST_ENV) .venv/bin/python -m benchmarks.$$words || exit 1; done
-	.venv-llava/bin/python -m benchmarks.llava --images 64 --dtype float16 --shape l14-336
+	scripts/check_gpu.sh
 
 mutations: ## planted bugs: each must fail its test (not part of CI)
 	$(TEST_ENV) .venv/bin/python tests/mutations/run.py

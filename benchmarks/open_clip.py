@@ -19,50 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import alternate, parser, print_table, write_shard
-from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, shard_captions
-from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import PairDataset
+from benchmarks.common import alternate, parser, print_table
+from benchmarks.step import OPTIM, TOWERS, jpeg_batches, make_dual, our_step, write_training_data
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
-from llm2clip_plugin.train.engine import Engine, start_ranks
-from llm2clip_plugin.train.losses.base import weighted_terms
+from llm2clip_plugin.train.engine import start_ranks
 from llm2clip_plugin.train.model import trained_parameters
-from llm2clip_plugin.train.optim import complete, parameter_groups
-from llm2clip_plugin.train.step import TowerStep
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.train.optim import parameter_groups
 from llm2clip_plugin.vision.dual import DualEncoder
-
-TOWERS = {"tiny": (32, 2, 2, 64), "vit-s": (384, 12, 6, 1536), "vit-b": (768, 12, 12, 3072)}
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-TEACHER = TeacherIdentity(
-    llm="random", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="last",
-    layer=-1, prompt="", chat_template="", max_tokens=64, width=640,
-)  # fmt: skip
-OPTIM = OptimConfig(lr=1e-4, layer_decay=0.85, max_grad_norm=5.0)
-
-
-def make_dual(name: str) -> DualEncoder:
-    """A CLIP tower of patches of 16 at 224 pixels with random weights, and the paper's adapter."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(zip(SIZES, TOWERS[name], strict=True))
-    tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **sizes))
-    return DualEncoder(tower, DualConfig(projection_dim=512, llm_width=TEACHER.width)).train()
-
-
-def write_training_data(folder: Path, count: int) -> None:
-    """A shard of 512-pixel JPEGs with a cache of random embeddings in ``folder``/cache."""
-    write_shard(folder, count)
-    source, writer = open_source(SourceConfig(path=str(folder))), CacheWriter(folder / "cache", TEACHER)
-    for shard in source.shards:
-        keys, captions = shard_captions(source, shard)
-        rows = caption_rows(captions)
-        writer.write_shard(shard.name, keys, rows, torch.randn(len(rows), TEACHER.width))
-    writer.finish()
 
 
 class OpenClipModel(nn.Module):
@@ -128,18 +92,10 @@ def webdataset_loader(tar: Path, transform: Any, embeddings: dict[str, Tensor], 
 
 def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], None]:
     """A call trains ``args.steps`` steps with the package's step and loader."""
-    groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
-    train, hidden_size = TrainConfig(global_batch=args.batch, precision="fp32"), dual.tower.config.hidden_size
-    zero = {"zero_optimization": {"stage": 0}}
-    config = complete(zero, train, OPTIM, world=1, hidden_size=hidden_size)
-    engine = Engine(dual, groups, OPTIM, config)
-    normalize, losses = Normalize(ImageConfig(), engine.device), weighted_terms(LossConfig())
-    step = TowerStep(engine, losses, seed=0, text_noise=False, normalize=normalize)
-    source, cache = open_source(SourceConfig(path=str(folder))), EmbeddingCache.open(folder / "cache")
+    step = our_step(dual, args.batch)
 
     def epoch() -> None:
-        dataset = PairDataset([source], [cache], ImageConfig(size=224), seed=0)
-        for batch in islice(PairLoader(dataset, local_batch=args.batch, workers=1), args.steps):
+        for batch in islice(jpeg_batches(folder, batch=args.batch, workers=1), args.steps):
             assert math.isfinite(step(batch)[0])
 
     return epoch

@@ -31,7 +31,7 @@ from llm2clip_plugin.stages.settings import RUN, PipelineConfig
 
 SURVEYED = 1000  # samples that are read
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
-READ = ("format", "fields", "language", "image_field", "key_field", "cache_folder", "cache_gb")
+READ = ("format", "fields", "language", "image_field", "key_field", "cache_folder", "cache_gb", "index_folder")
 LLAVA_STEPS = 300  # of the projector, at least; LLaVA 1.5's own are 2,180
 PRETRAIN = Path(__file__).parents[2] / "scripts" / "llava" / "pretrain.sh"
 ON_ALL_GPUS = ("finetune-llm", "embed", "train-tower")
@@ -247,7 +247,7 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
 
     def picture(image: int) -> str | None:
         try:
-            return thumbnail(source.with_image(number[first.keys[image]]).read_image())
+            return thumbnail(source[number[first.keys[image]]].read_image())
         except BrokenSample:
             return None
 

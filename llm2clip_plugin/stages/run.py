@@ -49,8 +49,8 @@ from llm2clip_plugin.vision.export import library_versions
 PLACES = """
 output_dir resume deepspeed plan tower.path encoder.llm encoder.adapter start_adapters train.dataloader_num_workers
 data.path data.cache data.validation data.validation_cache data.clip_cache
-data.read.images data.read.cache_folder data.read.cache_gb
-pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb
+data.read.images data.read.cache_folder data.read.cache_gb data.read.index_folder
+pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb pairs.read.index_folder
 """.split()
 EVALUATION_PREFETCH = 2  # torch's default
 ADVICE = {  # first word of a fact -> what to do

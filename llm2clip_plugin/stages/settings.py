@@ -21,7 +21,8 @@ from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 # learns.
 IGNORED_ON_RESUME = """
 output_dir resume allow_changed dry_run deepspeed evaluation plan tower.architecture
-data.cache data.validation data.validation_cache data.clip_cache data.read.cache_folder data.read.cache_gb
+data.cache data.validation data.validation_cache data.clip_cache
+data.read.cache_folder data.read.cache_gb data.read.index_folder
 loss.block contrast.length_groups
 train.save_steps train.save_minutes train.save_total_limit
 train.eval_steps train.eval_on_start train.logging_steps train.report_to train.profile_steps train.profile_all_ranks

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ from llm2clip_plugin.train.model import (
     trained_parameters,
     with_llm_width,
 )
+from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config, use_fastest_attention
@@ -81,7 +83,9 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             with phase("checking the data"):
                 on_first_rank(lambda: check_data(config, data))
             # what its data decides: the order of reading, which a checkpoint records, and embeddings' width
-            window = shuffle_window(config.data.read.shuffle_window, config.data.path)
+            samples_of_shard = mean(shard.size for source in data.sources for shard in source.shards)
+            batch_shards = config.train.global_batch / samples_of_shard
+            window = shuffle_window(config.data.read.shuffle_window, config.data.path, batch_shards)
             read = dataclasses.replace(config.data, read=dataclasses.replace(config.data.read, shuffle_window=window))
             config = dataclasses.replace(config, data=read, dual=with_llm_width(config.dual, data.caches[0].width))
             return _train(config, data, device, stop, command or {})
@@ -226,6 +230,7 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
         position=position,
         rank=rank(),
         world=world_size(),
+        nodes=max(1, world_size() // local_world_size()),
         workers=config.train.dataloader_num_workers,
         prefetch_mb=config.train.dataloader_prefetch_mb,
         max_broken=config.train.max_broken,
@@ -415,6 +420,7 @@ def step_memory(config: RunConfig, *, checkpointing: bool) -> StepMemory:
         parameters=sum(counts.values()),
         pair_bytes=activation_bytes(dual.to(dtype), make_inputs, forward) / IMAGES,
         width=config.dual.projection_dim,
+        state_bytes=chosen_optimizer(config.optim).state_bytes,
         pixels=math.prod(pixels),
         averages=bool(config.train.ema_decay) + needs_reference(config.loss),
         frozen_tower_bytes=needs_reference(config.loss) * tower_parameters * dtype.itemsize,

@@ -1,4 +1,4 @@
-"""The same numbers on a GPU (make gpu) as on a CPU in float64; without a GPU, on a CPU in float32."""
+"""The same numbers on a GPU (scripts/check_gpu.sh) as on a CPU in float64; without a GPU, on a CPU in float32."""
 
 from __future__ import annotations
 

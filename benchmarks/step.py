@@ -1,0 +1,140 @@
+"""A training step against a bare forward/backward/AdamW loop on the same tensors.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.step --towers vit-s vit-b --batch 8
+
+Both ways train the same dual encoder from the same weights, and their first losses must agree.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import alternate, parser, print_table, write_shard
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, shard_captions
+from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision, TrainConfig
+from llm2clip_plugin.train.engine import Engine, start_ranks
+from llm2clip_plugin.train.losses.base import weighted_terms
+from llm2clip_plugin.train.model import trained_parameters
+from llm2clip_plugin.train.optim import complete, parameter_groups
+from llm2clip_plugin.train.step import TowerStep
+from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.dual import DualEncoder
+
+TOWERS = {"tiny": (32, 2, 2, 64), "vit-s": (384, 12, 6, 1536), "vit-b": (768, 12, 12, 3072)}
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+TEACHER = TeacherIdentity(
+    llm="random", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="last",
+    layer=-1, prompt="", chat_template="", max_tokens=64, width=640,
+)  # fmt: skip
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss; bf16 has three digits
+OPTIM = OptimConfig(lr=1e-4, layer_decay=0.85, max_grad_norm=5.0)
+
+
+def make_dual(name: str) -> DualEncoder:
+    """A CLIP tower of patches of 16 at 224 pixels with random weights, and the paper's adapter."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(zip(SIZES, TOWERS[name], strict=True))
+    tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **sizes))
+    return DualEncoder(tower, DualConfig(projection_dim=512, llm_width=TEACHER.width)).train()
+
+
+def make_batch(size: int) -> dict[str, Any]:
+    """Random pixels and embeddings, made once."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "pixels": torch.randint(0, 256, (size, 224, 224, 3), dtype=torch.uint8, generator=generator),
+        "embeddings": torch.randn(size, TEACHER.width, generator=generator),
+        "caption_hashes": torch.arange(size),
+        "image_ids": torch.arange(size),
+        "keys": [str(i) for i in range(size)],
+        "position": size,
+    }
+
+
+def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *, bf16: bool) -> Callable[[], float]:
+    """The bare loop's step."""
+    normalize = Normalize(ImageConfig(), device)
+    groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
+    parameters = [p for p in dual.parameters() if p.requires_grad]
+    labels = torch.arange(len(batch["keys"]), device=device)
+
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            image, text, *_ = dual(normalize(batch["pixels"]), batch["embeddings"].to(device))
+            logits = dual.logit_scale.exp() * image @ text.T
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, OPTIM.max_grad_norm)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def our_step(
+    dual: DualEncoder, size: int, precision: Precision = "fp32", *, stage: int = 0, world: int = 1, bucket: float = 1.0
+) -> TowerStep:
+    """The training step of this project; bucket: factor of DeepSpeed's reduce_bucket_size."""
+    groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
+    train, hidden_size = TrainConfig(global_batch=size * world, precision=precision), dual.tower.config.hidden_size
+    config = complete({"zero_optimization": {"stage": stage}}, train, OPTIM, world=world, hidden_size=hidden_size)
+    zero = config["zero_optimization"]
+    zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
+    engine = Engine(dual, groups, OPTIM, config)
+    normalize = Normalize(ImageConfig(), engine.device)
+    return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False, normalize=normalize)
+
+
+def write_training_data(folder: Path, count: int) -> None:
+    """A shard of 512-pixel JPEGs with a cache of random embeddings in ``folder``/cache."""
+    write_shard(folder, count)
+    source, writer = open_source(SourceConfig(path=str(folder))), CacheWriter(folder / "cache", TEACHER)
+    for shard in source.shards:
+        keys, captions = shard_captions(source, shard)
+        rows = caption_rows(captions)
+        writer.write_shard(shard.name, keys, rows, torch.randn(len(rows), TEACHER.width))
+    writer.finish()
+
+
+def jpeg_batches(folder: Path, *, batch: int, workers: int) -> Iterator[dict[str, Any]]:
+    """Batches over what ``write_training_data`` wrote."""
+    source = open_source(SourceConfig(path=str(folder)))
+    dataset = PairDataset([source], [EmbeddingCache.open(folder / "cache")], ImageConfig(size=224), seed=0)
+    return iter(PairLoader(dataset, local_batch=batch, workers=workers))
+
+
+def main() -> None:
+    """Measure each tower and print its table."""
+    options = parser(__doc__)
+    options.add_argument("--towers", nargs="+", default=["vit-s", "vit-b"], choices=list(TOWERS))
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: under autocast if bare")
+    args = options.parse_args()
+    device = start_ranks()
+    for name in args.towers:
+        dual, batch = make_dual(name), make_batch(args.batch)
+        bare = bare_step(copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16")
+        ours = our_step(dual, args.batch, args.precision)
+        ways = {"bare loop": bare, "llm2clip": lambda ours=ours, batch=batch: float(ours(batch)[0])}
+        first = [step() for step in ways.values()]  # before rounding lets the weights drift apart
+        if abs(first[0] - first[1]) > TOLERANCE[args.precision]:
+            raise SystemExit(f"the first losses differ: {first}")
+        runs = alternate(ways, args.rounds)
+        print_table(f"{name}, 224 px, batch {args.batch}, {args.precision}", runs, amount=args.batch, unit="images")
+
+
+if __name__ == "__main__":
+    main()

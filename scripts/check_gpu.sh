@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# What this package does on this GPU, in about ten minutes: the tests marked gpu, then the benchmarks, each with a table in
+# Markdown to paste into an issue or a pull request. One that fails does not stop the others; exit status 1 if any failed.
+#   scripts/check_gpu.sh            on one GPU, environments made before (make setup)
+#   scripts/check_gpu.sh --tiny     the same with tiny sizes: a minute or two on a CPU
+set -uo pipefail
+cd "$(dirname "$0")/.." && ROOT=$PWD
+. scripts/environments.sh
+train_environment .venv train,dev && extensions_of .venv || exit 1
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+case "${1:-}" in
+    "") LLAVA="--images 64 --dtype float16 --shape l14-336" STEP="--batch 128" LOSS="--pairs 32768" PAIRS="--batch 256 --micro 64" OPEN="" ;;
+    --tiny) LLAVA="--images 1 --rounds 2 --shape tiny" STEP="--towers tiny --batch 4 --rounds 2" LOSS="--pairs 256 --rounds 1"
+        PAIRS="--batch 8 --micro 4 --rounds 1" OPEN="--tower tiny --batch 4 --steps 2 --rounds 1" ;;
+    *) echo "error: unknown option $1; known: --tiny" >&2; exit 2 ;;
+esac
+[ "${1:-}" = --tiny ] || .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    { echo "error: no GPU found (torch.cuda.is_available() is false); --tiny checks the same on a CPU" >&2; exit 2; }
+failed=0
+run() { printf '\n## %s\n' "$*" && timeout 300 "$@" || { echo "FAILED: $*"; failed=1; }; }
+run .venv/bin/python -m pytest -q -m gpu tests --ignore=tests/llava
+# shellcheck disable=SC2086 # options on purpose
+{
+    run .venv/bin/python -m benchmarks.step $STEP --precision bf16
+    run .venv/bin/python -m benchmarks.step $STEP
+    run .venv/bin/python -m benchmarks.loss $LOSS
+    run .venv/bin/python -m benchmarks.sentence_transformers $PAIRS
+    run .venv/bin/python -m benchmarks.open_clip $OPEN
+    [ ! -x .venv-llava/bin/python ] || run .venv-llava/bin/python -m benchmarks.llava $LLAVA
+}
+exit $failed
