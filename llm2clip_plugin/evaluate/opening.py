@@ -75,8 +75,8 @@ class InMemorySource(Source):
         row = self.rows[number]
         return Sample(row.key, {}, row.meta, partial(self._read_image, row))
 
-    def _with_captions(self, number: int, record: Sample) -> Sample:
-        return replace(record, captions=self.rows[number].captions)
+    def __getitem__(self, number: int) -> Sample:
+        return replace(self.record(number), captions=self.rows[number].captions)
 
     def _read_image(self, row: Row) -> bytes:
         try:
