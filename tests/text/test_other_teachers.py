@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,12 @@ def test_sentence_transformers_is_not_read_by_default(llama: Path, tmp_path: Pat
 
 
 def test_what_is_no_decoder_is_refused(llama: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     BertModel(BertConfig(vocab_size=400, **sizes)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a BertModel; expected a decoder LLM"):
