@@ -200,8 +200,7 @@ def effective(
 ) -> tuple[EncoderConfig, EncoderCard | None]:
     """The configuration with what its preset and the card of the adapter or LLM say, and the card.
 
-    Raises ContractError for a setting that contradicts them, ValueError for a sentence-transformers model, whose files
-    are not read, with the default reading.
+    Raises ContractError for a setting that contradicts them, ValueError for a sentence-transformers model by default.
     """
     card, unset = find_card(str(adapter or folder)), (config.pooling, config.attention) == ("mean", "bidirectional")
     if card is None and not config.preset and unset and (folder / "modules.json").is_file():
