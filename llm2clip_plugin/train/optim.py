@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,12 @@ from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, fr
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
 REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}  # ZeRO's: gradients are sent during backward
 FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
+SECTIONS = ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "scheduler")  # of DeepSpeed's
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
+OPTIONS = {  # of the run, for what a DeepSpeed file may say, too
+    "optimizer": "--lr, --weight-decay, --optim.betas, --optim.eps",
+    "scheduler": "--schedule, --warmup-steps, --warmup-ratio, --min-lr-ratio",
+}
 State = dict[str, Any]  # optimizer.state[master]
 Rates = tuple[float, float]  # peak learning rate and weight decay
 Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weight_decay``
@@ -216,14 +222,17 @@ def complete(
     are reduced in fp32 if neither the file nor the run sets a type.
     """
     config = copy.deepcopy(user)
-    for name in ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler"):
+    for name in config:  # DeepSpeed ignores what it does not know, and would train without it
+        if name not in SECTIONS and (near := get_close_matches(name, SECTIONS, 1, 0.85)):
+            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near[0]!r}?")
+    for name in SECTIONS:
         if not isinstance(config.get(name, {}), dict):
             raise ValueError(f"{where}: {name} is {config[name]!r}, expected an object")
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
         raise ValueError(f"{where}: offload_optimizer to NVMe is not supported; use the device cpu")
     conflicts = [
-        f"{section}.params.{name} is {given!r}, but the run sets it by its options (--optim); remove it"
-        for section in ("optimizer", "scheduler")
+        f'{section}.params.{name} is {given!r}, expected "auto": the run has {options}'
+        for section, options in OPTIONS.items()
         for name, given in config.pop(section, {}).get("params", {}).items()
         if given != "auto"
     ]
