@@ -227,7 +227,7 @@ def complete(
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
         raise ValueError(f"{where}: offload_optimizer to NVMe is not supported; use the device cpu")
     conflicts = [
-        f"{section}.params.{name} is {given!r}, but the run sets it by its options (--optim); remove it"
+        f'{section}.params.{name} is {given!r}, expected "auto": the run has --lr, --weight-decay, --warmup-steps, ...'
         for section in ("optimizer", "scheduler")
         for name, given in config.pop(section, {}).get("params", {}).items()
         if given != "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import set_single_process_environment, set_tf32
 from llm2clip_plugin.train.engine import check_deepspeed
+from llm2clip_plugin.train.errors import lost_rank
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
 from llm2clip_plugin.train.optim import chosen_optimizer, complete, lr_factor, read_deepspeed_json
 from llm2clip_plugin.vision import DualConfig
@@ -62,8 +64,8 @@ def test_auto_values_are_filled():
     ("user", "named"),
     [
         ({"train_batch_size": 256}, r"256.* 512 \(--global-batch\)"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001.*--lr"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps.*--warmup-steps"),
         ({"optimizer": {"type": "Lamb"}}, "Lamb.*--optimizer"),
         ({"zero_optimisation": {"stage": 2}}, "zero_optimization"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "use the device cpu"),
@@ -164,3 +166,12 @@ def test_tasks_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(variable, "16")
     with pytest.raises(ValueError, match=variable):
         set_single_process_environment()
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(RuntimeError) as failed:
+            torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True)
+    assert lost_rank(failed.value).startswith(f"port {port} is in use")
