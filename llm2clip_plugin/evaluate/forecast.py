@@ -18,15 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.contracts import ScoreFile, sha256_text
+from llm2clip_plugin.contracts import ScoreFile, canonical_json, sha256_text
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, select_captions
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate import opening
 from llm2clip_plugin.evaluate.captions import has_card
 from llm2clip_plugin.evaluate.classification import weights_hash
-from llm2clip_plugin.evaluate.config import FORECAST, ForecastConfig
+from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
 from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision.directory import fetch_directory
@@ -46,6 +49,8 @@ def main(argv: list[str]) -> int:
     config = FORECAST.parse(argv)
     source = open_source(config.data)
     check_fields(source)
+    selected = RetrievalConfig(kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster)
+    opening.check_measurable(source, selected)
     images, text_NW, llm = read_captions(config, source)
     records = [forecast(tower, config, source, images, text_NW, llm) for tower in config.towers]
     print_measures(config, records)
@@ -57,24 +62,31 @@ def main(argv: list[str]) -> int:
 
 def read_captions(config: ForecastConfig, source: Source) -> tuple[Images, Tensor, dict[str, Any]]:
     """Up to ``limit`` images with captions, evenly spaced; the mean embedding of each one's captions by the LLM,
-    float32 on the CPU; the LLM's TeacherIdentity."""
-    count, images, texts = min(config.limit, len(source)), Images(), list[list[str]]()
+    cached, float32 on the CPU; the LLM's TeacherIdentity."""
+    count, images, rows = min(config.limit, len(source)), Images(), list[opening.Row]()
     for number in (place * len(source) // count for place in range(count)):
         with suppress(BrokenSample):
             sample = source[number]
             if used := select_captions(sample.captions, config.data.kinds, config.data.languages):
                 cluster = opening.json_field(sample.meta, config.cluster, sample.key) if config.cluster else sample.key
                 images[number] = {"id": sample.key, "cluster": str(cluster)}
-                texts.append([caption.text for caption in used])
+                rows.append(opening.Row(sample.key, None, used))
     folds([image["cluster"] for image in images.values()])  # enough of them, before the work
     encoding = config.encoder
     if has_card(encoding):  # a fine-tuned LLM is read as its card says
         own = {name: getattr(EncoderConfig, name) for name in ("attention", "layer", "include_bos")}
         encoding = dataclasses.replace(encoding, **own)
     encoder = CaptionEncoder(encoding, choose_device(config.device))
-    text_MW = encoder.encode([text for of_image in texts for text in of_image])
-    text_NW = torch.stack([some_mW.mean(0) for some_mW in text_MW.split([len(of_image) for of_image in texts])])
-    return images, text_NW, dataclasses.asdict(encoder.identity())
+    identity = encoder.identity()
+    folder = Path(config.cache or default_cache_folder(source.path, identity.fingerprint))
+    if not config.cache and Path(source.path) == DRAWINGS:  # the package's folder may be read-only
+        folder = default_download_folder().parent / folder.name
+    texts = [[row.key, *(caption.text for caption in row.captions)] for row in rows]
+    captions = opening.InMemorySource(f"forecast-{sha256_text(canonical_json(texts))[:12]}", folder, rows)
+    embed_source(captions, encoder, folder)
+    cache = EmbeddingCache.open(folder, expect_fingerprint=identity.fingerprint)
+    embedded = (cache.rows(captions.name, place, row.captions, key=row.key) for place, row in enumerate(rows))
+    return images, torch.stack([text_mW.mean(0) for text_mW in embedded]), dataclasses.asdict(identity)
 
 
 @torch.no_grad()
@@ -101,6 +113,7 @@ def forecast(
     patch_NPH = encoded.joined().to(device)
     values = {  # of the images, whose mean is the measure
         "neighbors": neighbors(patch_NPH, text_NW.to(device)).cpu(),
+        "CKA": cka_by_image(patch_NPH.mean(1).cpu(), text_NW),
         "probe": explained(patch_NPH.mean(1).cpu(), text_NW, [image["cluster"] for image in found]),
     }
     items = [
@@ -142,7 +155,7 @@ def print_measures(config: ForecastConfig, records: Sequence[ScoreFile]) -> None
                 less[name] = f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}] {word}"
     count, llm = records[0].counts["images"], opening.dataset_name(config.encoder.llm)
     title = f"forecast for {llm} on {count} images of {opening.dataset_name(config.data.path)}"
-    opening.print_table(title, rows, "95 % intervals over images or --cluster; chance: neighbors .1, probe 0")
+    opening.print_table(title, rows, "95 % intervals over images or --cluster; chance: neighbors .1, CKA and probe 0")
 
 
 def interval(record: ScoreFile, name: str, base: ScoreFile | None = None) -> Interval:
@@ -201,6 +214,38 @@ def neighbor_overlap(one_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
         index_Nk = similarity_NN.clone().fill_diagonal_(-torch.inf).topk(k).indices
         near.append(torch.zeros_like(similarity_NN, dtype=torch.bool).scatter_(1, index_Nk, True))
     return (near[0] & near[1]).sum(1) / k
+
+
+def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
+    """(N,) float64 whose mean is linear centered kernel alignment; each image's jackknife influence on it is added.
+
+    CKA is HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = X X^T, L = Y Y^T: 1 for features that differ by rotation
+    and scale, about 0 for unrelated ones, and NaN for features that are equal for all images. Values of images are for
+    intervals: images drawn twice, as a bootstrap of CKA itself has them, are similar on both sides and raise it.
+
+    Sources: Kornblith et al. 2019, arXiv 1905.00414; debiased as in Nguyen et al. 2021, arXiv 2010.15327; Arvesen 1969,
+    Jackknifing U-statistics.
+    """
+    grams = []
+    for feature_NF in (one_NH.double(), other_NW.double()):
+        centered_NF = feature_NF - feature_NF.mean(0)
+        grams.append((centered_NF @ centered_NF.T).fill_diagonal_(0))
+    both, ones, others = (hsic(*pair) for pair in ((grams[0], grams[1]), (grams[0], grams[0]), (grams[1], grams[1])))
+    cka = both / (ones * others).sqrt()
+    return cka[0] + (len(one_NH) - 1) * (cka[1:].mean() - cka[1:])
+
+
+def hsic(one_NN: Tensor, other_NN: Tensor) -> Tensor:
+    """(1 + N,) the unbiased estimator of HSIC (Song et al. 2012, equation 5), of all images and without each of them.
+
+    The biased estimator approaches 1 where features are wider than images are many.
+    """
+    product_N, one_N, other_N = (one_NN * other_NN).sum(1), one_NN.sum(1), other_NN.sum(1)
+    products, ones, others = (some_N.sum() - 2 * F.pad(some_N, (1, 0)) for some_N in (product_N, one_N, other_N))
+    lost_N = one_N * other_N + one_NN @ other_N + other_NN @ one_N - product_N
+    rows, count = one_N @ other_N - F.pad(lost_N, (1, 0)), F.pad(torch.full_like(one_N, -1.0), (1, 0)) + len(one_NN)
+    sums = ones * others / ((count - 1) * (count - 2))
+    return (products + sums - 2 * rows / (count - 2)) / (count * (count - 3))
 
 
 def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> Tensor:

@@ -9,6 +9,7 @@ Shapes: N images of a part, Q texts, D projection dimension.
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample],
         for place, (number, score) in enumerate(of_text, 1):
             record = source.record(number)
             print(f"{place:4}  {score:6.3f}  {printable(record.key)}")
-            picture = thumbnail(record.read_image()) if config.output else None
+            picture = None
+            with suppress(BrokenSample):  # embedded before it was deleted
+                picture = thumbnail(record.read_image()) if config.output else None
             results[text].append({"key": record.key, "score": score, "picture": picture})
     print()
     for error in broken[: opening.NOTES_SHOWN]:
