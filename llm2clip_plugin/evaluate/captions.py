@@ -146,10 +146,9 @@ def rank_pairs(name: str, pairs: Pairs, first_NW: Tensor, second_NW: Tensor) -> 
     group_N = torch.tensor([texts[right] for _, _, right in pairs])  # equal texts are equally correct
     forward, backward = caption_ranks(first_NW, second_NW, group_N=group_N)
     centred, _ = caption_ranks(first_NW, second_NW, group_N=group_N, center=True)
-    hits, *others = (ranks.hits(1) for ranks in (forward, backward, centred))
-    accuracies = [float(hit_N.mean()) for hit_N in (hits, *others)]
-    keys = tuple(key for key, _, _ in pairs)
-    return CaptionScore(name, *accuracies, pairs=len(pairs), hits=tuple(hits.tolist()), keys=keys)
+    hits = [ranks.hits(1) for ranks in (forward, backward, centred)]
+    accuracies, keys = [float(hit_N.mean()) for hit_N in hits], tuple(key for key, _, _ in pairs)
+    return CaptionScore(name, *accuracies, pairs=len(pairs), hits=tuple(hits[0].tolist()), keys=keys)
 
 
 def caption_ranks(
@@ -168,14 +167,11 @@ def caption_ranks(
     return rank_both(F.normalize(first_NW, dim=1), F.normalize(second_NW, dim=1), label_N, label_N)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reading:
     """One way of reading the LLM, and what it reached."""
 
-    chat_template: str
-    attention: str
-    layer: int
-    pooling: str
+    way: EncoderConfig
     components: int  # removed; 0: centered alone, -1: no post-processing
     rows: dict[str, float]  # name -> top-1 accuracy
     post: Post | None = field(repr=False, compare=False)
@@ -194,8 +190,8 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
     texts = list(dict.fromkeys(text for pairs in sets.values() for _, *both in pairs for text in both))
     shown = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES]
     found = []
-    encodings, fixed = [config.encoder], has_card(config.encoder)  # the settings for which the LLM is loaded anew
-    if not fixed:
+    encodings, card = [config.encoder], find_card(config.encoder.adapter or config.encoder.llm)
+    if card is None:  # it was not fine-tuned to be read in one way; for each of these settings it is loaded anew
         encodings = [
             dataclasses.replace(config.encoder, chat_template=template, attention=attention, layer=-1)
             for template, attention in itertools.product(config.reading.templates or ("",), ATTENTIONS)
@@ -206,7 +202,7 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
             raise ValueError("--search reads queries as all captions, but the LLM has a query_prompt")
         if encoder.post is not None:
             raise ValueError(f"{encoding.adapter or encoding.llm} is read in one way; nothing to search")
-        own = (encoder.config.pooling,) if fixed else POOLINGS
+        own = (encoder.config.pooling,) if card else POOLINGS
         states = pooled_states(encoder, [*texts, *fitted], own)
         for (pooling, layer), state_NW in states.items():
             posts = remove_components(state_NW[len(texts) :], config.reading.components)
@@ -214,23 +210,10 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
                 read_NW = state_NW[: len(texts)] if post is None else post(state_NW[: len(texts)])
                 row_of = dict(zip(texts, read_NW, strict=True))
                 scores = measure_sets(sets, row_of, row_of, config.measure.retrieve)
-                found.append(
-                    Reading(
-                        chat_template=encoder.config.chat_template,
-                        attention=encoder.config.attention,
-                        layer=layer,
-                        pooling=pooling,
-                        components=components,
-                        rows={row.name: row.cra for row in scores if row.name in shown},
-                        post=post,
-                    )
-                )
+                way = dataclasses.replace(encoder.config, layer=layer, pooling=pooling)
+                rows = {row.name: row.cra for row in scores if row.name in shown}
+                found.append(Reading(way, components, rows, post))
     return sorted(found, key=lambda reading: -reading.score)
-
-
-def has_card(encoding: EncoderConfig) -> bool:
-    """Whether the LLM was fine-tuned to be read in one way."""
-    return find_card(encoding.adapter or encoding.llm) is not None
 
 
 @torch.no_grad()
@@ -266,14 +249,14 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
     rows = {}
     for one in readings[:SHOWN]:
         removed = {-1: "none, not centered", 0: "none, centered"}.get(one.components, str(one.components))
-        way = f"{one.attention}, {one.pooling}, {one.layer}, {removed}, {one.chat_template!r}"
+        way = f"{one.way.attention}, {one.way.pooling}, {one.way.layer}, {removed}, {one.way.chat_template!r}"
         rows[way] = {name: f"{value:.3f}" for name, value in {"score": one.score, **one.rows}.items()}
     title = "attention, pooling, layer, components removed, template"
     print_table(title, rows, f"best of {len(readings)}, chosen on these captions; measure it on others:")
     words = ["--llm", config.encoder.llm, *(["--adapter", config.encoder.adapter] if config.encoder.adapter else [])]
-    if not has_card(config.encoder):
+    if find_card(config.encoder.adapter or config.encoder.llm) is None:
         for name in ("attention", "pooling", "layer", "chat_template"):
-            if (value := vars(best)[name]) != vars(EncoderConfig())[name]:
+            if (value := vars(best.way)[name]) != vars(EncoderConfig())[name]:
                 words += [f"--{name.replace('_', '-')}", str(value)]
     if best.post is not None:
         words += ["--post-file", str(Path(folder or "FOLDER") / POST_FILE)]

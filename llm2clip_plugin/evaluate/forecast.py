@@ -25,10 +25,9 @@ from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, select_captions
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate import opening
-from llm2clip_plugin.evaluate.captions import has_card
 from llm2clip_plugin.evaluate.classification import weights_hash
 from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
-from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.config import EncoderConfig, find_card
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.distributed import choose_device
@@ -41,7 +40,7 @@ NEIGHBORS = 0.1  # of the images; RAVEL: 100 of 1,000
 FOLDS = 5
 PENALTIES = tuple(10.0**power for power in range(-3, 4))  # of the probe, relative to the mean squared singular value
 
-Images = dict[int, dict[str, str]]  # number in the source -> id, and cluster, resampled and held out together
+Captions = tuple[dict[int, opening.Row], Tensor, dict[str, Any]]  # of `read_captions`
 
 
 def main(argv: list[str]) -> int:
@@ -51,8 +50,8 @@ def main(argv: list[str]) -> int:
     check_fields(source)
     selected = RetrievalConfig(kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster)
     opening.check_measurable(source, selected)
-    images, text_NW, llm = read_captions(config, source)
-    records = [forecast(tower, config, source, images, text_NW, llm) for tower in config.towers]
+    captions = read_captions(config, source)
+    records = [forecast(tower, config, source, captions) for tower in config.towers]
     print_measures(config, records)
     for number, record in enumerate(records if config.json else [], 1):
         path = Path(config.json)
@@ -60,20 +59,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_captions(config: ForecastConfig, source: Source) -> tuple[Images, Tensor, dict[str, Any]]:
-    """Up to ``limit`` images with captions, evenly spaced; the mean embedding of each one's captions by the LLM,
+def read_captions(config: ForecastConfig, source: Source) -> Captions:
+    """Up to ``limit`` images with captions, evenly spaced, by their numbers; the mean of each one's embedded captions,
     cached, float32 on the CPU; the LLM's TeacherIdentity."""
-    count, images, rows = min(config.limit, len(source)), Images(), list[opening.Row]()
+    count, rows = min(config.limit, len(source)), dict[int, opening.Row]()
     for number in (place * len(source) // count for place in range(count)):
         with suppress(BrokenSample):
             sample = source[number]
             if used := select_captions(sample.captions, config.data.kinds, config.data.languages):
                 cluster = opening.json_field(sample.meta, config.cluster, sample.key) if config.cluster else sample.key
-                images[number] = {"id": sample.key, "cluster": str(cluster)}
-                rows.append(opening.Row(sample.key, None, used))
-    folds([image["cluster"] for image in images.values()])  # enough of them, before the work
+                rows[number] = opening.Row(sample.key, None, used, {"cluster": str(cluster)})
+    folds([row.meta["cluster"] for row in rows.values()])  # enough of them, before the work
     encoding = config.encoder
-    if has_card(encoding):  # a fine-tuned LLM is read as its card says
+    if find_card(encoding.adapter or encoding.llm):  # a fine-tuned LLM is read as its card says
         own = {name: getattr(EncoderConfig, name) for name in ("attention", "layer", "include_bos")}
         encoding = dataclasses.replace(encoding, **own)
     encoder = CaptionEncoder(encoding, choose_device(config.device))
@@ -81,19 +79,18 @@ def read_captions(config: ForecastConfig, source: Source) -> tuple[Images, Tenso
     folder = Path(config.cache or default_cache_folder(source.path, identity.fingerprint))
     if not config.cache and Path(source.path) == DRAWINGS:  # the package's folder may be read-only
         folder = default_download_folder().parent / folder.name
-    texts = [[row.key, *(caption.text for caption in row.captions)] for row in rows]
-    captions = opening.InMemorySource(f"forecast-{sha256_text(canonical_json(texts))[:12]}", folder, rows)
+    texts = [[row.key, *(caption.text for caption in row.captions)] for row in rows.values()]
+    captions = opening.InMemorySource(f"forecast-{sha256_text(canonical_json(texts))[:12]}", folder, [*rows.values()])
     embed_source(captions, encoder, folder)
     cache = EmbeddingCache.open(folder, expect_fingerprint=identity.fingerprint)
-    embedded = (cache.rows(captions.name, place, row.captions, key=row.key) for place, row in enumerate(rows))
-    return images, torch.stack([text_mW.mean(0) for text_mW in embedded]), dataclasses.asdict(identity)
+    embedded = (cache.rows(captions.name, place, row.captions, key=row.key) for place, row in enumerate(captions.rows))
+    return rows, torch.stack([text_mW.mean(0) for text_mW in embedded]), dataclasses.asdict(identity)
 
 
 @torch.no_grad()
-def forecast(
-    tower: str, config: ForecastConfig, source: Source, chosen: Images, text_NW: Tensor, llm: dict[str, Any]
-) -> ScoreFile:
+def forecast(tower: str, config: ForecastConfig, source: Source, captions: Captions) -> ScoreFile:
     """The measures of one tower, and every readable image's values. ValueError for a layer that the tower lacks."""
+    rows, text_NW, llm = captions
     directory, device = fetch_directory(tower), choose_device(config.device)
     model: Any = load_tower(directory).to(device).eval()
     states = model.config.num_hidden_layers + 1
@@ -106,25 +103,26 @@ def forecast(
         states = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True).hidden_states
         return on_grid(states[config.select_layer][:, first:].float())
 
-    options = {"batch": config.batch, "workers": config.workers, "indices": list(chosen)}
+    options = {"batch": config.batch, "workers": config.workers, "indices": list(rows)}
     encoded = opening.encode_images(encode, source, images, device, label=opening.dataset_name(tower), **options)
-    row_of = {number: row for row, number in enumerate(chosen)}
-    text_NW, found = text_NW[[row_of[number] for number in encoded.numbers]], [chosen[n] for n in encoded.numbers]
     patch_NPH = encoded.joined().to(device)
+    readable = torch.isin(torch.tensor([*rows]), torch.tensor(encoded.numbers))
+    text_NW, clusters = text_NW[readable], [rows[number].meta["cluster"] for number in encoded.numbers]
     values = {  # of the images, whose mean is the measure
         "neighbors": neighbors(patch_NPH, text_NW.to(device)).cpu(),
         "CKA": cka_by_image(patch_NPH.mean(1).cpu(), text_NW),
-        "probe": explained(patch_NPH.mean(1).cpu(), text_NW, [image["cluster"] for image in found]),
+        "probe": explained(patch_NPH.mean(1).cpu(), text_NW, clusters),
     }
     items = [
-        image | {"score": float(values["neighbors"][row])} | {name: float(value[row]) for name, value in values.items()}
-        for row, image in enumerate(found)
+        {"id": key, "cluster": cluster, "score": float(values["neighbors"][place])}
+        | {name: float(value_N[place]) for name, value_N in values.items()}
+        for place, (key, cluster) in enumerate(zip(encoded.keys, clusters, strict=True))
     ]
     return ScoreFile(
         benchmark=f"forecast:{opening.dataset_name(config.data.path)}",
         metrics={name: float(value_N.mean()) for name, value_N in values.items()},
         items=items,
-        counts={"images": len(found), "left_out": len(encoded.broken)},
+        counts={"images": len(items), "left_out": len(encoded.broken)},
         model=tower,
         provenance=opening.provenance(
             weights_sha256=weights_hash(directory), llm=llm, select_layer=config.select_layer
@@ -217,14 +215,11 @@ def neighbor_overlap(one_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
 
 
 def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
-    """(N,) float64 whose mean is linear centered kernel alignment; each image's jackknife influence on it is added.
+    """(N,) float64: linear CKA (Kornblith et al. 2019, arXiv 1905.00414), debiased (Nguyen et al. 2021, arXiv
+    2010.15327), plus each image's jackknife influence on it (Arvesen 1969), whose mean is 0.
 
-    CKA is HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = X X^T, L = Y Y^T: 1 for features that differ by rotation
-    and scale, about 0 for unrelated ones, and NaN for features that are equal for all images. Values of images are for
-    intervals: images drawn twice, as a bootstrap of CKA itself has them, are similar on both sides and raise it.
-
-    Sources: Kornblith et al. 2019, arXiv 1905.00414; debiased as in Nguyen et al. 2021, arXiv 2010.15327; Arvesen 1969,
-    Jackknifing U-statistics.
+    1 for features that differ by rotation and scale, about 0 for unrelated ones. Not CKA itself is bootstrapped, as
+    images drawn twice are similar on both sides and raise it.
     """
     grams = []
     for feature_NF in (one_NH.double(), other_NW.double()):
@@ -236,10 +231,7 @@ def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
 
 
 def hsic(one_NN: Tensor, other_NN: Tensor) -> Tensor:
-    """(1 + N,) the unbiased estimator of HSIC (Song et al. 2012, equation 5), of all images and without each of them.
-
-    The biased estimator approaches 1 where features are wider than images are many.
-    """
+    """(1 + N,) the unbiased estimator of HSIC (Song et al. 2012, equation 5) of all images, then without each."""
     product_N, one_N, other_N = (one_NN * other_NN).sum(1), one_NN.sum(1), other_NN.sum(1)
     products, ones, others = (some_N.sum() - 2 * F.pad(some_N, (1, 0)) for some_N in (product_N, one_N, other_N))
     lost_N = one_N * other_N + one_NN @ other_N + other_NN @ one_N - product_N

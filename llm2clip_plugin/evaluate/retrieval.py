@@ -335,9 +335,8 @@ def report_retrieval(
             used_M[place] = first.setdefault(caption, place) == place
     parts = {ALL: ranked(used_M)}
     names = [f"{caption.kind}:{caption.language}" for caption in pairs.captions]
-    distinct = list(dict.fromkeys(names))
-    if len(distinct) > 1:
-        for name in distinct:
+    if len(set(names)) > 1:
+        for name in dict.fromkeys(names):
             parts[name] = ranked(used_M & torch.tensor([other == name for other in names]))
     cluster = config.cluster or config.group
     return RetrievalReport(

@@ -130,6 +130,5 @@ def folder_of_images(path: str) -> opening.InMemorySource | None:
         return None
     stamps = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = f"{root.resolve().name}-{sha256_text(canonical_json(stamps))[:12]}"
-    return opening.InMemorySource(
-        name, root, [opening.Row(stamp[0], file) for stamp, file in zip(stamps, files, strict=True)]
-    )
+    rows = [opening.Row(stamp[0], file) for stamp, file in zip(stamps, files, strict=True)]
+    return opening.InMemorySource(name, root, rows)
