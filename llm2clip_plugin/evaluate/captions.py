@@ -193,7 +193,8 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
     encodings, card = [config.encoder], find_card(config.encoder.adapter or config.encoder.llm)
     if card is None:  # it was not fine-tuned to be read in one way; for each of these settings it is loaded anew
         encodings = [
-            dataclasses.replace(config.encoder, chat_template=template, attention=attention, layer=-1)
+            # both poolings are tried, but the default alone is refused for a sentence-transformers model
+            dataclasses.replace(config.encoder, chat_template=template, attention=attention, layer=-1, pooling="last")
             for template, attention in itertools.product(config.reading.templates or ("",), ATTENTIONS)
         ]
     for encoding in encodings:
