@@ -98,8 +98,14 @@ def measure_sets(sets: dict[str, Pairs], first: Rows, second: Rows, retrieve: Se
     """`measure_captions` of embedded captions, as first and as second ones."""
     rows = []
     for name, pairs in sets.items():
-        first_NW = torch.stack([first[left] for _, left, _ in pairs])
-        rows.append(rank_pairs(name, pairs, first_NW, torch.stack([second[right] for _, _, right in pairs])))
+        keys, lefts, rights = zip(*pairs, strict=True)
+        both = torch.stack([first[left] for left in lefts]), torch.stack([second[right] for right in rights])
+        place_of = {right: place for place, right in enumerate(dict.fromkeys(rights))}
+        group_N = torch.tensor([place_of[right] for right in rights])  # equal texts are equally correct
+        ranks = *caption_ranks(*both, group_N=group_N), caption_ranks(*both, group_N=group_N, center=True)[0]
+        hits = [of_side.hits(1) for of_side in ranks]
+        accuracies = [float(hit_N.mean()) for hit_N in hits]
+        rows.append(CaptionScore(name, *accuracies, pairs=len(pairs), hits=tuple(hits[0].tolist()), keys=keys))
     if foreign := [row for row in rows if row.name.replace("->", ":") not in retrieve]:
         means = [sum(vars(row)[name] for row in foreign) / len(foreign) for name in (*ACCURACIES, "pairs")]
         rows.append(CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3])))
@@ -138,17 +144,6 @@ def find_pairs(
         if left and right:
             pairs.setdefault((left, right), key)
     return [(key, left, right) for (left, right), key in pairs.items()]
-
-
-def rank_pairs(name: str, pairs: Pairs, first_NW: Tensor, second_NW: Tensor) -> CaptionScore:
-    """Rank the embeddings of the pairs' captions in both directions."""
-    texts = {text: number for number, text in enumerate(dict.fromkeys(right for _, _, right in pairs))}
-    group_N = torch.tensor([texts[right] for _, _, right in pairs])  # equal texts are equally correct
-    forward, backward = caption_ranks(first_NW, second_NW, group_N=group_N)
-    centred, _ = caption_ranks(first_NW, second_NW, group_N=group_N, center=True)
-    hits = [ranks.hits(1) for ranks in (forward, backward, centred)]
-    accuracies, keys = [float(hit_N.mean()) for hit_N in hits], tuple(key for key, _, _ in pairs)
-    return CaptionScore(name, *accuracies, pairs=len(pairs), hits=tuple(hits[0].tolist()), keys=keys)
 
 
 def caption_ranks(

@@ -111,10 +111,8 @@ class ForecastConfig(MeasureConfig):
     json: str = ""  # write each tower's measures and every image's values here (score files, for llm2clip compare)
 
     def __post_init__(self) -> None:
-        if not self.towers:
-            raise ValueError(f"no tower given; for example: {EXAMPLE}")
-        if not self.encoder.llm:
-            raise ValueError(f"no LLM given; for example: {EXAMPLE}")
+        if not (self.towers and self.encoder.llm):
+            raise ValueError(f"no {'LLM' if self.towers else 'tower'} given; for example: {EXAMPLE}")
 
 
 EXAMPLE = "llm2clip forecast towers/clip-l14 runs/l14/tower --llm lmsys/vicuna-7b-v1.5 --data /data/lcs-558k.json"

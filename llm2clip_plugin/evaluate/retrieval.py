@@ -302,10 +302,9 @@ def evaluate_retrieval(
     all_ranks: bool = False,
     quiet: bool = False,
 ) -> RetrievalReport:
-    """Measure a dual encoder's retrieval on a data source whose captions are in the cache.
+    """Measure a dual encoder's retrieval on a data source whose captions are in the cache; every submodule keeps its
+    mode (train, eval). ``all_ranks``: every rank of the default process group calls this and gets the report.
 
-    Also for use during training: every submodule keeps its mode (train, eval). ``all_ranks``: every rank of the
-    default process group calls this and gets the report; the ranks split the work.
     Raises ValueError if no image is usable, or if samples have no field ``group`` or ``cluster``.
     """
     config = config or RetrievalConfig()
