@@ -122,9 +122,8 @@ def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
     }
     if empty := [name for name, pairs in sets.items() if not pairs]:
         kinds = ", ".join(sorted({caption.kind for _, of_sample in captions for caption in of_sample})) or "none"
-        raise ValueError(
-            f"{config.captions}: no image has captions of both kinds for {', '.join(empty)}; available kinds: {kinds}"
-        )
+        problem = f"no image has captions of both kinds for {', '.join(empty)}"
+        raise ValueError(f"{config.captions}: {problem}; available kinds: {kinds}")
     if config.across:
         kind = config.across_kind
         languages = {c.language for _, of_sample in captions for c in of_sample if c.kind == kind} - {config.home}

@@ -56,8 +56,7 @@ class LabeledImages:
 def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:
     """The labeled images at ``path``: with ``field`` a captioned data source, else tars with .cls or class folders.
 
-    ``field`` and ``cluster`` are fields of each sample's JSON. Raises FileNotFoundError, or ValueError for another
-    layout.
+    ``field`` and ``cluster`` are fields of each sample's JSON. FileNotFoundError, or ValueError for another layout.
     """
     if not field:
         root = Path(path)

@@ -90,18 +90,18 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
 @torch.no_grad()
 def forecast(tower: str, config: ForecastConfig, source: Source, captions: Captions) -> ScoreFile:
     """The measures of one tower, and every readable image's values. ValueError for a layer that the tower lacks."""
-    rows, text_NW, llm = captions
+    (rows, text_NW, llm), layer = captions, config.select_layer
     directory, device = fetch_directory(tower), choose_device(config.device)
     model: Any = load_tower(directory).to(device).eval()
     states = model.config.num_hidden_layers + 1
-    if not -states <= config.select_layer < states:
-        raise ValueError(f"--select-layer {config.select_layer}: {tower} has hidden states {-states} to {states - 1}")
+    if not -states <= layer < states:
+        raise ValueError(f"--select-layer {layer}: {tower} has hidden states {-states} to {states - 1}")
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
     first = int(family_of(model).has_cls)
 
     def encode(pixels: Tensor) -> Tensor:
         states = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True).hidden_states
-        return on_grid(states[config.select_layer][:, first:].float())
+        return on_grid(states[layer][:, first:].float())
 
     options = {"batch": config.batch, "workers": config.workers, "indices": list(rows)}
     encoded = opening.encode_images(encode, source, images, device, label=opening.dataset_name(tower), **options)
@@ -124,9 +124,7 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captions: Capti
         items=items,
         counts={"images": len(items), "left_out": len(encoded.broken)},
         model=tower,
-        provenance=opening.provenance(
-            weights_sha256=weights_hash(directory), llm=llm, select_layer=config.select_layer
-        ),
+        provenance=opening.provenance(weights_sha256=weights_hash(directory), llm=llm, select_layer=layer),
         notes=[f"left out: {error}" for error in encoded.broken],
     )
 

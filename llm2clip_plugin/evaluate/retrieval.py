@@ -211,8 +211,8 @@ def embed_pairs(
     """
     with eval_mode(dual) as encoders, torch.no_grad():
         options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "kinds": config.kinds}
-        options |= {"languages": config.languages, "indices": range(min(config.limit or len(source), len(source)))}
-        options |= {"all_ranks": all_ranks, "quiet": quiet}
+        options |= {"languages": config.languages, "all_ranks": all_ranks, "quiet": quiet}
+        options["indices"] = range(min(config.limit or len(source), len(source)))
         device = next(encoders.parameters()).device
         found = encode_images(encoders.encode_image, source, images, device, **options)
         image_ND = found.joined()

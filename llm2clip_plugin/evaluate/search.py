@@ -88,13 +88,11 @@ def embed_images(
     images = dataclasses.asdict(tower.images)
     digest = sha256_text(canonical_json([card.weights_sha256, card.adapter_sha256, data, images, PART]))
     parent = Path(config.cache) if config.cache else default_download_folder().parent / "search"
-    starts = range(0, len(source), PART)
-    parts = [parent / f"{source.name}-{digest[:12]}" / f"{part:05d}.safetensors" for part in range(len(starts))]
-    broken: list[BrokenSample] = []
+    names = [f"{part:05d}.safetensors" for part in range(-(-len(source) // PART))]
+    parts, broken = [parent / f"{source.name}-{digest[:12]}" / name for name in names], list[BrokenSample]()
+    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
     for part in on_first_rank(lambda: [number for number, path in enumerate(parts) if not path.is_file()]):
-        indices = range(starts[part], min(starts[part] + PART, len(source)))
-        options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "indices": indices}
-        options |= {"all_ranks": all_ranks}
+        options["indices"] = range(part * PART, min((part + 1) * PART, len(source)))
         found = opening.encode_images(tower.dual.encode_image, source, tower.images, tower.device, **options)
         broken += found.broken
         if rank(group_of(all_ranks)) == 0:

@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.evaluate.suites import (
-    Row,
-    Suite,
-    first_existing,
-    read_json,
-    read_json_lines,
-    recall_by_language,
-    to_captions,
-)
-from llm2clip_plugin.files import errors_about
+from llm2clip_plugin.evaluate.suites import Row, Suite, first_existing, read_json_lines, recall_by_language, to_captions
+from llm2clip_plugin.files import errors_about, read_json_value
 
 # Flickr30k and COCO, with English captions (the Karpathy test splits) and with Chinese ones.
 KARPATHY = "caption_datasets.zip of https://cs.stanford.edu/people/karpathy/deepimagesent/"
@@ -39,7 +31,7 @@ DOCCI = "https://storage.googleapis.com/docci/data"
 
 def karpathy_test(path: Path, image: Callable[[dict[str, Any]], Path]) -> list[Row]:
     """The test split of Karpathy's JSON; ``image`` maps an item to its image file."""
-    items = [item for item in read_json(path)["images"] if item["split"] == "test"]
+    items = [item for item in read_json_value(path)["images"] if item["split"] == "test"]
     texts = [[part["raw"] for part in item["sentences"][:KARPATHY_CAPTIONS]] for item in items]
     return [Row(item["filename"], image(item), to_captions(raw)) for item, raw in zip(items, texts, strict=True)]
 
