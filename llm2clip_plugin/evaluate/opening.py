@@ -29,7 +29,7 @@ from llm2clip_plugin.files import ContractError, printable
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.teacher import TeacherLLM, load_dual_encoder
-from llm2clip_plugin.train import distributed
+from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, on_first_rank, rank, world_size
 from llm2clip_plugin.train.guard import watched_group
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
@@ -116,13 +116,12 @@ def encode_images(
     ``options``: batch, workers, and which samples: see `EvalPairs`. ``all_ranks``: every rank of the default process
     group calls this, encodes a part, and gets all.
     """
-    group, normalize = distributed.group_of(all_ranks), Normalize(images, device)
-    number, world = distributed.rank(group), distributed.world_size(group)
-    options = {"batch": 64, "kinds": None, "rank": number, "world": world, **options}
+    group, normalize = group_of(all_ranks), Normalize(images, device)
+    options = {"batch": 64, "kinds": None, "rank": rank(group), "world": world_size(group), **options}
     batches = EvalPairs(source, None, images, **options)
     # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
-    calls = max(distributed.gather_objects(len(batches), group))
-    own, remaining, show = EncodedImages([], [], [], [], []), iter(batches), not quiet and number == 0
+    calls = max(gather_objects(len(batches), group))
+    own, remaining, show = EncodedImages([], [], [], [], []), iter(batches), not quiet and rank(group) == 0
     for _ in track(range(calls), total=calls, label=label, unit="batches", show=show):
         loaded = next(remaining, None)
         if loaded is None:
@@ -133,7 +132,7 @@ def encode_images(
         own.keys.extend(loaded["keys"])
         own.meta.extend(loaded["meta"])
     own.broken.extend(batches.broken)
-    ranks = distributed.gather_objects(own, group)
+    ranks = gather_objects(own, group)
     return EncodedImages(*([item for part in parts for item in part] for parts in zip(*ranks, strict=True)))
 
 
@@ -174,12 +173,10 @@ class OpenedTower:
                 return opened() is not None
             return False
 
-        if not distributed.on_first_rank(is_complete):
-            group = distributed.group_of(all_ranks)
-            number, world = distributed.rank(group), distributed.world_size(group)
-            embed_source(source, teacher.encoder, folder, rank=number, world=world, quiet=number != 0)
-            if all_ranks:
-                distributed.barrier()
+        if not on_first_rank(is_complete):
+            number, ranks = rank(group_of(all_ranks)), world_size(group_of(all_ranks))
+            embed_source(source, teacher.encoder, folder, rank=number, world=ranks, quiet=number != 0)
+            gather_objects(None, group_of(all_ranks))  # all have embedded
         return opened()
 
 
@@ -188,7 +185,7 @@ def open_tower(tower: str, device: str, llm: EncoderConfig) -> OpenedTower:
 
     ``llm``: the teacher, if it is not where the card says. Raises ValueError for a tower alone.
     """
-    directory, chosen = fetch_directory(tower), distributed.choose_device(device)
+    directory, chosen = fetch_directory(tower), choose_device(device)
     images, dual = ImageConfig.from_preprocessor(preprocessor_config(directory)), load_dual_encoder(directory)
     return OpenedTower(dual=dual.to(chosen), images=images, device=chosen, teacher=TeacherLLM(dual.card, llm, chosen))
 
