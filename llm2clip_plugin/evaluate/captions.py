@@ -98,8 +98,14 @@ def measure_sets(sets: dict[str, Pairs], first: Rows, second: Rows, retrieve: Se
     """`measure_captions` of embedded captions, as first and as second ones."""
     rows = []
     for name, pairs in sets.items():
-        first_NW = torch.stack([first[left] for _, left, _ in pairs])
-        rows.append(rank_pairs(name, pairs, first_NW, torch.stack([second[right] for _, _, right in pairs])))
+        keys, lefts, rights = zip(*pairs, strict=True)
+        both = torch.stack([first[left] for left in lefts]), torch.stack([second[right] for right in rights])
+        place_of = {right: place for place, right in enumerate(dict.fromkeys(rights))}
+        group_N = torch.tensor([place_of[right] for right in rights])  # equal texts are equally correct
+        ranks = *caption_ranks(*both, group_N=group_N), caption_ranks(*both, group_N=group_N, center=True)[0]
+        hits = [of_side.hits(1) for of_side in ranks]
+        accuracies = [float(hit_N.mean()) for hit_N in hits]
+        rows.append(CaptionScore(name, *accuracies, pairs=len(pairs), hits=tuple(hits[0].tolist()), keys=keys))
     if foreign := [row for row in rows if row.name.replace("->", ":") not in retrieve]:
         means = [sum(vars(row)[name] for row in foreign) / len(foreign) for name in (*ACCURACIES, "pairs")]
         rows.append(CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3])))
@@ -116,9 +122,8 @@ def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
     }
     if empty := [name for name, pairs in sets.items() if not pairs]:
         kinds = ", ".join(sorted({caption.kind for _, of_sample in captions for caption in of_sample})) or "none"
-        raise ValueError(
-            f"{config.captions}: no image has captions of both kinds for {', '.join(empty)}; available kinds: {kinds}"
-        )
+        problem = f"no image has captions of both kinds for {', '.join(empty)}"
+        raise ValueError(f"{config.captions}: {problem}; available kinds: {kinds}")
     if config.across:
         kind = config.across_kind
         languages = {c.language for _, of_sample in captions for c in of_sample if c.kind == kind} - {config.home}
@@ -140,18 +145,6 @@ def find_pairs(
     return [(key, left, right) for (left, right), key in pairs.items()]
 
 
-def rank_pairs(name: str, pairs: Pairs, first_NW: Tensor, second_NW: Tensor) -> CaptionScore:
-    """Rank the embeddings of the pairs' captions in both directions."""
-    texts = {text: number for number, text in enumerate(dict.fromkeys(right for _, _, right in pairs))}
-    group_N = torch.tensor([texts[right] for _, _, right in pairs])  # equal texts are equally correct
-    forward, backward = caption_ranks(first_NW, second_NW, group_N=group_N)
-    centred, _ = caption_ranks(first_NW, second_NW, group_N=group_N, center=True)
-    hits, *others = (ranks.hits(1) for ranks in (forward, backward, centred))
-    accuracies = [float(hit_N.mean()) for hit_N in (hits, *others)]
-    keys = tuple(key for key, _, _ in pairs)
-    return CaptionScore(name, *accuracies, pairs=len(pairs), hits=tuple(hits.tolist()), keys=keys)
-
-
 def caption_ranks(
     first_NW: Tensor, second_NW: Tensor, *, center: bool = False, group_N: Tensor | None = None
 ) -> tuple[QueryRanks, QueryRanks]:
@@ -168,14 +161,11 @@ def caption_ranks(
     return rank_both(F.normalize(first_NW, dim=1), F.normalize(second_NW, dim=1), label_N, label_N)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reading:
     """One way of reading the LLM, and what it reached."""
 
-    chat_template: str
-    attention: str
-    layer: int
-    pooling: str
+    way: EncoderConfig
     components: int  # removed; 0: centered alone, -1: no post-processing
     rows: dict[str, float]  # name -> top-1 accuracy
     post: Post | None = field(repr=False, compare=False)
@@ -194,8 +184,8 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
     texts = list(dict.fromkeys(text for pairs in sets.values() for _, *both in pairs for text in both))
     shown = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES]
     found = []
-    encodings, fixed = [config.encoder], has_card(config.encoder)  # the settings for which the LLM is loaded anew
-    if not fixed:
+    encodings, card = [config.encoder], find_card(config.encoder.adapter or config.encoder.llm)
+    if card is None:  # it was not fine-tuned to be read in one way; for each of these settings it is loaded anew
         encodings = [
             # both poolings are tried, but the default alone is refused for a sentence-transformers model
             dataclasses.replace(config.encoder, chat_template=template, attention=attention, layer=-1, pooling="last")
@@ -207,7 +197,7 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
             raise ValueError("--search reads queries as all captions, but the LLM has a query_prompt")
         if encoder.post is not None:
             raise ValueError(f"{encoding.adapter or encoding.llm} is read in one way; nothing to search")
-        own = (encoder.config.pooling,) if fixed else POOLINGS
+        own = (encoder.config.pooling,) if card else POOLINGS
         states = pooled_states(encoder, [*texts, *fitted], own)
         for (pooling, layer), state_NW in states.items():
             posts = remove_components(state_NW[len(texts) :], config.reading.components)
@@ -215,23 +205,10 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
                 read_NW = state_NW[: len(texts)] if post is None else post(state_NW[: len(texts)])
                 row_of = dict(zip(texts, read_NW, strict=True))
                 scores = measure_sets(sets, row_of, row_of, config.measure.retrieve)
-                found.append(
-                    Reading(
-                        chat_template=encoder.config.chat_template,
-                        attention=encoder.config.attention,
-                        layer=layer,
-                        pooling=pooling,
-                        components=components,
-                        rows={row.name: row.cra for row in scores if row.name in shown},
-                        post=post,
-                    )
-                )
+                way = dataclasses.replace(encoder.config, layer=layer, pooling=pooling)
+                rows = {row.name: row.cra for row in scores if row.name in shown}
+                found.append(Reading(way, components, rows, post))
     return sorted(found, key=lambda reading: -reading.score)
-
-
-def has_card(encoding: EncoderConfig) -> bool:
-    """Whether the LLM was fine-tuned to be read in one way."""
-    return find_card(encoding.adapter or encoding.llm) is not None
 
 
 @torch.no_grad()
@@ -267,14 +244,14 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
     rows = {}
     for one in readings[:SHOWN]:
         removed = {-1: "none, not centered", 0: "none, centered"}.get(one.components, str(one.components))
-        way = f"{one.attention}, {one.pooling}, {one.layer}, {removed}, {one.chat_template!r}"
+        way = f"{one.way.attention}, {one.way.pooling}, {one.way.layer}, {removed}, {one.way.chat_template!r}"
         rows[way] = {name: f"{value:.3f}" for name, value in {"score": one.score, **one.rows}.items()}
     title = "attention, pooling, layer, components removed, template"
     print_table(title, rows, f"best of {len(readings)}, chosen on these captions; measure it on others:")
     words = ["--llm", config.encoder.llm, *(["--adapter", config.encoder.adapter] if config.encoder.adapter else [])]
-    if not has_card(config.encoder):
+    if find_card(config.encoder.adapter or config.encoder.llm) is None:
         for name in ("attention", "pooling", "layer", "chat_template"):
-            if (value := vars(best)[name]) != vars(EncoderConfig())[name]:
+            if (value := vars(best.way)[name]) != vars(EncoderConfig())[name]:
                 words += [f"--{name.replace('_', '-')}", str(value)]
     if best.post is not None:
         words += ["--post-file", str(Path(folder or "FOLDER") / POST_FILE)]

@@ -56,8 +56,7 @@ class LabeledImages:
 def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:
     """The labeled images at ``path``: with ``field`` a captioned data source, else tars with .cls or class folders.
 
-    ``field`` and ``cluster`` are fields of each sample's JSON. Raises FileNotFoundError, or ValueError for another
-    layout.
+    ``field`` and ``cluster`` are fields of each sample's JSON. FileNotFoundError, or ValueError for another layout.
     """
     if not field:
         root = Path(path)
@@ -249,7 +248,7 @@ def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> 
 
 @torch.no_grad()
 def class_vectors(
-    dual: Dual, prompts: opening.InMemorySource, cache: EmbeddingCache, *, all_ranks: bool = False
+    dual: Dual, prompts: opening.InMemorySource, cache: EmbeddingCache, all_ranks: bool = False
 ) -> Tensor:
     """(C, D): the mean of each class's normalized prompts, normalized again (Radford et al. 2021, section 3.1.4)."""
     means = []
@@ -287,11 +286,10 @@ def measure_probe(config: ProbeConfig, all_ranks: bool) -> ScoreFile:
         hits["linear"] = linear_probe(train, test.feature_ND) == test_label_N
     means = {name: f"{name}_mean_per_class" for name in hits}
     scores = test.scores(hits, test_classes, means, unseen_classes=len(unseen))
-    if unseen:
-        lost = f"classes without training images (their test images count as wrong): {', '.join(unseen[:10])}"
-        scores = dataclasses.replace(scores, notes=[*scores.notes, lost])
+    lost = f"classes without training images (their test images count as wrong): {', '.join(unseen[:10])}"
     return dataclasses.replace(
         scores,
+        notes=[*([lost] if unseen else []), *scores.notes],
         benchmark="probe",
         model=config.tower,
         provenance=opening.provenance(

@@ -95,8 +95,7 @@ def measure_suites(config: EvaluateConfig, ready: list[Suite], all_ranks: bool) 
     """The score file of each suite: read if its provenance is the same, else measured and written by rank 0."""
     tower, root = opening.open_tower(config.tower, config.device, config.teacher), Path(config.data.path)
     output = Path(config.json or root / f"scores-{tower.dual.card.weights_sha256[:12]}")
-    settings = dataclasses.asdict(config.retrieval) | {"batch": 0, "workers": 0}
-    settings = json.loads(json.dumps(settings))  # as read back
+    settings = json.loads(json.dumps(dataclasses.asdict(config.retrieval) | {"batch": 0, "workers": 0}))  # as read back
     results = {}
     for suite in ready:
         source = suite.open(root)
@@ -108,8 +107,7 @@ def measure_suites(config: EvaluateConfig, ready: list[Suite], all_ranks: bool) 
         if not config.overwrite and path.is_file() and (before := ScoreFile.read(path)).provenance == origin:
             results[suite.name] = before
             continue
-        everything = dataclasses.replace(config.retrieval, kinds=(), languages=())
-        chosen = config.retrieval if suite.choose else everything
+        chosen = config.retrieval if suite.choose else dataclasses.replace(config.retrieval, kinds=(), languages=())
         pairs = embed_pairs(tower.dual, source, cache, tower.images, chosen, all_ranks=all_ranks)
         scores = suite.measure(pairs, chosen, all_ranks=all_ranks, device=tower.device)
         notes = list(scores.notes)

@@ -104,16 +104,15 @@ class ForecastConfig(MeasureConfig):
     encoder: EncoderConfig = field(  # as LLaVA runs it; the state of <s> would drown the captions
         default_factory=lambda: EncoderConfig(attention="causal", layer=-2, include_bos=False)
     )
+    cache: str = ""  # folder of the captions' embeddings; "": embeddings-<fingerprint> in the data's folder
     cluster: str = ""  # field of the samples' JSON; images with the same value are resampled and held out together
     select_layer: int = -2  # hidden state of the tower whose patches are read, LLaVA's mm_vision_select_layer
     limit: int = 1000  # images, evenly spaced, at most
     json: str = ""  # write each tower's measures and every image's values here (score files, for llm2clip compare)
 
     def __post_init__(self) -> None:
-        if not self.towers:
-            raise ValueError(f"no tower given; for example: {EXAMPLE}")
-        if not self.encoder.llm:
-            raise ValueError(f"no LLM given; for example: {EXAMPLE}")
+        if not (self.towers and self.encoder.llm):
+            raise ValueError(f"no {'LLM' if self.towers else 'tower'} given; for example: {EXAMPLE}")
 
 
 EXAMPLE = "llm2clip forecast towers/clip-l14 runs/l14/tower --llm lmsys/vicuna-7b-v1.5 --data /data/lcs-558k.json"
@@ -122,11 +121,11 @@ FORECAST = Command(
     name="forecast",
     example=EXAMPLE,
     about="Before any LLaVA is trained: how well do a tower's patches agree with what an LLM makes of the images' "
-    "captions? Mutual neighbors (RAVEL) and a linear probe, with intervals; of two or more towers the paired "
+    "captions? Mutual neighbors (RAVEL), CKA and a linear probe, with intervals; of two or more towers the paired "
     "differences to the first. Without --data: the package's 200 validation drawings.",
     settings=ForecastConfig,
     arguments="towers",
-    everyday="llm data image-folder kinds languages cluster select-layer limit output device",
+    everyday="llm data image-folder kinds languages cache cluster select-layer limit output device",
     shown={"json": "output"},
     hidden="data.weight data.shuffle_window",
 )
@@ -146,6 +145,10 @@ class ProbeConfig(MeasureConfig):
     k: int = 20  # neighbors that vote
     linear: bool = True  # also fit the linear probe
     json: str = ""  # write the metrics and every test image's hits here (a score file)
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"--k {self.k}: expected at least one neighbor")
 
 
 EVALUATE_PROBE = Command(
@@ -205,8 +208,8 @@ class SearchConfig(MeasureConfig):
     teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
 
     def __post_init__(self) -> None:
-        if not self.text or self.top_k < 1:
-            problem = f"top-k is {self.top_k}" if self.text else "no text to search for"
+        if self.top_k < 1 or not all(map(str.strip, self.text or ("",))):
+            problem = f"top-k is {self.top_k}" if self.top_k < 1 else "no text to search for, or a blank one"
             raise ValueError(f'{problem}; usage: llm2clip search TOWER DATA "a bird on a wire" --top-k 10')
 
 

@@ -18,15 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.contracts import ScoreFile, sha256_text
+from llm2clip_plugin.contracts import ScoreFile, canonical_json, sha256_text
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, select_captions
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate import opening
-from llm2clip_plugin.evaluate.captions import has_card
 from llm2clip_plugin.evaluate.classification import weights_hash
-from llm2clip_plugin.evaluate.config import FORECAST, ForecastConfig
-from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
+from llm2clip_plugin.text.config import EncoderConfig, find_card
+from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision.directory import fetch_directory
@@ -38,7 +40,7 @@ NEIGHBORS = 0.1  # of the images; RAVEL: 100 of 1,000
 FOLDS = 5
 PENALTIES = tuple(10.0**power for power in range(-3, 4))  # of the probe, relative to the mean squared singular value
 
-Images = dict[int, dict[str, str]]  # number in the source -> id, and cluster, resampled and held out together
+Captions = tuple[dict[int, opening.Row], Tensor, dict[str, Any]]  # of `read_captions`
 
 
 def main(argv: list[str]) -> int:
@@ -46,8 +48,10 @@ def main(argv: list[str]) -> int:
     config = FORECAST.parse(argv)
     source = open_source(config.data)
     check_fields(source)
-    images, text_NW, llm = read_captions(config, source)
-    records = [forecast(tower, config, source, images, text_NW, llm) for tower in config.towers]
+    selected = RetrievalConfig(kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster)
+    opening.check_measurable(source, selected)
+    captions = read_captions(config, source)
+    records = [forecast(tower, config, source, captions) for tower in config.towers]
     print_measures(config, records)
     for number, record in enumerate(records if config.json else [], 1):
         path = Path(config.json)
@@ -55,67 +59,72 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_captions(config: ForecastConfig, source: Source) -> tuple[Images, Tensor, dict[str, Any]]:
-    """Up to ``limit`` images with captions, evenly spaced; the mean embedding of each one's captions by the LLM,
-    float32 on the CPU; the LLM's TeacherIdentity."""
-    count, images, texts = min(config.limit, len(source)), Images(), list[list[str]]()
+def read_captions(config: ForecastConfig, source: Source) -> Captions:
+    """Up to ``limit`` images with captions, evenly spaced, by their numbers; the mean of each one's embedded captions,
+    cached, float32 on the CPU; the LLM's TeacherIdentity."""
+    count, rows = min(config.limit, len(source)), dict[int, opening.Row]()
     for number in (place * len(source) // count for place in range(count)):
         with suppress(BrokenSample):
             sample = source[number]
             if used := select_captions(sample.captions, config.data.kinds, config.data.languages):
                 cluster = opening.json_field(sample.meta, config.cluster, sample.key) if config.cluster else sample.key
-                images[number] = {"id": sample.key, "cluster": str(cluster)}
-                texts.append([caption.text for caption in used])
-    folds([image["cluster"] for image in images.values()])  # enough of them, before the work
+                rows[number] = opening.Row(sample.key, None, used, {"cluster": str(cluster)})
+    folds([row.meta["cluster"] for row in rows.values()])  # enough of them, before the work
     encoding = config.encoder
-    if has_card(encoding):  # a fine-tuned LLM is read as its card says
+    if find_card(encoding.adapter or encoding.llm):  # a fine-tuned LLM is read as its card says
         own = {name: getattr(EncoderConfig, name) for name in ("attention", "layer", "include_bos")}
         encoding = dataclasses.replace(encoding, **own)
     encoder = CaptionEncoder(encoding, choose_device(config.device))
-    text_MW = encoder.encode([text for of_image in texts for text in of_image])
-    text_NW = torch.stack([some_mW.mean(0) for some_mW in text_MW.split([len(of_image) for of_image in texts])])
-    return images, text_NW, dataclasses.asdict(encoder.identity())
+    identity = encoder.identity()
+    folder = Path(config.cache or default_cache_folder(source.path, identity.fingerprint))
+    if not config.cache and Path(source.path) == DRAWINGS:  # the package's folder may be read-only
+        folder = default_download_folder().parent / folder.name
+    texts = [[row.key, *(caption.text for caption in row.captions)] for row in rows.values()]
+    captions = opening.InMemorySource(f"forecast-{sha256_text(canonical_json(texts))[:12]}", folder, [*rows.values()])
+    embed_source(captions, encoder, folder)
+    cache = EmbeddingCache.open(folder, expect_fingerprint=identity.fingerprint)
+    embedded = (cache.rows(captions.name, place, row.captions, key=row.key) for place, row in enumerate(captions.rows))
+    return rows, torch.stack([text_mW.mean(0) for text_mW in embedded]), dataclasses.asdict(identity)
 
 
 @torch.no_grad()
-def forecast(
-    tower: str, config: ForecastConfig, source: Source, chosen: Images, text_NW: Tensor, llm: dict[str, Any]
-) -> ScoreFile:
+def forecast(tower: str, config: ForecastConfig, source: Source, captions: Captions) -> ScoreFile:
     """The measures of one tower, and every readable image's values. ValueError for a layer that the tower lacks."""
+    (rows, text_NW, llm), layer = captions, config.select_layer
     directory, device = fetch_directory(tower), choose_device(config.device)
     model: Any = load_tower(directory).to(device).eval()
     states = model.config.num_hidden_layers + 1
-    if not -states <= config.select_layer < states:
-        raise ValueError(f"--select-layer {config.select_layer}: {tower} has hidden states {-states} to {states - 1}")
+    if not -states <= layer < states:
+        raise ValueError(f"--select-layer {layer}: {tower} has hidden states {-states} to {states - 1}")
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
     first = int(family_of(model).has_cls)
 
     def encode(pixels: Tensor) -> Tensor:
         states = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True).hidden_states
-        return on_grid(states[config.select_layer][:, first:].float())
+        return on_grid(states[layer][:, first:].float())
 
-    options = {"batch": config.batch, "workers": config.workers, "indices": list(chosen)}
+    options = {"batch": config.batch, "workers": config.workers, "indices": list(rows)}
     encoded = opening.encode_images(encode, source, images, device, label=opening.dataset_name(tower), **options)
-    row_of = {number: row for row, number in enumerate(chosen)}
-    text_NW, found = text_NW[[row_of[number] for number in encoded.numbers]], [chosen[n] for n in encoded.numbers]
     patch_NPH = encoded.joined().to(device)
+    readable = torch.isin(torch.tensor([*rows]), torch.tensor(encoded.numbers))
+    text_NW, clusters = text_NW[readable], [rows[number].meta["cluster"] for number in encoded.numbers]
     values = {  # of the images, whose mean is the measure
         "neighbors": neighbors(patch_NPH, text_NW.to(device)).cpu(),
-        "probe": explained(patch_NPH.mean(1).cpu(), text_NW, [image["cluster"] for image in found]),
+        "CKA": cka_by_image(patch_NPH.mean(1).cpu(), text_NW),
+        "probe": explained(patch_NPH.mean(1).cpu(), text_NW, clusters),
     }
     items = [
-        image | {"score": float(values["neighbors"][row])} | {name: float(value[row]) for name, value in values.items()}
-        for row, image in enumerate(found)
+        {"id": key, "cluster": cluster, "score": float(values["neighbors"][place])}
+        | {name: float(value_N[place]) for name, value_N in values.items()}
+        for place, (key, cluster) in enumerate(zip(encoded.keys, clusters, strict=True))
     ]
     return ScoreFile(
         benchmark=f"forecast:{opening.dataset_name(config.data.path)}",
         metrics={name: float(value_N.mean()) for name, value_N in values.items()},
         items=items,
-        counts={"images": len(found), "left_out": len(encoded.broken)},
+        counts={"images": len(items), "left_out": len(encoded.broken)},
         model=tower,
-        provenance=opening.provenance(
-            weights_sha256=weights_hash(directory), llm=llm, select_layer=config.select_layer
-        ),
+        provenance=opening.provenance(weights_sha256=weights_hash(directory), llm=llm, select_layer=layer),
         notes=[f"left out: {error}" for error in encoded.broken],
     )
 
@@ -142,7 +151,7 @@ def print_measures(config: ForecastConfig, records: Sequence[ScoreFile]) -> None
                 less[name] = f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}] {word}"
     count, llm = records[0].counts["images"], opening.dataset_name(config.encoder.llm)
     title = f"forecast for {llm} on {count} images of {opening.dataset_name(config.data.path)}"
-    opening.print_table(title, rows, "95 % intervals over images or --cluster; chance: neighbors .1, probe 0")
+    opening.print_table(title, rows, "95 % intervals over images or --cluster; chance: neighbors .1, CKA and probe 0")
 
 
 def interval(record: ScoreFile, name: str, base: ScoreFile | None = None) -> Interval:
@@ -201,6 +210,32 @@ def neighbor_overlap(one_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
         index_Nk = similarity_NN.clone().fill_diagonal_(-torch.inf).topk(k).indices
         near.append(torch.zeros_like(similarity_NN, dtype=torch.bool).scatter_(1, index_Nk, True))
     return (near[0] & near[1]).sum(1) / k
+
+
+def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
+    """(N,) float64: linear CKA (Kornblith et al. 2019, arXiv 1905.00414), debiased (Nguyen et al. 2021, arXiv
+    2010.15327), plus each image's jackknife influence on it (Arvesen 1969), whose mean is 0.
+
+    1 for features that differ by rotation and scale, about 0 for unrelated ones. Not CKA itself is bootstrapped, as
+    images drawn twice are similar on both sides and raise it.
+    """
+    grams = []
+    for feature_NF in (one_NH.double(), other_NW.double()):
+        centered_NF = feature_NF - feature_NF.mean(0)
+        grams.append((centered_NF @ centered_NF.T).fill_diagonal_(0))
+    both, ones, others = (hsic(*pair) for pair in ((grams[0], grams[1]), (grams[0], grams[0]), (grams[1], grams[1])))
+    cka = both / (ones * others).sqrt()
+    return cka[0] + (len(one_NH) - 1) * (cka[1:].mean() - cka[1:])
+
+
+def hsic(one_NN: Tensor, other_NN: Tensor) -> Tensor:
+    """(1 + N,) the unbiased estimator of HSIC (Song et al. 2012, equation 5) of all images, then without each."""
+    product_N, one_N, other_N = (one_NN * other_NN).sum(1), one_NN.sum(1), other_NN.sum(1)
+    products, ones, others = (some_N.sum() - 2 * F.pad(some_N, (1, 0)) for some_N in (product_N, one_N, other_N))
+    lost_N = one_N * other_N + one_NN @ other_N + other_NN @ one_N - product_N
+    rows, count = one_N @ other_N - F.pad(lost_N, (1, 0)), F.pad(torch.full_like(one_N, -1.0), (1, 0)) + len(one_NN)
+    sums = ones * others / ((count - 1) * (count - 2))
+    return (products + sums - 2 * rows / (count - 2)) / (count * (count - 3))
 
 
 def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> Tensor:

@@ -22,7 +22,7 @@ from llm2clip_plugin.contracts import CacheManifest, ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.pairs import EvalPairs
-from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample
+from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample, select_captions
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import ContractError, printable
@@ -39,6 +39,7 @@ Result = TypeVar("Result")
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 NOTES_SHOWN = 10
+LOOKED_AT = 2048  # samples whose JSON is read before a run, evenly spaced: what fewer lack is found later
 ALL = "all"  # the part with every caption
 
 
@@ -254,9 +255,17 @@ def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = ""
 
 
 def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:
-    """ValueError, before the work, for a field that the first sample lacks; ``option``: prefix of the settings."""
-    with suppress(BrokenSample):
-        first = source.record(0)
-        for setting, name in (("group", config.group), ("cluster", config.cluster)):
-            if name:
-                json_field(first.meta, name, first.key, before=f"{option}{setting} {name}: {source.path}: ")
+    """ValueError for kinds and languages without a caption, a field that a sample lacks; ``option``: their prefix."""
+    images, captions = min(config.limit or len(source), len(source)), set[Caption]()
+    for number in range(0, images, max(1, images // LOOKED_AT)):
+        with suppress(BrokenSample):
+            sample = source[number]
+            captions.update(sample.captions)
+            for setting, name in (("group", config.group), ("cluster", config.cluster)):
+                if name:
+                    json_field(sample.meta, name, sample.key, before=f"{option}{setting} {name}: {source.path}: ")
+    if not select_captions(list(captions), config.kinds, config.languages):
+        known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions})) or "none"
+        kinds, languages = (" ".join(names) or "(any)" for names in (config.kinds, config.languages))
+        wanted = f"{option}kinds {kinds} and {option}languages {languages}"
+        raise ValueError(f"no caption of {source.path} has {wanted}; known: {known}")

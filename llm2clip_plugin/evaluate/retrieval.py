@@ -211,8 +211,8 @@ def embed_pairs(
     """
     with eval_mode(dual) as encoders, torch.no_grad():
         options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "kinds": config.kinds}
-        options |= {"languages": config.languages, "indices": range(min(config.limit or len(source), len(source)))}
-        options |= {"all_ranks": all_ranks, "quiet": quiet}
+        options |= {"languages": config.languages, "all_ranks": all_ranks, "quiet": quiet}
+        options["indices"] = range(min(config.limit or len(source), len(source)))
         device = next(encoders.parameters()).device
         found = encode_images(encoders.encode_image, source, images, device, **options)
         image_ND = found.joined()
@@ -302,10 +302,9 @@ def evaluate_retrieval(
     all_ranks: bool = False,
     quiet: bool = False,
 ) -> RetrievalReport:
-    """Measure a dual encoder's retrieval on a data source whose captions are in the cache.
+    """Measure a dual encoder's retrieval on a data source whose captions are in the cache; every submodule keeps its
+    mode (train, eval). ``all_ranks``: every rank of the default process group calls this and gets the report.
 
-    Also for use during training: every submodule keeps its mode (train, eval). ``all_ranks``: every rank of the
-    default process group calls this and gets the report; the ranks split the work.
     Raises ValueError if no image is usable, or if samples have no field ``group`` or ``cluster``.
     """
     config = config or RetrievalConfig()
@@ -335,9 +334,8 @@ def report_retrieval(
             used_M[place] = first.setdefault(caption, place) == place
     parts = {ALL: ranked(used_M)}
     names = [f"{caption.kind}:{caption.language}" for caption in pairs.captions]
-    distinct = list(dict.fromkeys(names))
-    if len(distinct) > 1:
-        for name in distinct:
+    if len(set(names)) > 1:
+        for name in dict.fromkeys(names):
             parts[name] = ranked(used_M & torch.tensor([other == name for other in names]))
     cluster = config.cluster or config.group
     return RetrievalReport(

@@ -9,6 +9,7 @@ Shapes: N images of a part, Q texts, D projection dimension.
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample],
         for place, (number, score) in enumerate(of_text, 1):
             record = source.record(number)
             print(f"{place:4}  {score:6.3f}  {printable(record.key)}")
-            picture = thumbnail(record.read_image()) if config.output else None
+            picture = None
+            with suppress(BrokenSample):  # embedded before it was deleted
+                picture = thumbnail(record.read_image()) if config.output else None
             results[text].append({"key": record.key, "score": score, "picture": picture})
     print()
     for error in broken[: opening.NOTES_SHOWN]:
@@ -85,13 +88,11 @@ def embed_images(
     images = dataclasses.asdict(tower.images)
     digest = sha256_text(canonical_json([card.weights_sha256, card.adapter_sha256, data, images, PART]))
     parent = Path(config.cache) if config.cache else default_download_folder().parent / "search"
-    starts = range(0, len(source), PART)
-    parts = [parent / f"{source.name}-{digest[:12]}" / f"{part:05d}.safetensors" for part in range(len(starts))]
-    broken: list[BrokenSample] = []
+    names = [f"{part:05d}.safetensors" for part in range(-(-len(source) // PART))]
+    parts, broken = [parent / f"{source.name}-{digest[:12]}" / name for name in names], list[BrokenSample]()
+    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
     for part in on_first_rank(lambda: [number for number, path in enumerate(parts) if not path.is_file()]):
-        indices = range(starts[part], min(starts[part] + PART, len(source)))
-        options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "indices": indices}
-        options |= {"all_ranks": all_ranks}
+        options["indices"] = range(part * PART, min((part + 1) * PART, len(source)))
         found = opening.encode_images(tower.dual.encode_image, source, tower.images, tower.device, **options)
         broken += found.broken
         if rank(group_of(all_ranks)) == 0:
@@ -127,6 +128,5 @@ def folder_of_images(path: str) -> opening.InMemorySource | None:
         return None
     stamps = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = f"{root.resolve().name}-{sha256_text(canonical_json(stamps))[:12]}"
-    return opening.InMemorySource(
-        name, root, [opening.Row(stamp[0], file) for stamp, file in zip(stamps, files, strict=True)]
-    )
+    rows = [opening.Row(stamp[0], file) for stamp, file in zip(stamps, files, strict=True)]
+    return opening.InMemorySource(name, root, rows)

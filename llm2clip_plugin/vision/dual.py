@@ -255,7 +255,8 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
     """The card of a dual encoder's directory, its paths made absolute, and the DualConfig in it; ValueError without."""
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     if not card.projection_dim:
-        raise ValueError(f"{directory} contains only a tower, without a projection; open it with load_tower")
+        fit = f"fit heads on it (train-tower --tower {directory} --num-train-epochs 0) or open it with load_tower"
+        raise ValueError(f"{directory} contains only a tower, without a projection; {fit}")
     return card, from_plain(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
 
 

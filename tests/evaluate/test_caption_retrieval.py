@@ -100,8 +100,10 @@ def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     assert len({one.score for one in found}) > 3
     training = first_captions(str(folder / "train.jsonl"), FIT_CAPTIONS)
-    for number, one in enumerate([*found[:2], *[one for one in found if (one.layer, one.components) == (1, 2)][:2]]):
-        settings = {name: vars(one)[name] for name in ("attention", "pooling", "layer", "chat_template")}
+    for number, one in enumerate(
+        [*found[:2], *[one for one in found if (one.way.layer, one.components) == (1, 2)][:2]]
+    ):
+        settings = {name: vars(one.way)[name] for name in ("attention", "pooling", "layer", "chat_template")}
         if one.post is not None:
             plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu")
             assert torch.allclose(one.post.mean, plain.encode(training).mean(0), atol=1e-5)

@@ -1,5 +1,6 @@
 """Forecast: its measures against scikit-learn, loops and closed forms; the command on tiny towers and a tiny LLM."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,30 @@ def test_whitening_is_by_the_covariance_of_ledoit_and_wolf(rows: int):
     white_MF = measures.whitened(feature_MF).double().numpy()
     expected = centered_MF @ np.linalg.inv(fitted.covariance_) @ centered_MF.T
     np.testing.assert_allclose(white_MF @ white_MF.T, expected, rtol=1e-3, atol=1e-3)
+
+
+def unbiased_cka(one_ND: Tensor, other_NE: Tensor) -> float:
+    """Song et al. 2012, equation 5, as it is written."""
+
+    def hsic(one_NN: Tensor, other_NN: Tensor) -> float:
+        count, ones_N = len(one_NN), torch.ones(len(one_NN), dtype=torch.float64)
+        sums = ones_N @ one_NN @ ones_N * (ones_N @ other_NN @ ones_N) / (count - 1) / (count - 2)
+        rows = 2 / (count - 2) * (ones_N @ one_NN @ other_NN @ ones_N)
+        return float((one_NN @ other_NN).trace() + sums - rows) / count / (count - 3)
+
+    one_NN, other_NN = ((x @ x.T).fill_diagonal_(0) for x in (one_ND.double(), other_NE.double()))
+    return hsic(one_NN, other_NN) / (hsic(one_NN, one_NN) * hsic(other_NN, other_NN)) ** 0.5
+
+
+def test_cka_by_image_is_the_jackknife():
+    one_ND, other_NE = normal(40, 8), normal(40, 8) + normal(40, 8, seed=1)
+    rest = [torch.cat([torch.arange(image), torch.arange(image + 1, 40)]) for image in range(40)]
+    without = [unbiased_cka(one_ND[kept], other_NE[kept]) for kept in rest]
+    expected = unbiased_cka(one_ND, other_NE) + 39 * (np.mean(without) - np.array(without))
+    np.testing.assert_allclose(measures.cka_by_image(one_ND, other_NE), expected, rtol=1e-9, atol=1e-9)
+    turned_ND = 2 * one_ND @ torch.linalg.qr(normal(8, 8, seed=9))[0]
+    np.testing.assert_allclose(measures.cka_by_image(one_ND, turned_ND), 1, atol=1e-4)
+    assert abs(float(measures.cka_by_image(normal(300, 8, seed=2), normal(300, 8, seed=3)).mean())) < 0.03
 
 
 def test_best_match_similarity_by_loops():
@@ -107,7 +132,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert scores[0].metrics != scores[1].metrics
     for name, value in scores[0].metrics.items():
         assert value == pytest.approx(np.mean([item[name] for item in scores[0].items]))
-    teacher = scores[0].provenance["llm"]
+    (manifest,) = (tmp_path / "data").glob("embeddings-*/manifest.json")
+    teacher = json.loads(manifest.read_text())["teacher"]
     assert [teacher[name] for name in ("attention", "layer", "include_bos")] == ["causal", -2, False]
-    assert cli.main([*words, "--cluster", "image"]) == 0
+    (shard,) = manifest.parent.glob("forecast-*.safetensors")
+    written = shard.stat().st_mtime_ns
+    assert cli.main([*words, "--cluster", "image"]) == 0 and shard.stat().st_mtime_ns == written
     assert cli.main([*words, "--cluster", "family"]) == 2 and "'family'" in capsys.readouterr().err
+    assert cli.main([*words, "--kinds", "lng"]) == 2
+    assert "--kinds lng and --languages (any); known: long:en, short:de, short:en" in capsys.readouterr().err

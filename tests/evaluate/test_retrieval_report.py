@@ -1,6 +1,7 @@
 """From files to recall: parts, groups, ranks, broken samples, the command."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.commands import intervals
 from llm2clip_plugin.evaluate.config import RetrievalConfig
+from llm2clip_plugin.evaluate.opening import InMemorySource, Row, check_measurable
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, evaluate_retrieval, recall, report_retrieval
 
 IMAGES = ImageConfig(size=32)
@@ -116,6 +118,16 @@ def test_during_training_the_model_comes_back_as_it_was(opened):
     assert metrics == evaluate_retrieval(tiny_dual(), *opened, IMAGES, RetrievalConfig(group="colour")).metrics()
     assert {name: module.training for name, module in dual.named_modules()} == before
     assert all(parameter.grad is None for parameter in dual.parameters())
+
+
+def test_kinds_and_fields_are_checked_before_the_work():
+    rows = [Row(key, None, (Caption("x", "short"),), meta) for key, meta in (("a", {"g": 1}), ("b", {}))]
+    source = InMemorySource("two", Path(), rows)
+    check_measurable(source, RetrievalConfig(kinds=("short",), group="g", limit=1))
+    with pytest.raises(ValueError, match=r"--group g: .*sample 'b' has no field 'g'"):
+        check_measurable(source, RetrievalConfig(group="g"))
+    with pytest.raises(ValueError, match=r"--kinds lng and --languages \(any\); known: short:en"):
+        check_measurable(source, RetrievalConfig(kinds=("lng",)))
 
 
 def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, capsys):

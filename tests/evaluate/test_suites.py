@@ -15,7 +15,7 @@ from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
-from llm2clip_plugin.evaluate.suites import hard_negatives, select_suites, suites
+from llm2clip_plugin.evaluate.suites import hard_negatives, paper, select_suites, suites
 
 NAMES = list(COLOURS)
 
@@ -146,6 +146,18 @@ def test_every_spelling_of_flickr_cn_is_read(lines, tmp_path):
     assert row.key == "7" and [caption.text for caption in row.captions] == ["一只狗", "狗"]
 
 
+def test_a_huge_array_is_read_no_further_than_needed(tmp_path, monkeypatch):
+    items = [{"image": f"{number}.jpg", "conversations": [{}, {"value": "]}," * number}]} for number in range(1, 6)]
+    path = tmp_path / paper.SHAREGPT4V
+    path.write_text(" [\n" + " ,\n".join(map(json.dumps, items)) + ", {cut short", encoding="utf-8")
+    monkeypatch.setattr(paper, "BEGINNING", path.stat().st_size - 5)
+    monkeypatch.setattr(paper, "SHAREGPT4V_ITEMS", 5)
+    assert [row.key for row in paper.read_sharegpt4v(tmp_path)] == [item["image"] for item in items]
+    monkeypatch.setattr(paper, "SHAREGPT4V_ITEMS", 6)
+    with pytest.raises(ValueError, match=r"1107\.json cannot be used .* download it again"):
+        paper.read_sharegpt4v(tmp_path)
+
+
 def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, capsys):
     _, tower, _ = setting
     assert cli(["evaluate", str(tower), "--suite", "docci", "--data", str(tmp_path)]) == 2
@@ -161,7 +173,7 @@ def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, caps
 def test_a_file_with_another_layout_is_named(tmp_path):
     images(tmp_path / "docci" / "images", ["x.jpg"])
     text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": "test", "image_file": "x.jpg"}\n')
-    with pytest.raises(ValueError, match=r"layout of .*docci: KeyError\('example_id'\)"):
+    with pytest.raises(ValueError, match=r"docci cannot be used \(KeyError: 'example_id'\); .* authors publish"):
         suites()["docci"].open(tmp_path)
     text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": \n')
     with pytest.raises(ValueError, match=r"docci_descriptions\.jsonlines cannot be used"):

@@ -90,10 +90,8 @@ class Suite:
     def open(self, root: Path) -> InMemorySource:
         """The suite as a data source; ValueError for files of another layout."""
         folder = root / self.name
-        try:
+        with errors_about(folder, fix="its files are expected as their authors publish them"):
             return InMemorySource(self.name, folder, self.read(folder))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"unexpected layout of the files in {folder}: {error!r}") from error
 
 
 def suites() -> dict[str, Suite]:

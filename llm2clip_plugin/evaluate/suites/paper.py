@@ -1,5 +1,6 @@
 """The retrieval benchmarks of the paper and of its authors' page, with the numbers reported there."""
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -7,15 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.evaluate.suites import (
-    Row,
-    Suite,
-    first_existing,
-    read_json,
-    read_json_lines,
-    recall_by_language,
-    to_captions,
-)
+from llm2clip_plugin.evaluate.suites import Row, Suite, first_existing, read_json_lines, recall_by_language, to_captions
+from llm2clip_plugin.files import errors_about, read_json_value
 
 # Flickr30k and COCO, with English captions (the Karpathy test splits) and with Chinese ones.
 KARPATHY = "caption_datasets.zip of https://cs.stanford.edu/people/karpathy/deepimagesent/"
@@ -29,13 +23,15 @@ CHINESE_LINE = re.compile(r"((?:COCO_\w+_)?\d+)(?:\.jpg)?(?:#\S*)?[\s,]+(.*\S)")
 # Images with one long caption each: ShareGPT4V-1k (of Long-CLIP), Urban-1k and DOCCI.
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 SHAREGPT4V_ITEMS = 1000  # Long-CLIP excludes the first thousand from training
+BEGINNING = 1 << 24  # characters of that file of gigabytes; a thousand items take two million
+BETWEEN = re.compile(r"\s*[\[,]\s*(?=\{)")  # what precedes an object of an array
 URBAN = "https://huggingface.co/datasets/BeichenZhang/Urban1k"
 DOCCI = "https://storage.googleapis.com/docci/data"
 
 
 def karpathy_test(path: Path, image: Callable[[dict[str, Any]], Path]) -> list[Row]:
     """The test split of Karpathy's JSON; ``image`` maps an item to its image file."""
-    items = [item for item in read_json(path)["images"] if item["split"] == "test"]
+    items = [item for item in read_json_value(path)["images"] if item["split"] == "test"]
     texts = [[part["raw"] for part in item["sentences"][:KARPATHY_CAPTIONS]] for item in items]
     return [Row(item["filename"], image(item), to_captions(raw)) for item, raw in zip(items, texts, strict=True)]
 
@@ -80,11 +76,15 @@ def read_coco_cn(folder: Path) -> list[Row]:
 
 def read_sharegpt4v(folder: Path) -> list[Row]:
     """The JSON's first items; images below ``data/``, or next to the JSON."""
-    images = first_existing(folder / "data", folder)
-    return [
-        Row(item["image"], images / item["image"], to_captions([item["conversations"][1]["value"]], "long"))
-        for item in read_json(folder / SHAREGPT4V)[:SHAREGPT4V_ITEMS]
-    ]
+    path, images = folder / SHAREGPT4V, first_existing(folder / "data", folder)
+    rows, place = list[Row](), 0
+    with errors_about(path, fix="download it again"), path.open(encoding="utf-8") as file:
+        text = file.read(BEGINNING)
+        while len(rows) < SHAREGPT4V_ITEMS and (start := BETWEEN.match(text, place)):
+            item, place = json.JSONDecoder().raw_decode(text, start.end())
+            captions = to_captions([item["conversations"][1]["value"]], "long")
+            rows.append(Row(item["image"], images / item["image"], captions))
+    return rows
 
 
 def read_urban(folder: Path) -> list[Row]:
