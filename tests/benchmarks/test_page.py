@@ -159,12 +159,11 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
         return [bool(question["image"]) for question in embedded(tmp_path / "compare.html")["questions"]]
 
     assert pictured() == [False] * 12
-    told = "12 pictures of our own were not found; pass their folder with --image-folder"
+    told = "12 pictures were not found; pass their folder with --image-folder"
     assert told in (tmp_path / "compare.html").read_text()
     assert pictured("--image-folder", pictures) == [True] * 12
-    assert pictured("--image-folder", pictures, "--no-images") == [False] * 12
     assert find_image(("",), tmp_path / "pictures", "../old/own.scores.json") is None
-    with pytest.raises(FileNotFoundError, match="--image-folder"):
+    with pytest.raises(ValueError, match="--image-folder"):
         compare([*arguments, "--image-folder", str(tmp_path / "nowhere")])
 
 
@@ -182,7 +181,7 @@ def test_data_that_were_not_scored_bring_no_picture(tmp_path):
         about = {"data": str(folder), "data_sha256": digest}
         record = ScoreFile(benchmark="gqa", metrics={}, items=[{"id": 1, "score": 1}], provenance=about)
         side = load_side(record.write(tmp_path / "gqa.scores.json"))
-        assert picture_folders([side], None) == {"gqa": expected}
+        assert picture_folders("gqa", side.runs["gqa"], None) == expected
 
 
 def test_hostile_names_and_ids_stay_text(tmp_path):

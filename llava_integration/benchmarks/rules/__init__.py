@@ -1,14 +1,8 @@
 """One file per benchmark, or per family; each defines ``BENCHMARK``, and a new file is a new benchmark."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+from llava_integration.benchmarks.benchmark import Benchmark
 from llm2clip_plugin.files import discover
 from llm2clip_plugin.options import unknown
-
-if TYPE_CHECKING:
-    from llava_integration.benchmarks.benchmark import Benchmark
 
 
 def benchmarks() -> dict[str, Benchmark]:

@@ -121,12 +121,9 @@ class SEEDBench(base.Benchmark):
     unanswered question is wrong.
     """
 
-    def _annotations(self, folder: Path) -> dict:
-        where = "from https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
-        return read_json_value(self.require(folder, *self.annotations, where=where))
-
     def load(self, folder: Path) -> list[base.Question]:
-        data = self._annotations(folder)
+        where = "from https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
+        data = read_json_value(self.require(folder, *self.annotations, where=where))
         names = {number: name for name, number in data["question_type"].items()}
         return [
             base.Question(
@@ -160,12 +157,6 @@ class SEEDBench(base.Benchmark):
         counts = {name: {"correct": sum(values), "count": len(values)} for name, values in types.items()}
         return base.flatten({**metrics, "printed_percent": printed, "correct_and_count_per_type": counts})
 
-    def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
-        """The leaderboard's file: one ``{question_id, prediction}`` per line, in the annotations' order."""
-        identifiers = [entry["question_id"] for entry in self._annotations(folder)["questions"]]
-        texts = base.texts_by_id(answers, identifiers)
-        return [{"question_id": name, "prediction": texts[str(name)]} for name in identifiers]
-
 
 def _media(entry: Row) -> str:
     media = entry["data_id"]
@@ -180,7 +171,6 @@ SEEDBENCH = SEEDBench(
     folders=("seed_bench", "seedbench", "seed-bench"),
     annotations=("SEED-Bench.json",),
     question_files=("llava-seed-bench.jsonl", "llava-seed-bench*.jsonl"),
-    submission_format="jsonl",
     published=base.published_scores(llava_7b=58.6, llava_13b=61.6),
 )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer, Answers, Row
+from llava_integration.benchmarks.answers import Answer
 from llm2clip_plugin.files import read_json_value
 
 NOT_A_STEP = ("exist", "query: name", "choose name")  # operations that ask rather than reason
@@ -36,7 +36,10 @@ class GQA(base.Benchmark):
                 category=entry["types"]["structural"],
                 extra={
                     "semantic": entry["types"]["semantic"],
-                    "steps": sum(_is_step(f"{one['operation']}: {one['argument']}") for one in entry["semantic"]),
+                    "steps": sum(
+                        not any(word in f"{one['operation']}: {one['argument']}" for word in NOT_A_STEP)
+                        for one in entry["semantic"]
+                    ),
                     "words": len(entry["question"].split()),
                     "group": entry["groups"]["global"],
                 },
@@ -72,13 +75,6 @@ class GQA(base.Benchmark):
             tree[name] = {key: 100 * base.mean(values) for key, values in groups.items()}
             tree[f"{name}_count"] = {key: len(values) for key, values in groups.items()}
         return base.flatten(tree)
-
-    def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
-        return [{"questionId": answer.id, "prediction": convert(answer.text or "")} for answer in answers.rows]
-
-
-def _is_step(name: str) -> bool:
-    return not any(word in name for word in NOT_A_STEP)
 
 
 def convert(text: str) -> str:
@@ -118,6 +114,5 @@ BENCHMARK = GQA(
     ),
     question_files=("llava_gqa*.jsonl",),
     image_folders=("data/images", "images", ""),
-    submission_format="json",
     published=base.published_scores(llava_7b=62.0, llava_13b=63.3, reproduced_7b=62.86, llm2clip_7b=63.15),
 )
