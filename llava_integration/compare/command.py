@@ -49,7 +49,6 @@ class CompareConfig:
             ("level", 0.5 <= self.level < 1, "a number in [0.5, 1)"),
             ("effect", self.effect > 0, "a number above 0"),
             ("runs", min(self.runs, default=0) > 0, "whole numbers above 0"),
-            ("spread", self.spread is None or self.spread >= 0, "0 or more"),
             ("image-folder", self.image_folder is None or self.image_folder.is_dir(), "a folder"),
         ):
             if not fits:
@@ -103,9 +102,8 @@ def main(argv: list[str] | None = None) -> int:
 
 POWER = 0.8  # probability of detecting the difference
 CORRELATION = 0.5  # of the two sides' scores over images, where one is known
-MOST_RUNS = 1000  # more trainings than anyone can run
 MOST_TIMES = 1e6  # as many times the images at most
-PLAN = ("benchmark", "images", "runs a side", "detectable", "images needed", "of these", "runs needed", "varies by")
+PLAN = ("benchmark", "images", "runs a side", "detectable", "images needed", "of these", "varies by")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +143,6 @@ class Noise:
         enough = bisect_left(counts, True, key=lambda images: self.detectable(images, runs, level=level) <= effect)
         return counts[0] + enough
 
-    def runs_needed(self, effect: float, *, level: float = 0.95) -> int | None:
-        """How many runs a side detect ``effect`` on these images; None if no number does, or the spread is unknown."""
-        if self.spread is None:
-            return None
-        counts = range(2 if self.spread else 1, MOST_RUNS + 1)
-        return next((runs for runs in counts if self.detectable(self.images, runs, level=level) <= effect), None)
-
 
 def plan(sides: Sequence[Side], *, spread: float | None = None, resamples: int = 1000, seed: int = 0) -> list[Noise]:
     """The noise of every benchmark of the base, or of both sides where there are two.
@@ -163,13 +154,11 @@ def plan(sides: Sequence[Side], *, spread: float | None = None, resamples: int =
     if len(sides) > 2:
         raise ValueError(f"--plan takes one side or two, got {len(sides)}: " + ", ".join(side.name for side in sides))
     base, new = sides[0], sides[-1]
-    names = ordered(set(base.runs) & set(new.runs))
-    if not names:
-        raise ValueError(f"{base.name} and {new.name} have no benchmark in common")
-    return [_measure(base, new, name, spread, resamples, seed) for name in names]
+    return [measure(base, new, name, spread, resamples, seed) for name in ordered(set(base.runs) & set(new.runs))]
 
 
-def _measure(base: Side, new: Side, name: str, spread: float | None, resamples: int, seed: int) -> Noise:
+def measure(base: Side, new: Side, name: str, spread: float | None, resamples: int, seed: int) -> Noise:
+    """The noise of one benchmark."""
     *runs, _ = paired_runs(name, base, new)
     first = runs[0][0]
     statistics = [[run.statistic for run in side] for side in runs]
@@ -190,8 +179,7 @@ def _measure(base: Side, new: Side, name: str, spread: float | None, resamples: 
         answer_error=math.sqrt(slips) * wider,
         spread=spread,
     )
-    measured = statistics if new is not base else statistics[:1]
-    values = [[run.full() for run in side] for side in measured if len(side) > 1]
+    values = [[run.full() for run in side] for side in statistics[: 1 + (new is not base)] if len(side) > 1]
     freedom = sum(len(side) - 1 for side in values)
     if spread is not None or not freedom:
         return noise
@@ -216,7 +204,6 @@ def plan_rows(
                 f"{noise.detectable(noise.images, count, level=level):.2f}",
                 str(needed or "no number"),
                 f"x {needed / noise.images:.2g}" if needed else "",
-                str(noise.runs_needed(effect, level=level) or ("?" if noise.spread is None else "no number")),
                 over_images + ("" if noise.spread is None else f", {noise.spread:.2f} over trainings"),
             )
 

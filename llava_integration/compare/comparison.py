@@ -12,11 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_integration.benchmarks.benchmark import Benchmark, Statistic, mean_of_parts, mean_statistic
-from llava_integration.benchmarks.rules import benchmarks, published
+from llava_integration.benchmarks.rules import benchmarks
 from llava_integration.benchmarks.rules.mme import paired_accuracy
 from llava_integration.compare.readers import BY_PART, Log, read_logs, readers
 from llava_integration.compare.statistics import Difference, compare, counted, holm, pair
 from llm2clip_plugin.files import ContractError
+
+EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
+FEWEST_IN_COMMON = 0.9  # fraction of questions that both sides must have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +75,6 @@ def load_side(path: Path, name: str = "") -> Side:
 
     Raises FileNotFoundError, or ContractError for what can't be read or compared.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no score file, log or folder {path}")
     records = read_logs(path)
     if not records:
         raise FileNotFoundError(
@@ -109,19 +110,21 @@ def run_of(path: Path, record: Log) -> Run:
     if len(set(ids)) < len(ids):
         raise ContractError(f"{path} has item {Counter(ids).most_common(1)[0][0]} twice; score the answers again")
     rule, notes = benchmarks().get(record.benchmark), record.notes
-    own, title = rule, rule.title if rule else record.benchmark
+    own = rule
     if rule and (lacking := [name for name in rule.item_fields if any(name not in item for item in items)]):
         own, notes = None, [f"items have no {', '.join(lacking)}; mean score instead of {rule.headline}", *notes]
     scores = [float(item["score"]) for item in items]
     unit = own.unit if own else "points" if record.aggregate == "MME" else ""
-    lists = {
-        "ids": ids,
-        "scores": scores,
-        "clusters": [str(item.get("cluster", item["id"])) for item in items],
-        "groups": [str(item.get("category") or "") for item in items],
-        "unit": unit or ("%" if all(0 <= score <= 1 for score in scores) else "score"),
-    }
-    run = Run(**{**vars(record), "notes": notes}, rule=own, title=title, **lists)
+    run = Run(
+        **{**vars(record), "notes": notes},
+        ids=ids,
+        scores=scores,
+        clusters=[str(item.get("cluster", item["id"])) for item in items],
+        groups=[str(item.get("category") or "") for item in items],
+        rule=own,
+        title=rule.title if rule else record.benchmark,
+        unit=unit or ("%" if all(0 <= score <= 1 for score in scores) else "score"),
+    )
     number, printed = run.statistic.full(), record.printed
     if printed is None or math.isclose(number, printed * run.scale, rel_tol=1e-3, abs_tol=0.01):
         return run
@@ -144,12 +147,6 @@ def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
             for place, side in enumerate(sides)
         ]
     return sides
-
-
-# The comparison
-
-EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
-FEWEST_IN_COMMON = 0.9  # fraction of questions that both sides must have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,14 +178,10 @@ class Row:
 
     def power_line(self) -> str:
         """The difference that this many questions can detect."""
-        size, detectable = abs(self.result.difference), self.result.detectable
-        start = f"{self.questions} questions on {self.images} images"
-        if not detectable:
+        start, unit = f"{self.questions} questions on {self.images} images", "points" if self.unit == "%" else self.unit
+        if not self.result.detectable:
             return f"{start}; both sides have the same score on each"
-        unit = "points" if self.unit == "%" else self.unit
-        line = f"{start}: a difference of {detectable:.2f} {unit} is detectable with 80 % power"
-        times = (detectable / size) ** 2 if size else 0.0
-        return f"{line}; detecting {size:.2f} needs {times:.1f} times the questions" if 1 < times < 100 else line
+        return f"{start}: a difference of {self.result.detectable:.2f} {unit} is detectable with 80 % power"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,26 +239,24 @@ def build(
     bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
     rows = [compare_benchmark(*task, resamples=resamples, level=level, seed=seed) for task in bar]
     rows = [replace(row, p_holm=p) for row, p in zip(rows, holm([row.result.p for row in rows]), strict=True)]
-    runs = {
-        name: {side.name: side.runs[name] for side in sides if name in side.runs}
-        for name in ordered(name for side in sides for name in side.runs)
-    }
-    firsts = {name: next(iter(of_name.values()))[0] for name, of_name in runs.items()}
-    compared = {row.benchmark for row in rows}
+    titles, units, scores = {}, {}, {}
+    for name in ordered(name for side in sides for name in side.runs):
+        runs = {side.name: side.runs[name] for side in sides if name in side.runs}
+        scores[name] = {side: sum(run.statistic.full() for run in of) / len(of) for side, of in runs.items()}
+        first, *_ = next(iter(runs.values()))
+        titles[name], units[name] = first.title, first.unit
+    published: dict[str, dict[str, float]] = {}
+    for name, rule in benchmarks().items():
+        if references and any(row.benchmark == name for row in rows):
+            for model, value in rule.published.items():
+                published.setdefault(model, {})[name] = value
     return Comparison(
         names=tuple(side.name for side in sides),
         rows=tuple(rows),
-        scores={
-            name: {side: sum(run.statistic.full() for run in of) / len(of) for side, of in of_name.items()}
-            for name, of_name in runs.items()
-        },
-        titles={name: run.title for name, run in firsts.items()},
-        units={name: run.unit for name, run in firsts.items()},
-        references={
-            label: {name: value for name, value in values.items() if name in compared}
-            for label, values in published().items()
-            if references and compared & set(values)
-        },
+        scores=scores,
+        titles=titles,
+        units=units,
+        references=published,
         settings={"resamples": resamples, "level": level, "seed": seed},
         notes=tuple(dict.fromkeys(notes)),
         warnings=tuple(warnings(sides)),
@@ -353,10 +344,9 @@ def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run],
     shared = set.intersection(*(set(run.ids) for run in runs))
     largest = max(len(run.ids) for run in runs)
     if len(shared) < FEWEST_IN_COMMON * largest:
-        sizes = ", ".join(str(len(run.ids)) for run in runs)
         raise ContractError(
-            f"{name}: the score files of {base.name} and {new.name} share {len(shared)} questions of {sizes}; they "
-            "were scored with different data or splits. Score both with the same --data"
+            f"{name}: the score files of {base.name} and {new.name} share {len(shared)} questions of "
+            f"{', '.join(str(len(run.ids)) for run in runs)}. Score both with the same --data"
         )
     first, *others = (run.pick([one for one in runs[0].ids if one in shared]) for run in runs)
     for run in others:
@@ -367,8 +357,6 @@ def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run],
                     f"{other.get('truth')!r} in {run.model}; score both with the same --data"
                 )
     notes = [] if len(shared) == largest else [f"{largest - len(shared)} questions are not in every file; ignored"]
-    if len({run.provenance.get("data_sha256", "") for run in runs} - {""}) > 1:
-        notes.append("the sides were scored with different annotation files; truths in common are equal")
     count = len(base.runs[name])
     return [first, *others][:count], [first, *others][count:], notes
 

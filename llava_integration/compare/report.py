@@ -15,14 +15,13 @@ from typing import Any
 
 from llava_integration.benchmarks.benchmark import Item, find_image
 from llava_integration.benchmarks.rules import benchmarks
-from llava_integration.compare.comparison import Comparison, Row, Run, Side
+from llava_integration.compare.comparison import Comparison, Row, Run, Side, paired_runs
+from llm2clip_plugin.bootstrap import p_value
 from llm2clip_plugin.console import page_style, render, thumbnail
 from llm2clip_plugin.contracts import sha256_text
 
 HERE = Path(__file__).parent
-SIDES = 6  # colors of page.css, base first
 FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
-WIDTH = 240  # of a drawing
 LONGEST = 600  # characters of a question or an answer that are shown
 NOTE = "reported by others, one run, no interval; VQAv2, VizWiz and MMBench on splits that a server scores"
 HEADER = ("benchmark", "base", "new", "difference", "interval", "p", "p (Holm)", "wins", "losses", "verdict")
@@ -35,26 +34,16 @@ def number(value: float, unit: str = "%", *, signed: bool = False) -> str:
     return f"{value:{'+' if signed and value else ''}.{places}f}"
 
 
-def p_value(value: float) -> str:
-    """Three decimals; smaller values as a bound."""
-    return "<.001" if value < 0.001 else f"{value:.3f}".lstrip("0") if value < 1 else "1"
-
-
 def cells(row: Row) -> tuple[str, ...]:
     """A row's columns under HEADER."""
     result = row.result
-    base, new, spread_base, spread_new = (
-        number(value, row.unit) for value in (result.base, result.new, result.spread_base, result.spread_new)
-    )
-    difference, low, high = (
-        number(value, row.unit, signed=True) for value in (result.difference, result.low, result.high)
-    )
+    sides = ((result.base, result.spread_base), (result.new, result.spread_new))
+    ends = (number(value, row.unit, signed=True) for value in (result.low, result.high))
     return (
         row.title if row.unit == "%" else f"{row.title} ({row.unit})",
-        f"{base} ±{spread_base}" if result.spread_base else base,
-        f"{new} ±{spread_new}" if result.spread_new else new,
-        difference,
-        f"[{low}, {high}]",
+        *(number(value, row.unit) + (f" ±{number(spread, row.unit)}" if spread else "") for value, spread in sides),
+        number(result.difference, row.unit, signed=True),
+        f"[{', '.join(ends)}]",
         p_value(result.p),
         p_value(row.p_holm),
         str(row.wins),
@@ -67,9 +56,8 @@ def method_lines(comparison: Comparison) -> list[str]:
     """The statistical methods, in sentences."""
     settings, runs = comparison.settings, [row.runs for row in comparison.rows]
     lines = [
-        f"Intervals: {settings['level']:.0%}, paired bootstrap over images ({settings['resamples']} resamples, seed "
-        f"{settings['seed']}), composite scores resampled as composites. p: permutation over images, two-sided; Holm "
-        "over all rows."
+        "Intervals: {level:.0%}, paired bootstrap over images ({resamples} resamples, seed {seed}), composite scores "
+        "resampled as composites. p: permutation over images, two-sided; Holm over all rows.".format(**settings)
     ]
     if any(max(counts) > 1 for counts in runs):
         lines.append(
@@ -107,18 +95,13 @@ def text(comparison: Comparison) -> str:
         lines += ["", f"## {new} (new) against {base} (base)", "", *table(HEADER, map(cells, rows)), ""]
         lines += [f"- {line}" for line in row_lines(rows)]
     if published := comparison.references:
-        names = [name for name in comparison.titles if any(name in values for values in published.values())]
-        rows = [
-            [model, *(f"{values[name]:g}" if name in values else "" for name in names)]
+        shown = [
+            [model, *(f"{values[name]:g}" if name in values else "" for name in comparison.titles)]
             for model, values in published.items()
         ]
-        header = ["", *(comparison.titles[name] for name in names)]
-        lines += ["", f"Published, not measured here ({NOTE}):", "", *table(header, rows)]
+        lines += ["", f"Published, not measured here ({NOTE}):", "", *table(["", *comparison.titles.values()], shown)]
     lines += ["", *(f"- {note}" for note in (*comparison.notes, *method_lines(comparison)))]
     return "\n".join(lines).strip() + "\n"
-
-
-# The page
 
 
 def page(comparison: Comparison, sides: Sequence[Side], *, images: Path | None = None, questions: int = 80) -> str:
@@ -133,23 +116,25 @@ def page(comparison: Comparison, sides: Sequence[Side], *, images: Path | None =
     shown = []
     for row in (row for row in comparison.rows if row.base == comparison.names[0]):
         place = comparison.names.index(row.new)
-        runs = [sides[one].runs[row.benchmark][0] for one in (0, place)]
-        folders = picture_folders(row.benchmark, runs, images)
-        for base, new in disagreements(*runs, questions):
+        (base_run, *_), (new_run, *_), _ = paired_runs(row.benchmark, sides[0], sides[place])
+        folders = picture_folders(row.benchmark, [base_run, new_run], images)
+        for base, new in disagreements(base_run.items, new_run.items, questions):
             picture = picture_key(row.benchmark, base, folders, encoded)
             shown.append({"benchmark": row.title, "pair": place, "image": picture, **_question(base, new)})
-    notes = [*method_lines(comparison), *comparison.notes, *row_lines(comparison.rows)]
+    notes = [*method_lines(comparison), *comparison.notes]
+    for new, base, rows in comparison.pairs():
+        notes += [f"{new} against {base}: {line}" if len(sides) > 2 else line for line in row_lines(rows)]
     if any(max(row.runs) > 1 for row in comparison.rows):
         notes.append("With several runs, the browser shows the answers of the first.")
     if missing := sum(uri is None for uri in encoded.values()):
         notes.append(f"{missing} pictures were not found; pass their folder with --image-folder")
-    # where zero and each row's low end, estimate and high end are in a drawing, all on one scale
+    # zero and each row's low end, estimate and high end, as fractions of a drawing's width, all on one scale
     ends = []
     for row in comparison.rows:
         size = FULL_MME if row.unit == "points" else 1.0
         ends.append([0.0, *(end / size for end in (row.result.low, row.result.difference, row.result.high))])
     low, high = min(map(min, ends)), max(map(max, ends))
-    drawn = [[round(8 + (end - low) / ((high - low) or 1) * (WIDTH - 16), 1) for end in row] for row in ends]
+    drawn = [[(end - low) / ((high - low) or 1) for end in row] for row in ends]
     return render(
         HERE / "page.html",
         comparison=comparison,
@@ -161,12 +146,10 @@ def page(comparison: Comparison, sides: Sequence[Side], *, images: Path | None =
         notes=notes,
         data={"names": comparison.names, "questions": shown, "images": encoded},
         drawn=drawn,
-        width=WIDTH,
         header=HEADER,
         cells=cells,
         number=number,
         published=NOTE,
-        color=lambda place: f"var(--side-{place % SIDES})",
     )
 
 
@@ -196,19 +179,17 @@ def picture_key(name: str, item: Item, folders: Sequence[Path], encoded: dict[st
     return key if encoded.get(key) else ""
 
 
-def disagreements(base: Run, new: Run, most: int) -> list[tuple[Item, Item]]:
+def disagreements(base: Sequence[Item], new: Sequence[Item], most: int) -> list[tuple[Item, Item]]:
     """At most so many questions whose scores differ: wins and losses evenly, spread over the benchmark, in its order.
 
     Items without an answer, such as the queries of retrieval, are left out.
     """
-    news = dict(zip(new.ids, new.items, strict=True))
     pairs = [
-        (item, news[key])
-        for key, item in zip(base.ids, base.items, strict=True)
-        if key in news
-        and "answer" in item
-        and "answer" in news[key]
-        and (item.get("is_multimodal", True) or news[key].get("is_multimodal", True))  # ScienceQA-IMG
+        (old, now)
+        for old, now in zip(base, new, strict=True)
+        if "answer" in old
+        and "answer" in now
+        and (old.get("is_multimodal", True) or now.get("is_multimodal", True))  # ScienceQA-IMG
     ]
     won = [place for place, (old, now) in enumerate(pairs) if now["score"] > old["score"]]
     lost = [place for place, (old, now) in enumerate(pairs) if now["score"] < old["score"]]

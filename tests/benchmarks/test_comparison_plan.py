@@ -64,12 +64,8 @@ def test_as_many_images_as_planned_detect_the_effect(pilot):
 def test_what_no_number_reaches_and_what_one_side_knows(pilot):
     (noise,) = plan(pilot, spread=2.0)
     assert noise.images_needed(1.0, 3) is None  # three runs that vary by 2 points can't show 1 point on any images
-    assert noise.runs_needed(0.01) is None
-    enough = noise.runs_needed(6.0)
-    assert enough is not None and noise.detectable(noise.images, enough) <= 6.0
-    assert enough == 2 or noise.detectable(noise.images, enough - 1) > 6.0
     (alone,) = plan([load_side(pilot[0].path / "0.scores.json")])
-    assert alone.spread is None and alone.runs_needed(1.0) is None and alone.images_needed(1.0, 1) is not None
+    assert alone.spread is None and alone.images_needed(1.0, 1) is not None
     assert alone.image_error == pytest.approx(100 * (0.25 / 800) ** 0.5, rel=0.05)  # half right, correlation .5
 
 

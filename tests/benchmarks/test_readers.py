@@ -301,7 +301,7 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "p.jsonl": ('{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n', "p.jsonl.*category"),
     "v.jsonl": ('{"doc_id": 0, "doc_hash": "", "coco_CIDEr": {"pred": "a", "answer": ["a"]}}\n', "coco_CIDEr of v"),
     "w.jsonl": ('{"doc_id": 0, "doc_hash": "", "mmvp_pair_accuracy": 1}\n', "w.jsonl"),
-    "x.tsv": ("index\tprediction\teval_match\teval_score\n0\tA\t[1, \t1\n", "line 2"),
+    "x.tsv": ("index\tprediction\teval_match\teval_score\n0\tA\t[1, \t1\n", r"x\.tsv"),
     "y.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": 1}\n', "y.jsonl"),
     "s.tsv": ("index\tprediction\thit\n0\tA\tmaybe\n", "line 2"),
     "u.tsv": ("index\tprediction\thit\n0\tA\n", "line 2"),

@@ -17,12 +17,3 @@ def benchmark(name: str) -> Benchmark:
     if name not in known:
         raise ValueError(unknown("benchmark", name, known))
     return known[name]
-
-
-def published() -> dict[str, dict[str, float]]:
-    """Published headline numbers: model -> benchmark -> number."""
-    table: dict[str, dict[str, float]] = {}
-    for name, member in benchmarks().items():
-        for model, value in member.published.items():
-            table.setdefault(model, {})[name] = value
-    return table

@@ -8,6 +8,7 @@ composite's rule reads (``benchmarks/rules/``). Standard library only; what a fo
 import csv
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -121,7 +122,7 @@ def table(path: Path) -> Iterator[tuple[str, list[Any]]]:
     else:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            yield from ((f"{path}, line {lines.line_num}", line) for line in lines)
+            yield from ((f"{path}, line {lines.line_num}", line) for line in lines if line)
 
 
 def columns(path: Path) -> list[str]:
@@ -142,7 +143,10 @@ def first_object(path: Path) -> dict[str, Any]:
 
 
 def number(value: Any, where: str) -> float:
-    """A score as a number; ContractError for anything else. True is 1."""
+    """A score, which a table has as text, as a number; ContractError for anything else. True is 1."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float({"true": "1", "false": "0"}.get(value.lower(), value))
     if isinstance(value, (int, float)) and abs(value) <= 1e12:
         return float(value)
     raise ContractError(f"{where} is {value!r}; expected a finite number")

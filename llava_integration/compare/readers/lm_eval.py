@@ -9,6 +9,8 @@ answer is right.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,11 @@ ALONE = "the log names no images: questions are drawn one by one, so the interva
 Lines = Sequence[tuple[str, dict[str, Any]]]  # where it is, and a line of the log
 
 
-def is_harness(path: Path) -> bool:
-    """Recognized by its name, or by a line that has the hash of its document and the names of its metrics."""
-    return bool(HARNESS.search(path.name)) or {"doc_id", "doc_hash", "metrics"} <= set(first_object(path))
-
-
-def is_lmms_eval(path: Path) -> bool:
-    """Recognized by its name, or by a line with a document's hash and, unlike lm-evaluation-harness, no metrics."""
+def is_log(path: Path, pattern: re.Pattern[str]) -> bool:
+    """Recognized by its name, or by a line with a document's hash and, of the harness alone, the names of metrics."""
     line = first_object(path)
-    return bool(LMMS_EVAL.search(path.name)) or ({"doc_id", "doc_hash"} <= set(line) and "metrics" not in line)
+    hashed = {"doc_id", "doc_hash"} <= set(line) and ("metrics" in line) == (pattern is HARNESS)
+    return bool(pattern.search(path.name)) or hashed
 
 
 class Summary:
@@ -129,11 +127,11 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
         item_of(line, line.get(metric), sign * number(score_of(line.get(metric)), f"{where}: {metric}"))
         for where, line in lines
     ]
+    log = summary.log(metric, items)
     if sign == 1:
-        return summary.log(metric, items)
-    printed = summary.printed(metric)
+        return log
     notes = [f"{metric}: lower is better, so its negative is compared"]
-    return summary.log(metric, items, printed=None if printed is None else -printed, group=(), notes=notes)
+    return replace(log, printed=log.printed and -log.printed, group=(), notes=notes)
 
 
 def item_of(line: dict[str, Any], value: Any, score: float) -> dict[str, Any]:
@@ -239,10 +237,7 @@ def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
 def _mmstar(lines: Lines, summary: Summary, metric: str) -> Log:
     """Each ability (l2_category) has equal weight."""
     items = [
-        {
-            **item_of(line, line[metric], number(line[metric]["score"], f"{where}: score")),
-            "category": line[metric]["l2_category"],
-        }
+        item_of(line, line[metric], number(line[metric]["score"], where)) | {"category": line[metric]["l2_category"]}
         for where, line in lines
     ]
     return summary.log(metric, items, aggregate=BY_PART)
@@ -253,6 +248,6 @@ COMPOSITES: dict[str, Callable[[Lines, Summary, str], Log]] = {"pope_f1_score": 
 
 
 READER = [
-    Reader(name="lm-evaluation-harness", endings=(".jsonl",), fits=is_harness, read=read_harness),
-    Reader(name="lmms-eval", endings=(".jsonl",), fits=is_lmms_eval, read=read_lmms_eval),
+    Reader(name="lm-evaluation-harness", endings=(".jsonl",), fits=partial(is_log, pattern=HARNESS), read=read_harness),
+    Reader(name="lmms-eval", endings=(".jsonl",), fits=partial(is_log, pattern=LMMS_EVAL), read=read_lmms_eval),
 ]

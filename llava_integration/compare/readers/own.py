@@ -67,7 +67,6 @@ COLUMNS = {  # ours: theirs
     "task": ("task", "benchmark"),
     "run": ("run", "seed"),
 }
-WORDS = {"true": 1.0, "false": 0.0}
 
 
 def _places(names: list[str]) -> dict[str, int]:
@@ -83,20 +82,12 @@ def table_read(path: Path) -> Iterator[Log]:
     places = _places(names)
     tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for where, cells in lines:
-        if not cells:  # an empty line
-            continue
         if len(cells) != len(names):
             raise ContractError(f"{where}: {len(cells)} cells, not {len(names)}")
         got = {ours: cells[place] for ours, place in places.items()}
         if got["id"] in (None, ""):
             raise ContractError(f"{where}: no {names[places['id']]}")
-        score = got["score"]
-        if isinstance(score, str):
-            try:
-                score = WORDS[score.lower()] if score.lower() in WORDS else float(score)
-            except ValueError:
-                pass  # number() says what it is
-        item = {"id": str(got["id"]), "score": number(score, f"{where}: {names[places['score']]}")}
+        item = {"id": str(got["id"]), "score": number(got["score"], f"{where}: {names[places['score']]}")}
         item["cluster"] = str(got.get("cluster") or item["id"])
         item["category"] = str(got.get("category") or "")
         tables.setdefault((str(got.get("task") or path.stem), str(got.get("run") or "")), []).append(item)

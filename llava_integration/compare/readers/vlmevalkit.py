@@ -8,7 +8,6 @@ import ast
 import csv
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ ENDING = re.compile(
     r"(_(exact_matching|openai|chatgpt[\w.-]*?|gpt[\w.-]*?))?_(auxmatch|result|results|detailed_results|score)$"
 )
 ANLS_THRESHOLD = 0.5  # a nearness below is none
-TEXT = {"True": 1.0, "False": 0.0}
 
 
 def fits(path: Path) -> bool:
@@ -74,16 +72,12 @@ def read(path: Path) -> Iterator[Log]:
 
 def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
     """A row's score: the column's value, or what VLMEvalKit makes of a row's matches with several answers."""
-    value: Any = TEXT.get(str(row.get(column)), row.get(column))
-    try:
-        matches = [float(one) for one in ast.literal_eval(str(row.get("eval_match") or "[]"))]
-        if matches and data.startswith(("DocVQA", "InfoVQA")):  # distances
-            return 1 - min(matches) if min(matches) <= 1 - ANLS_THRESHOLD else 0.0
-        if matches and data.startswith(("ChartQA", "OCRVQA")):
-            return max(matches)
-        return number(float(value), where)
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise ContractError(f"{where} is {value!r}; expected a number") from error
+    matches = [float(one) for one in ast.literal_eval(str(row.get("eval_match") or "[]"))]
+    if matches and data.startswith(("DocVQA", "InfoVQA")):  # distances
+        return 1 - min(matches) if min(matches) <= 1 - ANLS_THRESHOLD else 0.0
+    if matches and data.startswith(("ChartQA", "OCRVQA")):
+        return max(matches)
+    return number(row.get(column), where)
 
 
 def _printed(stem: Path) -> dict[str, float]:
@@ -93,8 +87,7 @@ def _printed(stem: Path) -> dict[str, float]:
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             row = next((row for row in rows if row.get("split") == "Overall"), rows[0] if len(rows) == 1 else {})
-            with suppress(ValueError):
-                return {name: float(row[name]) for name in ("Overall", "perception", "reasoning") if row.get(name)}
+            return {name: float(row[name]) for name in ("Overall", "perception", "reasoning") if row.get(name)}
     return {}
 
 
