@@ -1,11 +1,10 @@
-"""What the benchmarks share: ways that take turns, peak memory, made-up data and models, and one table.
+"""What the benchmarks share: ways that take turns, peak memory, made-up photographs, and one table.
 
 Run a benchmark from the repository's folder: ``python -m benchmarks.step --help``.
 """
 
 import argparse
 import io
-import json
 import platform
 import tarfile
 import time
@@ -21,53 +20,46 @@ import torch
 from PIL import Image
 
 T = TypeVar("T")
-WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in the evening rain".split()
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
+def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     """A parser that describes itself with a module's docstring, with the option of every benchmark."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rounds", type=int, default=5, help="timed runs of each way")
+    made.add_argument("--rounds", type=int, default=rounds, help="timed runs of each way")
     return made
-
-
-# ------------------------------------------------------------------------------------------- measurements
 
 
 class Run(NamedTuple):
     """One timed call and its result."""
 
-    wall: float  # seconds
-    cpu: float  # processor seconds, which other programs hardly disturb
+    seconds: float
     result: Any
 
-    @property
-    def seconds(self) -> float:
-        """Wall time if there is a GPU, else processor time."""
-        return self.wall if torch.cuda.is_available() else self.cpu
+
+def timed(work: Callable[[], Any], *, wall: bool = False) -> Run:
+    """Call ``work`` and wait until the GPU has finished.
+
+    Seconds are wall time if there is a GPU or if asked, else processor time, which other programs hardly disturb.
+    """
+    on_gpu = torch.cuda.is_available()
+    clock = time.perf_counter if on_gpu or wall else time.process_time
+    if on_gpu:
+        torch.cuda.synchronize()
+    start, result = clock(), work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return Run(clock() - start, result)
 
 
-def timed(work: Callable[[], Any]) -> Run:
-    """Call ``work`` and wait until the GPU has finished."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = work()
-    wait()
-    return Run(time.perf_counter() - wall, time.process_time() - cpu, result)
-
-
-def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: bool = True) -> dict[str, list[Run]]:
+def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int, *, wall: bool = False) -> dict[str, list[Run]]:
     """Time every way once a round, each round starting with the next way; an additional first round is not counted."""
     names = list(ways)
     runs: dict[str, list[Run]] = {name: [] for name in names}
-    for number in range(rounds + warm_up):
+    for number in range(rounds + 1):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            run = timed(ways[name])
-            if number >= warm_up:
-                runs[name].append(run)
-    return runs
+            runs[name].append(timed(ways[name], wall=wall))
+    return {name: of_way[1:] for name, of_way in runs.items()}
 
 
 def peak_growth(work: Callable[[], T]) -> tuple[int, T]:
@@ -103,43 +95,23 @@ def alternate_processes(
     return runs, {way: f"{max(one[way][0] for one in rounds) / 2**20:,.0f}" for way in runs}
 
 
-# -------------------------------------------------------------------------------------------------- table
-
-
 def print_table(
-    about: str,
-    runs: Mapping[str, Sequence[Run]],
-    *,
-    amount: float,
-    unit: str,
-    clock: str = "seconds",
-    columns: Mapping[str, Mapping[str, str]] | None = None,
+    about: str, runs: Mapping[str, Sequence[Run]], *, amount: float, unit: str, **columns: Mapping[str, str]
 ) -> None:
     """Markdown: ``amount`` of ``unit`` per second of each way, and its speed against the first, round by round.
 
     Ratios: median [lowest, highest]. ``columns``: title -> way -> cell, in addition.
     """
-    columns, base = columns or {}, next(iter(runs.values()))
-    device = "wall" if clock == "wall" else "GPU" if torch.cuda.is_available() else "CPU"
-    print(f"\n{about}; {machine()}\n")
-    print(f"| way | {unit} / s ({device}) | ratio |", end="")
-    print("".join(f" {title} |" for title in columns))
-    print("|---" * (3 + len(columns)) + "|")
-    for name, timed_runs in runs.items():
-        seconds = [getattr(run, clock) for run in timed_runs]
-        ratios = [getattr(b, clock) / s for b, s in zip(base, seconds, strict=True)]
+    base, gpu = next(iter(runs.values())), torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
+    print(f"\n{about}; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    heads = ["way", f"{unit} / s ({'GPU' if gpu else 'CPU'})", "ratio", *columns]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    for name, of_way in runs.items():
+        ratios = [first.seconds / run.seconds for first, run in zip(base, of_way, strict=True)]
+        speed = f"{amount / median(run.seconds for run in of_way):,.4g}"
         spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        cells = "".join(f" {of_way.get(name, '')} |" for of_way in columns.values())
-        print(f"| {name} | {amount / median(seconds):,.4g} | {spread} |{cells}", flush=True)
-
-
-def machine() -> str:
-    """The device, its threads, and torch's version."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-# --------------------------------------------------------------------------------------- data and models
+        print(f"| {' | '.join([name, speed, spread, *(cells[name] for cells in columns.values())])} |", flush=True)
 
 
 def write_shard(folder: Path, count: int, *, side: int = 512, quality: int = 95) -> Path:
@@ -164,27 +136,3 @@ def photo_like(rng: np.random.Generator, side: int) -> Image.Image:
     fields = [(field - field.mean()) / field.std() for field in fields]
     pixels = np.stack([0.8 * fields[0] + 0.3 * field for field in fields], axis=-1) * 45 + 120
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def random_llama(folder: Path) -> Path:
-    """A Llama of 8 blocks of width 256 with random weights, and a byte-level tokenizer."""
-    from tokenizers import ByteLevelBPETokenizer, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
-    tokens: Any = [*specials.values()]
-    tokenizer.train_from_iterator([" ".join(WORDS)], min_frequency=0, show_progress=False, special_tokens=tokens)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": tokenizer.get_vocab_size()}
-    LlamaForCausalLM(LlamaConfig.from_dict({**sizes, **ids})).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **specials).save_pretrained(folder)
-    return folder
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """JSON Lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path

@@ -6,7 +6,6 @@ Both read the same tar of 512-pixel JPEGs, crop and resize at random, normalize,
 """
 
 import argparse
-import os
 import tempfile
 from collections.abc import Iterator
 from itertools import islice
@@ -24,6 +23,29 @@ from llm2clip_plugin.data.samples import AugmentConfig
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 
 
+def webdataset_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Batches of pixels by webdataset, PIL and torchvision."""
+    from torchvision import transforms
+    from webdataset.compat import WebDataset
+
+    images, bicubic = ImageConfig(size=args.size), transforms.InterpolationMode.BICUBIC
+    crop = transforms.RandomResizedCrop(args.size, scale=args.scale, interpolation=bicubic)
+    steps = [crop, transforms.ToTensor(), transforms.Normalize(images.mean, images.std)]
+    dataset = WebDataset([str(tar)], shardshuffle=False, empty_check=False).shuffle(100).decode("pilrgb")
+    pairs: Any = dataset.to_tuple("jpg", "txt").map_tuple(transforms.Compose(steps), str)
+    for pixels, _ in DataLoader(cast(IterableDataset, pairs.batched(args.batch)), batch_size=None):
+        yield pixels
+
+
+def own_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Batches of pixels by this project: index, order, read, decode, augment, choose a caption, stack."""
+    images, augment = ImageConfig(size=args.size), AugmentConfig(scale=tuple(args.scale))
+    source, normalize = open_source(SourceConfig(path=str(tar))), Normalize(images)
+    dataset = PairDataset([source], [None], images, augment, seed=0)
+    for batch in islice(PairLoader(dataset, local_batch=args.batch), -(-len(source) // args.batch)):
+        yield normalize(batch["pixels"])
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=512)
@@ -35,41 +57,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tar = write_shard(Path(folder), args.images)
         ways = {
-            "webdataset + PIL + torchvision": lambda: sum(map(len, webdataset_batches(str(tar), args))),
-            "llm2clip": lambda: sum(map(len, own_batches(folder, args))),
+            "webdataset + PIL + torchvision": lambda: sum(map(len, webdataset_batches(tar, args))),
+            "llm2clip": lambda: sum(map(len, own_batches(tar, args))),
         }
         runs = alternate(ways, args.rounds)
-        kilobytes = os.path.getsize(tar) / args.images / 1000
-        print_table(
-            f"JPEGs of 512 px, {kilobytes:.0f} kB, to {args.size} px, crops of {args.scale[0]:g} to {args.scale[1]:g}",
-            runs,
-            amount=args.images,
-            unit="images",
-        )
-
-
-def webdataset_batches(tar: str, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Batches of pixels by webdataset, PIL and torchvision."""
-    from torchvision import transforms
-    from webdataset.compat import WebDataset
-
-    images, bicubic = ImageConfig(size=args.size), transforms.InterpolationMode.BICUBIC
-    crop = transforms.RandomResizedCrop(args.size, scale=args.scale, interpolation=bicubic)
-    steps = [crop, transforms.ToTensor(), transforms.Normalize(images.mean, images.std)]
-    dataset = WebDataset([tar], shardshuffle=False, empty_check=False).shuffle(100).decode("pilrgb")
-    pairs: Any = dataset.to_tuple("jpg", "txt").map_tuple(transforms.Compose(steps), str)
-    batches = cast(IterableDataset, pairs.batched(args.batch))
-    for pixels, _ in DataLoader(batches, batch_size=None):
-        yield pixels
-
-
-def own_batches(data: str, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Batches of pixels by this project: index, order, read, decode, augment, choose a caption, stack."""
-    images, augment = ImageConfig(size=args.size), AugmentConfig(scale=tuple(args.scale))
-    source, normalize = open_source(SourceConfig(path=data)), Normalize(images)
-    dataset = PairDataset([source], [None], images, augment, seed=0)
-    for batch in islice(PairLoader(dataset, local_batch=args.batch), -(-len(source) // args.batch)):
-        yield normalize(batch["pixels"])
+    about = f"JPEGs of 512 px to {args.size} px, crops of {args.scale[0]:g} to {args.scale[1]:g}"
+    print_table(about, runs, amount=args.images, unit="images")
 
 
 if __name__ == "__main__":

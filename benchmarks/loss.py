@@ -26,22 +26,18 @@ LOSSES = {"full logits": full_loss, "llm2clip, in blocks": contrastive_loss}
 
 def measure(way: str, args: argparse.Namespace) -> tuple[int, Run]:
     """Growth of the peak memory in one forward and backward pass, its time, and the loss."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
     torch.manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-    pairs = [
-        F.normalize(torch.randn(args.pairs, args.width, device=device), dim=-1).to(dtype).requires_grad_()
-        for _ in range(2)
-    ]
+    pairs = [F.normalize(torch.randn(args.pairs, args.width, device=device), dim=-1).to(dtype) for _ in range(2)]
     scale = torch.tensor([1 / 0.07], device=device, requires_grad=True)
 
-    def forward_backward(*sides: torch.Tensor) -> float:
-        loss = LOSSES[way](*sides, scale)
+    def forward_backward(count: int) -> float:
+        loss = LOSSES[way](*(side[:count].requires_grad_() for side in pairs), scale)
         loss.backward()
         return loss.item()
 
-    forward_backward(*(side.detach()[:64].requires_grad_() for side in pairs))  # the first call loads kernels
-    return peak_growth(lambda: timed(lambda: forward_backward(*pairs)))
+    forward_backward(64)  # the first call loads kernels
+    return peak_growth(lambda: timed(lambda: forward_backward(args.pairs)))
 
 
 def main() -> None:
@@ -51,9 +47,9 @@ def main() -> None:
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = options.parse_args()
     runs, memory = alternate_processes(measure, LOSSES, args)
-    losses = {way: f"{of_way[0].result:.7g}" for way, of_way in runs.items()}
+    loss = {way: f"{of_way[0].result:.7g}" for way, of_way in runs.items()}
     about = f"loss of {args.pairs} pairs, width {args.width}, {args.dtype}"
-    print_table(about, runs, amount=1, unit="passes", columns={"peak MiB": memory, "loss": losses})
+    print_table(about, runs, amount=1, unit="passes", loss=loss, **{"peak MiB": memory})
 
 
 if __name__ == "__main__":

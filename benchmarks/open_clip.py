@@ -52,10 +52,11 @@ def open_clip_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callabl
         key, captions = source.captions(number)
         embeddings[captions[0].text] = cache.rows(*source.locate(number), captions, key=key)[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    off = dict.fromkeys(("distill", "horovod", "wandb", "distributed"), False)
-    one = {"world_size": 1, "rank": 0, "accum_freq": 1, "batch_size": args.batch, "log_every_n_steps": 10**9}
-    how = {"device": device, "precision": "fp32", "skip_scheduler": True, "grad_clip_norm": OPTIM.max_grad_norm}
-    settings = SimpleNamespace(**off, **one, **how)
+    settings = SimpleNamespace(
+        **dict.fromkeys(("distill", "horovod", "wandb", "distributed"), False),
+        **{"world_size": 1, "rank": 0, "accum_freq": 1, "batch_size": args.batch, "log_every_n_steps": 10**9},
+        **{"device": device, "precision": "fp32", "skip_scheduler": True, "grad_clip_norm": OPTIM.max_grad_norm},
+    )
     model, loss, transform = OpenClipModel(dual).to(device), ClipLoss(), image_transform(224, is_train=True)
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     adam = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
@@ -114,9 +115,9 @@ def main() -> None:
             "open_clip": open_clip_epoch(make_dual(args.tower), folder, args),
             "llm2clip": our_epoch(make_dual(args.tower), folder, args),
         }
-        runs = alternate(ways, args.rounds)
-    about = f"{args.tower}, batch {args.batch}, {args.steps} steps a round"
-    print_table(about, runs, amount=args.steps * args.batch, unit="images", clock="wall")
+        runs = alternate(ways, args.rounds, wall=True)
+    about = f"{args.tower}, batch {args.batch}, {args.steps} steps a round, seconds of the clock"
+    print_table(about, runs, amount=args.steps * args.batch, unit="images")
 
 
 if __name__ == "__main__":

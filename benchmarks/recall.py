@@ -3,9 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.recall --batch 1024
 
 - llm2clip: ``llm2clip_plugin.evaluate.retrieval.recall``, tiles and counted ranks
-- one-hot: LLM2CLIP and CLIP_benchmark with several captions per image: all scores and all correct pairs as
-  N x M matrices, then for each k and direction top-k in batches of queries, one-hot over all items, times the correct
-  pairs. ``--batch``: their default is 64, LLM2CLIP's own script passes 1024
+- one-hot: LLM2CLIP's and CLIP_benchmark's: scores and correct pairs as N x M matrices, then for each k and direction
+  top-k in batches of queries (64 by default, 1024 in LLM2CLIP's script), one-hot over all items, times the pairs
 
 Each runs in a new process on synthetic embeddings with noise, so that recall is neither 0 nor 1; all must agree.
 """
@@ -59,15 +58,14 @@ def measure(way: str, args: argparse.Namespace) -> tuple[int, Run]:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.set_defaults(rounds=1)
+    options = parser(__doc__, rounds=1)
     options.add_argument("--images", type=int, default=5000)
     options.add_argument("--captions", type=int, default=25000)
     options.add_argument("--batch", type=int, default=64, help="queries per batch of one-hot")
     args = options.parse_args()
     runs, memory = alternate_processes(measure, WAYS, args)
     about = f"recall of {args.images:,} images x {args.captions:,} captions, one-hot of {args.batch} queries"
-    print_table(about, runs, amount=1, unit="evaluations", columns={"MiB above the inputs": memory})
+    print_table(about, runs, amount=1, unit="evaluations", **{"MiB above the inputs": memory})
     theirs, ours = (of_way[0].result for of_way in runs.values())
     worst = max(abs(theirs[key] - value) for key, value in ours.items())
     print(f"\nrecall {ours}; largest difference {worst:.1e}")

@@ -2,21 +2,18 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.step --towers vit-s vit-b --batch 8
 
-Both ways train the same dual encoder from the same weights, and their first losses must agree. FLOP/s are a fraction of
-the best matrix product measured here.
+Both ways train the same dual encoder from the same weights, and their first losses must agree.
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks.common import alternate, parser, print_table, timed, write_shard
+from benchmarks.common import alternate, parser, print_table, write_shard
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, shard_captions
 from llm2clip_plugin.data.images import ImageConfig, Normalize
@@ -42,29 +39,6 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss; bf16 has three di
 OPTIM = OptimConfig(lr=1e-4, layer_decay=0.85, max_grad_norm=5.0)
 
 
-def main() -> None:
-    """Measure each tower and print its table."""
-    options = parser(__doc__)
-    options.add_argument("--towers", nargs="+", default=["vit-s", "vit-b"], choices=list(TOWERS))
-    options.add_argument("--batch", type=int, default=8)
-    options.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: under autocast if bare")
-    args = options.parse_args()
-    device = start_ranks()
-    peak = matmul_peak(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    for name in args.towers:
-        dual, batch = make_dual(name), make_batch(args.batch)
-        bare, flops = bare_step(copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16")
-        ours = our_step(dual, args.batch, args.precision)
-        ways = {"bare loop": bare, "llm2clip": lambda ours=ours, batch=batch: float(ours(batch)[0])}
-        first = [step() for step in ways.values()]  # before rounding lets the weights drift apart
-        if abs(first[0] - first[1]) > TOLERANCE[args.precision]:
-            raise SystemExit(f"the first losses differ: {first}")
-        runs = alternate(ways, args.rounds, warm_up=False)
-        used = {way: f"{flops / median(run.seconds for run in runs[way]) / peak:.2f}" for way in runs}
-        about = f"{name}, 224 px, batch {args.batch}, {args.precision}; peak {peak / 1e9:,.0f} GFLOP/s"
-        print_table(about, runs, amount=args.batch, unit="images", columns={"FLOP/s of peak": used})
-
-
 def make_dual(name: str) -> DualEncoder:
     """A CLIP tower of patches of 16 at 224 pixels with random weights, and the paper's adapter."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -88,49 +62,36 @@ def make_batch(size: int) -> dict[str, Any]:
     }
 
 
-def bare_step(
-    dual: DualEncoder, batch: dict[str, Any], device: torch.device, *, bf16: bool
-) -> tuple[Callable[[], float], float]:
-    """The bare loop's step, and the floating point operations of its forward and backward pass."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *, bf16: bool) -> Callable[[], float]:
+    """The bare loop's step."""
     normalize = Normalize(ImageConfig(), device)
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
     parameters = [p for p in dual.parameters() if p.requires_grad]
     labels = torch.arange(len(batch["keys"]), device=device)
 
-    def forward_backward() -> Tensor:
+    def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             image, text, *_ = dual(normalize(batch["pixels"]), batch["embeddings"].to(device))
             logits = dual.logit_scale.exp() * image @ text.T
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         optimizer.zero_grad()
         loss.backward()
-        return loss
-
-    def step() -> float:
-        loss = forward_backward()
         torch.nn.utils.clip_grad_norm_(parameters, OPTIM.max_grad_norm)
         optimizer.step()
         return loss.item()
 
-    with FlopCounterMode(display=False) as counter:
-        forward_backward()
-    return step, float(counter.get_total_flops())
+    return step
 
 
-def our_step(
-    dual: DualEncoder, size: int, precision: Precision = "fp32", *, stage: int = 0, world: int = 1, bucket: float = 1.0
-) -> TowerStep:
-    """The training step of this project; bucket: factor of DeepSpeed's reduce_bucket_size."""
+def our_step(dual: DualEncoder, size: int, precision: Precision = "fp32") -> TowerStep:
+    """The training step of this project."""
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
-    train, hidden_size = TrainConfig(global_batch=size * world, precision=precision), dual.tower.config.hidden_size
-    user = {"zero_optimization": {"stage": stage}}
-    config = complete(user, train, OPTIM, world=world, total_steps=100, hidden_size=hidden_size)
-    zero = config["zero_optimization"]
-    zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
-    engine = Engine(dual, groups, OPTIM, config)
+    train, hidden_size = TrainConfig(global_batch=size, precision=precision), dual.tower.config.hidden_size
+    user = {"zero_optimization": {"stage": 0}}
+    engine = Engine(
+        dual, groups, OPTIM, complete(user, train, OPTIM, world=1, total_steps=100, hidden_size=hidden_size)
+    )
     normalize = Normalize(ImageConfig(), engine.device)
     return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False, normalize=normalize)
 
@@ -153,11 +114,24 @@ def jpeg_batches(folder: Path, *, batch: int, workers: int) -> Iterator[dict[str
     return iter(PairLoader(dataset, local_batch=batch, workers=workers))
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products, the best of 8, by processor time on a CPU."""
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    return 2 * side**3 / min(timed(lambda: (a @ b).sum().item()).seconds for _ in range(8))
+def main() -> None:
+    """Measure each tower and print its table."""
+    options = parser(__doc__)
+    options.add_argument("--towers", nargs="+", default=["vit-s", "vit-b"], choices=list(TOWERS))
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: under autocast if bare")
+    args = options.parse_args()
+    device = start_ranks()
+    for name in args.towers:
+        dual, batch = make_dual(name), make_batch(args.batch)
+        bare = bare_step(copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16")
+        ours = our_step(dual, args.batch, args.precision)
+        ways = {"bare loop": bare, "llm2clip": lambda ours=ours, batch=batch: float(ours(batch)[0])}
+        first = [step() for step in ways.values()]  # before rounding lets the weights drift apart
+        if abs(first[0] - first[1]) > TOLERANCE[args.precision]:
+            raise SystemExit(f"the first losses differ: {first}")
+        runs = alternate(ways, args.rounds)
+        print_table(f"{name}, 224 px, batch {args.batch}, {args.precision}", runs, amount=args.batch, unit="images")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@
     scripts/check_claims.py quickstart-output/default --record          writes docs/claims*.json and the pages' tables
     scripts/check_claims.py quickstart-output/default --record llava    those of LLaVA alone; or towers
 
+``--record llava`` takes the LLaVAs that the folder has, with those of the controls (``quickstart.sh --controls``), and
+leaves the other language model's numbers as they are.
+
 ``docs/claims.json`` (towers) and ``docs/claims_llava.json`` hold, for each claim, the value of every seed on either
 side. A method that is broken changes differences, so these are compared, in two ways, which fail for one
 correct rerun in a hundred and one in fourteen.
@@ -39,6 +42,7 @@ BEGIN, END = "<!-- scripts/claims.sh --record -->", "<!-- end -->"
 BEGIN_LLAVA = "<!-- scripts/claims.sh --record: LLaVA -->"
 RAW_TUNED, BEFORE_AFTER = ("raw", "tuned"), ("before", "after")
 LANGUAGE_MODELS = {"llava": "2.5 million weights", "llava-smollm2": "SmolLM2-135M"}  # folder -> language model
+CONTROLS = {"random": "before", "raw": "after"}  # teacher of the tower -> its side in FOLDER-controls
 ROUNDING = 0.01
 LEVEL = 0.05  # of the tests, after Holm's adjustment
 NUMBERS_LEVEL, GAINS_LEVEL = 0.01, 0.07  # how often a correct rerun may fail for any of its numbers, and of its gains
@@ -76,15 +80,28 @@ def measured_llava(folder: Path) -> dict[str, Any]:
     """The claims of the LLaVA miniatures in a quickstart's results, in percent; {} without one."""
     found = {}
     for name, model in LANGUAGE_MODELS.items():
-        path = folder / name / "compare" / "compare.json"
-        for row in read_json(path)["rows"] if path.is_file() else []:
-            found[f"{model}: {row['benchmark'].removeprefix('miniature: ')}"] = {
-                **{kept: row[kept] for kept in ("difference", "interval", "questions")},
-                "p_adjusted": row["p_holm"],
-                "significant": row["p_holm"] < LEVEL,
-                **{side: _by_seed(folder / name / "scores" / side, row["benchmark"]) for side in BEFORE_AFTER},
+        for benchmark, row in _compared(folder / name).items():
+            sides = {side: _by_seed(folder / name / "scores" / side, benchmark) for side in BEFORE_AFTER}
+            controls = {
+                one: {"values": values, **_compared(folder / f"{name}-{one}")[benchmark]}
+                for one, side in CONTROLS.items()
+                if (values := _by_seed(folder / f"{name}-controls" / "scores" / side, benchmark))
             }
+            found[f"{model}: {benchmark.removeprefix('miniature: ')}"] = {**row, **sides, "controls": controls}
     return found
+
+
+def _compared(folder: Path) -> dict[str, dict[str, Any]]:
+    """Benchmark -> what `llm2clip compare` found; {} where it was not run."""
+    path = folder / "compare" / "compare.json"
+    return {
+        row["benchmark"]: {
+            **{kept: row[kept] for kept in ("difference", "interval", "questions")},
+            "p_adjusted": row["p_holm"],
+            "significant": row["p_holm"] < LEVEL,
+        }
+        for row in (read_json(path)["rows"] if path.is_file() else [])
+    }
 
 
 def _by_seed(folder: Path, benchmark: str) -> list[float]:
@@ -224,15 +241,24 @@ def table(claims: Mapping[str, Any], *, full: bool = False) -> list[str]:
 def llava_table(claims: Mapping[str, Any]) -> list[str]:
     """Both pages' table of the LLaVA miniatures: a row per claim."""
     head = "language model: questions | trainings a side | tower before stage 2 | after | difference | p (Holm)"
-    lines = [f"| {head} | after, random embeddings |", "|---" * 7 + "|"]
+    lines = [f"| {head} | random embeddings; after minus it | raw LLM; after minus it |", "|---" * 8 + "|"]
     for name, claim in claims.items():
         before, after = (spread(claim[side], "{:.1f}".format) for side in BEFORE_AFTER)
-        difference = f"{claim['difference']:+.1f} [{', '.join(f'{end:+.1f}' for end in claim['interval'])}]"
         strong = "**" if claim["significant"] else ""
         cells = [f"{name} ({claim['questions']})", str(len(claim["after"])), before, f"{strong}{after}{strong}"]
-        cells += [difference, adjusted_p(claim, "not shown"), claim.get("control", "not measured")]
+        cells += [_points(claim), adjusted_p(claim, "not shown")]
+        for control in (claim["controls"].get(one, "not measured") for one in CONTROLS):
+            if not isinstance(control, str):  # as those of few trainings, written by hand
+                reached = spread(control["values"], "{:.1f}".format)
+                control = f"{reached}; {_points(control)}, p {p_value(control['p_adjusted'])}"
+            cells.append(control)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _points(claim: Mapping[str, Any]) -> str:
+    """``+7.5 [+2.4, +12.6]``."""
+    return f"{claim['difference']:+.1f} [{', '.join(f'{end:+.1f}' for end in claim['interval'])}]"
 
 
 def record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, Sequence[str]]) -> None:
@@ -261,9 +287,8 @@ def main() -> int:
     if args.record in ("all", "llava"):
         if not (claims := measured_llava(args.folder)):
             raise FileNotFoundError(f"{args.folder} has no LLaVA; run scripts/quickstart.sh without --no-llava")
-        for name, known in (read_json(CLAIMS_LLAVA) if CLAIMS_LLAVA.is_file() else {}).items():
-            if name in claims and "control" in known:
-                claims[name]["control"] = known["control"]  # no run measures it
+        known, models = read_json(CLAIMS_LLAVA), set(map(part_of, claims))
+        claims |= {name: claim for name, claim in known.items() if part_of(name) not in models}
         record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, dict.fromkeys((README, BENCHMARKS), llava_table(claims)))
     if args.record:
         return 0

@@ -6,7 +6,7 @@
 #   scripts/claims.sh --record      write docs/claims*.json and the tables of README and docs/benchmarks.md from the run instead;
 #                                   --record towers, --record llava: those alone. Towers stand on six seeds (--seeds 6 --no-llava
 #                                   --record towers), LLaVA on three with SmolLM2 and six with the tiny language model
-#                                   (--seeds 3 --output DIR, then scripts/quickstart.sh --seeds 6 --llava-llm tiny --output DIR,
+#                                   (--seeds 3 --output DIR, then scripts/quickstart.sh --seeds 6 --controls --llava-llm tiny --output DIR,
 #                                   then .venv/bin/python scripts/check_claims.py DIR/default --record llava)
 # Other options go to scripts/quickstart.sh; --output DIR keeps the run, and a rerun resumes. Exits with 1 if a difference,
 # a level or a part's gains lie outside what so many more trainings may give (scripts/check_claims.py).

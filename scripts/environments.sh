@@ -37,12 +37,18 @@ install() {
     with_uv "$python" "$@" || { echo "note: without uv; installing with pip, which takes longer" >&2 && "$python" -m pip install -q "$@"; }
 }
 
+# pip's setting -> uv's variable, for uv reads none of pip's settings (https://docs.astral.sh/uv/reference/environment/)
+declare -A UV_VARIABLES=([index-url]=UV_DEFAULT_INDEX [extra-index-url]=UV_INDEX [find-links]=UV_FIND_LINKS [no-index]=UV_NO_INDEX
+    [constraint]=UV_CONSTRAINT [trusted-host]=UV_INSECURE_HOST [cert]=SSL_CERT_FILE [proxy]=ALL_PROXY [default-timeout]=UV_HTTP_TIMEOUT)
+
 with_uv() ( # with_uv PYTHON ARGUMENT...
-    set +e -o pipefail
     "$1" -c 'import uv' 2>/dev/null || "$1" -m pip install -q uv 2>/dev/null || return
-    local told
-    told=$("$1" -m pip config list | "$1" "$ROOT/scripts/uv_as_pip.py") || return # never from another index than pip's
-    eval "$told"
+    settings=$("$1" -m pip config list) || return # never from another index than pip's
+    while IFS="'" read -r name value _; do # as global.index-url='https://...'; the environment's come first
+        name=${name%=} && variable=${UV_VARIABLES[${name##*.}]:-}
+        [ -z "$variable" ] || [ -n "${!variable:-}" ] || export "$variable=${value//\\n/ }"
+    done <<<"$settings"
+    export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match} # the best version of all indexes, as pip takes it
     "$1" -m uv pip install -q --python "$@"
 )
 

@@ -22,65 +22,64 @@ SCRIPTS = ("scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py")
 COMMANDS = (f"{PACKAGE}.stages.tower.command", f"{PACKAGE}.stages.tower")  # where train-tower begins
 
 
-class House:
-    """A checkout. Module -> its syntax, and its lines."""
+def numbers(root: Path) -> dict[str, str]:
+    """What is counted -> how much."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.trees, self.lines = root, dict[str, ast.Module](), dict[str, int]()
-        for path in sorted(path for package in (PACKAGE, LLAVA) for path in root.glob(f"{package}/**/*.py")):
-            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-            text = path.read_text(encoding="utf-8")
-            self.trees[name], self.lines[name] = ast.parse(text), text.count("\n")
-        if not self.trees:
-            sys.exit(f"error: {root} is no checkout: it has no {PACKAGE}")
+    def texts(*patterns: str) -> dict[Path, str]:
+        return {path: path.read_text(encoding="utf-8") for one in patterns for path in sorted(root.glob(one))}
 
-    def imported(self, tree: ast.Module) -> Iterator[str]:
-        """The modules that one imports, inside functions too."""
+    def count(*patterns: str) -> int:
+        return sum(text.count("\n") for text in texts(*patterns).values())
+
+    trees, lines = dict[str, ast.Module](), dict[str, int]()
+    for path, text in texts(f"{PACKAGE}/**/*.py", f"{LLAVA}/**/*.py").items():
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        trees[name], lines[name] = ast.parse(text), text.count("\n")
+    if not trees:
+        sys.exit(f"error: {root} is no checkout: it has no {PACKAGE}")
+    graph = {name: {*imported(tree, trees)} - {name} for name, tree in trees.items()}
+    functions, imports = list[tuple[int, str]](), 0
+    for name, tree in trees.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names if alias.name in self.trees)
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                for alias in node.names:
-                    names = (f"{node.module}.{alias.name}", node.module)
-                    yield from [name for name in names if name in self.trees][:1]
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                functions.append((size(node), f"{name.rpartition('.')[2]}.{node.name}"))
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                imports += size(node)
+    importers = Counter(other for targets in graph.values() for other in targets)
+    total, longest = sum(lines.values()), max(lines, key=lines.__getitem__)
+    return {
+        "files": f"{len(lines):,}",
+        "lines": f"{total:,}",
+        "lines of a file, median": f"{median(lines.values()):.0f}",
+        "longest file": f"{lines[longest]} ({longest.partition('.')[2]})",
+        "lines of a function, median": f"{median(lengths for lengths, _ in functions):.0f}",
+        "longest function": "{} ({})".format(*max(functions)),
+        "import lines": f"{imports / total:.1%}",
+        "files under 40 lines": str(sum(of_file < 40 for of_file in lines.values())),
+        "files with one importer": str(sum(times == 1 for times in importers.values())),
+        "files in import cycles": str(sum(name in reached(graph, graph[name]) for name in graph)),
+        "arrows up": str(sum(goes_up(name, other) for name, targets in graph.items() for other in targets)),
+        "files that train-tower imports": str(len(reached(graph, [name for name in COMMANDS if name in graph][:1]))),
+        "lines of scripts/ and benchmarks/": f"{count(*SCRIPTS):,}",
+        "lines of tests": f"{count('tests/**/*.py'):,}",
+        "words of docs": f"{sum(len(text.split()) for text in texts('*.md', 'docs/**/*.md').values()):,}",
+    }
 
-    def count(self, *patterns: str, words: bool = False) -> int:
-        """Lines, or words, of the files that match."""
-        texts = [path.read_text(encoding="utf-8") for one in patterns for path in sorted(self.root.glob(one))]
-        return sum(len(text.split()) if words else text.count("\n") for text in texts)
 
-    def numbers(self) -> dict[str, str]:
-        """What is counted -> how much."""
-        graph = {name: {*self.imported(tree)} - {name} for name, tree in self.trees.items()}
-        nodes = [(name.rpartition(".")[2], node) for name, tree in self.trees.items() for node in ast.walk(tree)]
-        functions = [
-            ((node.end_lineno or 0) - node.lineno + 1, f"{file}.{node.name}")
-            for file, node in nodes
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        ]
-        imports = [node for _, node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
-        import_lines = sum((node.end_lineno or node.lineno) - node.lineno + 1 for node in imports)
-        importers = Counter(other for targets in graph.values() for other in targets)
-        up = sum(goes_up(name, other) for name, targets in graph.items() for other in targets)
-        start = [name for name in COMMANDS if name in graph][:1]
-        total, longest = sum(self.lines.values()), max(self.lines, key=self.lines.__getitem__)
-        return {
-            "files": f"{len(self.lines):,}",
-            "lines": f"{total:,}",
-            "lines of a file, median": f"{median(self.lines.values()):.0f}",
-            "longest file": f"{self.lines[longest]} ({longest.partition('.')[2]})",
-            "lines of a function, median": f"{median(size for size, _ in functions):.0f}",
-            "longest function": "{} ({})".format(*max(functions)),
-            "import lines": f"{import_lines / total:.1%}",
-            "files under 40 lines": str(sum(lines < 40 for lines in self.lines.values())),
-            "files with one importer": str(sum(count == 1 for count in importers.values())),
-            "files in import cycles": str(sum(name in reached(graph, graph[name]) for name in graph)),
-            "arrows up": str(up),
-            "files that train-tower imports": str(len(reached(graph, start))),
-            "lines of scripts/ and benchmarks/": f"{self.count(*SCRIPTS):,}",
-            "lines of tests": f"{self.count('tests/**/*.py'):,}",
-            "words of docs": f"{self.count('*.md', 'docs/**/*.md', words=True):,}",
-        }
+def size(node: ast.stmt) -> int:
+    """In lines."""
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def imported(tree: ast.Module, known: Mapping[str, ast.Module]) -> Iterator[str]:
+    """The modules that one imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                names = (f"{node.module}.{alias.name}", node.module)
+                yield from [name for name in names if name in known][:1]
 
 
 def reached(graph: Mapping[str, set[str]], starts: Iterable[str]) -> set[str]:
@@ -94,27 +93,19 @@ def reached(graph: Mapping[str, set[str]], starts: Iterable[str]) -> set[str]:
     return found
 
 
-def floor_of(name: str) -> int:
-    return FLOORS.get(".".join(name.split(".")[:2]), 0)
-
-
 def goes_up(name: str, other: str) -> bool:
     """Whether an import goes against the order of the rooms. The package's own __init__ is free: it imports late."""
+    own, others = (FLOORS.get(".".join(one.split(".")[:2]), 0) for one in (name, other))
     if name == PACKAGE:
         return False
     if name.startswith(LLAVA):
-        return floor_of(other) > 0 and not other.startswith(f"{PACKAGE}.vision")
-    return floor_of(other) > floor_of(name) or (other.startswith(LLAVA) and floor_of(name) < len(ROOMS) - 1)
-
-
-def main() -> None:
-    """Print a table."""
-    roots = [Path(word) for word in sys.argv[1:]] or [Path(__file__).resolve().parents[1]]
-    columns = [House(root).numbers() for root in roots]
-    print(f"| | {' | '.join(str(root) for root in roots)} |\n|---{'|---' * len(roots)}|")
-    for name in columns[0]:
-        print(f"| {name} | {' | '.join(column[name] for column in columns)} |")
+        return others > 0 and not other.startswith(f"{PACKAGE}.vision")
+    return others > own or (other.startswith(LLAVA) and own < len(ROOMS) - 1)
 
 
 if __name__ == "__main__":
-    main()
+    roots = [Path(word) for word in sys.argv[1:]] or [Path(__file__).resolve().parents[1]]
+    columns = [numbers(root) for root in roots]
+    print(f"| | {' | '.join(map(str, roots))} |\n|---{'|---' * len(roots)}|")
+    for name in columns[0]:
+        print(f"| {name} | {' | '.join(column[name] for column in columns)} |")

@@ -184,22 +184,28 @@ if [ "$LLAVA_LLM" = smollm2 ]; then
     llava_options+=(--teacher "$LLM")
     [ "$TEACHER" = raw ] || llava_options+=(--adapter "$DATA/llm/seed0/adapter")
 fi
-[ "$LLAVA" = no ] || more+=(--comparison "$llava/compare/compare.html")
 python scripts/quickstart/report.py --data "$DATA" --output "$OUT" ${more[@]+"${more[@]}"}
 # ------------------------------------------------------------------------------------------------------------ LLaVA
 if [ "$LLAVA" = yes ]; then
     say "LLaVA 1.5 in miniature, with the tower before and after stage 2"
     [ "$PRESET" != smoke ] || llava_options+=(--smoke)
-    miniature() { # miniature BEFORE FOLDER [OPTION...]
-        env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$1" --after "$OUT/towers/$BEST-seed{seed}" \
-            --seeds "$SEEDS" --output "$OUT/$2" "${llava_options[@]}" "${@:3}"
-        echo "Comparison of the two: $OUT/$2/compare/compare.html" >&2
+    miniature() { # miniature BEFORE AFTER FOLDER [OPTION...]
+        env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$1" --after "$2" --seeds "$SEEDS" \
+            --output "$OUT/$3" "${llava_options[@]}" "${@:4}"
+        echo "Comparison of the two: $OUT/$3/compare/compare.html" >&2
     }
-    miniature "$TOWER" "$llava"
-    for control in ${CONTROLS:+random raw}; do
-        say "LLaVA with the tower of a control ($control), compared with ours"
-        miniature "$OUT/towers/$control-seed{seed}" "$llava-$control" --names "$control" "$BEST"
-    done
+    miniature "$TOWER" "$OUT/towers/$BEST-seed{seed}" "$llava"
+    if [ -n "$CONTROLS" ]; then
+        say "LLaVA with the towers of the controls, random and raw, each compared with ours"
+        mkdir -p "$OUT/$llava-controls"
+        [ -d "$OUT/$llava-controls/llm" ] || # the same language model, which knows words
+            ln -sfn "../$llava"/{data,llm,words} "$OUT/$llava-controls"
+        miniature "$OUT/towers/"{random,raw}"-seed{seed}" "$llava-controls" --names random raw
+        for control in random:before raw:after; do
+            llm2clip compare "$OUT/$llava-controls/scores/${control#*:}" "$OUT/$llava/scores/after" \
+                --names "${control%:*}" "$BEST" --output "$OUT/$llava-${control%:*}/compare" --no-references
+        done
+    fi
 fi
 say "headline"
 python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["sentences"], sep="\n")' "$OUT/headline.json"

@@ -12,10 +12,11 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ from torch.utils.data import DataLoader
 from llm2clip_plugin.data import PREFETCH_MB, plan_loading
 from llm2clip_plugin.data.pairs import CollatedDataset, PairDataset, as_it_is, collate, raised
 from llm2clip_plugin.data.remote import is_url
-from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows
+from llm2clip_plugin.data.sampler import Draw, rank_rows
 from llm2clip_plugin.data.samples import BrokenSample
-from llm2clip_plugin.data.sources import Source
+from llm2clip_plugin.data.sources.tars import TarSource
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ LISTED = 20  # broken samples in an error
 LEAST_ROWS = 1000  # of which a fraction is broken, so that one early sample can't stop a run
 GRACE = 60  # seconds that a loader process outlives SIGTERM
 SHUTDOWN = 10  # seconds that closing waits for the thread
-MEMORY_SHARE = 0.5  # of the available memory, for two windows in the page cache
 
 
 @dataclass(eq=False)
@@ -63,7 +63,6 @@ class PairLoader:
     prefetch_mb: float = PREFETCH_MB  # 10^6 bytes of shared memory that the loader processes fill ahead
     max_broken: float = 0.01  # fraction of broken samples above which the run stops
     pin_memory: bool = False  # batches in page-locked memory, for copies to a GPU that don't wait
-    whole_shards: bool = False  # this machine reads all samples: fetch the next window of a network file system
     rows: int = field(default=0, init=False)  # loaded
     substituted: int = field(default=0, init=False)  # of these, rows that replace a broken sample
     retries: int = field(default=0, init=False)  # reads of data that were repeated after a transient error
@@ -101,9 +100,14 @@ class PairLoader:
     def _draws(self, part: int) -> Iterator[list[Draw]]:
         """Endless draws of this rank, in parts of a batch: each belongs to one batch."""
         mixture, position = self.dataset.mixture(), self.position
-        ahead = ShardsAhead(mixture, self.dataset.sources, whole=self.whole_shards)
+        fetched: dict[int, list[int]] = {}  # source -> shards of its next window
         while True:
-            ahead(position)
+            for number, source in enumerate(self.dataset.sources):
+                if mixture.windows[number] and isinstance(source, TarSource) and is_url(source.path):
+                    window, following = mixture.window_shards(number, position)
+                    if fetched.get(number) != following:
+                        fetched[number] = following
+                        download_ahead(source, window, following)
             draws = mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
             for start in range(0, self.local_batch, part):
                 yield draws[start : start + part]
@@ -199,59 +203,22 @@ def made_ahead(items: Iterator[Batch], closed: threading.Event, *, device: int |
             thread.join(SHUTDOWN)  # unless it hangs in a read
 
 
-class ShardsAhead:
-    """Fetches the next window of each source's shards in a thread, while the current one is read.
+def download_ahead(source: TarSource, window: list[int], following: list[int]) -> None:
+    """Download the next window of shards in a thread, while one is read.
 
-    Only for sources that are read in windows. Shards at a URL are downloaded; those on a network file system are read
-    from beginning to end with ``whole``: if this machine reads all samples. If two windows don't fit into ``cache_gb``
-    or memory, nothing is fetched, because that would evict what is being read, and a warning is logged.
+    If both don't fit into ``cache_gb`` that would evict what is being read: a warning is logged instead.
     """
+    need, limit = sum(source.stamps[shard][0] for shard in {*window, *following}), source.config.cache_gb * 1e9
+    if 0 < limit < need:
+        what = f"two windows of shards have {need / 1e9:.1f} GB, so training waits at the end of each"
+        log.warning("%s: %s; raise cache_gb or lower shuffle_window", source.path, what)
+        return
 
-    def __init__(self, mixture: Mixture, sources: Sequence[Source], *, whole: bool = False) -> None:
-        self._mixture = mixture
-        self._sources = {
-            number: source
-            for number, source in enumerate(sources)
-            if mixture.windows[number] and source.bytes_to_fetch(range(1)) and (whole or is_url(source.path))
-        }
-        self._current: dict[int, tuple[int, int]] = {}  # source -> pass and window that are being read
-        self._jobs: queue.SimpleQueue[tuple[Source, int] | None] = queue.SimpleQueue()  # None: no more
-        self._warned: set[int] = set()
-        if self._sources:
-            threading.Thread(target=_fetch, args=(self._jobs,), name="shards-ahead", daemon=True).start()
-
-    def __del__(self) -> None:
-        self._jobs.put(None)
-
-    def __call__(self, position: int) -> None:
-        """The run is about to read the batch at ``position``."""
-        for number, source in self._sources.items():
-            window = self._mixture.window(number, position)
-            if self._current.get(number) == window:
-                continue
-            self._current[number] = window
-            shards, following = (self._mixture.window_shards(number, window[0], window[1] + later) for later in (0, 1))
-            need = source.bytes_to_fetch({*shards, *following})
-            if is_url(source.path):
-                limit, name = source.config.cache_gb * 1e9 or float("inf"), "cache_gb"
-            else:
-                import psutil  # comes with DeepSpeed
-
-                limit, name = MEMORY_SHARE * psutil.virtual_memory().available, "half of the available memory"
-            if need <= limit:
-                for shard in following:
-                    self._jobs.put((source, shard))
-            elif number not in self._warned:
-                self._warned.add(number)
-                what = f"two windows of shards have {need / 1e9:.1f} GB, more than {name} ({limit / 1e9:.1f} GB)"
-                fix = "so training waits at the end of each; raise it or lower shuffle_window"
-                log.warning("%s: %s, %s", source.path, what, fix)
-
-
-def _fetch(jobs: "queue.SimpleQueue[tuple[Source, int] | None]") -> None:
-    while (job := jobs.get()) is not None:
-        source, shard = job
+    def download() -> None:
         try:
-            source.fetch(shard)
+            for shard in following:
+                source.use_shard(shard, Path.stat)
         except (OSError, ValueError) as error:  # whoever reads the shard meets it again, and stops the run
-            log.warning("shard %r could not be prefetched: %s", source.shards[shard].name, error)
+            log.warning("shards could not be downloaded ahead: %s", error)
+
+    threading.Thread(target=download, name="shards-ahead", daemon=True).start()

@@ -13,7 +13,9 @@ import math
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -23,9 +25,9 @@ import numpy as np
 from PIL import Image
 
 from llm2clip_plugin.console import track
-from llm2clip_plugin.contracts import atomic_directory, atomic_file, canonical_json, sha256_text, size_text
+from llm2clip_plugin.contracts import atomic_directory, canonical_json, size_text
 from llm2clip_plugin.data import cores, parallel
-from llm2clip_plugin.data.remote import has_suffix, is_url
+from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
     BrokenImage,
@@ -40,40 +42,37 @@ from llm2clip_plugin.data.samples import (
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.sources.tars import TarSource, split_name
-from llm2clip_plugin.files import printable
+from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.options import Command, command
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv")
 COLUMNS = ("image", "file_name", "filename", "file", "path", "filepath", "image_path", "image_file")
 STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # copied as they are; others become PNG
+SHARD_BYTES = 256_000_000  # of a tar
+LANGUAGE = "en"  # of captions without one
 LEFT_OUT = "left-out.jsonl"  # in the output: {"image", "reason"} of each picture that is in no tar
-SHOWN = 5  # pictures that are left out, printed for each reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class MakeConfig:
     """What WebDataset tars are made of."""
 
-    path: str  # folder of pictures with a .txt or .json of the same name, or a .csv, .tsv, .jsonl or .parquet
+    path: str  # folder of pictures with a .txt or .json of the same name, or a .csv or .tsv
     output: str  # folder to write; it appears when it is complete
     images: str = ""  # folder that a table's image paths start from; "": the table's own
     image_field: str = ""  # column of the image's path; "": image, file_name, path and the like
     # columns, or fields of a picture's .json, that are captions: NAME=KIND or NAME=KIND:LANGUAGE; txt is the .txt
     fields: tuple[str, ...] = (*DEFAULT_FIELDS, "text=short", "title=short")
-    language: str = "en"  # of captions without a language
     file_names: bool = False  # a picture without a caption gets its file name as one: red-fox_2.jpg, "red fox"
     background: str = ""  # white | gray | black: put transparent pictures on it; "": left as they are
-    shard_mb: int = 256  # size of a tar, 10^6 bytes
     workers: int = 0  # processes; 0: one per core
     overwrite: bool = False  # replace the output folder
 
     def __post_init__(self) -> None:
-        parse_fields(self.fields, self.language)
+        parse_fields(self.fields, LANGUAGE)
         if self.background not in ("", "white", "gray", "black"):
             raise ValueError(f"background is {self.background!r}, expected white, gray or black")
-        if self.shard_mb < 1:
-            raise ValueError(f"shard_mb is {self.shard_mb}, expected at least 1")
         folders = [Path(folder).resolve() for folder in (self.path, self.images) if folder]
         if any(folder.is_relative_to(Path(self.output).resolve()) for folder in folders):
             raise ValueError(f"--output {self.output} contains the pictures; choose another folder")
@@ -127,14 +126,10 @@ def main(argv: list[str]) -> int:
         (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
     captions = sum(len(item.captions) for item in items if not item.problem)
     print(f"{config.output}: {len(items) - len(left_out):,} samples, {captions:,} captions, {size_text(size)}")
-    images: dict[str, list[str]] = {}  # by kind of reason
-    for image, reason in left_out:
-        kind, _, detail = reason.partition(": ")
-        images.setdefault(kind, []).append(f"{image} ({detail})" if detail else image)
     if left_out:
-        print(f"left out: {len(left_out):,}, all in {os.path.join(config.output, LEFT_OUT)}")
-    for kind, of_kind in images.items():
-        print(printable(f"  {kind}: {len(of_kind):,}: {', '.join(of_kind[:SHOWN])}"))
+        reasons = Counter(reason.partition(":")[0] for _, reason in left_out)
+        counts = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+        print(f"left out: {len(left_out):,} ({counts}), all in {os.path.join(config.output, LEFT_OUT)}")
     print(command("data", "check", config.output), flush=True)
     return 0
 
@@ -152,7 +147,7 @@ def list_items(config: MakeConfig) -> list[Item]:
     else:
         raise ValueError(f"{path} is neither a folder of pictures nor a table ({' '.join(TABLES)})")
     items: dict[str, Item] = {}
-    fields = parse_fields(config.fields, config.language)
+    fields = parse_fields(config.fields, LANGUAGE)
     used = {"captions", *(one.name for one in fields)}
     for name, row in rows:
         item = items.setdefault(name, Item(name, folder / name, problem="" if name else "no image path"))
@@ -171,7 +166,7 @@ def list_items(config: MakeConfig) -> list[Item]:
     for item in items.values():
         if not item.problem and not item.captions:
             if config.file_names and (text := words_of_name(item.name)):
-                item.captions = [{"text": text, "kind": "short", "language": config.language}]
+                item.captions = [{"text": text, "kind": "short", "language": LANGUAGE}]
             else:
                 item.problem = "no caption"
     return [*items.values()]
@@ -195,45 +190,20 @@ def _in_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 def _in_table(path: Path, config: MakeConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name of the picture, and the other columns, of each row."""
-    column = config.image_field
-    captions = {one.name for one in parse_fields(config.fields, config.language)}
-    for number, row in enumerate(_rows(path)):
-        if number == 0:
-            column = column or next((name for name in COLUMNS if name in row), "")
-            columns = f"columns: {', '.join(map(repr, row))}"
-            if column not in row:
-                raise ValueError(f"{path} has no image column {column!r}; set --image-field; {columns}")
-            if not captions & row.keys() and not config.file_names:
-                raise ValueError(f"{path} has no caption column; set --fields NAME=short; {columns}")
-            if is_url(str(row[column])):
-                raise ValueError(f"{column!r} of {path} holds URLs; img2dataset downloads them as tars")
-        yield str(row.pop(column, None) or "").replace("\\", "/"), row
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix.lower() == ".parquet":
-        from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports]
-
-        for batch in ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-        return
-    number = 1
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".jsonl":
-                rows = (json.loads(line) for line in file if line.strip())
-            else:
-                head = file.readline()
-                file.seek(0)
-                rows = csv.DictReader(file, delimiter=max(",;\t", key=head.count))
-            for row in rows:
-                if not isinstance(row, dict):
-                    raise ValueError(f"a {type(row).__name__}, expected an object")
-                row.pop(None, None)  # cells beyond a CSV's last column
-                yield row
-                number += 1
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"row {number} of {path} can't be read: {error}; expected UTF-8") from error
+    captions = {one.name for one in parse_fields(config.fields, LANGUAGE)}
+    with errors_about(path, fix="expected UTF-8"), open(path, encoding="utf-8-sig", newline="") as file:
+        head = file.readline()
+        file.seek(0)
+        rows = csv.DictReader(file, delimiter=max(",;\t", key=head.count))
+        columns = rows.fieldnames or []
+        column = config.image_field or next((name for name in COLUMNS if name in columns), "")
+        if column not in columns:
+            raise ContractError(f"{path} has no image column {column!r}; set --image-field; columns: {columns}")
+        if not captions.intersection(columns) and not config.file_names:
+            raise ContractError(f"{path} has no caption column; set --fields NAME=short; columns: {columns}")
+        for row in rows:
+            row.pop(None, None)  # cells beyond the last column
+            yield (row.pop(column) or "").replace("\\", "/"), row
 
 
 def words_of_name(name: str) -> str:
@@ -284,7 +254,7 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
     keys: set[str] = set()
     processes = min(config.workers or cores(), len(items) // 64)
     pictures = parallel(partial(read_picture, config.background), items, processes=processes)
-    try:
+    with ExitStack() as opened:
         shown = track(pictures, total=len(items), label="data make", unit="pictures")
         for item, picture in zip(items, shown, strict=True):
             if not isinstance(picture, str) and picture[2] in names:
@@ -292,33 +262,23 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
             if isinstance(picture, str):
                 item.problem = picture
                 continue
-            if tar is not None and tar.offset > config.shard_mb * 1_000_000:
-                tar.close()
-                tar = None
-            if tar is None:
-                tar, shard = tarfile.open(folder / f"{shard:05d}.tar", "w"), shard + 1
+            if tar is None or tar.offset > SHARD_BYTES:
+                opened.close()
+                tar = opened.enter_context(tarfile.open(folder / f"{shard:05d}.tar", "w"))
+                shard += 1
             data, extension, sha256 = picture
             names[sha256] = item.name
             total += len(data)
             meta = json.dumps({**item.meta, "captions": item.captions}, ensure_ascii=False, default=str)
-            key = _unique(item.key, keys)
+            key = item.key
+            while key in keys:  # a.jpg and a.png are two samples
+                key += "-2"
+            keys.add(key)
             for suffix, body in ((extension, data), ("json", meta.encode("utf-8", "replace"))):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
-    finally:
-        if tar is not None:
-            tar.close()
     return total
-
-
-def _unique(key: str, keys: set[str]) -> str:
-    """The key, or with a number if there is one: a.jpg and a.png are two samples."""
-    number, new = 2, key
-    while new in keys:
-        number, new = number + 1, f"{key}-{number}"
-    keys.add(new)
-    return new
 
 
 # ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it, captions.json and images.
@@ -373,7 +333,6 @@ def main_llava_data(argv: list[str]) -> int:
 
 # ``llm2clip data split DATA --output DIR``: hold out a part of a data set, the same one wherever it is run.
 
-SUMMARY = "split.json"  # in the output: settings and counts
 SIDES = ("train", "validation")
 SALT = "llm2clip data split\0"  # of the hash, so that it is independent of other uses of the same keys
 
@@ -387,6 +346,7 @@ class SplitConfig(SourceConfig):
     by: str = ""  # field of the samples' JSON: samples with one value are on one side; "": each sample by its key
     workers: int = 0  # processes; 0: one per core
     dry_run: bool = False  # print the counts and write nothing
+    overwrite: bool = False  # replace the output folder
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -400,58 +360,42 @@ SPLIT = Command(
     name="data split",
     example="llm2clip data split /data/photos --output /data/photos-split --validation 0.02",
     about="Hold out a part of a data set for validation. A sample's side follows from its key, or from a field (--by), "
-    "alone: the same in any order of shards. Rerun the same command to resume.",
+    "alone: the same in any order of shards.",
     settings=SplitConfig,
     arguments="path",
-    everyday="output validation by image-folder fields workers dry-run",
+    everyday="output validation by image-folder workers dry-run overwrite",
     hidden="weight shuffle_window kinds languages",
 )
 
 
 def main_split(argv: list[str]) -> int:
-    """Print the counts and write the split; exit status 0."""
-    print("\n".join(split_data(SPLIT.parse(argv))), flush=True)
-    return 0
+    """Print the counts, write the split, and print the next commands; exit status 0.
 
-
-def split_data(config: SplitConfig) -> list[str]:
-    """Split ``config.path`` and return the report.
-
-    The output appears when it is complete; what a killed call left in a hidden folder next to it is used by the same
-    call again. Raises FileExistsError if the output is there and not of this split, ValueError if it can't be made.
+    Raises FileExistsError if the output exists, ValueError if the data can't be split.
     """
+    config = SPLIT.parse(argv)
     output, source = Path(config.output), open_source(config)
-    check_fields(source)
     if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
         raise ValueError(f"--output {output} is inside the data, whose subfolders are read too; choose one elsewhere")
-    shards, sizes = [(shard.name, shard.size) for shard in source.shards], [size for size, *_ in source.stamps]
-    data = sha256_text(canonical_json([shards, sizes, config.key_field, config.image_field]))
-    settings = {"data_sha256": data, "validation": config.validation, "by": config.by}
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        summary = output / SUMMARY
-        if not summary.is_file() or not settings.items() <= json.loads(summary.read_text(encoding="utf-8")).items():
-            raise FileExistsError(f"{output} exists and is not this split of {config.path}; choose another --output")
-        return [f"{output} is complete already", *_how_to_read(source, output)]
-    hash_N, captions_N = decide(source, config.validation, config.by, config.workers)
-    held_out_N = is_held_out(hash_N, config.validation)
-    counts, captions, report = dict[str, int](), dict[str, int](), []
+    hash_N = decide(source, config.validation, config.by, config.workers)
+    held_out_N, counts = is_held_out(hash_N, config.validation), {}
     for held_out, side in enumerate(SIDES):
         mine_N = held_out_N == held_out
-        counts[side], captions[side] = int(mine_N.sum()), int(captions_N[mine_N].sum())
-        share = f" ({100 * counts[side] / len(hash_N):.2f} %)" if held_out else ""
+        counts[side] = int(mine_N.sum())
         values = f", {len(np.unique(hash_N[mine_N])):,} values of {config.by!r}" if config.by else ""
-        report.append(f"{side}: {counts[side]:,} samples{share}, {captions[side]:,} captions{values}")
+        print(f"{side}: {counts[side]:,} samples ({counts[side] / len(hash_N):.2%}){values}")
     if config.dry_run:
-        return report
-    partial_output = output.with_name(f".{output.name}.{sha256_text(canonical_json(settings))[:8]}.partial")
-    write_sides(source, held_out_N, partial_output, config.workers)
-    body = {"data": source.path, **settings, "samples": counts, "captions": captions}
-    with atomic_file(partial_output / SUMMARY) as temporary:
-        temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if output.is_dir():
-        output.rmdir()  # it is empty
-    os.replace(partial_output, output)
-    return [*report, *_how_to_read(source, output)]
+        return 0
+    with atomic_directory(output, replace=config.overwrite) as folder:
+        write_sides(source, held_out_N, folder, config.workers)
+        about = {"data": source.path, "validation": config.validation, "by": config.by, "samples": counts}
+        (folder / "split.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths = outputs(source, output)
+    images = ("--image-folder", source.images_folder) if isinstance(source, RowSource) else ()
+    for path in paths.values():
+        print(command("embed", path, *images, "--llm", "LLM"))
+    print(command("train-tower", paths["train"], "--validation", paths["validation"], *images, "--tower", "TOWER"))
+    return 0
 
 
 def hash_of(value: str) -> int:
@@ -464,37 +408,32 @@ def is_held_out(hash_N: np.ndarray, validation: float) -> np.ndarray:
     return hash_N < np.uint64(math.ceil(validation * 2.0**64))
 
 
-def decide(source: Source, validation: float, by: str, workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(N) uint64 hashes of the samples' keys, or of the field ``by``, which alone decide their sides; (N) captions.
+def decide(source: Source, validation: float, by: str, workers: int = 0) -> np.ndarray:
+    """(N) uint64 hashes of the samples' keys, or of the field ``by``, which alone decide their sides.
 
     So a sample stays on its side whatever the order and number of shards, and when others come or go. Raises ValueError
     for a sample without that field, and if one side would be empty.
     """
     processes = min(workers or cores(), len(source.shards))
     read = parallel(partial(_read_shard, source, by), source.shards, processes=processes)
-    parts = list(track(read, total=len(source.shards), label="data split: reading", unit="shards"))
-    hash_N, captions_N = (np.concatenate(part) for part in zip(*parts, strict=True))
+    hash_N = np.concatenate([*track(read, total=len(source.shards), label="data split: reading", unit="shards")])
     held_out = int(is_held_out(hash_N, validation).sum())
     if held_out in (0, len(hash_N)):
         raise ValueError(
             f"--validation {validation:g} of {len(np.unique(hash_N))} distinct {f'values of {by!r}' if by else 'keys'} "
             f"leaves nothing for {SIDES[not held_out]}; choose a {'smaller' if held_out else 'larger'} fraction"
         )
-    return hash_N, captions_N
+    return hash_N
 
 
-def _read_shard(source: Source, by: str, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+def _read_shard(source: Source, by: str, shard: Shard) -> np.ndarray:
     samples = range(shard.start, shard.start + shard.size)
     values = [_field(source, sample, by) if by else source.key(sample) for sample in samples]
-    captions = [len(source.captions(sample)[1]) for sample in samples]
-    return np.array([hash_of(value) for value in values], dtype=np.uint64), np.array(captions, dtype=np.int64)
+    return np.array([hash_of(value) for value in values], dtype=np.uint64)
 
 
 def _field(source: Source, sample: int, by: str) -> str:
-    try:
-        record = source.record(sample)
-    except BrokenSample as error:
-        raise ValueError(f"cannot read the field {by!r} of {error}; llm2clip data check lists all of these") from error
+    record = source.record(sample)
     if record.meta.get(by) in (None, ""):
         known = ", ".join(sorted(record.meta)) or "none"
         where = f"sample {record.key!r} of shard {source.locate(sample)[0]!r}"
@@ -509,7 +448,7 @@ def outputs(source: Source, folder: Path) -> dict[str, Path]:
 
 
 def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: int = 0) -> None:
-    """Write both sides below ``folder``; tars that an earlier call completed there are skipped."""
+    """Write both sides below ``folder``."""
     if isinstance(source, TarSource):
         jobs = [(n, held_out_N[one.start : one.start + one.size]) for n, one in enumerate(source.shards)]
         done = parallel(partial(_copy_shard, source, folder), jobs, processes=min(workers or cores(), len(jobs)))
@@ -522,38 +461,32 @@ def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: i
         numbers = np.flatnonzero(held_out_N == held_out).tolist()
         before, between, after = (b"[\n", b",\n", b"\n]\n") if target.suffix == ".json" else (b"", b"\n", b"\n")
         shown = track(numbers, total=len(numbers), label=f"data split: {side}", unit="rows")
-        with atomic_file(target) as temporary, temporary.open("wb") as file:
+        with target.open("wb") as file:
             for place, number in enumerate(shown):
                 file.write((between if place else before) + source.row(number)[1].strip())
             file.write(after)
 
 
 def _copy_shard(source: TarSource, folder: Path, job: tuple[int, np.ndarray]) -> None:
+    """Copy the members of a tar's samples, whatever they hold, to tars of their sides."""
     number, held_out_N = job
-    shard = source.shards[number]
-    keys = [{source.key(shard.start + n) for n in np.flatnonzero(held_out_N == side).tolist()} for side in (0, 1)]
-    if both := keys[0] & keys[1]:
-        raise ValueError(
-            f"shard {shard.name!r} has two samples with the key {min(both)!r}, one on each side; rename one"
-        )
-    for side, wanted in zip(SIDES, keys, strict=True):
-        target = folder / side / f"{shard.name}.tar"
-        if wanted and not target.exists():
-            with atomic_file(target) as temporary:
-                source.use_shard(number, partial(_copy_members, wanted=wanted, target=temporary))
+    shard, side_of = source.shards[number], dict[str, str]()
+    for sample, held_out in enumerate(held_out_N.tolist(), shard.start):
+        key = source.key(sample)
+        if side_of.setdefault(key, SIDES[held_out]) != SIDES[held_out]:
+            raise ValueError(f"shard {shard.name!r} has two samples with the key {key!r}, one on each side; rename one")
 
+    def copy(path: Path) -> None:
+        new: dict[str, tarfile.TarFile] = {}
+        with ExitStack() as opened:
+            for member in (old := opened.enter_context(tarfile.open(path, "r:"))):
+                side = side_of.get(split_name(member.name)[0], "")
+                if not side or not member.isreg():
+                    continue
+                if side not in new:
+                    target = folder / side / f"{shard.name}.tar"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    new[side] = opened.enter_context(tarfile.open(target, "w"))
+                new[side].addfile(member, old.extractfile(member))
 
-def _copy_members(path: Path, *, wanted: set[str], target: Path) -> None:
-    with tarfile.open(path, "r:") as old, tarfile.open(target, "w") as new:
-        for member in old:
-            if member.isreg() and split_name(member.name)[0] in wanted:
-                new.addfile(member, old.extractfile(member))
-
-
-def _how_to_read(source: Source, output: Path) -> list[str]:
-    """The next commands, with the images' folder where these are not copied."""
-    paths = outputs(source, output)
-    images = ("--image-folder", source.images_folder) if isinstance(source, RowSource) else ()
-    return [command("embed", path, *images, "--llm", "LLM") for path in paths.values()] + [
-        command("train-tower", paths["train"], "--validation", paths["validation"], *images, "--tower", "TOWER")
-    ]
+    source.use_shard(number, copy)

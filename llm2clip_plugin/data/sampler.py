@@ -234,8 +234,8 @@ class Mixture:
             result += self._draws(*self._places(number, offset, here))
         return result
 
-    def window(self, source: int, position: int) -> tuple[int, int]:
-        """The pass over a source, and its window of shards, that the draws from ``position`` on read."""
+    def window_shards(self, source: int, position: int) -> tuple[list[int], list[int]]:
+        """Shards of a source's window that the draws from ``position`` on read, and of the window after it."""
         if len(self.draws) == 1:
             drawn = position
         elif self._batches is None:
@@ -246,14 +246,10 @@ class Mixture:
             current, before = self._batches(step)
             drawn = before[source] * self._batches.batch + (offset if current == source else 0)
         number, place = divmod(drawn, self.lengths[source])
-        return number, int(np.searchsorted(self._pass_order(source, number).group_stops, place, side="right"))
-
-    def window_shards(self, source: int, number: int, window: int) -> list[int]:
-        """Shards of a window of pass ``number``; the window after its last is the next pass's first."""
-        groups = self._pass_order(source, number).groups
-        if window == len(groups):
-            groups, window = self._pass_order(source, number + 1).groups, 0
-        return groups[window].tolist()
+        order = self._pass_order(source, number)
+        window = int(np.searchsorted(order.group_stops, place, side="right"))
+        following = [*order.groups, self._pass_order(source, number + 1).groups[0]][window + 1]
+        return order.groups[window].tolist(), following.tolist()
 
     def _draws(self, labels: np.ndarray, places: np.ndarray) -> list[Draw]:
         """Draws of these sources (k,), at these places (k,) of each source's endless passes."""

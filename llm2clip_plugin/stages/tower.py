@@ -272,7 +272,6 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
         prefetch_mb=config.train.dataloader_prefetch_mb,
         max_broken=config.train.max_broken,
         pin_memory=torch.cuda.is_available(),
-        whole_shards=rank() == 0 and world_size() == local_world_size(),
     )
 
 

@@ -11,9 +11,8 @@ Shapes: N images, M captions, Q queries, W width of an embedding.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,8 +70,7 @@ def seed_of(folder: str) -> int:
 # ------------------------------------------------------------------------------------------------- claims
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(NamedTuple):
     """The score of every query in one test."""
 
     scores: np.ndarray  # (Q,) reciprocal ranks
@@ -83,31 +81,7 @@ class Measured:
 Rows = dict[str, Measured]  # row of the tables -> its queries
 Seeds = Mapping[int, Measured]
 Tests = dict[str, tuple[Seeds, Seeds]]  # test -> base and new side
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """One test of two teachers on the same queries, over all seeds and for each."""
-
-    name: str
-    difference: Difference
-    p: float  # adjusted for the number of claims
-    by_seed: dict[int, Difference]
-    p_by_seed: dict[int, float]  # adjusted
-    chance: float
-    queries: int
-    better: float  # fraction of the queries, over all seeds, with a higher score
-    worse: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether the difference over all seeds is."""
-        return self.p < LEVEL
-
-    @property
-    def seeds_significant(self) -> int:
-        """Number of seeds whose own difference is."""
-        return sum(p < LEVEL for p in self.p_by_seed.values())
+Claim = dict[str, Any]  # one test of two teachers on the same queries, over all seeds and for each; as in headline.json
 
 
 def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
@@ -130,19 +104,18 @@ def measured(galleries: Sequence[tuple[QueryRanks, list[str], int]]) -> Measured
     )
 
 
-def pair_tests(part: str, rows: Mapping[str, Rows], base: str) -> Tests:
+def pair_tests(part: str, rows: Mapping[str, Rows], base: str = "raw") -> Tests:
     """The tests of ``base`` (of TEACHERS) and of the fine-tuned LLM by seed; {} without both.
 
     ``rows``: by ``NAME-seedN``; ``base`` alone stands for every seed: an LLM without an adapter has none.
     """
-    sides = [
+    first, second = (
         {seed_of(name): of for name, of in rows.items() if name.startswith(f"{side}-seed")} for side in (base, "tuned")
-    ]
+    )
     if base in rows:
-        sides[0] = dict.fromkeys(sides[1], rows[base])
-    if not all(sides):
+        first = dict.fromkeys(second, rows[base])
+    if not (first and second):
         return {}
-    first, second = sides
     return {
         f"{part}: {row}": ({s: of[row] for s, of in first.items()}, {s: of[row] for s, of in second.items()})
         for row in next(iter(first.values()))
@@ -164,20 +137,20 @@ def make_claims(tests: Tests) -> list[Claim]:
     claims = []
     for place, (name, (base, new)) in enumerate(tests.items()):
         change = np.sign([new[s].scores - base[s].scores for s in seeds])
+        by_seed = {str(s): _numbers(each[s][place], p_each[s][place]) for s in seeds}
         claims.append(
-            Claim(
-                name=name,
-                difference=total[place],
-                p=p[place],
-                by_seed={s: each[s][place] for s in seeds},
-                p_by_seed={s: p_each[s][place] for s in seeds},
-                chance=base[seeds[0]].chance,
-                queries=change.shape[1],
-                better=float(np.mean(change > 0)),
-                worse=float(np.mean(change < 0)),
-            )
+            {
+                "name": name,
+                "chance": base[seeds[0]].chance,
+                "queries": change.shape[1],
+                "better": float(np.mean(change > 0)),  # fraction of the queries, over all seeds, with a higher score
+                "worse": float(np.mean(change < 0)),
+                "seeds_significant": sum(one["significant"] for one in by_seed.values()),
+                **_numbers(total[place], p[place]),
+                "by_seed": by_seed,
+            }
         )
-    return sorted(claims, key=lambda one: HEADLINE.index(one.name) if one.name in HEADLINE else len(HEADLINE))
+    return sorted(claims, key=lambda one: HEADLINE.index(one["name"]) if one["name"] in HEADLINE else len(HEADLINE))
 
 
 def _compare(base: Sequence[Measured], new: Sequence[Measured]) -> Difference:
@@ -189,15 +162,24 @@ def _compare(base: Sequence[Measured], new: Sequence[Measured]) -> Difference:
     return compare(pair([mean(one) for one in base], [mean(one) for one in new], base[0].clusters))
 
 
+def _numbers(difference: Difference, p_adjusted: float) -> dict[str, Any]:
+    return {
+        "raw": difference.base,
+        "tuned": difference.new,
+        "difference": difference.difference,
+        "interval": [difference.low, difference.high],
+        "p": difference.p,
+        "p_adjusted": p_adjusted,
+        "significant": bool(p_adjusted < LEVEL),
+    }
+
+
 # ---------------------------------------------------------------------------------------- towers, teachers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tower:
-    """An exported tower and its measurements."""
+class Tower(NamedTuple):
+    """What was measured with an exported tower."""
 
-    name: str  # of TEACHERS
-    seed: int
     rows: Rows  # i2t and t2i of each test whose set exists
     pairs: list[EmbeddedPairs]  # the test set in each style, in the tower's joint space
 
@@ -226,8 +208,7 @@ def measure_tower(path: Path, sets: Mapping[str, list[Source]], caches: Mapping[
         for side, title in SIDES.items()
         if of_set in reports
     }
-    pairs = [report.pairs for report in reports["test"]]
-    return Tower(name=path.name.split("-")[0], seed=seed_of(path.name), rows=rows, pairs=pairs)
+    return Tower(rows, [report.pairs for report in reports["test"]])
 
 
 def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> Measured:
@@ -244,15 +225,10 @@ def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> M
     return measured(galleries)
 
 
-def by_name(towers: Sequence[Tower]) -> dict[str, list[Tower]]:
-    """Name -> towers of its seeds, in the order of ``TEACHERS``."""
-    groups = {name: [tower for tower in towers if tower.name == name] for name in TEACHERS}
+def by_name(towers: Mapping[str, Tower]) -> dict[str, list[Tower]]:
+    """Of TEACHERS, in its order -> towers of its seeds."""
+    groups = {name: [of for tower, of in towers.items() if tower.startswith(f"{name}-seed")] for name in TEACHERS}
     return {name: seeds for name, seeds in groups.items() if seeds}
-
-
-def tower_tests(towers: Sequence[Tower], base: str = "raw") -> Tests:
-    """The queries of the towers of the teacher ``base`` and of the fine-tuned one; {} without both."""
-    return pair_tests("tower", {f"{tower.name}-seed{tower.seed}": tower.rows for tower in towers}, base)
 
 
 Embeddings = dict[tuple[str, str], dict[str, torch.Tensor]]  # (kind, language) -> concept, each once -> (W,)
@@ -312,8 +288,6 @@ def open_caches(data: Path) -> dict[str, EmbeddingCache]:
 def check_cache(data: Path, name: str, cache: EmbeddingCache) -> None:
     """Raise ContractError for a cache embedded without the adapter of its name, or one of other captions."""
     teacher, expected = cache.manifest.teacher, ""
-    if (teacher["llm"] == RANDOM) != (name == "random"):
-        raise ContractError(f"{cache.directory} holds embeddings of {teacher['llm']}; {AGAIN}")
     if name.startswith("tuned-"):
         run = data / "llm" / name.removeprefix("tuned-")
         expected = adapter_sha256(run / "adapter")
@@ -321,11 +295,15 @@ def check_cache(data: Path, name: str, cache: EmbeddingCache) -> None:
             if not path.name.startswith("train-"):
                 raise ContractError(f"{run} was fine-tuned on {path}, which is not a training shard; {AGAIN}")
     used, read = teacher["adapter_sha256"], (teacher["pooling"], bool(teacher["post"]))
-    if used != expected:
-        adapters = f"adapter {used[:12] or 'none'}, expected {expected[:12] or 'none'}"
-        raise ContractError(f"{cache.directory} was embedded with {adapters}; {AGAIN}")
-    if name != "random" and read != ("mean" if name == "plain" else "last", name == "raw"):
-        raise ContractError(f"{cache.directory} pools {read[0]}, {'with' if read[1] else 'no'} post file; {AGAIN}")
+    problem = ""
+    if (teacher["llm"] == RANDOM) != (name == "random"):
+        problem = f"holds embeddings of {teacher['llm']}"
+    elif used != expected:
+        problem = f"was embedded with adapter {used[:12] or 'none'}, expected {expected[:12] or 'none'}"
+    elif name != "random" and read != ("mean" if name == "plain" else "last", name == "raw"):
+        problem = f"pools {read[0]}, {'with' if read[1] else 'no'} post file"
+    if problem:
+        raise ContractError(f"{cache.directory} {problem}; {AGAIN}")
 
 
 def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, EmbeddingCache]) -> EmbeddingCache:
@@ -337,9 +315,7 @@ def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, Embed
         if name in caches and caches[name].fingerprint == fingerprint:
             return caches[name]
     known = {name: cache.fingerprint for name, cache in caches.items()}
-    raise ContractError(
-        f"{tower} was trained with teacher {fingerprint}, expected that of {' or '.join(names)}; caches: {known}"
-    )
+    raise ContractError(f"{tower}: teacher {fingerprint}, expected that of {' or '.join(names)}; caches: {known}")
 
 
 def check_run(tower: Path) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers
         for copy in copies:
             copy.unlink()  # the indexes stay
         dataset = PairDataset([source], [None], ImageConfig(size=8), seed=0)
-        order = [dataset.mixture().window_shards(0, 0, window)[0] for window in range(4)]
+        order = [dataset.mixture().window_shards(0, 8 * window)[0][0] for window in range(4)]
         stream = iter(PairLoader(dataset, local_batch=1, workers=workers, prefetch_mb=0.001))
         keys = [next(stream)["keys"][0]]
         wait_for(lambda: copies[order[0]].exists() and copies[order[1]].exists())

@@ -68,25 +68,19 @@ def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["data", "check", str(output)]) == 0
 
 
-@pytest.mark.parametrize("kind", ["csv", "semicolons", "jsonl", "parquet"])
-def test_a_table_becomes_tars_of_a_size(photos: Path, tmp_path: Path, kind: str):
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_table_becomes_tars(photos: Path, tmp_path: Path, delimiter: str):
     rows = [
         {"file_name": "a.jpg", "text": "one, more", "place": "x"},
         {"file_name": "a.jpg", "text": "two", "place": "x"},
         {"file_name": "sub/c.jpg", "text": "three", "place": "y"},
         {"file_name": "gone.jpg", "text": "four", "place": "y"},
     ]
-    table = photos / f"metadata.{kind if kind != 'semicolons' else 'csv'}"
-    if kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), table)
-    elif kind == "jsonl":
-        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        with open(table, "w", newline="", encoding="utf-8-sig") as file:
-            writer = csv.DictWriter(file, rows[0], delimiter=";" if kind == "semicolons" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
+    table = photos / "metadata.csv"
+    with open(table, "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
     output = tmp_path / "made"
     assert main(["data", "make", str(table), "--output", str(output)]) == 0
     assert samples(output) == {"a": [("one, more", "short"), ("two", "short")], "sub/c": [("three", "short")]}

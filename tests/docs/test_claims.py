@@ -86,6 +86,36 @@ def llava_folder(folder: Path, shift: float = 0.0) -> None:
         (folder / name / "compare" / "compare.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
 
 
+def test_llavas_controls_are_recorded_and_what_was_not_run_stays(tmp_path, monkeypatch) -> None:
+    for name in ("CLAIMS_LLAVA", "README", "BENCHMARKS"):
+        copy = tmp_path / getattr(check_claims, name).name
+        monkeypatch.setattr(check_claims, name, shutil.copy(getattr(check_claims, name), copy))
+    stated = check_claims.read_json(check_claims.CLAIMS_LLAVA)
+    run = tmp_path / "run"
+    llava_folder(run)
+    shutil.rmtree(run / "llava-smollm2")
+    shutil.copytree(run / "llava" / "scores", run / "llava-controls" / "scores")
+    for control, difference in (("random", 1.25), ("raw", -2.0)):
+        shutil.copytree(run / "llava" / "compare", run / f"llava-{control}" / "compare")
+        path = run / f"llava-{control}" / "compare" / "compare.json"
+        rows = check_claims.read_json(path)["rows"]
+        changed = {"difference": difference, "interval": [difference - 3, difference + 3], "p_holm": 0.5}
+        path.write_text(json.dumps({"rows": [row | changed for row in rows]}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["check_claims.py", str(run), "--record", "llava"])
+    assert check_claims.main() == 0
+    made = check_claims.read_json(check_claims.CLAIMS_LLAVA)
+    assert made.keys() == stated.keys()
+    for name, claim in made.items():
+        if check_claims.part_of(name) != check_claims.LANGUAGE_MODELS["llava"]:
+            assert claim == stated[name]
+            continue
+        for control, side in check_claims.CONTROLS.items():
+            assert claim["controls"][control]["values"] == stated[name][side][:2] == claim[side]
+            assert claim["controls"][control]["difference"] == {"random": 1.25, "raw": -2.0}[control]
+    assert stated_table(check_claims.README, check_claims.BEGIN_LLAVA) == check_claims.llava_table(made)
+    assert "51.1 ± 1.5; +1.2 [-1.8, +4.2], p .500 | " in check_claims.llava_table(made)[2]
+
+
 @pytest.mark.usefixtures("ten_trainings")
 def test_numbers_that_moved_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked(tmp_path, headline()) == ([], [])

@@ -1,4 +1,4 @@
-"""Stage 1's paper recipe against the authors' own code (golden/make_authors_captions.py): steps and batches."""
+"""Stage 1's paper recipe against the authors' own code (golden/authors_captions): steps and batches."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Stage 2's paper recipes against twenty steps of the authors' own code (golden/make_authors_curves.py)."""
+"""Stage 2's paper recipes against twenty steps of the authors' own code (golden/authors)."""
 
 import dataclasses
 import io

@@ -140,7 +140,7 @@ def authors_pairs_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
 
 
 def test_pairs_in_one_direction_are_the_authors_loss():
-    """LLM2Vec's HardNegativeNLLLoss on two ranks, as LLM2CLIP's stage 1 calls it (golden/make_authors_captions.py)."""
+    """LLM2Vec's HardNegativeNLLLoss on two ranks, as LLM2CLIP's stage 1 calls it (golden/authors_captions)."""
     golden = load_file(AUTHORS_LOSS)
     ranks = run_ranks(authors_pairs_on_ranks, 2)
     mean = torch.stack([result["loss"] for result in ranks]).mean()

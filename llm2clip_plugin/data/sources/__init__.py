@@ -6,7 +6,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -123,13 +123,6 @@ class Source(ABC):
 
         Raises BrokenSample if it can't be read, IndexError outside 0 .. len-1.
         """
-
-    def fetch(self, shard: int) -> None:  # noqa: B027 - a local disk needs nothing
-        """Prefetch a shard: copy one from its URL, read one of a network file system into the page cache."""
-
-    def bytes_to_fetch(self, shards: Iterable[int]) -> int:
-        """Bytes that ``fetch`` copies or reads for these shards at most; 0 for a local disk."""
-        return 0
 
     def key(self, number: int) -> str:
         """The key of a sample, also of one that can't be read."""

@@ -10,10 +10,10 @@ import hashlib
 import itertools
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,6 @@ from llm2clip_plugin.data.remote import (
     RetryingFile,
     expand_braces,
     has_suffix,
-    is_network,
     is_url,
     list_urls,
     retried,
@@ -48,7 +47,6 @@ COLUMNS = 8  # offset and size of image, text and JSON; start and size of the ke
 ABSENT = -1  # offset of a part that the sample does not have
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples of it
 OPEN_FILES = 64  # tars held open by one process
-PIECE = 4 << 20  # bytes of one read of an entire shard
 GAP = 64 << 10  # bytes between two parts of a sample that are read too: a second read of a network disk costs more
 DOWNLOADS_AT_ONCE = 4
 FEW = 16  # tars that are indexed in this process, without a pool
@@ -82,22 +80,6 @@ class TarSource(Source):
 
     def __reduce__(self) -> tuple[type[TarSource], tuple[object, ...]]:
         return TarSource, (self.config, None, self._opened)
-
-    def fetch(self, shard: int) -> None:
-        tar = self._tars[shard]
-        if is_url(tar):
-            self._downloads.fetch(tar)
-        elif self._on_network:
-            file = RetryingFile(tar)
-            for start in range(0, self.stamps[shard][0], PIECE):
-                file.read(PIECE, start)
-
-    def bytes_to_fetch(self, shards: Iterable[int]) -> int:
-        return sum(self.stamps[shard][0] for shard in shards if self._on_network)
-
-    @cached_property
-    def _on_network(self) -> bool:
-        return is_network(self.path)
 
     def key(self, number: int) -> str:
         return self._index.row(*self.place(number))[1].decode()
