@@ -111,8 +111,9 @@ def table(path: Path) -> Iterator[tuple[str, list[Any]]]:
         rows = load_workbook(path, read_only=True).worksheets[0].iter_rows(values_only=True)
         yield from ((f"{path}, line {line}", list(row)) for line, row in enumerate(rows, 1))
     elif path.suffix in (".json", ".jsonl"):
-        lines = json_lines(path) if path.suffix == ".jsonl" else enumerate(read_json_value(path), 1)
-        rows = ((where if path.suffix == ".jsonl" else f"{path}, row {where}", row) for where, row in lines)
+        rows = json_lines(path)
+        if path.suffix == ".json":
+            rows = ((f"{path}, row {number}", row) for number, row in enumerate(read_json_value(path), 1))
         names: list[str] = []
         for where, row in rows:
             if not names:
