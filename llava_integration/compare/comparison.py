@@ -100,7 +100,7 @@ def run_of(path: Path, record: Log) -> Run:
     Raises ContractError if the items can't be compared.
     """
     items, ids = record.items, [str(item.get("id")) for item in record.items]
-    if not items or any("id" not in item or "score" not in item for item in items):
+    if not items or any(not isinstance(item.get("id"), (str, int)) or "score" not in item for item in items):
         raise ContractError(f"{path}: a comparison needs one item per question, each with an id and a score")
     for item in items:
         for key, value in item.items():
