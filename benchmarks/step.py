@@ -88,10 +88,8 @@ def our_step(dual: DualEncoder, size: int, precision: Precision = "fp32") -> Tow
     """The training step of this project."""
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     train, hidden_size = TrainConfig(global_batch=size, precision=precision), dual.tower.config.hidden_size
-    user = {"zero_optimization": {"stage": 0}}
-    engine = Engine(
-        dual, groups, OPTIM, complete(user, train, OPTIM, world=1, total_steps=100, hidden_size=hidden_size)
-    )
+    config = complete({"zero_optimization": {"stage": 0}}, train, OPTIM, world=1, hidden_size=hidden_size)
+    engine = Engine(dual, groups, OPTIM, config)
     normalize = Normalize(ImageConfig(), engine.device)
     return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False, normalize=normalize)
 

@@ -36,8 +36,6 @@ NAMES = {
     "batch": "batch-size",
     "output_dir": "output",
     "dataloader_num_workers": "workers",
-    "optim.name": "optimizer",
-    "optim.args": "optimizer-args",
 }
 # Names of Hugging Face's Trainer and of LLaVA's scripts -> the name here; understood, but not shown in --help.
 ALSO = {

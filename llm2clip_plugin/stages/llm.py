@@ -47,7 +47,7 @@ from llm2clip_plugin.train.errors import stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.model import StepMemory, activation_bytes, enable_gradient_checkpointing
-from llm2clip_plugin.train.optim import Trained, chosen_optimizer, is_vector, zero_stage
+from llm2clip_plugin.train.optim import Trained, is_vector, zero_stage
 from llm2clip_plugin.vision.export import library_versions
 
 ASSUMED_TOKENS = 64  # of a text, template and prompt included, in a plan without data
@@ -337,7 +337,6 @@ def step_memory(
         parameters=shape.parameters,
         pair_bytes=texts * text_bytes / TEXTS,
         width=shape.width,
-        state_bytes=chosen_optimizer(config.optim).state_bytes,
     )
 
 

@@ -27,10 +27,10 @@ from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.text.teacher import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
-from llm2clip_plugin.train.distributed import on_first_rank, rank, set_full_determinism, set_tf32
+from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32
 from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
-from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
+from llm2clip_plugin.train.guard import Watch, readable_checkpoint, refuse_disagreement, shared_folder
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
 from llm2clip_plugin.train.optim import (
@@ -199,15 +199,13 @@ class TrainingRun:
 
 @contextmanager
 def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
-    """This rank's device, inside a block in which the ranks form a group and watch each other; TF32 and determinism as
-    the run sets them."""
-    if train.full_determinism:
-        set_full_determinism()
+    """This rank's device, inside a block in which the ranks form a group and watch each other; TF32 as the run
+    sets it."""
     device = start_ranks(train.ddp_timeout)
     if train.precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
     set_tf32(train.tf32, train.precision, device)
-    with watched(straggler_seconds=train.straggler_seconds, timeout=train.ddp_timeout):
+    with Watch(train.straggler_seconds):
         yield device
 
 
@@ -225,7 +223,6 @@ def plan_engine(
         config.train,
         config.optim,
         world=world,
-        total_steps=steps,
         hidden_size=hidden_size,
         output_dir=config.output_dir,
         where=where,

@@ -24,9 +24,9 @@ IGNORED_ON_RESUME = """
 output_dir resume allow_changed dry_run deepspeed evaluation plan tower.architecture
 data.cache data.validation data.validation_cache data.clip_cache data.read.cache_folder data.read.cache_gb
 loss.block contrast.length_groups
-train.save_steps train.save_minutes train.save_total_limit train.save_fallback_dir
+train.save_steps train.save_minutes train.save_total_limit
 train.eval_steps train.eval_on_start train.logging_steps train.report_to train.profile_steps train.profile_all_ranks
-train.dataloader_num_workers train.dataloader_prefetch_mb train.tf32 train.full_determinism train.skip_bad_batches
+train.dataloader_num_workers train.dataloader_prefetch_mb train.tf32 train.skip_bad_batches
 train.communication_data_type train.ddp_timeout train.straggler_seconds
 train.gradient_checkpointing train.torch_compile
 """.split()

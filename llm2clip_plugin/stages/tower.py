@@ -56,7 +56,6 @@ from llm2clip_plugin.train.model import (
     trained_parameters,
     with_llm_width,
 )
-from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config, use_fastest_attention
@@ -473,7 +472,6 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         parameters=sum(counts.values()),
         pair_bytes=activation_bytes(dual.to(dtype), make_inputs, forward) / IMAGES,
         width=config.dual.projection_dim,
-        state_bytes=chosen_optimizer(config.optim).state_bytes,
         pixels=math.prod(pixels),
         averages=bool(config.train.ema_decay) + needs_reference(config.loss),
         frozen_tower_bytes=needs_reference(config.loss) * tower_parameters * dtype.itemsize,

@@ -7,8 +7,8 @@
       twin.safetensors       weights of the frozen tower, if a loss term compares with one
       state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
 
-The format is independent of the number of ranks, the ZeRO stage and the precision, except for the moments of an
-optimizer ``by_rank``. No generator state is saved: every draw is a function of the run's seed and a position (step.py).
+The format is independent of the number of ranks, the ZeRO stage and the precision. No generator state is saved: every
+draw is a function of the run's seed and a position (step.py).
 """
 
 import dataclasses
@@ -104,8 +104,6 @@ def verify(path: Path, *, moments: bool = True) -> None:
     """Compare a checkpoint's hashes. Raises FileNotFoundError or ContractError for a missing or damaged file."""
     files = TrainState.read(path / TrainState.FILE).files
     names = [name for name in files if moments or name != OPTIMIZER]
-    for name in names:
-        TensorFile(path / name)
     with ThreadPoolExecutor() as pool:
         for name, digest in zip(names, pool.map(lambda name: sha256_file(path / name), names), strict=True):
             if digest != files[name]:
@@ -255,9 +253,7 @@ class Checkpoints:
         if not names:
             return ""
         aside = self.folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
-        while aside.exists():
-            aside = aside.with_name(f"{aside.name}x")
-        aside.mkdir()
+        aside.mkdir(exist_ok=True)
         for name in names:
             os.replace(self.folder / name, aside / name)
         if (self.run_folder / METRICS).is_file():
@@ -270,9 +266,9 @@ class Checkpoints:
 class Saver:
     """Saves a run's checkpoints in the background; leaving the context waits for the write in progress.
 
-    Every rank needs one. ``save`` gathers the state in buffers of rank 0's CPU, which a thread hashes and writes. A
-    periodic save that fails leaves the last checkpoint in place, and the next tries again; the last must succeed. No
-    rank waits for the disk in a collective.
+    Every rank needs one. ``save`` gathers the state in rank 0's memory, which a thread hashes and writes. A periodic
+    save that fails leaves the last checkpoint in place, and the next tries again; the last must succeed. No rank waits
+    for the disk in a collective.
     """
 
     def __init__(
@@ -281,20 +277,15 @@ class Saver:
         engine: Any,
         references: Mapping[str, Any] | None = None,
         *,
-        fallback: Path | None = None,
         note: Callable[[str], None] = print,
         event: Callable[[dict[str, Any]], None] = lambda values: None,
     ) -> None:
-        """references: Reference by the name of its file. fallback: run folder for the last checkpoint if
-        ``checkpoints`` fails. note: shows a line. event: records a line of metrics.jsonl."""
-        self.checkpoints, self.engine, self.fallback = checkpoints, engine, fallback
-        self.references = references or {}
-        self.waited = 0.0  # seconds that training waited for the last save
+        """references: Reference by the name of its file. note: shows a line. event: a line of metrics.jsonl."""
+        self.checkpoints, self.engine, self.references = checkpoints, engine, references or {}
         self._note, self._event = note, event
-        self._copies = {name: HostCopies() for name in (MODEL, OPTIMIZER, *self.references)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: Future[tuple[float, list[str]]] | None = None  # the last one: seconds, and warnings
-        self._written: tuple[Any, ...] = ()  # its state and tensors
+        self._step, self._waited = 0, 0.0  # of the last save: step, and seconds that training waited for it
         self._reported = True
         self._recording: Future[None] | None = None
 
@@ -320,13 +311,12 @@ class Saver:
         if last:
             with phase(CHECKPOINT):
                 on_first_rank(self._wait)
-        copies = self._copies if rank() == 0 else dict.fromkeys(self._copies)
-        tensors = {MODEL: self.engine.weights(copies[MODEL]), OPTIMIZER: self.engine.moments(copies[OPTIMIZER])}
-        tensors |= {name: reference.values(copies[name]) for name, reference in self.references.items()}
+        copy = on_host if rank() == 0 else None
+        tensors = {MODEL: self.engine.weights(copy), OPTIMIZER: self.engine.moments(copy)}
+        tensors |= {name: reference.values(copy) for name, reference in self.references.items()}
         state = dataclasses.replace(state, **self.engine.scaler_state(), world_size=world_size())
-        self.waited = time.perf_counter() - started
         if rank() == 0:
-            self._written, self._reported = (state, tensors), False
+            self._step, self._waited, self._reported = state.step, time.perf_counter() - started, False
             self._write = self._thread.submit(self.checkpoints.write, state, tensors)
 
     def record_metrics(self, state: TrainState) -> None:
@@ -339,24 +329,20 @@ class Saver:
         if self._write is None or self._reported or not self._write.done():
             return
         self._reported = True
-        step, error = self._written[0].step, self._write.exception()
+        error = self._write.exception()
         if isinstance(error, OSError):
-            newest = self.checkpoints.latest()
-            self._note(
-                f"warning: cannot write {self.checkpoints.path(step)}: {_reason(error)}; "
-                f"{newest.name if newest else 'no checkpoint'} is kept; trying again at the next save"
-            )
-            self._event({"step": step, "event": SAVE_FAILED, "reason": _reason(error)})
+            self._note(f"warning: {self._failure(error)}; trying again at the next save")
+            self._event({"step": self._step, "event": SAVE_FAILED, "reason": _reason(error)})
             return
         seconds, warnings = self._write.result()
         for line in warnings:
             self._note(f"warning: {line}")
-        times = {"waited_seconds": round(self.waited, 4), "write_seconds": round(seconds, 4)}
-        self._event({"step": step, "event": SAVED, **times})
+        times = {"waited_seconds": round(self._waited, 4), "write_seconds": round(seconds, 4)}
+        self._event({"step": self._step, "event": SAVED, **times})
 
     def finish(self) -> None:
         """Wait until the last save is complete; every rank must call this. Raises OSError (FirstRankError on other
-        ranks) if it failed; its state is then written to ``fallback``."""
+        ranks) if it failed."""
         with phase(CHECKPOINT):
             on_first_rank(lambda: self._wait(last=True))
 
@@ -365,25 +351,15 @@ class Saver:
         error = self._write.exception() if self._write is not None else None  # waits
         if last and isinstance(error, OSError):
             self._reported = True
-            raise OSError(self._give_up(error)) from error
+            raise OSError(f"{self._failure(error)}: free space and rerun the same command") from error
         self.poll()
         if last and self._recording is not None:
             self._recording.result()
 
-    def _give_up(self, error: OSError) -> str:
-        """Write the state to the fallback folder; returns what to say."""
-        state, tensors = self._written
-        failure = f"cannot write the last checkpoint {self.checkpoints.path(state.step)}: {_reason(error)}. "
-        if newest := self.checkpoints.latest():
-            failure += f"The last complete one is {newest}. "
-        if self.fallback is None:
-            return f"{failure}Free space and rerun the same command; --save-fallback-dir DIR keeps the last state"
-        elsewhere = Checkpoints(self.fallback, keep=0)
-        try:
-            elsewhere.write(state, tensors)
-        except OSError as second:
-            return f"{failure}Writing it to {elsewhere.path(state.step)} failed, too: {_reason(second)}"
-        return f"{failure}Its state is in {elsewhere.path(state.step)}: resume with --resume {self.fallback}"
+    def _failure(self, error: OSError) -> str:
+        newest = self.checkpoints.latest()
+        kept = newest.name if newest else "no checkpoint"
+        return f"cannot write {self.checkpoints.path(self._step)}: {_reason(error)}; {kept} is kept"
 
 
 def _reason(error: OSError) -> str:
@@ -415,18 +391,9 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-class HostCopies:
-    """Copies tensors to the CPU, into the memory of the copies that it made under the same names before."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of ``value``, valid until the next call with this name."""
-        buffer, dtype = self._buffers.get(name), dtype or value.dtype
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != dtype:
-            buffer = self._buffers[name] = torch.empty(value.shape, dtype=dtype)
-        return buffer.copy_(value.detach())
+def on_host(name: str, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy in the CPU's memory of the tensor of this name."""
+    return value.detach().to("cpu", dtype or value.dtype, copy=True)
 
 
 class TensorFile(Mapping[str, Tensor]):

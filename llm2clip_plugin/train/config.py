@@ -80,9 +80,8 @@ class HeadsConfig:
 class DistillConfig:
     """The frozen tower that the loss terms distill and patch_reference compare with."""
 
-    reference: Literal["ema", "start"] = (
-        "ema"  # ema: a moving average of the tower | start: the tower as it was before step 1
-    )
+    # ema: a moving average of the tower | start: the tower as it was before step 1
+    reference: Literal["ema", "start"] = "ema"
     decay: float = 0.999  # of that moving average, a step
 
     def __post_init__(self) -> None:
@@ -92,10 +91,8 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer and its schedule."""
+    """AdamW and its schedule."""
 
-    name: str = "adamw"  # adamw | adamw_8bit (bitsandbytes: a quarter of the memory for optimizer states)
-    args: tuple[str, ...] = ()  # settings of this optimizer alone, as NAME=VALUE (adamw_8bit: min_8bit_size=4096)
     lr: float = 1e-5  # peak learning rate, of the tower's last block or of the LLM's adapter
     head_lr: float = 0.0  # peak learning rate of projection, text adapter and logit scale; 0: same as lr
     weight_decay: float = 0.05  # not applied to norms, biases, class token, positions, logit scale
@@ -104,9 +101,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.98)  # decay rates of Adam's moments
     eps: float = 1e-8  # Adam's epsilon
     max_grad_norm: float = 5.0  # gradient clipping by global norm; 0: none
-    schedule: Literal["cosine", "linear", "constant"] = (
-        "cosine"  # after the warm-up: cosine | linear (both to min_lr_ratio) | constant
-    )
+    # after the warm-up: cosine | linear (both to min_lr_ratio) | constant
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0  # steps of linear warm-up
     warmup_ratio: float = 0.0  # warm-up as a fraction of all steps; set one of the two
     min_lr_ratio: float = 0.0  # where the schedule ends, as a fraction of the peak
@@ -136,7 +132,6 @@ class TrainConfig:
     tf32: Tf32 = "auto"  # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
     communication_data_type: ReductionType = ""  # of gradients' reduction; "": precision's, from 16 ranks on fp32
     seed: int = 0  # of the data's order, augmentation, noise, initial heads
-    full_determinism: bool = False  # deterministic kernels: the same run twice is equal bit for bit; slow, to debug
     # recompute the tower's blocks in the backward pass: less memory, slower; auto: where a GPU would not hold them
     gradient_checkpointing: bool | Literal["auto"] = False
     torch_compile: bool = False  # torch.compile the tower
@@ -144,7 +139,6 @@ class TrainConfig:
     save_steps: int = 0  # steps between checkpoints; 0: only by time
     save_minutes: float = 15.0  # minutes between checkpoints; 0: only by steps
     save_total_limit: int = 2  # checkpoints kept; 0: all
-    save_fallback_dir: str = ""  # where the last checkpoint is written if output_dir fails (disk full); "": nowhere
     eval_steps: int = 0  # steps between evaluations on the held-out split; 0: only at the end
     eval_on_start: bool = True  # evaluate before step 1 too: the scores that the run's are compared with
     logging_steps: int = 1  # steps between lines of metrics.jsonl
@@ -172,17 +166,15 @@ class TrainConfig:
 
     def rows(self, world: int) -> tuple[int, int, int]:
         """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError suggests a batch."""
-        local, rest = divmod(self.global_batch, world)
-        micro = self.micro_batch or local
-        if not rest and local % micro == 0:
+        local = self.global_batch // world
+        micro = max(1, min(self.micro_batch or local, local))
+        unit = world * micro
+        if self.global_batch % unit == 0:
             return local, micro, local // micro
-        unit = world * min(micro, local) or world
-        fits = [f"--global-batch {max(unit, self.global_batch // unit * unit)}"] if rest or micro < local else []
-        if not rest:
-            fits.append(f"--micro-batch {max(n for n in range(1, min(micro, local) + 1) if local % n == 0)}")
-        shares = f"{world} ranks" + (f" x train.micro_batch {self.micro_batch}" if self.micro_batch else "")
+        shares = f"{world} ranks" + (f" x train.micro_batch {micro}" if self.micro_batch else "")
+        fits = max(unit, self.global_batch // unit * unit)
         raise ValueError(
-            f"train.global_batch {self.global_batch} is not a multiple of {shares}; try {' or '.join(fits)}"
+            f"train.global_batch {self.global_batch} is not a multiple of {shares}; try --global-batch {fits}"
         )
 
     @property
@@ -232,8 +224,6 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
         if name in [other.name for other in terms]:
             raise ValueError(f"loss.terms {' '.join(words)} names {name} twice")
         terms.append(term)
-    if not terms:
-        raise ValueError("loss.terms is empty; give at least one term, as in --loss.terms infonce")
     for progress in (0.0, *(term.until for term in terms)):  # where the sum of the weights can be lowest
         if not any(term.at(progress) for term in terms):
             raise ValueError(f"loss.terms {' '.join(words)}: all weights are 0 after {progress:.0%} of the run")

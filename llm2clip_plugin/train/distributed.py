@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from datetime import timedelta
@@ -32,7 +31,6 @@ MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a line
 # of a step. data: waiting for the loader. communication: features and losses of all ranks, and the reduction of
 # gradients that DeepSpeed begins after the backward pass; what it overlaps with another phase is part of that phase
 PHASES = ("data", "forward", "backward", "optimizer", "communication")
-STEP = "step"  # the whole step, by the host's clock
 
 Value = TypeVar("Value")
 ALONE: Literal["alone"] = "alone"  # this rank alone, whatever other ranks exist
@@ -67,23 +65,15 @@ def choose_device(name: str = "") -> torch.device:
 
 
 def join_ranks(device: torch.device, timeout: float) -> None:
-    """Start the process group; OSError if another process listens on the launcher's port. timeout: seconds after which
-    a collective that a rank does not join fails."""
+    """Start the process group. timeout: seconds after which a collective that a rank does not join fails."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-    line = f"waiting for the other ranks of this launch ({found}); for a run in one process unset these variables"
+    line = "waiting for the other ranks of this launch; for a run in one process unset RANK and WORLD_SIZE"
     timer = threading.Timer(MISSING_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     timer.start()
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-    except RuntimeError as error:
-        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
-            raise
-        port = os.environ.get("MASTER_PORT")
-        raise OSError(f"port {port} is in use by another process; choose another with --master_port") from error
     finally:
         timer.cancel()
 
@@ -104,27 +94,15 @@ def set_single_process_environment() -> None:
                 raise ValueError(f"{name} is {tasks}, RANK is not set: start torchrun per node (docs/scaling.md)")
         port = str(free_port())
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    elif "MASTER_ADDR" not in os.environ and not dist.is_initialized():
-        raise ValueError(
-            "RANK and WORLD_SIZE are set, MASTER_ADDR is not; start with `torchrun` or `deepspeed`, or unset them"
-        )
 
 
 class StepTimer:
-    """Seconds of a step by phase, measured without making the device wait.
-
-    On a CPU a clock is read where one phase ends and the next begins. On a GPU an event is recorded there, and read
-    when the device has passed it; so a step that is still being computed is part of a later lap.
-    """
+    """Seconds of a step by phase, measured without making the device wait: where one phase ends and the next begins, a
+    clock is read, or an event of the GPU recorded."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []  # phase, and where it begins; empty between steps
-        self._started = 0.0
-        self._pending: deque[tuple[float, list[tuple[str, Any]]]] = deque()  # seconds by the host's clock, marks
-        self._sums: Counter[str] = Counter()  # by phase, of the steps that the device has finished
-        self._steps = 0
-        self._laps: dict[str, tuple[int, Counter[str]]] = {}
+        self._marks: list[tuple[str, Any]] = []  # phase, and where it begins; "" between steps
 
     def _mark(self, phase: str) -> None:
         moment: Any = torch.cuda.Event(enable_timing=True) if self._on_gpu else time.perf_counter()
@@ -136,41 +114,26 @@ class StepTimer:
         """A step begins, with waiting for its data; this is the timer that ``timed`` reports to."""
         global _active
         _active = self
-        self._started, self._marks = time.perf_counter(), []
         self._mark("data")
 
-    def switch(self, phase: str) -> str | None:
-        """Another phase begins; returns the one before, None (and nothing is measured) between steps."""
-        before = self._marks[-1][0] if self._marks else None
-        if before is not None and before != phase:
+    def switch(self, phase: str) -> str:
+        """Another phase begins, "" as the step ends; returns the one before, "" (nothing is measured) between steps."""
+        before = self._marks[-1][0] if self._marks else ""
+        if before and before != phase:
             self._mark(phase)
         return before
 
-    def stop(self) -> None:
-        """The step ends."""
-        self._mark("")
-        self._pending.append((time.perf_counter() - self._started, self._marks))
-        self._marks = []
-
-    def lap(self, name: str, *, wait: bool = False) -> dict[str, float]:
-        """Seconds by phase of the mean step since the last lap of this name, {} without a step; ``wait``: for the
-        device to finish them all."""
-        while self._pending:
-            wall, marks = self._pending[0]
-            end: Any = marks[-1][1]
-            if self._on_gpu and wait:
-                end.synchronize()
-            if self._on_gpu and not end.query():
-                break
-            self._pending.popleft()
-            self._steps += 1
-            self._sums[STEP] += wall  # pyright: ignore[reportArgumentType]
-            for (phase, first), (_, last) in itertools.pairwise(marks):
-                self._sums[phase] += first.elapsed_time(last) / 1000 if self._on_gpu else last - first
-        steps, sums = self._laps.get(name, (0, Counter()))
-        self._laps[name] = self._steps, Counter(self._sums)
-        steps = self._steps - steps
-        return {phase: (self._sums[phase] - sums[phase]) / steps for phase in (STEP, *PHASES)} if steps else {}
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase of the mean step since the last call; waits for the device to finish the last one."""
+        marks, self._marks = self._marks, []
+        if self._on_gpu and marks:
+            marks[-1][1].synchronize()
+        sums: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        steps = sum(not phase for phase, _ in marks)
+        for (phase, first), (_, last) in itertools.pairwise(marks):
+            if phase:
+                sums[phase] += (first.elapsed_time(last) / 1000 if self._on_gpu else last - first) / steps
+        return sums
 
 
 _active: StepTimer | None = None
@@ -187,10 +150,10 @@ class timed(ContextDecorator):  # noqa: N801 - used like a function; a generator
         return timed(self.phase)
 
     def __enter__(self) -> None:
-        self.before = None if _active is None else _active.switch(self.phase)
+        self.before = "" if _active is None else _active.switch(self.phase)
 
     def __exit__(self, *error: object) -> None:
-        if self.before is not None and _active is not None:
+        if self.before and _active is not None:
             _active.switch(self.before)
 
 
@@ -329,12 +292,3 @@ def set_tf32(tf32: Tf32, precision: str, device: torch.device) -> None:
         allowed = tf32 == "on" or (tf32 == "auto" and precision != "fp32")
         torch.set_float32_matmul_precision("high" if allowed else "highest")
         torch.backends.cudnn.allow_tf32 = allowed
-
-
-def set_full_determinism() -> None:
-    """Use deterministic kernels alone, before CUDA is initialized; an operation that has none raises RuntimeError.
-    As Hugging Face's ``enable_full_determinism``, without its seeds: every draw is a function of the run's anyway."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False

@@ -9,7 +9,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -18,16 +18,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-)
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from packaging.version import Version
 from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_deepspeed
-from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.config import DDP_TIMEOUT, OptimConfig
 from llm2clip_plugin.train.distributed import (
     choose_device,
@@ -38,11 +33,12 @@ from llm2clip_plugin.train.distributed import (
     world_size,
 )
 from llm2clip_plugin.train.optim import (
-    AdamW,
+    MOMENTS,
     FlatAdamW,
     Rates,
     as_one_group,
-    chosen_optimizer,
+    empty_state,
+    make_adamw,
     offloads_optimizer,
     zero_stage,
 )
@@ -52,6 +48,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # else a warning: it is "untested"
 WAITS_FOR_EVERY_GATHER = Version("0.19.8")  # gloo finishes several gathers in any order
 EXCHANGED = 1 << 24  # values, or rows, of a master that are exchanged at once: 64 MiB of a flat one
+Copy = Callable[..., Tensor]  # of (name, value, dtype or that of the value): checkpoint.on_host on rank 0
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -85,7 +82,7 @@ def check_deepspeed(config: dict[str, Any], where: str) -> None:
     batch = world * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
     try:
         deepspeed.DeepSpeedConfig({**config, "train_batch_size": batch})
-    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:  # pydantic's is a ValueError
+    except Exception as error:  # DeepSpeed's own, pydantic's, or what its reader stumbles over
         raise ValueError(f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
 
 
@@ -97,7 +94,7 @@ class Engine:
 
     Weights and moments are read and written one parameter at a time, complete, in fp32 and under the module's own
     names, whatever the ZeRO stage, the precision and the number of ranks: a checkpoint of 8 ranks under ZeRO-3 resumes
-    on 2 under ZeRO-1. The moments of an optimizer ``by_rank`` are the exception. Every rank calls each of these.
+    on 2 under ZeRO-1. Every rank calls each of these.
     """
 
     def __init__(
@@ -117,10 +114,9 @@ class Engine:
             raise ValueError("ZeRO-3 on CPUs would compute with weights that have not arrived; use deepspeed>=0.19.8")
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
-        self.optimizer = chosen_optimizer(optim)
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         rates: dict[Tensor, Rates] = {}
-        if self.stage in (1, 2) and type(self.optimizer) is AdamW and not offloads:
+        if self.stage in (1, 2) and not offloads:
             groups, rates = as_one_group(groups)
             optimizer: torch.optim.Optimizer = FlatAdamW(groups, **hyper, fused=on_gpu)
         elif on_gpu and offloads:
@@ -128,7 +124,7 @@ class Engine:
 
             optimizer = DeepSpeedCPUAdam(groups, **hyper)
         else:
-            optimizer = self.optimizer.make(groups, **hyper)
+            optimizer = make_adamw(groups, **hyper)
         prepare_deepspeed()
         # step() computes the gradient norm of ZeRO-0 anyway; DeepSpeed's own clipping would compute it again
         self._clip = float(config.get("gradient_clipping", 0.0)) if self.stage == 0 else 0.0
@@ -220,21 +216,17 @@ class Engine:
                 parameter.data.clamp_(low, high)
         return clamped
 
-    @contextmanager
-    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
+    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[None]:
         """Full values of parameters that ZeRO-3 has partitioned; ``modify``: rank 0's changes are kept."""
-        if self.stage < 3:
-            yield
-            return
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
-            yield
+        modifier = 0 if modify else None
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier, enabled=self.stage == 3)
 
     def report(self, values: dict[str, float], samples: int) -> None:
         """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0."""
         if self._monitor.enabled:
             self._monitor.write_events([(label, value, samples) for label, value in values.items()])
 
-    def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
+    def weights(self, copy: Copy | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
         values = self.read_trained(copy)
         for name, parameter in self.module.named_parameters():
@@ -248,7 +240,7 @@ class Engine:
         return values
 
     def read_trained(
-        self, copy: Callable[[str, Tensor], Tensor] | None, names: Collection[str] | None = None, suffix: str = ""
+        self, copy: Copy | None, names: Collection[str] | None = None, suffix: str = ""
     ) -> dict[str, Tensor]:
         """The masters of trained parameters (names: all by default), as made by ``copy`` under NAME + suffix; {} on
         ranks without one."""
@@ -282,14 +274,10 @@ class Engine:
                 master.copy_(other)
                 other.copy_(value)
 
-    def moments(self, copy: HostCopies | None) -> dict[str, Tensor]:
+    def moments(self, copy: Copy | None) -> dict[str, Tensor]:
         """The optimizer's moments, as made by ``copy``; {} before the first update and on ranks without one."""
-        if self.updates == 0:
-            return {}
-        if self.optimizer.by_rank:
-            return {name: copy(name, value) for name, value in self._moments_by_rank() if copy}
         values: dict[str, Tensor] = {}
-        for moment in self.optimizer.moments:
+        for moment in MOMENTS if self.updates else ():
             with self.exchanged(self._moment(moment)):
                 values |= self.read_trained(copy, suffix=f".{moment}")
         return values
@@ -299,58 +287,21 @@ class Engine:
         states = self._base.state
         return [states[one][name] if one in states else torch.zeros_like(one.data) for one in self.masters()]
 
-    def _moments_by_rank(self) -> Iterator[tuple[str, Tensor]]:
-        """Those of all ranks, whose masters have the same shapes."""
-        for source in range(self._parted):
-            for name, own in self._held(source):
-                value = own.clone()
-                if self._parted > 1:
-                    dist.broadcast(value, source)
-                yield name, value
-
-    def _held(self, source: int) -> Iterator[tuple[str, Tensor]]:
-        """The moments of this rank's masters, named as if it were rank ``source``: ``zero2-of-4.0.1.state1`` is of rank
-        0's second master. One that is too small for 8 bits has fewer."""
-        for number, master in enumerate(self.masters()):
-            state = self._base.state.get(master, {})
-            for moment in filter(state.__contains__, self.optimizer.moments):
-                yield f"zero{self.stage}-of-{self._parted}.{source}.{number}.{moment}", state[moment]
-
-    @property
-    def _parted(self) -> int:
-        """Among how many ranks the masters are parted."""
-        return world_size() if self.stage else 1
-
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held ``weights`` when the
         engine was made; here the fp32 masters get the digits that a half-precision module lost.
-
-        Raises ValueError if another kind of optimizer wrote the moments, or one ``by_rank`` on other ranks.
         """
         self.write_trained(weights)
         if moments:
             for master in self.masters():
-                empty = self.optimizer.empty_state(self._base, master, int(state["updates"]))
-                self._base.state[master] = empty
-            (self._restore_by_rank if self.optimizer.by_rank else self._restore_by_name)(moments)
+                self._base.state[master] = empty_state(self._base, master, int(state["updates"]))
+            for moment in MOMENTS:
+                with self.exchanged(self._moment(moment)):
+                    self.write_trained(moments, f".{moment}")
         scaler = self._scaler
         for field, value in state["scaler"].items():
             if scaler is not None and field in vars(scaler):
                 setattr(scaler, field, value)
-
-    def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
-        if not any(f"{name}.{moment}" in moments for name, _ in self.trained for moment in self.optimizer.moments):
-            raise ValueError(f"the checkpoint has no moments of {self.optimizer.name}: resume with its own --optimizer")
-        for moment in self.optimizer.moments:
-            with self.exchanged(self._moment(moment)):
-                self.write_trained(moments, f".{moment}")
-
-    def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
-        for name, own in self._held(rank() % self._parted):
-            saved = moments.get(name)
-            if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
-                raise ValueError(f"the checkpoint has no {name}: resume with its ranks, ZeRO stage and --optimizer")
-            own.copy_(saved)
 
     @property
     def updates(self) -> int:
@@ -462,7 +413,7 @@ class Reference:
         if self.module is not None:
             self._show()
 
-    def values(self, copy: HostCopies | None) -> dict[str, Tensor]:
+    def values(self, copy: Copy | None) -> dict[str, Tensor]:
         """The averages by name, as made by ``copy``, {} on ranks without one; every rank must call this."""
         with self.engine.exchanged(self.averages):
             return self.engine.read_trained(copy, self.names)

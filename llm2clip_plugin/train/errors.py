@@ -1,17 +1,17 @@
-"""What ends a run early. Standard library only, so that the command line knows it without torch.
+"""What ends a run early; without torch, so that the command line knows it.
 
 Exit statuses: 0 done; 1 failed, a rerun may succeed; 2 wrong input; 3 a non-finite loss or gradient; 75 saved and
 stopped before the end, to be started again; 129, 130, 143 a signal before there was anything to save.
 """
 
 import os
-import re
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+
+import psutil
 
 from llm2clip_plugin.console import Interrupted, is_loading
 
@@ -63,8 +63,7 @@ def lost_rank(error: RuntimeError) -> str:
     # torch raises a DistError for NCCL and the store, a plain RuntimeError for gloo
     if "gloo/" not in str(error) and not any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return ""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = re.sub(r"^\[[^]]*\] *", "", lines[0]).split(". This is typically")[0]  # gloo's source line and advice
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return (
         f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} lost the connection to another rank: {reason}. "
         "Look for the first error of the others, and rerun the same command: it resumes, on any number of ranks"
@@ -81,23 +80,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signals: list[int] = []
-        self._launcher: Any = None
-        if "LOCAL_SIZE" in os.environ:  # set by deepspeed.launcher.launch, whose parent is that command
-            import psutil  # comes with DeepSpeed
-
-            self._launcher = psutil.Process().parent()
-            self._command = self._launcher.ppid() if self._launcher is not None else 0
+        # set by deepspeed.launcher.launch, whose parent is that command
+        self._launcher = psutil.Process().parent() if "LOCAL_SIZE" in os.environ else None
+        self._command = self._launcher.ppid() if self._launcher is not None else 0
 
     def __bool__(self) -> bool:
         return bool(self.signals) or self._launcher_ended()
 
     def _launcher_ended(self) -> bool:
-        if self._launcher is None:
-            return False
-        import psutil
-
         try:  # once a step; finding the launcher anew takes five times as long
-            return self._launcher.ppid() != self._command
+            return self._launcher is not None and self._launcher.ppid() != self._command
         except psutil.NoSuchProcess:
             return True
 

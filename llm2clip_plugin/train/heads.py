@@ -6,8 +6,8 @@ heads distort a pretrained tower. Every training image is encoded once, without 
 ``heads.target clip_text``: the text adapter alone learns the text space of the tower's own CLIP, from captions, as in
 ProCLIP's first stage (arXiv 2510.18795); projection and logit scale are the CLIP's.
 
-Images are encoded in the same blocks on any number of ranks, and only rank 0 fits, so the result is independent of the
-number of ranks. If the run is in bf16, so are the matrix products here; weights and loss stay fp32.
+Images are encoded in the same blocks, and only rank 0 fits, so the result is independent of the number of ranks. If the
+run is in bf16, so are the matrix products here; weights and loss stay fp32.
 
 Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch,
 D width of the joint space.
@@ -16,10 +16,10 @@ D width of the joint space.
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -41,7 +41,7 @@ from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_f
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.losses.base import Features, heads_terms
 from llm2clip_plugin.train.losses.distill import Distill
-from llm2clip_plugin.train.optim import AdamW, Trained, is_vector, lr_factor, parameter_groups, set_lr
+from llm2clip_plugin.train.optim import Trained, is_vector, lr_factor, make_adamw, parameter_groups, set_lr
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
@@ -66,7 +66,6 @@ class FrozenFeatures:
     pooled_IP: Tensor
     embedding_MW: Tensor
     caption_hashes_M: Tensor
-    first_I: Tensor  # index of an image's first caption
     count_I: Tensor  # number of its captions
     share_M: Tensor  # float64, probability of each of an image's captions
 
@@ -104,11 +103,12 @@ def fit_heads(
 
     def fit() -> tuple[list[FitLine], int]:
         if features is not None:
-            batches = ImageBatches(model, features, config.batch, seed, device)
+            samples = len(features.count_I)
+            batches = partial(image_batches, model, features, min(config.batch, samples), seed)
         else:
             dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=weights, targets=clip_caches)
-            batches = CaptionBatches(model, dataset, config.batch, workers, device)
-        return _fit(model, batches, products, config, loss, seed, logging_steps, stop, unfinished)
+            samples, batches = len(dataset), partial(caption_batches, model, dataset, config.batch, workers)
+        return _fit(model, samples, batches, products, config, loss, seed, logging_steps, stop, unfinished)
 
     curve, done = on_first_rank(fit)  # the others wait in no collective, whose timeout a long fit would exceed
     if done < config.steps:
@@ -160,20 +160,14 @@ def frozen_features(
     broken: list[BrokenSample] = []
     own = range(rank(), len(blocks), world_size())
     label = "features of the frozen tower"
-    for number in track(own, total=len(own), label=label, unit="blocks", show=rank() == 0):
+    for block in track(own, total=len(own), label=label, unit="blocks", show=rank() == 0):
         if stop:
             break
-        source, cache = sources[blocks[number][0]], caches[blocks[number][0]]
-        pairs = EvalPairs(
-            source,
-            cache,
-            images,
-            batch=BLOCK_IMAGES,
-            kinds=source.config.kinds,
-            languages=source.config.languages,
-            indices=blocks[number][1],
-        )
-        encoded[number] = [_encode(model, batch, normalize, caption_weights) for batch in pairs]
+        number, indices = blocks[block]
+        read = sources[number].config
+        only: Any = {"kinds": read.kinds, "languages": read.languages, "indices": indices}
+        pairs = EvalPairs(sources[number], caches[number], images, batch=BLOCK_IMAGES, **only)
+        encoded[block] = [_encode(model, batch, normalize, caption_weights) for batch in pairs]
         broken += pairs.broken
     model.train()
     if any(gather_objects(bool(stop))):
@@ -193,7 +187,6 @@ def frozen_features(
         pooled_IP=pooled,
         embedding_MW=embedding,
         caption_hashes_M=ids,
-        first_I=counts.cumsum(0) - counts,
         count_I=counts,
         share_M=shares,
     )
@@ -207,14 +200,14 @@ def _encode(
     ids = torch.tensor([caption_hash(caption.text) for caption in batch["captions"]])
     counts = torch.tensor([int((batch["owners"] == image).sum()) for image in batch["image_ids"]])
     captions = iter(batch["captions"])
-    of_images = [list(islice(captions, count)) for count in counts.tolist()]
-    shares = [share for of_image in of_images for share in caption_shares(of_image, caption_weights)]
+    shares = [share for n in counts.tolist() for share in caption_shares(list(islice(captions, n)), caption_weights)]
     return pooled, batch["embeddings"], ids, counts, torch.tensor(shares, dtype=torch.float64)
 
 
 def _fit(
     model: DualEncoder,
-    batches: "ImageBatches | CaptionBatches",
+    samples: int,
+    batches_from: Callable[[int], Iterator[Features]],
     products: torch.autocast,
     config: HeadsConfig,
     loss_config: LossConfig,
@@ -223,20 +216,20 @@ def _fit(
     stop: StopRequest | None,
     unfinished: Path | None,
 ) -> tuple[list[FitLine], int]:
-    """Train the heads, or the text adapter alone; returns the curve and the number of steps that are done."""
+    """Train the heads, or the text adapter alone; returns the curve and the number of steps that are done.
+    ``batches_from``: the batches from a step on."""
     of_clip, optimizer = config.target == "clip_text", _optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    terms = {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss_config, group=ALONE)
-    fit_of = canonical_json(["3", *map(dataclasses.asdict, (config, loss_config)), seed, batches.samples])
+    terms = {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss_config)
+    fit_of = canonical_json(["3", *map(dataclasses.asdict, (config, loss_config)), seed, samples])
     done, curve = _continued(model, optimizer, unfinished, fit_of)
-    batches.skip(done)
-    started, before = time.perf_counter(), done
+    batches, started, before = batches_from(done), time.perf_counter(), done
     with progress_bar(total=config.steps, label="heads", unit="steps", initial=done) as bar:
         while done < config.steps and not stop:
             factor = lr_factor(done, config.steps, CLIP_TEXT_OPTIM) if of_clip else 1.0
             set_lr(optimizer.param_groups, factor)
             with products:
-                batch = batches.draw()
+                batch = next(batches)
             losses = {f"loss_{name}": term(batch) for name, term in terms.items()}
             loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad()
@@ -252,9 +245,10 @@ def _fit(
                 if batch.reference_bD is not None:
                     values["cosine"] = (batch.anchor_bD * batch.reference_bD).sum(1).mean()
                 line = {name: float(value.detach()) for name, value in values.items()}
-                rate = (done - before) * batches.size / (time.perf_counter() - started)
+                size = len(batch.anchor_bD)
+                rate = (done - before) * size / (time.perf_counter() - started)
                 line |= {"lr": config.lr * factor, "samples_per_second": rate}
-                curve.append({"step": done, "samples": done * batches.size, **line})
+                curve.append({"step": done, "samples": done * size, **line})
                 bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
             bar.update()
     optimizer.zero_grad()  # or these gradients are added to those of the first training step
@@ -273,7 +267,7 @@ def _optimizer(model: DualEncoder, config: HeadsConfig) -> torch.optim.Optimizer
         if name.startswith("text_adapter.") or not of_clip
     ]
     groups, eps = parameter_groups(trained, config.weight_decay), CLIP_TEXT_OPTIM.eps if of_clip else 1e-8
-    return AdamW().make(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
+    return make_adamw(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
 
 
 def _continued(
@@ -289,68 +283,45 @@ def _continued(
     return saved["done"], saved["curve"]
 
 
-class ImageBatches:
-    """Images drawn without replacement in each pass, with one random caption each."""
-
-    def __init__(
-        self, model: DualEncoder, features: FrozenFeatures, size: int, seed: int, device: torch.device
-    ) -> None:
-        self.model, self.features, self.device = model, features, device
-        self.samples = len(features.count_I)
-        self.size = min(size, self.samples)
-        self.generator = torch.Generator().manual_seed(position_seed(seed, -1))
-        self.queue = torch.empty(0, dtype=torch.int64)
-
-    def _choose(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers of images (B,), of a caption of each (B,), and noise for the captions' embeddings (B, W)."""
-        if len(self.queue) < self.size:
-            self.queue = torch.cat([self.queue, torch.randperm(self.samples, generator=self.generator)])
-        chosen_B, self.queue = self.queue[: self.size], self.queue[self.size :]
-        caption_B = _draw_captions(self.features, chosen_B, torch.rand(self.size, generator=self.generator))
-        width = self.features.embedding_MW.shape[1]
-        return chosen_B, caption_B, torch.randn(self.size, width, generator=self.generator)
-
-    def skip(self, steps: int) -> None:
-        """Begin after so many batches."""
-        for _ in range(steps):
-            self._choose()
-
-    def draw(self) -> Features:
-        """Output of the heads."""
-        (chosen_B, caption_B, noise_BW), model = self._choose(), self.model
-        embedding_BW = self.features.embedding_MW[caption_B].float().to(self.device)
-        pooled_BP = self.features.pooled_IP[chosen_B].to(self.device)
-        image_BD = F.normalize(model.visual_projection(model.visual_norm(pooled_BP)).float(), dim=-1)
-        return Features(
-            anchor_bD=image_BD,
-            positive_bkD=model.encode_text(embedding_BW, noise_BW.to(self.device))[:, None],
+def image_batches(model: DualEncoder, features: FrozenFeatures, size: int, seed: int, start: int) -> Iterator[Features]:
+    """Outputs of the heads, from batch ``start`` on: images drawn without replacement in each pass, with one random
+    caption each."""
+    device, width = model.logit_scale.device, features.embedding_MW.shape[1]
+    generator = torch.Generator().manual_seed(position_seed(seed, -1))
+    queue = torch.empty(0, dtype=torch.int64)
+    for number in count():
+        if len(queue) < size:
+            queue = torch.cat([queue, torch.randperm(len(features.count_I), generator=generator)])
+        chosen_B, queue = queue[:size], queue[size:]
+        caption_B = _draw_captions(features, chosen_B, torch.rand(size, generator=generator))
+        noise_BW = torch.randn(size, width, generator=generator).to(device)
+        if number < start:
+            continue
+        pooled_BP = features.pooled_IP[chosen_B].to(device)
+        embedding_BW = features.embedding_MW[caption_B].float().to(device)
+        yield Features(
+            anchor_bD=F.normalize(model.visual_projection(model.visual_norm(pooled_BP)).float(), dim=-1),
+            positive_bkD=model.encode_text(embedding_BW, noise_BW)[:, None],
             log_scale=model.logit_scale,
-            bias=torch.zeros(1, device=self.device) if model.logit_bias is None else model.logit_bias,
-            caption_hashes=self.features.caption_hashes_M[caption_B].to(self.device),
-            image_ids=chosen_B.to(self.device),
+            bias=torch.zeros(1, device=device) if model.logit_bias is None else model.logit_bias,
+            caption_hashes=features.caption_hashes_M[caption_B].to(device),
+            image_ids=chosen_B.to(device),
         )
 
 
-class CaptionBatches:
-    """Captions with CLIP's text features of them as the reference, in the order of a training's samples."""
-
-    def __init__(self, model: DualEncoder, dataset: PairDataset, size: int, workers: int, device: torch.device) -> None:
-        self.model, self.size, self.samples, self.device = model, size, len(dataset), device
-        self.load = partial(PairLoader, dataset, local_batch=size, workers=workers)
-
-    def skip(self, steps: int) -> None:
-        """Begin after so many batches."""
-        self.batches = iter(self.load(position=steps * self.size))
-
-    def draw(self) -> Features:
-        """Output of the text adapter."""
-        batch = next(self.batches)
-        target_BD = F.normalize(batch["targets"].to(self.device).float(), dim=-1)
-        return Features(
-            anchor_bD=self.model.encode_text(batch["embeddings"].to(self.device)),
+def caption_batches(
+    model: DualEncoder, dataset: PairDataset, size: int, workers: int, start: int
+) -> Iterator[Features]:
+    """Outputs of the text adapter, from batch ``start`` on: captions with CLIP's text features of them as the
+    reference, in the order of a training's samples."""
+    device = model.logit_scale.device
+    for batch in PairLoader(dataset, local_batch=size, workers=workers, position=start * size):
+        target_BD = F.normalize(batch["targets"].to(device).float(), dim=-1)
+        yield Features(
+            anchor_bD=model.encode_text(batch["embeddings"].to(device)),
             positive_bkD=target_BD[:, None],
-            log_scale=self.model.logit_scale,
-            bias=torch.zeros(1, device=self.device),
+            log_scale=model.logit_scale,
+            bias=torch.zeros(1, device=device),
             caption_hashes=None,
             image_ids=None,
             reference_bD=target_BD,
@@ -360,7 +331,7 @@ class CaptionBatches:
 
 def _draw_captions(features: FrozenFeatures, chosen_B: Tensor, draw_B: Tensor) -> Tensor:
     """(B,) a caption of each chosen image by a number in [0, 1), by the captions' shares."""
-    first_B, count_B = features.first_I[chosen_B], features.count_I[chosen_B]
+    end_B = features.count_I.cumsum(0)[chosen_B]
     # the shares of an image add up to 1, so those of image i lie in i .. i + 1 of the running sum
     caption_B = torch.searchsorted(features.share_M.cumsum(0), chosen_B + draw_B.double(), right=True)
-    return caption_B.clamp(first_B, first_B + count_B - 1)
+    return caption_B.clamp(end_B - features.count_I[chosen_B], end_B - 1)

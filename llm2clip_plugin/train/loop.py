@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llm2clip_plugin.files import HEADS
 from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, sum_over_ranks, timed, world_size
@@ -48,17 +49,12 @@ def run_loop(parts: LoopParts) -> TrainState:
     Raises NonFiniteLossError on every rank, and OSError if the final state cannot be saved; the last complete
     checkpoint is unchanged.
     """
-    fallback = parts.train.save_fallback_dir
     with Reports(parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps) as reports:
-        with Saver(
-            parts.checkpoints,
-            parts.engine,
-            parts.references,
-            fallback=Path(fallback) / parts.run_folder.name if fallback else None,
-            note=reports.note,
-            event=reports.event,
-        ) as saver:
-            reports.heads(parts.heads)
+        noted = {"note": reports.note, "event": reports.event}
+        with Saver(parts.checkpoints, parts.engine, parts.references, **noted) as saver:
+            for line in parts.heads:
+                values = {f"heads_{name}": value for name, value in line.items()}
+                reports.event({"step": 0, "samples": 0, "event": HEADS, **values})
             try:
                 state, stopped = _steps(parts, reports, saver)
                 saver.finish()
@@ -139,7 +135,7 @@ def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[
     with timed("optimizer"):
         for reference in parts.references.values():
             reference.update()
-    reports.timer.stop()
+    reports.timer.switch("")
     seconds = time.perf_counter() - started
     state = replace(
         state,

@@ -1,4 +1,4 @@
-"""The optimizers, their parameter groups, the learning-rate schedule, and DeepSpeed's JSON.
+"""AdamW, its parameter groups, the learning-rate schedule, and DeepSpeed's JSON.
 
 Groups: layer-wise lr decay (Bao et al. 2021, arXiv 2106.08254, section 3.2): a parameter at depth d of ``top`` gets
 ``layer_decay ** (top - d)`` of the learning rate. Weight decay is not applied to vectors (norms, biases, class tokens,
@@ -13,50 +13,36 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from llm2clip_plugin.files import read_json_value
-from llm2clip_plugin.options import closest, unknown
-from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, from_named_args
+from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig
 
-BLOCK = 256  # values that share a magnitude, in bitsandbytes
+MOMENTS = ("exp_avg", "exp_avg_sq")  # keys of an optimizer's state that checkpoints hold
 REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}  # ZeRO's: gradients are sent during backward
 FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
-SECTIONS = ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "scheduler")  # that are read here
-State = dict[str, Any]  # optimizer.state[master]
 Rates = tuple[float, float]  # peak learning rate and weight decay
 Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weight_decay``
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """``--optimizer adamw``: Loshchilov & Hutter 2019, arXiv 1711.05101; torch's own, fused on GPUs. A checkpoint holds
-    one tensor for each parameter and moment, ``NAME.exp_avg``, independent of ranks and stage."""
+def make_adamw(groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+    """Loshchilov & Hutter 2019, arXiv 1711.05101, over parameter groups; torch's own, fused on GPUs."""
+    # torch's own needs no C++ build, which takes minutes at first use; on CPUs the fused kernel rounds differently
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available())
 
-    name: ClassVar[str] = "adamw"
-    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")  # keys of a state that checkpoints hold
-    # checkpoints hold the moments of each rank's masters as they are: resumed on as many ranks, at the same ZeRO stage
-    by_rank: ClassVar[bool] = False
-    state_bytes: ClassVar[float] = 8.0  # of the moments of one parameter
 
-    def make(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-        """The optimizer over parameter groups."""
-        # torch's own needs no C++ build, which takes minutes at first use; on CPUs the fused kernel rounds differently
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available())
-
-    def empty_state(self, optimizer: Any, master: Tensor, updates: int) -> State:
-        """The state of a master after ``updates`` updates, with all moments zero."""
-        # one step for each master: a shared tensor would advance once per master
-        fused = bool(optimizer.defaults.get("fused"))
-        step: Any = torch.tensor(float(updates), device=master.device if fused else "cpu")
-        if not isinstance(optimizer, torch.optim.AdamW):  # DeepSpeedCPUAdam counts in Python
-            step = updates
-        return {"step": step, **{moment: torch.zeros_like(master.data) for moment in self.moments}}
+def empty_state(optimizer: Any, master: Tensor, updates: int) -> dict[str, Any]:
+    """``optimizer.state`` of a master after ``updates`` updates, with all moments zero."""
+    # one step for each master: a shared tensor would advance once per master
+    step: Any = torch.tensor(float(updates), device=master.device if optimizer.defaults.get("fused") else "cpu")
+    if not isinstance(optimizer, torch.optim.AdamW):  # DeepSpeedCPUAdam counts in Python
+        step = updates
+    return {"step": step, **{moment: torch.zeros_like(master.data) for moment in MOMENTS}}
 
 
 class FlatAdamW(torch.optim.AdamW):
@@ -75,8 +61,8 @@ class FlatAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[master]
                 if not state:
-                    state.update(AdamW().empty_state(self, master, 0))
-                columns = (master, master.grad, *(state[moment] for moment in AdamW.moments))
+                    state.update(empty_state(self, master, 0))
+                columns = (master, master.grad, *(state[moment] for moment in MOMENTS))
                 for (peak, weight_decay), parts in self.parts[master].items():
                     adamw(
                         *([column[part] for part in parts] for column in columns),
@@ -93,47 +79,6 @@ class FlatAdamW(torch.optim.AdamW):
                         maximize=False,
                     )
                 state["step"] += 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamW8bit(AdamW):
-    """``--optimizer adamw_8bit``: bitsandbytes', a quarter of the states' memory (Dettmers et al. 2022, arXiv
-    2110.02861). Moments are in 8 bits, as an index into a table of values times the largest magnitude of their block of
-    256, which may end inside of a parameter; so a checkpoint holds each rank's states as they are."""
-
-    min_8bit_size: int = 4096  # values of a master from which its moments are in 8 bits
-
-    name: ClassVar[str] = "adamw_8bit"
-    moments: ClassVar[tuple[str, ...]] = ("state1", "absmax1", "state2", "absmax2")  # bitsandbytes' names
-    by_rank: ClassVar[bool] = True
-    state_bytes: ClassVar[float] = 2 * (1 + 4 / BLOCK)
-
-    def make(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-        from bitsandbytes.optim import AdamW8bit as Optimizer
-
-        return Optimizer(groups, lr=lr, betas=betas, eps=eps, min_8bit_size=self.min_8bit_size)
-
-    def empty_state(self, optimizer: Any, master: Tensor, updates: int) -> State:
-        in_8bit = master.numel() >= self.min_8bit_size
-        state: State = {"step": updates}
-        for number in (1, 2):
-            state[f"state{number}"] = torch.zeros_like(master.data, dtype=torch.uint8 if in_8bit else torch.float32)
-            if in_8bit:
-                blocks = -(-master.numel() // BLOCK)
-                state[f"absmax{number}"] = torch.zeros(blocks, dtype=torch.float32, device=master.device)
-                table = optimizer.name2qmap["dynamic" if number == 1 else "udynamic"]
-                state[f"qmap{number}"] = table.to(master.device)
-        return state
-
-
-OPTIMIZERS: dict[str, type[AdamW]] = {optimizer.name: optimizer for optimizer in (AdamW, AdamW8bit)}
-
-
-def chosen_optimizer(config: OptimConfig) -> AdamW:
-    """The chosen optimizer with its settings; ValueError names a setting that it does not have."""
-    if config.name not in OPTIMIZERS:
-        raise ValueError(unknown("optimizer", config.name, OPTIMIZERS))
-    return from_named_args(OPTIMIZERS[config.name], config.args, where="optim.args")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,14 +136,12 @@ def set_lr(groups: Groups, factor: float) -> None:
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
-    """The user's file, or a ZeRO-0 configuration for "". Raises FileNotFoundError, or ValueError for invalid JSON."""
+    """The user's file, or a ZeRO-0 configuration for "". Raises OSError, or ValueError for invalid JSON."""
     if not path:
         return {"zero_optimization": {"stage": 0}}
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no DeepSpeed configuration at {path}")
     if isinstance(body := read_json_value(path), dict):
         return body
-    raise ValueError(f"{path} contains a {type(body).__name__}, expected a JSON object of DeepSpeed settings")
+    raise ValueError(f"{path} contains a {type(body).__name__}, expected a JSON object")
 
 
 def complete(
@@ -207,7 +150,6 @@ def complete(
     optim: OptimConfig,
     *,
     world: int,
-    total_steps: int,
     hidden_size: int,
     output_dir: str = "",
     where: str = "the DeepSpeed configuration",
@@ -215,33 +157,36 @@ def complete(
     """The configuration for ``deepspeed.initialize``; ValueError lists every conflict with the run, or says that
     ``world`` ranks cannot share its batch. hidden_size: of the tower, sets the sizes of ZeRO-3's "auto" buckets.
 
-    ``optimizer`` and ``scheduler`` sections are checked and removed: the engine builds the optimizer (for layer-wise
-    groups), and the loop sets the learning rate. Half-precision gradients of 16 ranks or more are reduced in fp32 if
-    neither the file nor the run sets a type.
+    ``optimizer`` and ``scheduler`` sections are removed, and conflict if they set a value: the engine builds the
+    optimizer (for layer-wise groups), and the loop sets the learning rate. Half-precision gradients of 16 ranks or more
+    are reduced in fp32 if neither the file nor the run sets a type.
     """
     config = copy.deepcopy(user)
-    for name in config:  # DeepSpeed ignores what it does not know
-        if name not in SECTIONS and (near := closest(name, SECTIONS, 0.85)):
-            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near!r}?")
-    for name in SECTIONS:
+    for name in ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler"):
         if not isinstance(config.get(name, {}), dict):
-            raise ValueError(f'{where}: {name} is {config[name]!r}, expected an object such as {{"enabled": true}}')
-    if (stage := config.get("zero_optimization", {}).get("stage", 0)) not in (0, 1, 2, 3):
-        raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; known: 0, 1, 2, 3")
+            raise ValueError(f"{where}: {name} is {config[name]!r}, expected an object")
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
         raise ValueError(f"{where}: offload_optimizer to NVMe is not supported; use the device cpu")
-    conflicts = _set_run_values(config, train, optim, world) + _remove_schedule(config, optim, total_steps)
+    conflicts = [
+        f"{section}.params.{name} is {given!r}, but the run sets it by its options (--optim); remove it"
+        for section in ("optimizer", "scheduler")
+        for name, given in config.pop(section, {}).get("params", {}).items()
+        if given != "auto"
+    ]
+    if (kind := user.get("optimizer", {}).get("type", "AdamW")) not in ("Adam", "AdamW"):
+        conflicts.append(f"optimizer.type is {kind!r}, but the run uses AdamW")
+    conflicts += _set_run_values(config, train, optim, world)
     if conflicts:
         raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
     reduced = config.get("communication_data_type", "auto")
     if train.precision != "fp32" and world >= FP32_REDUCTION_RANKS and reduced == "auto":
         config["communication_data_type"] = "fp32"
     _fill_zero(config, train.precision, hidden_size)
-    if type(chosen_optimizer(optim)) is not AdamW:
-        if offloads_optimizer(config):
-            raise ValueError(f"{where} offloads optimizer states: set --optimizer adamw, or remove offload_optimizer")
-        config.setdefault("zero_allow_untested_optimizer", True)
-    _add_monitors(config, train.report_to, Path(output_dir))
+    run = Path(output_dir)
+    for monitor in train.report_to:
+        of_files = {"output_path": str(run / "monitor"), "job_name": run.name}
+        own = {"project": "llm2clip", "group": run.name} if monitor == "wandb" else of_files
+        config.setdefault(MONITORS[monitor], {"enabled": True, **own})
     config.setdefault("steps_per_print", 1 << 31)  # the run has its own progress bar
     return config
 
@@ -282,21 +227,6 @@ def _set_run_values(config: dict[str, Any], train: TrainConfig, optim: OptimConf
     return conflicts
 
 
-def _remove_schedule(config: dict[str, Any], optim: OptimConfig, total_steps: int) -> list[str]:
-    """Remove the optimizer's and the scheduler's sections; returns the conflicts."""
-    own = {name: getattr(optim, name) for name in ("lr", "eps", "weight_decay")}
-    own |= {"betas": list(optim.betas), "warmup_max_lr": optim.lr, "warmup_min_lr": 0}
-    own |= {"warmup_num_steps": optim.warmup(total_steps), "total_num_steps": total_steps}
-    conflicts = []
-    if (kind := config.get("optimizer", {}).get("type", "AdamW")) not in ("Adam", "AdamW"):
-        conflicts.append(f"optimizer.type is {kind!r}, but the run uses {optim.name!r} (--optimizer)")
-    for section in ("optimizer", "scheduler"):
-        for name, given in config.pop(section, {}).get("params", {}).items():
-            if name in own and given not in ("auto", own[name]):
-                conflicts.append(f"{section}.params.{name} is {given!r}, but the run uses {own[name]!r} (--optim)")
-    return conflicts
-
-
 def _fill_zero(config: dict[str, Any], precision: Precision, hidden_size: int) -> None:
     """Fill ZeRO's "auto" sizes as Hugging Face's integration does, and set what an external optimizer needs."""
     zero = config.setdefault("zero_optimization", {"stage": 0})
@@ -321,14 +251,3 @@ def _fill_zero(config: dict[str, Any], precision: Precision, hidden_size: int) -
     if precision == "bf16" and config["gradient_accumulation_steps"] > 1 and zero.get("stage", 0) >= 1:
         # in bf16, a micro-batch's gradient below 1/256 of the sum so far is rounded away
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-
-
-def _add_monitors(config: dict[str, Any], report_to: Iterable[str], run: Path) -> None:
-    """Add a section for each requested monitor that the file lacks."""
-    for monitor in report_to:
-        section: dict[str, Any] = {"enabled": True}
-        if monitor == "wandb":
-            section |= {"project": "llm2clip"} | ({"group": run.name} if run.name else {})
-        else:
-            section |= {"output_path": str(run / "monitor"), "job_name": run.name or monitor}
-        config.setdefault(MONITORS[monitor], section)

@@ -6,7 +6,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,15 @@ import torch
 
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import atomic_file
-from llm2clip_plugin.files import FAILED, HEADS, LEFT_OUT, METRICS, STOPPED
+from llm2clip_plugin.files import FAILED, LEFT_OUT, METRICS, STOPPED
 from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState
 from llm2clip_plugin.train.config import TrainConfig
-from llm2clip_plugin.train.distributed import (
-    STEP,
-    StepTimer,
-    gather_objects,
-    gather_rows,
-    on_first_rank,
-    rank,
-    world_size,
-)
+from llm2clip_plugin.train.distributed import StepTimer, gather_objects, gather_rows, on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 
 PROFILE = "profile"  # folder of a run for traces
-COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
-WARM_UP = 5  # steps before the traced ones; in the last of them the profiler warms up
+TIMED_EVERY = 10  # steps at least between comparisons of the ranks' times, each a collective
+WARM_UP = 5  # steps before the traced ones, if the run has them; in the last of them the profiler warms up
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
 
 
@@ -48,7 +40,7 @@ class Reports:
         self.total_steps, self.global_batch, self.logging_steps = total_steps, train.global_batch, train.logging_steps
         self.values: dict[str, Any] = {}  # the latest ones, for the bar
         self.timer = StepTimer(engine.device)
-        self._step = self._compared_at = state.step  # the last one that was reported, and in which ranks were compared
+        self._step = self._timed_at = state.step  # the last one that was reported, and with its time by phase
         self._samples_per_second = 0.0  # smoothed
         self._file: Any = None  # of rank 0
         on_first_rank(lambda: self._open(state))
@@ -59,12 +51,14 @@ class Reports:
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
         self._profile: Any = None
-        if train.profile_steps and (train.profile_all_ranks or rank() == 0):
+        steps = min(train.profile_steps, total_steps - state.step)
+        if steps > 0 and (train.profile_all_ranks or rank() == 0):
             name = f"{socket.gethostname()}-rank{rank()}"  # NAME.TIME.pt.trace.json
-            steps = train.profile_steps
             write = torch.profiler.tensorboard_trace_handler(str(run_folder / PROFILE), name)
+            before = min(WARM_UP, total_steps - state.step - steps)
+            first, warm_up = max(0, before - 1), min(1, before)
             self._profile = torch.profiler.profile(
-                schedule=torch.profiler.schedule(skip_first=WARM_UP - 1, wait=0, warmup=1, active=steps, repeat=1),
+                schedule=torch.profiler.schedule(skip_first=first, wait=0, warmup=warm_up, active=steps, repeat=1),
                 on_trace_ready=lambda profile: self._attempt(write, profile),
             )
             self._profile.start()
@@ -95,7 +89,10 @@ class Reports:
         """A finished step of ``seconds``; ``always``: write a line of it."""
         self._step = state.step
         if always or state.step % self.logging_steps == 0:
-            values = values | self._speed(last=always)
+            values = values | {"step_seconds": seconds}
+            if always or state.step - self._timed_at >= TIMED_EVERY:
+                self._timed_at = state.step
+                values |= self._phases()
             self._line(state, values)
         rate = self.global_batch / max(seconds, 1e-9)
         self._samples_per_second = 0.9 * (self._samples_per_second or rate) + 0.1 * rate
@@ -117,11 +114,6 @@ class Reports:
         self._bar.set_postfix_str(self._description())
         self._line(state, scores, phase="eval")
 
-    def heads(self, curve: Iterable[dict[str, float]]) -> None:
-        """The fit of the heads before step 1, on lines of its own."""
-        for line in curve:
-            self.event({"step": 0, "samples": 0, "event": HEADS, **{f"heads_{name}": x for name, x in line.items()}})
-
     def ended(self, reason: str, *, failed: bool) -> None:
         """The run ends before its last step, by an error or on request."""
         event, now = FAILED if failed else STOPPED, time.strftime("%Y-%m-%d %H:%M:%S")
@@ -140,26 +132,19 @@ class Reports:
         if self._show:
             self._bar.write(text, file=sys.stderr)
 
-    def _speed(self, *, last: bool) -> dict[str, Any]:
-        """Time by phase of the mean step since the last line, ranks compared."""
-        mean = self.timer.lap("line", wait=last)
+    def _phases(self) -> dict[str, Any]:
+        """Seconds by phase of the mean step since the last call; of several ranks, the smallest and largest."""
+        mean = self.timer.lap()
         values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
-        if world_size() > 1 and (last or self._step - self._compared_at >= COMPARE_EVERY):
-            self._compared_at = self._step
-            values |= self._compare()
+        if world_size() > 1:
+            own = torch.tensor([[sum(mean.values()), mean["data"], mean["communication"]]])
+            steps, data, communication = gather_rows(own.to(self.engine.device)).T.tolist()
+            busy = [step - waited for step, waited in zip(steps, communication, strict=True)]
+            for name, column in (("step", steps), ("data", data), ("busy", busy)):
+                values |= {f"{name}_seconds_min": min(column), f"{name}_seconds_max": max(column)}
+            slowest = busy.index(max(busy))  # all finish a step together: the slowest waits least for the others
+            values |= {"slowest_rank": slowest, "slowest_host": self._hosts[slowest]}
         return values
-
-    def _compare(self) -> dict[str, Any]:
-        """Smallest and largest over ranks, of seconds of the mean step since the last comparison."""
-        mean = self.timer.lap("ranks", wait=True)
-        own = torch.tensor([[mean.get(name, math.nan) for name in (STEP, "data", "communication")]])
-        steps, data, communication = gather_rows(own.to(self.engine.device)).T.tolist()
-        busy = [step - waited for step, waited in zip(steps, communication, strict=True)]
-        values: dict[str, Any] = {}
-        for name, column in ((STEP, steps), ("data", data), ("busy", busy)):
-            values |= {f"{name}_seconds_min": min(column), f"{name}_seconds_max": max(column)}
-        slowest = busy.index(max(busy))  # all finish a step together: the slowest waits least for the others
-        return {**values, "slowest_rank": slowest, "slowest_host": self._hosts[slowest]}
 
     def _line(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
         self.event({"step": state.step, "samples": state.samples, **values})

@@ -16,7 +16,7 @@ def nan(world: World) -> None:
     Fault(
         "batch that the micro-batch does not divide",
         "--micro-batch 3",
-        "train.global_batch 8 is not a multiple of 1 ranks x train.micro_batch 3; try --global-batch 6 or --micro-...",
+        "train.global_batch 8 is not a multiple of 1 ranks x train.micro_batch 3; try --global-batch 6",
     ),
     Fault(
         "NaN in a weight of the LLM",

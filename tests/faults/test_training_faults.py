@@ -67,7 +67,6 @@ NO_KIND = "--data.caption-weights lng=1 --data.read.kinds lng"
     Fault("kind without captions to train on", NO_KIND, "...lng...known: long, short"),
     Fault("samples as their own negatives", OWN_NEGATIVES, "global_batch 999 ...48 samples...mask_same_image..."),
     Fault("source smaller than its batches", ONE_SOURCE, "global_batch 64 ...--no-one-source-per-batch"),
-    Fault("micro-batch larger than the batch", "--train.micro-batch 99", "...micro_batch 99; try --micro-batch 8"),
     Fault("auto that nothing fills", "--deepspeed {w}/zero.json", "{w}/zero.json: ...steps_per_print...", auto_steps),
     Fault("NaN in a start weight", "", "{w}/tower: 1 of the 2048 values of tower...fc1.weight ...", nan_in_tower),
 )
@@ -96,7 +95,7 @@ FELL_BACK = "falling back to {w}/" + BEFORE
 @rows(
     Fault("flipped weight", MORE, AT + "/model.safetensors is damaged...", lambda w: flip(w.path(LAST) / MODEL)),
     Fault(
-        "missing weights", MORE, "model.safetensors ...{w}/" + LAST + "...", lambda w: (w.path(LAST) / MODEL).unlink()
+        "missing weights", MORE, "...{w}/" + LAST + "/model.safetensors...", lambda w: (w.path(LAST) / MODEL).unlink()
     ),
 )
 def test_resumed_from_the_checkpoint_before(fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]) -> None:

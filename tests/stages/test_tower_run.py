@@ -204,18 +204,12 @@ def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(runs: dict[str, A
     assert not RunRecord.read(run / RunRecord.FILE).finished
 
 
-def test_a_full_disk_is_one_error_and_the_state_kept_elsewhere_ends_the_run(tiny: Path, tmp_path: Path):
-    """Two ranks into 96 kB: no checkpoint fits; the last state is resumed by its name."""
-    disk, kept = tmp_path / "disk", tmp_path / "kept"
-    more = ("--heads.steps", "0", "--deepspeed", "scripts/zero1.json", "--train.save-fallback-dir", str(kept))
+def test_a_full_disk_is_one_error(tiny: Path, tmp_path: Path):
+    """Two ranks into 96 kB: no checkpoint fits."""
+    disk, more = tmp_path / "disk", ("--heads.steps", "0", "--deepspeed", "scripts/zero1.json")
     with mounted(disk, "96k"):
         ranks = start(options(tiny, disk / "run", *more), 2)
         statuses = finish(ranks)
     told = "".join(rank.output for rank in ranks)
-    last = kept / f"run/checkpoints/step-{STEPS:08d}"
     assert statuses == [2, 2] and told.count("error: ") == 1 and "Traceback" not in told, told
-    assert "trying again" in told, told
-    assert f"Its state is in {last}: resume with --resume {kept / 'run'}" in told, told
-    command = [*options(tiny, tmp_path / "run", *more), "--resume", str(kept / "run")]
-    assert finish(start(command, 1)) == [0]
-    assert TowerCard.read(tmp_path / "run/tower" / TowerCard.FILE).training["steps"] == STEPS
+    assert "trying again" in told and f"cannot write {disk / 'run/checkpoints'}/step-{STEPS:08d}" in told, told

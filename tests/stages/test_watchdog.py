@@ -64,7 +64,6 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Pat
         below = [one for one in psutil.Process(process.pid).children(recursive=True) if "python" in one.name()]
         ranks = {rank: one for one in below if (rank := one.environ().get("RANK")) is not None}
         ranks["0"].suspend()
-        wait_for(lambda: f"late: rank 0 ({os.uname().nodename}, pid {ranks['0'].pid}) has sent no sign" in said())
         assert process.wait(timeout=600) != 0
         assert psutil.wait_procs(list(ranks.values()), timeout=60)[1] == []
     finally:

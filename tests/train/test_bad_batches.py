@@ -12,7 +12,7 @@ import torch
 from train_helpers import allow_fp16, new_state, newest, parts_of, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.files import LEFT_OUT
-from llm2clip_plugin.train.checkpoint import AVERAGES, HostCopies
+from llm2clip_plugin.train.checkpoint import AVERAGES, on_host
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.loop import run_loop
 
@@ -46,8 +46,8 @@ def train(rank: int, world: int, run: Path, way: dict[str, Any], *, allowed: int
         "bad": state.bad_batches,
         "samples": state.samples,
         "updates": engine.updates,
-        "weights": engine.weights(HostCopies()),
-        "average": average.values(HostCopies()),
+        "weights": engine.weights(on_host),
+        "average": average.values(on_host),
     }
 
 
@@ -112,7 +112,7 @@ def steep(rank: int, world: int, folder: str) -> dict[str, Any]:
         run, stream = Path(folder) / name, batches(0, rank, world, bad=())
         settings = {"skip_bad_batches": 1}
         state = run_loop(parts_of(run, engine, new_state(), stream, step=step, train=settings))
-        results[name] = {"bad": state.bad_batches, "updates": engine.updates, "weights": engine.weights(HostCopies())}
+        results[name] = {"bad": state.bad_batches, "updates": engine.updates, "weights": engine.weights(on_host)}
     return results
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
-from llm2clip_plugin.train.distributed import set_tf32
+from llm2clip_plugin.train.distributed import set_single_process_environment, set_tf32
+from llm2clip_plugin.train.engine import check_deepspeed
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
-from llm2clip_plugin.train.optim import chosen_optimizer, complete, lr_factor, read_deepspeed_json
+from llm2clip_plugin.train.optim import complete, lr_factor, read_deepspeed_json
 from llm2clip_plugin.vision import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -24,7 +25,7 @@ OPTIM = OptimConfig(lr=1e-5, eps=1e-8, weight_decay=0.05, max_grad_norm=5.0, war
 def completed(user: dict[str, Any], *, world: int = 2, **train: Any) -> dict[str, Any]:
     """On ranks of four micro-batches of 64 each."""
     settings = {"global_batch": world * 4 * 64, "micro_batch": 64, "precision": "bf16", **train}
-    return complete(user, TrainConfig(**settings), OPTIM, world=world, total_steps=100, hidden_size=1024)
+    return complete(user, TrainConfig(**settings), OPTIM, world=world, hidden_size=1024)
 
 
 LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {  # the layout of LLaVA's scripts/zero3_offload.json
@@ -61,16 +62,21 @@ def test_auto_values_are_filled():
     ("user", "named"),
     [
         ({"train_batch_size": 256}, r"256.* 512 \(--global-batch\)"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001.* 1e-05"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps"),
-        ({"zero_optimization": {"stage": 7}}, "stage is 7"),
-        ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
+        ({"optimizer": {"type": "Lamb"}}, "Lamb"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "use the device cpu"),
     ],
 )
-def test_contradictions_and_misspellings_are_refused(user: dict[str, Any], named: str):
+def test_contradictions_are_refused(user: dict[str, Any], named: str):
     with pytest.raises(ValueError, match=named):
         completed(user)
+
+
+@pytest.mark.parametrize("user", [{"zero_optimization": {"stage": 7}}, {"sparse_gradients": True}])
+def test_what_deepspeed_refuses_is_refused_before_a_model_is_loaded(user: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"mine\.json: DeepSpeed refuses it"):
+        check_deepspeed(completed(user, world=1), "mine.json")
 
 
 def test_gradients_are_reduced_in_the_type_of_the_option():
@@ -89,15 +95,11 @@ def test_gradients_are_reduced_in_the_type_of_the_option():
 )
 def test_tf32_is_for_half_precision_unless_asked_for(monkeypatch, tf32: Any, precision: str, expected: bool):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not expected)
-    before = torch.get_float32_matmul_precision()
-    try:
-        set_tf32(tf32, precision, torch.device("cpu"))
-        assert torch.get_float32_matmul_precision() == before
-        set_tf32(tf32, precision, torch.device("cuda"))
-        assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")
-        assert torch.backends.cudnn.allow_tf32 is expected
-    finally:
-        torch.set_float32_matmul_precision(before)
+    chosen: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    set_tf32(tf32, precision, torch.device("cpu"))
+    set_tf32(tf32, precision, torch.device("cuda"))
+    assert chosen == ["high" if expected else "highest"] and torch.backends.cudnn.allow_tf32 is expected
 
 
 def test_equal_values_and_a_scheduler_without_values_are_accepted():
@@ -128,7 +130,6 @@ def test_our_own_files_are_complete(path: Path):
         (lambda: OptimConfig(schedule="cosin"), "optim.schedule 'cosin'"),  # type: ignore[arg-type]
         (lambda: OptimConfig(warmup_steps=5, warmup_ratio=0.1), "warmup_ratio 0.1"),
         (lambda: TrainConfig(max_steps=0, num_train_epochs=-1), "num_train_epochs"),
-        (lambda: chosen_optimizer(OptimConfig(name="lamb")), "lamb"),
         (lambda: chosen_terms(LossConfig(args=("margin=1",))), "margin"),
         (lambda: LossConfig(terms=("infonce=1", "infonce")), "infonce twice"),
         (lambda: LossConfig(terms=("infonce=1:0",)), "100%"),
@@ -149,3 +150,15 @@ def test_schedules():
     assert lr_factor(9, 10, OptimConfig(schedule="constant")) == 1.0
     assert lr_factor(5, 10, OptimConfig(schedule="linear")) == 0.5
     assert OptimConfig(warmup_ratio=0.25).warmup(40) == 10
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str):
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "16")  # of the whole job, also in the batch script
+    set_single_process_environment()
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, "16")
+    with pytest.raises(ValueError, match=variable):
+        set_single_process_environment()

@@ -93,15 +93,16 @@ def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_pa
 def test_stopped_and_started_again_it_ends_the_same(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train_tower(TRAIN_TOWER.parse(options(clip, whole)))
-    draw, calls = heads.CaptionBatches.draw, []
+    batches, calls = heads.caption_batches, []
 
-    def stopped_at_40(self: heads.CaptionBatches) -> Any:
-        calls.append(1)
-        if len(calls) == 40:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(self)
+    def stopped_at_40(*given: Any) -> Any:
+        for batch in batches(*given):
+            calls.append(1)
+            if len(calls) == 40:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
-    monkeypatch.setattr(heads.CaptionBatches, "draw", stopped_at_40)
+    monkeypatch.setattr(heads, "caption_batches", stopped_at_40)
     with pytest.raises(StoppedError):
         train_tower(TRAIN_TOWER.parse(options(clip, cut)))
     assert (cut / UNFINISHED_HEADS).is_file()
@@ -110,20 +111,6 @@ def test_stopped_and_started_again_it_ends_the_same(clip: Path, tmp_path: Path, 
     weights = [load_file(run / "tower/text_adapter.safetensors") for run in (whole, cut)]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=1e-6, rtol=1e-5)
-
-
-def test_the_step_is_proclips(clip: Path):
-    """The distance of a caption's two features, and 63.5 times the mean smooth L1 of the distances between captions."""
-    features = torch.nn.functional.normalize(torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
-    own, target = features
-    structure = torch.nn.functional.smooth_l1_loss(torch.pdist(own), torch.pdist(target))
-    expected = (own - target).square().sum(1).mean() + 63.5 * structure
-    one = torch.zeros(1)
-    batch = heads.Features(
-        anchor_bD=own, positive_bkD=target[:, None], log_scale=one, bias=one, caption_hashes=None, image_ids=None,
-        reference_bD=target,
-    )  # fmt: skip
-    torch.testing.assert_close(heads.CLIP_TEXT_LOSS(batch), expected)
 
 
 def test_the_cache_of_another_teacher_is_refused(clip: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny_data import make_all
 from torch import Tensor
-from tower_runs import STEPS, losses, options
+from tower_runs import ROOT, STEPS, losses, options
 from train_helpers import GOLDEN, run_ranks
 
 from llm2clip_plugin import load_dual_encoder
@@ -23,8 +24,7 @@ from llm2clip_plugin.train.losses.base import chosen_terms
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.losses.sigmoid import sigmoid_loss
 
-CLIP = GOLDEN / "D_losses" / "clip_loss.safetensors"
-SIGLIP = GOLDEN / "D_losses" / "siglip_loss.safetensors"
+FILES = {kind: GOLDEN / "D_losses" / f"{kind}_loss.safetensors" for kind in ("clip", "siglip")}
 MODE = "local_loss__gather_with_grad"
 
 
@@ -33,49 +33,38 @@ def golden_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
     results: dict[str, Tensor] = {}
     for size in (1, 2, 4):
         group = dist.new_group(list(range(size)))
-        if rank < size:
-            results |= _clip(rank, size, group) | _siglip(rank, size, group)
+        for kind, path in FILES.items():
+            given = load_file(path)
+            for i in range(len(given["logit_scale"]) if rank < size else 0):
+                for name, value in golden(kind, given, i, rank, size, group).items():
+                    results[f"{kind}.{size}.scale{i}.{name}"] = value.detach()
     return results
 
 
-def _part(given: dict[str, Tensor], name: str, rank: int, size: int) -> Tensor:
-    return given[name].chunk(size)[rank].clone().requires_grad_()
-
-
-def _clip(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
-    given, results = load_file(CLIP), {}
-    for i, log_scale in enumerate(given["logit_scale"]):
-        image_raw, text_raw = _part(given, "image_raw", rank, size), _part(given, "text_raw", rank, size)
-        image, text = F.normalize(image_raw, dim=-1), F.normalize(text_raw, dim=-1)
-        image.retain_grad()
-        text.retain_grad()
-        log = log_scale.clone().requires_grad_()
+def golden(kind: str, given: dict[str, Tensor], i: int, rank: int, size: int, group: Any) -> dict[str, Any]:
+    """At logit scale i, of this rank's part of the batch."""
+    what = "raw" if kind == "clip" else "features"
+    raw = [given[f"{side}_{what}"].chunk(size)[rank].clone().requires_grad_() for side in ("image", "text")]
+    image, text = (F.normalize(value, dim=-1) if kind == "clip" else value for value in raw)
+    image.retain_grad()
+    text.retain_grad()
+    log, values = given["logit_scale"][i].clone().requires_grad_(), {}
+    if kind == "clip":
         loss = contrastive_loss(image, text, log.exp(), block=3, group=group)
         loss.backward()
-        key = f"clip.{size}.scale{i}."
-        values = {"loss": loss, "grad_image_features": image.grad, "grad_text_features": text.grad}
-        values |= {"grad_image_raw": image_raw.grad, "grad_text_raw": text_raw.grad, "grad_logit_scale": log.grad}
-        results |= {key + name: value.detach() for name, value in values.items()}
-    return results
-
-
-def _siglip(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
-    given, results = load_file(SIGLIP), {}
-    for i, log_scale in enumerate(given["logit_scale"]):
-        image, text = _part(given, "image_features", rank, size), _part(given, "text_features", rank, size)
-        log, bias = log_scale.clone().requires_grad_(), given["logit_bias"][i].clone().requires_grad_()
+        values |= {"grad_image_raw": raw[0].grad, "grad_text_raw": raw[1].grad}
+    else:
+        bias = given["logit_bias"][i].clone().requires_grad_()
         loss = sigmoid_loss(image, text, log.exp(), bias, block=3, group=group)
         loss.backward()
-        key = f"siglip.{size}.scale{i}."
-        values = {"loss": loss, "grad_image_features": image.grad, "grad_text_features": text.grad}
-        values |= {"grad_logit_scale": log.grad, "grad_logit_bias": bias.grad}
-        results |= {key + name: value.detach() for name, value in values.items()}
-    return results
+        values["grad_logit_bias"] = bias.grad
+    values |= {"loss": loss, "grad_image_features": image.grad, "grad_text_features": text.grad}
+    return values | {"grad_logit_scale": log.grad}
 
 
 def test_golden_on_one_two_and_four_ranks():
     ranks = run_ranks(golden_on_ranks, 4)
-    references = {"clip": load_file(CLIP), "siglip": load_file(SIGLIP)}
+    references = {kind: load_file(path) for kind, path in FILES.items()}
     compared = 0
     for name in ranks[0]:
         kind, size, scale, what = name.split(".", 3)
@@ -143,39 +132,13 @@ def test_sigmoid_with_excluded_pairs_equals_the_formula():
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-HARDEST_NEGATIVE = '''
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-
-from llm2clip_plugin.train.losses.base import Features, LossTerm
-
-
-@dataclass(frozen=True, kw_only=True)
-class HardestNegative(LossTerm):
-    """A caption of another image stays ``margin`` below the image's own (VSE++, arXiv 1707.05612, equation 6)."""
-
-    name: ClassVar[str] = "hardest_negative"
-    margin: float = 0.2  # cosine
-
-    def __call__(self, features: Features) -> Tensor:
-        cosine_bb = features.anchor_bD @ features.positive_bkD[:, 0].T
-        own = torch.eye(len(cosine_bb), dtype=torch.bool)
-        hardest_b = cosine_bb.masked_fill(own, -1.0).amax(1)
-        return (self.margin + hardest_b - cosine_bb.diagonal()).clamp(min=0).mean()
-
-
-TERM = HardestNegative
-'''
-
-
 def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The command trains with it, under its settings."""
+    """The command trains with that of docs/extending.md, under its settings."""
     members, run = tmp_path / "members", tmp_path / "run"
     members.mkdir()
-    (members / "hardest_negative.py").write_text(HARDEST_NEGATIVE)
+    before, code = (ROOT / "docs/extending.md").read_text().split("class HardestNegative", 1)
+    code = before.rpartition("```python\n")[2] + "class HardestNegative" + code.partition("```")[0]
+    (members / "hardest_negative.py").write_text(code)
     monkeypatch.setattr(train_losses, "__path__", [*train_losses.__path__, str(members)])
     loss = ("--loss.terms", "hardest_negative", "--loss.args", "margin=0.5", "--train.ema-decay", "0")
     argv = options(make_all(tmp_path), run, *loss, "--train.micro-batch", "8", "--optim.lr", "0.003")

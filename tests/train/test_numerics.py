@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_data import make_all
-from train_helpers import TinyDual, allow_fp16, new_state, run_ranks, save_now, tiny_batch, tiny_engine, tiny_step
+from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TWIN, HostCopies, load
+from llm2clip_plugin.train.checkpoint import on_host
 from llm2clip_plugin.train.engine import Reference, frozen_copy
 
 HALF = {
@@ -35,7 +33,7 @@ def scales(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, 
         step._loss = lambda encoded, *rest, seen=seen, loss=make_loss: (seen.append(encoded), loss(encoded, *rest))[1]
         rows: dict[str, list[float]] = {"scale": [], "bias": [], "master": [], "bias master": [], "rounded": []}
         for i in range(5):
-            masters = engine.weights(HostCopies())
+            masters = engine.weights(on_host)
             rows["master"].append(masters["logit_scale"].item())
             rows["bias master"].append(masters["logit_bias"].item())
             with engine.gathered([dual.logit_scale]):
@@ -74,7 +72,7 @@ def test_a_frozen_logit_scale_is_not_rounded():
 DECAY = 0.9
 
 
-def average(rank: int, world: int, folder: str) -> dict[str, dict[str, Any]]:
+def average(rank: int, world: int) -> dict[str, dict[str, Any]]:
     """Both averages over three steps at a learning rate that bf16 weights hardly notice; then a checkpoint."""
     allow_fp16()
     results = {}
@@ -86,40 +84,27 @@ def average(rank: int, world: int, folder: str) -> dict[str, dict[str, Any]]:
         engine = tiny_engine(world=world, dual=dual, lr=1e-6, **way)
         step = tiny_step(engine)
         mean, reference = Reference(engine, DECAY, warmup=True), Reference(engine, DECAY, module=frozen)
-        masters = [engine.weights(HostCopies())]
+        masters = [engine.weights(on_host)]
         with engine.gathered(list(dual.parameters())):
             before = {n: p.detach().clone() for n, p in dual.named_parameters()}
         for i in range(3):
             step(tiny_batch(i, rank=rank, world=world))
             mean.update()
             reference.update()
-            masters.append(engine.weights(HostCopies()))
+            masters.append(engine.weights(on_host))
         with engine.gathered(list(dual.parameters())):
             still = sum(int((p == before[n]).sum()) for n, p in dual.named_parameters())
         size = sum(value.numel() for value in before.values())
         results[name] = {
             "initial": initial,
             "masters": masters,
-            "mean": mean.values(HostCopies()),
-            "reference": reference.values(HostCopies()),
+            "mean": mean.values(on_host),
+            "reference": reference.values(on_host),
             "shown": {n: p.float() for n, p in frozen.named_parameters()},
-            "after": engine.weights(HostCopies()),
+            "after": engine.weights(on_host),
             "still": still / size,
             "held": sum(shard.numel() for shard in mean.averages) / size,
         }
-        save_now(Path(folder) / name, new_state(3), engine, {AVERAGES: mean, TWIN: reference})
-    return results
-
-
-def resumed_averages(rank: int, world: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
-    """The averages that one rank reads from two ranks' checkpoints, under other stages and precisions."""
-    results = {}
-    for name, stage in (("bf16 zero1", 3), ("bf16 zero3", 1), ("fp16 zero2", 0)):
-        loaded = load(Path(folder) / name / "checkpoints/step-00000003")
-        engine = tiny_engine(stage=stage, precision="bf16" if stage else "fp32", weights=loaded.weights)
-        engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
-        mean = Reference(engine, DECAY, warmup=True, updates=3, values=loaded.averages)
-        results[name] = {"mean": mean.values(HostCopies()), "weights": engine.weights(HostCopies())}
     return results
 
 
@@ -132,11 +117,11 @@ def followed(masters: list[dict[str, torch.Tensor]], name: str, *, warmup: bool)
     return expected.float()
 
 
-def test_averages_are_of_fp32_masters_on_two_ranks_and_resume_on_one(tmp_path: Path):
+def test_averages_are_of_fp32_masters_on_two_ranks():
     """An lr of 1e-6 is below half an ulp of most bf16 weights: an average of those would stay where it began.
 
     Three updates of the average round by an fp32 ulp each: 3e-7."""
-    ranks = run_ranks(average, 2, str(tmp_path))
+    ranks = run_ranks(average, 2)
     for name, run in ranks[0].items():
         for key, value in run["mean"].items():
             torch.testing.assert_close(value, followed(run["masters"], key, warmup=True), atol=1e-7, rtol=3e-7)
@@ -149,32 +134,6 @@ def test_averages_are_of_fp32_masters_on_two_ranks_and_resume_on_one(tmp_path: P
         if "16" in name:
             assert run["still"] > 0.8  # of the module's own weights
             assert sum(of_rank[name]["held"] for of_rank in ranks) < 1.1  # each rank has its part alone
-    resumed = run_ranks(resumed_averages, 1, str(tmp_path))[0]
-    for name, values in resumed.items():
-        assert values["mean"].keys() == ranks[0][name]["mean"].keys()
-        assert all(torch.equal(value, ranks[0][name]["mean"][key]) for key, value in values["mean"].items()), name
-        assert all(torch.equal(value, ranks[0][name]["after"][key]) for key, value in values["weights"].items()), name
-
-
-def deterministic_run(rank: int, world: int, folder: str, tiny: str) -> bool:
-    """Two steps of the command with --train.full-determinism; whether torch was told."""
-    from tower_runs import options
-
-    from llm2clip_plugin.stages.tower import train_tower
-    from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
-
-    more = "--train.full-determinism True --max_steps 2 --train.precision bf16 --dual.input-noise .1".split()
-    train_tower(TRAIN_TOWER.parse(options(Path(tiny), Path(folder), *more)))
-    return torch.are_deterministic_algorithms_enabled()
-
-
-def test_two_deterministic_runs_are_equal_bit_for_bit(tmp_path: Path):
-    tiny = make_all(tmp_path)
-    for run in ("a", "b"):
-        assert all(run_ranks(deterministic_run, 2, str(tmp_path / run), str(tiny)))
-    first, second = (tmp_path / run / "checkpoints/step-00000002" for run in ("a", "b"))
-    for name in (MODEL, OPTIMIZER, AVERAGES):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def first_moments(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
@@ -182,7 +141,7 @@ def first_moments(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
     for stage in (0, 1):
         engine = tiny_engine(stage=stage)
         tiny_step(engine)(tiny_batch(0))
-        moments.append(engine.moments(HostCopies()))
+        moments.append(engine.moments(on_host))
     return moments
 
 

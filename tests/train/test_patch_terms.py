@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.checkpoint import HostCopies
+from llm2clip_plugin.train.checkpoint import on_host
 from llm2clip_plugin.train.engine import Reference, frozen_copy
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.vision import DualConfig
@@ -45,7 +45,7 @@ def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, d
         engine = tiny_engine(world=world, dual=dual, **way)  # pyright: ignore[reportArgumentType]
         step = tiny_step(engine, terms=TERMS, reference=Reference(engine, 1.0, module=frozen))
         values = [step(tiny_batch(i, rank=rank, world=world))[1] for i in range(STEPS)]
-        results[name] = {"values": values, "moments": engine.moments(HostCopies())}
+        results[name] = {"values": values, "moments": engine.moments(on_host)}
     return results
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from train_helpers import TinyDual, new_state, run_ranks, save_now, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.checkpoint import TWIN, HostCopies, load
+from llm2clip_plugin.train.checkpoint import TWIN, load, on_host
 from llm2clip_plugin.train.engine import Reference, frozen_copy
 
 STEPS, SAVED_AT, DECAY = 4, 2, 0.8
@@ -56,11 +56,11 @@ def train(rank: int, world: int, folder: str, ways: list[str]) -> dict[str, Any]
     for name in ways:
         built = build(world, WAYS[name])
         engine, reference, _ = built
-        first = engine.weights(HostCopies())
+        first = engine.weights(on_host)
         before = steps(built, range(SAVED_AT), rank, world)
         save_now(Path(folder) / f"{world} {name}", new_state(SAVED_AT), engine, {TWIN: reference})
         after = steps(built, range(SAVED_AT, STEPS), rank, world)
-        values = reference.values(HostCopies())
+        values = reference.values(on_host)
         results[name] = {"first": first, "before": before, "after": after, "values": values}
     return results
 
@@ -71,7 +71,7 @@ def resume(rank: int, world: int, folder: str, ways: list[tuple[str, str]]) -> d
     for written, under in ways:
         built = build(world, WAYS[under], load(Path(folder) / written / f"checkpoints/step-{SAVED_AT:08d}"))
         after = steps(built, range(SAVED_AT, STEPS), rank, world)
-        results[written, under] = {"after": after, "values": built[1].values(HostCopies())}
+        results[written, under] = {"after": after, "values": built[1].values(on_host)}
     return results
 
 

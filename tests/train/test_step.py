@@ -9,7 +9,7 @@ import pytest
 import torch
 from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.checkpoint import HostCopies
+from llm2clip_plugin.train.checkpoint import on_host
 
 STEPS = 4
 
@@ -31,8 +31,8 @@ def train(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": losses,
         "norms": norms,
-        "weights": engine.weights(HostCopies()),
-        "moments": engine.moments(HostCopies()),
+        "weights": engine.weights(on_host),
+        "moments": engine.moments(on_host),
     }
 
 
@@ -152,7 +152,7 @@ def clamp(rank: int, world: int) -> tuple[float, float]:
     engine = tiny_engine(stage=3, dual=dual, world=world, micro=16, lr=1e-4, precision="bf16")
     step = tiny_step(engine)
     step(tiny_batch(0, rank=rank, world=world))
-    masters = engine.weights(HostCopies())
+    masters = engine.weights(on_host)
     with engine.gathered([dual.logit_scale]):
         assert float(dual.logit_scale) == pytest.approx(float(masters["logit_scale"]), abs=0.02)
     return float(masters["logit_scale"][0]), step(tiny_batch(1, rank=rank, world=world))[1]["logit_scale"]

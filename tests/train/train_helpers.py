@@ -126,8 +126,6 @@ def tiny_engine(
     lr: float = 0.01,
     clip: float = 1.0,
     weights: Mapping[str, Tensor] | None = None,
-    name: str = "adamw",
-    args: tuple[str, ...] = (),
     zero: Mapping[str, Any] | None = None,
 ) -> Any:
     """An engine over a TinyDual with a learning rate for each of the tower's layers, and the heads'."""
@@ -146,16 +144,14 @@ def tiny_engine(
         for n, p in module.named_parameters()
         if p.requires_grad
     ]
-    optim = OptimConfig(
-        name=name, args=args, lr=lr, betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=clip, schedule="constant"
-    )
+    optim = OptimConfig(lr=lr, betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=clip, schedule="constant")
     train = TrainConfig(global_batch=rows, micro_batch=micro, precision=precision)  # type: ignore[arg-type]
     user: dict[str, Any] = {"zero_optimization": {"stage": stage, **(zero or {})}}
     if offload:
         user["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if precision == "fp16":
         user["fp16"] = {"enabled": "auto", "initial_scale_power": 8}
-    config = complete(user, train, optim, world=world, total_steps=10, hidden_size=32)
+    config = complete(user, train, optim, world=world, hidden_size=32)
     return Engine(module, parameter_groups(trained, 0.1), optim, config)
 
 

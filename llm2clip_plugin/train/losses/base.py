@@ -17,7 +17,7 @@ from torch import Tensor
 from llm2clip_plugin.files import discover
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import LossConfig, TermWeight, from_named_args, parse_terms
-from llm2clip_plugin.train.distributed import Group, gather_rows, rank, sum_own_rows
+from llm2clip_plugin.train.distributed import ALONE, Group, gather_rows, rank, sum_own_rows
 from llm2clip_plugin.vision import DualConfig
 
 EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
@@ -181,8 +181,8 @@ def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
 
 def check_terms(config: LossConfig, dual: DualConfig) -> None:
     """Raise ValueError if the terms and the dual encoder are incompatible."""
-    if any(term.uses_bias for _, term in chosen_terms(config)) != (dual.logit_bias_init is not None):
-        bias = dual.logit_bias_init
+    bias = dual.logit_bias_init
+    if any(term.uses_bias for _, term in chosen_terms(config)) != (bias is not None):
         raise ValueError(
             f"dual.logit_bias_init {bias}: sigmoid needs --dual.logit-bias-init (SigLIP: -10), others none"
         )
@@ -211,19 +211,14 @@ def weighted_terms(config: LossConfig, *, group: Group = None) -> Terms:
     return {weight.name: partial(_weighted, config, weight, term, group) for weight, term in chosen_terms(config)}
 
 
-def heads_terms(config: LossConfig, *, group: Group = None) -> Terms:
-    """The terms that fit heads on a frozen tower, at the peak of their weights: those between images and captions.
-
-    Raises ValueError if there are none.
-    """
-    terms: Terms = {}
-    for weight, term in chosen_terms(config):
-        if not term.needs_reference and not term.reads:
-            peak = max(weight.start, weight.end)
-            terms[weight.name] = partial(_weighted, config, TermWeight(weight.name, peak, peak), term, group)
-    if not terms:
+def heads_terms(config: LossConfig) -> Terms:
+    """The terms that fit heads on a frozen tower, on this rank alone, at the peak of their weights: those between
+    images and captions. Raises ValueError if there are none."""
+    known = {weight.name: term for weight, term in chosen_terms(config) if not term.needs_reference and not term.reads}
+    if not known:
         raise ValueError(f"loss.terms {' '.join(config.terms)} has no term between images and captions; add infonce=1")
-    return terms
+    peaks = {weight.name: max(weight.start, weight.end) for weight, _ in chosen_terms(config)}
+    return {n: partial(_weighted, config, TermWeight(n, peaks[n], peaks[n]), t, ALONE) for n, t in known.items()}
 
 
 def _weighted(config: LossConfig, weight: TermWeight, term: LossTerm, group: Group, features: Features) -> Tensor:
