@@ -1,6 +1,6 @@
 """What the benchmarks share: ways that take turns, peak memory, made-up photographs, and one table.
 
-Run a benchmark from the repository's folder: ``python -m benchmarks.step --help``.
+Run a benchmark from the repository's folder: ``python -m benchmarks.data --help``.
 """
 
 import argparse
@@ -70,14 +70,12 @@ def peak_growth(work: Callable[[], T]) -> tuple[int, T]:
         result = work()
         return torch.cuda.max_memory_allocated() - before, result
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _process_memory("VmRSS")
-    result = work()
-    return _process_memory("VmHWM") - before, result
+    before, result = _kilobytes("VmRSS"), work()
+    return (_kilobytes("VmHWM") - before) * 1024, result
 
 
-def _process_memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024  # from kB
+def _kilobytes(field: str) -> int:
+    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
 
 
 def in_new_process(function: Callable[..., T], *arguments: Any) -> T:

@@ -22,7 +22,7 @@ from llm2clip_plugin.stages.llm import trained_module
 from llm2clip_plugin.stages.settings import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pairs import CaptionStep, PairBatches, PairTokenizer, caption_terms, open_pairs
+from llm2clip_plugin.text.pairs import CaptionStep, PairBatches, PairTokenizer, caption_terms
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
 
@@ -30,24 +30,6 @@ LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-l
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in the evening rain".split()
 CONTRAST, OPTIM = ContrastConfig(mask_same=False), OptimConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
 Step = Callable[[dict[str, Any]], float]
-
-
-def random_llama(folder: Path) -> Path:
-    """A Llama of 8 blocks of width 256 with random weights, and a byte-level tokenizer."""
-    from tokenizers import ByteLevelBPETokenizer, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
-    tokens: Any = [*specials.values()]
-    tokenizer.train_from_iterator([" ".join(WORDS)], min_frequency=0, show_progress=False, special_tokens=tokens)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": tokenizer.get_vocab_size()}
-    LlamaForCausalLM(LlamaConfig.from_dict({**sizes, **ids})).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **specials).save_pretrained(folder)
-    return folder
 
 
 def theirs(args: argparse.Namespace) -> Step:
@@ -58,17 +40,12 @@ def theirs(args: argparse.Namespace) -> Step:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     transformer: Any = Transformer(args.llm)
-    width = transformer.get_embedding_dimension()
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
     torch.manual_seed(0)
     transformer.model = get_peft_model(transformer.model, LoraConfig(**LORA))
-    model = SentenceTransformer(modules=[transformer, Pooling(width, pooling_mode="mean")])
-    loss_of = CachedMultipleNegativesRankingLoss(
-        model,
-        scale=CONTRAST.scale,
-        mini_batch_size=args.micro,
-        directions=("query_to_doc", "doc_to_query"),
-        partition_mode="per_direction",
-    )
+    model = SentenceTransformer(modules=[transformer, pooling])
+    how: Any = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    loss_of = CachedMultipleNegativesRankingLoss(model, scale=CONTRAST.scale, mini_batch_size=args.micro, **how)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(trained, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
     model.train()
@@ -113,8 +90,8 @@ def make_batch(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        pairs = open_pairs(PairsConfig(data=(str(path),)))
-        return PairBatches(pairs, (), seed=0, global_batch=args.batch, rank=0, world=1).batch(0)
+        pairs = PairsConfig(data=(str(path),))
+        return PairBatches(pairs, seed=0, global_batch=args.batch, rank=0, world=1).batch(0)
 
 
 def memory_of(args: argparse.Namespace, way: str) -> float:
@@ -127,15 +104,13 @@ def memory_of(args: argparse.Namespace, way: str) -> float:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--llm", default="", help="default: a random Llama of 8 blocks of 256")
+    options.add_argument("--llm", default="quickstart-output/models/gemma-3-270m", help="default: the quickstart's")
     options.add_argument("--batch", type=int, default=64, help="pairs a step")
     options.add_argument("--micro", type=int, default=16, help="pairs a micro-batch")
     args = options.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        args.llm = args.llm or str(random_llama(Path(folder) / "llm"))
-        memory = {way: f"{in_new_process(memory_of, args, way):.0f}" for way in STEPS}
-        start_ranks()  # not before: the processes above would find its port taken
-        steps, batch = {way: make(args) for way, make in STEPS.items()}, make_batch(args)
+    memory = {way: f"{in_new_process(memory_of, args, way):.0f}" for way in STEPS}
+    start_ranks()  # not before: the processes above would find its port taken
+    steps, batch = {way: make(args) for way, make in STEPS.items()}, make_batch(args)
     first = {way: step(batch) for way, step in steps.items()}
     if abs(first["llm2clip"] - first["sentence-transformers"]) > 1e-3:
         raise SystemExit(f"the first losses differ: {first}")

@@ -84,11 +84,15 @@ def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *,
     return step
 
 
-def our_step(dual: DualEncoder, size: int, precision: Precision = "fp32") -> TowerStep:
-    """The training step of this project."""
+def our_step(
+    dual: DualEncoder, size: int, precision: Precision = "fp32", *, stage: int = 0, world: int = 1, bucket: float = 1.0
+) -> TowerStep:
+    """The training step of this project; bucket: factor of DeepSpeed's reduce_bucket_size."""
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
-    train, hidden_size = TrainConfig(global_batch=size, precision=precision), dual.tower.config.hidden_size
-    config = complete({"zero_optimization": {"stage": 0}}, train, OPTIM, world=1, hidden_size=hidden_size)
+    train, hidden_size = TrainConfig(global_batch=size * world, precision=precision), dual.tower.config.hidden_size
+    config = complete({"zero_optimization": {"stage": stage}}, train, OPTIM, world=world, hidden_size=hidden_size)
+    zero = config["zero_optimization"]
+    zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
     engine = Engine(dual, groups, OPTIM, config)
     normalize = Normalize(ImageConfig(), engine.device)
     return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False, normalize=normalize)

@@ -1,16 +1,13 @@
 """Start-up hook: completes modules of LLaVA as Python executes them.
 
-Right after four of them, so that LLaVA knows our towers (``hook``), in forks under other names, too: a package with
-``model/multimodal_encoder/builder.py``. Before or after others, so that LLaVA 1.5 runs on today's libraries
-(``compat``).
+Right after four of them, so that LLaVA, or a fork under another name with a ``model/multimodal_encoder/builder.py``,
+knows our towers (``hook``). Before or after others, so that LLaVA 1.5 runs on today's libraries (``compat``).
 
 ``llm2clip_llava.pth`` in site-packages puts a six-line watcher on ``sys.meta_path`` of every Python process of the
-environment; the watcher imports this module when a process imports the first ``llava.model.*`` or ``*.model.*_arch``
-module. That covers
-``python -m llava.train.train``, a script path under the DeepSpeed launcher, and a notebook that imports only ``llava``.
-Nothing here may raise: ``llava.model`` swallows import errors, and the user would see "cannot import name
-LlavaLlamaForCausalLM"; a completion of ``compat`` that fails ends the import with an error that names its file.
-``LLM2CLIP_LLAVA_HOOK=0`` disables the towers, ``LLM2CLIP_LLAVA_COMPAT=0`` the rest.
+environment, which imports this module with the first ``llava.model.*`` or ``*.model.*_arch`` module. Nothing here may
+raise: ``llava.model`` swallows import errors, and the user would see "cannot import name LlavaLlamaForCausalLM"; a
+completion of ``compat`` that fails ends the import with an error that names its file. ``LLM2CLIP_LLAVA_HOOK=0``
+disables the towers, ``LLM2CLIP_LLAVA_COMPAT=0`` the rest.
 
 Where ``.pth`` files are not read (``pip install --target``, ``python -S``, zip imports), ``python -m
 llava_integration.boot MODULE_OR_SCRIPT ...`` runs a module or script with the hook, as ``python -m`` or ``python

@@ -30,41 +30,42 @@ def complete(module: ModuleType) -> None:
 
         training.complete_trainer(module)
     elif name.endswith("multimodal_encoder.builder"):
-        wrap_function(module, "build_vision_tower", wrap_build_vision_tower)
+        wrap_function(module, "build_vision_tower", build_vision_tower)
     elif name.endswith(".builder"):
-        wrap_function(module, "load_pretrained_model", wrap_load_pretrained_model)
+        wrap_function(module, "load_pretrained_model", load_pretrained_model)
     else:
         for one in list(vars(module).values()):
             if isinstance(one, type) and "initialize_vision_modules" in vars(one):
-                wrap_function(one, "initialize_vision_modules", wrap_initialize_vision_modules)
+                wrap_function(one, "initialize_vision_modules", initialize_vision_modules)
 
 
-def wrap_function(owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:
-    """Set ``owner.name`` to ``wrap(owner.name)``, also in loaded modules of its package that imported the function.
+def wrap_function(owner: Any, name: str, function: Function) -> None:
+    """Set ``owner.name`` to ``function``, whose first argument is the original, also in loaded modules of its package
+    that imported the original.
 
     ``owner`` is a module or a class. A second call does nothing.
     """
     original = getattr(owner, name)
     if original.__module__ == __name__:
         return
-    package, wrapper = original.__module__.split(".")[0], wrap(original)
+
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        return function(original, *arguments, **options)
+
     functools.update_wrapper(wrapper, original, assigned=("__name__", "__qualname__", "__doc__"))
     setattr(owner, name, wrapper)
+    package = original.__module__.split(".")[0]
     for module_name, module in list(sys.modules.items()):
         if module_name.split(".")[0] == package and getattr(module, name, None) is original:
             setattr(module, name, wrapper)
 
 
-def wrap_build_vision_tower(original: Function) -> Function:
+def build_vision_tower(original: Function, vision_tower_cfg: Any, *arguments: Any, **options: Any) -> Any:
     """Build the towers of this package; other names are left to ``original``."""
-
-    def build_vision_tower(vision_tower_cfg: Any, *arguments: Any, **options: Any) -> Any:
-        name: Any = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
-        if not towers.is_ours(name):
-            return original(vision_tower_cfg, *arguments, **options)
-        return build(name, vision_tower_cfg, **options)
-
-    return build_vision_tower
+    name: Any = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
+    if not towers.is_ours(name):
+        return original(vision_tower_cfg, *arguments, **options)
+    return build(name, vision_tower_cfg, **options)
 
 
 def build(name: str, config: Any, delay_load: bool = False) -> Any:
@@ -124,29 +125,25 @@ def settings_from_environment(config: Any) -> None:
         config.unfreeze_mm_vision_tower = True
 
 
-def wrap_initialize_vision_modules(original: Function) -> Function:
+def initialize_vision_modules(original: Function, self: Any, model_args: Any, *arguments: Any, **options: Any) -> None:
     """Write the tower's record and OWN_OPTIONS into the model's configuration."""
-
-    def initialize_vision_modules(self: Any, model_args: Any, *arguments: Any, **options: Any) -> None:
-        name: Any = getattr(model_args, "vision_tower", None)  # a fork may have towers of other names alone
-        previous_tower = self.get_vision_tower() if hasattr(self, "get_vision_tower") else None
-        refuse_another_tower(previous_tower, name)
-        if not towers.is_ours(name):
-            return original(self, model_args, *arguments, **options)
-        for option in OWN_OPTIONS:  # from the base model's config.json
-            if previous_tower is None and hasattr(self.config, option):
-                setattr(model_args, option, getattr(self.config, option))
-        original(self, model_args, *arguments, **options)
-        tower = self.get_vision_tower()
-        record = towers.tower_record(tower.location, name, tower.hidden_size)
-        setattr(self.config, towers.KEY, record)
-        for option in OWN_OPTIONS:
-            if hasattr(model_args, option):
-                setattr(self.config, option, getattr(model_args, option))
-        if version := getattr(model_args, "version", ""):
-            setattr(self.config, CONVERSATION, version)
-
-    return initialize_vision_modules
+    name: Any = getattr(model_args, "vision_tower", None)  # a fork may have towers of other names alone
+    previous_tower = self.get_vision_tower() if hasattr(self, "get_vision_tower") else None
+    refuse_another_tower(previous_tower, name)
+    if not towers.is_ours(name):
+        return original(self, model_args, *arguments, **options)
+    for option in OWN_OPTIONS:  # from the base model's config.json
+        if previous_tower is None and hasattr(self.config, option):
+            setattr(model_args, option, getattr(self.config, option))
+    original(self, model_args, *arguments, **options)
+    tower = self.get_vision_tower()
+    record = towers.tower_record(tower.location, name, tower.hidden_size)
+    setattr(self.config, towers.KEY, record)
+    for option in OWN_OPTIONS:
+        if hasattr(model_args, option):
+            setattr(self.config, option, getattr(model_args, option))
+    if version := getattr(model_args, "version", ""):
+        setattr(self.config, CONVERSATION, version)
 
 
 def refuse_another_tower(tower: Any, name: Any) -> None:
@@ -167,16 +164,12 @@ def refuse_another_tower(tower: Any, name: Any) -> None:
     )
 
 
-def wrap_load_pretrained_model(original: Function) -> Function:
+def load_pretrained_model(original: Function, model_path: str, *arguments: Any, **options: Any) -> Any:
     """Refuse a name by which LLaVA would load another kind of model, and make the checkpoint's path known to
-    ``provenance`` during loading, for the tower bundled in the checkpoint."""
-
-    def load_pretrained_model(model_path: str, *arguments: Any, **options: Any) -> Any:
-        given = dict(zip(("base", "name"), arguments, strict=False))
-        base, name = options.get("model_base", given.get("base")), options.get("model_name", given.get("name"))
-        if towers.is_ours(config_of(model_path).get("mm_vision_tower")):
-            refuse_name(model_path, base=base, name=name)
-        with towers.loading(model_path):
-            return original(model_path, *arguments, **options)
-
-    return load_pretrained_model
+    ``towers`` during loading, for the tower bundled in the checkpoint."""
+    given = dict(zip(("base", "name"), arguments, strict=False))
+    base, name = options.get("model_base", given.get("base")), options.get("model_name", given.get("name"))
+    if towers.is_ours(config_of(model_path).get("mm_vision_tower")):
+        refuse_name(model_path, base=base, name=name)
+    with towers.loading(model_path):
+        return original(model_path, *arguments, **options)

@@ -2,12 +2,11 @@
 
 ``scripts/llava/*.sh`` run it first. It prints every problem in a line of its own and returns 2; without any, it prints
 what the scripts need to know of the environment, a line each: LLaVA's folder, the training program, the number of
-GPUs, the logger, a free port, options by which DeepSpeed's launcher is quiet.
+GPUs, a free port, options by which DeepSpeed's launcher is quiet.
 """
 
 import argparse
 import json
-import netrc
 import os
 import re
 import socket
@@ -17,14 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 from llava_integration import boot, towers
 from llava_integration.checkpoints import HUB_ID, LORA, OTHERS, WORD, blocks_below, check_feature, config_of, model_name
 from llava_integration.compat import runner
-from llava_integration.compat.runner import installed_version
+from llava_integration.compat.runner import has_version, installed_version
 from llava_integration.hook import check_projector
-from llm2clip_plugin.console import Finding, numbers
+from llm2clip_plugin.console import Finding
 from llm2clip_plugin.files import ContractError
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
@@ -51,7 +49,6 @@ def main(argv: list[str]) -> int:
         *check_output(options.stage, options.output),
         *check_data(options.stage, Path(options.data), Path(options.image_folder)),
         *check_tower(llava.vision_tower or options.tower, llava.pretrain_mm_mlp_adapter or options.projector, llava),
-        *check_wandb(llava.report_to or os.environ.get("REPORT_TO", "")),
     ]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -63,8 +60,8 @@ def main(argv: list[str]) -> int:
 def llava_options(words: Sequence[str]) -> argparse.Namespace:
     """Those options of LLaVA that are looked at here, "" for one that is not given."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    names = ("vision_tower", "pretrain_mm_mlp_adapter", "report_to", "mm_vision_select_layer")
-    for name in (*names, "mm_vision_select_feature"):
+    names = "vision_tower pretrain_mm_mlp_adapter mm_vision_select_layer mm_vision_select_feature"
+    for name in names.split():
         made.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="")
     return made.parse_known_args(words)[0]
 
@@ -76,7 +73,6 @@ def environment() -> Iterator[str]:
     yield _folder_of("llava")
     yield "train_mem.py" if find_spec("flash_attn") else "train.py"
     yield str(torch.cuda.device_count())
-    yield "wandb" if find_spec("wandb") and logged_in() else "none"
     with socket.socket() as probe:
         probe.bind(("", 0))
         yield str(probe.getsockname()[1])
@@ -89,23 +85,6 @@ def _folder_of(package: str) -> str:
     """Where a package is installed, "" if it is not; nothing is imported."""
     spec = find_spec(package)
     return next(iter(spec.submodule_search_locations or []), "") if spec else ""
-
-
-def check_wandb(report_to: str) -> Iterator[str]:
-    """Without its package or a key, Weights & Biases stops the run after its models are loaded."""
-    if report_to in ("wandb", "all") and not (find_spec("wandb") and logged_in()):
-        yield f"--report_to {report_to}: run `pip install wandb` and `wandb login`, or set --report_to none"
-
-
-def logged_in() -> bool:
-    """Whether Weights & Biases starts without a question: by its variables, or a key in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def check_model(model: str) -> Iterator[str]:
@@ -219,7 +198,7 @@ def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) ->
 
 # The checks of ``llm2clip doctor`` for LLaVA: its wheel, its imports, transformers, the start-up hook, the tower.
 
-OLDEST, NEWEST = (4, 36, 2), (4, 37, 99)  # transformers versions with which LLaVA 1.5 runs as it is
+PINNED = ">=4.36.2,<4.38"  # transformers versions with which LLaVA 1.5 runs as it is
 INSTALL = "pip install --no-deps llava-torch==1.2.2.post1 (or pip install --no-deps -e LLAVA_CHECKOUT)"
 # What LLaVA imports that neither it (installed with --no-deps) nor our requirements bring
 IMPORTED = ("torchvision", "sentencepiece", "shortuuid", "requests", "fastapi", "uvicorn")
@@ -227,13 +206,15 @@ IMPORTED = ("torchvision", "sentencepiece", "shortuuid", "requests", "fastapi", 
 
 def check_llava() -> Iterator[Finding]:
     """Every check of LLaVA, in its own environment or in the training environment; nothing of it is imported."""
-    found = installed_version("llava-torch") or installed_version("llava") or "on sys.path, not installed"
-    missing = find_spec("llava") is None
-    yield _finding("llava", "fail" if missing else "ok", "missing" if missing else found, INSTALL)
+    if find_spec("llava") is None:
+        yield _finding("llava", "fail", "missing", INSTALL)
+    else:
+        found = installed_version("llava-torch") or installed_version("llava") or "on sys.path, not installed"
+        yield _finding("llava", "ok", found)
     for name in IMPORTED:
         if find_spec(name) is None:
             yield _finding(name, "warn", "missing; LLaVA imports it", f"pip install {name}")
-    yield check_transformers()
+    yield _finding("transformers for LLaVA", *check_transformers())
     if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
         yield _finding("start-up hook", "warn", "disabled", "unset LLM2CLIP_LLAVA_HOOK")
     elif boot.watching():
@@ -248,27 +229,26 @@ def check_llava() -> Iterator[Finding]:
         yield _finding("--vision_tower llm2clip", "warn", str(error), "llm2clip use PATH_OR_HUB_ID, for the bare name")
 
 
-def check_transformers() -> Finding:
-    """LLaVA 1.5 runs with its pins as it is, and with versions from 5 on through ``compat``."""
-    subject, installed = "transformers for LLaVA", installed_version("transformers")
-    pinned = "pip install transformers==4.37.2"
+def check_transformers() -> tuple[str, ...]:
+    """State, version and fix. LLaVA 1.5 runs with its pins as it is, and with versions from 5 on through ``compat``."""
+    installed, pinned = installed_version("transformers"), "pip install transformers==4.37.2"
     if not installed:
-        return _finding(subject, "fail", "missing", pinned)
-    if OLDEST <= numbers(installed) <= NEWEST:
-        return _finding(subject, "ok", f"{installed}, which LLaVA pins")
+        return "fail", "missing", pinned
+    if has_version("transformers", PINNED):
+        return "ok", f"{installed}, which LLaVA pins"
     if problem := runner.problem():
-        return _finding(subject, "fail", installed, problem)
-    if numbers(installed) < (5,):
-        return _finding(subject, "warn", installed, f"{pinned} (LLaVA fails to generate with this one)")
+        return "fail", installed, problem
+    if has_version("transformers", "<5"):
+        return "warn", installed, f"{pinned} (LLaVA fails to generate with this one)"
     if not runner.enabled():
-        return _finding(subject, "fail", installed, "unset LLM2CLIP_LLAVA_COMPAT")
+        return "fail", installed, "unset LLM2CLIP_LLAVA_COMPAT"
     if untried := runner.untried():
-        return _finding(subject, "warn", f"untested: {' and '.join(untried)}", runner.ADVICE)
-    return _finding(subject, "ok", f"{installed}, with {len(runner.needed())} completions of LLaVA's code")
+        return "warn", f"untested: {' and '.join(untried)}", runner.ADVICE
+    return "ok", f"{installed}, with {len(runner.needed())} completions of LLaVA's code"
 
 
 def _finding(subject: str, state: str, found: str, fix: str = "") -> Finding:
-    return Finding(subject=subject, state=state, found=found, fix="" if state == "ok" else fix)
+    return Finding(subject=subject, state=state, found=found, fix=fix)
 
 
 if __name__ == "__main__":

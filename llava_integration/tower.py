@@ -93,7 +93,6 @@ class LLM2CLIPVisionTower(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Pixels; LLaVA-NeXT reads it for its grids of tiles."""
         return self.config.image_size
 
     @property
@@ -103,7 +102,6 @@ class LLM2CLIPVisionTower(nn.Module):
 
     @property
     def num_patches_per_side(self) -> int:
-        """Patches along one side of the image."""
         return self.config.image_size // self.config.patch_size
 
     @property
@@ -132,8 +130,6 @@ def device_of_map(device_map: Any) -> Any:
 
     Raises ValueError for a map that splits the tower over devices.
     """
-    if device_map is None:
-        return None
     if isinstance(device_map, dict):
         if set(device_map) != {""}:
             raise ValueError(f"the vision tower cannot be split over devices ({device_map}); pass {{'': device}}")
@@ -186,16 +182,12 @@ class MultiscaleVisionTower(LLM2CLIPVisionTower):
 
     @property
     def hidden_size(self) -> int:
-        """Width of one feature over all scales."""
         return self.config.hidden_size * len(self.scales)
 
 
 def parse_scales(text: str, image_size: int) -> list[int]:
     """``"336,672"`` -> [336, 672], sorted. Raises ValueError unless they are ``image_size`` and multiples of it."""
-    try:
-        scales = sorted(int(part) for part in str(text).split(","))
-    except ValueError as error:
-        raise ValueError(f"s2_scales {text!r}: expected sizes with commas, such as {DEFAULT_SCALES!r}") from error
+    scales = sorted(map(int, str(text).split(",")))
     if scales[0] != image_size or any(scale % image_size for scale in scales):
         fit = ",".join(str(image_size * factor) for factor in (1, 2, 3))
         raise ValueError(f"s2_scales {text!r} must be the tower's {image_size} px and multiples of it; try {fit!r}")

@@ -14,19 +14,19 @@ only that tower is loaded. The registry is ``towers.json`` in ``$LLM2CLIP_HOME``
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from llava_integration.checkpoints import CONFIG, HUB_ID, checkpoint_config
-from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory, atomic_file
+from llava_integration.checkpoints import HUB_ID, checkpoint_config
+from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory
 from llm2clip_plugin.files import ContractError, errors_about, hub_snapshot
 from llm2clip_plugin.options import Command, command
 from llm2clip_plugin.vision.directory import check_card
@@ -239,9 +239,18 @@ def find_tower(name: str, config: Any) -> TowerLocation:
             return TowerLocation.of(Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}")
     with errors_about(f"{KEY} in config.json of {checkpoint}", fix="copy the checkpoint again"):
         wanted, origin = str(record["weights_sha256"]), str(record["origin"])
+    places: list[tuple[str, Callable[[], TowerLocation]]] = [(f"by name, {name!r}", lambda: locate(name))]
+    if folder := checkpoint_of(config):
+        places.append((f"in {folder}/{BUNDLE}", lambda: locate_bundled(folder, origin)))
+    if origin != name.partition(":")[2]:
+        places.append((f"at its origin, {origin}", lambda: locate_spec(origin, how="origin")))
+    specs = {known: e["spec"] for known, e in sorted(registry().towers.items()) if e["weights_sha256"] == wanted}
+    places += [
+        (f"registered as {known!r}", partial(locate_spec, spec, how="registry")) for known, spec in specs.items()
+    ]
     searched: list[str] = []
     problem: type[Exception] = TowerNotFoundError
-    for where, find in candidates(name, wanted, origin, config):
+    for where, find in places:
         try:
             location = find()
         except (FileNotFoundError, ContractError) as error:
@@ -259,19 +268,6 @@ def find_tower(name: str, config: Any) -> TowerLocation:
         "Copy that tower to this machine and run `llm2clip use PATH`, or run "
         f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
     )
-
-
-def candidates(name: str, wanted: str, origin: str, config: Any) -> Iterator[tuple[str, Callable[[], TowerLocation]]]:
-    """(label for messages, function that returns a location or raises), in the order of the search."""
-    yield f"by name, {name!r}", lambda: locate(name)
-    if checkpoint := checkpoint_of(config):
-        yield f"in {checkpoint}/{BUNDLE}", lambda: locate_bundled(checkpoint, origin)
-    if origin != name.partition(":")[2]:
-        yield f"at its origin, {origin}", lambda: locate_spec(origin, how="origin")
-    for known, entry in sorted(registry().towers.items()):
-        if entry["weights_sha256"] == wanted:
-            spec = entry["spec"]
-            yield f"registered as {known!r}", lambda spec=spec: locate_spec(spec, how="registry")
 
 
 def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
@@ -297,9 +293,7 @@ class UseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TowersConfig:
-    """How to list the towers."""
-
-    forget: str = ""  # name of a tower to remove from the list; its files are kept
+    """No options."""
 
 
 USE = Command(
@@ -329,39 +323,27 @@ def main_use(argv: list[str]) -> int:
 
 
 def main_towers(argv: list[str]) -> int:
-    options = TOWERS.parse(argv)
+    TOWERS.parse(argv)
     known = registry()
-    if options.forget:
-        if options.forget not in known.towers:
-            raise ValueError(f"unknown tower {options.forget!r}; {known.summary()}")
-        towers = {name: entry for name, entry in known.towers.items() if name != options.forget}
-        known = replace(known, chosen=known.chosen if known.chosen in towers else "", towers=towers)
-        known.write(registry_file())
     for name, entry in sorted(known.towers.items()):
-        print(f"{'*' if name == known.chosen else ' '} {name}: {listed(name, entry['spec'], entry['weights_sha256'])}")
-    if spec := os.environ.get("LLM2CLIP_TOWER"):
-        print(f"LLM2CLIP_TOWER={spec} takes precedence over the selected tower (*)")
+        spec, told = entry["spec"], f"on the Hub as {entry['spec']}, sha256 {entry['weights_sha256'][:12]}"
+        if Path(spec).is_dir() or not HUB_ID.match(spec):  # those of the Hub are not downloaded for it
+            try:
+                told = locate_spec(spec, how=name).describe()
+            except (FileNotFoundError, ContractError) as error:
+                told = f"not usable: {error}"
+        print(f"{'*' if name == known.chosen else ' '} {name}: {told}")
     if not known.towers:
         print(f"{known.summary()}; register one with `llm2clip use PATH_OR_HUB_ID`")
     return 0
 
 
-def listed(name: str, spec: str, sha256: str) -> str:
-    """What ``llm2clip towers`` says of a tower; those of the Hub are not downloaded for it."""
-    if HUB_ID.match(spec) and not Path(spec).is_dir():
-        return f"on the Hub as {spec}, sha256 {sha256[:12]}"
-    try:
-        return locate_spec(spec, how=name).describe()
-    except (FileNotFoundError, ContractError) as error:
-        return f"not usable: {error}"
-
-
-def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Path:
+def bundle(checkpoint: Path, *, tower: str = "") -> Path:
     """Copy the checkpoint's tower to ``CHECKPOINT/vision_tower`` and return that folder.
 
-    The tower is the one that loading the checkpoint finds, or ``tower`` (path, registered name or Hub id). A checkpoint
-    without a record of its tower gets one. Raises ContractError if that is not the tower that the checkpoint was
-    trained with, FileExistsError if another tower is bundled already and ``overwrite`` is false.
+    The tower is the one that loading the checkpoint finds, or ``tower`` (path, registered name or Hub id). Raises
+    ContractError if that is not the tower that the checkpoint was trained with, FileExistsError if another tower is
+    bundled already.
     """
     config = checkpoint_config(checkpoint)
     name = str(config.get("mm_vision_tower"))
@@ -372,14 +354,10 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     if (target / TowerCard.FILE).is_file() and TowerLocation.of(target, how="bundled").sha256 == location.sha256:
         check_card(target, adapter=False)
         return target
-    with atomic_directory(target, replace=overwrite) as temporary:
+    with atomic_directory(target) as temporary:
         for source in [path for name in BUNDLED_FILES for path in sorted(location.directory.glob(name))]:
             shutil.copyfile(source, temporary / source.name)
         replace(location, directory=temporary).check_weights()
-    if KEY not in config:
-        config[KEY] = tower_record(location, name, config["mm_hidden_size"])
-        with atomic_file(checkpoint / CONFIG) as temporary:
-            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
 
 
@@ -404,7 +382,6 @@ class BundleConfig:
 
     checkpoints: tuple[Path, ...]  # folders with config.json
     tower: str = ""  # path, registered name or Hub id of the tower, if the checkpoint cannot find it
-    overwrite: bool = False  # replace a different tower that is already bundled
 
 
 LLAVA_BUNDLE = Command(
@@ -420,6 +397,6 @@ LLAVA_BUNDLE = Command(
 def main_bundle(argv: list[str]) -> int:
     options = LLAVA_BUNDLE.parse(argv)
     for checkpoint in options.checkpoints:
-        target = bundle(checkpoint, tower=options.tower, overwrite=options.overwrite)
+        target = bundle(checkpoint, tower=options.tower)
         print(f"{target}: sha256 {TowerCard.read(target / TowerCard.FILE).weights_sha256}")
     return 0

@@ -144,12 +144,6 @@ def labeled(turns: Turns, ids_of: Callable[[str], list[int]]) -> tuple[torch.Ten
     labels = [IGNORE_INDEX] * len(ids)
     for before, through in prefixes:
         # a tokenizer may join the last character before the answer with its first one
-        start, end = shared(before, ids), shared(through, ids)
+        start, end = (len(os.path.commonprefix([one, ids])) for one in (before, through))  # noqa: RUF071 - of lists
         labels[start:end] = ids[start:end]
     return torch.tensor(ids), torch.tensor(labels)
-
-
-def shared(prefix: list[int], ids: list[int]) -> int:
-    """How many of the first ids both have."""
-    differ = (place for place, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b)
-    return next(differ, min(len(prefix), len(ids)))

@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "bench-mllm": ("llava_integration.benchmarks.bench:main", "evaluate LLaVA on each benchmark that is found"),
     "score": ("llava_integration.benchmarks.bench:main_score", "score answers with a benchmark's official rule"),
     "llava bundle": ("llava_integration.towers:main_bundle", "copy the tower into a LLaVA checkpoint"),
-    "llava export": ("llava_integration.serve:main", "convert a LLaVA checkpoint into a Hugging Face model for vLLM"),
+    "llava export": ("llava_integration.serve.export:main", "convert a LLaVA checkpoint to a Hugging Face model"),
     "vlm build": ("llava_integration.serve.vlm:main", "build a vision-language model to train: any tower, any LLM"),
 }
 
@@ -77,7 +77,8 @@ OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, 
     "llava evaluate": "llava_integration.answer.questions:COMMAND",
     "score": "llava_integration.benchmarks.bench:SCORE",
     "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
-    "vlm build": "llava_integration.serve.vlm_config:COMMAND",
+    "llava export": "llava_integration.serve:EXPORT",
+    "vlm build": "llava_integration.serve:VLM",
 }
 
 HELP = ("-h", "--help", "--help-all")
@@ -103,28 +104,14 @@ def main(argv: list[str] | None = None) -> int:
         print(usage(group))  # `llm2clip data --help`
         return 0
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), "")
-    if problem := misspelled(words, name, group):
+    if not name:
         from llm2clip_plugin.files import printable
+        from llm2clip_plugin.options import unknown
 
-        print(f"error: {printable(problem)}", file=sys.stderr)
+        given = " ".join(words[:2]) if group else words[0]
+        print(f"error: {printable(unknown('command', given, group or COMMANDS))}", file=sys.stderr)
         return 2
     return run(name, words[len(name.split()) :])
-
-
-def misspelled(words: list[str], name: str, group: list[str]) -> str:
-    """``unknown command 'trian-tower'; did you mean 'train-tower'? known: ...``; "" for a known one, ``name``.
-
-    A word behind ``evaluate`` may be a tower, unless it is nearly that of a command of its ``group``.
-    """
-    from llm2clip_plugin.options import closest, joined
-
-    word = words[1] if len(words) > 1 else ""
-    if name and (name != words[0] or os.path.exists(word) or not closest(word, [one.split()[1] for one in group], 0.8)):
-        return ""
-    given = " ".join(words[:2]) if group else words[0]
-    near = closest(given, COMMANDS) or closest(" ".join(words[:2]), COMMANDS)
-    problem = f"unknown command {given!r}" + (f"; did you mean {near!r}?" if near else "")
-    return joined(problem, f"known: {', '.join(group or COMMANDS)}")
 
 
 def command() -> "NoReturn":

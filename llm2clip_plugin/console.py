@@ -137,9 +137,6 @@ def track(iterable: Iterable[Value], *, total: int | None, label: str, unit: str
             bar.update()
 
 
-TOWER = "model.vision_tower."  # names of its weights in a LLaVA checkpoint
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' bars ("Loading weights", "Writing model shards") and warnings.
@@ -196,21 +193,18 @@ def quiet_llava_loading() -> None:
 
 
 def _is_not_about_the_tower(record: logging.LogRecord) -> bool:
-    first, _, table = record.getMessage().partition("\n")
-    if "LOAD REPORT" in first:  # of transformers 5: a row per name, or per pattern of names
-        rows = [row.split("|") for row in table.splitlines() if row.count("|") > 1][1:]  # below the head
-        return not all(name.startswith(TOWER) and "UNEXPECTED" in status for name, status, *_ in rows)
-    if "were not used when initializing Llava" not in first:
+    text = record.getMessage()
+    if "LOAD REPORT" in text:  # of transformers 5: a row per name, or per pattern of names, below a head
+        return bool(re.search(r"^(?!Key |model\.vision_tower\.[^|]*\| UNEXPECTED)[^|\n]+\|", text, re.MULTILINE))
+    if "were not used when initializing Llava" not in text:
         return True
-    names = re.findall(r"'([^']+)'", first.partition("[")[2])
-    return not all(name.startswith(TOWER) for name in names)
+    names = re.findall(r"'([^']+)'", text.partition("\n")[0].partition("[")[2])
+    return not all(name.startswith("model.vision_tower.") for name in names)
 
 
 def quiet_llava() -> None:
-    """Silence what LLaVA's training makes other libraries warn about: old names that LLaVA and the trainer of its
-    transformers use, memory that a machine without a GPU cannot pin, the type of the language model it extends, a
-    config that peft asks the Hub for when LoRA weights are saved, which have no vocabulary, and gradient accumulation,
-    which is DeepSpeed's own there."""
+    """Silence what LLaVA's training makes other libraries warn about: old names, memory that a machine without a GPU
+    cannot pin, the LLM's type, a config without vocabulary for saved LoRA weights, DeepSpeed's own accumulation."""
     quiet_deepspeed()
     warnings.filterwarnings("ignore", r".*gradient_checkpointing(_enable)?` is deprecated", FutureWarning)
     _mute("accelerate.accelerator", "Gradient accumulation steps mismatch")
@@ -308,9 +302,6 @@ def _wait() -> None:
         os._exit(ended.status)
 
 
-# What the machine allows a process: open files. Standard library only.
-
-
 def raise_open_files() -> int:
     """Raise the soft limit of open files to the hard one; processes started from here inherit it. Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -322,12 +313,9 @@ def raise_open_files() -> int:
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
-# The lines that ``llm2clip doctor`` prints; standard library only.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the report."""
+    """A line that ``llm2clip doctor`` prints."""
 
     subject: str
     state: str  # ok, warn or fail

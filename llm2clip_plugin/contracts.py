@@ -19,8 +19,6 @@ from typing import Any, ClassVar, TypeVar
 
 from llm2clip_plugin.files import ContractError, from_plain, read_header, read_json_value, typed
 
-# A full disk as one error that names the file and the free space, whichever library met it.
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -57,9 +55,6 @@ def naming_full_disk(target: str | os.PathLike[str]) -> Iterator[None]:
 def size_text(number: float) -> str:
     """Bytes for people: ``1.50 GB``, ``0.21 MB``."""
     return f"{number / 1e9:.2f} GB" if number >= 1e7 else f"{number / 1e6:.2f} MB"
-
-
-# Files and folders that appear complete or not at all.
 
 
 @contextmanager
@@ -137,9 +132,6 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-# Hashes of texts, files and weights, and the JSON text that is hashed.
-
-
 def canonical_json(value: Any) -> str:
     """The same text for equal values (sorted keys, no spaces), to be hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -189,8 +181,6 @@ def files_sha256(paths: Iterable[Path]) -> str:
     return hashes[0] if len(hashes) == 1 else sha256_text(canonical_json(hashes))
 
 
-# Versioned JSON records: written atomically, and checked field by field when they are read.
-
 Record = TypeVar("Record", bound="VersionedRecord")
 
 
@@ -231,9 +221,6 @@ class VersionedRecord:
 
     def check_values(self, *, where: str) -> None:
         """Raise ContractError for a value that no reader can use; the types of all fields are right already."""
-
-
-# Cards: what a tower and a fine-tuned LLM are, and what determines the embedding of a caption.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,9 +308,6 @@ class EncoderCard(VersionedRecord):
     versions: dict[str, str] = field(default_factory=dict)
 
 
-# Records of what ran: embedding caches, training runs, scores.
-
-
 @dataclass(frozen=True, kw_only=True)
 class CacheManifest(VersionedRecord):
     """``manifest.json`` of an embedding cache: its teacher, shards and storage."""
@@ -399,8 +383,6 @@ class ScoreFile(VersionedRecord):
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-
-# How an embedding cache stores rows, and where.
 
 VALUE_BYTES = {"float16": 2, "int8": 1}  # of one number of a stored row
 CACHE_DTYPES = tuple(VALUE_BYTES)

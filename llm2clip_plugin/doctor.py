@@ -1,19 +1,11 @@
-"""``llm2clip doctor``: check this environment, and print how to fix what is missing or too old.
+"""``llm2clip doctor``: check the training environment or LLaVA's, also without torch, and print how to fix it."""
 
-Works in the training environment and in LLaVA's, which can be one, also if torch is not installed.
-"""
-
-import json
 import os
-import re
-import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -22,16 +14,11 @@ from llm2clip_plugin.console import Finding, numbers, raise_open_files
 from llm2clip_plugin.options import Command
 
 OPEN_FILES = 1024  # of a rank: 64 tars, some of libraries, a few for each batch that a loader process has sent
-MIN_COMPILER = 10  # of g++ and clang: the first with -std=c++20, which current torch builds with
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What to check."""
-
-    # environment to check: llava if LLaVA is installed with the libraries that it pins, else train
-    environment: Literal["train", "llava"] = field(default_factory=lambda: default_environment())
-    json: bool = False  # print the report as JSON
+    """The command has no options."""
 
 
 COMMAND = Command(
@@ -64,34 +51,15 @@ def check_packages(extra: str) -> Iterator[Finding]:
         yield finding(name, found or "missing", "" if enough else f'pip install "{name}{versions}"', state="fail")
 
 
-def check_compiler() -> Iterator[Finding]:
-    """A C++ compiler: DeepSpeed builds extensions at first use, and torch.compile builds CPU kernels."""
-    words = shlex.split(os.environ.get("CXX", "g++"))
-    if not words or shutil.which(words[0]) is None:
-        words = ["c++"]
-    if shutil.which(words[0]) is None:
-        yield finding("C++ compiler", "none", "apt-get install g++ (or set CXX)", state="fail")
-        return
-    done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False)
-    first = done.stdout.strip().split("\n")[0]
-    # g++ (Debian 12.2.0-14) 12.2.0: after the packager's
-    match = re.search(r"clang version (\d+)", first) or re.search(r"\) (\d+)\.\d+", first)
-    enough = match and int(match.group(1)) >= MIN_COMPILER
-    fix = "" if enough else f"set CXX to g++ or clang >= {MIN_COMPILER}, for C++20"
-    yield finding("C++ compiler", first or "unknown version", fix)
-
-
-def check_launcher() -> Iterator[Finding]:
-    """The ``deepspeed`` launcher is on PATH and belongs to this Python."""
-    launcher = shutil.which("deepspeed")
-    folder = os.path.dirname(sys.executable)
-    expected = os.path.join(folder, "deepspeed")
-    if launcher is None and not os.path.exists(expected):
-        yield finding("deepspeed launcher", "not on PATH", "pip install deepspeed", state="fail")
-    else:
-        own = launcher is not None and os.path.realpath(launcher) == os.path.realpath(expected)
-        fix = "" if own else f"activate this environment first: source {folder}/activate"
-        yield finding("deepspeed launcher", launcher or expected, fix)
+def check_programs() -> Iterator[Finding]:
+    """A C++ compiler, with which DeepSpeed builds extensions and torch.compile kernels, and DeepSpeed's launcher."""
+    compiler = shutil.which((os.environ.get("CXX") or "g++").split()[0]) or shutil.which("c++")
+    fix = "" if compiler else "apt-get install g++ (10 or newer, for C++20), or set CXX"
+    yield finding("C++ compiler", compiler or "none", fix, state="fail")
+    launcher, own = shutil.which("deepspeed") or "not on PATH", os.path.dirname(sys.executable)
+    is_own = os.path.realpath(os.path.dirname(launcher)) == os.path.realpath(own)
+    fix = "" if is_own else f"activate this environment: source {own}/activate"
+    yield finding("deepspeed launcher", launcher, fix)
 
 
 def check_accelerator() -> Iterator[Finding]:
@@ -110,15 +78,14 @@ def check_accelerator() -> Iterator[Finding]:
         yield finding("accelerator", found, "for a GPU, install the torch build of your CUDA or ROCm version")
 
 
-def report(options: DoctorConfig) -> Iterator[Finding]:
-    """The lines of an environment's report, in order."""
-    training = options.environment == "train"
+def report() -> Iterator[Finding]:
+    """The lines of the report, in order; of LLaVA's environment where LLaVA is installed with what it pins."""
+    training = not (llava_installed() and numbers(installed("transformers")) < (5,))
     old = "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer"
     yield finding("python", ".".join(map(str, sys.version_info[:3])), old, state="fail")
     yield from check_packages("train" if training else "")
     if training:
-        yield from check_compiler()
-        yield from check_launcher()
+        yield from check_programs()
     yield from check_accelerator()
     limit = raise_open_files()
     how = f"raise the hard limit to {OPEN_FILES} (ulimit -Hn, limits.conf, docker run --ulimit nofile)"
@@ -145,22 +112,14 @@ def llava_installed() -> bool:
     return bool(installed("llava-torch") or installed("llava"))
 
 
-def default_environment() -> Literal["train", "llava"]:
-    """``llava`` where LLaVA is installed with the libraries that it pins, else ``train``."""
-    return "llava" if llava_installed() and numbers(installed("transformers")) < (5,) else "train"
-
-
 def main(argv: list[str]) -> int:
     """``llm2clip doctor``: 0 if nothing fails, 1 otherwise."""
-    options = COMMAND.parse(argv)
-    findings = list(report(options))
+    COMMAND.parse(argv)
+    findings = list(report())
     failed = [one.subject for one in findings if one.state == "fail"]
-    if options.json:
-        print(json.dumps([asdict(one) for one in findings], indent=2))
-    else:
-        for one in findings:
-            print(f"[{one.state:>4}] {one.subject}: {one.found}")
-            if one.fix:
-                print(f"       -> {one.fix}")
-        print(f"{len(failed)} to fix: {', '.join(failed)}" if failed else "no problems found")
+    for one in findings:
+        print(f"[{one.state:>4}] {one.subject}: {one.found}")
+        if one.fix:
+            print(f"       -> {one.fix}")
+    print(f"{len(failed)} to fix: {', '.join(failed)}" if failed else "no problems found")
     return 1 if failed else 0

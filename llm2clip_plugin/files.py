@@ -15,7 +15,6 @@ import random
 import re
 import shlex
 import struct
-import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,16 +53,12 @@ def read_json_value(path: str | os.PathLike[str]) -> Any:
 
 def refuse_encoding(path: str | os.PathLike[str], start: bytes) -> None:
     """Raise ValueError unless the beginning of a text file is UTF-8; it may end within a character."""
-    fix = f"iconv -f %s -t UTF-8 {path} > NEW{Path(path).suffix}"
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path} is UTF-16, expected UTF-8; convert it: {fix % 'UTF-16'}")
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError as error:
-        line = start[: error.start].count(b"\n") + 1
         raise ValueError(
-            f"{path} is not UTF-8: byte {start[error.start]:#04x} at offset {error.start}, line {line}; if it is "
-            f"Latin-1, convert it: {fix % 'LATIN1'}"
+            f"{path} is not UTF-8: byte {start[error.start]:#04x} at offset {error.start}; convert it, for example "
+            f"iconv -f LATIN1 -t UTF-8 {path} > NEW{Path(path).suffix}"
         ) from error
 
 
@@ -221,29 +216,20 @@ def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
     try:
         header = json.loads(read(length, 8))
         metadata = header.pop("__metadata__", None) or {}
-        entries = _entries(header)
+        entries, end = dict[str, Entry](), 0
+        for name, body in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = body["data_offsets"]
+            entry = Entry(str(body["dtype"]), tuple(body["shape"]), start, stop)
+            whole = all(type(number) is int and number >= 0 for number in (*entry.shape, start, stop))
+            if not whole or start != end or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
+                raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
+            entries[name], end = entry, stop
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"damaged header ({error!r})") from error
-    end = max((entry.stop for entry in entries.values()), default=0)
     if 8 + length + end != size:
         raise ValueError(f"{size} bytes, expected {8 + length + end}")
     return Header(entries, metadata, 8 + length)
 
-
-def _entries(header: dict[str, Any]) -> dict[str, Entry]:
-    """The tensors in order of their bytes; ValueError, KeyError or TypeError says what is wrong."""
-    entries, end = {}, 0
-    for name, body in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, stop = body["data_offsets"]
-        entry = Entry(str(body["dtype"]), tuple(body["shape"]), start, stop)
-        whole = all(type(number) is int and number >= 0 for number in (*entry.shape, start, stop))
-        if not whole or start != end or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
-            raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
-        entries[name], end = entry, stop
-    return entries
-
-
-# How large an image may be, before its pixels are decoded.
 
 MAX_PIXELS = 89_478_485  # of an image; where PIL begins to warn of decompression bombs, 268 MB as RGB
 MAX_ASPECT = 256  # longer to shorter side; with its shorter side at 448 pixels such an image has 154 MB
@@ -279,8 +265,6 @@ PROGRESS = "progress"  # a checkpoint, or a shard of embed, is complete
 FINAL = "final"  # the exit status of an error that a rerun would meet again
 
 HEADLINE = ("i2t_r1", "t2i_r1")  # of a tower's scores: recall over all captions
-LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
-LAUNCHER_MODULES = ("torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.runner")
 
 
 def tell_job(name: str, text: str = "") -> None:
@@ -297,13 +281,9 @@ def headline(scores: Iterable[str]) -> list[str]:
 
 
 def started_by(command: str, words: Sequence[str]) -> dict[str, Any]:
-    """For run.json: the words of the ``llm2clip`` command, its launcher's command line if it has one, ranks, folder."""
-    return {
-        "words": [command, *words],
-        "launcher": _launcher(),
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-        "folder": os.getcwd(),
-    }
+    """For run.json: the words of the ``llm2clip`` command, its ranks and folder."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return {"words": [command, *words], "ranks": ranks, "folder": os.getcwd()}
 
 
 def again(command: dict[str, Any]) -> str:
@@ -314,36 +294,11 @@ def again(command: dict[str, Any]) -> str:
     words, folder, ranks = command.get("words"), command.get("folder"), command.get("ranks", 1)
     if not words:
         return ""
-    line = shlex.join(command.get("launcher") or ["llm2clip", *words])
+    line = shlex.join(["llm2clip", *words])
     line = re.sub(r" --resume([-_]from[-_]checkpoint)?[ =]('[^']*'|\S)+", "", line)
     if folder and folder != os.getcwd():
         line = f"cd {shlex.quote(folder)} && {line}"
-    if ranks > 1 and not command.get("launcher"):
-        line += f"  # on {ranks} ranks: under the launcher that started it"
-    return line
-
-
-def _launcher() -> list[str]:
-    """The command line of the launcher above this process; [] without one."""
-    if os.environ.get("WORLD_SIZE") is None:
-        return []
-    import psutil  # of accelerate's
-
-    found: list[str] = []
-    try:
-        for parent in psutil.Process().parents():
-            words = parent.cmdline()
-            program = next((i for i, word in enumerate(words[:3]) if Path(word).name in LAUNCHERS), None)
-            if program is not None:
-                found = [Path(words[program]).name, *words[program + 1 :]]
-            elif len(words) > 2 and words[1] == "-m" and words[2] in LAUNCHER_MODULES:
-                found = ["python", *words[1:]]
-    except psutil.Error:  # a parent has ended meanwhile
-        pass
-    return found  # of the outermost one
-
-
-# Plugins: a folder with one file per member, discovered by importing them all.
+    return line + (f"  # on {ranks} ranks: under the launcher that started it" if ranks > 1 else "")
 
 
 def discover(package: str, attribute: str) -> dict[str, Any]:
@@ -362,22 +317,15 @@ def discover(package: str, attribute: str) -> dict[str, Any]:
     return members
 
 
-# How long a server may take to answer; requests to the Hugging Face Hub, whose client waits without end for some.
-
 TIMEOUT = "LLM2CLIP_TIMEOUT"  # environment variable: seconds that a server may take to connect, or to send more
-DEFAULT_TIMEOUT = 30.0
 
 
 def timeout() -> float:
     """Seconds that a server may take to accept a connection, and between two pieces of an answer."""
-    text = os.environ.get(TIMEOUT, "")
-    try:
-        seconds = float(text or DEFAULT_TIMEOUT)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
+    text = os.environ.get(TIMEOUT) or "30"
+    if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
         raise ValueError(f"{TIMEOUT} is {text!r}, expected seconds above 0")
-    return seconds
+    return float(text)
 
 
 def can_only_be_a_path(name: str) -> bool:
@@ -420,8 +368,6 @@ def check_hub_answers(repository: str, *, revision: str | None = None) -> None:
             ) from error
 
 
-# How often an error that may pass is retried, and how long apart. Standard library only.
-
 LONGEST_RETRY_AFTER = 300.0  # seconds that a server may request
 _jitter = random.Random()  # not the global generator, whose state belongs to the run
 
@@ -441,11 +387,5 @@ class Retry(NamedTuple):
 
 
 def seconds_of_retry_after(header: str) -> float:
-    """Seconds that a server wants to be left alone for, by the text of its header Retry-After; 0 for any other."""
-    from email.utils import parsedate_to_datetime  # here, because --help of every command imports this module
-
-    try:
-        seconds = float(header) if header.strip().isdigit() else parsedate_to_datetime(header).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+    """Seconds that a server wants to be left alone for, by the text of its header Retry-After; 0 for a date."""
+    return min(float(header), LONGEST_RETRY_AFTER) if header.strip().isdigit() else 0.0

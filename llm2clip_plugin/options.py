@@ -3,7 +3,7 @@
 A setting is a field, ``optim.lr``. Its option is the last part, ``--lr``, where only one field of the command ends in
 it, else the dotted name, or the name that NAMES or the command gives it. The dotted name, the last part and the names
 of other programs are understood too, with dashes or underscores. What an option means is the comment next to its field.
-docs/options.md has the table. Below: the nearest of known names, commands as text, and mistyped paths.
+docs/options.md has the table. Below: unknown names, commands as text, and mistyped paths.
 """
 
 import dataclasses
@@ -36,6 +36,8 @@ NAMES = {
     "batch": "batch-size",
     "output_dir": "output",
     "dataloader_num_workers": "workers",
+    "optim.name": "optimizer",
+    "optim.args": "optimizer-args",
 }
 # Names of Hugging Face's Trainer and of LLaVA's scripts -> the name here; understood, but not shown in --help.
 ALSO = {
@@ -65,13 +67,6 @@ class Leaf(NamedTuple):
     default: Any  # dataclasses.MISSING if it must be given
     help: str
     section: str  # first line of the docstring of the dataclass that holds it
-
-
-class Given(NamedTuple):
-    """What a command line gives."""
-
-    values: dict[str, Any]  # by dotted name of the field
-    extras: dict[str, str]  # by name of the extra option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +99,23 @@ class Command(Generic[Settings]):
         Raises ValueError for an unknown or missing option, an unusable value, one without effect, and for what the
         settings refuse.
         """
-        given = self.read(argv)
-        default = self.default(given.extras) if self.default else None
-        replaced = {other: 0 for option, other in self.replaces.items() if option in given.values}
+        values, extras = self.read(argv)
+        default = self.default(extras) if self.default else None
+        replaced = {other: 0 for option, other in self.replaces.items() if option in values}
         tree: dict[str, Any] = {}
-        for name, value in {**replaced, **given.values}.items():
+        for name, value in {**replaced, **values}.items():
             *sections, last = name.split(".")
             inner = tree
             for section in sections:
                 inner = inner.setdefault(section, {})
             inner[last] = value
         config = from_plain(self.settings, tree, where=f"llm2clip {self.name}", default=default)
-        self._refuse_without_effect(config, given.values)
+        self._refuse_without_effect(config, values)
         return config
 
-    def read(self, argv: Sequence[str]) -> Given:
-        """The values that a command line gives. Prints --help and exits with status 0 if it is among the words."""
+    def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """The values that a command line gives, by dotted name of the field, and those of the extra options. Prints
+        --help and exits with status 0 if it is among the words."""
         words, rest = list(argv), []
         if self.rest and "--" in words:
             words, rest = words[: words.index("--")], words[words.index("--") + 1 :]
@@ -154,7 +150,7 @@ class Command(Generic[Settings]):
         required = (name for name, leaf in self.leaves.items() if leaf.default is MISSING)
         if missing := [self.written(name) for name in required if name not in values]:
             raise ValueError(f"missing {' and '.join(missing)}; {self.usage}")
-        return Given(values, extras)
+        return values, extras
 
     def written(self, name: str) -> str:
         """How usage and errors write a field: DATA, or --llm."""
@@ -224,10 +220,9 @@ class Command(Generic[Settings]):
         elif name in self.extras or (name in HALF and PRECISION in self.leaves):
             hint = bool if name in HALF else str
         else:
-            shown = {name: f"--{self.options[of]}" for name, of in self.understood.items()}
-            shown |= {name: f"--{name}" for name in (*self.extras, *map(negative, flags))}
-            hint = nearest(name, shown, shown.__getitem__)
-            raise ValueError(joined(f"unknown option {option}{hint}", f"`llm2clip {self.name} --help-all` lists all"))
+            known = [*self.understood, *self.extras, *map(negative, flags)]
+            near = "".join(f" (did you mean --{one}?)" for one in difflib.get_close_matches(name, known, n=1))
+            raise ValueError(f"unknown option {option}{near}; `llm2clip {self.name} --help-all` lists all")
         if equals:
             return name, hint, [value]
         if hint in (bool, AUTO) and not (waiting and waiting[0].lower() in (*TRUTH, *["auto"][: hint is not bool])):
@@ -377,25 +372,8 @@ def _comments(kind: type) -> dict[str, str]:
 
 
 def unknown(kind: str, name: object, known: Iterable[object], *, also: str = "") -> str:
-    """``unknown recipe 'bse'; did you mean 'base'? known: base, quickstart``; ``also`` follows the known names."""
-    names = [str(one) for one in known]
-    return joined(f"unknown {kind} {name!r}{nearest(str(name), names)}", f"known: {', '.join(names)}{also}")
-
-
-def nearest(name: str, known: Iterable[str], write: Callable[[str], str] = repr) -> str:
-    """``; did you mean 'NAME'?`` with the known name that comes nearest; "" if none is near."""
-    near = closest(name, known)
-    return f"; did you mean {write(near)}?" if near else ""
-
-
-def closest(name: str, known: Iterable[str], similar: float = 0.6) -> str:
-    """The most similar known name; "" if none is at least ``similar`` by difflib's ratio."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=similar)), "")
-
-
-def joined(text: str, more: str) -> str:
-    """``text; more``, or ``text more`` after a question."""
-    return f"{text} {more}" if text.endswith("?") else f"{text}; {more}"
+    """``unknown recipe 'bse'; known: base, quickstart``; ``also`` follows the known names."""
+    return f"unknown {kind} {name!r}; known: {', '.join(map(str, known))}{also}"
 
 
 def command(*words: object) -> str:
@@ -436,7 +414,7 @@ MODEL_FILES = ("config.json", "adapter_config.json", "open_clip_config.json", "*
 
 def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
     """Raise FileNotFoundError, FileExistsError or ValueError that names a path and what to do, or as ``read``."""
-    values = command.read(argv).values
+    values, _ = command.read(argv)
     given: list[tuple[str, str]] = []
     for name in command.leaves:
         value = values.get(name)
@@ -447,9 +425,7 @@ def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
         # a Hub id, a URL, a wildcard or braces is not missing
         local = not (glob.has_magic(path) or "{" in path) if kind == DATA else can_only_be_a_path(path)
         if kind and local and "://" not in path and not os.path.exists(os.path.expanduser(path)):
-            folder, last = os.path.split(path.rstrip("/"))
-            near = nearest(last, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else ""
-            raise FileNotFoundError(joined(f"no {kind} at {path}{near}", wanted))
+            raise FileNotFoundError(f"no {kind} at {path}; {wanted}")
         if kind == LLM and os.path.isfile(f"{path}/config.json") and not _has_any(path, TOKENIZERS):
             raise FileNotFoundError(f"{written} {path} has no tokenizer; {wanted}")
         if name in OUTPUTS and os.path.isfile(path) and not path.endswith((".json", ".html")):

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
 """Compare a quickstart's numbers with those that README.md and docs/benchmarks.md state, or record them there.
 
-    scripts/check_claims.py quickstart-output/default                   exits with 1 if numbers moved
+    scripts/check_claims.py quickstart-output/default                   exits with 1 if numbers moved or are missing
     scripts/check_claims.py quickstart-output/default --record          writes docs/claims*.json and the pages' tables
     scripts/check_claims.py quickstart-output/default --record llava    those of LLaVA alone; or towers
 
 ``--record llava`` takes the LLaVAs that the folder has, with those of the controls (``quickstart.sh --controls``), and
 leaves the other language model's numbers as they are.
 
-``docs/claims.json`` (towers) and ``docs/claims_llava.json`` hold, for each claim, the value of every seed on either
-side. A method that is broken changes differences, so these are compared, in two ways, which fail for one
-correct rerun in a hundred and one in fourteen.
+The files hold, for each claim, the value of every seed on either side. A method that is broken changes differences, so
+these are compared, in two ways, which fail for one correct rerun in a hundred and one in fourteen.
 
 Numbers: the difference of the two sides and the level of the first, each against the prediction interval of the mean of
 so many more trainings, t * s * sqrt(1 / stated + 1 / new), s the pooled standard deviation over seeds (of the
@@ -19,8 +18,6 @@ difference seed by seed), at a level that all numbers share (Bonferroni). What i
 
 Gains: for each part (teacher, tower, each LLaVA) which fraction of its significant differences came back, their sum
 weighted by difference over variance (half interval, squared). It has a lower bound alone, of the same form.
-
-Exits with 1 if anything lies outside, or is missing. Prints Markdown tables.
 """
 
 import argparse
@@ -51,20 +48,13 @@ Sides = tuple[str, str]  # names of the base and of the new side
 Values = Mapping[str, Sequence[float]]  # side -> a value per seed
 
 
-# ----------------------------------------------------------------------------------------------- measured
-
-
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def measured(folder: Path) -> dict[str, Any]:
     """The claims of a quickstart's ``headline.json``. Raises FileNotFoundError without one."""
-    if not (path := folder / "headline.json").is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; run scripts/quickstart.sh with both teachers, or name its output"
-        )
-    made = read_json(path)
+    made = read_json(folder / "headline.json")
     kept = ("chance", "difference", "interval", "p_adjusted", "significant", "seeds_significant")
     return {
         claim["name"]: {
@@ -110,9 +100,6 @@ def _by_seed(folder: Path, benchmark: str) -> list[float]:
     scores = [ScoreFile.read(path) for one in (folder, *others) for path in sorted(one.glob("*.scores.json"))]
     reached = [s.metrics.get("above", s.metrics.get("accuracy", math.nan)) for s in scores if s.benchmark == benchmark]
     return [round(value, 2) for value in reached]
-
-
-# ----------------------------------------------------------------------------------------------- compared
 
 
 def reach(stated: Sequence[float], new: Sequence[float], level: float = LEVEL, *, sides: int = 2) -> float:
@@ -168,8 +155,8 @@ def check(
 ) -> list[Checked]:
     """Every difference, level and gain of the claims that both have; ``numbers`` and ``parts`` share their levels."""
     found = []
-    for name in (name for name in stated if name in new):
-        old, now = stated[name], new[name]
+    for name, now in ((name, new[name]) for name in stated if name in new):
+        old = stated[name]
         for what, before, after in (
             ("difference", differences(old, sides), differences(now, sides)),
             (sides[0], old[sides[0]], now[sides[0]]),
@@ -200,15 +187,12 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     found: list[Checked] = []
     for stated, new, sides, shown in runs:
         print("| number | stated | now | may differ by | |\n|---|---|---|---|---|")
-        for one in (checked := check(stated, new, sides, **levels)):
+        for one in check(stated, new, sides, **levels):
             cells = map(fraction if one.below_only else shown, (one.stated, one.now, one.most))
             print(f"| {one.name} | {' | '.join(cells)} | {'as stated' if one.same else '**moved**'} |")
+            found.append(one)
         print()
-        found += checked
     return found, [name for stated, new, *_ in runs for name in stated if name not in new]
-
-
-# ----------------------------------------------------------------------------------------- the pages' tables
 
 
 def adjusted_p(claim: Mapping[str, Any], otherwise: str) -> str:
@@ -217,24 +201,16 @@ def adjusted_p(claim: Mapping[str, Any], otherwise: str) -> str:
     return p if claim["significant"] else f"{p}, {otherwise}"
 
 
-def table(claims: Mapping[str, Any], *, full: bool = False) -> list[str]:
-    """README's table, or with p that of docs/benchmarks.md: a row per claim, the headline's first."""
-    count = max(len(claim["tuned"]) for claim in claims.values())
-    head = "mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | alone | chance"
-    if full:
-        head = "mean reciprocal rank | raw LLM, read well | fine-tuned LLM | chance | "
-        head += f"difference, {count} trainings | p (Holm) | significant alone"
-    lines = [f"| {head} |", "|---" * (head.count(" | ") + 1) + "|"]
+def table(claims: Mapping[str, Any]) -> list[str]:
+    """Both pages' table of towers and teachers: a row per claim, the headline's first."""
+    head = "mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | p (Holm) | alone"
+    lines = [f"| {head} | chance |", "|---" * 7 + "|"]
     for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
         difference = f"{signed(claim['difference'])} [{', '.join(map(signed, claim['interval']))}]"
-        alone, chance = f"{claim['seeds_significant']} of {len(claim['tuned'])}", fraction(claim["chance"])
-        if full:
-            sides = [fraction(fmean(claim[side])) for side in RAW_TUNED]
-            cells = [*sides, chance, difference, adjusted_p(claim, "not significant"), alone]
-        else:
-            strong = "**" if claim["headline"] else ""
-            cells = [spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}", difference, alone, chance]
-        lines.append(f"| {' | '.join([name, *cells])} |")
+        strong, alone = "**" if claim["headline"] else "", f"{claim['seeds_significant']} of {len(claim['tuned'])}"
+        cells = [name, spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}", difference]
+        cells += [adjusted_p(claim, "not significant"), alone, fraction(claim["chance"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -261,12 +237,12 @@ def _points(claim: Mapping[str, Any]) -> str:
     return f"{claim['difference']:+.1f} [{', '.join(f'{end:+.1f}' for end in claim['interval'])}]"
 
 
-def record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, Sequence[str]]) -> None:
-    """Write the claims, and the tables between the markers of the pages."""
+def record(path: Path, claims: Mapping[str, Any], begin: str, table: Sequence[str]) -> None:
+    """Write the claims, and the table between the markers of both pages."""
     texts = {path: json.dumps(claims, indent=1, ensure_ascii=False) + "\n"}
-    for page, lines in tables.items():
+    for page in (README, BENCHMARKS):
         before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
-        texts[page] = "\n".join([before + begin, *lines, rest[rest.index(END) :]])
+        texts[page] = "\n".join([before + begin, *table, rest[rest.index(END) :]])
     for written, text in texts.items():
         with atomic_file(written) as partial:
             partial.write_text(text, encoding="utf-8")
@@ -283,20 +259,19 @@ def main() -> int:
     args = parser.parse_args()
     if args.record in ("all", "towers"):
         claims = measured(args.folder)
-        record(CLAIMS, claims, BEGIN, {README: table(claims), BENCHMARKS: table(claims, full=True)})
+        record(CLAIMS, claims, BEGIN, table(claims))
     if args.record in ("all", "llava"):
         if not (claims := measured_llava(args.folder)):
             raise FileNotFoundError(f"{args.folder} has no LLaVA; run scripts/quickstart.sh without --no-llava")
-        known, models = read_json(CLAIMS_LLAVA), set(map(part_of, claims))
-        claims |= {name: claim for name, claim in known.items() if part_of(name) not in models}
-        record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, dict.fromkeys((README, BENCHMARKS), llava_table(claims)))
+        models = set(map(part_of, claims))
+        claims |= {name: claim for name, claim in read_json(CLAIMS_LLAVA).items() if part_of(name) not in models}
+        record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, llava_table(claims))
     if args.record:
         return 0
     found, missing = check_all(args.folder)
     moved = [one.name for one in found if not one.same]
-    for name in missing:
-        print(f"missing: {name}", file=sys.stderr)
-    print(f"{len(moved)} of {len(found)} numbers moved{': ' if moved else ''}{', '.join(moved)}", file=sys.stderr)
+    told = [f"{len(moved)} of {len(found)} numbers moved{': ' if moved else ''}{', '.join(moved)}"]
+    print(*(f"missing: {name}" for name in missing), *told, sep="\n", file=sys.stderr)
     return int(bool(moved or missing))
 
 

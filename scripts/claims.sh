@@ -2,14 +2,13 @@
 # Run the quickstart again and compare what it measures with the numbers that README.md states.
 #   scripts/claims.sh               seed 0 again, 20 to 25 minutes on two cores: its numbers must lie where a training may
 #   scripts/claims.sh --no-llava    towers alone, six minutes
-#   scripts/claims.sh --seeds 3     seeds 0 to 2
 #   scripts/claims.sh --record      write docs/claims*.json and the tables of README and docs/benchmarks.md from the run instead;
 #                                   --record towers, --record llava: those alone. Towers stand on six seeds (--seeds 6 --no-llava
 #                                   --record towers), LLaVA on three with SmolLM2 and six with the tiny language model
 #                                   (--seeds 3 --output DIR, then scripts/quickstart.sh --seeds 6 --controls --llava-llm tiny --output DIR,
 #                                   then .venv/bin/python scripts/check_claims.py DIR/default --record llava)
-# Other options go to scripts/quickstart.sh; --output DIR keeps the run, and a rerun resumes. Exits with 1 if a difference,
-# a level or a part's gains lie outside what so many more trainings may give (scripts/check_claims.py).
+# Other options (--seeds 3) go to scripts/quickstart.sh; --output DIR keeps the run, and a rerun resumes. Exits with 1 if a
+# difference, a level or a part's gains lie outside what so many more trainings may give (scripts/check_claims.py).
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 OUTPUT=$ROOT/quickstart-output/claims OPTIONS=() RECORD=() MODELS=(tiny smollm2)
@@ -20,10 +19,7 @@ while [ $# -gt 0 ]; do
         --record)
             RECORD=(--record)
             case "${2:-}" in towers | llava | all) RECORD+=("$2"); shift ;; esac ;;
-        --output)
-            [ $# -gt 1 ] || { echo "error: --output needs a value" >&2; exit 2; }
-            OUTPUT=$2
-            shift ;;
+        --output) OUTPUT=${2:?error: --output needs a value}; shift ;;
         *) OPTIONS+=("$1") ;;
     esac
     shift

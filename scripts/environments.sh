@@ -5,18 +5,14 @@
 # first_python TEST COMMAND...: prints the first Python that can make environments and whose version passes the test
 first_python() {
     local test=$1 candidate
-    shift
-    for candidate in "$@"; do
-        if [ -n "$candidate" ] && "$candidate" -c "import sys, venv, ensurepip; sys.exit(not sys.version_info[:2] $test)" 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
+    for candidate in "${@:2}"; do
+        "$candidate" -c "import sys, venv, ensurepip; sys.exit(not sys.version_info[:2] $test)" 2>/dev/null && echo "$candidate" && return
     done
     return 1
 }
 
 find_python() {
-    first_python ">= (3, 10)" "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 && return
+    first_python ">= (3, 10)" "${PYTHON:-python3}" python3 python3.13 python3.12 python3.11 python3.10 && return
     echo "error: no Python 3.10 or newer with venv found; install one, or set PYTHON=/path/to/python" >&2
     return 1
 }
@@ -24,10 +20,9 @@ find_python() {
 find_python_3_10() { first_python "== (3, 10)" python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python; }
 
 need_compiler() { # DeepSpeed builds small C++ extensions at first use
-    if ! command -v "${CXX:-g++}" >/dev/null && ! command -v c++ >/dev/null; then
-        echo "error: no C++ compiler found; install one (apt-get install g++), or set CXX=/path/to/compiler" >&2
-        return 1
-    fi
+    command -v "${CXX:-g++}" >/dev/null || command -v c++ >/dev/null && return
+    echo "error: no C++ compiler found; install one (apt-get install g++), or set CXX=/path/to/compiler" >&2
+    return 1
 }
 
 # install FOLDER ARGUMENT...: as `pip install ARGUMENT...` there; with uv, in a fifth of the time, or with pip where uv fails
@@ -137,10 +132,8 @@ listed_environment() { # NAME FOLDER [MORE]: MORE is part of what it was made fo
     make_environment "$2" "$(echo "${!requirements} ${3:+$3 }${!exact}" | hash_of - "$ROOT/pyproject.toml")" install_listed "$1"
 }
 
-# each FOLDER: this package beside LLaVA, unmodified; beside servers; beside evaluators
+# this package beside LLaVA, unmodified
 llava_environment() { need_compiler && listed_environment LLAVA "$1"; }
-servers_environment() { listed_environment SERVERS "$1"; }
-stacks_environment() { listed_environment STACKS "$1"; }
 
 # pinned_environment FOLDER: LLaVA 1.5 with its own pins, where find_python_3_10 finds one
 pinned_environment() { need_compiler && PYTHON=$(find_python_3_10) listed_environment PINNED "$1" "$PINNED_DEEPSPEED"; }

@@ -2,43 +2,39 @@
 # The complete pipeline on real data: an LLM teaches a vision tower on the built-in emoji set, and a small LLaVA is trained
 # with the tower. Ten minutes and more on two cores; the first result is what fine-tuning taught the LLM.
 #
-#   scripts/quickstart.sh                   one seed per teacher; table, page and towers in quickstart-output/default
+#   scripts/quickstart.sh                   tables, and towers in quickstart-output/default
 #                                           headline.json there: what was shown, with interval and chance, and what was not
 #   scripts/quickstart.sh --smoke           a few steps on a few images, to check that everything works (under five minutes)
 #   scripts/quickstart.sh --seeds 3         seeds 0 to 2, each with its own adapter and towers; the headline by seed
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56, better towers, and LLaVA with SmolLM2: about 40 minutes
-#   scripts/quickstart.sh --teacher raw     skip the fine-tuning of the LLM
 #   scripts/quickstart.sh --controls        two more towers a seed, against the raw LLM as it comes (mean pooling, no prompt) and
 #                                           against random embeddings of the same captions; LLaVA with the tower of random, and of raw
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
 #   scripts/quickstart.sh --llava-llm smollm2   LLaVA with SmolLM2-135M-Instruct, which also answers in words, in place of a language
-#                                           model of 2.5 million weights (tiny): a quarter of an hour more on two cores; the
-#                                           default on a GPU
+#                                           model of 2.5 million weights (tiny): a quarter of an hour more; the default on a GPU
 #
 # One environment is made for all of it, .venv; LLaVA's unmodified code runs in it on today's libraries. LLAVA_PYTHON=/path/to/python:
-# LLaVA in another one. Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume: finished parts are
-# skipped.
+# LLaVA in another one. Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume.
 set -euo pipefail
 HERE=$PWD ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
 . scripts/environments.sh
 
-usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
-
-PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output LLAVA= LLAVA_LLM= CONTROLS=
+PRESET=default SEEDS=1 WORK=quickstart-output LLAVA= LLAVA_LLM= CONTROLS=
+fail() { echo "error: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke) PRESET=smoke ;;
         --llava) LLAVA=yes ;;
         --controls) CONTROLS=yes ;;
         --no-llava) LLAVA=no ;;
-        --preset | --seeds | --teacher | --output | --llava-llm)
-            [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; --output) WORK=$2 ;; *) LLAVA_LLM=$2 ;; esac
+        --preset | --seeds | --output | --llava-llm)
+            [ $# -gt 1 ] || fail "$1 needs a value"
+            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --output) WORK=$2 ;; *) LLAVA_LLM=$2 ;; esac
             [[ $1 != --output || $2 == /* ]] || WORK=$HERE/$2
             shift ;;
-        -h | --help) usage; exit 0 ;;
-        *) echo "error: unknown option $1" >&2; usage >&2; exit 2 ;;
+        -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+        *) fail "unknown option $1; see $0 --help" ;;
     esac
     shift
 done
@@ -48,11 +44,10 @@ case "$PRESET" in
     default) SIZE=56 SUBSET="" TUNE_STEPS=12 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=50 FREEZE=0 ;;
     long) SIZE=98 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=120 FREEZE=0 ;;
     smoke) SIZE=56 SUBSET="--concepts 150 30 60 --languages zh ar" TUNE_STEPS=4 TUNE_BATCH=32 HEAD_STEPS=50 STEPS=4 FREEZE=6 ;;
-    *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
+    *) fail "unknown preset $PRESET; known: default, long, smoke" ;;
 esac
-case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
-case "$LLAVA_LLM" in "" | tiny | smollm2) ;; *) echo "error: unknown --llava-llm $LLAVA_LLM; known: tiny, smollm2" >&2; exit 2 ;; esac
-case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
+case "$LLAVA_LLM" in "" | tiny | smollm2) ;; *) fail "unknown --llava-llm $LLAVA_LLM; known: tiny, smollm2" ;; esac
+case "$SEEDS" in *[!0-9]* | "" | 0) fail "--seeds $SEEDS is not a number above 0" ;; esac
 
 # ------------------------------------------------------------------------------------------------------ environment
 train_environment .venv "$(extras_of .venv)"
@@ -77,7 +72,7 @@ field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.ar
 mkdir -p "$WORK"
 if command -v flock >/dev/null; then # also held by background jobs of a run that has ended
     exec 9>"$WORK/.lock"
-    flock -n 9 || { echo "error: another quickstart is running in $WORK; wait until it ends" >&2; exit 1; }
+    flock -n 9 || fail "another quickstart is running in $WORK; wait until it ends"
 fi
 say "models"
 python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE"
@@ -93,7 +88,7 @@ if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
     export DS_ACCELERATOR=cpu
     RANKS=$((CORES > 1 ? 2 : 1))
     # two towers side by side, one process each: start-up leaves no core idle
-    [ "$TEACHER" = raw ] || [ "$PRESET" = smoke ] || PAIR=yes
+    [ "$PRESET" = smoke ] || PAIR=yes
 fi
 while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # both batches must be divisible by the ranks
 LAYER=16 # that the raw LLM is read at
@@ -127,45 +122,30 @@ python scripts/quickstart/shards.py make --output "$DATA" $SUBSET
 llm2clip data check "$DATA/all" >"$DATA/check.txt"
 head -5 "$DATA/check.txt"
 
-# ---------------------------------------------------------------------------------------------------------- teacher
-# A smoke run trains a tower only for the last teacher; the first is only compared, on the test captions.
-teachers="raw tuned"
-[ "$TEACHER" = both ] || teachers=raw
-[ "$PRESET $TEACHER" != "smoke both" ] || teachers=tuned
-
-BEST=${teachers##* } BEST_CACHE=raw # the teacher of the tower for LLaVA, and of the control
-[ "$BEST" = raw ] || BEST_CACHE=tuned-seed0
+# ------------------------------------------------------------------------------------------- teacher and embeddings
+# A smoke run trains a tower only for the fine-tuned teacher; the raw one is only compared, on the test captions.
+teachers="raw tuned" all="{test,train,validation}"
+of_raw=$all
+[ "$PRESET" != smoke ] || teachers=tuned all="{test,train}" of_raw=test
 . scripts/quickstart/parts.sh
 
-# ------------------------------------------------------------------------------------------- teacher and embeddings
 # The first result is printed minutes before there is a tower: what fine-tuning taught the LLM.
-if [ ! -d "$OUT/towers/$BEST-seed0" ]; then
-    all="{test,train,validation}"
-    if [ "$PRESET" = smoke ]; then all="{test,train}"; fi
-    if [ "$TEACHER" = raw ]; then
-        embed raw "$all"
-    elif [ "$PRESET" = smoke ]; then
-        meanwhile embed-raw half embed raw test
-        tune 0
-        embed tuned-seed0 "$all"
-    else
-        tune 0
+if [ ! -d "$OUT/towers/tuned-seed0" ]; then
+    tune 0
+    [ "$PRESET" = smoke ] ||
         say "first result, above: how often the LLM puts the keywords of an unseen emoji first, given its name"
-        meanwhile embed-raw half embed raw "$all"
-        half embed tuned-seed0 "$all"
-    fi
+    meanwhile embed-raw half embed raw "$of_raw"
+    half embed tuned-seed0 "$all"
     join
-    if [ "$TEACHER" = both ]; then
-        say "the teachers on unseen emoji, caption to caption"
-        python scripts/quickstart/report.py --teachers --data "$DATA"
-    fi
+    say "the teachers on unseen emoji, caption to caption"
+    python scripts/quickstart/report.py --teachers --data "$DATA"
 fi
 
 # ------------------------------------------------------------------------------------------------------------ seeds
 for seed in $(seq 0 $((SEEDS - 1))); do
-    if [ "$TEACHER" = both ] && [ "$seed" != 0 ] && [ ! -d "$OUT/towers/tuned-seed$seed" ]; then
+    if [ "$seed" != 0 ] && [ ! -d "$OUT/towers/tuned-seed$seed" ]; then
         tune "$seed"
-        embed "tuned-seed$seed" "{test,train,validation}"
+        embed "tuned-seed$seed" "$all"
     fi
     [ "$seed" != 0 ] || meanwhile control half control
     if [ -n "$PAIR" ]; then half towers "$seed"; else towers "$seed"; fi
@@ -181,8 +161,7 @@ more=()
 llava=llava llava_options=(--llm "$LLAVA_LLM")
 if [ "$LLAVA_LLM" = smollm2 ]; then
     llava=llava-smollm2
-    llava_options+=(--teacher "$LLM")
-    [ "$TEACHER" = raw ] || llava_options+=(--adapter "$DATA/llm/seed0/adapter")
+    llava_options+=(--teacher "$LLM" --adapter "$DATA/llm/seed0/adapter")
 fi
 python scripts/quickstart/report.py --data "$DATA" --output "$OUT" ${more[@]+"${more[@]}"}
 # ------------------------------------------------------------------------------------------------------------ LLaVA
@@ -194,7 +173,7 @@ if [ "$LLAVA" = yes ]; then
             --output "$OUT/$3" "${llava_options[@]}" "${@:4}"
         echo "Comparison of the two: $OUT/$3/compare/compare.html" >&2
     }
-    miniature "$TOWER" "$OUT/towers/$BEST-seed{seed}" "$llava"
+    miniature "$TOWER" "$OUT/towers/tuned-seed{seed}" "$llava"
     if [ -n "$CONTROLS" ]; then
         say "LLaVA with the towers of the controls, random and raw, each compared with ours"
         mkdir -p "$OUT/$llava-controls"
@@ -203,12 +182,13 @@ if [ "$LLAVA" = yes ]; then
         miniature "$OUT/towers/"{random,raw}"-seed{seed}" "$llava-controls" --names random raw
         for control in random:before raw:after; do
             llm2clip compare "$OUT/$llava-controls/scores/${control#*:}" "$OUT/$llava/scores/after" \
-                --names "${control%:*}" "$BEST" --output "$OUT/$llava-${control%:*}/compare" --no-references
+                --names "${control%:*}" tuned --output "$OUT/$llava-${control%:*}/compare" --no-references
         done
     fi
 fi
 say "headline"
 python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["sentences"], sep="\n")' "$OUT/headline.json"
 [ -n "$CONTROLS" ] || echo "LLaVA may gain as much from random embeddings (README.md); --controls measures that."
-say "done: page $OUT/index.html, tower $OUT/towers/$BEST-seed0"
-echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/$BEST-seed0\")" >&2
+say "done: tower $OUT/towers/tuned-seed0"
+echo "What it finds, as a page: llm2clip search $OUT/towers/tuned-seed0 $DATA/all/test-noto.tar 'a sleeping cat' --output found" >&2
+echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/tuned-seed0\")" >&2

@@ -13,20 +13,19 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF
 WORKERS=(-n 2 --dist loadfile --no-loadscope-reorder) # one thread each; a file's tests share fixtures; the slow files first
 
 case "${1:-}" in
-    --servers | --stacks)
-        name=${1#--}
-        shift
-        [ "$name" = stacks ] || llava_environment .venv-llava # trains and exports the models that are served
-        "${name}_environment" ".venv-$name"
+    --servers)
+        llava_environment .venv-llava # trains and exports the models that are served
+        listed_environment SERVERS .venv-servers
         extensions_of .venv-llava
-        [ "$name" = servers ] || for trainer in trl swift llamafactory forks; do
-            listed_environment "${trainer^^}" ".venv-$trainer"
-            tests=tests/stacks/test_trainers.py
-            [ "$trainer" != forks ] || tests=tests/stacks/test_forks.py
-            ".venv-$trainer/bin/python" -m pytest "$tests" "$@" || [ $? = 5 ] # -k chooses none of these
+        shift
+        exec .venv-servers/bin/python -m pytest "${@:-tests/servers}" ;;
+    --stacks)
+        extensions_of .venv-llava
+        for name in stacks trl swift llamafactory forks; do
+            listed_environment "${name^^}" ".venv-$name"
+            case "$name" in stacks) tests=logs ;; forks) tests=forks ;; *) tests=trainers ;; esac
+            ".venv-$name/bin/python" -m pytest "tests/stacks/test_$tests.py" "${@:2}" || [ $? = 5 ] # -k chooses none of these
         done
-        [ "$name" = servers ] || set -- tests/stacks/test_logs.py "$@"
-        ".venv-$name/bin/python" -m pytest "${@:-tests/servers}" || [ "$name $?" = "stacks 5" ]
         exit ;;
 esac
 train_environment .venv train,dev

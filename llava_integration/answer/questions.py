@@ -49,11 +49,6 @@ class Question:
     embedded: bool = False
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
 
-    def __post_init__(self) -> None:
-        for value in (self.text, self.image):
-            if not isinstance(value, str):
-                raise ValueError(f"{value!r} is no text")
-
     def open_image(self, folder: str) -> Image.Image:
         """The image in RGB; raises ValueError with the question's id if it cannot be read, or is outside the folder."""
         path = Path(folder) / self.image
@@ -283,11 +278,6 @@ class AnswerConfig(ModelConfig):
         super().__post_init__()
         if self.answers_file.resolve() == self.question_file.resolve():
             raise ValueError(f"--answers-file {self.answers_file} is the question file; choose another")
-        for name, least in (("batch_size", 1), ("concurrency", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
-        if not 0 < self.timeout < float("inf"):
-            raise ValueError(f"--timeout {self.timeout} must be seconds above 0")
 
 
 COMMAND = Command(

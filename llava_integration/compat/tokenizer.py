@@ -64,16 +64,6 @@ class LlamaTokenizer(SentencePieceBackend):
         eos: list[Any] = [self.eos_token_id] if self.add_eos_token else []
         return bos + first + eos + (bos + second + eos if second is not None else [])
 
-    def get_special_tokens_mask(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
-    ) -> list[int]:
-        """1 where `build_inputs_with_special_tokens` adds a token."""
-        if already_has_special_tokens:
-            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
-        bos, eos = [1] * bool(self.add_bos_token), [1] * bool(self.add_eos_token)
-        sequences = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
-        return [value for ids in sequences for value in (*bos, *[0] * len(ids), *eos)]
-
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Text of pieces; special tokens are not decoded by sentencepiece."""
         if tokens and tokens[0].startswith(SPIECE_UNDERLINE):

@@ -1,33 +1,28 @@
-"""LLaVA checkpoints as Hugging Face models that servers open; here ``llm2clip llava export``."""
+"""LLaVA models for servers and trainers: ``llm2clip llava export`` and ``vlm build``. Here their options; no torch."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from llm2clip_plugin.options import Command
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaExportConfig:
     """A LLaVA checkpoint to export."""
 
-    checkpoint: Path  # folder of a full, LoRA or projector checkpoint
+    checkpoint: Path  # folder of a full or LoRA checkpoint
     output: Path  # folder to write
     format: Literal["hf"] = "hf"  # hf: LlavaForConditionalGeneration, safetensors
-    dtype: Literal["fp16", "bf16", "fp32", "keep"] = "fp16"  # of the weights; LLaVA loads fp16; keep: as they are
-    model_base: Path | None = None  # base model of a LoRA or projector checkpoint; none: the one recorded
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # of the weights; LLaVA loads fp16
+    model_base: Path | None = None  # base model of a LoRA checkpoint; none: the one recorded
     tower: str = ""  # path, registered name or Hub id of the tower, if the checkpoint cannot find it
     conv_mode: str = ""  # conversation template, for checkpoints that do not record it (vicuna_v1)
     compare: bool = True  # compare the result with LLaVA's code (two models in fp32, one by one)
-    push: str | None = None  # OWNER/NAME: upload the folder to this repository of the Hub
-    public: bool = False  # a new repository of --push is public
     overwrite: bool = False  # replace an existing folder
 
 
-COMMAND = Command(
+EXPORT = Command(
     name="llava export",
     example="llm2clip llava export checkpoints/llava-7b --format hf --output hf/llava-7b",
     about="Convert a LLaVA 1.5 checkpoint into a Hugging Face model that vLLM and other servers open. Where LLaVA is "
@@ -37,22 +32,27 @@ COMMAND = Command(
 )
 
 
-def main(argv: list[str]) -> int:
-    """Convert a LLaVA 1.5 checkpoint into a Hugging Face model."""
-    options = COMMAND.parse(argv)
-    from llava_integration.serve.export import Export, export
-    from llm2clip_plugin.vision.export import check_repository, upload
+@dataclass(frozen=True, kw_only=True)
+class VlmConfig:
+    """A vision-language model to build."""
 
-    check_repository(options.push)
-    choices = {"base": options.model_base, "tower": options.tower, "conv_mode": options.conv_mode}
-    made = Export.of(options.checkpoint, dtype=options.dtype, **choices)
-    compares = options.compare and find_spec("llava") is not None
-    print(f"{options.checkpoint}: {made.describe()}", flush=True)
-    size = export(made, options.output, overwrite=options.overwrite, compares=compares)
-    reason = "" if compares or not options.compare else ": LLaVA is not installed in this environment"
-    dtype = "" if options.dtype == "keep" else f"{options.dtype} "
-    print(f"{options.output}: {size / GIB:.2f} GiB of {dtype}weights, every tensor verified by reloading", end="")
-    print("" if compares else f"; not compared with LLaVA's own code{reason}")
-    if options.push:
-        print(upload(options.output, options.push, f"LLaVA 1.5, {made.describe()}", private=not options.public))
-    return 0
+    tower: str  # vision tower: tower directory, registered name, or Hugging Face folder or Hub id of a vision model
+    llm: str  # language model with a chat template: folder or Hub id
+    output: Path  # folder to write
+    arch: Literal["llava", "llava_next"] = "llava"  # llava: one square; llava_next: tiles
+    chat_template: Path | None = None  # Jinja file in place of the LLM's own template
+    select_layer: int = -2  # hidden state of the tower that the projector reads; -2: before the last block
+    seed: int = 0  # of the fresh projector
+    compare: bool = True  # compare logits with those of tower and LLM (both models in memory, one by one)
+    overwrite: bool = False  # replace an existing folder
+
+
+VLM = Command(
+    name="vlm build",
+    example="llm2clip vlm build --tower towers/clip-l14-336 --llm Qwen/Qwen3-1.7B --output vlm/qwen3",
+    about="Build an untrained vision-language model from a vision tower and a language model, for transformers' "
+    "Trainer, TRL and vLLM: weights of both in the LLM's dtype, a fresh projector, processor, <image> token and the "
+    "LLM's chat template with a slot for images.",
+    settings=VlmConfig,
+    also={"mm-vision-select-layer": "select_layer"},
+)

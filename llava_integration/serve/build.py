@@ -1,24 +1,28 @@
-"""The parts of a Hugging Face LLaVA: language model and projector, vision tower, and the code of our own towers."""
+"""The parts of a Hugging Face LLaVA: language model and projector, vision tower, code of our own towers; its files.
+
+The files are written by hand: transformers 5 drops ``vision_model.`` from a tower's names when it saves, which servers
+then do not find.
+"""
 
 import importlib
 import inspect
-import operator
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava_integration.checkpoints import blocks_below, check_feature
-from llava_integration.serve.checkpoint import FIX, LazyTensor, LazyTensors, LlavaCheckpoint, open_file, refuse_rest
+import llm2clip_plugin
+from llava_integration.serve.checkpoint import FIX, LazyTensor, LazyTensors, open_tensors, refuse_rest, write_shards
+from llava_integration.serve.prompt import IMAGE
 from llava_integration.towers import KEY as TOWER_KEY
-from llava_integration.towers import TowerLocation, is_ours, loading, locate_tower, tower_record
-from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory, published, weight_files
+from llava_integration.towers import TowerLocation, tower_record
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision.directory import WEIGHTS_FILE, published, weight_files, write_json
+from llm2clip_plugin.vision.export import LICENSE, markdown_table
 from llm2clip_plugin.vision.families import Family, read_config
 from llm2clip_plugin.vision.towers import preprocessor_config
 
@@ -30,7 +34,7 @@ FIELDS = """hidden_size intermediate_size num_hidden_layers num_attention_heads 
     tie_word_embeddings rope_theta rope_scaling rope_parameters attention_bias attention_dropout mlp_bias""".split()
 PROJECTOR = {"mm_projector.0": "multi_modal_projector.linear_1", "mm_projector.2": "multi_modal_projector.linear_2"}
 TOWER = "model.vision_tower."
-BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # computed; old versions saved it
+BUFFERS = ".rotary_emb.inv_freq"  # computed; old versions saved it
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK = """self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj
     input_layernorm post_attention_layernorm""".split()
@@ -50,10 +54,8 @@ def hf_name(name: str) -> str:
     >>> hf_name("model.mm_projector.2.bias"), hf_name("lm_head.weight")
     ('multi_modal_projector.linear_2.bias', 'language_model.lm_head.weight')
     """
-    for ours, theirs in PROJECTOR.items():
-        if name.startswith(f"model.{ours}."):
-            return name.replace(f"model.{ours}", theirs)
-    return f"language_model.{name}"
+    layer, _, kind = name.removeprefix("model.").rpartition(".")
+    return f"{PROJECTOR[layer]}.{kind}" if layer in PROJECTOR else f"language_model.{name}"
 
 
 def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, where: Path) -> LazyTensors:
@@ -62,7 +64,7 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
     ``tokens``: rows of the embedding that LLaVA uses. Raises ContractError for tensors that are missing or unknown, or
     an embedding with fewer rows.
     """
-    own = {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name) and not name.startswith(TOWER)}
+    own = {n: t for n, t in tensors.items() if not n.startswith(TOWER) and not n.endswith(BUFFERS)}
     is_tied = bool(config.get("tie_word_embeddings"))
     blocks = [f"model.layers.{n}.{part}.weight" for n in range(config["num_hidden_layers"]) for part in BLOCK]
     projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
@@ -72,16 +74,11 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
         raise ContractError(f"{where}: {told}; {FIX}")
     biases = {f"{name.removesuffix('.weight')}.bias" for name in blocks if "norm" not in name}
     refuse_rest(set(own) - set(wanted) - {HEAD} - biases, where)
-    out = {}
-    for name in sorted(own, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(4), name)):
-        rows = own[name]
-        if name in (EMBEDDING, HEAD):
-            if rows.shape[0] < tokens:
-                raise ContractError(f"{where}: {name} has {rows.shape[0]} rows, the tokenizer {tokens} tokens; {FIX}")
-            rows = with_image_row(rows, tokens)
-        if name != HEAD or not is_tied:
-            out[hf_name(name)] = rows
-    return out
+    for name in {EMBEDDING, HEAD} & {*own}:
+        if (rows := own[name].shape[0]) < tokens:
+            raise ContractError(f"{where}: {name} has {rows} rows, the tokenizer {tokens} tokens; {FIX}")
+        own[name] = with_image_row(own[name], tokens)
+    return {hf_name(name): tensor for name, tensor in own.items() if name != HEAD or not is_tied}
 
 
 def with_image_row(rows: LazyTensor, tokens: int, *, added: int = 1) -> LazyTensor:
@@ -125,12 +122,10 @@ RENAMED = {{
 
 
 class {arch}TowerConfig({arch}Config):
-    """As transformers' own, once the tower is registered."""
+    pass
 
 
 class {arch}TowerForConditionalGeneration({arch}ForConditionalGeneration):
-    """As transformers' own, once the tower is registered."""
-
     config_class = {arch}TowerConfig
 
     @classmethod
@@ -170,8 +165,8 @@ def register_with_vllm() -> None:
     ModelRegistry.register_model(name, f"llava_integration.serve.vllm_model:{name}")
 
 
-def write_code(family: str, directory: Path, arch: str = "Llava") -> dict[str, str]:
-    """Write a family's code into a model's folder; ``auto_map`` of its config.json, {} if transformers has it.
+def write_code(family: str, directory: Path, arch: str) -> dict[str, Any]:
+    """Write a family's code into a model's folder; the ``auto_map`` of its config.json, {} if transformers has it.
 
     ``arch``: how the names of transformers' classes begin.
     """
@@ -179,12 +174,11 @@ def write_code(family: str, directory: Path, arch: str = "Llava") -> dict[str, s
         return {}
     file, config, model = CODE[family]
     source = inspect.getsource(importlib.import_module(f"{VISION}.{file}"))
-    assert "llm2clip_plugin" not in source, f"{file}.py is to stand alone"
-    (directory / f"{file}.py").write_text(source, encoding="utf-8")
+    (directory / f"{file}.py").write_text(source, encoding="utf-8")  # which imports nothing of ours
     modeling = LLAVA.format(file=file, config=config, model=model, arch=arch)
     (directory / f"{MODELING}.py").write_text(modeling, encoding="utf-8")
     model = f"{MODELING}.{arch}TowerForConditionalGeneration"
-    return {"AutoConfig": f"{MODELING}.{arch}TowerConfig", **dict.fromkeys(AUTO_CLASSES, model)}
+    return {"auto_map": {"AutoConfig": f"{MODELING}.{arch}TowerConfig", **dict.fromkeys(AUTO_CLASSES, model)}}
 
 
 # The vision tower
@@ -203,11 +197,6 @@ class ExportedTower:
     family: Family
     config: dict[str, Any]  # ``vision_config``
     location: TowerLocation | None  # None: not a tower of this package
-
-    @property
-    def card(self) -> TowerCard | None:
-        """The tower's card without paths of this machine."""
-        return published(self.location.card) if self.location else None
 
     @classmethod
     def of(cls, directory: Path, location: TowerLocation | None = None) -> "ExportedTower":
@@ -230,87 +219,126 @@ class ExportedTower:
         fields |= {name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)}
         return cls(directory=directory, family=family, config=fields, location=location)
 
-    def check_fit(self, config: dict[str, Any], where: Path) -> None:
-        """Raise ContractError unless LLaVA's ``config`` selects states that the tower has, of the projector's width."""
-        layer: Any = config.get("mm_vision_select_layer")
-        with errors_about(f"{where}: mm_vision_select_layer {layer!r}", fix=FIX):
-            blocks_below(operator.index(layer), self.config["num_hidden_layers"])
-        with errors_about(where, fix=FIX):
-            check_feature(config.get("mm_vision_select_feature", "patch"))
-        if (width := config.get("mm_hidden_size")) != self.config["hidden_size"]:
-            raise ContractError(
-                f"the projector of {where} expects features of width {width}, but the tower in {self.directory} has "
-                f"hidden_size {self.config['hidden_size']}; pass the tower that it was trained with as --tower"
-            )
+    def tensors(self, files: ExitStack, trained: LazyTensors | None = None) -> LazyTensors:
+        """The tower's tensors under Hugging Face's names: those of its directory, as LLaVA reads them.
 
-    def tensors(self, trained: LazyTensors, *, unfrozen: bool, files: ExitStack) -> LazyTensors:
-        """The tower's tensors under Hugging Face's names.
-
-        Those of the tower's directory, as LLaVA reads them; ``unfrozen``: those that LLaVA has trained take their
-        place, ``trained`` being the tensors of its checkpoint. Blocks that LLaVA never runs are in the directory alone.
+        ``trained``: tensors of a LLaVA checkpoint whose tower was unfrozen, which take their place. Blocks that LLaVA
+        never runs are in the directory alone.
         """
-        prefix, own = self.family.file_prefix, {}
-        for path in [self.directory / WEIGHTS_FILE] if self.location else weight_files(self.directory):
-            own |= open_file(path, files)
+        prefix, inside = self.family.file_prefix, f"{TOWER}vision_tower."
+        own = open_tensors([self.directory / WEIGHTS_FILE] if self.location else weight_files(self.directory), files)
         left_out = self.family.not_tower or ("\0",)
         own = {n: t for n, t in own.items() if not n.startswith(left_out) and not n.endswith("position_ids")}
         own = {prefix + n.removeprefix(prefix): t for n, t in own.items()}  # transformers 5 saves towers without it
-        if unfrozen:
-            inside = f"{TOWER}vision_tower."
-            new = {name.removeprefix(inside): tensor for name, tensor in trained.items() if name.startswith(inside)}
-            new = {prefix + name.removeprefix(prefix): tensor for name, tensor in new.items()}
+        if trained is not None:
+            new = {n.removeprefix(inside): t for n, t in trained.items() if n.startswith(inside)}
             if not new:
                 raise ContractError(f"its tower was trained, but the checkpoint has no {inside}*; {FIX}")
+            new = {prefix + n.removeprefix(prefix): t for n, t in new.items()}
             refuse_rest(set(new) - set(own), self.directory)
             own |= new
         return {f"vision_tower.{name}": tensor for name, tensor in own.items()}
 
-    def image_processor(self, *, pads: bool) -> dict[str, Any]:
-        """preprocessor_config.json: the tower's own; ``pads``: images are padded to squares, as LLaVA trained."""
-        own = {**preprocessor_config(self.directory), "processor_class": "LlavaProcessor"}
-        return {**own, "image_processor_type": "LlavaImageProcessor", "do_pad": True} if pads else own
 
-    def settings(self, directory: Path, *, layer: int, feature: str, dtype: str, arch: str = "Llava") -> dict[str, Any]:
-        """The tower's part of config.json; its card, and code that transformers lacks, are written to ``directory``."""
-        chosen = self.selection(feature)
-        del chosen["num_additional_image_tokens"]
-        body = {
-            **chosen,
-            "projector_hidden_act": "gelu",
-            "multimodal_projector_bias": True,
-            "vision_feature_layer": layer,
-            "vision_config": {**self.config, "torch_dtype": dtype},
-        }
-        if auto_map := write_code(self.family.name, directory, arch):
-            body["auto_map"] = auto_map
-        if self.location and (card := self.card):
-            named_place = replace(self.location, origin=card.origin)  # as in LLaVA's, without paths of this machine
-            body[TOWER_KEY] = tower_record(named_place, "llm2clip", self.config["hidden_size"])
-            card.write(directory / CARD)
-        return body
+# The folder
 
-    def selection(self, feature: str) -> dict[str, Any]:
-        """Which tokens become image tokens, for ``mm_vision_select_feature``: settings of model and processor."""
-        has_cls, drops_class = self.family.has_cls, self.family.has_cls and feature == "patch"
-        patches = (self.config["image_size"] // self.config["patch_size"]) ** 2
-        return {
-            "vision_feature_select_strategy": "default" if drops_class else "full",
-            "num_additional_image_tokens": int(has_cls),
-            "image_seq_length": patches + int(has_cls and not drops_class),
-        }
+TEMPLATE = "chat_template.jinja"
+CLASSES = {"llava": "Llava", "llava_next": "LlavaNext"}  # how the names of their classes begin
+TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # grids (rows, columns) that LLaVA-NeXT may cut an image into
 
 
-def find_tower(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
-    """The tower that loading the checkpoint finds, or ``tower`` (path, registered name or Hub id).
+def write_folder(
+    directory: Path,
+    tower: ExportedTower,
+    tensors: LazyTensors,
+    *,
+    title: str,
+    what: str,  # the model is, for README.md
+    made_from: tuple[str, dict[str, Any]],  # where config.json records it, without paths of this machine
+    arch: str = "llava",
+    layer: int,  # of the tower
+    feature: str = "patch",  # LLaVA's mm_vision_select_feature
+    pads: bool = True,  # images are padded to squares, as LLaVA trains; else cropped
+    dtype: torch.dtype,
+    text: dict[str, Any],  # text_config
+    image_id: int,
+    ids: dict[str, Any],  # bos_token_id and the like
+    generation: dict[str, Any],
+    template: str,
+) -> int:
+    """Write every file but the tokenizer's; the bytes of the weights."""
+    size = write_shards(tensors, directory, dtype)
+    (directory / TEMPLATE).write_text(template, encoding="utf-8")
+    classes, stored = CLASSES[arch], str(dtype).removeprefix("torch.")
+    side, patch, extra = tower.config["image_size"], tower.config["patch_size"], int(tower.family.has_cls)
+    drops_class = bool(extra) and feature == "patch"
+    strategy = {"vision_feature_select_strategy": "default" if drops_class else "full"}
+    processor: dict[str, Any] = {"processor_class": f"{classes}Processor"}
+    images = {**preprocessor_config(tower.directory), **processor}
+    if pads:
+        images |= {"image_processor_type": f"{classes}ImageProcessor", "do_pad": True}
+    key, recorded = made_from[0], {"version": llm2clip_plugin.__version__, **made_from[1]}
+    body = {
+        "architectures": [f"{classes}ForConditionalGeneration"],
+        "model_type": arch,
+        "image_token_index": image_id,
+        "image_seq_length": (side // patch) ** 2 + extra - drops_class,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": layer,
+        **strategy,
+        "vision_config": {**tower.config, "torch_dtype": stored},
+        "text_config": {**text, "torch_dtype": stored},
+        "tie_word_embeddings": bool(text.get("tie_word_embeddings")),
+        "torch_dtype": stored,
+        **ids,
+        **(code := write_code(tower.family.name, directory, classes)),
+        key: recorded,
+    }
+    if arch == "llava_next":
+        body["image_grid_pinpoints"] = [[rows * side, columns * side] for rows, columns in TILES]
+        images["image_grid_pinpoints"] = body["image_grid_pinpoints"]
+    table = {name.replace("_", " "): f"`{value}`" for name, value in recorded.items() if value}
+    if tower.location:  # whose terms the model inherits
+        card = published(tower.location.card)
+        named_place = replace(tower.location, origin=card.origin)  # as in LLaVA's, without paths of this machine
+        body[TOWER_KEY] = tower_record(named_place, "llm2clip", tower.config["hidden_size"])
+        card.write(directory / CARD)
+        table |= {"tower started from": f"`{card.origin}`", "tower's teacher": card.teacher.get("llm", "")}
+    write_json(directory / "config.json", body)
+    write_json(directory / "generation_config.json", {**ids, **generation})
+    write_json(directory / "preprocessor_config.json", images)
+    processor |= {"image_token": IMAGE, "patch_size": patch, "num_additional_image_tokens": extra, **strategy}
+    write_json(directory / "processor_config.json", processor)
+    rows = markdown_table(("", ""), [(name, value) for name, value in table.items() if value])
+    served = "" if arch != "llava" else SERVED if tower.config["model_type"] in STOCK else SERVED + PLUGIN
+    option = ", trust_remote_code=True" if code else ""  # runs the tower's code
+    readme = PAGE.substitute(title=title, what=what, rows=rows, license=LICENSE, served=served, option=option)
+    (directory / "README.md").write_text(readme, encoding="utf-8")
+    return size
 
-    Raises FileNotFoundError or ContractError without that tower, or if its files are damaged.
-    """
-    name = str(checkpoint.config["mm_vision_tower"])
-    location = None
-    if is_ours(name) or tower:
-        with loading(str(checkpoint.directory)):
-            location = locate_tower(checkpoint.directory, name, checkpoint.config, tower)
-        location.check_weights()
-    found = ExportedTower.of(location.directory if location else fetch_directory(name), location)
-    found.check_fit(checkpoint.config, checkpoint.directory)
-    return found
+
+SERVED = "`vllm serve PATH_OR_HUB_ID` serves it with an OpenAI-compatible API"
+STOCK = ("clip_vision_model", "siglip_vision_model")  # towers that vLLM has
+PLUGIN = " (`pip install llm2clip-plugin` gives vLLM the vision tower)"
+PAGE = Template("""\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+license: other
+tags:
+- llava
+- llm2clip
+---
+
+# $title
+
+$what
+
+$rows
+$license
+## Use
+
+`AutoProcessor` and `AutoModelForImageTextToText.from_pretrained("PATH_OR_HUB_ID"$option)` of transformers open it.
+$served
+""")

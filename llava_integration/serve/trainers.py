@@ -16,7 +16,6 @@ from typing import Any
 
 IMAGE = "<image>"
 NAME = "vlm"  # of the template in ms-swift
-ARGUMENTS = ("--external_plugins", __file__, "--template", NAME, "--model_type", "llava1_5_hf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +118,12 @@ def main() -> None:
     if sys.argv[1:2] == ["swift"]:
         from swift.cli.main import cli_main
 
-        sys.argv[:] = [*sys.argv[1:], *ARGUMENTS]
+        words = sys.argv[1:]
+        if "--external_plugins" in words:  # the user's own stay
+            words.insert(words.index("--external_plugins") + 1, __file__)
+        else:
+            words += ["--external_plugins", __file__]
+        sys.argv[:] = [*words, "--template", NAME, "--model_type", "llava1_5_hf"]
         return cli_main()
     register_code()
     register_with_llamafactory()

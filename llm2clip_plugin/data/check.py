@@ -150,7 +150,7 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
     for number in numbers:
         key, captions, reason, image = "", (), "", (0, 0, 0)
         try:
-            sample = source.with_image(number)
+            sample = source[number]
             key, captions = sample.key, sample.captions
             reading.counts["captions", "empty"] += sample.blank_captions
             texts = {name: text for name, text in sample.meta.items() if isinstance(text, str) and name not in used}

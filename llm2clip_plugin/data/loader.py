@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from llm2clip_plugin.data import PREFETCH_MB, plan_loading
 from llm2clip_plugin.data.pairs import CollatedDataset, PairDataset, as_it_is, collate, raised
 from llm2clip_plugin.data.remote import is_url
-from llm2clip_plugin.data.sampler import Draw, rank_rows
+from llm2clip_plugin.data.sampler import Draw
 from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources.tars import TarSource
 
@@ -59,6 +59,7 @@ class PairLoader:
     position: int = 0  # pairs that all ranks have consumed so far
     rank: int = 0
     world: int = 1
+    nodes: int = 1  # that the ranks are on, as many on each; the first of a node downloads its shards ahead
     workers: int = 0  # loader processes; the batches don't depend on it
     prefetch_mb: float = PREFETCH_MB  # 10^6 bytes of shared memory that the loader processes fill ahead
     max_broken: float = 0.01  # fraction of broken samples above which the run stops
@@ -100,15 +101,21 @@ class PairLoader:
     def _draws(self, part: int) -> Iterator[list[Draw]]:
         """Endless draws of this rank, in parts of a batch: each belongs to one batch."""
         mixture, position = self.dataset.mixture(), self.position
+        node, rank_of_node = divmod(self.rank, self.world // self.nodes)
         fetched: dict[int, list[int]] = {}  # source -> shards of its next window
         while True:
             for number, source in enumerate(self.dataset.sources):
-                if mixture.windows[number] and isinstance(source, TarSource) and is_url(source.path):
-                    window, following = mixture.window_shards(number, position)
+                if (
+                    rank_of_node == 0
+                    and mixture.windows[number]
+                    and isinstance(source, TarSource)
+                    and is_url(source.path)
+                ):
+                    window, following = mixture.window_shards(number, position, node, self.nodes)
                     if fetched.get(number) != following:
                         fetched[number] = following
                         download_ahead(source, window, following)
-            draws = mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
+            draws = mixture.rank_draws(position, self.rank, self.local_batch, self.world)
             for start in range(0, self.local_batch, part):
                 yield draws[start : start + part]
             position += self.local_batch * self.world

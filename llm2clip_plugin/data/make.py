@@ -313,7 +313,7 @@ def main_llava_data(argv: list[str]) -> int:
         (folder / "images").mkdir()
         for number in track(range(len(source)), total=len(source), label="llava data", unit="samples"):
             try:
-                sample = source.with_image(number)
+                sample = source[number]
                 captions = select_captions(sample.captions, config.kinds, config.languages)
                 data = sample.read_image()
                 name = f"{number:08d}.{(open_header(data).format or '').lower()}"

@@ -103,7 +103,7 @@ class PairDataset(Dataset):
     def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
         source, cache = self.sources[draw.source], self.caches[draw.source]
         shard, within = source.locate(draw.index)
-        sample = None if self.images is None else source.with_image(draw.index)
+        sample = None if self.images is None else source[draw.index]
         key, all_captions = source.captions(draw.index) if sample is None else (sample.key, sample.captions)
         kinds = source.config.kinds or tuple(self.caption_weights)
         captions = select_captions(all_captions, kinds, source.config.languages)
@@ -225,7 +225,7 @@ class EvalPairs:
     def _read(self, index: int) -> Row | BrokenSample:
         shard, within = self.source.locate(index)
         try:
-            sample = self.source.with_image(index)
+            sample = self.source[index]
             captions = select_captions(sample.captions, self.kinds or (), self.languages)
             if not captions and self.kinds is not None:
                 selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import itertools
 import logging
+import math
 import os
 import re
 import time
@@ -42,7 +43,8 @@ NETWORK = (  # types of file systems over a network; fuse.* in addition
     "gfs2 quobyte pfs"
 ).split()
 LOCAL_FUSE = ("fuse.mergerfs", "fuse.fuse-overlayfs", "fuse.ntfs-3g")
-NETWORK_WINDOW = 16  # shards; of 10,000 samples each: 160,000, dozens of global batches
+NETWORK_WINDOW = 16  # shards at least
+NETWORK_BATCHES = 128  # global batches at least: half a minute on 64 H100, in which the next window is downloaded
 _retries = [0]  # of this process since take_retries
 _warned = [-WARN_EVERY]  # time of the last warning
 
@@ -57,15 +59,17 @@ def has_suffix(path: str, suffix: str) -> bool:
     return path.split("?", 1)[0].endswith(suffix)
 
 
-def shuffle_window(configured: int, paths: Sequence[str]) -> int:
+def shuffle_window(configured: int, paths: Sequence[str], batch_shards: float = 0.0) -> int:
     """Shards that are shuffled together, 0 for whole sources: as configured, or, for -1, by where the data is.
+
+    ``batch_shards``: shards that have as many samples as a global batch, which mostly grows with the number of nodes.
 
     A sample read at random opens its shard, unless the process has it open. Local disks sustain that; servers of
     network file systems and URLs rarely do, so there the order goes by windows of shards, which stay open meanwhile.
     """
     if configured >= 0:
         return configured
-    return NETWORK_WINDOW if any(map(is_network, paths)) else 0
+    return max(NETWORK_WINDOW, math.ceil(NETWORK_BATCHES * batch_shards)) if any(map(is_network, paths)) else 0
 
 
 def is_network(path: str) -> bool:

@@ -1,7 +1,8 @@
 """The order of samples: a pure function of the seed and the number of samples consumed.
 
 Every source is sampled without replacement, pass after pass. The global batch at a position doesn't depend on the
-number of ranks, batches or workers (``rank_rows`` cuts it), so one integer resumes a run with any number of ranks.
+number of ranks, batches or workers, so one integer resumes a run with any number of ranks: each takes its rows of the
+global batch (``rank_rows``), or, of shards that are read in windows, the rows of its lanes (``Mixture.rank_draws``).
 """
 
 import hashlib
@@ -156,21 +157,29 @@ def sample_rng(seed: int, epoch: int, source: int, index: int) -> random.Random:
     return random.Random(hash_words("sample", seed, epoch, source, index))
 
 
-class PassOrder:
-    """The order of one pass over one source.
+LANES = 64  # parts of a window of shards, each with as many rows of a global batch
+LANE_SAMPLES = 64  # that a lane has at least: smaller windows are shuffled as a whole
 
-    ``window`` 0 shuffles the entire source. Otherwise the shards are shuffled and cut into groups of ``window``, and
-    the samples of each group are shuffled, so a disk or shard cache serves ``window`` shards at a time.
+
+class PassOrder:
+    """The order of one pass over one source, which begins at place ``first`` of its endless passes.
+
+    ``window`` 0 shuffles the entire source. Otherwise the shards are shuffled and cut into groups of ``window``, so a
+    disk or shard cache serves ``window`` shards at a time. A group's samples, shard after shard, are cut into LANES
+    parts of equal size, each shuffled; place p of the passes is of lane p mod LANES. So a global batch takes as many
+    rows of each lane, and a node that takes the rows of some lanes reads their shards alone.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], window: int, key: int) -> None:
+    def __init__(self, shard_sizes: Sequence[int], window: int, key: int, first: int = 0) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.key = key
+        self.first = first
         if window == 0 or window >= len(self.sizes):
             self.groups = [np.arange(len(self.sizes))]
         else:
             order = Permutation(len(self.sizes), hash_words("shards", key))(np.arange(len(self.sizes)))
             self.groups = [order[first : first + window] for first in range(0, len(order), window)]
+        self.lanes = LANES if window else 1
         self.shard_starts = np.cumsum(self.sizes) - self.sizes
         group_sizes = np.array([int(self.sizes[group].sum()) for group in self.groups], dtype=np.int64)
         self.group_stops = np.cumsum(group_sizes)
@@ -184,12 +193,30 @@ class PassOrder:
             here = group_of == number
             shards = self.groups[number]
             sizes = self.sizes[shards]
-            permute = Permutation(int(sizes.sum()), hash_words("samples", self.key, int(number)))
-            within = permute(positions[here] - self.group_starts[number])
+            within = self._shuffled(int(number), int(sizes.sum()), positions[here] - self.group_starts[number])
             stops = np.cumsum(sizes)
             shard = np.searchsorted(stops, within, side="right")
             result[here] = self.shard_starts[shards[shard]] + within - (stops - sizes)[shard]
         return result
+
+    def share(self, group: np.ndarray, node: int, nodes: int) -> list[int]:
+        """The shards of a group that the lanes of one of ``nodes`` are in."""
+        stops = np.cumsum(self.sizes[group])
+        first, last = int(stops[-1]) * np.array([node, node + 1]) // nodes
+        return group[(stops > first) & (stops - self.sizes[group] < last)].tolist()
+
+    def _shuffled(self, group: int, size: int, positions: np.ndarray) -> np.ndarray:
+        """Which of a group's ``size`` samples, shard after shard, are at these positions of the group."""
+        lanes = self.lanes if size >= LANES * LANE_SAMPLES else 1
+        rows = size // lanes  # of a lane; of those that come first in this group, one more, which is the last
+        lane_of_first = (self.first + int(self.group_starts[group])) % lanes
+        numbers = np.arange(lanes)
+        starts = np.cumsum(rows + ((numbers - lane_of_first) % lanes < size % lanes))
+        starts = np.concatenate([[0], starts[:-1]])
+        lane, row = (positions + lane_of_first) % lanes, positions // lanes
+        whole = np.minimum(row, rows - 1)
+        moved = Permutation(rows, hash_words("samples", self.key, group))((whole + lane * (rows // lanes)) % rows)
+        return starts[lane] + np.where(row < rows, moved, row)
 
 
 class Mixture:
@@ -226,16 +253,36 @@ class Mixture:
 
     def batch_indices(self, position: int, count: int) -> list[Draw]:
         """The ``count`` draws from ``position`` (samples consumed since the start of training) on."""
-        period = self.epoch_length if self._batches is None else self._batches.batch
-        result: list[Draw] = []
-        while len(result) < count:
-            number, offset = divmod(position + len(result), period)
-            here = min(count - len(result), period - offset)
-            result += self._draws(*self._places(number, offset, here))
-        return result
+        return self._draws(*self._batch_places(position, count))
 
-    def window_shards(self, source: int, position: int) -> tuple[list[int], list[int]]:
-        """Shards of a source's window that the draws from ``position`` on read, and of the window after it."""
+    def _batch_places(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sources (k,), and places (k,) of each source's endless passes, of the draws from ``position`` on."""
+        period = self.epoch_length if self._batches is None else self._batches.batch
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        stop = position + count
+        while position < stop:
+            number, offset = divmod(position, period)
+            here = min(stop - position, period - offset)
+            parts.append(self._places(number, offset, here))
+            position += here
+        labels, places = zip(*parts, strict=True)
+        return np.concatenate(labels), np.concatenate(places)
+
+    def rank_draws(self, position: int, rank: int, local: int, world: int) -> list[Draw]:
+        """The ``local`` draws of a rank of the global batch at ``position``.
+
+        Of sources that are read in windows, ranks take the rows of their lanes: a node reads its share of the shards.
+        """
+        if not any(self.windows):
+            return self.batch_indices(*rank_rows(position, rank, local))
+        labels, places = self._batch_places(position, local * world)
+        in_order = np.arange(local * world) * LANES // (local * world)
+        lanes = np.where(np.asarray(self.windows)[labels] > 0, places % LANES, in_order)
+        rows = np.argsort(lanes, kind="stable")[rank * local : (rank + 1) * local]
+        return self._draws(labels[rows], places[rows])
+
+    def window_shards(self, source: int, position: int, node: int = 0, nodes: int = 1) -> tuple[list[int], list[int]]:
+        """A node's shards of a source's window that the draws from ``position`` on read, and of the window after it."""
         if len(self.draws) == 1:
             drawn = position
         elif self._batches is None:
@@ -249,7 +296,7 @@ class Mixture:
         order = self._pass_order(source, number)
         window = int(np.searchsorted(order.group_stops, place, side="right"))
         following = [*order.groups, self._pass_order(source, number + 1).groups[0]][window + 1]
-        return order.groups[window].tolist(), following.tolist()
+        return order.share(order.groups[window], node, nodes), order.share(following, node, nodes)
 
     def _draws(self, labels: np.ndarray, places: np.ndarray) -> list[Draw]:
         """Draws of these sources (k,), at these places (k,) of each source's endless passes."""
@@ -278,7 +325,7 @@ class Mixture:
 
     def _make_pass_order(self, source: int, number: int) -> PassOrder:
         key = hash_words("pass", self.seed, source, number)
-        return PassOrder(self.shard_sizes[source], self.windows[source], key)
+        return PassOrder(self.shard_sizes[source], self.windows[source], key, number * self.lengths[source])
 
     def _make_source_order(self, epoch: int) -> SourceOrder:
         return SourceOrder(self.draws, hash_words("mix", self.seed, epoch))

@@ -215,7 +215,7 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
         encoder = CaptionEncoder(encoding)
         if encoder.config.query_prompt not in ("", encoder.config.prompt):
             raise ValueError("--search reads queries as all captions, but the LLM has a query_prompt")
-        if not encoder.model.decoder or encoder.post is not None:
+        if encoder.post is not None:
             raise ValueError(f"{encoding.adapter or encoding.llm} is read in one way; nothing to search")
         own = (encoder.config.pooling,) if has_card(encoding) else POOLINGS
         states = pooled_states(encoder, [*texts, *fitted], own)

@@ -85,7 +85,7 @@ def embed_texts(tower: OpenedTower, texts: Sequence[str], folder: Path) -> Tenso
 
 def _found(source: Source, number: int, score: float, *, picture: bool) -> Found:
     try:
-        record = source.record(number, image=True)
+        record = source.record(number)
         return {"key": record.key, "score": score, "picture": thumbnail(record.read_image()) if picture else None}
     except BrokenSample as error:
         return {"key": error.key, "score": score, "picture": None}

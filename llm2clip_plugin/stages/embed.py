@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,21 +29,15 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         if rank_and_world()[0] == 0:
             print(cache_plan(config))
-    elif config.verify:
+        return 0
+    if config.verify:
         print(verify(*open_all(config)))
-    else:
-        for line in embed_captions(config, started_by("embed", argv)):
-            print(line)
-    return 0
-
-
-def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -> list[str]:
-    """Embed this rank's shards; returns the report as lines. ``command``: files.started_by, to be recorded."""
+        return 0
     with _ranks() as (rank, world):
         source, encoder, directory = open_all(config)
         if rank == 0:
             names = [shard.name for shard in source.shards]
-            record = EmbedRecord(data=source.path, shards=names, command=command or {})
+            record = EmbedRecord(data=source.path, shards=names, command=started_by("embed", argv))
             if not CacheWriter(directory, encoder.identity(), config.dtype).manifest().complete:
                 record.write(directory / EmbedRecord.FILE)
         manifest, summary = embed_source(
@@ -63,19 +56,17 @@ def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -
         if world > 1 and manifest is None:
             print(f"rank {rank}: its shards are complete; other ranks are still embedding", file=sys.stderr)
     prefix = f"rank {rank}: " if world > 1 else ""
-    lines = [prefix + line for line in summary.lines(encoder.config.max_tokens)]
+    for line in summary.lines(encoder.config.max_tokens):
+        print(prefix + line)
     if manifest is not None:
         held = f"{manifest.captions} captions in {len(manifest.shards)} shards, {manifest.dtype}"
-        lines.append(f"{directory}: {held}, complete")
-    return lines
+        print(f"{directory}: {held}, complete")
+    return 0
 
 
 @contextmanager
 def _ranks() -> Iterator[tuple[int, int]]:
-    """This rank and their number. They share work by files alone, and watch each other under a launcher.
-
-    Without MASTER_ADDR (processes started by hand with RANK and WORLD_SIZE) they need not run at the same time.
-    """
+    """This rank and their number. Under a launcher (MASTER_ADDR) they watch each other; else each may run by itself."""
     if "MASTER_ADDR" not in os.environ:
         yield rank_and_world()
         return

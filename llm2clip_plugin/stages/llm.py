@@ -1,20 +1,16 @@
-"""Stage 1 assembled: an LLM and pairs of captions in, a trained adapter out.
-
-The loop, engine, checkpoints and loss are those of stage 2; what belongs to the LLM is in ``text``.
-"""
+"""Stage 1, ``llm2clip finetune-llm``: an LLM and pairs of captions in, a trained adapter out."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from llm2clip_plugin.console import phase
 from llm2clip_plugin.contracts import EncoderCard
@@ -26,7 +22,7 @@ from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import FINETUNE_LLM, FinetuneConfig, plan_or_train, rank_and_world
 from llm2clip_plugin.text import adapter as adapters
-from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, effective
+from llm2clip_plugin.text.config import CARD_SETTINGS, effective
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import CaptionModel, LlmShape, llm_config, shape_llm
 from llm2clip_plugin.text.pairs import (
@@ -37,7 +33,6 @@ from llm2clip_plugin.text.pairs import (
     Survey,
     caption_terms,
     equal_parts,
-    open_pairs,
     survey,
     tokenized_batches,
 )
@@ -47,10 +42,11 @@ from llm2clip_plugin.train.errors import stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.model import StepMemory, activation_bytes, enable_gradient_checkpointing
-from llm2clip_plugin.train.optim import Trained, is_vector, zero_stage
+from llm2clip_plugin.train.optim import Trained, chosen_optimizer, is_vector, zero_stage
+from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.export import library_versions
 
-ASSUMED_TOKENS = 64  # of a text, template and prompt included, in a plan without data
+ASSUMED_TOKENS = 64  # of a text, template and prompt included, in the first table of a plan
 TEXTS = 64  # of the passes that measure activations
 
 
@@ -68,7 +64,18 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
 def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]) -> Path:
     with phase("opening the data"):
         data = Data(config, rank(), world_size())
-    run = dataclasses.replace(open_run(config, data), command=command)
+    total_steps, deepspeed = plan_stage(config, data.samples, world_size())
+    folders = map(fetch_directory, config.start_adapters)
+    starts = {f"start adapter {number}": adapters.adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
+    run = TrainingRun(
+        config=config,
+        run_settings={**dataclasses.asdict(config), "samples": data.samples},
+        teacher={},
+        total_steps=total_steps,
+        deepspeed=deepspeed,
+        data=data.digests | starts,
+        command=command,
+    )
     if rank() == 0:
         print("\n".join(data.lines), flush=True)
     if config.evaluation.captions:
@@ -102,20 +109,6 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
     return run.folder / "adapter"
 
 
-def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
-    total_steps, deepspeed = plan_stage(config, data.samples, world_size())
-    folders = map(adapters.adapter_folder, config.start_adapters)
-    starts = {f"start adapter {number}": adapters.adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
-    return TrainingRun(
-        config=config,
-        run_settings={**dataclasses.asdict(config), "samples": data.samples},
-        teacher={},
-        total_steps=total_steps,
-        deepspeed=deepspeed,
-        data=data.digests | starts,
-    )
-
-
 def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[int, dict[str, Any]]:
     """Steps, and DeepSpeed's configuration. Raises ValueError for settings that exclude each other."""
     total_steps, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=1024)
@@ -138,16 +131,9 @@ class Data:
 
     def __init__(self, config: FinetuneConfig, rank: int, world: int) -> None:
         """Raises FileNotFoundError or ValueError for a data set that is missing, too small or without pairs."""
-        pairs, sources = config.pairs, open_pairs(config.pairs)
-        self.batches = PairBatches(
-            sources,
-            pairs.weights,
-            seed=config.train.seed,
-            global_batch=config.train.global_batch,
-            rank=rank,
-            world=world,
-            mix_kinds=pairs.mix_kinds,
-        )
+        pairs, train = config.pairs, config.train
+        self.batches = PairBatches(pairs, seed=train.seed, global_batch=train.global_batch, rank=rank, world=world)
+        sources = self.batches.sources
         self.samples = sum(epoch_draws([*map(len, sources)], pairs.weights or [1.0] * len(sources)))  # of an epoch
         self.surveys = [survey(source) for source in sources]
         # what is compared between ranks: the number of samples, and the texts of the first ones
@@ -184,7 +170,7 @@ def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: boo
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:
     """The encoder's LLM with an adapter, which alone trains."""
     if not config.encoder.adapter:
-        starts = [*map(adapters.adapter_folder, config.start_adapters)]
+        starts = [*map(fetch_directory, config.start_adapters)]
         llm = adapters.merge_adapters(encoder.model.llm, starts)  # type: ignore[arg-type]
         torch.manual_seed(config.train.seed)
         encoder.model.llm = adapters.add_lora(llm, config.lora, base=config.encoder.llm)
@@ -224,7 +210,7 @@ def write_adapter(run: TrainingRun, encoder: CaptionEncoder, config: FinetuneCon
     verify(last, moments=False)
     prefix = "model.llm."
     trained = {n.removeprefix(prefix): t for n, t in load(last, moments=False).weights.items() if n.startswith(prefix)}
-    card, starts = card_of(encoder, config, state), [*map(adapters.adapter_folder, config.start_adapters)]
+    card, starts = card_of(encoder, config, state), [*map(fetch_directory, config.start_adapters)]
     adapters.save_adapter(encoder.model.llm, trained, card, run.folder / "adapter", starts=starts, replace=True)
 
 
@@ -257,76 +243,44 @@ def main(argv: list[str]) -> int:
 
 
 def llm_plan(config: FinetuneConfig) -> str:
-    """The plan as text, without memory for an LLM without a config.json. Raises what would stop the run itself."""
+    """The plan as text. Raises what would stop the run itself."""
     _, world = rank_and_world()
-    encoder = config.encoder
-    if encoder.llm:
-        encoder, _ = effective(encoder, Path(encoder.llm), Path(encoder.adapter) if encoder.adapter else None)
-        config = dataclasses.replace(config, encoder=encoder)
-    pairs, texts, lengths, notes = measure_data(config)
-    train, (_, deepspeed) = config.train, plan_stage(config, pairs, world)
-    parts = [*notes, plans.describe_run(train, config.optim, deepspeed, samples=pairs, world=world)]
-    try:
-        settings = llm_config(encoder)
-    except FileNotFoundError as error:
-        return "\n".join([*parts, f"memory is not planned: {error}"])
-    gpu_gib, shape = config.plan.gpu_gib, shape_llm(settings, encoder, config.lora, config.train.precision)
-    usual = step_memory(config, settings, shape, texts, lengths)
-    long = step_memory(config, settings, shape, texts, [encoder.max_tokens])
-    parts += [describe_llm(config, shape), plans.describe_rank(usual, deepspeed, train, world=world, gpu_gib=gpu_gib)]
+    settings, encoder = llm_config(config.encoder), config.encoder
+    encoder, _ = effective(encoder, Path(encoder.llm), Path(encoder.adapter) if encoder.adapter else None)
+    config, lora = dataclasses.replace(config, encoder=encoder), config.lora
+    notes, pairs = [f"assumed: {config.plan.images:,} pairs (--assumed-samples, or DATA)"], config.plan.images
+    texts = 3 if config.pairs.random_negatives else 2  # query and positive, perhaps a hard negative
+    if config.pairs.data:
+        data = Data(config, rank=0, world=1)
+        notes, pairs = data.lines, data.samples
+        texts = 3 if any(result.pairs[0].negative for result in data.surveys) else texts
+    _, deepspeed = plan_stage(config, pairs, world)
+    shape = shape_llm(settings, encoder, lora, config.train.precision)
+    dtype = ("NF4 and " if encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
+    starts = "".join(f"; {name} merged" for name in config.start_adapters)
+    parts = [
+        *notes,
+        plans.describe_run(config, deepspeed, trained_parameters(shape.llm, config), pairs, world),
+        f"LLM: {encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, {shape.parameters:,} parameters "
+        f"without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}{starts}",
+        f"LoRA: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}",
+    ]
     stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
-    mean = f"{sum(lengths) / len(lengths):.4g} tokens (the mean)"
-    for memory, tokens in ((usual, mean), (long, f"{encoder.max_tokens} tokens (max_tokens)")):
-        about = f", for pairs of {texts} texts of {tokens}"
-        parts.append(plans.describe_columns(memory, train, gpu_gib, about=about, stages=stages))
+    for tokens in sorted({min(ASSUMED_TOKENS, encoder.max_tokens), encoder.max_tokens}):
+        about = f", for pairs of {texts} texts of {tokens} tokens"
+        memory = step_memory(config, settings, shape, texts, tokens)
+        parts.append(plans.describe_memory(memory, config.train, config.plan.gpu_gib, about=about, stages=stages))
     return "\n".join(parts)
 
 
-def measure_data(config: FinetuneConfig) -> tuple[int, int, list[int], list[str]]:
-    """Number of pairs, texts of a pair, tokens of texts, and what to say of the data; what is missing is assumed."""
-    encoder, pairs, notes = config.encoder, config.plan.images, []
-    texts = 3 if config.pairs.random_negatives else 2  # query and positive, perhaps a hard negative
-    lengths, missing = [], "no DATA"
-    if config.pairs.data:
-        data = Data(config, rank=0, world=1)
-        pairs, missing = data.samples, "the LLM's tokenizer is not on this machine"
-        texts = 3 if any(result.pairs[0].negative for result in data.surveys) else texts
-        lengths = token_counts(encoder, data.surveys)
-        notes += data.lines
-    else:
-        notes.append(f"assumed: {pairs:,} pairs of a query and a positive (--assumed-samples, or DATA)")
-    if encoder.adapter:
-        notes.append(f"assumed: {encoder.adapter} has rank {config.lora.r} (--lora-rank), on the layers below")
-    if not lengths:
-        lengths = [min(ASSUMED_TOKENS, encoder.max_tokens)]
-        notes.append(f"assumed: {lengths[0]} tokens per text, template and prompt included: {missing}")
-    return pairs, texts, lengths, notes
-
-
-def token_counts(encoder: EncoderConfig, surveys: Sequence[Survey]) -> list[int]:
-    """Tokens of each text, truncated to max_tokens; [] without a tokenizer in the folder or the local Hub cache."""
-    if not encoder.llm:
-        return []
-    try:
-        revision = encoder.revision or "main"
-        tokenizer = AutoTokenizer.from_pretrained(encoder.llm, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        return []
-    counts: list[int] = []
-    for result in surveys:
-        rows = PairTokenizer(tokenizer, encoder)(result.pairs)
-        counts += [len(ids) for side in ("query", "positive", "negative") for ids in rows.get(side, [])]
-    return counts
-
-
 def step_memory(
-    config: FinetuneConfig, settings: PretrainedConfig, shape: LlmShape, texts: int, lengths: Sequence[int]
+    config: FinetuneConfig, settings: PretrainedConfig, shape: LlmShape, texts: int, tokens: int
 ) -> StepMemory:
     """Of pairs of ``texts`` texts, measured on a few blocks of fake tensors: memory grows linearly with blocks."""
     bytes_of: dict[int, float] = {}
     for blocks in {min(1, shape.blocks), min(2, shape.blocks)}:
         part = shape_llm(settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks)
-        bytes_of[blocks] = texts_bytes(config, part, lengths)
+        bytes_of[blocks] = texts_bytes(config, part, tokens)
     few, more = min(bytes_of), max(bytes_of)
     slope = (bytes_of[more] - bytes_of[few]) / max(1, more - few)
     text_bytes = bytes_of[more] + slope * (shape.blocks - more)
@@ -337,13 +291,12 @@ def step_memory(
         parameters=shape.parameters,
         pair_bytes=texts * text_bytes / TEXTS,
         width=shape.width,
+        state_bytes=chosen_optimizer(config.optim).state_bytes,
     )
 
 
-def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int]) -> float:
-    """Activations of TEXTS texts, their lengths spread over ``lengths``, in the step's groups of like length."""
-    ordered = sorted(lengths)
-    spread = [ordered[i * len(ordered) // TEXTS] for i in range(TEXTS)]
+def texts_bytes(config: FinetuneConfig, shape: LlmShape, tokens: int) -> float:
+    """Activations of TEXTS texts of ``tokens`` tokens, in the step's groups."""
     model = CaptionModel(shape.llm, config.encoder.pooling)
     model.autocast = adapters.autocast_adapter(shape.llm, shape.dtype)
     module = PairModule(model, config.contrast).train()
@@ -352,21 +305,9 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int])
 
     def make_inputs() -> list[Tensor]:
         tensors: list[Tensor] = []
-        for group in equal_parts(spread, config.contrast.length_groups):
-            tokens = torch.zeros(len(group), group[-1], dtype=torch.int64)
-            tensors += [tokens, tokens, tokens, tokens.bool()]  # ids, attention mask, positions, pooling mask
+        for group in equal_parts(range(TEXTS), config.contrast.length_groups):
+            ids = torch.zeros(len(group), tokens, dtype=torch.int64)
+            tensors += [ids, ids, ids, ids.bool()]  # ids, attention mask, positions, pooling mask
         return tensors
 
     return activation_bytes(module, make_inputs, lambda *inputs: module(*inputs)[0].sum())
-
-
-def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
-    lora, trained = config.lora, trained_parameters(shape.llm, config)
-    dtype = ("NF4 and " if config.encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
-    starts = "".join(f"; {name} merged" for name in config.start_adapters)
-    return (
-        f"LLM: {config.encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, {shape.parameters:,} "
-        f"parameters without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}{starts}\n"
-        f"LoRA: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}\n"
-        + plans.describe_parameters(trained, config.optim)
-    )

@@ -9,7 +9,9 @@ import random
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from llm2clip_plugin.evaluate.commands import measure_pairs
 from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
-from llm2clip_plugin.stages.settings import PRETRAIN, RUN, PipelineConfig
+from llm2clip_plugin.stages.settings import RUN, PipelineConfig
 
 SURVEYED = 1000  # samples that are read
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
-READ = ("format", "fields", "language", "image_field", "key_field", "cache_folder", "cache_gb")
+READ = ("format", "fields", "language", "image_field", "key_field", "cache_folder", "cache_gb", "index_folder")
 LLAVA_STEPS = 300  # of the projector, at least; LLaVA 1.5's own are 2,180
+PRETRAIN = Path(__file__).parents[2] / "scripts" / "llava" / "pretrain.sh"
 ON_ALL_GPUS = ("finetune-llm", "embed", "train-tower")
 SHOWN = 5  # pictures that each tower finds first
 QUERIES = 24  # validation captions that the page shows
@@ -40,13 +43,14 @@ RECORD = "pipeline.json"  # in the output: stage -> its words and seconds, of th
 def main(argv: list[str]) -> int:
     """Run what is not complete yet; the exit status of the stage that failed, 128 + N after signal N, else 0."""
     config = RUN.parse(argv)
+    check_questions(config)
     source, out = open_source(config), Path(config.output)
-    found = survey(source)
-    stages = plan(config, source, found)
+    pairs, why_not = survey(source)
+    stages = plan(config, source, pairs)
     record = complete(stages, out / RECORD)
-    print(f"{config.path}: {found.samples:,} images, {found.captions:.3g} captions each")
-    if found.note and config.stage1 and not config.adapter:
-        print(f"note: {found.note}")
+    print(f"{config.path}: {len(source):,} images")
+    if why_not and config.stage1 and not config.adapter:
+        print(f"note: stage 1 is left out: {why_not}")
     for number, stage in enumerate(stages, 1):
         state = "complete" if stage.name in record else ""
         print(f"{number:3} {state:>8}  {stage.name}: {shlex.join(stage.words)}")
@@ -70,14 +74,28 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def check_questions(config: PipelineConfig) -> None:
+    """Raise ValueError for what would stop LLaVA's stages, hours later."""
+    if not config.questions:
+        return
+    from llava_integration.benchmarks.rules import benchmark
+    from llava_integration.preflight import check_model
+
+    if not PRETRAIN.is_file() or find_spec("llava") is None:
+        raise ValueError(
+            f"--questions needs LLaVA (pip install --no-deps llava-torch==1.2.2.post1) and a checkout with {PRETRAIN}"
+        )
+    benchmark("questions").load(Path(config.questions))
+    for problem in check_model(config.llava_llm):
+        raise ValueError(problem.replace("--model", "--llava-llm"))
+
+
 def complete(stages: list[Stage], path: Path) -> dict[str, dict]:
     """The record of the stages that are complete: all before it are, its words are the same, its result exists."""
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-    def is_complete(stage: Stage) -> bool:
-        return saved.get(stage.name, {}).get("words") == list(stage.words) and stage.result.exists()
-
-    return {stage.name: saved[stage.name] for stage in itertools.takewhile(is_complete, stages)}
+    words = {name: entry["words"] for name, entry in saved.items()}
+    done = itertools.takewhile(lambda one: words.get(one.name) == list(one.words) and one.result.exists(), stages)
+    return {stage.name: saved[stage.name] for stage in done}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +103,7 @@ class Stage:
     """A command of a run."""
 
     name: str
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # llm2clip ..., or a shell script and its arguments
     result: Path  # exists when the stage is complete
     ranks: int = 1  # processes
 
@@ -98,30 +116,25 @@ class Stage:
         return [sys.executable, "-m", *launcher * (self.ranks > 1), "llm2clip_plugin.cli", *self.words[1:]]
 
 
-def stage(config: PipelineConfig, name: str, *words: object, result: Path) -> Stage:
-    """A stage of ``llm2clip WORDS``, or of a script; what computes does so on all GPUs."""
-    ranks = config.num_gpus if words[1] in ON_ALL_GPUS else 1
-    return Stage(name=name, words=tuple(map(str, words)), result=result, ranks=ranks)
-
-
-def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
-    """Every stage of the run, in order."""
+def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
+    """Every stage of the run, in order; ``pairs``: as ``survey`` says."""
     out = Path(config.output)
-    train = round(found.samples * (1 - config.validation))
+    train = round(len(source) * (1 - config.validation))
     batch = config.global_batch or min(256, max(8, 1 << (train // 16).bit_length()))
     data = {side: str(path) for side, path in outputs(source, out / "data").items()}
     images = ["--image-folder", source.images_folder] if isinstance(source, RowSource) else []
     read = [*images, *changed_options(config, READ)]
     given = [config.path, *changed_options(config, ("images", *READ))]
-    tunes = config.stage1 and bool(found.pairs) and not config.adapter
+    tunes = config.stage1 and bool(pairs) and not config.adapter
     adapter = str(out / "llm" / "adapter") if tunes else config.adapter
     imported = not (Path(config.tower) / "config.json").is_file()
     start = str(out / "start") if imported else config.tower
     batches = ["--global-batch", str(batch), *changed_options(config, ("micro_batch",))]
     stages: list[Stage] = []
 
-    def add(name: str, *words: object, result: Path) -> None:
-        stages.append(stage(config, name, "llm2clip", *words, result=result))
+    def add(name: str, *words: object, result: Path, program: object = "llm2clip") -> None:
+        ranks = config.num_gpus if words[0] in ON_ALL_GPUS else 1
+        stages.append(Stage(name=name, words=tuple(map(str, (program, *words))), result=result, ranks=ranks))
 
     add("check the data", "data", "check", *given, result=Path())  # it writes nothing
     split = ["--output", out / "data", "--validation", f"{config.validation:g}", *changed_options(config, ("by",))]
@@ -130,17 +143,15 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
         add("import the tower", "import", config.tower, "--output", start, result=Path(start))
     if tunes:
         steps = max(1, train * (1 if train > 100 * batch else 4) // batch)
-        words = ["--pair-kinds", found.pairs, *batches, "--max-steps", steps, "--warmup-steps", min(300, steps // 10)]
+        words = ["--pair-kinds", pairs, *batches, "--max-steps", steps, "--warmup-steps", min(300, steps // 10)]
         words = [data["train"], *read, "--llm", config.llm, *words, "--output", out / "llm"]
         add("stage 1", "finetune-llm", *words, result=Path(adapter))
     for side in ("train", "validation"):
         words = [data[side], *read, "--llm", config.llm, *(["--adapter", adapter] if adapter else [])]
         add(f"embed {side}", "embed", *words, result=Path(data[side]))
     precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    for name, side, epochs in (
-        ("heads on the start tower", BEFORE, 0.0),
-        ("stage 2", AFTER, config.num_train_epochs),
-    ):
+    towers = (("heads on the start tower", BEFORE, 0.0), ("stage 2", AFTER, config.num_train_epochs))
+    for name, side, epochs in towers:
         words = [data["train"], "--validation", data["validation"], *read, "--tower", start, *batches]
         words += ["--precision", precision, *shlex.split(config.tower_options), "--num-train-epochs", f"{epochs:g}"]
         add(name, "train-tower", *words, "--output", out / side, result=out / side / "tower")
@@ -153,16 +164,15 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
     words = [out / AFTER, "--output", out / "tower", "--overwrite", *["--with-adapter"] * bool(adapter)]
     add("export", "export", *words, result=out / "tower" / TowerCard.FILE)
     if config.questions:
-        stages += ask(config, [data["train"], *read], batch, train)
+        ask(config, add, [data["train"], *read], batch, train)
     return stages
 
 
-def ask(config: PipelineConfig, data: list[str], batch: int, train: int) -> list[Stage]:
-    """A LLaVA of each tower, its projector trained on the ``train`` captions, and its answers to the questions."""
+def ask(config: PipelineConfig, add: Callable[..., None], data: list[str], batch: int, train: int) -> None:
+    """Add a LLaVA of each tower, its projector trained on the ``train`` captions, and its answers to the questions."""
     out = Path(config.output)
     captions, compared = out / "llava-data" / "captions.json", out / "questions" / "compare"
-    words = ["llm2clip", "llava", "data", *data, "--output", captions.parent, "--overwrite"]
-    stages = [stage(config, "LLaVA's captions", *words, result=captions)]
+    add("LLaVA's captions", "llava", "data", *data, "--output", captions.parent, "--overwrite", result=captions)
     epochs = math.ceil(max(1, LLAVA_STEPS * batch / train))
     common = [captions, "--image-folder", captions.parent / "images", "--model", config.llava_llm]
     common += ["--global-batch", batch, "--micro-batch", math.gcd(batch // config.num_gpus, config.micro_batch or 32)]
@@ -171,43 +181,28 @@ def ask(config: PipelineConfig, data: list[str], batch: int, train: int) -> list
     half = [] if torch.cuda.is_available() else ["--dtype", "float32"]
     for side in SIDES:
         llava, answers = out / f"llava-{side}", out / "questions" / side
-        words = [PRETRAIN, *common, "--tower", f"llm2clip:{out / side / 'tower'}", "--output", llava, "--", *extra]
-        stages.append(stage(config, f"LLaVA {side}", *words, result=llava / "mm_projector.bin"))
-        words = ["llm2clip", "bench-mllm", config.questions, "--model-path", llava, "--model-base", config.llava_llm]
-        result = answers / "scores" / "questions.scores.json"
-        stages.append(stage(config, f"questions {side}", *words, *half, "--output", answers, result=result))
-    words = ["llm2clip", "compare", *(out / "questions" / side / "scores" for side in SIDES), "--names", *SIDES]
+        words = [*common, "--tower", f"llm2clip:{out / side / 'tower'}", "--output", llava, "--", *extra]
+        add(f"LLaVA {side}", *words, program=PRETRAIN, result=llava / "mm_projector.bin")
+        words = [config.questions, "--model-path", llava, "--model-base", config.llava_llm, *half, "--output", answers]
+        add(f"questions {side}", "bench-mllm", *words, result=answers / "scores" / "questions.scores.json")
+    words = [*(out / "questions" / side / "scores" for side in SIDES), "--names", *SIDES]
     words += ["--image-folder", Path(config.questions).parent, "--no-references", "--output", compared]
-    return [*stages, stage(config, "compare answers", *words, result=compared / "compare.json")]
+    add("compare answers", "compare", *words, result=compared / "compare.json")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What some samples say about all."""
-
-    samples: int
-    captions: float  # of a sample
-    pairs: str  # how stage 1 pairs captions, QUERY:POSITIVE; "": it can't
-    note: str  # why it can't
-
-
-def survey(source: Source) -> Survey:
-    """Read up to SURVEYED samples, evenly spaced."""
+def survey(source: Source) -> tuple[str, str]:
+    """How stage 1 pairs captions, QUERY:POSITIVE, or "" and why it cannot; from SURVEYED samples, evenly spaced."""
     step = max(1, len(source) // SURVEYED)
     texts = [source.captions(number)[1] for number in range(0, len(source), step)]
-    flat = [caption for captions in texts for caption in captions]
-    if not flat:
+    if not any(texts):
         raise ValueError(f"no captions in {source.path}; llm2clip data check shows its fields")
-    kinds = [{caption.kind for caption in captions} for captions in texts]
     words = [[f" {words_of(caption.text)} " for caption in captions] for captions in texts if len(captions) > 1]
-    nested = sum(any(one != other and one in other for one in each for other in each) for each in words)
-    pairs = "short:long" if sum({"short", "long"} <= one for one in kinds) > len(texts) / 2 else "short:same"
-    note = ""
     if len(words) <= len(texts) / 2:
-        note = "stage 1 is left out: it needs images with several captions (--fields)"
-    elif nested > len(words) / 2:
-        note = "stage 1 is left out: most captions contain another one of their image, so it learns nothing"
-    return Survey(samples=len(source), captions=len(flat) / len(texts), pairs="" if note else pairs, note=note)
+        return "", "it needs images with several captions (--fields)"
+    if sum(any(one != other and one in other for one in each for other in each) for each in words) > len(words) / 2:
+        return "", "most captions contain another one of their image, so it learns nothing"
+    kinds = [{caption.kind for caption in captions} for captions in texts]
+    return ("short:long" if sum({"short", "long"} <= one for one in kinds) > len(texts) / 2 else "short:same"), ""
 
 
 def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seconds: dict[str, float]) -> Path:
@@ -252,7 +247,7 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
 
     def picture(image: int) -> str | None:
         try:
-            return thumbnail(source.with_image(number[first.keys[image]]).read_image())
+            return thumbnail(source[number[first.keys[image]]].read_image())
         except BrokenSample:
             return None
 

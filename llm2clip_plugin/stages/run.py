@@ -21,12 +21,12 @@ from llm2clip_plugin.data import LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import Source, SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
-from llm2clip_plugin.files import headline, read_json_value
+from llm2clip_plugin.files import headline
 from llm2clip_plugin.stages.settings import FinetuneConfig, flat, refuse_changes, within
 from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.text.teacher import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
-from llm2clip_plugin.train.config import OptimConfig, TrainConfig
+from llm2clip_plugin.train.config import TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32
 from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
@@ -49,8 +49,8 @@ from llm2clip_plugin.vision.export import library_versions
 PLACES = """
 output_dir resume deepspeed plan tower.path encoder.llm encoder.adapter start_adapters train.dataloader_num_workers
 data.path data.cache data.validation data.validation_cache data.clip_cache
-data.read.images data.read.cache_folder data.read.cache_gb
-pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb
+data.read.images data.read.cache_folder data.read.cache_gb data.read.index_folder
+pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb pairs.read.index_folder
 """.split()
 EVALUATION_PREFETCH = 2  # torch's default
 ADVICE = {  # first word of a fact -> what to do
@@ -89,13 +89,11 @@ class TrainingRun:
         Raises ValueError if it was saved with other settings, DisagreementError if the ranks don't see the same.
         """
         path = on_first_rank(lambda: self.checkpoints.find(self.config.resume))
-        start = {"output_dir": shared_folder(self.folder), "checkpoint": "none"}
-        if path is not None:
-            start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
-        facts = start | {f"data {name}": digest for name, digest in self.data.items()}
+        facts = {"output_dir": shared_folder(self.folder), "setting total steps": str(self.total_steps)}
+        facts |= {"checkpoint": "none" if path is None else readable_checkpoint(path, TrainState.FILE)}
+        facts |= {f"data {name}": digest for name, digest in self.data.items()}
         settings = {name: value for name, value in flat(self.run_settings) if not within(name, PLACES)}
         facts |= {f"setting {name}": json.dumps(value) for name, value in settings.items()}
-        facts |= {"setting total steps": str(self.total_steps)}
         facts |= {f"DeepSpeed {name}": json.dumps(value) for name, value in flat(self.deepspeed)}
         facts |= {f"version of {name}": version for name, version in versions().items()}
         refuse_disagreement(facts, ADVICE)
@@ -127,9 +125,8 @@ class TrainingRun:
 
     def new_state(self) -> TrainState:
         """Before the first step."""
-        return TrainState(
-            step=0, samples=0, config=self.run_settings, config_hash=self.config.hash, seed=self.config.train.seed
-        )
+        config_hash, seed = self.config.hash, self.config.train.seed
+        return TrainState(step=0, samples=0, config=self.run_settings, config_hash=config_hash, seed=seed)
 
     def train_to_end(
         self,
@@ -151,8 +148,9 @@ class TrainingRun:
         """
         loaded()
         self.record(state)
-        if rank() == 0 and (note := warmup_note(self.config.optim, self.total_steps)):
-            print(f"note: {note}", file=sys.stderr)
+        warmup = self.config.optim.warmup(self.total_steps)
+        if rank() == 0 and 0 < self.total_steps <= warmup:
+            print(f"note: all {self.total_steps} steps are warm-up ({warmup}); set --warmup-ratio 0.1", file=sys.stderr)
         state = run_loop(
             LoopParts(
                 step=phase("forward and backward")(step),
@@ -239,12 +237,9 @@ def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None, *, 
     ``teacher``: for the message, if it is known. Raises FileNotFoundError if there is none, ValueError if there are
     several.
     """
-    folder = data_folder(source.path)
-    caches = []
+    folder, caches = data_folder(source.path), []
     for path in sorted(folder.glob(f"embeddings-*/{CacheManifest.FILE}")):
-        body = read_json_value(path)
-        found = body.get("teacher") if isinstance(body, dict) else None
-        if (isinstance(found, dict) and found.get("pooling") == PROJECTED) is of_clip:
+        if (CacheManifest.read(path).teacher.get("pooling") == PROJECTED) is of_clip:
             caches.append(str(path.parent))
     option, kind = ("--clip-cache", "of a CLIP's text features") if of_clip else ("--cache", "of an LLM")
     if not caches:
@@ -296,18 +291,6 @@ def versions() -> dict[str, str]:
     return own
 
 
-def warmup_note(optim: OptimConfig, total_steps: int) -> str:
-    """What to say of a run that ends before its learning rate has reached its peak; "" for any other."""
-    warmup = optim.warmup(total_steps)
-    if not 0 < total_steps <= warmup:
-        return ""
-    reached = optim.lr * total_steps / warmup
-    return (
-        f"all {total_steps} steps are warm-up ({warmup} steps): the learning rate ends at {reached:.3g}, below its "
-        f"peak {optim.lr:.3g}; train longer, or set --warmup-ratio 0.1"
-    )
-
-
 def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """One line with the scores before training and now: of all captions, or of every part if there is no total."""
     names, same = headline(name for name in after if name in before), before == after  # a run without steps
@@ -322,53 +305,39 @@ WORLDS = (1, 8, 64)  # numbers of GPUs that a run is planned for
 FILLED = 0.9  # fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
 
 
-def describe_run(train: TrainConfig, optim: OptimConfig, deepspeed: dict[str, Any], *, samples: int, world: int) -> str:
-    """Steps, ranks, schedule and precision."""
+def describe_run(
+    config: RunConfig | FinetuneConfig, deepspeed: dict[str, Any], trained: list[Trained], samples: int, world: int
+) -> str:
+    """Steps, ranks, schedule, precision, and how many parameters train at which peak learning rates."""
+    train, optim = config.train, config.optim
     steps, (_, micro_batch, accumulation) = train.steps(samples), train.rows(world)
-    note = warmup_note(optim, steps)
-    warmup = f"{optim.warmup(steps)} steps of warm-up" + (f" (note: {note})" if note else "")
-    reduced = deepspeed.get("communication_data_type", train.precision)
-    epochs = steps * train.global_batch / samples
-    return (
-        f"steps: {steps} of {train.global_batch} pairs, {epochs:.2f} epochs of {samples:,} samples\n"
-        f"ranks: {world} x {accumulation} micro-batches of {micro_batch}\n"
-        f"schedule: {optim.schedule}, {warmup}, gradient clipping {optim.max_grad_norm:g}\n"
-        f"precision: {train.precision}, gradients reduced in {reduced}; ZeRO-{zero_stage(deepspeed)}"
-    )
-
-
-def describe_parameters(trained: list[Trained], optim: OptimConfig) -> str:
-    """How many parameters train, with and without weight decay, at which peak learning rates."""
     sizes = {flag: sum(item.parameter.numel() for item in trained if item.decay is flag) for flag in (True, False)}
     rates = sorted({item.lr for item in trained})
     course = f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)} rates)" if len(rates) > 1 else f"{rates[0]:.3g}"
     return (
+        f"steps: {steps} of {train.global_batch} pairs, {steps * train.global_batch / samples:.2f} epochs of "
+        f"{samples:,} samples\nranks: {world} x {accumulation} micro-batches of {micro_batch}\n"
+        f"schedule: {optim.schedule}, {optim.warmup(steps)} steps of warm-up, gradient clipping "
+        f"{optim.max_grad_norm:g}\nprecision: {train.precision}, gradients reduced in "
+        f"{deepspeed.get('communication_data_type', train.precision)}; ZeRO-{zero_stage(deepspeed)}\n"
         f"trainable parameters: {sum(sizes.values()):,}; weight decay {optim.weight_decay:g} on {sizes[True]:,}, "
         f"none on {sizes[False]:,}; peak learning rates {course}"
     )
 
 
-def rank_parts(memory: StepMemory, config: dict[str, Any], train: TrainConfig, world: int) -> dict[str, float]:
-    """Expected bytes of a rank of a run."""
-    zero, micro_batch = config["zero_optimization"], train.rows(world)[1]
-    return rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
+def rank_gib(memory: StepMemory, zero: dict[str, Any], train: TrainConfig, world: int, micro_batch: int) -> float:
+    """Expected memory of a rank, in GiB."""
+    parts = rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
+    return sum(parts.values()) / GIB
 
 
-def describe_rank(memory: StepMemory, config: dict[str, Any], train: TrainConfig, *, world: int, gpu_gib: float) -> str:
-    """Expected memory of a rank of this run, part by part."""
-    parts = rank_parts(memory, config, train, world)
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    total = sum(parts.values()) / GIB
-    too_much = f"; more than a GPU of {gpu_gib:g} GiB holds, see the micro-batches below" if total > gpu_gib else ""
-    return f"expected memory per rank: {total:.2f} GiB = {listed}{too_much}"
-
-
-def fits(memory: StepMemory, config: dict[str, Any], train: TrainConfig, *, world: int, gib: float) -> bool:
+def fits(memory: StepMemory, deepspeed: dict[str, Any], train: TrainConfig, *, world: int, gib: float) -> bool:
     """Whether a rank's memory holds what a step needs."""
-    return sum(rank_parts(memory, config, train, world).values()) <= FILLED * gib * GIB
+    micro_batch = train.rows(world)[1]
+    return rank_gib(memory, deepspeed["zero_optimization"], train, world, micro_batch) <= FILLED * gib
 
 
-def describe_columns(
+def describe_memory(
     memory: StepMemory,
     train: TrainConfig,
     gpu_gib: float,
@@ -383,17 +352,15 @@ def describe_columns(
 
     def total(memory: StepMemory, stage: int, world: int, micro_batch: int) -> float:
         stage = 1 if stage == 0 and memory.precision != "fp32" else stage  # as it runs, see train.optim
-        zero = {"stage": stage, **REDUCTION}
-        parts = rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
-        return sum(parts.values()) / GIB
+        return rank_gib(memory, {"stage": stage, **REDUCTION}, train, world, micro_batch)
 
     columns = [*(f"   ZeRO-{stage}" for stage in stages), "  checkpointing" * bool(kept)]
-    lines = ["  GPUs   local  micro-batch" + "".join(columns)]
+    lines = [f"expected memory per GPU in GiB{about}:", "  GPUs   local  micro-batch" + "".join(columns)]
     for world in WORLDS:
         local, rest = divmod(train.global_batch, world)
         sizes = [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and train.micro_batch in (0, n)]
-        fits = (size for size in sizes if train.micro_batch or total(memory, 1, world, size) <= FILLED * gpu_gib)
-        if size := next(fits, 0):
+        fitting = (size for size in sizes if train.micro_batch or total(memory, 1, world, size) <= FILLED * gpu_gib)
+        if size := next(fitting, 0):
             off = kept if kept and total(kept, 1, world, size) <= FILLED * gpu_gib else None
             needed = (total(off or memory, stage, world, size) for stage in stages)
             row = f"{local:7} {size:12}" + "".join(f"{each:9.1f}" for each in needed)
@@ -401,4 +368,4 @@ def describe_columns(
         else:
             row = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {train.global_batch}"
         lines.append(f"{world:6} {row}")
-    return "\n".join([f"expected memory per GPU in GiB{about}:", *lines])
+    return "\n".join(lines)

@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.sources import SourceConfig
 from llm2clip_plugin.evaluate.config import CaptionSetConfig
-from llm2clip_plugin.options import Command, nearest, unknown
+from llm2clip_plugin.options import Command, unknown
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 
@@ -22,7 +21,8 @@ from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 # learns.
 IGNORED_ON_RESUME = """
 output_dir resume allow_changed dry_run deepspeed evaluation plan tower.architecture
-data.cache data.validation data.validation_cache data.clip_cache data.read.cache_folder data.read.cache_gb
+data.cache data.validation data.validation_cache data.clip_cache
+data.read.cache_folder data.read.cache_gb data.read.index_folder
 loss.block contrast.length_groups
 train.save_steps train.save_minutes train.save_total_limit
 train.eval_steps train.eval_on_start train.logging_steps train.report_to train.profile_steps train.profile_all_ranks
@@ -52,6 +52,11 @@ class TrainingConfig:
     resume: str = "auto"  # auto: this run's newest checkpoint, if any | never | a checkpoint or run folder
     allow_changed: tuple[str, ...] = ()  # fields that may differ from the checkpoint's, e.g. optim.lr or all of optim
     dry_run: bool = False  # print steps, memory and commands, then exit; needs no weights
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the fields that decide what is learned."""
+        return sha256_text(canonical_json(flat_essentials(dataclasses.asdict(self))))
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -85,20 +90,17 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
     known = {name for settings in (now, saved) for name, _ in flat(settings)}
     for name in allowed:
         if not any(within(path, [name]) for path in known):
-            raise ValueError(f"unknown field {name!r} in --allow-changed{nearest(name, sorted(known))}")
+            raise ValueError(f"--allow-changed {name}: a run has no such field; run.json has all")
     old, new = (flat_essentials(settings, (*allowed, *INITIAL)) for settings in (saved, now))
-    both = {name: (old.get(name, "absent"), new.get(name, "absent")) for name in sorted(old.keys() | new.keys())}
-    if changed := {name: values for name, values in both.items() if values[0] != values[1]}:
-        listed = "\n  ".join(
-            f"{name}: {was!r} in the checkpoint, {is_!r} in this run" for name, (was, is_) in changed.items()
-        )
+    listed, changed = "", [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    for name in changed:
+        was, is_ = old.get(name, "absent"), new.get(name, "absent")
+        listed += f"\n  {name}: {was!r} in the checkpoint, {is_!r} in this run"
+    if changed:
         raise ValueError(
-            f"{where} was saved with other settings:\n  {listed}\n"
+            f"{where} was saved with other settings:{listed}\n"
             f"restore them, choose another --output, or accept the changes with --allow-changed {' '.join(changed)}"
         )
-
-
-# What the stages' commands share.
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -119,9 +121,6 @@ def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Pa
     return 0
 
 
-# What a dry run assumes; read without torch.
-
-
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """What --dry-run assumes while there is no data."""
@@ -130,16 +129,12 @@ class PlanConfig:
     gpu_gib: float = 80.0  # a GPU's memory in GiB: the plan has the largest micro-batches that fit
 
 
-# The LLMs that the paper (LLM2CLIP, arXiv 2411.04997) trained with, for recipes and plans.
-
-
 class Teacher(NamedTuple):
-    """An LLM of the paper, before and after stage 1."""
+    """An LLM that the paper (LLM2CLIP, arXiv 2411.04997) trained with, before and after stage 1."""
 
     base: str  # Hub id of the LLM that stage 1 starts from
     released: str  # Hub id of the LLM that the authors fine-tuned
     width: int  # of an embedding, and so of a cache
-    preset: str = "llm2clip-llama3"  # how the released one reads a caption (llm2clip embed --preset)
 
 
 TEACHERS = {
@@ -150,11 +145,6 @@ TEACHERS = {
         "meta-llama/Meta-Llama-3-8B-Instruct", "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned", 4096
     ),
 }
-
-
-# The options of ``llm2clip run``.
-
-PRETRAIN = Path(__file__).parents[2] / "scripts" / "llava" / "pretrain.sh"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,21 +178,8 @@ class PipelineConfig(SourceConfig):
                 f"num_train_epochs {self.num_train_epochs:g} must be above 0, num_gpus {self.num_gpus} at least 1, "
                 f"global_batch {self.global_batch} not negative"
             )
-        if not self.questions and not self.llava_llm:
-            return
-        # what would stop LLaVA's stages, hours later
-        from llava_integration.benchmarks.rules import benchmark
-        from llava_integration.preflight import check_model
-
-        if not self.questions or not self.llava_llm:
+        if bool(self.questions) != bool(self.llava_llm):
             raise ValueError("--questions and --llava-llm need each other: the questions, and LLaVA's language model")
-        if not PRETRAIN.is_file():
-            raise ValueError(f"--questions needs a checkout of this project: {PRETRAIN} is missing")
-        if find_spec("llava") is None:
-            raise ValueError("--questions needs LLaVA: pip install --no-deps llava-torch==1.2.2.post1")
-        benchmark("questions").load(Path(self.questions))
-        for problem in check_model(self.llava_llm):
-            raise ValueError(problem.replace("--model", "--llava-llm"))
 
 
 RUN = Command(
@@ -218,9 +195,6 @@ RUN = Command(
     "num-gpus dry-run",
     hidden="weight shuffle_window kinds languages",
 )
-
-
-# The options of ``llm2clip embed``.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +221,6 @@ EMBED = Command(
     everyday="llm adapter preset cache fields image-folder dtype load-in-4bit overwrite verify dry-run",
     hidden="source.weight source.shuffle_window source.kinds source.languages",
 )
-
-
-# The options of ``llm2clip finetune-llm``, and stage 1's named runs.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,13 +250,6 @@ class FinetuneConfig(TrainingConfig):
         if self.train.gradient_checkpointing == "auto":
             raise ValueError("--gradient-checkpointing auto is for train-tower; set true or false for finetune-llm")
 
-    @property
-    def hash(self) -> str:
-        """SHA-256 over all fields."""
-        return sha256_text(canonical_json(dataclasses.asdict(self)))
-
-
-# ``--recipe NAME``: the authors' settings, and ours.
 
 INSTRUCTION = "Given a caption of an image, find another caption of the same image: "
 # E5_cc3m.py:31-34, joined to the query with "; " as in its line 131
@@ -299,8 +263,7 @@ LLM2VEC_8B = (
 
 
 def _llama(teacher: str, query_prompt: str) -> EncoderConfig:
-    known = TEACHERS[teacher]
-    return EncoderConfig(llm=known.base, preset=known.preset, query_prompt=query_prompt)
+    return EncoderConfig(llm=TEACHERS[teacher].base, preset="llm2clip-llama3", query_prompt=query_prompt)
 
 
 def _paper(name: str, encoder: EncoderConfig, start_adapters: tuple[str, ...] = ()) -> FinetuneConfig:
@@ -347,11 +310,9 @@ LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
 
 def llm_recipe(name: str) -> FinetuneConfig:
     """The recipe of that name, "" for the default; ValueError lists the known ones."""
-    if not name:
-        return FinetuneConfig()
-    if name not in LLM_RECIPES:
+    if name and name not in LLM_RECIPES:
         raise ValueError(unknown("recipe", name, LLM_RECIPES))
-    return LLM_RECIPES[name]()
+    return LLM_RECIPES[name]() if name else FinetuneConfig()
 
 
 FINETUNE_LLM = Command(

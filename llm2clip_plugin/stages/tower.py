@@ -1,8 +1,4 @@
-"""Stage 2, ``llm2clip train-tower``: captioned images and a cache in, a trained and exported tower out.
-
-A recipe or a file gives the full configuration, options override fields. Options of Hugging Face's Trainer and of
-LLaVA's scripts keep their names.
-"""
+"""Stage 2, ``llm2clip train-tower``: captioned images and a cache in, a trained and exported tower out."""
 
 from __future__ import annotations
 
@@ -10,10 +6,10 @@ import dataclasses
 import math
 import os
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -33,17 +29,17 @@ from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
 from llm2clip_plugin.stages import run as plans
-from llm2clip_plugin.stages.run import TrainingRun, find_cache, load_plans, open_caches, plan_engine, training_ranks
+from llm2clip_plugin.stages.run import TrainingRun, load_plans, open_caches, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import TEACHERS, plan_or_train, rank_and_world
 from llm2clip_plugin.stages.tower_config import DEFAULT, TRAIN_TOWER, RunConfig
 from llm2clip_plugin.stages.tower_export import TOWER, export_towers
 from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Loaded, load_weights
-from llm2clip_plugin.train.config import HeadsConfig, local_world_size
-from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
+from llm2clip_plugin.train.config import local_world_size
+from llm2clip_plugin.train.distributed import choose_device, on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine, Reference, frozen_copy
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
-from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters, load_clip_heads
+from llm2clip_plugin.train.heads import FitLine, fit_heads, load_clip_heads
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.base import check_patch_layers, needs_reference, patch_layers, weighted_terms
 from llm2clip_plugin.train.model import (
@@ -56,11 +52,10 @@ from llm2clip_plugin.train.model import (
     trained_parameters,
     with_llm_width,
 )
+from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config, use_fastest_attention
-
-FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
 
 
 def main(argv: list[str]) -> int:
@@ -69,12 +64,8 @@ def main(argv: list[str]) -> int:
     config.validate(needs_data=not config.dry_run)
     if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
         print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
-    return plan_or_train(
-        config.dry_run,
-        lambda: tower_plan(config),
-        lambda: train_tower(config, command=started_by("train-tower", argv)),
-        "tower",
-    )
+    train = partial(train_tower, config, command=started_by("train-tower", argv))
+    return plan_or_train(config.dry_run, partial(tower_plan, config), train, "tower")
 
 
 def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> Path:
@@ -91,10 +82,10 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
         with locked(Path(config.output_dir)):
             with phase("checking the data"):
                 on_first_rank(lambda: check_data(config, data))
-            if rank() == 0 and device.type == "cpu" and config.train.precision == "bf16":
-                print("note: no GPU: bf16 is slower than fp32 on most CPUs; add --precision fp32", file=sys.stderr)
             # what its data decides: the order of reading, which a checkpoint records, and embeddings' width
-            window = shuffle_window(config.data.read.shuffle_window, config.data.path)
+            samples_of_shard = mean(shard.size for source in data.sources for shard in source.shards)
+            batch_shards = config.train.global_batch / samples_of_shard
+            window = shuffle_window(config.data.read.shuffle_window, config.data.path, batch_shards)
             read = dataclasses.replace(config.data, read=dataclasses.replace(config.data.read, shuffle_window=window))
             config = dataclasses.replace(config, data=read, dual=with_llm_width(config.dual, data.caches[0].width))
             return _train(config, data, device, stop, command or {})
@@ -109,7 +100,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         load_weights(dual, resumed.weights, where=resumed.path)
     on_first_rank(lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path))
     evaluate = evaluation(dual, data, images, config)
-    before, curve = before_steps(config, run, dual, data, images, resumed, evaluate, device, stop)
+    has_heads = bool(config.heads.steps or config.tower.keep_heads)  # random ones have no scores to compare with
+    curve = fit(run, dual, data, images, stop) if resumed is None and config.heads.steps else []
     # before the engine, which partitions the weights under ZeRO-3
     frozen = frozen_copy(dual) if needs_reference(config.loss) else None
     for model in filter(None, (dual, frozen)):
@@ -137,7 +129,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         step=step,
         batches=iter(make_batches(config, data, images, start.samples)),
         evaluate=evaluate,
-        before=before,
+        before=evaluate if config.train.eval_on_start and has_heads else None,
         heads=curve,
         stop=stop,
         references=references,
@@ -162,58 +154,29 @@ def start_model(config: RunConfig, data: Data) -> tuple[DualEncoder, ImageConfig
     return dual, images
 
 
-def before_steps(
-    config: RunConfig,
-    run: TrainingRun,
-    dual: DualEncoder,
-    data: Data,
-    images: ImageConfig,
-    resumed: Loaded | None,
-    evaluate: Evaluate | None,
-    device: torch.device,
-    stop: StopRequest,
-) -> tuple[Evaluate | None, list[FitLine]]:
-    """The scores that a run is compared with, None if they are not wanted, and the curve of a fit of heads, in place.
-
-    A run that does not fit its heads is scored with heads that are fitted for the scores alone; its own are put back
-    bit for bit.
-    """
-    fit = partial(
-        fit_heads,
-        dual,
-        data.sources,
-        data.caches,
-        images,
-        loss=config.loss,
-        device=device,
-        seed=config.train.seed,
-        bf16=config.train.precision == "bf16",
-        caption_weights=config.data.kind_weights,
-        clip_caches=data.clip_caches,
-        workers=config.train.dataloader_num_workers,
-        logging_steps=config.train.logging_steps,
-        stop=stop,
-    )
-    curve: list[FitLine] = []
-    if resumed is None and config.heads.steps:
-        run.record(run.new_state())
-        loaded()
-        with phase("heads"):
-            curve = fit(config.heads, unfinished=run.folder / UNFINISHED_HEADS)
-    wanted = evaluate if config.train.eval_on_start else None
-    if wanted is None or config.heads.steps or config.tower.keep_heads:
-        return wanted, curve
-    if resumed is not None:
-        return None, curve
-    own = {name: parameter.detach().clone() for name, parameter in head_parameters(dual)}
+def fit(run: TrainingRun, dual: DualEncoder, data: Data, images: ImageConfig, stop: StopRequest) -> list[FitLine]:
+    """Fit the heads on the frozen tower, in place; returns the curve."""
+    config: RunConfig = run.config  # type: ignore[assignment]
+    run.record(run.new_state())
     loaded()
-    with phase("heads of the scores before training"):
-        curve = fit(FITTED_FOR_SCORES)
-        scores = wanted()
-    with torch.no_grad():
-        for name, parameter in head_parameters(dual):
-            parameter.copy_(own[name])
-    return (lambda: scores), curve
+    with phase("heads"):
+        return fit_heads(
+            dual,
+            data.sources,
+            data.caches,
+            images,
+            config.heads,
+            config.loss,
+            device=choose_device(),
+            seed=config.train.seed,
+            bf16=config.train.precision == "bf16",
+            caption_weights=config.data.kind_weights,
+            clip_caches=data.clip_caches,
+            workers=config.train.dataloader_num_workers,
+            logging_steps=config.train.logging_steps,
+            stop=stop,
+            unfinished=run.folder / UNFINISHED_HEADS,
+        )
 
 
 def make_references(
@@ -267,6 +230,7 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
         position=position,
         rank=rank(),
         world=world_size(),
+        nodes=max(1, world_size() // local_world_size()),
         workers=config.train.dataloader_num_workers,
         prefetch_mb=config.train.dataloader_prefetch_mb,
         max_broken=config.train.max_broken,
@@ -279,7 +243,6 @@ def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunCo
     source, cache = data.validation, data.validation_cache
     if source is None or cache is None:
         return None
-
     measure = partial(evaluate_retrieval, dual, source, cache, images, config.evaluation, all_ranks=True, quiet=True)
     return lambda: measure().metrics()
 
@@ -337,12 +300,12 @@ def open_data(config: RunConfig) -> Data:
 
 def check_data(config: RunConfig, data: Data) -> None:
     """Raise ValueError for data on which training or the run's evaluation would fail; warn about what is unusual."""
-    batch, samples, warnings = config.train.global_batch, sum(map(len, data.sources)), []
+    batch, samples = config.train.global_batch, sum(map(len, data.sources))
     if batch > samples:
         problem = f"global_batch {batch} is more than the {samples} samples of {', '.join(config.data.path)}"
         if not config.loss.mask_same_image:
             raise ValueError(f"{problem}: samples would be their own negatives, as loss.mask_same_image is off")
-        warnings.append(f"{problem}: a sample comes several times in a batch")
+        print(f"warning: {problem}: a sample comes several times in a batch", file=sys.stderr)
     small = [f"{source.path} ({len(source)} samples)" for source in data.sources if len(source) < batch]
     if config.data.one_source_per_batch and len(data.sources) > 1 and small:
         raise ValueError(
@@ -350,46 +313,38 @@ def check_data(config: RunConfig, data: Data) -> None:
             "--no-one-source-per-batch"
         )
     check_kinds(data.sources, config.data.kind_weights)
-    if data.validation is not None:
-        check_measurable(data.validation, config.evaluation, option="--evaluation.")
-        opened = zip([data.validation, *data.sources], [data.validation_cache, *data.caches], strict=True)
-        held_out, *trained = (
-            {cache.manifest.shards[shard.name]["rows_sha256"] for shard in source.shards}
-            for source, cache in opened
-            if cache is not None
+    if data.validation is None or data.validation_cache is None:
+        return
+    check_measurable(data.validation, config.evaluation, option="--evaluation.")
+    held_out, *trained = (
+        {cache.manifest.shards[shard.name]["rows_sha256"] for shard in source.shards}
+        for source, cache in zip([data.validation, *data.sources], [data.validation_cache, *data.caches], strict=True)
+    )
+    if held_out & set().union(*trained):
+        print(
+            f"warning: --validation {data.validation.path} has shards of the training data, so its scores say nothing "
+            "about new images; hold some out with `llm2clip data split`",
+            file=sys.stderr,
         )
-        if held_out & set().union(*trained):
-            warnings.append(
-                f"--validation {data.validation.path} has shards of the training data, so its scores say nothing about "
-                "new images; hold some out with `llm2clip data split`"
-            )
-    for line in warnings:
-        print(f"warning: {line}", file=sys.stderr)
 
-
-# The plan of ``--dry-run``.
 
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
 IMAGES = 16  # of the pass that measures activations
 
 
 def tower_plan(config: RunConfig) -> str:
-    """The plan as text.
-
-    Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself.
-    """
+    """The plan as text. Raises what would stop the run itself."""
     _, world = rank_and_world()
     samples, width, assumed = measure_data(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, width))
     dual = shape_dual(config.tower, config.dual)
     check_patch_layers(config.loss, dual.tower.config.num_hidden_layers)
-    heads, gpu_gib, tower = config.heads, config.plan.gpu_gib, dual.tower.config
+    heads, tower = config.heads, dual.tower.config
     _, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
     trained = trained_parameters(dual, config.optim)
-    parameters = plans.describe_parameters(trained, config.optim)
-    memory, auto = step_memory(config, dual), config.train.gradient_checkpointing == "auto"
-    kept = step_memory(without_checkpointing(config), shape_dual(config.tower, config.dual)) if auto else None
-    fits = kept and plans.fits(kept, deepspeed, config.train, world=world, gib=gpu_gib)
+    described = plans.describe_run(config, deepspeed, trained, samples, world)
+    memory = step_memory(config, checkpointing=bool(config.train.gradient_checkpointing))
+    kept = step_memory(config, checkpointing=False) if config.train.gradient_checkpointing == "auto" else None
     lacking = lacks_shared_memory(load_plans(config, tower.image_size, width, world), local_world_size())
     parts = [
         *(f"assumed: {line}" for line in assumed),
@@ -397,11 +352,8 @@ def tower_plan(config: RunConfig) -> str:
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
         f"{config.dual.projection_dim}, LLM embeddings {width} wide",
         *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
-        plans.describe_run(config.train, config.optim, deepspeed, samples=samples, world=world),
-        parameters,
-        *([f"gradient checkpointing (auto): {'off' if fits else 'on'}"] if auto else []),
-        plans.describe_rank(kept if kept and fits else memory, deepspeed, config.train, world=world, gpu_gib=gpu_gib),
-        plans.describe_columns(memory, config.train, gpu_gib, kept=kept),
+        described,
+        plans.describe_memory(memory, config.train, config.plan.gpu_gib, kept=kept),
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
     return "\n".join(parts)
@@ -409,26 +361,21 @@ def tower_plan(config: RunConfig) -> str:
 
 def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
     """Samples, width of the embeddings, and a line for each thing that is missing and assumed."""
+    samples, assumed = config.plan.images, f"{config.plan.images:,} images (--assumed-samples, or DATA)"
     if config.data.path:
-        has_caches = bool(config.data.cache)
-        with suppress(FileNotFoundError):
-            has_caches = has_caches or all(map(find_cache, config.data.sources))
-        if has_caches:
+        try:
             data = open_data(config)
+        except FileNotFoundError:  # no cache yet
+            if config.data.cache:
+                raise
+            samples, assumed = sum(len(open_source(source)) for source in config.data.sources), "an embedding cache"
+        else:
             check_data(config, data)
             return data.samples, data.caches[0].width, []
-        samples, assumed = sum(len(open_source(source)) for source in config.data.sources), "an embedding cache"
-    else:
-        samples, assumed = config.plan.images, f"{config.plan.images:,} images (--assumed-samples, or DATA)"
     if config.dual.llm_width:
         return samples, config.dual.llm_width, [assumed]
     known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
     return samples, ASSUMED_WIDTH, [assumed, f"LLM embeddings of width {ASSUMED_WIDTH} (--dual.llm-width: {known})"]
-
-
-def without_checkpointing(config: RunConfig) -> RunConfig:
-    """The run, with all activations kept."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_checkpointing=False))
 
 
 def recomputes(config: RunConfig, deepspeed: dict[str, Any], device: torch.device) -> bool:
@@ -439,20 +386,21 @@ def recomputes(config: RunConfig, deepspeed: dict[str, Any], device: torch.devic
         holds = torch.cuda.get_device_properties(device).total_memory
     else:
         holds = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()  # this rank's share
-    memory = step_memory(without_checkpointing(config), shape_dual(config.tower, config.dual))
+    memory = step_memory(config, checkpointing=False)
     on = not plans.fits(memory, deepspeed, config.train, world=world_size(), gib=holds / plans.GIB)
     if rank() == 0:
         print(f"gradient checkpointing (auto): {'on' if on else 'off'}, with {holds / plans.GIB:.0f} GiB")
     return on
 
 
-def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
-    """Measured on fake tensors; ``dual``, on the meta device, is left with those."""
-    precision, train, tower = config.train.precision, config.train, dual.tower.config
+def step_memory(config: RunConfig, *, checkpointing: bool) -> StepMemory:
+    """Measured on fake tensors."""
+    dual = shape_dual(config.tower, config.dual)
+    precision, tower = config.train.precision, dual.tower.config
     counts = {flag: sum(p.numel() for p in dual.parameters() if p.requires_grad is flag) for flag in (True, False)}
     tower_parameters = sum(p.numel() for p in dual.tower.parameters())
     dtype, pixels = DTYPES[precision], (3, tower.image_size, tower.image_size)
-    if train.gradient_checkpointing:
+    if checkpointing:
         enable_gradient_checkpointing(dual.tower)
 
     def make_inputs() -> tuple[Tensor, Tensor]:
@@ -472,6 +420,7 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         parameters=sum(counts.values()),
         pair_bytes=activation_bytes(dual.to(dtype), make_inputs, forward) / IMAGES,
         width=config.dual.projection_dim,
+        state_bytes=chosen_optimizer(config.optim).state_bytes,
         pixels=math.prod(pixels),
         averages=bool(config.train.ema_decay) + needs_reference(config.loss),
         frozen_tower_bytes=needs_reference(config.loss) * tower_parameters * dtype.itemsize,

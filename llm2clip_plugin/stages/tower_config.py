@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import llm2clip_plugin
-from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data import cores
 from llm2clip_plugin.data.samples import AugmentConfig, parse_weights
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import from_plain, read_json_value
 from llm2clip_plugin.options import Command, unknown
-from llm2clip_plugin.stages.settings import NEEDS, REPLACES, TEACHERS, PlanConfig, TrainingConfig, flat_essentials
+from llm2clip_plugin.stages.settings import NEEDS, REPLACES, TEACHERS, PlanConfig, TrainingConfig
 from llm2clip_plugin.train.config import (
     DistillConfig,
     HeadsConfig,
@@ -71,9 +70,8 @@ class DataConfig:
     def sources(self) -> list[SourceConfig]:
         """One source for each path."""
         weights = self.weight or (1.0,) * len(self.path)
-        pairs = zip(self.path, weights, strict=True)
         read = {**vars(self.read), "kinds": self.read.kinds or tuple(self.kind_weights)}
-        return [SourceConfig(path=path, weight=weight, **read) for path, weight in pairs]
+        return [SourceConfig(path=path, weight=one, **read) for path, one in zip(self.path, weights, strict=True)]
 
     @property
     def held_out(self) -> SourceConfig | None:
@@ -100,23 +98,17 @@ class RunConfig(TrainingConfig):
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
-    def hash(self) -> str:
-        """SHA-256 over the fields that decide what is learned."""
-        return sha256_text(canonical_json(flat_essentials(dataclasses.asdict(self))))
-
-    @property
     def trains_at_lr(self) -> bool:
         """Whether anything is trained with ``optim.lr``; heads alone are with ``optim.head_lr``, where it is set."""
         return not (self.tower.freeze and self.optim.head_lr)
 
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""
-        missing = [] if self.data.path else ["no training data: add DATA"]
+        missing = ["data: add DATA"] if not self.data.path else []
         if not self.tower.path and not self.tower.from_scratch:
-            made = f" ({self.tower.architecture}, as llm2clip import writes it)" if self.tower.architecture else ""
-            missing.append(f"no tower to train{made}: add --tower with a directory or Hub id")
+            missing.append("tower to train: add --tower with a directory or Hub id")
         if needs_data and missing:
-            raise ValueError(f"{' and '.join(missing)}. For example: {TRAIN_TOWER.example}")
+            raise ValueError(f"no {' and no '.join(missing)}. For example: {TRAIN_TOWER.example}")
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
         from llm2clip_plugin.train.losses.base import check_terms  # torch
@@ -133,11 +125,8 @@ class RunConfig(TrainingConfig):
         return self
 
 
-# Stage 2's named runs, each a function that returns a full configuration; the command line overrides single fields.
-
 DEFAULT = "base"
 EMOJI = Path(llm2clip_plugin.__file__).parent / "data" / "emoji"
-EMOJI_FIELD = "concept"  # of its samples: the same for one emoji in several styles
 PAPER_TRAIN = TrainConfig(  # the paper's
     global_batch=4096,
     num_train_epochs=4.0,
@@ -208,7 +197,8 @@ def quickstart() -> RunConfig:
         ),
         heads=HeadsConfig(steps=100, batch=256, lr=1e-3),
         train=TrainConfig(global_batch=128, max_steps=100, save_minutes=2.0),
-        evaluation=RetrievalConfig(kinds=("short", "long"), languages=("en",), group=EMOJI_FIELD),
+        # concept: the same for one emoji in several styles
+        evaluation=RetrievalConfig(kinds=("short", "long"), languages=("en",), group="concept"),
     )
 
 
@@ -323,21 +313,13 @@ def recipe(name: str) -> RunConfig:
     """
     tower, slash, llm = name.replace("-", "_").partition("/")
     llm = llm.replace("_", "-")
-    if tower not in RECIPES:
-        raise ValueError(unknown("recipe", name, RECIPES, also=", each also as NAME/TEACHER"))
+    if tower not in RECIPES or (slash and llm not in TEACHERS):
+        raise ValueError(unknown("recipe", name, RECIPES, also=f", each also as NAME/TEACHER: {', '.join(TEACHERS)}"))
     config = RECIPES[tower]()
     if not slash:
         return config
-    if llm not in TEACHERS:
-        raise ValueError(unknown(f"teacher in recipe {name!r}:", llm, TEACHERS))
-    return dataclasses.replace(
-        config,
-        output_dir=f"{config.output_dir}-{llm}",
-        dual=dataclasses.replace(config.dual, llm_width=TEACHERS[llm].width),
-    )
-
-
-# The options of ``llm2clip train-tower``.
+    dual = dataclasses.replace(config.dual, llm_width=TEACHERS[llm].width)
+    return dataclasses.replace(config, output_dir=f"{config.output_dir}-{llm}", dual=dual)
 
 
 def starting_point(extras: Mapping[str, str]) -> RunConfig:
@@ -347,8 +329,6 @@ def starting_point(extras: Mapping[str, str]) -> RunConfig:
         raise ValueError(f"--recipe {name} and --config {file} are mutually exclusive; pass one")
     if not file:
         return recipe(name or DEFAULT)
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no configuration at {file}")
     body = read_json_value(file)
     return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=file)
 
@@ -392,9 +372,6 @@ TRAIN_TOWER = Command(
         "optim.lr": "trains_at_lr: with --freeze, which trains the heads alone, at --head-lr",
     },
 )
-
-
-# The options of ``llm2clip export``.
 
 
 @dataclass(frozen=True, kw_only=True)

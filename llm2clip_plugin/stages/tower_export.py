@@ -1,7 +1,4 @@
-"""``llm2clip export``: a training run as a tower directory, or a tower directory in another format.
-
-A tower directory is exported with LLaVA's environment alone; a run needs the training environment.
-"""
+"""``llm2clip export``: a training run as a tower directory, or a tower directory in another format."""
 
 import re
 from pathlib import Path
@@ -10,7 +7,7 @@ from typing import Any
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.files import CHECKPOINTS, ContractError, from_plain
 from llm2clip_plugin.stages.tower_config import DEFAULT, EXPORT, RunConfig
-from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256
+from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
 from llm2clip_plugin.vision.convert.importing import convert
@@ -21,40 +18,30 @@ TOWER, TOWER_EMA = "tower", "tower-ema"  # folders in a run's
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip export SOURCE --output DIR [--format clip|openclip|onnx] [--push OWNER/NAME]``."""
+    """``llm2clip export SOURCE --output DIR [--format clip|onnx] [--push OWNER/NAME]``."""
     options = EXPORT.parse(argv)
     check_repository(options.push)
-    is_run = (Path(options.source) / RunRecord.FILE).is_file()
+    source, output, replace, adapter = Path(options.source), Path(options.output), options.overwrite, None
+    is_run = (source / RunRecord.FILE).is_file()
     if options.format != "tower":
-        if options.push:
-            raise ValueError(f"--push uploads a tower directory; leave out --format {options.format}, or --push")
-        if is_run:
-            done = Path(options.source) / "tower"
-            raise ValueError(f"--format {options.format} converts a tower directory, not a run; convert {done}")
-        written = convert(options.source, options.output, options.format, replace=options.overwrite)
-        print(f"{written}: verified by reloading")
+        if is_run or options.push:
+            raise ValueError(
+                f"--format {options.format} converts a tower directory, a run's is RUN/tower; leave out --push"
+            )
+        print(f"{convert(options.source, output, options.format, replace=replace)}: verified by reloading")
         return 0
     if is_run:
-        export_run(
-            Path(options.source),
-            Path(options.output),
-            checkpoint=options.checkpoint,
-            averaged=options.ema,
-            with_adapter=options.with_adapter,
-            replace=options.overwrite,
-        )
-        card = TowerCard.read(Path(options.output) / TowerCard.FILE)
+        export_run(source, output, options.checkpoint, options.ema, with_adapter=options.with_adapter, replace=replace)
     elif options.ema or options.checkpoint:
-        raise ValueError(f"--ema and --checkpoint require a training run, but {options.source} has no {RunRecord.FILE}")
+        raise ValueError(f"--ema and --checkpoint require a training run, but {source} has no {RunRecord.FILE}")
     else:
-        adapter = None
         if options.with_adapter:
             directory = fetch_directory(options.source)
             adapter = teacher_adapter(located(TowerCard.read(directory / TowerCard.FILE), directory).teacher)
-        card = reexport(options.source, options.output, adapter=adapter, replace=options.overwrite)
-    print(summary(options.output, card))
+        reexport(options.source, output, adapter=adapter, replace=replace)
+    print(summary(output, TowerCard.read(output / TowerCard.FILE)))
     if options.push:
-        print(push_to_hub(options.output, options.push, private=not options.public))
+        print(push_to_hub(output, options.push, private=not options.public))
     return 0
 
 
@@ -65,7 +52,7 @@ def teacher_adapter(teacher: dict[str, Any]) -> Path:
     """
     if not teacher.get("adapter_sha256"):
         raise ValueError(f"--with-adapter: the teacher {teacher.get('llm', '')!r} has no adapter; leave the option out")
-    folder = adapter_folder(str(teacher.get("adapter", "")))
+    folder = fetch_directory(str(teacher.get("adapter", "")))
     if (actual := adapter_sha256(folder)) != teacher["adapter_sha256"]:
         raise ContractError(
             f"--with-adapter: {folder} has SHA-256 {actual[:12]}, but the tower was trained with "
@@ -75,15 +62,9 @@ def teacher_adapter(teacher: dict[str, Any]) -> Path:
 
 
 def export_run(
-    run: Path,
-    output: Path,
-    *,
-    checkpoint: str = "",
-    averaged: bool = False,
-    with_adapter: bool = False,
-    replace: bool = False,
+    run: Path, output: Path, checkpoint: str, averaged: bool, *, with_adapter: bool = False, replace: bool
 ) -> None:
-    """Write a run's checkpoint (the newest, unless ``checkpoint`` is the name or path of one) as a tower directory."""
+    """Write a run's checkpoint ("": the newest, or the name or path of one), or its average, as a tower directory."""
     record = RunRecord.read(run / RunRecord.FILE)
     adapter = teacher_adapter(record.teacher) if with_adapter else None
     config = from_plain(RunConfig, record.config, where=str(run / RunRecord.FILE))
@@ -127,6 +108,6 @@ def export_towers(config: RunConfig, step: int) -> None:
     """Export a run's checkpoint of the last step, and its moving average if there is one."""
     folder = Path(config.output_dir)
     last = Checkpoints(folder, keep=0).path(step).name  # by its name: no fallback to an older one
-    export_run(folder, folder / TOWER, checkpoint=last, replace=True)
+    export_run(folder, folder / TOWER, last, False, replace=True)
     if config.train.ema_decay:
-        export_run(folder, folder / TOWER_EMA, checkpoint=last, averaged=True, replace=True)
+        export_run(folder, folder / TOWER_EMA, last, True, replace=True)

@@ -20,10 +20,11 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     sha256_weights,
 )
-from llm2clip_plugin.files import ContractError, can_only_be_a_path, errors_about, hub_snapshot, read_json_value
+from llm2clip_plugin.files import errors_about
 from llm2clip_plugin.text.config import ALL_LINEAR, LoraSettings
+from llm2clip_plugin.vision.directory import fetch_directory, read_json
 
-SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+TOKENIZER_FILES = ("*.model", "*.txt", "*.jinja")
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -44,27 +45,10 @@ def local_folder(llm: str, revision: str = "") -> Path:
     """
     if not llm:
         raise ValueError("no LLM given; set --llm PATH_OR_HUB_ID")
-    if Path(llm).is_dir():
-        if not (Path(llm) / "config.json").is_file():
-            raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")
-        return Path(llm)
-    folder = _snapshot("LLM", llm, revision, SNAPSHOT_PATTERNS)
-    return folder if any(folder.glob("*.safetensors")) else _snapshot("LLM", llm, revision, ["*.bin"])
-
-
-def adapter_folder(adapter: str) -> Path:
-    """The folder of a PEFT adapter, as ``local_folder``."""
-    if Path(adapter).is_dir() or can_only_be_a_path(adapter) or "/" not in adapter:
-        return Path(adapter)
-    return _snapshot("adapter", adapter, "", SNAPSHOT_PATTERNS)
-
-
-def _snapshot(kind: str, name: str, revision: str, patterns: list[str]) -> Path:
-    try:
-        return hub_snapshot(name, revision=revision or None, patterns=patterns)
-    except (OSError, ValueError) as error:  # ValueError: the name is no id of the Hub
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{kind} {name!r}: no local folder, and the Hub does not give it: {reason}") from error
+    folder = fetch_directory(llm, revision=revision or None, also=TOKENIZER_FILES)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")
+    return folder
 
 
 def weights_sha256(folder: Path) -> str:
@@ -80,9 +64,7 @@ def adapter_sha256(folder: Path) -> str:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a PEFT adapter: {name} is missing; pass its folder or Hub id")
-    settings = read_json_value(folder / ADAPTER_CONFIG)
-    if not isinstance(settings, dict):
-        raise ContractError(f"{folder / ADAPTER_CONFIG} contains no object; copy the adapter again")
+    settings = read_json(folder / ADAPTER_CONFIG)
     relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
     if isinstance(relevant["target_modules"], list):
         relevant["target_modules"] = sorted(map(str, relevant["target_modules"]))  # PEFT writes a set in random order

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.data.sources import ReadConfig
-from llm2clip_plugin.files import ContractError, read_json_value
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.options import Command, unknown
 
 ALL_LINEAR = "all-linear"
@@ -146,6 +146,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # LLM2Vec's adapters and checkpoints of base models
     "llm2vec": {"attention": "bidirectional", "pooling": "mean", "include_bos": False},
+    # most LLMs that were trained to embed text, such as Qwen3-Embedding and E5-Mistral; --query-prompt is their own
+    "last-token": {"attention": "causal", "pooling": "last"},
 }
 
 
@@ -154,7 +156,7 @@ class EncoderConfig:
     """An LLM as caption encoder. The card of the adapter or of the LLM's folder, if there is one, takes precedence."""
 
     llm: str = ""  # path or Hub id of a decoder LLM
-    preset: str = ""  # settings of known checkpoints without a card: llm2clip-llama3, llm2vec; "" for none
+    preset: str = ""  # settings of checkpoints without a card: llm2clip-llama3, llm2vec, last-token; "" for none
     revision: str = ""  # commit, tag or branch on the Hub; "" for the default
     adapter: str = ""  # folder of a PEFT adapter; "" for none
     attention: str = "bidirectional"  # bidirectional | causal
@@ -195,8 +197,10 @@ def find_card(folder: str) -> EncoderCard | None:
 def effective(
     config: EncoderConfig, folder: Path, adapter: Path | None = None
 ) -> tuple[EncoderConfig, EncoderCard | None]:
-    """The configuration with what its preset, the card of the adapter or LLM, or sentence-transformers' files say, and
-    the card. Raises ContractError for a setting that contradicts them."""
+    """The configuration with what its preset and the card of the adapter or LLM say, and the card.
+
+    Raises ContractError for a setting that contradicts them.
+    """
     card = find_card(str(adapter or folder))
     if config.preset:
         settled = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
@@ -204,8 +208,6 @@ def effective(
     if card is not None:
         settings = {name: vars(card)[name] for name in CARD_SETTINGS}
         config = apply_settings(config, settings, f"{config.adapter or config.llm} was trained with")
-    elif is_sentence_transformers(folder):
-        config = apply_sentence_transformers(config, folder)
     return config, card
 
 
@@ -240,48 +242,3 @@ EXPORT_LLM = Command(
     settings=ExportConfig,
     everyday="llm adapter preset output overwrite",
 )
-
-
-# sentence-transformers directories: their pooling and prompts read as encoder settings.
-
-MODULES = "modules.json"
-KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # Normalize changes no direction
-# their pooling: the flag pooling_mode_NAME, or in newer files the value of pooling_mode -> ours
-POOLING_MODES = {"mean_tokens": "mean", "mean": "mean", "lasttoken": "last"}
-
-
-def is_sentence_transformers(folder: Path) -> bool:
-    """Whether the folder is a sentence-transformers model."""
-    return (folder / MODULES).is_file()
-
-
-def apply_sentence_transformers(config: EncoderConfig, folder: Path) -> EncoderConfig:
-    """With the pooling, prompts, length and attention of the folder's files. ContractError for those that we lack."""
-
-    def read(name: str) -> Any:
-        return read_json_value(folder / name) if (folder / name).is_file() else {}
-
-    modules = read(MODULES)
-    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    if "Pooling" not in kinds or set(kinds) - set(KNOWN_MODULES):
-        raise ContractError(f"{folder} has the modules {kinds}; supported: {', '.join(KNOWN_MODULES)}")
-    pooling = read(f"{modules[kinds.index('Pooling')]['path']}/config.json")
-    prefix = "pooling_mode_"
-    names = {name.removeprefix(prefix) for name, on in pooling.items() if name.startswith(prefix) and on}
-    modes = {POOLING_MODES.get(name) for name in names | {pooling.get("pooling_mode")} - {None}}
-    if len(modes) != 1 or None in modes:
-        raise ContractError(f"{folder} has unsupported pooling {pooling}; supported: mean, last token")
-    model = read("config.json")
-    # decoders are causal unless their configuration has is_causal false; encoders never are
-    decoder = any("ForCausalLM" in name for name in model.get("architectures") or []) or "num_key_value_heads" in model
-    prompts = read("config_sentence_transformers.json").get("prompts", {})
-    settings: dict[str, Any] = {
-        "pooling": modes.pop(),
-        "attention": "causal" if model.get("is_causal", decoder) else "bidirectional",
-        "prompt": prompts.get("document") or prompts.get("passage") or "",
-        "query_prompt": prompts.get("query") or "",
-        "include_bos": pooling.get("include_prompt", True) or not any(prompts.values()),
-    }
-    length = read("sentence_bert_config.json").get("max_seq_length")
-    settings |= {"max_tokens": length} if isinstance(length, int) else {}
-    return apply_settings(config, settings, f"the files of {folder.name} specify")

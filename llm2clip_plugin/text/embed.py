@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import CacheManifest
@@ -91,7 +90,7 @@ def embed_source(
     """
     writer = caches.CacheWriter(directory, encoder.identity(), dtype)
     summary, memory = EmbedSummary(), dict[str, torch.Tensor]()
-    shards, digests = shards_of_rank(source.shards, rank, world), {}
+    shards, digests = shards_of_rank(source.shards, rank, world), dict[str, str]()
     started = time.monotonic()
     total = sum(shard.size for shard in shards)
     with (
@@ -99,65 +98,65 @@ def embed_source(
         ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read") as reader,
     ):
         known = {name: fits[0] for name, fits in source.known_digests().items()}
-        read = partial(_read_shard, source, writer, known, overwrite)
+        read = partial(_read_shard, source, writer, known, digests, overwrite)
         # the next shard is read while this one is embedded
         for shard, content in zip(shards, map_in_order(reader, read, shards, ahead=2), strict=True):
-            start = int(bar.n)
-            if content.digest:
-                digests[shard.name] = content.digest
-            summary.empty += content.empty
-            if content.complete:
+            start, size = int(bar.n), shard.size
+
+            def move(done: int, total: int, start: int = start, size: int = size) -> None:
+                bar.update(start + size * done // total - bar.n)
+
+            if content is None:
                 summary.skipped += 1
             else:
+                keys, rows, texts, empty = content
                 before = encoder.count_truncated
-                on_batch = partial(_move_bar, bar, start, shard.size)
-                texts = [content.text_of[value] for _, value in content.rows]
-                embeddings = _embed(encoder, texts, memory, tokens_per_batch=tokens_per_batch, on_batch=on_batch)
+                embeddings = _embed(encoder, texts, memory, tokens_per_batch=tokens_per_batch, on_batch=move)
                 truncated = encoder.count_truncated - before
-                writer.write_shard(shard.name, content.keys, content.rows, embeddings, truncated=truncated)
+                writer.write_shard(shard.name, keys, rows, embeddings, truncated=truncated)
                 summary.shards += 1
-                summary.captions += len(content.rows)
+                summary.captions += len(rows)
                 summary.truncated += truncated
+                summary.empty += empty
                 summary.seconds = time.monotonic() - started
-            bar.update(start + shard.size - bar.n)
+            move(1, 1)
     if digests:
         with source.lock(f"record the digests of {source.path}"):
             source.record_digests({name: (digest, digest) for name, digest in digests.items()})
     return writer.finish([shard.name for shard in source.shards]), summary
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ShardContent:
+class _ShardContent(NamedTuple):
     """What is to be embedded of a shard."""
 
-    complete: bool  # the cache has it
-    digest: str = ""  # of keys and captions; "" if they were not read
-    keys: Sequence[str] = ()
-    rows: Sequence[tuple[int, int]] = ()  # (sample, caption hash)
-    text_of: Mapping[int, str] = field(default_factory=dict)  # caption hash -> caption
-    empty: Sequence[str] = ()  # keys of samples without a readable caption
+    keys: Sequence[str]
+    rows: Sequence[tuple[int, int]]  # (sample, caption hash)
+    texts: Sequence[str]  # of the rows
+    empty: Sequence[str]  # keys of samples without a readable caption
 
 
 def _read_shard(
-    source: Source, writer: caches.CacheWriter, known: Mapping[str, str], overwrite: bool, shard: Shard
-) -> _ShardContent:
-    """Compare a shard with its file in the cache, and read what is to be embedded; ``known``: recorded digests."""
+    source: Source,
+    writer: caches.CacheWriter,
+    known: Mapping[str, str],
+    found: dict[str, str],
+    overwrite: bool,
+    shard: Shard,
+) -> _ShardContent | None:
+    """Compare a shard with its file in the cache: None if that is complete. ``known``: recorded digests; ``found`` gets
+    that of the shard if its captions had to be read."""
     if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
-        return _ShardContent(complete=True)
+        return None
     keys, captions = caches.shard_captions(source, shard)
     rows = caches.caption_rows(captions)
-    digest = caches.rows_digest(keys, rows)
-    complete = digest != known.get(shard.name) and writer.is_complete(shard.name, digest)
-    if not complete and not overwrite:
+    found[shard.name] = digest = caches.rows_digest(keys, rows)
+    if digest != known.get(shard.name) and writer.is_complete(shard.name, digest):
+        return None
+    if not overwrite:
         writer.refuse_loss(shard.name, rows, f"{source.path} with the fields {', '.join(source.config.fields)}")
-    return _ShardContent(
-        complete=complete,
-        digest=digest,
-        keys=keys,
-        rows=rows,
-        text_of={caption_hash(caption.text): caption.text for sample in captions for caption in sample},
-        empty=[key for key, texts in zip(keys, captions, strict=True) if not any(map(caches.has_text, texts))],
-    )
+    text_of = {caption_hash(caption.text): caption.text for sample in captions for caption in sample}
+    empty = [key for key, texts in zip(keys, captions, strict=True) if not any(map(caches.has_text, texts))]
+    return _ShardContent(keys, rows, [text_of[value] for _, value in rows], empty)
 
 
 def _embed(encoder: TextEncoder, texts: Sequence[str], memory: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
@@ -168,11 +167,6 @@ def _embed(encoder: TextEncoder, texts: Sequence[str], memory: dict[str, torch.T
     room = MEMORY_BYTES // (4 * encoder.width) - len(memory)
     memory |= {text: row_of[text].clone() for text in new[: max(0, room)]}
     return torch.stack(rows) if rows else torch.empty(0, encoder.width)
-
-
-def _move_bar(bar: tqdm, start: int, size: int, done: int, total: int) -> None:
-    """Show ``done`` of ``total`` captions of a shard that has ``size`` samples and begins at sample ``start``."""
-    bar.update(start + size * done // total - bar.n)
 
 
 def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:

@@ -30,6 +30,7 @@ from llm2clip_plugin.text.config import (
     effective,
 )
 from llm2clip_plugin.train.distributed import choose_device
+from llm2clip_plugin.vision.directory import fetch_directory
 
 # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
 CPU_TOKENS = 1024
@@ -74,10 +75,9 @@ class TextEncoder(ABC):
     ) -> Tensor:
         """(N, W) float32 on the CPU: the embeddings of ``captions``, in their order.
 
-        tokens_per_batch: tokens of a batch, padding included; 0 for the device's default.
-        query: prepend the query prompt instead of the prompt.
+        tokens_per_batch: padding included; 0 for the device's default. query: the query prompt for the prompt.
         on_batch: called after each batch with the captions done so far and in all, equal ones counted once.
-        Captions are sorted by length, and equal ones are embedded once. Raises ValueError for a blank caption.
+        Equal captions are embedded once. Raises ValueError for a blank caption.
         """
         distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
         embeddings_UW = torch.empty(len(distinct), self.width)
@@ -105,7 +105,7 @@ class CaptionEncoder(TextEncoder):
     ) -> None:
         super().__init__(config, device)
         self.folder = adapters.local_folder(config.llm, config.revision)
-        adapter = adapters.adapter_folder(config.adapter) if config.adapter else None
+        adapter = fetch_directory(config.adapter) if config.adapter else None
         self._adapter_sha256 = adapters.adapter_sha256(adapter) if adapter else ""
         config, card = effective(config, self.folder, adapter)
         self._weights_sha256 = adapters.weights_sha256(self.folder)
@@ -125,12 +125,10 @@ class CaptionEncoder(TextEncoder):
         wrapped = self._with_adapter(llm, adapter, trainable_adapter)
         self.post: Post | None = None
         self._post_sha256, own = "", "" if card is None else card.post_sha256
-        if own and config.post_file:
-            raise ContractError(f"{config.adapter or config.llm} has post-processing of its own; omit post_file")
         if own or config.post_file:
             path = Path(config.post_file or (adapter or self.folder) / POST_FILE)
             self.post, self._post_sha256 = open_post(path, self.width, own)
-        self.model = llms.CaptionModel(wrapped, config.pooling, decoder=llms.is_decoder(llm)).eval()
+        self.model = llms.CaptionModel(wrapped, config.pooling).eval()
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
         """The LLM with its adapter: merged in float32, if frozen.
@@ -164,7 +162,8 @@ class CaptionEncoder(TextEncoder):
             pool_mask[index, len(frame.head) : stop] = True
             if frame.has_bos and self.config.include_bos:
                 pool_mask[index, 0] = True
-        return llms.TokenBatch(input_ids, attention_mask, position_ids, pool_mask).to(self.device)
+        tensors = input_ids, attention_mask, position_ids, pool_mask
+        return llms.TokenBatch(*(tensor.to(self.device) for tensor in tensors))
 
     def identity(self) -> TeacherIdentity:
         # token ids, so that a re-saved tokenizer keeps its identity
@@ -229,9 +228,7 @@ def open_post(path: Path, width: int, sha256: str = "") -> tuple[Post, str]:
 
     Raises FileNotFoundError, or ContractError for another width or another hash than ``sha256``.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no post-processing at {path}; `llm2clip evaluate captions --search` writes one")
-    with errors_about(path, fix="write it again"):
+    with errors_about(path, fix="write it again"):  # `llm2clip evaluate captions --search` does
         post = Post(**load_file(path))
     if len(post.mean) != width:
         raise ContractError(f"{path} is for embeddings of width {len(post.mean)}, but the LLM's have {width}")
@@ -273,7 +270,6 @@ TOLERANCE = 1e-4  # of an embedding's norm: the same float32 weights, summed in 
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip export-llm --llm PATH_OR_HUB_ID --adapter DIR --output DIR``."""
     print(f"wrote {export_llm(EXPORT_LLM.parse(argv))}; verified by reloading")
     return 0
 
@@ -303,7 +299,7 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
     if config.adapter:  # it may cover only the blocks up to the pooled layer
         blocks, norm, depth = model.get_submodule("layers"), model.get_submodule("norm"), model.config.num_hidden_layers
         llms.keep_layers(model, config.layer)
-        model = adapters.merge(adapters.attach_adapter(model, adapters.adapter_folder(config.adapter)))
+        model = adapters.merge(adapters.attach_adapter(model, fetch_directory(config.adapter)))
         lower = list(model.get_submodule("layers"))  # type: ignore[call-overload]
         model.set_submodule("layers", torch.nn.ModuleList([*lower, *list(blocks)[len(lower) :]]))  # type: ignore[call-overload]
         model.set_submodule("norm", norm)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, P
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import check_hub_answers, errors_about
 from llm2clip_plugin.text.adapter import add_lora
-from llm2clip_plugin.text.config import CAPTION, EncoderConfig, LoraSettings, is_sentence_transformers
+from llm2clip_plugin.text.config import CAPTION, EncoderConfig, LoraSettings
 from llm2clip_plugin.train.model import DTYPES
 
 PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # its token ids identify a tokenizer
@@ -44,10 +44,6 @@ class TokenBatch:
     attention_mask: Tensor  # (B, T) int64, 1 on tokens
     position_ids: Tensor  # (B, T) int64, from 0 at each caption's first token
     pool_mask: Tensor  # (B, T) bool, True on tokens that are pooled
-
-    def to(self, device: torch.device) -> TokenBatch:
-        """The batch on ``device``."""
-        return TokenBatch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def literal_template(tokenizer, chat_template: str) -> str:
@@ -114,7 +110,7 @@ def tokenize(
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
     """Batches of indices, longest rows first, each of at most ``tokens_per_batch`` tokens, padding included.
 
-    Longest first: a lack of memory shows at once, and the estimate of the time left is not too low.
+    Then a lack of memory shows at once, and the estimate of the time left is not too low.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     start = 0
@@ -131,23 +127,19 @@ WORKING = "Llama, Qwen 2 and 3, Mistral, Gemma 1 to 3, Phi-3, OLMo, StableLM, Ne
 
 
 class CaptionModel(nn.Module):
-    """An LLM without its language head, and pooling; differentiable, shared by training and embedding.
+    """An LLM without its language head, and pooling; differentiable, shared by training and embedding."""
 
-    ``decoder``: False for a sentence-transformers encoder, which numbers positions itself, from the first column.
-    """
-
-    def __init__(self, llm: nn.Module, pooling: str, *, decoder: bool = True) -> None:
+    def __init__(self, llm: nn.Module, pooling: str) -> None:
         super().__init__()
         self.llm = llm
         self.pooling = pooling
-        self.decoder = decoder
         self.autocast: torch.dtype | None = None  # of products in the LLM, see text.adapter.autocast_adapter
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """(B, W) float32 embeddings, not normalized."""
-        options = {"position_ids": batch.position_ids, "use_cache": False} if self.decoder else {}
+        inputs = {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "position_ids")}
         with torch.autocast(batch.input_ids.device.type, self.autocast, enabled=self.autocast is not None):
-            outputs = self.llm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
+            outputs = self.llm(**inputs, use_cache=False)
         return pool(outputs.last_hidden_state, batch.pool_mask, self.pooling)
 
 
@@ -171,10 +163,7 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     with errors_about(folder / "config.json", fix="download or copy the LLM again"):
         settings = AutoConfig.from_pretrained(folder)
     if getattr(settings, "quantization_config", None):
-        raise ValueError(
-            f"{folder} is saved quantized, expected the original weights; take the model that it was made from, with "
-            "--load-in-4bit if memory is short"
-        )
+        raise ValueError(f"{folder} is saved quantized, take the original model, perhaps with --load-in-4bit")
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
     set_attention(settings, config.attention)
@@ -194,15 +183,9 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     for module in model.modules() if config.load_in_4bit else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' kernel for widths that are multiples of 32
             module.support_avx512bf16_for_cpu = False
-    if is_decoder(model):
-        keep_layers(model, config.layer)
-        set_kernels(model, config.attention)
-        check_attention(model, config.attention, where=str(folder))
-    elif not is_sentence_transformers(folder) or config.layer != -1 or config.adapter:
-        raise ValueError(
-            f"{folder} is a {type(model).__name__}; expected a decoder LLM ({WORKING}), or a sentence-transformers "
-            "folder, with layer -1 and no adapter"
-        )
+    keep_layers(model, config.layer)
+    set_kernels(model, config.attention)
+    check_attention(model, config.attention, where=str(folder))
     return model
 
 
@@ -211,20 +194,18 @@ def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
     with quiet_transformers():  # it warns about a language head, which is left out on purpose
         model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
     if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-        raise ValueError(
-            f"{folder} is not a complete {type(model).__name__}: {len(names)} weights are missing or misshapen: "
-            f"{', '.join(names[:5])}"
-        )
+        listed = ", ".join(names[:5])
+        raise ValueError(f"{folder} is not a complete {type(model).__name__}: {len(names)} weights missing: {listed}")
     return model
 
 
-def is_decoder(model: nn.Module) -> bool:
-    """Whether a model has the parts of a Hugging Face decoder."""
-    return {"layers", "embed_tokens", "norm"} <= {name for name, _ in model.named_children()}
-
-
 def keep_layers(model: PreTrainedModel, layer: int) -> None:
-    """Drop the blocks above hidden state ``layer``, and the final norm below the last. ValueError for another."""
+    """Drop the blocks above hidden state ``layer``, and the final norm below the last.
+
+    Raises ValueError for another state, and for a model without the parts of a Hugging Face decoder.
+    """
+    if not {"layers", "embed_tokens", "norm"} <= {name for name, _ in model.named_children()}:
+        raise ValueError(f"{model.name_or_path} is a {type(model).__name__}; expected a decoder LLM ({WORKING})")
     blocks = model.get_submodule("layers")
     assert isinstance(blocks, nn.ModuleList)
     depth = len(blocks)
@@ -238,19 +219,12 @@ def keep_layers(model: PreTrainedModel, layer: int) -> None:
 
 
 def refuse_length_dependent_rope(text_config, max_tokens: int) -> None:
-    """Raise ValueError if rotary embeddings change with the batch's longest sequence within ``max_tokens``.
-
-    An embedding would then depend on the other captions of its batch.
-    """
+    """Raise ValueError if rotary embeddings change with the batch's longest sequence within ``max_tokens``."""
     scaling = vars(text_config).get("rope_parameters") or {}
     for rope in (scaling, *(value for value in scaling.values() if isinstance(value, dict))):
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            limit = rope.get("original_max_position_embeddings") or text_config.max_position_embeddings
-            if max_tokens > limit:
-                raise ValueError(
-                    f"max_tokens is {max_tokens}, but beyond {limit} tokens this model's {rope['rope_type']} RoPE "
-                    f"depends on the batch; set max_tokens to {limit} or less"
-                )
+        limit = rope.get("original_max_position_embeddings") or text_config.max_position_embeddings
+        if (kind := rope.get("rope_type")) in ("longrope", "dynamic") and max_tokens > limit:
+            raise ValueError(f"max_tokens is {max_tokens}, but beyond {limit} tokens {kind} RoPE depends on the batch")
 
 
 def set_attention(settings: PretrainedConfig, attention: str) -> None:
@@ -274,17 +248,15 @@ def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> No
     difference_BT = (plain_BTH - padded_BTH).norm(dim=-1) / plain_BTH.norm(dim=-1)
     typical, allowed = float(difference_BT.median()), 1e-3 if model.dtype == torch.float32 else 0.1
     if not bool(padded_BTH.isfinite().all()):
-        problem = f"states are not finite in {model.dtype}: its weights are damaged, or too large for float16"
-        fix = "copy the LLM again, or set --compute-dtype bfloat16"
+        problem = f"states are not finite in {model.dtype}; copy the LLM again, or set --compute-dtype bfloat16"
     elif attention == "bidirectional" and (causal := causal_blocks(model, ids_BT)):
-        problem = f"blocks {', '.join(map(str, causal))} cannot attend to later tokens"
-        fix = f"set --attention causal, or use an LLM with attention in all blocks ({WORKING})"
+        numbers = ", ".join(map(str, causal))
+        problem = f"blocks {numbers} cannot attend to later tokens; set --attention causal, or use {WORKING}"
     elif typical > allowed:
-        problem = f"states change by {typical:.2g} of their norm if the batch has padding, expected {allowed} at most"
-        fix = f"use another LLM ({WORKING})"
+        problem = f"states change by {typical:.2g} of their norm if the batch has padding; use {WORKING}"
     else:
         return
-    raise ValueError(f"{where} is a {type(model).__name__}, whose {problem}; {fix}")
+    raise ValueError(f"{where} is a {type(model).__name__}, whose {problem}")
 
 
 @torch.no_grad()
@@ -404,8 +376,6 @@ def shape_llm(
     with torch.device("meta"):
         llm = AutoModel.from_config(settings, dtype=dtype)
         llm = llm if text is settings else llm.language_model
-        if not is_decoder(llm):
-            raise ValueError(f"{config.llm} is a {type(llm).__name__}; expected a decoder LLM ({WORKING})")
         keep_layers(llm, config.layer)
         set_kernels(llm, config.attention)
         blocks = llm.get_submodule("layers")

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,9 @@ class CaptionPairs:
     """Two captions of one image."""
 
     def __init__(self, source: Source, config: PairsConfig) -> None:
-        self.path, self.kinds = source.path, config.kinds
+        self.source, self.config, self.path = source, config, source.path
         self.sizes = [shard.size for shard in source.shards]  # samples of each shard
-        self.source, self.config = source, config
-        self.drawn_items, self.instruction_of = config.drawn_items, config.instruction_of
+        self.kinds, self.drawn_items, self.instruction_of = config.kinds, config.drawn_items, config.instruction_of
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -83,8 +83,6 @@ class CaptionPairs:
 
     def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
         """Adds a caption of the positive's kind, of a random image of another key and group; ValueError without one."""
-        if not self.config.random_negatives:
-            return pair
         for _ in range(NEGATIVES_TRIED):
             other = self.pair(rng.randrange(len(self)), kind, rng)
             if other is None or other.key == pair.key or (pair.group and other.group == pair.group):
@@ -142,12 +140,7 @@ class TextPairs:
         return len(self.rows)
 
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair:
-        """A row; every row has a pair."""
         return self.read(number)
-
-    def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
-        """The pair; its negative is in the file."""
-        return pair
 
 
 PairSource = CaptionPairs | TextPairs
@@ -170,12 +163,8 @@ def open_pairs(config: PairsConfig) -> list[PairSource]:
 def _has_queries(path: str) -> bool:
     """Whether the first row of a JSON Lines file is a text pair; what is wrong with a file, JsonlSource says."""
     with open(path, encoding="utf-8", errors="replace") as file:
-        first = next((line for line in file if line.strip()), "{}")
-    try:
-        row = json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(row, dict) and "query" in row
+        first = next((line for line in file if line.strip()), "")
+    return re.search(r'"query"\s*:', first) is not None
 
 
 @dataclass(frozen=True)
@@ -211,26 +200,13 @@ def survey(source: PairSource) -> Survey:
 class PairBatches:
     """``batch(position)`` gives this rank's rows of the global batch that starts there."""
 
-    def __init__(
-        self,
-        sources: Sequence[PairSource],
-        weights: Sequence[float],
-        *,
-        seed: int,
-        global_batch: int,
-        rank: int,
-        world: int,
-        mix_kinds: bool = False,
-    ) -> None:
-        """weights: how often a sample of each source is drawn, () for all equal; mix_kinds: a kind for each pair."""
-        self.sources = list(sources)
-        self.seed = seed
-        self.global_batch = global_batch
-        self.rank, self.world = rank, world
-        self.mix_kinds = mix_kinds
-        sizes = [source.sizes for source in sources]
-        self.mixture = Mixture(sizes, weights or [1.0] * len(sources), hash_words("pairs", seed, 0), batch=global_batch)
-        small = [f"{source.path} ({len(source)})" for source in sources if len(source) < global_batch]
+    def __init__(self, config: PairsConfig, *, seed: int, global_batch: int, rank: int, world: int) -> None:
+        """Raises as ``open_pairs``; ValueError for a source that is smaller than a batch."""
+        self.sources, self.mix_kinds = open_pairs(config), config.mix_kinds
+        self.seed, self.global_batch, self.rank, self.world = seed, global_batch, rank, world
+        sizes, weights = [source.sizes for source in self.sources], config.weights or [1.0] * len(self.sources)
+        self.mixture = Mixture(sizes, weights, hash_words("pairs", seed, 0), batch=global_batch)
+        small = [f"{source.path} ({len(source)})" for source in self.sources if len(source) < global_batch]
         if small:
             raise ValueError(f"global_batch {global_batch} is larger than {', '.join(small)}; a batch has one source")
 
@@ -263,8 +239,10 @@ class PairBatches:
             chosen = (draw.index + offset) % len(source)
             rng = sample_rng(self.seed, draw.epoch, draw.source, chosen)
             pair = source.pair(chosen, kind, rng)
-            if pair is not None:
+            if pair is not None and isinstance(source, CaptionPairs) and source.config.random_negatives:
                 return source.with_negative(pair, kind, rng)
+            if pair is not None:
+                return pair
         raise ValueError(f"{source.path}: no pair {kind} in {SUBSTITUTES} samples from number {draw.index} on")
 
 

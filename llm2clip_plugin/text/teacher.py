@@ -17,33 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
 
 from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard, files_sha256, sha256_text
 from llm2clip_plugin.data.cache import differences
-from llm2clip_plugin.files import ContractError, errors_about
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.options import command
 from llm2clip_plugin.text.adapter import local_folder
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
 from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole
-from llm2clip_plugin.vision.convert.layouts import depth, lift_model_cfg, require
-from llm2clip_plugin.vision.convert.layouts.open_clip import CLIP_NAMES
-from llm2clip_plugin.vision.directory import is_local, read_json, read_tensors, section, weight_files
+from llm2clip_plugin.vision.directory import is_local, read_json, weight_files
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual
-from llm2clip_plugin.vision.families import families
+from llm2clip_plugin.vision.families import families, family_of_type
 
 MAY_DIFFER = ("llm", "revision", "max_tokens", "compute_dtype")  # settings of EncoderConfig that apply to a CLIP
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-# settings of OpenCLIP's text_cfg that make it another tower, and the values with which it is CLIP's own
-PLAIN = dict(pool_type="argmax", no_causal_mask=False, embed_cls=False, hf_model_name=None, proj_type="linear")
-OUTSIDE = {  # OpenCLIP's names -> the model's, outside the blocks
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final.": "final_layer_norm.",
-}
-TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
 GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
 
@@ -56,24 +45,17 @@ def open_encoder(config: EncoderConfig, device: torch.device | str | None = None
 
 def clip_folder(llm: str, revision: str = "") -> Path | None:
     """The folder of an image-text model that has its own text tower, None for another; raises as ``local_folder``."""
-    own = bool(llm) and (Path(llm) / OPEN_CLIP_CONFIG).is_file()  # perhaps without a config.json
-    folder = Path(llm) if own else local_folder(llm, revision)
-    if (folder / OPEN_CLIP_CONFIG).is_file():
-        return folder
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return None  # the reader of LLMs says what is wrong
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    folder = local_folder(llm, revision)
+    config = read_json(folder / "config.json")
     known = {name for family in families().values() if family.image_text_class for name in family.model_types}
-    return folder if kind in known and isinstance(config.get("text_config"), dict) else None
+    return folder if config.get("model_type") in known and isinstance(config.get("text_config"), dict) else None
 
 
 class ClipTextEncoder(TextEncoder):
     """The features of captions by a CLIP's own text tower, before normalization, as its images are compared with them.
 
-    Hugging Face's CLIP, SigLIP and other families with an image-text model, and OpenCLIP's folders. Raises ValueError
-    for a setting of LLMs, which a CLIP does not have.
+    Hugging Face's CLIP, SigLIP and other families with an image-text model. Raises ValueError for a setting of LLMs,
+    which a CLIP does not have.
     """
 
     def __init__(self, folder: Path, config: EncoderConfig, device: torch.device | str | None = None) -> None:
@@ -81,13 +63,15 @@ class ClipTextEncoder(TextEncoder):
         if other := [name for name, value in vars(config).items() if name not in MAY_DIFFER and value != default[name]]:
             raise ValueError(f"{config.llm} is a CLIP, which is read as it was trained; omit {', '.join(other)}")
         super().__init__(config, device)
-        own = folder / "config.json"
-        is_hugging_face = own.is_file() and "model_type" in read_json(own)
-        loaded = _hugging_face(folder) if is_hugging_face else _open_clip(folder)
-        self.model: nn.Module = loaded[0].requires_grad_(False).eval().to(self.device, self.dtype)
-        self.context, self.pads_to_context, self.width = loaded[1:]
-        if not any((folder / name).is_file() for name in TOKENIZERS):
-            raise ValueError(f"{folder} has no tokenizer; copy tokenizer.json of the same model into it")
+        settings = AutoConfig.from_pretrained(folder)
+        image_text_class: Any = family_of_type(settings.model_type, where=str(folder)).image_text_class
+        model = load_whole(image_text_class(), folder, dtype=torch.float32)
+        self.model: Any = model.requires_grad_(False).eval().to(self.device, self.dtype)
+        text = settings.text_config
+        self.context = text.max_position_embeddings
+        self.pads_to_context = settings.model_type.startswith("siglip")  # it was trained to see its padding
+        siglip_width = getattr(text, "projection_size", text.hidden_size)
+        self.width = siglip_width if self.pads_to_context else settings.projection_dim
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
         self.folder = folder
@@ -127,67 +111,11 @@ class ClipTextEncoder(TextEncoder):
         pad = self.tokenizer.pad_token_id
         ids_BT = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in rows], device=self.device)
         options = {}
-        if not self.pads_to_context:  # SigLIP was trained to see its padding
+        if not self.pads_to_context:
             own_B1 = torch.tensor([[len(ids)] for ids in rows], device=self.device)
             options["attention_mask"] = (torch.arange(length, device=self.device) < own_B1).long()
-        output: Any = getattr(self.model, "get_text_features", self.model)(input_ids=ids_BT, **options)
-        if not isinstance(output, Tensor):
-            output = output.text_embeds if "text_embeds" in output else output.pooler_output
-        return output.float().cpu()
-
-
-def _hugging_face(folder: Path) -> tuple[nn.Module, int, bool, int]:
-    """Model, tokens of a context, whether every text is padded to it, width of the features."""
-    settings = AutoConfig.from_pretrained(folder)
-    family = next(family for family in families().values() if settings.model_type in family.model_types)
-    assert family.image_text_class is not None
-    model = load_whole(family.image_text_class(), folder, dtype=torch.float32)
-    text = settings.text_config
-    siglip = settings.model_type.startswith("siglip")
-    width = getattr(text, "projection_size", text.hidden_size) if siglip else settings.projection_dim
-    return model, text.max_position_embeddings, siglip, width
-
-
-def _open_clip(folder: Path) -> tuple[nn.Module, int, bool, int]:
-    """The text tower of a folder with open_clip_config.json; tokens of a context, False, width of the features.
-
-    Raises ValueError for a text tower that is not CLIP's, ContractError for missing or misshapen tensors.
-    """
-    config = lift_model_cfg(read_json(folder / OPEN_CLIP_CONFIG))
-    text = section(config, "text_cfg", where=OPEN_CLIP_CONFIG)
-    if other := [f"{name} {text[name]!r}" for name, value in PLAIN.items() if text.get(name, value) != value]:
-        raise ValueError(f"{folder}: the text tower has {', '.join(other)}; supported is CLIP's own")
-    state: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        state |= read_tensors(file)
-    prefix = "text." if "text.token_embedding.weight" in state else ""
-    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    first = "transformer.resblocks.0.mlp.c_fc.weight"
-    require(tensors, "token_embedding.weight", "positional_embedding", "text_projection", "ln_final.weight", first)
-    vocabulary, width = tensors["token_embedding.weight"].shape
-    context = len(tensors["positional_embedding"])
-    model = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=len(tensors[first]),
-            num_hidden_layers=depth(tensors, "transformer.resblocks."),
-            num_attention_heads=int(text.get("heads", width // 64)),
-            max_position_embeddings=context,
-            hidden_act="quick_gelu" if config.get("quick_gelu") else "gelu",
-            projection_dim=tensors["text_projection"].shape[1],
-            eos_token_id=2,  # the feature is read at the largest id, as OpenCLIP does
-        )
-    )
-    # names begin with text_model. in some versions of transformers
-    own = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
-    theirs, _ = dataclasses.replace(CLIP_NAMES, prefixes=("", own), outside=OUTSIDE).to_ours(tensors)
-    theirs["text_projection.weight"] = tensors["text_projection"].T
-    with errors_about(folder):  # a shape
-        missing, unexpected = model.load_state_dict(theirs, strict=False)
-    if wrong := sorted(name for name in (*missing, *unexpected) if not name.endswith("position_ids")):
-        raise ContractError(f"{folder}: unknown or missing tensors of the text tower: {', '.join(wrong[:5])}")
-    return model, context, False, tensors["text_projection"].shape[1]
+        output = self.model.get_text_features(input_ids=ids_BT, **options)
+        return (output if isinstance(output, Tensor) else output.pooler_output).float().cpu()
 
 
 def load_dual_encoder(

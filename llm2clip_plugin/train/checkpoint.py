@@ -7,8 +7,8 @@
       twin.safetensors       weights of the frozen tower, if a loss term compares with one
       state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
 
-The format is independent of the number of ranks, the ZeRO stage and the precision. No generator state is saved: every
-draw is a function of the run's seed and a position (step.py).
+The format is independent of the number of ranks, the ZeRO stage and the precision, except for the moments of an
+optimizer ``by_rank``. No generator state is saved: every draw is a function of the run's seed and a position (step.py).
 """
 
 import dataclasses

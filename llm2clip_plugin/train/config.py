@@ -91,8 +91,10 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: str = "adamw"  # adamw | adamw_8bit (bitsandbytes: a quarter of the memory for optimizer states)
+    args: tuple[str, ...] = ()  # settings of this optimizer alone, as NAME=VALUE (adamw_8bit: min_8bit_size=4096)
     lr: float = 1e-5  # peak learning rate, of the tower's last block or of the LLM's adapter
     head_lr: float = 0.0  # peak learning rate of projection, text adapter and logit scale; 0: same as lr
     weight_decay: float = 0.05  # not applied to norms, biases, class token, positions, logit scale
@@ -143,7 +145,7 @@ class TrainConfig:
     eval_on_start: bool = True  # evaluate before step 1 too: the scores that the run's are compared with
     logging_steps: int = 1  # steps between lines of metrics.jsonl
     report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
-    profile_steps: int = 0  # steps traced by torch.profiler into output_dir/profile, after 5 others; 0: none
+    profile_steps: int = 0  # steps traced by torch.profiler into output_dir/profile, after 5 if there are more; 0: none
     profile_all_ranks: bool = False  # trace every rank, not rank 0 alone
     dataloader_num_workers: int = 0  # processes per rank that decode images or tokenize pairs
     dataloader_prefetch_mb: int = PREFETCH_MB  # 10^6 bytes of /dev/shm that these fill ahead, for each rank

@@ -33,12 +33,11 @@ from llm2clip_plugin.train.distributed import (
     world_size,
 )
 from llm2clip_plugin.train.optim import (
-    MOMENTS,
+    AdamW,
     FlatAdamW,
     Rates,
     as_one_group,
-    empty_state,
-    make_adamw,
+    chosen_optimizer,
     offloads_optimizer,
     zero_stage,
 )
@@ -94,7 +93,7 @@ class Engine:
 
     Weights and moments are read and written one parameter at a time, complete, in fp32 and under the module's own
     names, whatever the ZeRO stage, the precision and the number of ranks: a checkpoint of 8 ranks under ZeRO-3 resumes
-    on 2 under ZeRO-1. Every rank calls each of these.
+    on 2 under ZeRO-1. The moments of an optimizer ``by_rank`` are the exception. Every rank calls each of these.
     """
 
     def __init__(
@@ -114,9 +113,10 @@ class Engine:
             raise ValueError("ZeRO-3 on CPUs would compute with weights that have not arrived; use deepspeed>=0.19.8")
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
+        self.optimizer = chosen_optimizer(optim)
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         rates: dict[Tensor, Rates] = {}
-        if self.stage in (1, 2) and not offloads:
+        if self.stage in (1, 2) and type(self.optimizer) is AdamW and not offloads:
             groups, rates = as_one_group(groups)
             optimizer: torch.optim.Optimizer = FlatAdamW(groups, **hyper, fused=on_gpu)
         elif on_gpu and offloads:
@@ -124,7 +124,7 @@ class Engine:
 
             optimizer = DeepSpeedCPUAdam(groups, **hyper)
         else:
-            optimizer = make_adamw(groups, **hyper)
+            optimizer = self.optimizer.make(groups, **hyper)
         prepare_deepspeed()
         # step() computes the gradient norm of ZeRO-0 anyway; DeepSpeed's own clipping would compute it again
         self._clip = float(config.get("gradient_clipping", 0.0)) if self.stage == 0 else 0.0
@@ -276,8 +276,12 @@ class Engine:
 
     def moments(self, copy: Copy | None) -> dict[str, Tensor]:
         """The optimizer's moments, as made by ``copy``; {} before the first update and on ranks without one."""
+        if self.updates == 0:
+            return {}
+        if self.optimizer.by_rank:
+            return {name: copy(name, value) for name, value in self._moments_by_rank() if copy}
         values: dict[str, Tensor] = {}
-        for moment in MOMENTS if self.updates else ():
+        for moment in self.optimizer.moments:
             with self.exchanged(self._moment(moment)):
                 values |= self.read_trained(copy, suffix=f".{moment}")
         return values
@@ -287,21 +291,58 @@ class Engine:
         states = self._base.state
         return [states[one][name] if one in states else torch.zeros_like(one.data) for one in self.masters()]
 
+    def _moments_by_rank(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of all ranks, whose masters have the same shapes."""
+        for source in range(self._parted):
+            for name, own in self._held(source):
+                value = own.clone()
+                if self._parted > 1:
+                    dist.broadcast(value, source)
+                yield name, value
+
+    def _held(self, source: int) -> Iterator[tuple[str, Tensor]]:
+        """The moments of this rank's masters, named as if it were rank ``source``: ``zero2-of-4.0.1.state1`` is of rank
+        0's second master. One that is too small for 8 bits has fewer."""
+        for number, master in enumerate(self.masters()):
+            state = self._base.state.get(master, {})
+            for moment in filter(state.__contains__, self.optimizer.moments):
+                yield f"zero{self.stage}-of-{self._parted}.{source}.{number}.{moment}", state[moment]
+
+    @property
+    def _parted(self) -> int:
+        """Among how many ranks the masters are parted."""
+        return world_size() if self.stage else 1
+
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held ``weights`` when the
         engine was made; here the fp32 masters get the digits that a half-precision module lost.
+
+        Raises ValueError if another kind of optimizer wrote the moments, or one ``by_rank`` on other ranks.
         """
         self.write_trained(weights)
         if moments:
             for master in self.masters():
-                self._base.state[master] = empty_state(self._base, master, int(state["updates"]))
-            for moment in MOMENTS:
-                with self.exchanged(self._moment(moment)):
-                    self.write_trained(moments, f".{moment}")
+                empty = self.optimizer.empty_state(self._base, master, int(state["updates"]))
+                self._base.state[master] = empty
+            (self._restore_by_rank if self.optimizer.by_rank else self._restore_by_name)(moments)
         scaler = self._scaler
         for field, value in state["scaler"].items():
             if scaler is not None and field in vars(scaler):
                 setattr(scaler, field, value)
+
+    def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
+        if not any(f"{name}.{moment}" in moments for name, _ in self.trained for moment in self.optimizer.moments):
+            raise ValueError(f"the checkpoint has no moments of {self.optimizer.name}: resume with its own --optimizer")
+        for moment in self.optimizer.moments:
+            with self.exchanged(self._moment(moment)):
+                self.write_trained(moments, f".{moment}")
+
+    def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
+        for name, own in self._held(rank() % self._parted):
+            saved = moments.get(name)
+            if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                raise ValueError(f"the checkpoint has no {name}: resume with its ranks, ZeRO stage and --optimizer")
+            own.copy_(saved)
 
     @property
     def updates(self) -> int:

@@ -41,7 +41,7 @@ from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_f
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.losses.base import Features, heads_terms
 from llm2clip_plugin.train.losses.distill import Distill
-from llm2clip_plugin.train.optim import Trained, is_vector, lr_factor, make_adamw, parameter_groups, set_lr
+from llm2clip_plugin.train.optim import AdamW, Trained, is_vector, lr_factor, parameter_groups, set_lr
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
@@ -267,7 +267,7 @@ def _optimizer(model: DualEncoder, config: HeadsConfig) -> torch.optim.Optimizer
         if name.startswith("text_adapter.") or not of_clip
     ]
     groups, eps = parameter_groups(trained, config.weight_decay), CLIP_TEXT_OPTIM.eps if of_clip else 1e-8
-    return make_adamw(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
+    return AdamW().make(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
 
 
 def _continued(

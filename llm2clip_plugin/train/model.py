@@ -180,6 +180,7 @@ class StepMemory:
     parameters: int  # all of them
     pair_bytes: float  # activations of a pair: activation_bytes over the pairs of the pass
     width: int  # of a feature
+    state_bytes: float  # of the optimizer's states of a parameter: OptimizerSpec.state_bytes
     pixels: int = 0  # values of an image; 0 for texts
     averages: int = 0  # fp32 copies of what trains: a moving average, the averages of the frozen tower
     frozen_tower_bytes: float = 0.0  # that loss terms compare with, whole on every rank
@@ -199,7 +200,7 @@ def rank_bytes(
     local = global_batch // world
     summed = 4 if memory.precision == "bf16" and micro_batch < local else 0
     shares = [world if stage >= first else 1 for first in (1, 2, 3)]  # ranks that share states, gradients, weights
-    states = 8 + (4 if stage else 0)  # two moments; masters
+    states = memory.state_bytes + (4 if stage else 0)
     parts = {
         "weights": (memory.trained * size + memory.frozen_bytes) / shares[2],
         "gradients": memory.trained * (size + summed) / shares[1],

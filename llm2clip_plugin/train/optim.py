@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, the learning-rate schedule, and DeepSpeed's JSON.
+"""The optimizers, their parameter groups, the learning-rate schedule, and DeepSpeed's JSON.
 
 Groups: layer-wise lr decay (Bao et al. 2021, arXiv 2106.08254, section 3.2): a parameter at depth d of ``top`` gets
 ``layer_decay ** (top - d)`` of the learning rate. Weight decay is not applied to vectors (norms, biases, class tokens,
@@ -13,36 +13,49 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from llm2clip_plugin.files import read_json_value
-from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig
+from llm2clip_plugin.options import unknown
+from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, from_named_args
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # keys of an optimizer's state that checkpoints hold
+BLOCK = 256  # values that share a magnitude, in bitsandbytes
 REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}  # ZeRO's: gradients are sent during backward
 FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
+State = dict[str, Any]  # optimizer.state[master]
 Rates = tuple[float, float]  # peak learning rate and weight decay
 Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weight_decay``
 
 
-def make_adamw(groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-    """Loshchilov & Hutter 2019, arXiv 1711.05101, over parameter groups; torch's own, fused on GPUs."""
-    # torch's own needs no C++ build, which takes minutes at first use; on CPUs the fused kernel rounds differently
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available())
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """``--optimizer adamw``: Loshchilov & Hutter 2019, arXiv 1711.05101; torch's own, fused on GPUs. A checkpoint holds
+    one tensor for each parameter and moment, ``NAME.exp_avg``, independent of ranks and stage."""
 
+    name: ClassVar[str] = "adamw"
+    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")  # keys of a state that checkpoints hold
+    # checkpoints hold the moments of each rank's masters as they are: resumed on as many ranks, at the same ZeRO stage
+    by_rank: ClassVar[bool] = False
+    state_bytes: ClassVar[float] = 8.0  # of the moments of one parameter
 
-def empty_state(optimizer: Any, master: Tensor, updates: int) -> dict[str, Any]:
-    """``optimizer.state`` of a master after ``updates`` updates, with all moments zero."""
-    # one step for each master: a shared tensor would advance once per master
-    step: Any = torch.tensor(float(updates), device=master.device if optimizer.defaults.get("fused") else "cpu")
-    if not isinstance(optimizer, torch.optim.AdamW):  # DeepSpeedCPUAdam counts in Python
-        step = updates
-    return {"step": step, **{moment: torch.zeros_like(master.data) for moment in MOMENTS}}
+    def make(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+        """The optimizer over parameter groups."""
+        # torch's own needs no C++ build, which takes minutes at first use; on CPUs the fused kernel rounds differently
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available())
+
+    def empty_state(self, optimizer: Any, master: Tensor, updates: int) -> State:
+        """The state of a master after ``updates`` updates, with all moments zero."""
+        # one step for each master: a shared tensor would advance once per master
+        fused = bool(optimizer.defaults.get("fused"))
+        step: Any = torch.tensor(float(updates), device=master.device if fused else "cpu")
+        if not isinstance(optimizer, torch.optim.AdamW):  # DeepSpeedCPUAdam counts in Python
+            step = updates
+        return {"step": step, **{moment: torch.zeros_like(master.data) for moment in self.moments}}
 
 
 class FlatAdamW(torch.optim.AdamW):
@@ -61,8 +74,8 @@ class FlatAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[master]
                 if not state:
-                    state.update(empty_state(self, master, 0))
-                columns = (master, master.grad, *(state[moment] for moment in MOMENTS))
+                    state.update(AdamW().empty_state(self, master, 0))
+                columns = (master, master.grad, *(state[moment] for moment in AdamW.moments))
                 for (peak, weight_decay), parts in self.parts[master].items():
                     adamw(
                         *([column[part] for part in parts] for column in columns),
@@ -79,6 +92,47 @@ class FlatAdamW(torch.optim.AdamW):
                         maximize=False,
                     )
                 state["step"] += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bit(AdamW):
+    """``--optimizer adamw_8bit``: bitsandbytes', a quarter of the states' memory (Dettmers et al. 2022, arXiv
+    2110.02861). Moments are in 8 bits, as an index into a table of values times the largest magnitude of their block of
+    256, which may end inside of a parameter; so a checkpoint holds each rank's states as they are."""
+
+    min_8bit_size: int = 4096  # values of a master from which its moments are in 8 bits
+
+    name: ClassVar[str] = "adamw_8bit"
+    moments: ClassVar[tuple[str, ...]] = ("state1", "absmax1", "state2", "absmax2")  # bitsandbytes' names
+    by_rank: ClassVar[bool] = True
+    state_bytes: ClassVar[float] = 2 * (1 + 4 / BLOCK)
+
+    def make(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+        from bitsandbytes.optim import AdamW8bit as Optimizer
+
+        return Optimizer(groups, lr=lr, betas=betas, eps=eps, min_8bit_size=self.min_8bit_size)
+
+    def empty_state(self, optimizer: Any, master: Tensor, updates: int) -> State:
+        in_8bit = master.numel() >= self.min_8bit_size
+        state: State = {"step": updates}
+        for number in (1, 2):
+            state[f"state{number}"] = torch.zeros_like(master.data, dtype=torch.uint8 if in_8bit else torch.float32)
+            if in_8bit:
+                blocks = -(-master.numel() // BLOCK)
+                state[f"absmax{number}"] = torch.zeros(blocks, dtype=torch.float32, device=master.device)
+                table = optimizer.name2qmap["dynamic" if number == 1 else "udynamic"]
+                state[f"qmap{number}"] = table.to(master.device)
+        return state
+
+
+OPTIMIZERS: dict[str, type[AdamW]] = {optimizer.name: optimizer for optimizer in (AdamW, AdamW8bit)}
+
+
+def chosen_optimizer(config: OptimConfig) -> AdamW:
+    """The chosen optimizer with its settings; ValueError names a setting that it does not have."""
+    if config.name not in OPTIMIZERS:
+        raise ValueError(unknown("optimizer", config.name, OPTIMIZERS))
+    return from_named_args(OPTIMIZERS[config.name], config.args, where="optim.args")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +228,7 @@ def complete(
         if given != "auto"
     ]
     if (kind := user.get("optimizer", {}).get("type", "AdamW")) not in ("Adam", "AdamW"):
-        conflicts.append(f"optimizer.type is {kind!r}, but the run uses AdamW")
+        conflicts.append(f"optimizer.type is {kind!r}, but the run uses {optim.name!r} (--optimizer)")
     conflicts += _set_run_values(config, train, optim, world)
     if conflicts:
         raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
@@ -182,6 +236,10 @@ def complete(
     if train.precision != "fp32" and world >= FP32_REDUCTION_RANKS and reduced == "auto":
         config["communication_data_type"] = "fp32"
     _fill_zero(config, train.precision, hidden_size)
+    if type(chosen_optimizer(optim)) is not AdamW:
+        if offloads_optimizer(config):
+            raise ValueError(f"{where} offloads optimizer states: set --optimizer adamw, or remove offload_optimizer")
+        config.setdefault("zero_allow_untested_optimizer", True)
     run = Path(output_dir)
     for monitor in train.report_to:
         of_files = {"output_path": str(run / "monitor"), "job_name": run.name}

@@ -46,29 +46,30 @@ need() { # need NAME...: fails unless these variables are set
     done
 }
 
-need_file() { [ -e "$1" ] || fail "$1 does not exist"; }
-
 # inspect: refuses options that would stop the stage; sets LLAVA (its package), SCRIPT (training program), GPUS (per node),
 # ACCUMULATION (of gradients, so that the global batch does not depend on the number of GPUs), CUDA (0 or 1), REPORT_TO,
 # QUIET (options of DeepSpeed's launcher).
 inspect() {
     local inspected world words=("$(basename "$0" .sh)" --model "$MODEL" --data "$DATA" --image-folder "$IMAGE_FOLDER" --tower "$TOWER" --output "$OUTPUT")
     [ -z "${PROJECTOR:-}" ] || words+=(--projector "$PROJECTOR")
-    [ -z "$DEEPSPEED" ] || need_file "$DEEPSPEED"
+    [ -z "$DEEPSPEED" ] || [ -e "$DEEPSPEED" ] || fail "$DEEPSPEED does not exist"
     has_llava "$PYTHON" ||
         fail "$PYTHON has no torch, LLaVA or llm2clip-plugin; choose another with PYTHON; to install them: pip install \"llm2clip-plugin[train]\" && pip install --no-deps llava-torch==1.2.2.post1"
     inspected=$("$PYTHON" -m llava_integration.preflight "${words[@]}" -- "${EXTRA[@]}") || exit 2
-    { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r LOGGER; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
+    { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
     SCRIPT=$LLAVA/train/$SCRIPT
     CUDA=$((SEEN > 0))
     GPUS=${GPUS:-$((SEEN > 0 ? SEEN : 1))}
-    REPORT_TO=${REPORT_TO:-$LOGGER}
+    REPORT_TO=${REPORT_TO:-none}
     PORT=${PORT:-$FREE_PORT}
     if [ -n "${HOSTFILE:-}" ]; then
-        need_file "$HOSTFILE"
         world=$(sed 's/#.*//' "$HOSTFILE" | awk 'match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }')
         [ "$world" -gt 0 ] || fail "$HOSTFILE has no line such as: node-1 slots=8"
-        check_deepspeed_env
+        local name # DeepSpeed passes only some variables to the other nodes, and those in ~/.deepspeed_env
+        for name in LLM2CLIP_TOWER LLM2CLIP_S2_SCALES LLM2CLIP_UNFREEZE_TOWER; do
+            [ -z "${!name:-}" ] || grep -qs "^$name=" ~/.deepspeed_env .deepspeed_env ||
+                fail "$name is not passed to the other nodes; add $name=${!name} to ~/.deepspeed_env"
+        done
     else
         world=$((GPUS * ${SLURM_JOB_NUM_NODES:-1}))
         [ "$SEEN" = 0 ] || [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] || [ "$GPUS" -le "$SEEN" ] ||
@@ -80,35 +81,8 @@ inspect() {
     ACCUMULATION=$((GLOBAL_BATCH / once))
 }
 
-# DeepSpeed passes only some variables to the other nodes, and those in ~/.deepspeed_env.
-check_deepspeed_env() {
-    local name
-    for name in LLM2CLIP_TOWER LLM2CLIP_S2_SCALES LLM2CLIP_UNFREEZE_TOWER; do
-        [ -z "${!name:-}" ] || grep -qs "^$name=" ~/.deepspeed_env .deepspeed_env ||
-            fail "$name is not passed to the other nodes; add $name=${!name} to ~/.deepspeed_env"
-    done
-}
-
-# attended WORDS...: run them; Ctrl-C, SIGTERM and SIGHUP reach them.
-attended() {
-    local child name status=0
-    set -m # a process group of its own
-    "$@" &
-    child=$!
-    set +m
-    trap 'kill -INT -- -$child' INT
-    for name in TERM HUP; do trap "kill -$name $child" "$name"; done
-    while true; do
-        status=0
-        wait "$child" || status=$?
-        kill -0 "$child" 2>/dev/null || break # else a signal ended the wait
-    done
-    trap - INT TERM HUP
-    return "$status"
-}
-
 # launch RESULT NEXT LLAVA_OPTIONS...: one node, --hostfile, or the nodes of a Slurm job. EXTRA comes last and takes
-# precedence. At the end it says where the RESULT is, and which command comes NEXT.
+# precedence. Says where the RESULT will be, and which command comes NEXT.
 launch() {
     local launcher words=() result=$1 next=$2
     shift 2
@@ -139,6 +113,6 @@ launch() {
     words=($launcher "$SCRIPT" --deepspeed "$DEEPSPEED" "${shared[@]}" "$@" "${words[@]}" --report_to "$REPORT_TO" "${EXTRA[@]}")
     echo "${words[*]}" >&2
     [ -z "${DRY_RUN:-}" ] || return 0
-    attended "${words[@]}"
     printf '%s\nnext: %s\n' "$result" "$next" >&2
+    exec "${words[@]}" # signals reach it
 }

@@ -5,8 +5,8 @@
     miniature.py score NAME... --output DIR         scores of DIR/NAME.answers.jsonl, for `llm2clip compare`
 
 Questions are about the group of an emoji (nine answers) and, from easy-vqa, a colored shape (thirteen answers, half
-of them yes or no); with --open, also about the name of an emoji, answered in words. Emoji of unseen families and
-easy-vqa's test pictures are held out; --held-out validation: emoji of the validation families, to choose settings on.
+of them yes or no); a language model other than tiny is also asked for the name of an emoji, answered in words. Emoji of
+the test families and easy-vqa's test pictures are held out.
 
 Closed questions are right or wrong. An open answer is scored twice: whether it has a word of the emoji's name or
 keywords, and by the cosine of answer and name in the embeddings of a teacher. What is compared is how many points that
@@ -23,7 +23,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,11 @@ CLOSED, OPEN = ("emoji group", "easy-vqa"), "emoji name"
 EMPTY = frozenset("a an and at by for from in into it of off on or over the to up with without".split())
 OF_TOWER = ("--vision_tower", "--pretrain_mm_mlp_adapter")  # options that differ between the sides
 Row = dict[str, Any]  # a question; of held-out ones with its "answer"
-Similarity = Callable[[Sequence[str], Sequence[str]], list[list[float]]]  # answers x names
 
 
-# --------------------------------------------------------------------------------------------------- data
-
-
-def emoji(split: str) -> Iterator[Sample]:
+def emoji(split: str) -> list[Sample]:
     """(key, PNG, description) of a split's pictures in every style."""
-    for shard in sorted(EMOJI.glob(f"{split}-*.tar")):
-        yield from read_tar(shard)
+    return [sample for shard in sorted(EMOJI.glob(f"{split}-*.tar")) for sample in read_tar(shard)]
 
 
 def easy_vqa(split: str, count: int, pictures: int | None = None) -> Iterator[tuple[str, Path, str, str]]:
@@ -60,8 +55,7 @@ def easy_vqa(split: str, count: int, pictures: int | None = None) -> Iterator[tu
 
     folder = Path(str(easy_vqa.__file__)).parent / "data" / split
     questions = json.loads((folder / "questions.json").read_text())
-    draw = random.Random(0)
-    shown = sorted({image for _, _, image in questions})
+    draw, shown = random.Random(0), sorted({image for _, _, image in questions})
     chosen = set(shown if pictures is None else draw.sample(shown, min(pictures, len(shown))))
     closed, others = [], []
     for place, (_, answer, image) in enumerate(questions):
@@ -99,12 +93,14 @@ def english(about: dict[str, Any]) -> dict[str, str]:
     return {caption["kind"]: caption["text"] for caption in about["captions"] if caption["language"] == "en"}
 
 
-def make_data(output: Path, concepts: int, *, open_questions: bool, merged: bool, split: str) -> None:
-    """Write everything that the stages read, atomically; the held-out emoji are those of ``split``.
+def make_data(output: Path, concepts: int, *, in_words: bool) -> None:
+    """Write everything that the stages read, atomically.
 
-    ``merged``: questions about a picture are one conversation.
+    ``in_words``: for a larger model, whose step costs by its tokens. Emoji are named, too, and the questions about a
+    picture are one conversation.
     """
-    names = sorted({about["concept"] for _, _, about in emoji("train")})
+    pictures = emoji("train")
+    names = sorted({about["concept"] for _, _, about in pictures})
     chosen = set(random.Random(0).sample(names, min(concepts or len(names), len(names))))
     fraction = len(chosen) / len(names)  # the same of the shapes, so that a smoke run is short
     shapes = int(SHAPES_TRAIN * fraction)
@@ -112,7 +108,7 @@ def make_data(output: Path, concepts: int, *, open_questions: bool, merged: bool
     with atomic_directory(output, replace=True) as temporary:
         images = temporary / "images"
         images.mkdir()
-        for key, png, about in emoji("train"):
+        for key, png, about in pictures:
             if about["concept"] not in chosen:
                 continue
             (images / f"{key}.png").write_bytes(png)
@@ -122,48 +118,43 @@ def make_data(output: Path, concepts: int, *, open_questions: bool, merged: bool
                 text.append(talk(f"{key}-long", f"Describe it: {own['short']}", own["long"]))
             captions.append(talk(key, "What is it?", own["short"], picture))
             questions.append(talk(key, GROUP, about["group"], picture))
-            if open_questions:
+            if in_words:
                 questions.append(talk(f"{key}-name", NAME, own["short"], picture))
-        drawn = easy_vqa("train", shapes, shapes // TURNS if merged else None)
+        drawn = easy_vqa("train", shapes, shapes // TURNS if in_words else None)
         for number, (key, path, question, answer) in enumerate(drawn):
             (images / f"train-{path.name}").write_bytes(path.read_bytes())
             questions.append(talk(key, question, answer, f"train-{path.name}"))
             if number % 10 == 0:  # the words of the questions and answers, without the pictures
                 text.append(talk(f"{key}-text", question, answer))
-        held_out = hold_out(images, split, open_questions=open_questions, smoke=fraction < 0.5)
+        held_out = hold_out(images, in_words=in_words, smoke=fraction < 0.5)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
         (temporary / "questions.jsonl").write_text(lines)
-        finetune = conversations(questions) if merged else questions
+        finetune = conversations(questions) if in_words else questions
         for name, rows in (("text", text), ("captions", captions), ("finetune", finetune)):
             (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
 
 
-def hold_out(images: Path, split: str, *, open_questions: bool, smoke: bool) -> Iterator[Row]:
+def hold_out(images: Path, *, in_words: bool, smoke: bool) -> Iterator[Row]:
     """The questions of the evaluation, of each kind of score; their pictures are written to ``images``."""
     styles: dict[str, int] = {}
-    for number, (key, png, about) in enumerate(emoji(split)):
+    for number, (key, png, about) in enumerate(emoji("test")):
         of_style = styles[about["style"]] = styles.get(about["style"], -1) + 1
         if number % 10 and smoke:  # a smoke run uses one in ten
             continue
-        if open_questions and of_style % 3 != len(styles) - 1:  # each emoji once, every style as often: words take time
+        if in_words and of_style % 3 != len(styles) - 1:  # each emoji once, every style as often: words take time
             continue
         (images / f"{key}.png").write_bytes(png)
         row = {"question_id": key, "image": f"{key}.png", "cluster": about["concept"], "category": about["group"]}
         yield {**row, "text": GROUP, "truth": about["group"], "kind": CLOSED[0]}
-        if open_questions:
+        if in_words:
             row |= {"question_id": f"{key}-name", "keywords": about["keywords"]}
             yield {**row, "text": NAME, "truth": english(about)["short"], "kind": OPEN}
-    if split != "test":
-        return
     for key, path, question, answer in easy_vqa("test", SHAPES_TEST // 10 if smoke else SHAPES_TEST):
         (images / f"test-{path.name}").write_bytes(path.read_bytes())
         row = {"question_id": key, "image": f"test-{path.name}", "text": question, "truth": answer}
         of_shape = "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
         category = "yes or no" if answer in ("yes", "no") else of_shape
         yield {**row, "kind": CLOSED[1], "cluster": path.name, "category": category}
-
-
-# ------------------------------------------------------------------------------------------------- scores
 
 
 def refuse_other_stages(output: Path, after: str) -> None:
@@ -173,14 +164,12 @@ def refuse_other_stages(output: Path, after: str) -> None:
         if not files[1].exists() and stage != "llava-{}-pretrain":
             continue  # the other language model's
         sides = [path.read_text().splitlines() for path in files]
-        base, new = (
-            [w for option, w in zip(["", *side[:-1]], side, strict=True) if option not in OF_TOWER] for side in sides
-        )
+        base, new = ([w for o, w in zip(["", *side], side, strict=False) if o not in OF_TOWER] for side in sides)
         if base != new:
             raise ValueError(f"{files[0]} and {files[1]} differ: the two sides were not trained alike; delete {output}")
 
 
-def score(output: Path, name: str, note: str, similarity: Similarity | None) -> None:
+def score(output: Path, name: str, note: str, teacher: Any) -> None:
     """Write a file for each kind of question to ``DIR/scores/NAME``, and print a line of each.
 
     ``side-seedN`` goes to ``DIR/scores/side/seedN``: ``llm2clip compare`` takes the files below ``side`` for its runs.
@@ -191,10 +180,10 @@ def score(output: Path, name: str, note: str, similarity: Similarity | None) -> 
     of_kind: dict[str, list[Row]] = {kind: [] for kind in (*CLOSED, OPEN)}
     for row in map(json.loads, path.read_text().splitlines()):
         of_kind[row["kind"]].append({**row, "answer": answer_to[row["question_id"]]})
-    results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if of_kind[kind]]
+    results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED]
     if of_kind[OPEN]:
         results.append(by_keyword(of_kind[OPEN]))
-        results += [by_similarity(of_kind[OPEN], similarity)] if similarity else []
+        results += [by_similarity(of_kind[OPEN], teacher)] if teacher else []
     side, _, seed = name.partition("-")
     provenance = {"data": str(output / "data" / "images"), "data_sha256": sha256_file(path)}
     for result in results:
@@ -235,24 +224,15 @@ def by_keyword(rows: list[Row]) -> ScoreFile:
     return against_exchanged("word of the name or a keyword", f"{OPEN}, keyword", rows, hits)
 
 
-def by_similarity(rows: list[Row], similarity: Similarity) -> ScoreFile:
-    """The cosine of answer and name; 0 for an empty answer and for less."""
-    cosines = similarity([row["answer"] or "?" for row in rows], [row["truth"] for row in rows])
-    scores = [[max(0.0, c) if row["answer"] else 0.0 for c in cs] for row, cs in zip(rows, cosines, strict=True)]
-    return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, scores)
-
-
-def teacher_similarity(llm: Path, adapter: Path | None) -> Similarity:
-    """Cosines in the embeddings of a teacher, which is loaded now."""
+def by_similarity(rows: list[Row], teacher: Any) -> ScoreFile:
+    """The cosine of answer and name in the teacher's embeddings; 0 for an empty answer and for less."""
     from torch.nn.functional import normalize
 
-    from llm2clip_plugin.text.config import EncoderConfig
-    from llm2clip_plugin.text.encoder import CaptionEncoder
-
-    encoder = CaptionEncoder(EncoderConfig(llm=str(llm), adapter=str(adapter or "")))
-    return lambda answers, names: (
-        normalize(encoder.encode(answers), dim=-1) @ normalize(encoder.encode(names), dim=-1).T
-    ).tolist()
+    texts = [row["answer"] or "?" for row in rows], [row["truth"] for row in rows]
+    answer_ND, name_ND = (normalize(teacher.encode(side), dim=-1) for side in texts)
+    cosines = (answer_ND @ name_ND.T).tolist()
+    scores = [[max(0.0, c) if row["answer"] else 0.0 for c in cs] for row, cs in zip(rows, cosines, strict=True)]
+    return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, scores)
 
 
 def against_exchanged(metric: str, kind: str, rows: list[Row], scores: list[list[float]]) -> ScoreFile:
@@ -289,24 +269,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--concepts", type=int, default=0, help="training emoji; 0: all 1,068")
     parser.add_argument("--llm", default="tiny", help="language model: tiny, smollm2 or a directory")
-    parser.add_argument("--open", action="store_true", help="ask for names, too")
-    parser.add_argument("--held-out", choices=("test", "validation"), default="test", help="emoji of the evaluation")
     parser.add_argument("--teacher", type=Path, help="an LLM that scores open answers")
     parser.add_argument("--adapter", type=Path, help="adapter of the teacher")
     args = parser.parse_args()
     if args.part == "prepare":
-        merged = args.llm != "tiny"  # a step of a larger model costs by its tokens
-        make_data(args.output / "data", args.concepts, open_questions=args.open, merged=merged, split=args.held_out)
+        make_data(args.output / "data", args.concepts, in_words=args.llm != "tiny")
         make_llava_llm(args.llm, args.output)
-    similarity = teacher_similarity(args.teacher, args.adapter) if args.teacher else None
+    teacher = None
+    if args.teacher:
+        from llm2clip_plugin.text.config import EncoderConfig
+        from llm2clip_plugin.text.encoder import CaptionEncoder
+
+        teacher = CaptionEncoder(EncoderConfig(llm=str(args.teacher), adapter=str(args.adapter or "")))
     model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
-    how = f"the language model is {model}, finetuned for minutes"
+    trained = f"the language model is {model}, finetuned for minutes"
     if args.llm == "tiny":
-        how = "a language model of 2.5 million weights, trained here from scratch"
+        trained = "a language model of 2.5 million weights, trained here from scratch"
     for name in args.names:
         if name.startswith("after"):
             refuse_other_stages(args.output, name)
-        score(args.output, name, f"a miniature: {how}", similarity)
+        score(args.output, name, f"a miniature: {trained}", teacher)
 
 
 if __name__ == "__main__":

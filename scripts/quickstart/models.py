@@ -43,14 +43,10 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------ teacher
-
-
 def dequantize(file: Path, folder: Path) -> None:
     """Write a quantized GGUF file as bf16 safetensors and tokenizer files (10 to 20 seconds)."""
     import gguf
     import numpy as np
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     class PlainReader(gguf.GGUFReader):
@@ -60,17 +56,10 @@ def dequantize(file: Path, folder: Path) -> None:
             super().__setattr__(name, np.asarray(value) if isinstance(value, np.memmap) else value)
 
     gguf.GGUFReader = functools.cache(PlainReader)  # transformers reads the file three times
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        quantization_config=GgufConfig(dequantize=True),  # otherwise the model cannot be saved
-        dtype=torch.bfloat16,
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-
-# -------------------------------------------------------------------------------------------------- tower
+    read = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    config = GgufConfig(dequantize=True)  # otherwise the model cannot be saved
+    AutoModelForCausalLM.from_pretrained(**read, quantization_config=config, dtype="bfloat16").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**read).save_pretrained(folder)
 
 
 def onnx_file() -> Path:
@@ -115,17 +104,14 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     state["embeddings.position_embeddings"] = resize_positions(
         state["embeddings.position_embeddings"], class_rows=1, old_grid=LEARNED_GRID, new_grid=image_size // PATCH
     ).contiguous()
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS, "patch_size": PATCH}
-    config = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "image_size": image_size, **sizes}
+    config: dict[str, Any] = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "image_size": image_size}
+    config |= {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS, "patch_size": PATCH}
     if image_size != LEARNED_GRID * PATCH:
         config["resized_from"] = LEARNED_GRID * PATCH
     with atomic_directory(directory) as temporary:
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "config.json", config)
         write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
-
-
-# --------------------------------------------------------------------------------- LLaVA's language model
 
 
 def make_llava_llm(name: str, output: Path) -> None:
@@ -174,15 +160,8 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=pieces,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        max_position_embeddings=512,
-        pad_token_id=0,
-    )
+    sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
+    config = LlamaConfig(**sizes, num_attention_heads=6, vocab_size=pieces, max_position_embeddings=512, pad_token_id=0)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -216,9 +195,6 @@ def speak_chatml(folder: Path, name: str) -> None:
     write_json(folder / "config.json", {**config, **numbers})
 
 
-# ----------------------------------------------------------------------------------------------- assembly
-
-
 def main() -> None:
     """Build the models that do not exist yet, and write where they are."""
     import torch
@@ -244,12 +220,13 @@ def main() -> None:
         print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
         build_dinov2(tower, options.image_size)
     known = options.output / "models.json"
+    made = {"llm": str(llm), "tower": str(tower), "gpus": torch.cuda.device_count()}
     if known.is_file():
-        dtype = json.loads(known.read_text(encoding="utf-8"))["dtype"]  # measured once: caches depend on it
+        made["dtype"] = json.loads(known.read_text(encoding="utf-8"))["dtype"]  # measured once: caches depend on it
     else:
-        dtype = str(fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))).removeprefix("torch.")
+        device = torch.device("cuda" if made["gpus"] else "cpu")
+        made["dtype"] = str(fastest_dtype(device)).removeprefix("torch.")
     with atomic_file(known) as temporary:
-        made = {"llm": str(llm), "tower": str(tower), "gpus": torch.cuda.device_count(), "dtype": dtype}
         write_json(temporary, made)
 
 

@@ -55,8 +55,8 @@ train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/N
 
 control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
     [ -d "$OUT/towers/shuffled-seed0" ] && return
-    python scripts/quickstart/shards.py control "$DATA/shuffled" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/shuffled/cache"
-    train shuffled 0 "$BEST_CACHE" "$DATA/shuffled/train-*.tar" --cache "$DATA/shuffled/cache" \
+    python scripts/quickstart/shards.py control "$DATA/shuffled" --cache "$DATA/cache/tuned-seed0" --output "$DATA/shuffled/cache"
+    train shuffled 0 "tuned-seed0" "$DATA/shuffled/train-*.tar" --cache "$DATA/shuffled/cache" \
         --freeze-first-blocks 0 --freeze --max-steps 1
 }
 
@@ -74,7 +74,7 @@ towers() { # towers SEED: of both teachers
 }
 controls() { # controls SEED: towers against the raw LLM as it comes, and against random embeddings of the same captions
     [ -d "$DATA/cache/random" ] ||
-        python scripts/quickstart/shards.py control "$DATA/all" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/cache/random" --random 0
+        python scripts/quickstart/shards.py control "$DATA/all" --cache "$DATA/cache/tuned-seed0" --output "$DATA/cache/random" --random 0
     [ -d "$OUT/towers/plain-seed$1" ] || embed plain "{test,train,validation}"
     watched plain "$1" plain
     watched random "$1" random

@@ -1,50 +1,32 @@
 #!/usr/bin/env python3
-"""The quickstart's report: every exported tower measured on data that training never saw, as tables and a page.
+"""The quickstart's report: every exported tower measured on data that training never saw, as tables.
 
     report.py --data quickstart-output/data --output quickstart-output/default
     report.py --data quickstart-output/data --teachers     prints the table of the teachers alone
 
 Reads ``all/`` and the caches ``cache/raw/`` and ``cache/tuned-seed<n>/`` below ``--data``, and the towers
-``towers/<teacher>-seed<n>/`` below ``--output``; writes ``headline.json`` and ``index.html`` into ``--output`` and
-prints the tables, the headline last. A tower is measured with the cache of its name, and refused if its records name
-other shards, caches or adapters. Seeds that are not finished are left out. ``--must-learn``: exit status 1 if a tower
-is no better than the control.
+``towers/<teacher>-seed<n>/`` below ``--output``; writes ``headline.json`` there and prints the tables, the headline
+last. A tower is measured with the cache of its name, and refused if its records name other shards, caches or adapters.
+Seeds that are not finished are left out. ``--must-learn``: exit status 1 if a tower is no better than the control.
 """
 
 import argparse
-import base64
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
 
 import scores
-from scores import HEADLINE, TEACHERS, Claim, Tower, by_name, make_claims, pair_tests
-from shards import in_random_order
+from scores import HEADLINE, TEACHERS, Claim, Rows, by_name, make_claims, pair_tests
 
 from llm2clip_plugin.bootstrap import fraction, p_value, signed, spread
-from llm2clip_plugin.console import render
 from llm2clip_plugin.contracts import atomic_file
-from llm2clip_plugin.data.sources import Source
-
-PICTURES = 8  # on the page, per caption and tower
 
 
-class Table(NamedTuple):
-    """Rows of text; the first column names the row."""
-
-    title: str  # a question in plain words, on the page alone
-    head: list[str]
-    rows: list[list[str]]
-    below: str  # caption below the table
-
-    @property
-    def markdown(self) -> str:
-        """For the terminal."""
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{self.below}\n"
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], below: str) -> str:
+    """Markdown; the first column names the row."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + f"\n\n{below}\n"
 
 
 def interval(claim: Claim) -> str:
@@ -52,7 +34,7 @@ def interval(claim: Claim) -> str:
     return f"{signed(claim['difference'])} [{', '.join(map(signed, claim['interval']))}]"
 
 
-def claims_table(claims: Sequence[Claim], base: str, title: str) -> Table:
+def claims_table(claims: Sequence[Claim], base: str = "raw") -> str:
     """A row per claim; those that are not significant say so. ``base``: of TEACHERS."""
     count = len(claims[0]["by_seed"])
     rows = []
@@ -67,21 +49,21 @@ def claims_table(claims: Sequence[Claim], base: str, title: str) -> Table:
         "significant trainings, each by itself."
     )
     head = ["mean reciprocal rank", TEACHERS[base], TEACHERS["tuned"], "chance", "difference", "p", "alone"]
-    return Table(title, head, rows, below)
+    return table(head, rows, below)
 
 
-def retrieval_table(towers: Mapping[str, Tower]) -> Table:
+def retrieval_table(towers: Mapping[str, Rows]) -> str:
     """A row per test, a column per teacher."""
     groups, rows = by_name(towers), []
-    for name, first in next(iter(towers.values())).rows.items():
-        cells = [spread([float(one.rows[name].scores.mean()) for one in seeds]) for seeds in groups.values()]
+    for name, first in next(iter(towers.values())).items():
+        cells = [spread([float(one[name].scores.mean()) for one in seeds]) for seeds in groups.values()]
         rows.append([name, *cells, fraction(first.chance)])
     heads = [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
     below = (
         "Mean reciprocal rank in galleries of one style each. Training saw no drawing of these families. ± is the "
         "standard deviation over seeds; equal scores are in random order."
     )
-    return Table("What does each tower find?", ["tower", *heads, "chance"], rows, below)
+    return table(["tower", *heads, "chance"], rows, below)
 
 
 def sentence(one: Claim) -> str:
@@ -98,10 +80,10 @@ def sentence(one: Claim) -> str:
     return said + ("." if one["significant"] else ". This is NOT significant.")
 
 
-def failures(towers: Mapping[str, Tower], claims: Sequence[Claim]) -> list[str]:
+def failures(towers: Mapping[str, Rows], claims: Sequence[Claim]) -> list[str]:
     """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
     row = "test families, long captions, image → caption"
-    mean = {name: fmean(tower.rows[row].scores.mean() for tower in seeds) for name, seeds in by_name(towers).items()}
+    mean = {name: fmean(of[row].scores.mean() for of in seeds) for name, seeds in by_name(towers).items()}
     if "shuffled" not in mean:
         return ["no tower of the control, shuffled-seed0, to compare with; rerun scripts/quickstart.sh"]
     failed = [
@@ -112,45 +94,11 @@ def failures(towers: Mapping[str, Tower], claims: Sequence[Claim]) -> list[str]:
     return failed + [sentence(one) for one in claims if one["name"] == HEADLINE[2] and one["difference"] <= 0]
 
 
-def page_queries(towers: Mapping[str, Tower], source: Source) -> list[dict[str, Any]]:
-    """A long caption, a name, and a name in every other language, and the drawings that each tower ranks first.
+def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
+    """Measure the towers below ``output``, and write ``headline.json`` there.
 
-    The captions are chosen by a hash: no result decides which are shown. Of a tower, its first seed; not the control.
-    """
-    first = {name: seeds[0].pairs[0] for name, seeds in by_name(towers).items()}
-    shown = {name: pairs for name, pairs in first.items() if name != "shuffled"} or first
-    pairs = next(iter(shown.values()))  # the captions are the same for every tower
-    concepts = pairs.meta_values("concept")
-    owner = [concepts[place] for place in pairs.owner_M.tolist()]
-    names = {o: c.text for c, o in zip(pairs.captions, owner, strict=True) if (c.kind, c.language) == ("short", "en")}
-    order = {text: place for place, text in enumerate(in_random_order({c.text for c in pairs.captions}, "page"))}
-    chosen: dict[tuple[str, str], int] = {}
-    for number in sorted(range(len(pairs.captions)), key=lambda number: order[pairs.captions[number].text]):
-        chosen.setdefault((pairs.captions[number].kind, pairs.captions[number].language), number)
-    queries = []
-    for kind, language in sorted(chosen, key=lambda key: (key[1] != "en", key)):
-        query = chosen[kind, language]
-        found = {
-            TEACHERS[name]: [
-                {
-                    "base64": base64.b64encode(source[place].read_image()).decode(),
-                    "title": f"{names[concepts[place]]} ({pairs.meta[place]['style']})",
-                    "right": concepts[place] == owner[query],
-                }
-                for place in (of.image_ND @ of.text_MD[query]).topk(min(PICTURES, len(concepts))).indices.tolist()
-            ]
-            for name, of in shown.items()
-        }
-        meaning = "" if language == "en" else names[owner[query]]
-        queries.append({"text": pairs.captions[query].text, "language": language, "meaning": meaning, "found": found})
-    return queries
-
-
-def make_report(data: Path, output: Path) -> tuple[list[Table], list[str], list[str]]:
-    """Measure the towers below ``output``; write ``headline.json`` and ``index.html`` there.
-
-    Returns what is printed: tables, with the claims first if there are both teachers; a sentence for each claim of the
-    headline; and how a short run failed.
+    Returns what is printed (tables, those of claims last, and a sentence for each claim of the headline), and how a
+    short run failed.
     """
     caches, sets = scores.open_caches(data), scores.open_sets(data / "all")
     folders = [path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS]
@@ -160,13 +108,9 @@ def make_report(data: Path, output: Path) -> tuple[list[Table], list[str], list[
     inputs = {folder.name: scores.check_run(folder) for folder in folders}
     towers = {folder.name: scores.measure_tower(folder, sets, caches) for folder in folders}
     teachers = scores.measure_teachers(sets["test"][0], caches)
-    rows = {name: tower.rows for name, tower in towers.items()}
-    claims = make_claims(pair_tests("tower", rows) | pair_tests("teacher", teachers))
-    over = pair_tests("tower", rows, "plain")
+    claims = make_claims(pair_tests("tower", towers) | pair_tests("teacher", teachers))
+    over = pair_tests("tower", towers, "plain")
     over_plain = make_claims(over | pair_tests("teacher", teachers, "plain") if over else {})
-    tables = [claims_table(claims, "raw", "Is the fine-tuned LLM the better teacher?")] if claims else []
-    tables += [claims_table(over_plain, "plain", "And against the raw LLM as it comes?")] if over_plain else []
-    tables.append(retrieval_table(towers))
     headline = [one for one in claims if one["name"] in HEADLINE]
     sentences = [sentence(one) for one in headline]
     record = {
@@ -174,15 +118,14 @@ def make_report(data: Path, output: Path) -> tuple[list[Table], list[str], list[
         "headline": headline,
         "others": claims[len(headline) :],  # whether significant or not
         "over_plain": over_plain,
-        "towers": {name: {row: float(one.scores.mean()) for row, one in of.items()} for name, of in rows.items()},
+        "towers": {name: {row: float(one.scores.mean()) for row, one in of.items()} for name, of in towers.items()},
         "inputs": inputs,
     }
-    template, queries = Path(__file__).with_name("page.html"), page_queries(towers, sets["test"][0])
-    page = render(template, headlines=sentences, tables=tables, queries=queries)
-    for name, text in (("headline.json", json.dumps(record, indent=2)), ("index.html", page)):
-        with atomic_file(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return tables, sentences, failures(towers, claims)
+    with atomic_file(output / "headline.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    tables = [claims_table(over_plain, "plain")] if over_plain else []
+    tables += [claims_table(claims)] if claims else []
+    return [retrieval_table(towers), *tables, *sentences], failures(towers, claims)
 
 
 def main() -> None:
@@ -197,11 +140,10 @@ def main() -> None:
         captions = scores.open_sets(options.data / "all")["test"][0]
         teachers = scores.measure_teachers(captions, scores.open_caches(options.data))
         if claims := make_claims(pair_tests("teacher", teachers)):
-            print("\n" + claims_table(claims, "raw", "").markdown)
+            print("\n" + claims_table(claims))
         return
-    (first, *others), sentences, failed = make_report(options.data, options.output)
-    print("\n" + "\n".join(table.markdown for table in [*others, first]))
-    print("\n".join(sentences))
+    told, failed = make_report(options.data, options.output)
+    print("\n" + "\n".join(told))
     if options.must_learn and failed:
         sys.exit("error: nothing was learned: " + "; ".join(failed))
 

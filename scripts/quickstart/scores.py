@@ -9,7 +9,6 @@ members are right or wrong together, and p is adjusted for the number of claims 
 Shapes: N images, M captions, Q queries, W width of an embedding.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, QueryRanks, RetrievalReport, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval import QueryRanks, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.vision.towers import preprocessor_config
@@ -177,13 +176,6 @@ def _numbers(difference: Difference, p_adjusted: float) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- towers, teachers
 
 
-class Tower(NamedTuple):
-    """What was measured with an exported tower."""
-
-    rows: Rows  # i2t and t2i of each test whose set exists
-    pairs: list[EmbeddedPairs]  # the test set in each style, in the tower's joint space
-
-
 def open_sets(data: Path) -> dict[str, list[Source]]:
     """Set -> its samples in each style; the unseen style may be missing."""
     paths = {name: [data / f"test-{style}.tar" for style in styles] for name, styles in SETS.items()}
@@ -191,7 +183,7 @@ def open_sets(data: Path) -> dict[str, list[Source]]:
     return {name: [open_source(SourceConfig(path=str(path))) for path in shards] for name, shards in present.items()}
 
 
-def measure_tower(path: Path, sets: Mapping[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> Tower:
+def measure_tower(path: Path, sets: Mapping[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> Rows:
     """Load a tower directory, ``tuned-seed0`` or the like, and measure it on every set, with the cache of its name.
 
     Raises ContractError if no cache belongs to its teacher.
@@ -202,13 +194,12 @@ def measure_tower(path: Path, sets: Mapping[str, list[Source]], caches: Mapping[
         name: [evaluate_retrieval(dual, source, cache, images, RETRIEVAL, quiet=True) for source in sources]
         for name, sources in sets.items()
     }
-    rows = {
+    return {
         f"{test}, {title}": tower_queries(reports[of_set], kind, side)
         for test, (of_set, kind) in TESTS.items()
         for side, title in SIDES.items()
         if of_set in reports
     }
-    return Tower(rows, [report.pairs for report in reports["test"]])
 
 
 def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> Measured:
@@ -225,7 +216,7 @@ def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> M
     return measured(galleries)
 
 
-def by_name(towers: Mapping[str, Tower]) -> dict[str, list[Tower]]:
+def by_name(towers: Mapping[str, Rows]) -> dict[str, list[Rows]]:
     """Of TEACHERS, in its order -> towers of its seeds."""
     groups = {name: [of for tower, of in towers.items() if tower.startswith(f"{name}-seed")] for name in TEACHERS}
     return {name: seeds for name, seeds in groups.items() if seeds}
@@ -268,42 +259,36 @@ def teacher_queries(embeddings: Embeddings, family: Mapping[str, str]) -> Rows:
 
 
 def open_caches(data: Path) -> dict[str, EmbeddingCache]:
-    """Teacher -> cache below ``data``/cache, checked; incomplete caches are skipped with a message.
+    """Teacher -> cache below ``data``/cache, checked; incomplete caches are left out.
 
     Raises FileNotFoundError if no cache is complete, ContractError if one is not what its name says.
     """
-    caches: dict[str, EmbeddingCache] = {}
-    for path in sorted((data / "cache").glob("*/")):
-        manifest = path / CacheManifest.FILE
-        if manifest.is_file() and CacheManifest.read(manifest).complete:
-            caches[path.name] = EmbeddingCache.open(path)
-            check_cache(data, path.name, caches[path.name])
-        else:
-            print(f"{path} is incomplete, skipped", file=sys.stderr)
-    if not caches:
+    manifests = sorted((data / "cache").glob(f"*/{CacheManifest.FILE}"))
+    paths = [manifest.parent for manifest in manifests if CacheManifest.read(manifest).complete]
+    if not paths:
         raise FileNotFoundError(f"no complete embedding cache in {data / 'cache'}; run scripts/quickstart.sh")
+    caches = {path.name: EmbeddingCache.open(path) for path in paths}
+    for name, cache in caches.items():
+        check_cache(data, name, cache)
     return caches
 
 
 def check_cache(data: Path, name: str, cache: EmbeddingCache) -> None:
     """Raise ContractError for a cache embedded without the adapter of its name, or one of other captions."""
-    teacher, expected = cache.manifest.teacher, ""
+    teacher, adapter = cache.manifest.teacher, ""
     if name.startswith("tuned-"):
         run = data / "llm" / name.removeprefix("tuned-")
-        expected = adapter_sha256(run / "adapter")
+        adapter = adapter_sha256(run / "adapter")
         for path in map(Path, RunRecord.read(run / RunRecord.FILE).config["pairs"]["data"]):
             if not path.name.startswith("train-"):
                 raise ContractError(f"{run} was fine-tuned on {path}, which is not a training shard; {AGAIN}")
-    used, read = teacher["adapter_sha256"], (teacher["pooling"], bool(teacher["post"]))
-    problem = ""
-    if (teacher["llm"] == RANDOM) != (name == "random"):
-        problem = f"holds embeddings of {teacher['llm']}"
-    elif used != expected:
-        problem = f"was embedded with adapter {used[:12] or 'none'}, expected {expected[:12] or 'none'}"
-    elif name != "random" and read != ("mean" if name == "plain" else "last", name == "raw"):
-        problem = f"pools {read[0]}, {'with' if read[1] else 'no'} post file"
-    if problem:
-        raise ContractError(f"{cache.directory} {problem}; {AGAIN}")
+    used = {"random": teacher["llm"] == RANDOM, "adapter": teacher["adapter_sha256"]}
+    expected = {"random": name == "random", "adapter": adapter}
+    if name != "random":
+        used |= {"pooling": teacher["pooling"], "post": bool(teacher["post"])}
+        expected |= {"pooling": "mean" if name == "plain" else "last", "post": name == "raw"}
+    if used != expected:
+        raise ContractError(f"{cache.directory} was embedded with {used}, expected {expected}; {AGAIN}")
 
 
 def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, EmbeddingCache]) -> EmbeddingCache:

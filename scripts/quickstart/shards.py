@@ -53,19 +53,19 @@ def subset(
 
     All splits use English names and long captions, the test everything else too. (): all concepts, all languages.
     """
-
-    def used(caption: dict[str, str]) -> bool:
-        if caption["language"] == "en" and caption["kind"] in ("short", "long"):
-            return True
-        return split == "test" and (not languages or caption["language"] in ("en", *languages))
-
     count = concepts[SPLITS.index(split)] if concepts else None
     chosen = set(in_random_order({about["concept"] for _, _, about in samples}, "subset")[:count])
-    return [
-        (key, png, {**about, "captions": [caption for caption in about["captions"] if used(caption)]})
-        for key, png, about in samples
-        if about["concept"] in chosen
-    ]
+    found = []
+    for key, png, about in samples:
+        captions = [
+            caption
+            for caption in about["captions"]
+            if (caption["language"] == "en" and caption["kind"] in ("short", "long"))
+            or (split == "test" and (not languages or caption["language"] in ("en", *languages)))
+        ]
+        if about["concept"] in chosen:
+            found.append((key, png, {**about, "captions": captions}))
+    return found
 
 
 def read_tar(path: Path) -> list[Sample]:
@@ -113,8 +113,8 @@ def draw(svg: str, size: int = 98, colors: int = 64) -> bytes:
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     image = Image.new("RGB", (size, size), "white")  # a drawing that is not square keeps its proportions
     image.paste(drawing, ((size - drawing.width) // 2, (size - drawing.height) // 2))
-    palette = image.quantize(colors=colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     out = io.BytesIO()
+    palette = image.quantize(colors=colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     palette.save(out, "PNG", optimize=True)
     return out.getvalue()
 
@@ -137,30 +137,21 @@ def write_unseen(folder: Path) -> None:
 
 
 def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str] = ()) -> None:
-    """Make ``all/`` and ``shuffled/``, unless they exist for the same subset of the same set."""
-    shipped = [path for split in SPLITS for path in sorted(EMOJI.glob(f"{split}-*.tar"))]
-    sizes = [path.stat().st_size for path in shipped]
-    recipe = {"concepts": list(concepts), "languages": list(languages), "built_from": sizes}
-    stamp, everything = output / "made-for.json", output / "all"
-    complete = (everything / f"test-{UNSEEN}.tar").is_file()
-    if complete and stamp.is_file() and json.loads(stamp.read_text()) == recipe:
+    """Make ``all/`` and ``shuffled/``, unless they exist."""
+    everything, shuffled = output / "all", output / "shuffled"
+    if shuffled.is_dir() and (everything / f"test-{UNSEEN}.tar").is_file():
         return
-    stamp.unlink(missing_ok=True)
     with atomic_directory(everything, replace=True) as temporary:
-        for path in shipped:
+        for path in sorted(EMOJI.glob("*-*.tar")):
             split = path.name.split("-")[0]
             write_tar(temporary / path.name, subset(split, read_tar(path), concepts, languages))
         try:
             write_unseen(temporary)
         except ImportError as error:
             print(f"note: the unseen style ({UNSEEN}) is left out: {error}", file=sys.stderr)
-    with atomic_directory(output / "shuffled", replace=True) as temporary:
+    with atomic_directory(shuffled, replace=True) as temporary:
         for path in sorted(everything.glob("train-*.tar")):
             write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
-    stamp.write_text(json.dumps(recipe), encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------------------------- controls
 
 
 def write_control(data: Path, cache: Path, output: Path, random: int | None = None) -> None:

@@ -97,6 +97,30 @@ def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
         assert server.sent > before
 
 
+def test_nodes_share_an_index_and_captions_need_no_download(tmp_path: Path) -> None:
+    files = {f"/{path.name}": path.read_bytes() for path in write_shards(tmp_path / "data", [4] * 2).glob("*.tar")}
+    server = DroppingServer(files)
+    with serving(server) as address:
+        nodes = [
+            SourceConfig(
+                path=f"{address}/{{00000..00001}}.tar",
+                cache_folder=str(tmp_path / f"node{node}"),
+                index_folder=str(tmp_path / "shared"),
+            )
+            for node in range(2)
+        ]
+        first = open_source(nodes[0])
+        sent = server.sent
+        second = open_source(nodes[1])
+        assert [second.captions(number) for number in range(8)] == [first.captions(number) for number in range(8)]
+        assert server.sent == sent
+        assert (
+            second[0].read_image() == first[0].read_image() and server.sent > sent
+        )  # its own copy, later than the index
+        sent = server.sent
+        assert open_source(nodes[1]).shards == open_source(nodes[0]).shards and server.sent == sent
+
+
 class FailingServer(DroppingServer):
     """Answers the first requests with ``failures``, one after another, then as it should."""
 
@@ -208,7 +232,7 @@ def test_a_read_that_fails_for_a_while_is_repeated_with_the_file_opened_again(
     number: int, tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = source_of(write_shards(tmp_path, [2]))
-    expected = source.with_image(1)
+    expected = source[1].read_image()
     before = source._file(0)._descriptor  # type: ignore[attr-defined]
     os.dup2(os.open(os.devnull, os.O_RDONLY), before)  # a stale handle
     disk.failures = [number, number]
@@ -219,7 +243,7 @@ def test_a_read_that_fails_for_a_while_is_repeated_with_the_file_opened_again(
         return disk.pread(descriptor, size, offset)
 
     os.pread = stale  # the fixture of ``disk`` restores it
-    assert source.with_image(1) == expected and take_retries() == 3
+    assert source[1].read_image() == expected and take_retries() == 3
     assert os.strerror(number) in caplog.text and "00000.tar" in caplog.text and "retrying" in caplog.text
 
 
@@ -227,8 +251,8 @@ def test_it_ends_in_an_error_that_names_the_file(tmp_path: Path, disk: Disk) -> 
     source = source_of(write_shards(tmp_path, [2]))
     disk.failures = [errno.EIO] * 100
     with pytest.raises(ConnectionError, match=r"failed 8 times in a row: .*00000\.tar: OSError.*rerun the same"):
-        source.with_image(0)
+        source[0].read_image()
     disk.failures = [errno.EACCES]
     with pytest.raises(PermissionError):
-        source.with_image(0)
+        source[0].read_image()
     assert take_retries() == 7

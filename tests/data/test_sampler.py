@@ -36,7 +36,7 @@ def test_the_order_is_the_same_everywhere() -> None:
     assert sample_rng(0, 1, 2, 3).random() == 0.9603652096926553
 
 
-@pytest.mark.parametrize(("windows", "expected"), [((), "3343ccb28f0c4e20"), ((2, 0, 0), "817fa95b2f340731")])
+@pytest.mark.parametrize(("windows", "expected"), [((), "3343ccb28f0c4e20"), ((2, 0, 0), "eb4967cb254317c3")])
 def test_the_order_of_several_epochs_is_the_same_everywhere(windows: tuple[int, ...], expected: str) -> None:
     """Three epochs of three sources, noted once."""
     draws = Mixture([(5000,) * 3, (7000,), (11,)], (1, 0.5, 2), 3, windows).batch_indices(0, 60_000)
@@ -92,13 +92,36 @@ def test_a_shuffle_window_limits_the_shards_in_use() -> None:
     assert shards[:40].tolist() != sorted(shards[:40].tolist())
 
 
+@pytest.mark.parametrize("windows", [(0, 0), (3, 0), (3, 2)])
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
-def test_ranks_cut_one_global_batch(world: int) -> None:
-    mixture = Mixture([(70,), (35,)], (1, 1), 3)
-    for position in (0, 24, 96):
+def test_ranks_cut_one_global_batch(world: int, windows: tuple[int, int]) -> None:
+    mixture = Mixture([(1500,) * 7, (1300,) * 5], (1, 1), 3, windows)
+    for position in (0, 24, 96, 9600):
         whole = mixture.batch_indices(position, 24)
-        parts = [mixture.batch_indices(*rank_rows(position, rank, 24 // world)) for rank in range(world)]
-        assert [draw for part in parts for draw in part] == whole
+        parts = [mixture.rank_draws(position, rank, 24 // world, world) for rank in range(world)]
+        draws = [draw for part in parts for draw in part]
+        assert sorted(draws) == sorted(whole) and (any(windows) or draws == whole)
+
+
+@pytest.mark.parametrize(("nodes", "reads"), [(1, 1), (2, 1), (8, 1), (3, 1.2)])
+def test_each_node_reads_its_share_of_remote_shards(nodes: int, reads: float) -> None:
+    """Shards of equal size that the nodes divide are read once over all nodes, in every pass, every sample once."""
+    shards, size, batch = 64, 1000, 384
+    mixture = Mixture([(size,) * shards], (1,), 0, (16,))
+    for number in range(2):
+        read, samples = [set[int]() for _ in range(nodes)], set[int]()
+        for position in range(number * 64_000 // batch * batch, (number + 1) * 64_000 // batch * batch, batch):
+            for node in range(nodes):
+                draws = mixture.rank_draws(position, node, batch // nodes, nodes)
+                read[node] |= {draw.index // size for draw in draws if draw.epoch == number}
+                samples |= {draw.index for draw in draws if draw.epoch == number}
+        assert len(samples) > 64_000 - batch
+        assert sum(map(len, read)) <= reads * shards
+        for node in range(nodes) if reads == 1 else ():  # what it downloads ahead is what it reads
+            starts = range(number * 64_000, (number + 1) * 64_000, 16_000)
+            assert {shard for start in starts for shard in mixture.window_shards(0, start, node, nodes)[0]} == read[
+                node
+            ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

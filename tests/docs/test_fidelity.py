@@ -1,24 +1,71 @@
-"""docs/fidelity.md says what the recipes say, and covers every recipe that bears a paper's name."""
+"""docs/fidelity.md says what the recipes say, and covers every recipe that bears a paper's name.
+
+    python tests/docs/test_fidelity.py      writes the page's column "ours"
+
+A line ``<!-- recipes: NAME ... -->`` names the recipes of the next table. In a row whose first cell has options
+in backticks, the third cell is their values, by family of recipes where these differ. Other rows stay.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import re
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+from llm2clip_plugin.stages.settings import LLM_RECIPES
 from llm2clip_plugin.stages.tower_config import RECIPES
 
-ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("fidelity", ROOT / "scripts" / "fidelity.py")
-fidelity = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(fidelity)
+PAGE = Path(__file__).parents[2] / "docs" / "fidelity.md"
+NAMES = re.compile(r"<!-- recipes: (.+) -->")
+OPTION = re.compile(r"`([a-z_0-9.]+)`")
+
+
+def shown(value: Any) -> str:
+    """A setting as the page prints it."""
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(shown, value)) or "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def ours(options: list[str], names: list[str]) -> str:
+    """Values of ``options`` in the recipes; one value, or one for each family, which is a name's first word."""
+    by_value: dict[str, list[str]] = {}
+    for name in names:
+        settings = {**RECIPES, **LLM_RECIPES}[name]()
+        families = by_value.setdefault("; ".join(shown(attrgetter(option)(settings)) for option in options), [])
+        families += {re.split("[-_]", name)[0]} - set(families)
+    if len(by_value) == 1:
+        return next(iter(by_value))
+    return "<br>".join(f"{', '.join(families)}: {values}" for values, families in by_value.items())
+
+
+def filled(page: str) -> str:
+    """The page with its generated cells."""
+    names, lines = [], []
+    for line in page.splitlines():
+        if match := NAMES.fullmatch(line):
+            names = match[1].split()
+        cells = line.split(" | ")
+        if line.startswith("| ") and (options := OPTION.findall(cells[0])):
+            cells[2] = ours(options, names)
+            line = " | ".join(cells)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def test_the_page_is_what_the_recipes_say():
-    page = fidelity.PAGE.read_text(encoding="utf-8")
-    assert fidelity.filled(page) == page, "run scripts/fidelity.py --write"
-    assert fidelity.filled(page.replace("| 0.9 0.999; 1e-08 |", "| 0.9 0.98; 1e-06 |")) == page
-    named = {name for names in fidelity.NAMES.findall(page) for name in names.split()}
+    page = PAGE.read_text(encoding="utf-8")
+    assert filled(page) == page, "run python tests/docs/test_fidelity.py"
+    assert filled(page.replace("| 0.9 0.999; 1e-08 |", "| 0.9 0.98; 1e-06 |")) == page
+    named = {name for names in NAMES.findall(page) for name in names.split()}
     assert "paper-llama-8b" in named
     assert {name for name in RECIPES if name.startswith(("openai", "eva02", "siglip2", "lift"))} <= named | {
         "eva02_bige14"
     }
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

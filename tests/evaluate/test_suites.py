@@ -182,7 +182,7 @@ def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, caps
     assert cli(["evaluate", str(tower), "--suite", "docci", "--data", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "docci_images.tar.gz" in error and str(tmp_path / "docci" / "images") in error
-    with pytest.raises(ValueError, match=r"unknown suite 'cocoo'; did you mean 'coco'\?.*known: paper, all, flickr30k"):
+    with pytest.raises(ValueError, match=r"unknown suite 'cocoo'; known: paper, all, flickr30k"):
         select_suites("cocoo")
     assert [suite.name for suite in select_suites("coco,paper")][:3] == ["coco", "flickr30k", "sharegpt4v-1k"]
     assert [suite.name for suite in select_suites("all")] == list(suites())

@@ -50,7 +50,7 @@ def fewer_samples(world: World) -> None:
     Fault(
         "field with a typo",
         "data --fields captoin=short",
-        "... 'captoin' ...did you mean 'caption'? known: caption, ...",
+        "... 'captoin' ...; known: caption, ...",
     ),
     Fault(
         "one of two fields",

@@ -33,7 +33,7 @@ MAY_IMPORT_LLAVA = {
 HOMES = {  # heavy package -> the only places that may import it
     "deepspeed": {"llm2clip_plugin/train/engine.py", "llava_integration/training.py"},
     "peft": {"llm2clip_plugin/text/", "llm2clip_plugin/vision/towers.py", "llava_integration/compat/"},
-    "bitsandbytes": {"llm2clip_plugin/text/"},
+    "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optim.py"},
     "llava": {"llava_integration/"},
     "vllm": {"llava_integration/serve/"},
     "rich": {"llm2clip_plugin/"},

@@ -20,7 +20,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_doctor_reports_problems_and_fixes(capsys: pytest.CaptureFixture[str]) -> None:
-    status = cli.main(["doctor", "--environment", "train"])
+    status = cli.main(["doctor"])
     out = capsys.readouterr().out
     assert status in (0, 1)
     for subject in ("python", "torch", "deepspeed launcher", "C++ compiler", "accelerator", "open files"):
@@ -29,7 +29,7 @@ def test_doctor_reports_problems_and_fixes(capsys: pytest.CaptureFixture[str]) -
 
 def test_ranks_of_one_machine_share_its_cores(tmp_path) -> None:
     """Under a launcher a command takes one thread a rank, unless the user has said how many."""
-    code = "import os, llm2clip_plugin.cli as c; c.run('doctor', ['--json']); print(os.environ['OMP_NUM_THREADS'])"
+    code = "import os, llm2clip_plugin.cli as c; c.run('doctor', []); print(os.environ['OMP_NUM_THREADS'])"
     for given, threads in (({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")):
         env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         env |= {"WORLD_SIZE": "2", "RANK": "0", **given}

@@ -93,8 +93,8 @@ def test_words_become_settings(line: str, expected: Outer) -> None:
 
 
 def test_extras_and_the_words_after_two_dashes_are_kept_apart() -> None:
-    given = COMMAND.read(["--recipe", "small", "--lr", "2", "a"])
-    assert given.extras == {"recipe": "small"} and given.values == {"path": ("a",), "inner.lr": 2.0}
+    values, extras = COMMAND.read(["--recipe", "small", "--lr", "2", "a"])
+    assert extras == {"recipe": "small"} and values == {"path": ("a",), "inner.lr": 2.0}
     config = REQUIRED.parse(["x", "--llm", "y", "--", "--help", "--other"])
     assert config == Required(llm="y", path=Path("x"), more=("--help", "--other"))
 
@@ -104,7 +104,7 @@ def test_extras_and_the_words_after_two_dashes_are_kept_apart() -> None:
     [
         ("--lr -1", "lr -1.0"),
         ("--steps 1.5", "--steps: ... '1.5'"),
-        ("--inner.no-flop", "unknown option --inner.no-flop; did you mean --inner.no-flip?"),
+        ("--inner.no-flop", "unknown option --inner.no-flop (did you mean --inner.no-flip?)"),
         ("--kind fp23", "--kind: ... 'fp23' ... 'fp32', 'bf16'"),
         ("--name --lr 1", "--name: "),
         ("--betas 1", "--betas: expected 2"),

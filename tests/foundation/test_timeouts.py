@@ -12,7 +12,7 @@ from pathlib import Path
 ASK = """
 import json, sys
 from llava_integration.towers import locate, locate_bundled
-from llm2clip_plugin.text.adapter import adapter_folder, local_folder
+from llm2clip_plugin.text.adapter import local_folder
 from llm2clip_plugin.vision.directory import fetch_directory
 
 said = {}
@@ -21,7 +21,6 @@ for function, argument in (
     (locate, "llm2clip:someone/tower"),
     (lambda checkpoint: locate_bundled(checkpoint, ""), "someone/llava"),
     (local_folder, "someone/llm"),
-    (adapter_folder, "someone/adapter"),
 ):
     try:
         function(argument)
@@ -43,7 +42,7 @@ def test_a_silent_hub_is_told_within_the_timeout(tmp_path: Path):
         )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    assert len(said) == 5
+    assert len(said) == 4
     expected = f"the Hugging Face Hub ({endpoint}) has not answered for 0.2 s (LLM2CLIP_TIMEOUT)"
     assert all(expected in text for text in said.values()), said
     assert time.monotonic() - started < 200

@@ -49,17 +49,9 @@ TOKENIZER = {
     "add_bos_token": True,
     "add_eos_token": False,
     "clean_up_tokenization_spaces": False,
-    **{
-        name: {
-            "__type": "AddedToken",
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-        }
-        for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
-    },
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
     "pad_token": None,
     "sp_model_kwargs": {},
 }

@@ -46,8 +46,8 @@ ALL = [
 
 def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     config, source = opened(tiny)
-    found = survey(source)
-    assert (found.samples, found.captions, found.pairs) == (48, 2.0, "short:long")
+    assert survey(source) == ("short:long", "") and len(source) == 48
+    found = "short:long"
     stages = plan(config, source, found)
     assert names(stages) == ALL
     assert stages[2].words[stages[2].words.index("--pair-kinds") + 1] == "short:long"

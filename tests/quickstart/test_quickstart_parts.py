@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = """
 set -euo pipefail
 DATA=data OUT=$PWD/out LLM=llm TOWER=tower DTYPE=bfloat16 PRESET=default TUNE_STEPS=12 TUNE_BATCH=64 STEPS=50 LAYER=16
-HEAD_STEPS=9 SIZE=56 FREEZE=0 PRECISION=bf16 PAIR= HALF=1 teachers="raw tuned" BEST=tuned BEST_CACHE=tuned-seed0
+HEAD_STEPS=9 SIZE=56 FREEZE=0 PRECISION=bf16 PAIR= HALF=1 teachers="raw tuned"
 . "$PARTS"
 say() { :; }
 shown() { printf '%s\\n' "$*"; }
@@ -127,10 +127,10 @@ def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path)
     assert (cosine_NN - torch.eye(len(cosine_NN))).abs().max() < 1
     assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (shards.RANDOM, "")
     assert caches[0].fingerprint != caches[1].fingerprint
-    with pytest.raises(ContractError, match="holds embeddings of random"):
+    with pytest.raises(ContractError, match=r"with \{'random': True"):
         scores.check_cache(data, "raw", caches[0])
     scores.check_cache(data, "random", caches[0])
-    with pytest.raises(ContractError, match="pools last"):
+    with pytest.raises(ContractError, match=r"with .*'pooling': 'last'"):
         scores.check_cache(data, "plain", EmbeddingCache.open(data / "cache" / "raw"))
 
 
@@ -145,7 +145,8 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "of", "words"), [("raw", "tuned-seed0", "expected none"), ("tuned-seed0", "raw", "adapter none")]
+    ("name", "of", "words"),
+    [("raw", "tuned-seed0", "expected .*'adapter': ''"), ("tuned-seed0", "raw", "with .*'adapter': '',.*expected")],
 )
 def test_a_cache_of_another_adapter_is_refused(data, tmp_path, name, of, words) -> None:
     assert {*scores.open_caches(data)} == {"raw", "tuned-seed0"}

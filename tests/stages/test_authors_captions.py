@@ -12,7 +12,7 @@ from tower_runs import ROOT, finish, lines, start
 
 from llm2clip_plugin.data.sampler import Mixture, hash_words
 from llm2clip_plugin.stages.settings import llm_recipe
-from llm2clip_plugin.text.pairs import PairBatches, open_pairs
+from llm2clip_plugin.text.pairs import PairBatches
 
 AUTHORS = ROOT / "tests" / "golden" / "authors_captions"
 SEPARATOR = "!@#$%^&*()"  # in the authors' texts; what follows it is pooled
@@ -61,9 +61,7 @@ def test_batches_are_made_as_the_authors(tmp_path: Path):
         rows = [{field: f"{name} {field} {i}" for field in fields} for i in range(size)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = dataclasses.replace(llm_recipe("paper").pairs, data=tuple(str(tmp_path / f"{n}.jsonl") for n in sizes))
-    batches = PairBatches(
-        open_pairs(config), (), seed=0, global_batch=batch, rank=0, world=1, mix_kinds=config.mix_kinds
-    )
+    batches = PairBatches(config, seed=0, global_batch=batch, rank=0, world=1)
     drawn = [batches.batch(step * batch)["pairs"] for step in range(sum(sizes.values()) // batch)]
     sources = [{pair.query.split()[0] for pair in pairs} for pairs in drawn]
     assert Counter(name for names in sources for name in names) == {n: facts["batches_of_source"][n] for n in sizes}

@@ -3,27 +3,18 @@
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
 from forked import Script
 from tiny_data import make_all
-from tower_runs import ROOT, environment, finish, options, start
+from tower_runs import ROOT, environment, finish, options, start, wait_for
 
 from llm2clip_plugin.train.distributed import free_port
 
 
-@pytest.mark.parametrize(
-    ("rank", "number", "says"),
-    [
-        (0, signal.SIGINT, "interrupted\n"),
-        (1, signal.SIGHUP, ""),
-    ],
-)
-def test_a_rank_that_waits_for_another_ends_in_a_line(
-    tiny: Path, tmp_path: Path, rank: int, number: int, says: str
-) -> None:
+@pytest.mark.parametrize(("rank", "number", "says"), [(0, signal.SIGINT, "interrupted\n"), (1, signal.SIGHUP, "")])
+def test_a_rank_that_waits_ends_in_a_line(tiny: Path, tmp_path: Path, rank: int, number: int, says: str) -> None:
     """In torch's C++, which prints its stack at a signal and goes on: rank 0 waits for rank 1, rank 1 for an answer."""
     port = free_port()
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -39,10 +30,7 @@ def test_a_rank_that_waits_for_another_ends_in_a_line(
                 other.settimeout(300)
                 _connection, _ = other.accept()  # kept open
             else:
-                deadline = time.monotonic() + 300
-                while other.connect_ex(("127.0.0.1", port)):
-                    assert time.monotonic() < deadline and script.poll() is None, script.output
-                    time.sleep(0.05)
+                wait_for(lambda: other.connect_ex(("127.0.0.1", port)) == 0, [script])
             os.kill(script.pid or 0, number)
             assert script.wait(timeout=10) == 128 + number
         finally:
@@ -71,10 +59,8 @@ def test_ranks_that_differ_are_refused_in_one_message(tmp_path: Path) -> None:
     statuses = finish(ranks)
     said = "".join(rank.output for rank in ranks)
     assert statuses == [2, 2] and said.count("error: the ranks disagree before the first step:") == 1, said
-    assert (
-        f"output_dir: shared with rank 0 on {socket.gethostname()} (ranks 0); {tmp_path / '1' / 'run'} lacks a file"
-        in said
-    )
+    own = f"{tmp_path / '1' / 'run'} lacks a file"
+    assert f"output_dir: shared with rank 0 on {socket.gethostname()} (ranks 0); {own}" in said
     assert "setting optim.lr: 0.0004 on " in said and "0.001 on " in said
     assert "DeepSpeed zero_optimization.stage: 1.0 on " in said
     assert "output_dir must be a folder that all hosts share" in said

@@ -98,5 +98,5 @@ def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, dtyp
     step()  # makes the gradients themselves
     settings = llm_config(config.encoder)
     shape = shape_llm(settings, config.encoder, config.lora, config.train.precision)
-    memory = step_memory(config, settings, shape, texts=2, lengths=(TOKENS,))
+    memory = step_memory(config, settings, shape, texts=2, tokens=TOKENS)
     assert 0.85 < peak_bytes(step) / (TEXTS / 2 * memory.pair_bytes) < 1.15

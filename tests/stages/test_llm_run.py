@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from text_helpers import moved, write_moved
-from tower_runs import ROOT, finish, lines, start
+from tower_runs import ROOT, finish, lines, start, wait_for
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import EncoderCard, RunRecord
@@ -31,12 +30,10 @@ SAME = 2e-5
 
 def write_captions(path: Path, count: int = 48) -> Path:
     """Names of one to three words and long captions that hold them."""
-    rows = []
-    for i in range(count):
-        name = f"{WORDS[i % 16]} {WORDS[i * 7 % 16]} {i % 12}"
-        rows.append(
-            {"id": f"k{i}", "image": "x.png", "caption": name, "long_caption": " ".join([*WORDS[: i % 16], name])}
-        )
+    names = [f"{WORDS[i % 16]} {WORDS[i * 7 % 16]} {i % 12}" for i in range(count)]
+    long = [" ".join([*WORDS[: i % 16], name]) for i, name in enumerate(names)]
+    pairs = enumerate(zip(names, long, strict=True))
+    rows = [{"id": f"k{i}", "image": "x.png", "caption": one, "long_caption": other} for i, (one, other) in pairs]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -55,6 +52,11 @@ def options(captions: Path, llm: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
+def tuned(captions: Path, llm: Path, output: Path, *more: str) -> Path:
+    """The adapter of such a run."""
+    return finetune_llm(FINETUNE_LLM.parse(options(captions, llm, output, *more)))
+
+
 def step_lines(output: Path) -> list[dict[str, Any]]:
     return [line for line in lines(output) if "loss" in line]  # without evaluations and checkpoints
 
@@ -69,9 +71,7 @@ def losses(output: Path) -> list[float]:
 def plain(captions: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rank, one batch, one length group: what all other ways must equal."""
     output = tmp_path_factory.mktemp("plain")
-    assert (
-        finetune_llm(FINETUNE_LLM.parse(options(captions, llama, output, "--length-groups", "1"))) == output / "adapter"
-    )
+    assert tuned(captions, llama, output, "--length-groups", "1") == output / "adapter"
     return output
 
 
@@ -92,7 +92,7 @@ def test_loss_falls(plain: Path) -> None:
     ids=["micro-batches", "length groups", "gradient checkpointing"],
 )
 def test_how_a_batch_is_cut_changes_nothing(plain: Path, captions: Path, llama: Path, tmp_path: Path, more) -> None:
-    finetune_llm(FINETUNE_LLM.parse(options(captions, llama, tmp_path, *more)))
+    tuned(captions, llama, tmp_path, *more)
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
 
 
@@ -100,10 +100,7 @@ def test_two_ranks_killed_and_resumed_with_one(plain: Path, captions: Path, llam
     """ZeRO-2 on two ranks, SIGKILL after the first checkpoint, the rest on one rank with ZeRO-0: the same losses."""
     arguments = options(captions, llama, tmp_path, "--save-steps", "1")
     ranks = start([*arguments, "--deepspeed", zero_file(2)], 2, "scripts/finetune_llm.py")
-    deadline = time.monotonic() + 400
-    while not (tmp_path / "checkpoints/latest").is_file() and time.monotonic() < deadline:
-        assert all(process.poll() in (None, 0) for process in ranks), ranks[0].output[-3000:]
-        time.sleep(0.02)
+    wait_for(lambda: (tmp_path / "checkpoints/latest").is_file())
     for process in ranks:
         process.kill()
     finish(ranks)
@@ -127,10 +124,8 @@ leave(status)
 @pytest.mark.slow
 def test_two_ranks_are_one(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
     """Two ranks with gradient caching, under each ZeRO stage in turn."""
-    runs = [
-        options(captions, llama, tmp_path / str(stage), "--micro-batch", "4", "--deepspeed", zero_file(stage))
-        for stage in range(4)
-    ]
+    more = [("--micro-batch", "4", "--deepspeed", zero_file(stage)) for stage in range(4)]
+    runs = [options(captions, llama, tmp_path / str(stage), *more[stage]) for stage in range(4)]
     (tmp_path / "stages.py").write_text(STAGES)
     ranks = start([json.dumps(runs)], 2, tmp_path / "stages.py")
     assert finish(ranks) == [0, 0], ranks[0].output[-3000:]
@@ -144,7 +139,7 @@ def test_checkpoint_holds_the_adapter_alone_and_other_settings_are_refused(
     (checkpoint,) = (plain / "checkpoints").glob("step-*")
     assert (checkpoint / "model.safetensors").stat().st_size < 100_000
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 in the checkpoint, 0\.001 in this run"):
-        finetune_llm(FINETUNE_LLM.parse([*options(captions, llama, plain), "--lr", "1e-3"]))
+        tuned(captions, llama, plain, "--lr", "1e-3")
 
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain " * 2, "x", "猫"]
@@ -169,12 +164,16 @@ def test_a_reloaded_adapter_has_the_trained_weights_and_settings(any_llm: Path, 
         CaptionEncoder(EncoderConfig(llm=str(any_llm), adapter=str(folder), max_tokens=32), "cpu")
 
 
+def with_adapter(llm: Path, load_in_4bit: bool) -> tuple[CaptionEncoder, torch.nn.Module]:
+    encoding = EncoderConfig(llm=str(llm), compute_dtype="float32", load_in_4bit=load_in_4bit)
+    encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
+    return encoder, moved(encoder, FinetuneConfig(encoder=encoding))
+
+
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["float32", "4-bit"])
 def test_embedding_is_its_own_after_lora(llama40: Path, load_in_4bit: bool) -> None:
     """Width 40: bitsandbytes' packed CPU kernel refuses it in evaluation mode."""
-    encoding = EncoderConfig(llm=str(llama40), compute_dtype="float32", load_in_4bit=load_in_4bit)
-    encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
-    moved(encoder, FinetuneConfig(encoder=encoding))
+    encoder, _ = with_adapter(llama40, load_in_4bit)
     rows = encoder.tokenize(TEXTS)
     alone = torch.cat([encoder.embed_tokens([row]) for row in rows])
     assert ((encoder.embed_tokens(rows) - alone).norm(dim=1) < 1e-5 * alone.norm(dim=1)).all()
@@ -188,18 +187,12 @@ def llama40(make_llm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["float32", "4-bit"])
 def test_gradients_reach_the_adapter_alone(llama40: Path, load_in_4bit: bool) -> None:
-    encoding = EncoderConfig(llm=str(llama40), compute_dtype="float32", load_in_4bit=load_in_4bit)
-    encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
-    module = moved(encoder, FinetuneConfig(encoder=encoding)).train()
+    encoder, module = with_adapter(llama40, load_in_4bit)
+    module.train()
     names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    layers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-    layers += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    assert names == {
-        f"model.llm.base_model.model.layers.{block}.{layer}.lora_{side}.default.weight"
-        for block in (0, 1)
-        for layer in layers
-        for side in "AB"
-    }
+    layers = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    places = [f"{block}.{layer}.lora_{side}" for block in (0, 1) for layer in layers for side in "AB"]
+    assert names == {f"model.llm.base_model.model.layers.{place}.default.weight" for place in places}
     tokens = torch.tensor(encoder.tokenize(["two dogs"]))
     ones = torch.ones_like(tokens)
     embeddings, _ = module(tokens, ones, torch.arange(tokens.shape[1])[None], ones.bool())
@@ -211,7 +204,7 @@ def test_gradients_reach_the_adapter_alone(llama40: Path, load_in_4bit: bool) ->
 def test_qlora_on_a_cpu_end_to_end(captions: Path, llama40: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     more = ("--load-in-4bit", "--gradient-checkpointing", "--captions", str(captions), "--lr", "1e-2")
-    adapter = finetune_llm(FINETUNE_LLM.parse(options(captions, llama40, output, *more)))
+    adapter = tuned(captions, llama40, output, *more)
     assert losses(output)[-1] < losses(output)[0] - 0.2
     assert EncoderCard.read(adapter / EncoderCard.FILE).training["quantization"] == "nf4"
     scores = RunRecord.read(output / "run.json").metrics
@@ -228,12 +221,12 @@ def test_how_a_batch_with_hard_negatives_is_cut_changes_nothing(llama: Path, tmp
     rows = [{"query": words[i], "positive": f"the {words[i]}", "negative": words[i + 1]} for i in range(32)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, cut in (("whole", ()), ("cut", ("--micro-batch", "4"))):
-        finetune_llm(FINETUNE_LLM.parse(options(tmp_path / "pairs.jsonl", llama, tmp_path / name, *more, *cut)))
+        tuned(tmp_path / "pairs.jsonl", llama, tmp_path / name, *more, *cut)
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=SAME)
 
 
 def test_learned_scale(captions: Path, llama: Path, tmp_path: Path) -> None:
-    finetune_llm(FINETUNE_LLM.parse(options(captions, llama, tmp_path / "run", "--learn-scale")))
+    tuned(captions, llama, tmp_path / "run", "--learn-scale")
     lines = step_lines(tmp_path / "run")
     assert lines[-1]["logit_scale"] != lines[0]["logit_scale"] == pytest.approx(20.0)
 
@@ -259,9 +252,9 @@ def test_start_adapters_are_merged_and_written_with_the_new_one(captions: Path, 
         assert main(["export-llm", "--llm", str(llm), "--adapter", str(adapter), "--output", str(merged)]) == 0
         (merged / EncoderCard.FILE).unlink()
         llm = merged
-    by_hand = finetune_llm(FINETUNE_LLM.parse(options(captions, llm, tmp_path / "by hand")))
-    started = [*options(captions, llama, tmp_path / "run"), "--start-adapters", str(first), str(second)]
-    adapter = finetune_llm(FINETUNE_LLM.parse(started))
+    by_hand = tuned(captions, llm, tmp_path / "by hand")
+    started = ("--start-adapters", str(first), str(second))
+    adapter = tuned(captions, llama, tmp_path / "run", *started)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "by hand"), abs=SAME)
     pairs = ((llama, adapter), (llm, by_hand), (llama, first))
     found, expected, other = (
@@ -271,7 +264,7 @@ def test_start_adapters_are_merged_and_written_with_the_new_one(captions: Path, 
     assert torch.allclose(found, expected, atol=2e-5 * float(expected.norm(dim=1).max()))
     assert not torch.allclose(found, other, atol=1e-2)
     assert EncoderCard.read(adapter / EncoderCard.FILE).training["start_adapters"] == ["first", "second"]
-    assert finetune_llm(FINETUNE_LLM.parse(started)) == adapter  # a finished run, loaded again
+    assert tuned(captions, llama, tmp_path / "run", *started) == adapter  # a finished run, loaded again
 
 
 def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None:
@@ -326,13 +319,3 @@ def test_a_weight_that_is_not_finite_is_one_line(captions: Path, llama: Path, tm
     assert re.search(rf"error: {broken}: .*embed_tokens.weight", told)
     assert told.count("error: ") == 1 and "Traceback" not in told
     assert not (tmp_path / "run/adapter").exists()
-
-
-def test_lora_variants_train(llama: Path, captions: Path, tmp_path: Path) -> None:
-    more = ("--dora", "--rslora", "--targets", "q_proj", "v_proj", "--max-steps", "1")
-    adapter = finetune_llm(FINETUNE_LLM.parse(options(captions, llama, tmp_path, *more)))
-    assert adapter is not None
-    saved = json.loads((adapter / "adapter_config.json").read_text())
-    assert saved["use_dora"] and saved["use_rslora"] and sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
-    reloaded = CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32"), "cpu")
-    assert torch.isfinite(reloaded.encode(["a dog"])).all()

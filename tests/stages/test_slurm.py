@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_data import make_all
-from tower_runs import ROOT, environment, options
+from tower_runs import ROOT, environment, options, wait_for
 
 from llm2clip_plugin.files import FINAL, PROGRESS
 from llm2clip_plugin.train.distributed import free_port
@@ -65,10 +64,7 @@ def test_a_job_at_its_time_limit_comes_back_with_progress_alone(
 ):
     stub = f"trap '{left}; exit 1' USR1; touch {tmp_path}/ready; while :; do sleep .1; done"
     job = submit(tmp_path, stub)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for((tmp_path / "ready").exists)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=60) == status
     assert requeued(tmp_path) is comes_back

@@ -12,7 +12,7 @@ import pytest
 
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import RunRecord
-from llm2clip_plugin.status import run_status
+from llm2clip_plugin.status import run_rows
 
 
 def words(tiny: Path, output: Path) -> list[str]:
@@ -49,52 +49,58 @@ def add(folder: Path, **line: object) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def rows(folder: Path) -> dict[str, str]:
+    """What is shown of a run, its state under "state"."""
+    (_, state), *others = run_rows(folder)
+    return {"state": state, **dict(others)}
+
+
 def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]):
-    status = run_status(finished)
-    assert (status.state, status.step, status.total_steps, status.samples) == ("finished", 4, 4, 64)
-    assert status.epoch_samples == 48 and status.problems == [] and status.go_on == ""
-    assert status.checkpoints == ["step-00000002", "step-00000004"] and status.results == ["tower"]
-    record = RunRecord.read(finished / "run.json")
-    assert status.before["i2t_r1"] == record.before["i2t_r1"] and status.last["i2t_r1"] == record.metrics["i2t_r1"]
-    assert status.best["t2i_r1"][0] >= status.last["t2i_r1"] and status.last_scored == 4
+    shown, record = rows(finished), RunRecord.read(finished / "run.json")
+    assert shown["state"] == "finished" and not {"problem", "go on"} & set(shown)
+    assert shown["progress"].startswith("step 4 of 4 (100 %), 64 samples, 1.33 epochs, loss ")
+    assert shown["checkpoints"] == "step-00000002, step-00000004" and shown["result"] == str(finished / "tower")
+    for name in ("i2t_r1", "t2i_r1"):
+        before, best, last = shown[name].split(", ")
+        assert before == f"before {record.before[name]:.3f}" and last == f"last {record.metrics[name]:.3f} (step 4)"
+        assert float(best.split()[1]) >= float(last.split()[1])
     assert run("status", [str(finished)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{finished}: finished" and "go on" not in "".join(said)
-    assert said[1].split()[:5] == ["progress", "step", "4", "of", "4"] and "1.33 epochs" in said[1]
-    assert run("status", [str(finished), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["step"] == 4
+    assert said[0] == f"{finished}: finished" and said[1].split()[:3] == ["progress", "step", "4"]
 
 
 def test_one_that_was_killed_says_how_to_go_on_and_that_works(tiny: Path, folder: Path):
-    status = run_status(folder)
-    assert (status.state, status.step) == ("killed", 2) and status.seconds_left is not None and status.seconds_left > 0
-    assert status.checkpoints == ["step-00000002"] and status.results == []
-    assert status.go_on.startswith(f"llm2clip train-tower {tiny}/data --tower ") and "--max-steps 4" in status.go_on
-    go_on = status.go_on.split()[2:]
+    shown = rows(folder)
+    assert shown["state"].startswith("ended early: no message") and "left at the last rate" in shown["progress"]
+    assert shown["checkpoints"] == "step-00000002" and shown["result"].startswith("none yet")
+    assert shown["go on"].startswith(f"llm2clip train-tower {tiny}/data --tower ") and "--max-steps 4" in shown["go on"]
+    go_on = shown["go on"].split()[2:]
     go_on[go_on.index("--output") + 1] = str(folder)  # the fixture's copy
     assert run("train-tower", go_on) == 0
-    assert run_status(folder).state == "finished"
+    assert rows(folder)["state"] == "finished"
 
 
 def test_why_it_ended(folder: Path):
     add(folder, step=2, event="stopped", reason="SIGTERM", time="2026-11-26 10:00:00")
-    assert run_status(folder).state == "stopped" and run_status(folder).reason == "SIGTERM, 2026-11-26 10:00:00"
+    assert rows(folder)["state"] == "stopped: SIGTERM, 2026-11-26 10:00:00"
     add(folder, step=3, samples=48, loss=1.0, step_seconds=2.0)  # it went on, and was killed
-    assert run_status(folder).state == "killed" and run_status(folder).step == 3
+    assert rows(folder)["state"].startswith("ended early") and rows(folder)["progress"].startswith("step 3 ")
     add(folder, step=3, event="checkpoint failed", reason="No space left on device")
     add(folder, step=3, event="failed", reason="the loss is nan", time="2026-11-26 11:00:00")
-    status = run_status(folder)
-    assert status.state == "failed" and status.reason.startswith("the loss is nan")
-    assert status.problems == ["the last checkpoint could not be written: No space left on device"]
+    shown = rows(folder)
+    assert shown["state"].startswith("failed: the loss is nan")
+    assert shown["problem"] == "the last checkpoint could not be written: No space left on device"
 
 
 def test_running_here_and_elsewhere(folder: Path):
     me = psutil.Process()
     lock = {"host": socket.gethostname(), "pid": os.getpid(), "started": me.create_time()}
     (folder / "run.lock").write_text(json.dumps(lock))
-    status = run_status(folder)
-    assert status.state == "running" and f"process {os.getpid()}" in status.reason and status.go_on == ""
+    shown = rows(folder)
+    assert shown["state"].startswith(f"running: process {os.getpid()}") and "go on" not in shown
     (folder / "run.lock").write_text(json.dumps(lock | {"started": 1.0}))  # its number was given to another process
-    assert run_status(folder).state == "killed"
+    assert rows(folder)["state"].startswith("ended early")
     (folder / "run.lock").write_text(json.dumps(lock | {"host": "node-7"}))
-    assert run_status(folder).state == "running elsewhere" and "node-7, or killed" in run_status(folder).reason
+    assert (
+        rows(folder)["state"].startswith("running on another host: ") and "node-7, or killed" in rows(folder)["state"]
+    )

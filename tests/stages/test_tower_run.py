@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 from forked import Script
 from small_disk import mounted
-from tower_runs import ROOT, STEPS, environment, finish, killed_at, lines, losses, options, start
+from tower_runs import ROOT, STEPS, environment, finish, killed_at, lines, losses, options, start, wait_for
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import RunRecord, TowerCard
@@ -43,28 +42,25 @@ def test_killed_five_times_it_has_the_same_losses(tiny: Path, tmp_path: Path):
     assert (killed / "tower-ema" / TowerCard.FILE).is_file()
 
 
-@pytest.mark.slow
-def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
-    """`deepspeed --num_gpus 2` with ZeRO-3 and loader processes: SIGTERM saves; two
-    ranks resume and export."""
-    run = tmp_path / "run"
-    validation = ["--data.validation", str(tiny / "data"), "--deepspeed", "scripts/zero3.json"]
+def launched(tiny: Path, run: Path, *more: str) -> subprocess.Popen[str]:
+    """`deepspeed --num_gpus 2`, in the middle of 2,000 steps without a checkpoint."""
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [str(launcher), "--num_gpus", "2", "--master_port", str(free_port()), "scripts/train_tower.py"]
-    argv = options(tiny, run, "--report_to", "csv", *validation, "--train.save-steps", "0")
-    argv += ["--dataloader_num_workers", "1", "--evaluation.workers", "1", "--train.micro-batch", "4"]
-    process = subprocess.Popen(
-        [*command, *argv, "--max_steps", "2000"],
-        cwd=ROOT,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    deadline = time.monotonic() + 900
-    while not losses(run) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
+    command += options(tiny, run, *more, "--max_steps", "2000", "--train.save-steps", "0")
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **streams)
+    wait_for(lambda: losses(run) or process.poll() is not None)
     assert process.poll() is None, process.communicate()[1]
+    return process
+
+
+@pytest.mark.slow
+def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
+    """ZeRO-3 and loader processes: SIGTERM saves; two ranks resume and export."""
+    run = tmp_path / "run"
+    more = ["--report_to", "csv", "--data.validation", str(tiny / "data"), "--deepspeed", "scripts/zero3.json"]
+    more += ["--dataloader_num_workers", "1", "--evaluation.workers", "1", "--train.micro-batch", "4"]
+    process = launched(tiny, run, *more)
     ranks = _ranks_of(process.pid)
     assert len(ranks) == 2
     for pid in ranks:
@@ -75,7 +71,8 @@ def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
     assert "SIGTERM: saved step" in told and not stopped.finished and 0 < stopped.step < 2000
     assert not (run / "tower").exists()
     end = stopped.step + 2
-    assert finish(start([*argv, "--max_steps", str(end), "--allow-changed", "train.max_steps"], 2)) == [0, 0]
+    again = options(tiny, run, *more, "--max_steps", str(end), "--allow-changed", "train.max_steps")
+    assert finish(start(again, 2)) == [0, 0]
     ended = RunRecord.read(run / RunRecord.FILE)
     assert ended.finished and ended.step == end and ended.samples == 16 * end
     assert sorted(losses(run)) == list(range(1, end + 1))
@@ -91,13 +88,8 @@ def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_ranks_stop_when_their_launcher_ends(tiny: Path, tmp_path: Path):
     """A SIGTERM to `deepspeed` ends it alone; the ranks notice, save and go."""
-    launcher, run = Path(sys.executable).parent / "deepspeed", tmp_path / "run"
-    command = [str(launcher), "--num_gpus", "2", "--master_port", str(free_port()), "scripts/train_tower.py"]
-    command += options(tiny, run, "--max_steps", "2000", "--train.save-steps", "0")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 900
-    while not losses(run) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
+    run = tmp_path / "run"
+    process = launched(tiny, run)
     ranks = [psutil.Process(pid) for pid in _ranks_of(process.pid)]
     assert len(ranks) == 2
     process.terminate()
@@ -162,10 +154,8 @@ Path(out).write_text(json.dumps(results))
 def test_the_runs_average_follows_its_weights(runs: dict[str, Any], tiny: Path):
     """After two updates the start has a share of 2/11 x 3/12, the last weights one of 9/12."""
     (path,) = (runs["folder"] / "run" / "checkpoints").glob("step-*")
-    loaded, start = (
-        load(path),
-        {f"tower.{name}": value for name, value in load_tower(tiny / "tower").state_dict().items()},
-    )
+    loaded = load(path)
+    start = {f"tower.{name}": value for name, value in load_tower(tiny / "tower").state_dict().items()}
     matrices = [name for name in loaded.averages if name in start and start[name].ndim > 1]
     assert len(matrices) > 5
     for name in matrices:

@@ -3,13 +3,11 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from tower_runs import ROOT, environment, lines, losses, options
+from tower_runs import ROOT, environment, lines, losses, options, wait_for
 
 from llm2clip_plugin.train.distributed import free_port
 
@@ -52,14 +50,8 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Pat
     def said() -> str:
         return log.read_text(errors="replace")
 
-    def wait_for(ready: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 600
-        while not ready():
-            assert time.monotonic() < deadline and process.poll() is None, said()
-            time.sleep(0.05)
-
     try:
-        wait_for(lambda: len(losses(output)) > 8)
+        wait_for(lambda: len(losses(output)) > 8 or process.poll() is not None)
         assert f"rank 1 on {os.uname().nodename} failed in phase forward and backward of step 5: Runtime" in said()
         below = [one for one in psutil.Process(process.pid).children(recursive=True) if "python" in one.name()]
         ranks = {rank: one for one in below if (rank := one.environ().get("RANK")) is not None}

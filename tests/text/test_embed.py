@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Command, run_command
+from tiny_data import write_tar
 from tower_runs import ROOT, environment, finish, start
 
 from llm2clip_plugin.cli import main
@@ -24,20 +25,13 @@ WORDS = "a red bicycle leans against the brick wall of an old house near two sle
 
 def write_tars(folder: Path, shards: int, samples: int) -> SourceConfig:
     """WebDataset tars with a short and a long caption each; the images are never read here."""
-    import io
-    import tarfile
-
-    folder.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
-        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
-            for i in range(samples):
-                number = shard * samples + i
-                words = [*WORDS[number % 7 : number % 7 + 1 + number % 5], str(number)]
-                captions = {"caption": " ".join(words), "long_caption": " ".join(WORDS + words)}
-                for suffix, data in (("png", b"no picture"), ("json", json.dumps(captions).encode())):
-                    member = tarfile.TarInfo(f"{number:06}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        members = []
+        for number in range(shard * samples, (shard + 1) * samples):
+            words = [*WORDS[number % 7 : number % 7 + 1 + number % 5], str(number)]
+            captions = {"caption": " ".join(words), "long_caption": " ".join(WORDS + words)}
+            members += [(f"{number:06}.png", b"no picture"), (f"{number:06}.json", json.dumps(captions).encode())]
+        write_tar(folder / f"{shard:05}.tar", members)
     return SourceConfig(path=str(folder))
 
 

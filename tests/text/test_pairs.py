@@ -36,8 +36,7 @@ def write_captions(folder: Path, count: int = 32) -> Path:
 
 
 def batches(config: PairsConfig, *, rank: int = 0, world: int = 1, size: int = 8) -> PairBatches:
-    sources, mixed = open_pairs(config), config.mix_kinds
-    return PairBatches(sources, config.weights, seed=0, global_batch=size, rank=rank, world=world, mix_kinds=mixed)
+    return PairBatches(config, seed=0, global_batch=size, rank=rank, world=world)
 
 
 def test_every_sample_comes_once_per_epoch_with_the_selected_kinds(tmp_path: Path) -> None:
@@ -187,15 +186,15 @@ def test_any_number_of_processes_gives_the_same_batches(llama: Path, tmp_path: P
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     encoding = EncoderConfig(llm=str(llama), compute_dtype="float32", query_prompt="Query: ", max_tokens=12)
     encoder = CaptionEncoder(encoding, "cpu")
-    sources = open_pairs(PairsConfig(data=(str(tmp_path / "pairs.jsonl"),)))
+    config = PairsConfig(data=(str(tmp_path / "pairs.jsonl"),))
     made = []
     for workers in (0, 2):
-        batches = PairBatches(sources, (), seed=3, global_batch=8, rank=1, world=2)
+        batches = PairBatches(config, seed=3, global_batch=8, rank=1, world=2)
         tokenizer = PairTokenizer(encoder.tokenizer, encoder.config)
         loaded = tokenized_batches(batches, tokenizer, position=16, workers=workers)
         made.append(list(islice(loaded, 5)))
         del loaded
-    batches = PairBatches(sources, (), seed=3, global_batch=8, rank=1, world=2)
+    batches = PairBatches(config, seed=3, global_batch=8, rank=1, world=2)
     plain = [batches.batch(position) for position in range(16, 56, 8)]
     for without, with_workers, pairs in zip(*made, plain, strict=True):
         assert without["tokens"] == with_workers["tokens"]

@@ -14,7 +14,7 @@ from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import set_single_process_environment, set_tf32
 from llm2clip_plugin.train.engine import check_deepspeed
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
-from llm2clip_plugin.train.optim import complete, lr_factor, read_deepspeed_json
+from llm2clip_plugin.train.optim import chosen_optimizer, complete, lr_factor, read_deepspeed_json
 from llm2clip_plugin.vision import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -64,7 +64,7 @@ def test_auto_values_are_filled():
         ({"train_batch_size": 256}, r"256.* 512 \(--global-batch\)"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps"),
-        ({"optimizer": {"type": "Lamb"}}, "Lamb"),
+        ({"optimizer": {"type": "Lamb"}}, "Lamb.*--optimizer"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "use the device cpu"),
     ],
 )
@@ -130,6 +130,7 @@ def test_our_own_files_are_complete(path: Path):
         (lambda: OptimConfig(schedule="cosin"), "optim.schedule 'cosin'"),  # type: ignore[arg-type]
         (lambda: OptimConfig(warmup_steps=5, warmup_ratio=0.1), "warmup_ratio 0.1"),
         (lambda: TrainConfig(max_steps=0, num_train_epochs=-1), "num_train_epochs"),
+        (lambda: chosen_optimizer(OptimConfig(name="lamb")), "lamb"),
         (lambda: chosen_terms(LossConfig(args=("margin=1",))), "margin"),
         (lambda: LossConfig(terms=("infonce=1", "infonce")), "infonce twice"),
         (lambda: LossConfig(terms=("infonce=1:0",)), "100%"),

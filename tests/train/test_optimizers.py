@@ -1,17 +1,25 @@
-"""AdamW against its formula, and with all rates in one group."""
+"""AdamW against its formula; 8-bit AdamW under the launcher, killed and resumed."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_data import make_all
 from torch.profiler import ProfilerActivity, profile
+from tower_runs import STEPS, finish, killed_at, losses, options, start
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train import engine as engines
 from llm2clip_plugin.train.checkpoint import on_host
-from llm2clip_plugin.train.optim import Trained, make_adamw, parameter_groups, set_lr
+from llm2clip_plugin.train.optim import OPTIMIZERS, AdamW, Trained, parameter_groups, set_lr
+
+
+class GroupedAdamW(AdamW):
+    """AdamW with a group for each learning rate, under every ZeRO stage."""
+
+    name = "grouped"
 
 
 def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
@@ -22,7 +30,7 @@ def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
         Trained(name="matrix", parameter=matrix, lr=0.1, decay=True),
         Trained(name="vector", parameter=vector, lr=0.3, decay=False),
     ]
-    adamw = make_adamw(parameter_groups(trained, 0.2), lr=9.0, betas=(0.8, 0.95), eps=1e-6)
+    adamw = AdamW().make(parameter_groups(trained, 0.2), lr=9.0, betas=(0.8, 0.95), eps=1e-6)
     expected = [(matrix.detach().clone(), 0.1, 0.2), (vector.detach().clone(), 0.3, 0.0)]
     moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value, _, _ in expected]
     for step in (1, 2, 3):
@@ -40,13 +48,13 @@ def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
 
 def trained_by(rank: int, world: int) -> list[tuple[str, dict[str, int], dict[str, list[dict[str, torch.Tensor]]]]]:
     """For each ZeRO stage and precision: the groups of both optimizers, and the fp32 weights and moments of both."""
+    OPTIMIZERS[GroupedAdamW.name] = GroupedAdamW
     results = []
     for stage, precision, micro in itertools.product((1, 2), ("fp32", "bf16")[: 1 + (world < 3)], (4, 8)):
         groups, tensors = {}, {}
         for name in ("grouped", "adamw"):
-            grouped = name == "grouped"  # as where states are offloaded
-            engines.offloads_optimizer = lambda config, grouped=grouped: grouped
-            engine = tiny_engine(stage=stage, precision=precision, micro=micro, world=world)
+            torch.manual_seed(0)
+            engine = tiny_engine(stage=stage, precision=precision, micro=micro, world=world, name=name)
             step = tiny_step(engine)
             for i in range(5 if precision == "fp32" else 1):
                 set_lr(engine.groups, 1 - i / 10)
@@ -91,3 +99,15 @@ def test_gradients_are_sent_during_the_backward_pass():
     """Where micro-batches are summed in fp32 for bf16, after it; under ZeRO-2 those of each micro-batch."""
     one, two, summed, cached = run_ranks(sent_during_backward, 2)[0]
     assert min(one, two) > 5 and summed == 0 and cached > one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_8_bit_adamw_killed_on_two_ranks_resumes_bit_by_bit(tmp_path: Path, stage: int):
+    make_all(tmp_path)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    more = ("--optim.name", "adamw_8bit", "--deepspeed", f"scripts/zero{stage}.json")
+    assert finish(start(options(tmp_path, straight, *more), 2)) == [0, 0]
+    killed_at(options(tmp_path, killed, *more), killed, 6)
+    assert finish(start(options(tmp_path, killed, *more), 2)) == [0, 0]
+    assert losses(killed) == losses(straight) and sorted(losses(killed)) == list(range(1, STEPS + 1))

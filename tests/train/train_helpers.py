@@ -126,6 +126,8 @@ def tiny_engine(
     lr: float = 0.01,
     clip: float = 1.0,
     weights: Mapping[str, Tensor] | None = None,
+    name: str = "adamw",
+    args: tuple[str, ...] = (),
     zero: Mapping[str, Any] | None = None,
 ) -> Any:
     """An engine over a TinyDual with a learning rate for each of the tower's layers, and the heads'."""
@@ -144,7 +146,9 @@ def tiny_engine(
         for n, p in module.named_parameters()
         if p.requires_grad
     ]
-    optim = OptimConfig(lr=lr, betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=clip, schedule="constant")
+    optim = OptimConfig(
+        name=name, args=args, lr=lr, betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=clip, schedule="constant"
+    )
     train = TrainConfig(global_batch=rows, micro_batch=micro, precision=precision)  # type: ignore[arg-type]
     user: dict[str, Any] = {"zero_optimization": {"stage": stage, **(zero or {})}}
     if offload:

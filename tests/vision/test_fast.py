@@ -53,10 +53,6 @@ def test_same_values_bit_for_bit_and_the_same_gradient(dtype):
     assert error <= max(1.5 * other, 1e-6)  # no worse than transformers' own
 
 
-def test_the_gradient_is_right_to_the_digit():
-    assert torch.autograd.gradcheck(QuickGELU(), torch.randn(30, dtype=torch.float64, requires_grad=True) * 3)
-
-
 def test_a_tower_computes_the_same_with_it():
     pixels = read(TRANSFORMERS_TOWERS / "clip_vision")["pixels"]
     plain, ours = (load_tower(TRANSFORMERS_TOWERS / "clip_vision").train() for _ in range(2))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import (
@@ -120,27 +119,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         gradients.append({n: p.grad for n, p in tower.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.allclose(gradients[0][n], gradients[1][n], atol=1e-6) for n in gradients[0])
-
-
-@pytest.mark.parametrize("damage", ["missing", "renamed", "transposed", "cut"])
-@pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2"])
-def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, name, damage):
-    shutil.copytree(TRANSFORMERS_TOWERS / name, tmp_path / "tower")
-    state = load_file(tmp_path / "tower" / "model.safetensors")
-    key = next(k for k in sorted(state) if k.endswith("mlp.fc1.weight"))
-    value = state.pop(key)
-    if damage == "renamed":
-        state[key.replace("fc1", "fc9")] = value
-    if damage == "transposed":
-        state[key] = value.T.contiguous()
-    if damage == "cut":
-        state[key] = value[:-1].contiguous()
-    save_file(state, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ContractError, match=r"do not match its config.json") as refused:
-        load_tower(tmp_path / "tower")
-    assert key.removeprefix("vision_model.").replace("fc1", "fc9" if damage == "renamed" else "fc1") in str(
-        refused.value
-    )
 
 
 @pytest.mark.parametrize("name", ["clip_vision", "clip_full", "siglip_vision"])

@@ -17,7 +17,7 @@ from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.remote import Downloads, default_download_folder
 from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Caption, Sample, parse_fields, read_captions
 from llm2clip_plugin.files import discover
-from llm2clip_plugin.options import command, joined, nearest, unknown
+from llm2clip_plugin.options import command, unknown
 
 if TYPE_CHECKING:  # index imports numpy, and --help of every command this module
     from llm2clip_plugin.data.index import SideFolder, Stamp
@@ -60,6 +60,8 @@ class ReadConfig:
     shuffle_window: int = -1
     cache_folder: str = ""  # for downloaded shards and indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards
     cache_gb: float = 0.0  # limit for downloaded shards, 10^9 bytes; 0: no limit
+    # for indexes of tars at a URL: one that all nodes share lets one of them make it for all; "" is cache_folder
+    index_folder: str = ""
 
     def __post_init__(self) -> None:
         if self.format != "auto" and self.format not in (known := ("auto", *formats())):
@@ -118,8 +120,8 @@ class Source(ABC):
         self._starts = [shard.start for shard in shards]
 
     @abstractmethod
-    def record(self, number: int, *, image: bool = False) -> Sample:
-        """A sample, its captions not yet read from ``values``; ``image``: the caller will read the image, too.
+    def record(self, number: int) -> Sample:
+        """A sample, its captions not yet read from ``values``.
 
         Raises BrokenSample if it can't be read, IndexError outside 0 .. len-1.
         """
@@ -136,13 +138,7 @@ class Source(ABC):
 
     def __getitem__(self, number: int) -> Sample:
         """A sample with its captions. Raises BrokenSample if its JSON or its captions can't be read."""
-        return self._with_captions(number, self.record(number))
-
-    def with_image(self, number: int) -> Sample:
-        """As ``source[number]``, for a caller that will read the image: both may come from the disk in one read."""
-        return self._with_captions(number, self.record(number, image=True))
-
-    def _with_captions(self, number: int, record: Sample) -> Sample:
+        record = self.record(number)
         try:
             captions, blank = read_captions(record.values, self.fields)
         except (ValueError, RecursionError) as error:
@@ -260,10 +256,10 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
         raise ValueError(f"{where}: no sample can be read; the first: {broken[0]}")
     if missing:
         name, field = next(iter(missing.items()))
-        problem = f"no sample of {where} has a field {name!r} (--fields {field}){nearest(name, known)}"
+        problem = f"no sample of {where} has a field {name!r} (--fields {field})"
     else:
         problem = f"no sample of {where} has a caption in {', '.join(field.name for field in sources[0].fields)}"
-    raise ValueError(joined(problem, f"known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND"))
+    raise ValueError(f"{problem}; known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND")
 
 
 def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:

@@ -88,7 +88,7 @@ class RowSource(Source):
         (start, size, line, _, _), text = self._index.row(*self.place(number))
         return line, text or self._file.read(size, start)
 
-    def record(self, number: int, *, image: bool = False) -> Sample:
+    def record(self, number: int) -> Sample:
         shard, (line, data) = self.locate(number)[0], self.row(number)
         row = parse_object(data, shard, f"line {line}")
         key, picture = row.get(self.config.key_field), row.get(self.config.image_field)

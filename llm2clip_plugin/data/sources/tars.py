@@ -1,6 +1,7 @@
 """WebDataset tars as img2dataset writes them: KEY.jpg with KEY.txt and/or KEY.json, read in any order.
 
-Samples are found by the tars' headers alone. Member names are labels: none is used as a path.
+The index holds keys, texts and JSON, so that a tar is read for its images alone. Member names are labels: none is used
+as a path.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import hashlib
 import itertools
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,17 +45,15 @@ from llm2clip_plugin.data.sources import (
 )
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-PARTS = ("image", "txt", "json")
-COLUMNS = 8  # offset and size of image, text and JSON; start and size of the key among all keys
-ABSENT = -1  # offset of a part that the sample does not have
+COLUMNS = 7  # byte and size of the image; sizes of key, .txt and .json; start and size of these in the index's text
+CRC = 4  # bytes, after the text of each sample
+ABSENT = -1  # offset or size of a part that the sample does not have
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples of it
 OPEN_FILES = 64  # tars held open by one process
-GAP = 64 << 10  # bytes between two parts of a sample that are read too: a second read of a network disk costs more
 DOWNLOADS_AT_ONCE = 4
 FEW = 16  # tars that are indexed in this process, without a pool
 
 OpenedTars = tuple[list[str], SideFolder, IndexFile]  # paths or URLs, and the index of all, in the same order
-Part = tuple[int, int]  # of a sample: byte of its content in the tar, and size
 
 
 class BrokenShard(ValueError):  # noqa: N818
@@ -67,7 +68,7 @@ class TarSource(Source):
     ) -> None:
         self._file = lru_cache(OPEN_FILES)(self._retrying_file)  # of a shard's number; the last used stay open
         self._downloads = config.downloads
-        self._opened = opened or open_tars(config.path, self._downloads, broken_shards)
+        self._opened = opened or open_tars(config, self._downloads, broken_shards)
         self._tars, self.side_folder, self._index = self._opened
         table = self._index.table
         super().__init__(config, shards_of(table.names, table.samples))
@@ -82,45 +83,41 @@ class TarSource(Source):
         return TarSource, (self.config, None, self._opened)
 
     def key(self, number: int) -> str:
-        return self._index.row(*self.place(number))[1].decode()
+        return self._row(number)[1]
 
     def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
         """``action`` on the tar of a shard as a local file, downloaded if it is at a URL."""
         return self._downloads.use(self._tars[shard], action)
 
-    def record(self, number: int, *, image: bool = False) -> Sample:
-        shard, within = self.place(number)
-        columns, name = self._index.row(shard, within)
-        key = name.decode()
-        picture, caption, fields = zip(columns[0:6:2], columns[1:6:2], strict=True)  # (offset, size) of each part
-        wanted = [part for part in (fields, caption, *[picture] * image) if part[0] != ABSENT]
-        contents = self._read(shard, key, wanted)
-        meta = parse_object(contents[fields], self.shards[shard].name, key, "its .json ") if fields in contents else {}
-        text = {"txt": contents[caption].decode("utf-8", "replace")} if caption in contents else {}
-        return Sample(key, meta | text, meta, partial(self._image, shard, key, picture, contents.get(picture)))
+    def record(self, number: int) -> Sample:
+        columns, key, text, fields = self._row(number)
+        shard = self.place(number)[0]
+        meta = {} if fields is None else parse_object(fields, self.shards[shard].name, key, "its .json ")
+        values = meta if text is None else meta | {"txt": text.decode("utf-8", "replace")}
+        return Sample(key, values, meta, partial(self._image, shard, key, *columns[:2]))
 
-    def _image(self, shard: int, key: str, part: Part, data: bytes | None) -> bytes:
-        """The image, which ``data`` is if it was read with the sample."""
-        if part[0] == ABSENT:
-            raise BrokenSample(self.shards[shard].name, key, "no .jpg, .png or .webp in the tar")
-        return self._read(shard, key, [part])[part] if data is None else data
+    def _row(self, number: int) -> tuple[list[int], str, bytes | None, bytes | None]:
+        """A sample's columns, key, .txt and .json."""
+        columns, data = self._index.row(*self.place(number))
+        key, text, fields = columns[2:5]
+        data, crc = data[:-CRC], data[-CRC:]
+        if zlib.crc32(data).to_bytes(CRC, "little") != crc:
+            raise ValueError(f"{self._index.path} is damaged (sample {number}); delete it and restart")
+        stop = key + max(text, 0)
+        return columns, data[:key].decode(), data[key:stop] if text >= 0 else None, data[stop:] if fields >= 0 else None
 
-    def _read(self, shard: int, key: str, parts: Sequence[Part]) -> dict[Part, bytes]:
-        """Parts of a sample, neighbors in one read. BrokenSample unless their headers in the tar are the sample's."""
-        contents: dict[Part, bytes] = {}
-        for span in join_parts(parts):
-            start, stop = span[0][0] - BLOCK, sum(span[-1])
-            data = self._file(shard).read(stop - start, start)
-            if len(data) != stop - start:
-                raise ValueError(f"{self._tars[shard]} was truncated while being read")
-            for offset, size in span:
-                at = offset - start
-                if not is_header_of(data[at - BLOCK : at], key, size):
-                    changed = f"the tar has another member at byte {offset}: it was changed after it was indexed"
-                    fix = f"delete {self._index.path} and restart"
-                    raise BrokenSample(self.shards[shard].name, key, f"{changed}; {fix}")
-                contents[offset, size] = data[at : at + size]
-        return contents
+    def _image(self, shard: int, key: str, offset: int, size: int) -> bytes:
+        """An image, whose header in the tar must be the sample's."""
+        name = self.shards[shard].name
+        if offset == ABSENT:
+            raise BrokenSample(name, key, "no .jpg, .png or .webp in the tar")
+        data = self._file(shard).read(BLOCK + size, offset - BLOCK)
+        if len(data) != BLOCK + size:
+            raise ValueError(f"{self._tars[shard]} was truncated while being read")
+        if not is_header_of(data[:BLOCK], key, size):
+            changed = f"the tar has another member at byte {offset}: it was changed after it was indexed"
+            raise BrokenSample(name, key, f"{changed}; delete {self._index.path} and restart")
+        return data[BLOCK:]
 
     def _retrying_file(self, shard: int) -> RetryingFile:
         return RetryingFile(self._tars[shard], partial(self._open, shard))
@@ -137,22 +134,12 @@ class TarSource(Source):
         return descriptor
 
 
-def join_parts(parts: Sequence[Part]) -> list[list[Part]]:
-    """Parts by offset, those with at most GAP bytes between them together."""
-    spans: list[list[Part]] = []
-    for part in sorted(parts):
-        if spans and part[0] - sum(spans[-1][-1]) <= GAP:
-            spans[-1].append(part)
-        else:
-            spans.append([part])
-    return spans
-
-
-def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) -> OpenedTars:
-    """The tars at ``path``, downloaded from a URL, and indexed by one process of those that open them."""
+def open_tars(config: SourceConfig, downloads: Downloads, broken: dict[str, str] | None) -> OpenedTars:
+    """The tars, downloaded from a URL, and indexed by one process of those that open them."""
+    path = config.path
     base, tars = list_tars(path)
     pattern = path[len(base) :] if is_url(path) else os.path.relpath(path, base or ".")
-    folder = SideFolder.of(base or ".", downloads.folder)
+    folder = SideFolder.of(base or ".", Path(config.index_folder) if config.index_folder else downloads.folder)
     index = open_index(
         folder,
         f"shards-{hashlib.sha256(pattern.encode()).hexdigest()[:16]}.index",
@@ -165,7 +152,10 @@ def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) ->
 
 
 def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict[str, int]:
-    """The shards whose tars are those that were indexed, with their numbers; a copy from a URL may be evicted."""
+    """The shards whose tars are those that were indexed, with their numbers.
+
+    A copy from a URL may be evicted, and another node's has another time.
+    """
     files = {
         number: str(downloads.local_path(tars[name])) if is_url(tars[name]) else tars[name]
         for number, name in enumerate(table.names)
@@ -174,7 +164,8 @@ def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict
     return {
         table.names[number]: number
         for number, stamp in zip(files, stamps_of([*files.values()]), strict=True)
-        if stamp == table.stamps[number] or (stamp is None and is_url(tars[table.names[number]]))
+        if stamp == table.stamps[number]
+        or (is_url(tars[table.names[number]]) and (stamp is None or stamp[0] == table.stamps[number][0]))
     }
 
 
@@ -283,31 +274,43 @@ def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def index_tar(path: Path) -> ShardRows:
-    """The samples of a tar: rows of COLUMNS, and all keys as text. Raises BrokenShard.
+    """The samples of a tar: rows of COLUMNS; of each sample the key, .txt and .json. Raises BrokenShard.
 
     Members with the same key are a sample, in order of first appearance. A key whose part repeats starts another
     sample of the same key, so nothing is lost or overwritten; ``data check`` reports duplicate keys. Hidden files
     (macOS's ``._x.jpg``) and members other than an image, .txt and .json are ignored.
     """
-    stamp, members = retried(lambda: (stamp_of(path), list(scan_tar(path))), str(path))
-    samples: list[tuple[bytes, dict[str, Part]]] = []
-    latest: dict[str, dict[str, Part]] = {}
-    for member in members:
-        key, extension = split_name(member.name)
-        part = "image" if extension in IMAGE_EXTENSIONS else extension
-        if part not in PARTS or key.rpartition("/")[2] == "":
-            continue
-        if key not in latest or part in latest[key]:
-            latest[key] = {}
-            samples.append((key.encode(), latest[key]))
-        latest[key][part] = (member.offset_data, member.size)
-    rows, start = [], 0
+    stamp, samples = retried(lambda: (stamp_of(path), _samples(path)), str(path))
+    rows, text = [], bytearray()
     for key, parts in samples:
-        offsets = [number for part in PARTS for number in parts.get(part, (ABSENT, 0))]
-        rows.append([*offsets, start, len(key)])
-        start += len(key)
-    table = np.array(rows, dtype=np.int64).reshape(-1, COLUMNS)
-    return ShardRows(path.name, stamp, table, b"".join(key for key, _ in samples))
+        texts = [key.encode(), parts.get("txt"), parts.get("json")]
+        found = b"".join(filter(None, texts))
+        found += zlib.crc32(found).to_bytes(CRC, "little")
+        sizes = [ABSENT if part is None else len(part) for part in texts]
+        rows.append([*parts.get("image", (ABSENT, 0)), *sizes, len(text), len(found)])
+        text += found
+    return ShardRows(path.name, stamp, np.array(rows, dtype=np.int64).reshape(-1, COLUMNS), bytes(text))
+
+
+def _samples(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Keys and parts: of an image byte and size in the tar, of .txt and .json the content."""
+    samples: list[tuple[str, dict[str, Any]]] = []
+    latest: dict[str, dict[str, Any]] = {}
+    with open(path, "rb") as file:
+        for member in scan_tar(path):
+            key, extension = split_name(member.name)
+            part = "image" if extension in IMAGE_EXTENSIONS else extension
+            if part not in ("image", "txt", "json") or key.rpartition("/")[2] == "":
+                continue
+            if key not in latest or part in latest[key]:
+                latest[key] = {}
+                samples.append((key, latest[key]))
+            found: Any = (member.offset_data, member.size)
+            if part != "image":
+                file.seek(member.offset_data)
+                found = file.read(member.size)
+            latest[key][part] = found
+    return samples
 
 
 def is_header_of(header: bytes, key: str, size: int) -> bool:

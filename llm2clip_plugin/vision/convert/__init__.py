@@ -1,4 +1,4 @@
-"""Vision checkpoints become tower directories, and the other way; here the options of ``llm2clip import``."""
+"""Vision checkpoints become tower directories, and towers other formats; here the options of ``llm2clip import``."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,6 @@ from llm2clip_plugin.options import Command
 FORMATS = {  # of llm2clip export
     "clip": "transformers' CLIPVisionModelWithProjection",
     "onnx": "image encoder for ONNX Runtime",
-    "openclip": "OpenCLIP's tensor names (CLIP, SigLIP) or EVA-CLIP's (EVA02) with the LLM's adapter, for their image "
-    "towers and `llm2clip import`; OpenCLIP's create_model needs a text tower and does not load it",
 }
 
 

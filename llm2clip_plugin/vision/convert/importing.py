@@ -1,14 +1,13 @@
 """Turn vision checkpoints into tower directories.
 
-| checkpoint                                        | recognized by                         | layouts/     |
-|---------------------------------------------------|---------------------------------------|--------------|
-| LLM2CLIP-EVA02-*.pt, EVA-CLIP, timm's EVA02       | visual.blocks.*, visual.trunk.*.fc1_g | eva_clip.py  |
-| OpenCLIP CLIP                                     | visual.transformer.resblocks.*        | open_clip.py |
-| OpenVision                                        | no visual.ln_pre                      | open_clip.py |
-| OpenCLIP SigLIP                                   | visual.trunk.attn_pool.*              | open_clip.py |
-| OpenCLIP, other towers of timm (PE)               | visual.trunk.*                        | open_clip.py |
-| timm's own, on the Hub                            | config.json with an architecture      | hub.py       |
-| HF model, LLM2CLIP-Openai-*, LLM2CLIP-*-siglip2-* | config.json with a known model_type   | hub.py       |
+| checkpoint                                         | recognized by                    | layouts/     |
+|----------------------------------------------------|----------------------------------|--------------|
+| LLM2CLIP-EVA02-*.pt, EVA-CLIP                      | visual.blocks.*                  | eva_clip.py  |
+| OpenCLIP CLIP                                      | visual.transformer.resblocks.*   | open_clip.py |
+| OpenVision                                         | no visual.ln_pre                 | open_clip.py |
+| OpenCLIP, towers of timm (PE, SigLIP, EVA02)       | visual.trunk.*                   | open_clip.py |
+| timm's own, on the Hub                             | config.json with an architecture | hub.py       |
+| HF model, LLM2CLIP-Openai-*, LLM2CLIP-*-siglip2-*  | config.json with a model_type    | hub.py       |
 """
 
 import dataclasses
@@ -26,10 +25,9 @@ from torch import Tensor, nn
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import TowerCard, atomic_directory, naming_full_disk
 from llm2clip_plugin.files import ContractError, load_tensors
-from llm2clip_plugin.options import unknown
 from llm2clip_plugin.vision import DualConfig, export
-from llm2clip_plugin.vision.convert import FORMATS, IMPORT
-from llm2clip_plugin.vision.convert.layouts import PARTS, ParsedCheckpoint, layouts, lift_model_cfg, normalization
+from llm2clip_plugin.vision.convert import IMPORT
+from llm2clip_plugin.vision.convert.layouts import ParsedCheckpoint, layouts, lift_model_cfg, normalization
 from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
 from llm2clip_plugin.vision.directory import (
     PREPROCESSOR_FILE,
@@ -43,7 +41,7 @@ from llm2clip_plugin.vision.directory import (
     write_json,
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state
-from llm2clip_plugin.vision.families import Tower, family_of
+from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import TIMM_PREFIX, load_tower, preprocessor_config, tower_in
 
 
@@ -112,7 +110,7 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
     config = given if "model_type" in given else merge(lift_model_cfg(own), given)
     layout = next((layout for layout in layouts().values() if layout.matches(state)), None)
     if layout is not None:
-        parsed = layout.parse(state, config, given)
+        parsed = layout.parse(state, config)
         parsed.layout = layout.name
     elif "model_type" in config:
         parsed = parse_hub(state, config)
@@ -143,22 +141,18 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
     """ContractError for an incomplete text side, unless --config (``given``) states that the release has no logit scale
     (``logit_scale_init_value``) or no bias after the adapter (``text_cfg.proj_bias``)."""
-    start, adapter = given.get("logit_scale_init_value"), parsed.adapter
+    adapter = parsed.adapter
     if parsed.logit_scale is None and parsed.is_image_text:
-        if not isinstance(start, int | float):
+        if not isinstance(start := given.get("logit_scale_init_value"), int | float):
             raise ContractError(
                 "the checkpoint is missing logit_scale; if it never had one, pass --config with the natural logarithm "
                 'that it starts at, such as CLIP\'s {"logit_scale_init_value": 2.6592}'
             )
         parsed.logit_scale = torch.tensor(float(start))
-    if adapter is None or "projection.bias" in adapter.names:
-        return
-    last = adapter.names["projection.weight"]
-    is_reference = last.split(".")[-3] in ("text_adaptor", "adaptor")  # the reference's adapter has a bias
-    if is_reference and section(given, "text_cfg").get("proj_bias", True):
+    if adapter and "projection.bias" not in adapter.names and section(given, "text_cfg").get("proj_bias", True):
         raise ContractError(
-            f"the checkpoint is missing {last.replace('weight', 'bias')}; if it never had one, pass --config with "
-            '{"text_cfg": {"proj_bias": false}}'
+            f"the checkpoint is missing {adapter.names['projection.weight'].replace('weight', 'bias')}; if it never "
+            'had one, pass --config with {"text_cfg": {"proj_bias": false}}'
         )
 
 
@@ -176,7 +170,15 @@ def build_model(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image
             raise ContractError(str(error).replace(name, source)) from error
     if parsed.projection is None and parsed.adapter is None and parsed.logit_scale is None:
         return tower
-    dual = DualEncoder(tower, _dual_config(parsed, tower, source))
+    width = tower.config.hidden_size if parsed.projection is None else len(parsed.projection)
+    config = dataclasses.replace(
+        DualConfig(projection_dim=width) if parsed.adapter is None else parsed.adapter.config,
+        projection="none" if parsed.projection is None else "linear",
+        projection_bias=parsed.projection_bias is not None,
+        logit_scale_init=None if parsed.logit_scale is None else float(parsed.logit_scale),
+        logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias),
+    )
+    dual = DualEncoder(tower, config)
     state = {
         "visual_projection.weight": parsed.projection,
         "visual_projection.bias": parsed.projection_bias,
@@ -194,30 +196,11 @@ def build_model(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image
     return dual
 
 
-def _dual_config(parsed: ParsedCheckpoint, tower: Tower, source: str) -> DualConfig:
-    """The configuration of the heads; ContractError if the widths of projection, adapter and tower don't match."""
-    adapter, projection, width = parsed.adapter, parsed.projection, tower.config.hidden_size
-    if projection is not None and projection.shape[-1] != width:
-        raise ContractError(f"{source}: the visual projection is {tuple(projection.shape)}, expected (..., {width})")
-    width = width if projection is None else projection.shape[0]
-    config = DualConfig(projection_dim=width) if adapter is None else adapter.config
-    if config.projection_dim != width:
-        raise ContractError(f"{source}: images have width {width}, but the adapter's outputs {config.projection_dim}")
-    return dataclasses.replace(
-        config,
-        projection="none" if projection is None else "linear",
-        projection_bias=parsed.projection_bias is not None,
-        logit_scale_init=None if parsed.logit_scale is None else float(parsed.logit_scale),
-        logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias),
-    )
-
-
 # Convert a tower directory to another library's format; each reloads what it wrote and compares the features.
 
 ONNX_FILE = "image_encoder.onnx"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_ONNX = 1 << 30  # bytes of weights; protobuf is limited to 2 GiB, larger weights are written to a separate file
-OTHER = "--format onnx converts every tower, and the tower directory itself opens with transformers' AutoModel"
 
 
 def convert(
@@ -227,24 +210,26 @@ def convert(
 
     Raises ValueError if the format cannot represent the tower, ContractError if the files give other features.
     """
-    if format_name not in FORMATS:
-        raise ValueError(unknown("format", format_name, ["tower", *FORMATS]))
     directory = fetch_directory(source)
-    model = export.load_model(directory)
-    write = {"clip": write_clip, "onnx": write_onnx, "openclip": write_openclip}[format_name]
+    model, write = export.load_model(directory), {"clip": write_clip, "onnx": write_onnx}[format_name]
     with atomic_directory(output, replace=replace) as temporary:
         write(model.eval(), temporary, preprocessor_config(directory))
     return Path(output)
 
 
-def write_clip(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
-    """A CLIP tower and its projection as transformers' CLIPVisionModelWithProjection."""
+def write_clip(dual: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
+    """A CLIP tower whose projection is one matrix, as transformers' CLIPVisionModelWithProjection."""
     from transformers import CLIPVisionModelWithProjection
 
-    dual = projected_dual(model, "clip", ("clip",))
+    if not isinstance(dual, DualEncoder) or family_of(dual.tower).name != "clip":
+        raise ValueError("format 'clip' is for a CLIP tower with a projection; --format onnx converts every tower")
+    chosen = {name: getattr(dual.config, name) for name in ("pool", "projection", "projection_norm", "projection_bias")}
+    pool, *projection = chosen.values()
+    if pool not in ("pooled", "cls") or projection != ["linear", False, False]:
+        raise ValueError(f"format 'clip' cannot represent a tower with {chosen}; --format onnx can")
     export.save_tower(dual.tower, directory)
-    projection = {"visual_projection.weight": dual.visual_projection.weight.detach()}
-    export.save_tensors(load_tensors(directory / WEIGHTS_FILE) | projection, directory / WEIGHTS_FILE)
+    heads = {"visual_projection.weight": dual.visual_projection.weight}
+    export.save_tensors(load_tensors(directory / WEIGHTS_FILE) | heads, directory / WEIGHTS_FILE)
     fields = {"projection_dim": dual.config.projection_dim, "architectures": ["CLIPVisionModelWithProjection"]}
     write_json(directory / "config.json", read_json(directory / "config.json") | fields)
     write_json(directory / PREPROCESSOR_FILE, preprocessor)
@@ -254,22 +239,6 @@ def write_clip(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
     with torch.no_grad():
         features = F.normalize(reloaded(pixel_values=pixels).image_embeds.float(), dim=-1)
         export.compare_features({"image": dual.encode_image(pixels)}, {"image": features}, where="format 'clip'")
-
-
-def projected_dual(model: nn.Module, format_name: str, families: tuple[str, ...]) -> DualEncoder:
-    """The dual encoder, if the format can represent it: a pooled token, then one matrix; else ValueError."""
-    if not isinstance(model, DualEncoder):
-        raise ValueError(f"format {format_name!r} requires a projection, but this directory has only a tower; {OTHER}")
-    family, config = family_of(model.tower).name, model.config
-    if family not in families:
-        raise ValueError(f"format {format_name!r} supports {', '.join(families)} towers, not {family}; {OTHER}")
-    # pooled and cls are the same except in SigLIP, whose own models have no projection
-    pools, projections = (("pooled",), ("linear", "none")) if family == "siglip" else (("pooled", "cls"), ("linear",))
-    chosen = {name: getattr(config, name) for name in ("pool", "projection", "projection_norm", "projection_bias")}
-    fits = config.pool in pools and config.projection in projections and not config.projection_norm
-    if not fits or (config.projection_bias and family != "eva02"):
-        raise ValueError(f"format {format_name!r} cannot represent a {family} tower with {chosen}; {OTHER}")
-    return model
 
 
 class _ImageEncoder(nn.Module):
@@ -310,45 +279,3 @@ def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
             features = torch.from_numpy(session.run(None, {"pixel_values": batch.numpy()})[0])
             export.compare_features({"image": encoder(batch)}, {"image": features}, where="ONNX Runtime")
     write_json(directory / PREPROCESSOR_FILE, preprocessor)
-
-
-def write_openclip(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
-    """OpenCLIP's checkpoint of a CLIP or SigLIP tower, EVA-CLIP's of an EVA02 one, with LLM2CLIP's adapter."""
-    layout_of = {layout.family: layout for layout in layouts().values() if layout.family}
-    dual = projected_dual(model, "openclip", tuple(layout_of))
-    layout = layout_of[family_of(dual.tower).name]
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
-        export.save_tower(dual.tower, Path(folder))
-        tower_file = load_tensors(Path(folder) / WEIGHTS_FILE)
-    state = layout.visual_state(dual, tower_file) | adapter_state(dual)
-    state["logit_scale"] = dual.logit_scale.reshape(())
-    if dual.logit_bias is not None:
-        state["logit_bias"] = dual.logit_bias.reshape(())
-    export.save_tensors(state, directory / "open_clip_model.safetensors")
-    width = dual.config.llm_width
-    text = {"text_cfg": {"use_embedding": True, "llm_embedding_dim": width} if width else {}}
-    chosen = {name: preprocessor[f"image_{name}"] for name in ("mean", "std")}
-    fields = {"model_cfg": layout.model_config(dual) | text, "preprocess_cfg": chosen}
-    write_json(directory / "open_clip_config.json", fields)
-    reloaded = build_model(parse_checkpoint(directory, None), str(directory), temporary=directory)
-    export.compare_features(export.probe_features(dual), export.probe_features(reloaded), where="format 'openclip'")
-
-
-def adapter_state(dual: DualEncoder) -> dict[str, Tensor]:
-    """The text adapter under the names of LLM2CLIP's trainer; {} without one, ValueError for another architecture."""
-    config, adapter = dual.config, dual.text_adapter
-    if adapter is None:
-        return {}
-    if (config.adapter, config.normalise_input, config.input_scale) != ("mlp", True, "unit"):
-        raise ValueError(
-            "format 'openclip' supports the paper's adapter (mlp, normalise_input, input_scale 'unit'); this one has "
-            f"{config.adapter!r}, normalise_input {config.normalise_input}, input_scale {config.input_scale!r}"
-        )
-    blocks = range(config.adapter_blocks)
-    modules = {f"blocks.{n}.{ours}": f"{n}.{theirs}" for n in blocks for theirs, ours in PARTS.items()}
-    modules |= {"norm": str(len(blocks)), "projection": str(len(blocks) + 1)}
-    return {
-        f"text.text_adaptor.{theirs}.{kind}": getattr(adapter.get_submodule(ours), kind)
-        for ours, theirs in modules.items()
-        for kind in ("weight", "bias")
-    }

@@ -104,8 +104,9 @@ def read_config(directory: Path) -> tuple[Family, Any]:
     """Family and vision configuration of a directory, an image-text model's too; ContractError if it is damaged."""
     file = directory / CONFIG_FILE
     body = read_json(file)
-    if "model_type" not in body and "architecture" in body:
-        raise ValueError(f"{file} describes a timm model; run `llm2clip import {directory} --output DIR` first")
-    family = family_of_type(str(body.get("model_type")), where=str(file))
+    kind = str(body.get("model_type", "timm" if "architecture" in body else None))
+    if kind == "timm" or kind.startswith("siglip2"):  # the latter NaFlex, or a SigLIP by another name
+        raise ValueError(f"{file} describes a {kind} model; run `llm2clip import {directory} --output DIR` first")
+    family = family_of_type(kind, where=str(file))
     with errors_about(file, fix="copy or export the tower again"):
         return family, family.vision_class().config_class.from_pretrained(directory)

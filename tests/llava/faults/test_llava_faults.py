@@ -7,8 +7,6 @@ import pytest
 from faults import Fault, World, copied, flip, meet, rows
 from llava_world import untrained
 
-from llava_integration.preflight import check_tower, llava_options
-
 pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.both_stacks]
 LLAVA, TOWER = "llava-1", "towers/mine"
 
@@ -64,26 +62,6 @@ def test_checkpoint_and_tower(fault, planted, capsys):
     told = meet(fault, planted, answering(planted, fault.words), capsys)
     assert not planted.path("answers.jsonl").exists()
     assert not re.search(r"LOAD REPORT|Loading weights", told), told
-
-
-LAYER = "mm_vision_select_layer {} is out of range: a tower of 3 blocks has hidden states -4 to 3"
-SELECTED = (
-    Fault("layer above the last", "--mm_vision_select_layer=40", LAYER.format(40)),
-    Fault(
-        "unknown feature",
-        "--mm_vision_select_feature pach",
-        "unknown mm_vision_select_feature 'pach'; did you mean 'patch'? known: patch, cls_patch",
-    ),
-)
-
-
-@rows(*SELECTED)
-def test_selected_by_the_options_of_a_training(fault, made):
-    """Of scripts/llava/*.sh after --."""
-    tower = f"llm2clip:{made[1] / TOWER}"
-    list(check_tower(tower, None, llava_options(["--mm_vision_select_layer", "-2"])))
-    (problem,) = check_tower(tower, None, llava_options(fault.words.split()))
-    assert problem == fault.says
 
 
 def questions(name, text, says):

@@ -4,7 +4,6 @@ Its training is completed by the package itself (llava_integration.training); wi
 Otherwise it waits for the import of torch, which most processes of a shell script never do.
 """
 
-import functools
 import os
 import sys
 from importlib.machinery import PathFinder
@@ -24,17 +23,6 @@ def complete(torch):
         return tensor_to(self, *arguments, **options)
 
     torch.Tensor.to = to_cpu
-    torch.compile = functools.partial(compile_when_called, torch.compile)
-
-
-def compile_when_called(torch_compile, model=None, **options):
-    """``torch.compile``, but at the first call: bitsandbytes decorates with it, which imports for two seconds."""
-    if model is None:
-        return functools.partial(compile_when_called, torch_compile, **options)
-    compiled = functools.cache(lambda: torch_compile(model, **options))
-    if not isinstance(model, type(complete)):  # a module
-        return compiled()
-    return functools.wraps(model)(lambda *args, **more: compiled()(*args, **more))
 
 
 class Watcher:

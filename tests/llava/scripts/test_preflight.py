@@ -21,7 +21,7 @@ def refused(capsys, world, stage="finetune", llava="", **changed):
     status = main([stage, *words, "--", *llava.split()])
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
-    assert status == (2 if lines else 0) and (len(printed.out.splitlines()) == (0 if lines else 6))
+    assert status == (2 if lines else 0) and (len(printed.out.splitlines()) == (0 if lines else 5))
     return lines
 
 
@@ -69,6 +69,11 @@ def test_every_problem_has_its_line(capsys, world, home, tmp_path):
     wrong = {name: tmp_path / name for name in ("model", "data", "image-folder", "projector")}
     lines = refused(capsys, world, tower="openia/clip", **wrong)
     assert [line.split()[1] for line in lines] == ["--model", "--image-folder", "DATA", "--projector", "--tower"]
+
+
+def test_an_output_that_is_a_file(capsys, world, home):
+    (line,) = refused(capsys, world, output=__file__)
+    assert line == f"error: --output {__file__} is a file; expected a folder"
 
 
 def test_pretraining_that_llava_cannot_resume(capsys, world, home, tmp_path):

@@ -1,4 +1,4 @@
-"""Tiny LLaVA 1.5 checkpoints as LLaVA writes them, made in a second: full, LoRA and projector, with any tower."""
+"""Tiny LLaVA 1.5 checkpoints as LLaVA writes them, made in a second: full and LoRA, with any tower."""
 
 import functools
 import json
@@ -130,20 +130,12 @@ def full(folder: Path, tower: Path | str, *, legacy: bool = True, **changes: obj
 
 
 def base_model(folder: Path) -> Path:
-    """The language model that LoRA and projector checkpoints start from."""
+    """The language model that a LoRA starts from."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
         write_config(folder, LLM)
         save_file(language_weights(), folder / "model.safetensors", {"format": "pt"})
         write_tokenizer_files(folder, legacy=True)
-    return folder
-
-
-def projector(folder: Path, tower: Path | str, base: Path, **changes: object) -> Path:
-    """What LLaVA's pretraining writes."""
-    folder.mkdir(parents=True)
-    write_config(folder, {**llava_config(str(tower), **changes), "_name_or_path": str(base)})
-    torch.save(projector_weights(width_of(tower)), folder / "mm_projector.bin")
     return folder
 
 

@@ -17,7 +17,6 @@ from serve_checkpoints import (
     full,
     language_weights,
     lora,
-    projector,
     projector_weights,
     tower_directory,
 )
@@ -25,7 +24,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_integration.serve.build import register
 from llava_integration.serve.export import Export, compare, export
-from llava_integration.serve.prompt import CONVERSATIONS, IMAGE
+from llava_integration.serve.prompt import CONVERSATIONS, chat_template
 from llm2clip_plugin.cli import main as llm2clip
 
 CLIP = tower_directory("clip")
@@ -46,7 +45,7 @@ def made(kind, tower, root, **changes):
     folder, tower = root / f"llava-{kind}", tower_directory(tower)
     if kind == "full":
         return full(folder, tower, **changes)
-    return {"lora": lora, "projector": projector}[kind](folder, tower, base_model(root / "vicuna"), **changes)
+    return lora(folder, tower, base_model(root / "vicuna"), **changes)
 
 
 def check(checkpoint, output):
@@ -73,13 +72,6 @@ def test_towers_of_today_equal_llava(tmp_path, home, tower):
     check(made("full", tower, tmp_path), tmp_path / "hf")
 
 
-def test_a_projector_alone_equals_llava(tmp_path, home):
-    """As pretraining leaves it: the image, and no words."""
-    checkpoint = made("projector", "clip", tmp_path, llm2clip_conversation="plain")
-    check(checkpoint, tmp_path / "hf")
-    assert "'plain'" not in (tmp_path / "hf" / "chat_template.jinja").read_text()
-
-
 def test_a_tokenizer_that_is_not_legacy_equals_llavas(tmp_path, home):
     """Vicuna 1.5's, whose text after special tokens has no space before it."""
     check(full(tmp_path / "llava-tiny", CLIP, legacy=False), tmp_path / "hf")
@@ -92,7 +84,7 @@ def test_an_unfrozen_towers_weights_are_the_checkpoints(tmp_path, home):
     trained = {f"{inside}{key}": value for key, value in load_file(CLIP / "model.safetensors").items()}
     trained[f"{inside}{name}"] += 1
     save_file(weights | trained, checkpoint / "model.safetensors", {"format": "pt"})
-    export(Export.of(checkpoint, dtype="keep"), tmp_path / "hf")
+    export(Export.of(checkpoint, dtype="fp32"), tmp_path / "hf")
     written = load_file(tmp_path / "hf" / "model.safetensors")[f"vision_tower.{name}"]
     assert torch.equal(written, trained[f"{inside}{name}"])
 
@@ -155,18 +147,13 @@ def test_conversations_are_llavas(name):
     said = ["What is it?", "A dog.", "Which\ncolor?", "Brown.", "Sure?"]
     conversation = conv_templates[name].copy()
     conversation.messages = []
-    plain = name.endswith("plain")  # LLaVA's own text for it is of training: an image, then its caption
-    for number, text in enumerate(said[:2] if plain else [*said, None]):
-        image = ("<image>" if plain else "<image>\n") if number == 0 else ""
+    for number, text in enumerate([*said, None]):
+        image = "<image>\n" if number == 0 else ""
         conversation.append_message(conversation.roles[number % 2], None if text is None else image + text)
-    messages = [
-        {"role": ("user", "assistant")[number % 2], "content": text}
-        for number, text in enumerate(said[:2] if plain else said)
-    ]
+    messages = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)]
     messages[0]["content"] = [{"type": "text", "text": said[0]}, {"type": "image"}]
-    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(CONVERSATIONS[name].chat_template())
-    expected = conversation.get_prompt() if not plain else f"{IMAGE}{said[0]}{said[1]}\n"
-    assert template.render(messages=messages, add_generation_prompt=not plain) == expected
+    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(name))
+    assert template.render(messages=messages, add_generation_prompt=True) == conversation.get_prompt()
 
 
 def refused(capsys, *words):
@@ -184,7 +171,9 @@ def test_another_conversation_is_refused(exported, tmp_path, capsys):
     assert "was trained with the conversation 'v1'" in refused(
         capsys, exported[0], "--conv-mode", "chatml_direct", "--output", out
     )
-    assert "did you mean 'vicuna_v1'" in refused(capsys, exported[0], "--conv-mode", "vicuna", "--output", out)
+    assert "unknown conversation 'vicuna'; known: " in refused(
+        capsys, exported[0], "--conv-mode", "vicuna", "--output", out
+    )
     assert "is a Hugging Face model already" in refused(capsys, exported[1], "--output", out)
 
 

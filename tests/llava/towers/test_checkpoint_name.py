@@ -1,6 +1,7 @@
 """LLaVA's rule about folder names is told before anything is loaded or trained."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_command_tells_it_first(tmp_path: Path, monkeypatch, capsys):
 
 
 def test_llavas_own_loader_tells_it_for_our_towers(tmp_path: Path):
-    load = hook.wrap_load_pretrained_model(lambda *arguments, **options: "loaded")
+    load = partial(hook.load_pretrained_model, lambda *arguments, **options: "loaded")
     ours, other = checkpoint(tmp_path / "mine"), checkpoint(tmp_path / "other", mm_vision_tower="openai/clip")
     with pytest.raises(ValueError, match="rename it"):
         load(str(ours), None, "mine")

@@ -31,10 +31,10 @@ def test_known_names(world, home, tmp_path, capsys):
     with pytest.raises(TowerNotFoundError, match=r"registered towers: clip .*, sig "):
         towers.locate("llm2clip:nobody")
     capsys.readouterr()
-    towers.main_towers(["--forget", "sig"])
-    (row,) = capsys.readouterr().out.splitlines()
+    towers.main_towers([])
+    row, chosen = capsys.readouterr().out.splitlines()
     assert row.startswith(f"  clip: {world.towers['clip']}, sha256 ") and "width 32" in row
-    assert towers.registry().chosen == ""
+    assert chosen.startswith("* sig: ")
     assert towers.select("/elsewhere/clip", "0" * 64) == "clip-2"
 
 

@@ -1,7 +1,9 @@
 """Checkpoints of every layout, from the golden references."""
 
+import torch
 from safetensors.torch import load_file
 
+from llm2clip_plugin.vision.convert.layouts import TensorNames
 from llm2clip_plugin.vision.convert.layouts.open_clip import CLIP_NAMES
 
 from ..conftest import REFERENCE, TRANSFORMERS_TOWERS, read
@@ -21,12 +23,22 @@ SOURCES = {
 }
 
 
+def to_theirs(names: TensorNames, tower: dict) -> dict:
+    """A tower of up to two blocks under a layout's names."""
+    inside = [f"{names.blocks[0]}{n}.{part}" for n in range(2) for part in (*names.inside, names.fused[0])]
+    rest, state = dict(tower), {}
+    for theirs in [f"visual.{name}{kind}" for name in (*names.outside, *inside) for kind in ("", "weight", "bias")]:
+        if (ours := names.ours(theirs)) and rest.keys() >= set(ours):
+            state[theirs] = torch.cat([rest.pop(name) for name in ours])
+    return state
+
+
 def open_clip_state_of_the_release() -> dict:
     """The CLIP-style release under OpenCLIP's names, without a folder."""
     state = read(RELEASE, "model.safetensors")
     tower = {name: value for name, value in state.items() if name.startswith("vision_model.")}
     other = {n.replace("text_adapter.adaptor.", "text.text_adaptor."): v for n, v in state.items() if "adaptor" in n}
-    visual = CLIP_NAMES.to_theirs(tower) | {"visual.proj": state["visual_projection.weight"].T.contiguous()}
+    visual = to_theirs(CLIP_NAMES, tower) | {"visual.proj": state["visual_projection.weight"].T.contiguous()}
     return {**visual, **other, "logit_scale": state["logit_scale"]}
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 from ..conftest import largest_difference
 from .checkpoints import TOLERANCE, open_clip_state_of_the_release, open_clip_vision
@@ -60,30 +61,39 @@ def test_clip_without_its_activation_is_refused(open_clip, tmp_path):
         import_tower(tmp_path / "clip.pt", tmp_path / "tower")
 
 
-def test_siglip_through_timm(tmp_path):
+PE = {"mlp_ratio": 1.5, "attn_pool_num_heads": 2, "attn_pool_mlp_ratio": 1.5, "ref_feat_shape": [4, 4]}
+
+
+@pytest.mark.parametrize(
+    "name, pool, more, head",
+    [
+        ("vit_base_patch16_siglip_224", "map", {}, ""),
+        ("eva02_base_patch16_clip_224", "token", {}, "visual.head.proj."),
+        ("vit_pe_core_base_patch16_224", "map", PE, "visual.trunk.head."),
+    ],
+)
+def test_towers_that_openclip_takes_from_timm(name, pool, more, head, tmp_path):
     timm = pytest.importorskip("timm", minversion="1.0")
-    trunk = timm.models.vision_transformer.VisionTransformer(
-        img_size=28,
-        patch_size=7,
-        embed_dim=32,
-        depth=2,
-        num_heads=4,
-        class_token=False,
-        global_pool="map",
-        num_classes=0,
-        act_layer="gelu_tanh",
-    )
-    trunk = randomized(trunk)
+    sizes = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 4, **more}
+    trunk = randomized(timm.create_model(name, img_size=28, num_classes=0, global_pool=pool, **sizes))
     state = {f"visual.trunk.{key}": value for key, value in trunk.state_dict().items()}
-    state |= {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-9.0)}
-    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "siglip.safetensors")
-    (tmp_path / "config.json").write_text('{"vision_cfg": {"heads": 4}}')
-    card, _ = import_tower(tmp_path / "siglip.safetensors", tmp_path / "tower", config=tmp_path / "config.json")
-    assert (card.family, card.dual["projection"], card.dual["logit_bias_init"]) == ("siglip", "none", -9.0)
-    pixels = torch.randn(2, 3, 28, 28)
+    projection = torch.randn(12, 32) if head else torch.eye(32)
+    state |= {f"{head}weight": projection, f"{head}bias": torch.zeros(12)} if head else {}
+    state |= {"text.text_projection": torch.randn(8, 12), "logit_scale": torch.tensor(2.0)}
+    state["logit_bias"] = torch.tensor(-9.0)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "open_clip_model.safetensors")
+    vision = {"timm_model_name": name, "timm_pool": pool, "image_size": 28, "timm_args": sizes}
+    fields = {"model_cfg": {"vision_cfg": vision}, "preprocess_cfg": {"mean": [0.4] * 3, "interpolation": "bilinear"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(fields))
+    card, report = import_tower(tmp_path, tmp_path / "tower")
+    assert (card.family, card.training["imported_as"]) == ("timm", "open_clip-timm")
+    assert (card.projection_dim, card.dual["logit_bias_init"]) == (len(projection), -9.0)
+    assert any("text tower, replaced by the LLM" in line for line in report)
+    pixels, preprocessor = torch.randn(2, 3, 28, 28), preprocessor_config(tmp_path / "tower")
+    assert (preprocessor["image_mean"], preprocessor["resample"]) == ([0.4] * 3, 2)
     with torch.no_grad():
-        found = load_tower(tmp_path / "tower")(pixel_values=pixels).pooler_output
-        assert largest_difference(found, trunk(pixels)) < TOLERANCE
+        expected = torch.nn.functional.normalize(trunk(pixels) @ projection.T, dim=-1)
+        assert largest_difference(load_dual_encoder(tmp_path / "tower").encode_image(pixels), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(

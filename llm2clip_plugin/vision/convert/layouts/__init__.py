@@ -25,14 +25,12 @@ PARTS = {"ln": "norm", "fn.0": "up", "fn.3": "down"}  # of a block: the referenc
 ADAPTER = r"(?P<prefix>.*\b(text_)?adaptor\.)(?P<number>\d+)\.((?P<part>ln|fn\.0|fn\.3)\.)?(?P<kind>weight|bias)"
 
 
-@dataclass(kw_only=True)
-class AdapterMatch:
+class AdapterMatch(NamedTuple):
     """An adapter in a checkpoint: its sizes, its tensors under our names, and our name -> the checkpoint's name."""
 
     config: DualConfig
     state: dict[str, Tensor]
     names: dict[str, str]
-    notes: list[str] = field(default_factory=list)
 
 
 def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
@@ -52,6 +50,7 @@ def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
     weight, up = own.get("projection.weight"), own.get("blocks.0.up.weight")
     if weight is None or weight.dim() != 2:
         raise ContractError(f"the checkpoint is missing {prefix}{last}.weight, the last Linear of its text adapter")
+    own.setdefault("projection.bias", torch.zeros(len(weight), dtype=weight.dtype))
     config = DualConfig(
         projection_dim=len(weight),
         llm_width=weight.shape[1],
@@ -59,19 +58,12 @@ def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
         adapter_expansion=2 if up is None else len(up) // weight.shape[1],
         normalise_input=prefix != IN_THE_LOOP,
     )
-    adapter = AdapterMatch(config=config, state=own, names=names)
-    if prefix == IN_THE_LOOP:
-        adapter.notes.append(f"{prefix}* was trained with the LLM in the loop: its input is not normalized")
-    if "projection.bias" not in own:
-        own["projection.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
-        adapter.notes.append(f"{prefix}{last} has no bias: filled with zeros")
-    return adapter
+    return AdapterMatch(config, own, names)
 
 
 # A parsed checkpoint: every tensor belongs to the tower or its heads, or has a reason to be left out.
 
 OWN_TEXT = "text tower, replaced by the LLM"
-COMPUTED = "recomputed from the configuration and compared"
 # prefixes of OpenCLIP's and EVA-CLIP's text towers
 TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "attn_mask")
 TEXT = (*TEXT, *(f"text.{name}" for name in (*TEXT, "cls_emb", "proj.")))
@@ -124,73 +116,57 @@ class ParsedCheckpoint:
         if self.projection is not None:
             bias = "" if self.projection_bias is None else " with bias"
             lines.append(f"projection {tuple(self.projection.shape)}{bias}")
-        if (adapter := self.adapter) is not None:
-            sizes = adapter.config
-            widths = f"width {sizes.llm_width}, expansion {sizes.adapter_expansion}, then {sizes.projection_dim}"
-            lines.append(f"text adapter: {sizes.adapter_blocks} blocks of {widths}")
-            lines += [f"  {theirs} -> text_adapter.{ours}" for ours, theirs in adapter.names.items()]
-            lines += [f"  {note}" for note in adapter.notes]
+        if self.adapter is not None:
+            sizes, place = self.adapter.config, self.adapter.names["projection.weight"]
+            loop = "" if sizes.normalise_input else ", trained with the LLM in the loop: its input is not normalized"
+            widths = f"{sizes.llm_width}, then {sizes.projection_dim}"
+            lines.append(f"text adapter: {sizes.adapter_blocks} blocks of width {widths} ({place}){loop}")
         for reason in sorted(set(self.left_out.values())):
             names = sorted(name for name, why in self.left_out.items() if why == reason)
             lines.append(f"left out ({reason}): {len(names)} tensors ({', '.join([*names[:3], '...'][: len(names)])})")
         return lines
 
 
-# Tensors of a checkpoint: translate their names (theirs) to the Hugging Face model's (ours) and back, read sizes.
+# Tensors of a checkpoint: translate their names (theirs) to the Hugging Face model's (ours), read sizes.
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorNames:
-    """A name that ends in "." stands for a module's weight and bias, any other one for a tensor."""
+    """The names below ``visual.``; one that ends in "." stands for a module's weight and bias, another for a tensor."""
 
-    prefixes: tuple[str, str]  # before every name: theirs, ours
+    prefix: str  # before all of ours
     outside: dict[str, str]  # theirs -> ours, outside the blocks
     blocks: tuple[str, str]  # before the number of a block: theirs, ours
     inside: dict[str, str]  # theirs -> ours, within a block
     fused: tuple[str, str]  # before "weight" or "bias": theirs, q, k and v in one tensor; ours, "{}" for q, k or v
 
-    def parse(self, state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
-        """A checkpoint's tower; ``config``: its config.json."""
-        tower, used = self.to_ours(state)
-        return ParsedCheckpoint(state=state, config=config, tower=tower, used=used)
+    def ours(self, theirs: str) -> list[str]:
+        """What a tensor of theirs is: one name, three of q, k and v, or none if it is no tower's."""
+        if not theirs.startswith("visual."):
+            return []
+        before, table, name = self.prefix, self.outside, theirs.removeprefix("visual.")
+        if match := re.fullmatch(rf"{re.escape(self.blocks[0])}(\d+)\.(.+)", name):
+            before, table, name = f"{before}{self.blocks[1]}{match[1]}.", self.inside, match[2]
+            if name.startswith(self.fused[0]):
+                kind = name.removeprefix(self.fused[0])
+                return [before + self.fused[1].format(part) + kind for part in "qkv"]
+        module, _, kind = name.rpartition(".")
+        own = table.get(name) or (f"{table[module + '.']}{kind}" if f"{module}." in table else "")
+        return [before + own] if own else []
 
-    def to_ours(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
-        """The tower's tensors under our names, and the names that were used; ContractError for two of one tensor."""
-        tower: dict[str, Tensor] = {}
-        used: set[str] = set()
-        for theirs, names in self._table(depth(state, self.prefixes[0] + self.blocks[0])).items():
-            if (value := state.get(theirs)) is None:
+    def parse(self, state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
+        """A checkpoint's tower; ``config``: its config.json. ContractError for two tensors of one name."""
+        parsed = ParsedCheckpoint(state=state, config=config, tower={}, used=set())
+        for theirs, value in state.items():
+            if not (names := self.ours(theirs)):
                 continue
             if len(names) > 1 and (value.dim() == 0 or len(value) % 3):
                 raise ContractError(f"{theirs} is {tuple(value.shape)}, expected a multiple of 3 rows (q, k, v)")
-            if again := tower.keys() & names:
+            if again := parsed.tower.keys() & names:
                 raise ContractError(f"{theirs} and another tensor both map to {again.pop()}")
-            tower |= zip(names, value.chunk(3) if len(names) > 1 else [value], strict=True)
-            used.add(theirs)
-        return tower, used
-
-    def to_theirs(self, tower: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The checkpoint's tensors from the tower's (``tower`` must be complete)."""
-        rest, state = dict(tower), {}
-        for theirs, names in self._table(depth(tower, self.prefixes[1] + self.blocks[1])).items():
-            if rest.keys() >= set(names):
-                parts = [rest.pop(name) for name in names]
-                state[theirs] = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return state
-
-    def _table(self, blocks: int) -> dict[str, list[str]]:
-        """Their name of each tensor in a tower of so many blocks -> ours, three for a fused tensor."""
-        modules = {theirs: [ours] for theirs, ours in self.outside.items()}
-        for number in range(blocks):
-            before, own = (f"{name}{number}." for name in self.blocks)
-            modules |= {before + theirs: [own + ours] for theirs, ours in self.inside.items()}
-            for kind in ("weight", "bias"):
-                modules[f"{before}{self.fused[0]}{kind}"] = [own + self.fused[1].format(part) + kind for part in "qkv"]
-        return {
-            f"{self.prefixes[0]}{theirs}{kind}": [f"{self.prefixes[1]}{name}{kind}" for name in names]
-            for theirs, names in modules.items()
-            for kind in (("weight", "bias") if theirs.endswith(".") else ("",))
-        }
+            parsed.tower |= zip(names, value.chunk(3) if len(names) > 1 else [value], strict=True)
+            parsed.used.add(theirs)
+        return parsed
 
 
 def require(state: dict[str, Tensor], *names: str) -> None:
@@ -232,27 +208,12 @@ def lift_model_cfg(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **section(config, "model_cfg")}
 
 
-def vision_fields(config: Any) -> dict[str, Any]:
-    """OpenCLIP's ``vision_cfg`` for the configuration of a CLIP or EVA-CLIP tower."""
-    return {
-        "image_size": config.image_size,
-        "layers": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "head_width": config.hidden_size // config.num_attention_heads,
-        "patch_size": config.patch_size,
-        "mlp_ratio": config.intermediate_size / config.hidden_size,
-    }
-
-
 class Layout(NamedTuple):
-    """A layout of checkpoints that is recognized by its tensor names; without ``family`` it is only read."""
+    """A layout of checkpoints that is recognized by its tensor names."""
 
     name: str
     matches: Callable[[dict[str, Tensor]], bool]
-    parse: Callable[[dict[str, Tensor], dict[str, Any], dict[str, Any]], ParsedCheckpoint]  # state, config, --config
-    family: str = ""  # of the towers that ``visual_state`` and ``model_config`` write
-    visual_state: Any = None  # (DualEncoder, tensors of the tower's file) -> tensors under the layout's names
-    model_config: Any = None  # (DualEncoder) -> embed_dim, vision_cfg ... of OpenCLIP's file
+    parse: Callable[[dict[str, Tensor], dict[str, Any]], ParsedCheckpoint]  # of tensors and configuration
 
 
 def layouts() -> dict[str, Layout]:

@@ -1,9 +1,5 @@
-"""EVA-CLIP and LLM2CLIP-EVA02-*.pt: ``visual.blocks.*``, also under timm's names (``visual.trunk.blocks.*``).
+"""EVA-CLIP and LLM2CLIP-EVA02-*.pt: ``visual.blocks.*``."""
 
-Shapes: H width of the tower, E width of a head.
-"""
-
-import dataclasses
 import json
 import re
 from typing import Any
@@ -15,11 +11,9 @@ from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert import layouts as common
 from llm2clip_plugin.vision.convert.layouts import Layout, ParsedCheckpoint, TensorNames
 from llm2clip_plugin.vision.directory import section
-from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, rope_tables
 
 BLOCKS = "visual.blocks."
-TRUNK = "visual.trunk."
 IN_BLOCK = {name: name for name in ("norm1.", "norm2.", "mlp.fc1.", "mlp.fc2.")} | {
     "gamma_1": "scale1",
     "gamma_2": "scale2",
@@ -30,10 +24,8 @@ IN_BLOCK = {name: name for name in ("norm1.", "norm2.", "mlp.fc1.", "mlp.fc2.")}
     "mlp.ffn_ln.": "mlp.norm.",
     "mlp.w3.": "mlp.down_proj.",
 }
-SPLIT = {f"attn.{part}_proj.": f"attention.{part}_proj." for part in "qkv"}
-BIASES = {f"attn.{part}_bias": f"attention.{part}_proj.bias" for part in "qv"}
-FUSED_NAMES = TensorNames(  # as the reference writes towers without sub-norms
-    prefixes=("visual.", ""),
+NAMES = TensorNames(  # the reference splits q, k and v in towers with sub-norms, and fuses them in those without
+    prefix="",
     outside={
         "cls_token": "embeddings.cls_token",
         "pos_embed": "embeddings.position_embedding",
@@ -41,50 +33,20 @@ FUSED_NAMES = TensorNames(  # as the reference writes towers without sub-norms
         "norm.": "norm.",
     },
     blocks=("blocks.", "blocks."),
-    inside=IN_BLOCK | BIASES,
+    inside=IN_BLOCK
+    | {f"attn.{part}_proj.": f"attention.{part}_proj." for part in "qkv"}
+    | {f"attn.{part}_bias": f"attention.{part}_proj.bias" for part in "qv"},
     fused=("attn.qkv.", "attention.{}_proj."),
 )
-SPLIT_NAMES = dataclasses.replace(FUSED_NAMES, inside=IN_BLOCK | SPLIT)  # and towers with sub-norms
-READ_NAMES = dataclasses.replace(FUSED_NAMES, inside=IN_BLOCK | SPLIT | BIASES)
-TIMM_IN_BLOCK = {  # timm -> EVA-CLIP, in towers with SwiGLU
-    "attn.norm.": "attn.inner_attn_ln.",
-    "mlp.fc1_g.": "mlp.w1.",
-    "mlp.fc1_x.": "mlp.w2.",
-    "mlp.norm.": "mlp.ffn_ln.",
-    "mlp.fc2.": "mlp.w3.",
-}
 HEAD_WIDTHS = {768: 64, 1024: 64, 1408: 88, 1792: 112}  # of the released EVA-CLIP towers, by width
-
-
-def is_timm_eva(state: dict[str, Tensor]) -> bool:
-    """Whether an EVA-CLIP tower is stored under timm's names: with SwiGLU, or fused q, k, v with separate biases."""
-    return any(f"{TRUNK}blocks.0.{name}" in state for name in ("mlp.fc1_g.weight", "attn.q_bias"))
-
-
-def matches(state: dict[str, Tensor]) -> bool:
-    """Whether a checkpoint contains an EVA-CLIP tower."""
-    return common.depth(state, BLOCKS) > 0 or is_timm_eva(state)
-
-
-def rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that timm names under EVA-CLIP's names."""
-    has_swiglu = f"{TRUNK}blocks.0.mlp.fc1_g.weight" in state
-    renamed = {}
-    for key, value in state.items():
-        name = key.replace(TRUNK, "visual.", 1)
-        match = re.fullmatch(r"(visual\.blocks\.\d+\.)(\w+\.\w+\.)(.+)", name)
-        if has_swiglu and match:
-            name = f"{match[1]}{TIMM_IN_BLOCK.get(match[2], match[2])}{match[3]}"
-        renamed[name] = value
-    return renamed
 
 
 def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Config:
     """The configuration of a checkpoint: sizes from its tensors, the rest from ``vision``, EVA-CLIP's ``vision_cfg``.
 
-    Without one, the width of a head and the grid of pretraining are those of the rotary tables if the checkpoint has
-    them, else of the released tower of its width; post-norm, which leaves no trace, is bigE's alone. Raises ValueError
-    for an unknown width or unsupported settings, ContractError if ``vision`` contradicts the tensors.
+    If that has no width, head width and grid of pretraining are those of the rotary tables if the checkpoint has them,
+    else of the released tower of its width; post-norm, which leaves no trace, is bigE's alone. Raises ValueError for an
+    unknown width or unsupported settings, ContractError if ``vision`` contradicts the tensors.
     """
     first = {key.removeprefix(f"{BLOCKS}0."): value for key, value in state.items() if key.startswith(f"{BLOCKS}0.")}
     swiglu = any(name.startswith(("mlp.w1.", "mlp.w2.", "mlp.w3.")) for name in first)
@@ -94,13 +56,14 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
     image_size = round((state["visual.pos_embed"].shape[-2] - 1) ** 0.5) * patch
     if "width" not in vision:
         table = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
-        if table is None and width not in HEAD_WIDTHS:
+        if table is None and width not in HEAD_WIDTHS and "head_width" not in vision:
             raise ValueError(f"no released EVA-CLIP tower has width {width}; pass --config with vision_cfg.head_width")
         # the released towers have SwiGLU and rotary positions, or neither; some files omit the tables
-        vision = {"rope": swiglu, "intp_freq": True, "head_width": HEAD_WIDTHS.get(width), "postnorm": width == 1792}
+        known = {"rope": swiglu, "intp_freq": True, "head_width": HEAD_WIDTHS.get(width), "postnorm": width == 1792}
         if table is not None:  # its second row: the angle of a step of one column is pt_hw_seq_len / grid
             step = float(table[1, table.shape[1] // 2].float().acos())
-            vision |= {"head_width": table.shape[1], "pt_hw_seq_len": round(step * len(table) ** 0.5)}
+            known |= {"head_width": table.shape[1], "pt_hw_seq_len": round(step * len(table) ** 0.5)}
+        vision = known | vision
     layers, pretrained_grid = common.depth(state, BLOCKS), vision.get("pt_hw_seq_len", 16)
     common.check_sizes(vision, width=width, layers=layers, patch_size=patch, image_size=image_size)
     if vision.get("global_average_pool"):
@@ -131,7 +94,9 @@ def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str
         raise ContractError(f"the checkpoint contains {names[0]}, but its configuration has no rotary positions")
     for name in names:
         table, grid = state[name], round(state[name].shape[0] ** 0.5)
-        expected = tables_of(config, grid)[name.endswith("sin")]
+        head_width = config.hidden_size // config.num_attention_heads
+        tables = rope_tables(grid=grid, pretrained_grid=config.rope_pretrained_grid, head_width=head_width)
+        expected = tables[name.endswith("sin")]
         tolerance = 1e-4 if table.dtype == torch.float32 else 1e-2  # half precision rounds values near 1 by 4e-3
         if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=tolerance):
             raise ContractError(
@@ -142,23 +107,13 @@ def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str
     return names
 
 
-def tables_of(config: Eva02Config, grid: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (grid * grid, E) of a configuration."""
-    head_width = config.hidden_size // config.num_attention_heads
-    return rope_tables(grid=grid, pretrained_grid=config.rope_pretrained_grid, head_width=head_width)
-
-
-def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+def parse(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     """``visual.*``, ``text.*`` (adapter or EVA-CLIP's own text tower), ``logit_scale``."""
-    state = rename_timm(state) if is_timm_eva(state) else state
-    vision = section(config, "vision_cfg")
-    # a config.json in the same folder may be of another kind, or name a timm model; then the tensors are enough
-    if "width" not in vision and (section(given, "vision_cfg") or "model_type" in given):
-        raise ValueError(f"--config: an EVA-CLIP tower needs vision_cfg.width; the configuration has {sorted(config)}")
-    eva = tower_config(state, vision)
+    eva = tower_config(state, section(config, "vision_cfg"))
     eva.architectures = ["Eva02VisionModel"]
-    parsed = READ_NAMES.parse(state, json.loads(eva.to_json_string(use_diff=False)))
-    parsed.left_out.update(dict.fromkeys(check_rope_tables(state, eva), common.COMPUTED))
+    parsed = NAMES.parse(state, json.loads(eva.to_json_string(use_diff=False)))
+    computed = dict.fromkeys(check_rope_tables(state, eva), "recomputed from the configuration and compared")
+    parsed.left_out.update(computed)
     parsed.projection = parsed.take("visual.head.weight")
     parsed.projection_bias = parsed.take("visual.head.bias")
     parsed.find_text_side()
@@ -166,40 +121,4 @@ def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any
     return parsed
 
 
-def eva_state(tower_state: dict[str, Tensor], config: Eva02Config) -> dict[str, Tensor]:
-    """``visual.*`` of an EVA-CLIP checkpoint: q, k, v split if the tower has sub-norms and fused if not, as in the
-    reference, and the rotary tables of the tower's grid."""
-    state = (SPLIT_NAMES if config.sub_norm else FUSED_NAMES).to_theirs(tower_state)
-    if config.rope:
-        cos, sin = tables_of(config, config.image_size // config.patch_size)
-        for place in ("visual.", *(f"{BLOCKS}{index}.attn." for index in range(config.num_hidden_layers))):
-            state |= {f"{place}rope.freqs_cos": cos, f"{place}rope.freqs_sin": sin}
-    return state
-
-
-def visual_state(dual: DualEncoder, tower_file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tower and its projection, with a bias of zeros if it has none."""
-    projection = dual.visual_projection
-    bias = torch.zeros(dual.config.projection_dim) if projection.bias is None else projection.bias
-    state = eva_state(tower_file, dual.tower.config)
-    return state | {"visual.head.weight": projection.weight, "visual.head.bias": bias}
-
-
-def model_config(dual: DualEncoder) -> dict[str, Any]:
-    """EVA-CLIP's configuration file."""
-    config = dual.tower.config
-    vision = common.vision_fields(config) | {
-        "mlp_ratio": (config.intermediate_size + 0.5) / config.hidden_size,  # readers truncate: aim between
-        "qkv_bias": config.qkv_bias,
-        "rope": config.rope,
-        "pt_hw_seq_len": config.rope_pretrained_grid,
-        "intp_freq": config.rope,
-        "naiveswiglu": config.hidden_act == "swiglu",
-        "subln": config.sub_norm,
-        "postnorm": config.post_norm,
-        "ls_init_value": 0.1 if config.layer_scale else None,
-    }
-    return {"embed_dim": dual.config.projection_dim, "vision_cfg": vision}
-
-
-LAYOUT = Layout("eva-clip", matches, parse, "eva02", visual_state, model_config)
+LAYOUT = Layout("eva-clip", lambda state: common.depth(state, BLOCKS) > 0, parse)

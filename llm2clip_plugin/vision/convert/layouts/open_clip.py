@@ -1,24 +1,22 @@
 """OpenCLIP's layouts, with its own text tower or with LLM2CLIP's adapter.
 
-CLIP: ``visual.transformer.resblocks.*``. OpenVision: the same without ``visual.ln_pre``. SigLIP: a timm model with
-attention pooling, ``visual.trunk.attn_pool.*``. Other towers of timm, such as Perception Encoder: ``visual.trunk.*``.
+CLIP: ``visual.transformer.resblocks.*``. OpenVision: the same without ``visual.ln_pre``. Towers of timm, such as
+Perception Encoder: ``visual.trunk.*``.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert import layouts as common
-from llm2clip_plugin.vision.convert.layouts import Layout, ParsedCheckpoint, TensorNames, eva_clip
+from llm2clip_plugin.vision.convert.layouts import Layout, ParsedCheckpoint, TensorNames
 from llm2clip_plugin.vision.convert.layouts.hub import side_of, timm_fields
 from llm2clip_plugin.vision.directory import section
-from llm2clip_plugin.vision.dual import DualEncoder
 
 BLOCKS = "visual.transformer.resblocks."
 CLIP_NAMES = TensorNames(
-    prefixes=("visual.", "vision_model."),
+    prefix="vision_model.",
     outside={
         "class_embedding": "embeddings.class_embedding",
         "positional_embedding": "embeddings.position_embedding.weight",
@@ -41,8 +39,8 @@ HEAD_WIDTHS = dict.fromkeys((384, 512, 640, 768, 896, 1024), 64) | {1280: 80, 14
 UNSUPPORTED = ("act_kwargs", "attentional_pool", "final_ln_after_pool", "norm_kwargs")
 
 
-def matches_clip(state: dict[str, Tensor]) -> bool:
-    return common.depth(state, BLOCKS) > 0 and any(name.startswith("visual.ln_pre.") for name in state)
+def has(state: dict[str, Tensor], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in state)
 
 
 def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +79,7 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     }
 
 
-def parse_clip(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+def parse_clip(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     """A CLIP needs its projection if the checkpoint has a text side.
 
     Raises ValueError if ``config`` doesn't name the activation, or describes an unsupported model; ContractError if it
@@ -96,29 +94,10 @@ def parse_clip(state: dict[str, Tensor], config: dict[str, Any], given: dict[str
     return parsed
 
 
-def clip_state(dual: DualEncoder, tower_file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tower and its projection."""
-    return CLIP_NAMES.to_theirs(tower_file) | {"visual.proj": dual.visual_projection.weight.T}
-
-
-def clip_model(dual: DualEncoder) -> dict[str, Any]:
-    """OpenCLIP's model configuration."""
-    config = dual.tower.config
-    return {
-        "embed_dim": dual.config.projection_dim,
-        "vision_cfg": common.vision_fields(config),
-        "quick_gelu": config.hidden_act == "quick_gelu",
-    }
-
-
 OPENVISION = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}  # of vision_cfg, in every release
 
 
-def matches_openvision(state: dict[str, Tensor]) -> bool:
-    return common.depth(state, BLOCKS) > 0 and not matches_clip(state)
-
-
-def parse_openvision(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+def parse_openvision(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     """As a CLIP; ContractError if the configuration is not OpenVision's: the tensors don't show how it pools."""
     vision = section(config, "vision_cfg")
     if different := [f"{name} {vision.get(name)!r}" for name, value in OPENVISION.items() if vision.get(name) != value]:
@@ -128,119 +107,16 @@ def parse_openvision(state: dict[str, Tensor], config: dict[str, Any], given: di
         )
     eps = section(vision, "norm_kwargs").get("eps", 1e-5)
     plain = {name: value for name, value in vision.items() if name not in (*OPENVISION, "norm_kwargs")}
-    parsed = parse_clip(state, {**config, "vision_cfg": plain}, given)
+    parsed = parse_clip(state, {**config, "vision_cfg": plain})
     types = {"model_type": "llm2clip_openvision", "architectures": ["OpenVisionModel"]}
     parsed.config = {**parsed.config, **types, "layer_norm_eps": eps}
     return parsed
 
 
-def openvision_model(dual: DualEncoder) -> dict[str, Any]:
-    """OpenCLIP's model configuration."""
-    fields = clip_model(dual)
-    eps = {"norm_kwargs": {"eps": dual.tower.config.layer_norm_eps}}
-    return {**fields, "vision_cfg": {**fields["vision_cfg"], **OPENVISION, **eps}}
-
-
 TRUNK = "visual.trunk."
-POSITIONS, POOLING = f"{TRUNK}pos_embed", f"{TRUNK}attn_pool."
-SIGLIP_NAMES = TensorNames(  # after `join_pooling`
-    prefixes=(TRUNK, "vision_model."),
-    outside={
-        "pos_embed": "embeddings.position_embedding.weight",
-        "patch_embed.proj.": "embeddings.patch_embedding.",
-        "norm.": "post_layernorm.",
-        "attn_pool.latent": "head.probe",
-        "attn_pool.proj.": "head.attention.out_proj.",
-        "attn_pool.norm.": "head.layernorm.",
-    }
-    | {f"attn_pool.in_proj_{kind}": f"head.attention.in_proj_{kind}" for kind in ("weight", "bias")}
-    | {f"attn_pool.mlp.{layer}.": f"head.mlp.{layer}." for layer in ("fc1", "fc2")},
-    blocks=("blocks.", "encoder.layers."),
-    inside={"norm1.": "layer_norm1.", "norm2.": "layer_norm2.", "attn.proj.": "self_attn.out_proj."}
-    | {name: name for name in ("mlp.fc1.", "mlp.fc2.")},
-    fused=("attn.qkv.", "self_attn.{}_proj."),
-)
-SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 16}  # of the released SigLIP towers, by width
-TIMM_NAMES = {768: "vit_base", 1024: "vit_large", 1152: "vit_so400m", 1536: "vit_giantopt"}  # by width
 
 
-def matches_siglip(state: dict[str, Tensor]) -> bool:
-    return any(name.startswith(POOLING) for name in state) and f"{TRUNK}norm_pre.weight" not in state  # as PE has
-
-
-def join_pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Query and key-value of the pooling as one tensor, as in torch's MultiheadAttention; positions as a matrix."""
-    state = dict(state)
-    for kind in ("weight", "bias"):
-        if {f"{POOLING}q.{kind}", f"{POOLING}kv.{kind}"} <= state.keys():
-            parts = state.pop(f"{POOLING}q.{kind}"), state.pop(f"{POOLING}kv.{kind}")
-            state[f"{POOLING}in_proj_{kind}"] = torch.cat(parts)
-    return state | {POSITIONS: state[POSITIONS].squeeze(0)}
-
-
-def siglip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
-    """A SigLIP vision config.json from the tensors; ``fields`` may set vision_cfg.heads."""
-    patches, hidden = f"{TRUNK}patch_embed.proj.weight", f"{TRUNK}blocks.0.mlp.fc1.weight"
-    common.require(state, patches, POSITIONS, hidden)
-    width, patch = common.patch_shape(state, patches)
-    heads = section(fields, "vision_cfg").get("heads") or SIGLIP_HEADS.get(width)
-    if heads is None:
-        raise ValueError(f"no released SigLIP tower has width {width}; set vision_cfg.heads with --config")
-    return {
-        "model_type": "siglip_vision_model",
-        "architectures": ["SiglipVisionModel"],
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": width,
-        "image_size": round(state[POSITIONS].shape[-2] ** 0.5) * patch,
-        "intermediate_size": state[hidden].shape[0],
-        "layer_norm_eps": 1e-6,
-        "num_attention_heads": heads,
-        "num_hidden_layers": common.depth(state, f"{TRUNK}blocks."),
-        "patch_size": patch,
-    }
-
-
-def parse_siglip(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
-    """SigLIP's own models have no projection; the pooled feature is the embedding."""
-    tower_config = siglip_config(state, config)
-    parsed = SIGLIP_NAMES.parse(join_pooling(state), tower_config)
-    parsed.projection = parsed.take("visual.head.proj.weight")
-    parsed.find_text_side()
-    return parsed
-
-
-def siglip_state(dual: DualEncoder, tower_file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tower and, if it has one, its projection."""
-    state = SIGLIP_NAMES.to_theirs(tower_file)
-    state[POSITIONS] = state[POSITIONS][None]
-    for kind in ("weight", "bias"):  # the inverse of ``join_pooling``
-        query, key, value = state.pop(f"{POOLING}in_proj_{kind}").chunk(3)
-        state |= {f"{POOLING}q.{kind}": query, f"{POOLING}kv.{kind}": torch.cat((key, value))}
-    if dual.config.projection == "linear":
-        state["visual.head.proj.weight"] = dual.visual_projection.weight
-    return state
-
-
-def siglip_model(dual: DualEncoder) -> dict[str, Any]:
-    """OpenCLIP's model configuration, which names a timm model if a released one has this width."""
-    config, width = dual.tower.config, dual.tower.config.hidden_size
-    vision = {
-        "image_size": config.image_size,
-        "timm_pool": "map",
-        "timm_proj": "linear" if dual.config.projection == "linear" else "none",
-    }
-    if width in TIMM_NAMES:
-        vision["timm_model_name"] = f"{TIMM_NAMES[width]}_patch{config.patch_size}_siglip_{config.image_size}"
-    if SIGLIP_HEADS.get(width) != config.num_attention_heads:
-        vision["heads"] = config.num_attention_heads  # only `llm2clip import` reads it
-    return {"embed_dim": dual.config.projection_dim, "vision_cfg": vision, "quick_gelu": False}
-
-
-def matches_timm(state: dict[str, Tensor]) -> bool:
-    return any(name.startswith(TRUNK) for name in state) and not (matches_siglip(state) or eva_clip.matches(state))
-
-
-def parse_timm(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+def parse_timm(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     """The timm model that vision_cfg names; its head, or OpenCLIP's, is the projection.
 
     ``vision_cfg.timm_args``, not OpenCLIP's, override arguments of the model. Raises ValueError without a name.
@@ -262,8 +138,7 @@ def parse_timm(state: dict[str, Tensor], config: dict[str, Any], given: dict[str
 
 
 LAYOUT = [
-    Layout("open_clip", matches_clip, parse_clip, "clip", clip_state, clip_model),
-    Layout("openvision", matches_openvision, parse_openvision, "openvision", clip_state, openvision_model),
-    Layout("open_clip-siglip", matches_siglip, parse_siglip, "siglip", siglip_state, siglip_model),
-    Layout("open_clip-timm", matches_timm, parse_timm),
+    Layout("open_clip", lambda state: has(state, BLOCKS) and has(state, "visual.ln_pre."), parse_clip),
+    Layout("openvision", lambda state: has(state, BLOCKS) and not has(state, "visual.ln_pre."), parse_openvision),
+    Layout("open_clip-timm", lambda state: has(state, TRUNK), parse_timm),
 ]

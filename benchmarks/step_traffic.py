@@ -1,0 +1,86 @@
+"""What a training step sends and waits for, counted by torch.profiler on CPU ranks of this machine.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.step_traffic --stages 1 2
+
+A narrow tower with the blocks of an L/14 and the paper's layer decay; DeepSpeed's buckets shrink as the tower does.
+Flushes are collectives that start inside of the backward pass. Host reads make the host wait for a GPU; those of the
+optimizer are not counted, whose step counters are on the CPU where there is no GPU.
+"""
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.step import TOWERS, make_batch, make_dual, our_step
+from llm2clip_plugin.train.distributed import free_port
+from llm2clip_plugin.train.engine import start_ranks
+
+L_PARAMETERS = 3.04e8  # of a ViT-L/14
+BATCH = 2  # pairs of a rank
+STEPS = 3  # before the one that is counted; their losses are printed, too
+READS = ("aten::_local_scalar_dense", "tolist", "aten::equal")
+BACKWARD, OPTIMIZER = "autograd::engine", "Optimizer.step"
+
+
+def main() -> None:
+    """Print a row for each ZeRO stage."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--stages", nargs="+", type=int, default=[1, 2], choices=[0, 1, 2, 3], help="of ZeRO")
+    options.add_argument("--blocks", type=int, default=24, help="of the tower")
+    options.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
+    options.add_argument("--ranks", type=int, default=2)
+    args = options.parse_args()
+    print("| ZeRO | optimizer groups | collectives | flushes in backward | host reads | losses |\n" + "|---" * 6 + "|")
+    for stage in args.stages:
+        mp.spawn(count, (args, stage, free_port()), nprocs=args.ranks)
+
+
+def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
+    """Count one step of this rank."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(args.ranks), LOCAL_SIZE=str(args.ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    start_ranks()
+    TOWERS["deep"] = (TOWERS["tiny"][0], args.blocks, *TOWERS["tiny"][2:])
+    dual, tolist = make_dual("deep"), Tensor.tolist
+
+    def seen(self: Tensor) -> Any:
+        with record_function("tolist"):
+            return tolist(self)
+
+    Tensor.tolist = seen  # torch.profiler does not record it on a CPU
+    parameters = sum(p.numel() for p in dual.parameters())
+    step = our_step(dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=parameters / L_PARAMETERS)
+    batch = make_batch(BATCH)
+    losses = [step(batch)[0] for _ in range(STEPS)]
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        losses.append(step(batch)[0])
+        assert step.engine.grad_norm is not None  # the loop reports it
+    if rank == 0:
+        found = Counter(kinds(trace.events()))
+        counts = [stage, len(step.engine.groups), *(found[kind] for kind in ("collective", "flush", "read"))]
+        print(f"| {' | '.join(map(str, counts))} | {', '.join(f'{loss:.6f}' for loss in losses)} |", flush=True)
+
+
+def kinds(events: Any) -> Iterator[str]:
+    """What each event is: collective, flush, read."""
+    for event in events:
+        above, parent = [], event.cpu_parent
+        while parent is not None:
+            above.append(parent.name)
+            parent = parent.cpu_parent
+        if event.name.startswith("c10d::"):
+            yield "collective"
+            if any(name.startswith(BACKWARD) for name in above):
+                yield "flush"
+        elif event.name in READS and not any(name.startswith(OPTIMIZER) for name in above):
+            yield "read"
+
+
+if __name__ == "__main__":
+    main()
