@@ -190,5 +190,6 @@ say "headline"
 python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["sentences"], sep="\n")' "$OUT/headline.json"
 [ -n "$CONTROLS" ] || echo "LLaVA may gain as much from random embeddings (README.md); --controls measures that."
 say "done: tower $OUT/towers/tuned-seed0"
-echo "What it finds, as a page: llm2clip search $OUT/towers/tuned-seed0 $DATA/all/test-noto.tar 'a sleeping cat' --output found" >&2
+echo "What it finds, as a page: llm2clip search $OUT/towers/tuned-seed0 $DATA/all/test-noto.tar 'a sleeping cat'" \
+    "--llm $LLM --adapter $DATA/llm/seed0/adapter --output found.html" >&2
 echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/tuned-seed0\")" >&2

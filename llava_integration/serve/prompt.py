@@ -139,7 +139,8 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
     if not path.is_file():
         raise FileNotFoundError(f"no {MODEL} in {directory}; {FIX}")
     # transformers' own: protobuf refuses a second description of the same message in a process
-    proto: Any = import_protobuf().ModelProto()
+    messages: Any = import_protobuf()
+    proto = messages.ModelProto()
     with errors_about(path, fix=FIX):
         proto.ParseFromString(path.read_bytes())
     if proto.trainer_spec.model_type != BPE_TYPE:

@@ -9,9 +9,7 @@ Shapes: N pairs of captions, W width of an embedding.
 
 import dataclasses
 import itertools
-import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.console import track
-from llm2clip_plugin.contracts import ScoreFile, atomic_file
+from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.samples import Caption, select_captions
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.config import EVALUATE_CAPTIONS, CaptionSetConfig, EvaluateCaptionsConfig
-from llm2clip_plugin.evaluate.opening import write_scores
+from llm2clip_plugin.evaluate.opening import print_table, write_scores
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
 from llm2clip_plugin.options import command
 from llm2clip_plugin.text.config import ATTENTIONS, POOLINGS, EncoderConfig, find_card
@@ -34,8 +32,8 @@ from llm2clip_plugin.text.llm import length_batches, pool
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
 ACCURACIES = ("cra", "reverse", "centred")
 FIT_CAPTIONS = 2000  # distinct training captions that post-processing is fitted on, at most
+TERMS = "reverse: the second finds the first; centred: after subtracting each set's mean"
 SHOWN = 10  # readings in the table of --search
-READINGS = "search.json"
 
 Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
 Rows = dict[str, Tensor]  # caption -> (W,)
@@ -47,11 +45,16 @@ def main(argv: list[str]) -> int:
     if not config.measure.captions:
         raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
     if config.search:
-        print(search_and_write(config))
+        search_and_report(config)
         return 0
     encoder = CaptionEncoder(config.encoder)
     scores = measure_captions(encoder, config.measure)
-    print(table(scores))
+    rows = {
+        row.name: {name: f"{vars(row)[name]:.3f}" for name in ACCURACIES}
+        | {"pairs": str(row.pairs), "chance": f"{1 / row.pairs:.3f}"}
+        for row in scores
+    }
+    print_table("top-1 accuracy, the first caption finds the second", rows, TERMS)
     if encoder.count_truncated:
         print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
     record = ScoreFile(
@@ -66,7 +69,7 @@ def main(argv: list[str]) -> int:
         model=encoder.config.adapter or encoder.config.llm,
         provenance={"teacher": dataclasses.asdict(encoder.identity())},
     )
-    write_scores(record, config.json, file=sys.stderr)
+    write_scores(record, config.json)
     return 0
 
 
@@ -143,16 +146,10 @@ def rank_pairs(name: str, pairs: Pairs, first_NW: Tensor, second_NW: Tensor) -> 
     group_N = torch.tensor([texts[right] for _, _, right in pairs])  # equal texts are equally correct
     forward, backward = caption_ranks(first_NW, second_NW, group_N=group_N)
     centred, _ = caption_ranks(first_NW, second_NW, group_N=group_N, center=True)
-    hits = forward.hits(1)
-    return CaptionScore(
-        name=name,
-        cra=float(hits.mean()),
-        reverse=float(backward.hits(1).mean()),
-        centred=float(centred.hits(1).mean()),
-        pairs=len(pairs),
-        hits=tuple(hits.tolist()),
-        keys=tuple(key for key, _, _ in pairs),
-    )
+    hits, *others = (ranks.hits(1) for ranks in (forward, backward, centred))
+    accuracies = [float(hit_N.mean()) for hit_N in (hits, *others)]
+    keys = tuple(key for key, _, _ in pairs)
+    return CaptionScore(name, *accuracies, pairs=len(pairs), hits=tuple(hits.tolist()), keys=keys)
 
 
 def caption_ranks(
@@ -169,20 +166,6 @@ def caption_ranks(
     if center:
         first_NW, second_NW = first_NW - first_NW.mean(0, keepdim=True), second_NW - second_NW.mean(0, keepdim=True)
     return rank_both(F.normalize(first_NW, dim=1), F.normalize(second_NW, dim=1), label_N, label_N)
-
-
-def table(scores: Sequence[CaptionScore]) -> str:
-    """The rows as text, top-1 accuracy as fractions: first to second, second to first, the former after centering."""
-    width = max(len(row.name) for row in scores)
-    lines = [
-        "top-1 accuracy; forward: the first caption finds the second, reverse: the second the first, "
-        "centered: forward after subtracting each set's mean",
-        f"{'':<{width}}  {'forward':>7} {'reverse':>7} {'centered':>8} {'pairs':>6} {'chance':>6}",
-    ]
-    for row in scores:
-        numbers = f"{row.cra:7.3f} {row.reverse:7.3f} {row.centred:8.3f} {row.pairs:6d} {1 / row.pairs:6.3f}"
-        lines.append(f"{row.name:<{width}}  {numbers}")
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,13 +194,19 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
     texts = list(dict.fromkeys(text for pairs in sets.values() for _, *both in pairs for text in both))
     shown = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES]
     found = []
-    for encoding in ways(config):
+    encodings, fixed = [config.encoder], has_card(config.encoder)  # the settings for which the LLM is loaded anew
+    if not fixed:
+        encodings = [
+            dataclasses.replace(config.encoder, chat_template=template, attention=attention, layer=-1)
+            for template, attention in itertools.product(config.reading.templates or ("",), ATTENTIONS)
+        ]
+    for encoding in encodings:
         encoder = CaptionEncoder(encoding)
         if encoder.config.query_prompt not in ("", encoder.config.prompt):
             raise ValueError("--search reads queries as all captions, but the LLM has a query_prompt")
         if encoder.post is not None:
             raise ValueError(f"{encoding.adapter or encoding.llm} is read in one way; nothing to search")
-        own = (encoder.config.pooling,) if has_card(encoding) else POOLINGS
+        own = (encoder.config.pooling,) if fixed else POOLINGS
         states = pooled_states(encoder, [*texts, *fitted], own)
         for (pooling, layer), state_NW in states.items():
             posts = remove_components(state_NW[len(texts) :], config.reading.components)
@@ -237,15 +226,6 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
                     )
                 )
     return sorted(found, key=lambda reading: -reading.score)
-
-
-def ways(config: EvaluateCaptionsConfig) -> Iterator[EncoderConfig]:
-    """The settings for which the LLM is loaded anew: templates and attentions, or those of its card."""
-    if has_card(config.encoder):
-        yield config.encoder
-        return
-    for template, attention in itertools.product(config.reading.templates or ("",), ATTENTIONS):
-        yield dataclasses.replace(config.encoder, chat_template=template, attention=attention, layer=-1)
 
 
 def has_card(encoding: EncoderConfig) -> bool:
@@ -276,36 +256,25 @@ def pooled_states(
     return found
 
 
-def search_and_write(config: EvaluateCaptionsConfig) -> str:
-    """Search, write ``folder`` if one is given, and return the table with the command that embeds so."""
+def search_and_report(config: EvaluateCaptionsConfig) -> None:
+    """Search, write ``folder`` if one is given, and print the best with the command that embeds captions so."""
     readings = search(config)
     best, folder = readings[0], config.reading.folder
-    if folder:
-        tried = [{name: value for name, value in vars(one).items() if name != "post"} for one in readings]
-        body = {"validation": config.measure.captions, "fit_on": config.reading.fit_on}
-        body |= {"readings": [{"score": one.score} | settings for one, settings in zip(readings, tried, strict=True)]}
-        with atomic_file(Path(folder) / READINGS) as temporary:
-            temporary.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        if best.post is not None:
-            best.post.save(Path(folder))
-    names = list(best.rows)
-    lines = ["  ".join(["score", *names, "attention, pooling, layer, components removed, template"])]
+    if folder and best.post is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        best.post.save(Path(folder))
+    rows = {}
     for one in readings[:SHOWN]:
-        numbers = [f"{one.score:.3f}", *(f"{one.rows[name]:.3f}".rjust(len(name)) for name in names)]
         removed = {-1: "none, not centered", 0: "none, centered"}.get(one.components, str(one.components))
         way = f"{one.attention}, {one.pooling}, {one.layer}, {removed}, {one.chat_template!r}"
-        lines.append("  ".join([*numbers, way]))
-    lines.append(f"best of {len(readings)}, chosen on these captions; measure it on others:")
-    return "\n".join([*lines, embed_command(config, best)])
-
-
-def embed_command(config: EvaluateCaptionsConfig, best: Reading) -> str:
-    """The command that embeds captions as ``best`` reads them."""
+        rows[way] = {name: f"{value:.3f}" for name, value in {"score": one.score, **one.rows}.items()}
+    title = "attention, pooling, layer, components removed, template"
+    print_table(title, rows, f"best of {len(readings)}, chosen on these captions; measure it on others:")
     words = ["--llm", config.encoder.llm, *(["--adapter", config.encoder.adapter] if config.encoder.adapter else [])]
     if not has_card(config.encoder):
         for name in ("attention", "pooling", "layer", "chat_template"):
             if (value := vars(best)[name]) != vars(EncoderConfig())[name]:
                 words += [f"--{name.replace('_', '-')}", str(value)]
     if best.post is not None:
-        words += ["--post-file", str(Path(config.reading.folder or "FOLDER") / POST_FILE)]
-    return command("embed", "DATA", *words)
+        words += ["--post-file", str(Path(folder or "FOLDER") / POST_FILE)]
+    print(command("embed", "DATA", *words))

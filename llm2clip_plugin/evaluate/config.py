@@ -21,8 +21,6 @@ class RetrievalConfig:
     group: str = ""  # JSON field of the samples: images with the same value share their captions; "": no groups
     cluster: str = ""  # JSON field of the samples: resampled together in the bootstrap; "": the group, or the image
     ks: tuple[int, ...] = KS  # k of recall@k: a hit is a correct item in the top k
-    parts: bool = True  # also measure each kind and language separately
-    control: bool = False  # also measure with captions shuffled among the images, which must give chance
     limit: int = 0  # use the first images, at most this many; 0: all
     batch: int = 64  # images in one call of the tower
     workers: int = 0  # processes that decode images
@@ -57,13 +55,9 @@ class ReadingConfig:
     """What `evaluate captions --search` tries, besides both attentions, both poolings and every hidden state."""
 
     fit_on: str = ""  # training captions, 2,000 at most, which centering and components are fitted on
-    folder: str = ""  # folder to write: every reading tried, and the post-processing of the best
+    folder: str = ""  # folder to write the post-processing of the best to
     templates: tuple[str, ...] = ("", PROMPT_EOL)  # chat templates; empty: none
     components: tuple[int, ...] = (0, 1, 2, 3, 5, 10)  # largest principal components that are removed; 0: centering
-
-    def __post_init__(self) -> None:
-        if not self.components or min(self.components) < 0:
-            raise ValueError(f"components are {self.components}; expected one or more numbers from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +104,6 @@ class ForecastConfig(MeasureConfig):
     encoder: EncoderConfig = field(  # as LLaVA runs it; the state of <s> would drown the captions
         default_factory=lambda: EncoderConfig(attention="causal", layer=-2, include_bos=False)
     )
-    cache: str = ""  # folder of the captions' embeddings; "": embeddings-<fingerprint> in the data's folder
     cluster: str = ""  # field of the samples' JSON; images with the same value are resampled and held out together
     select_layer: int = -2  # hidden state of the tower whose patches are read, LLaVA's mm_vision_select_layer
     limit: int = 1000  # images, evenly spaced, at most
@@ -133,36 +126,7 @@ FORECAST = Command(
     "differences to the first. Without --data: the package's 200 validation drawings.",
     settings=ForecastConfig,
     arguments="towers",
-    everyday="llm data image-folder kinds languages cache cluster select-layer limit output device",
-    shown={"json": "output"},
-    hidden="data.weight data.shuffle_window",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreImagesConfig(MeasureConfig):
-    """How well images fit their texts."""
-
-    data: SourceConfig  # the pairs: images with the texts that they should show
-    tower: str = ""  # tower directory or Hub id, with a text adapter
-    cluster: str = ""  # field of the samples' JSON; images with the same value are resampled together
-    cache: str = ""  # the teacher's embeddings of the texts; "": embeddings-<fingerprint> in the data's folder
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
-    json: str = ""  # write every pair's cosine here (a score file, for llm2clip compare)
-
-    def __post_init__(self) -> None:
-        if not self.tower:
-            raise ValueError("no tower given; usage: llm2clip score-images PAIRS --tower DIR")
-
-
-SCORE_IMAGES = Command(
-    name="score-images",
-    example="llm2clip score-images pairs.jsonl --tower microsoft/LLM2CLIP-Openai-L-14-336 --output scores.json",
-    about="How well does each image fit its text? The cosine of the tower's and its teacher's features (CLIPScore's, "
-    "without factor and cut), of real or generated images. Compare two generators on the same texts: llm2clip compare.",
-    settings=ScoreImagesConfig,
-    arguments="data.path",
-    everyday="tower image-folder fields kinds cluster cache llm adapter batch-size output device",
+    everyday="llm data image-folder kinds languages cluster select-layer limit output device",
     shown={"json": "output"},
     hidden="data.weight data.shuffle_window",
 )
@@ -180,7 +144,6 @@ class ProbeConfig(MeasureConfig):
     # feature: the tower's own pooling, the CLS token, the mean of the patches, or the last two concatenated
     pool: Literal["pooled", "cls", "mean", "cls_mean"] = "pooled"
     k: int = 20  # neighbors that vote
-    temperature: float = 0.07  # a neighbor's vote is exp(cosine similarity / temperature)
     linear: bool = True  # also fit the linear probe
     json: str = ""  # write the metrics and every test image's hits here (a score file)
 
@@ -188,9 +151,8 @@ class ProbeConfig(MeasureConfig):
 EVALUATE_PROBE = Command(
     name="evaluate probe",
     example="llm2clip evaluate probe towers/l14-336 /data/imagenet/train /data/imagenet/val",
-    about="Measure a tower's features by kNN and a linear probe. TOWER is anything that load_tower opens, so a tower "
-    "can be compared with the one that it was trained from. TRAIN and TEST have one folder per class, or tars with "
-    ".cls members; with --label FIELD they are captioned data, and the field is the class.",
+    about="Measure the features of a tower, or of the one it was trained from, by kNN and a linear probe. TRAIN and "
+    "TEST have one folder per class, or tars with .cls members; with --label they are captioned data.",
     settings=ProbeConfig,
     arguments="tower train test",
     shown={"json": "output"},
@@ -219,9 +181,8 @@ EVALUATE = Command(
     name="evaluate",
     example="llm2clip evaluate runs/l14-336/tower /data/flickr30k.jsonl --image-folder /data/flickr30k-images",
     about="Measure a tower's image-text retrieval recall on captioned data; captions that are not cached are embedded "
-    "once. Under torchrun or the deepspeed launcher the ranks split the work. With --suite paper, or names: benchmarks "
-    "(flickr30k, coco, docci, sugarcrepe ...), of which those with missing files are skipped, with a line that says "
-    "where to get them.",
+    "once. Under torchrun or the deepspeed launcher the ranks split the work. With --suite paper, or names (flickr30k, "
+    "coco, sugarcrepe ...): benchmarks. Of those without files a line says where to get them.",
     settings=EvaluateConfig,
     arguments="tower data.path",
     everyday="suite cache image-folder fields kinds languages group limit batch-size output device",
@@ -240,28 +201,23 @@ class SearchConfig(MeasureConfig):
     text: tuple[str, ...] = ()  # texts to search for, in any language
     top_k: int = 10  # images of each text
     output: str = "search.html"  # the page to write; "": none
-    json: str = ""  # write keys and scores here
-    cache: str = ""  # folder of the embedded images and texts; "": TOWER-search, next to the tower
+    cache: str = ""  # folder of the embedded images; "": search, next to the downloads' folder
     teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
 
     def __post_init__(self) -> None:
-        if not self.text:
-            raise ValueError('no text to search for; usage: llm2clip search TOWER DATA "a bird on a wire"')
-        if blank := [number for number, text in enumerate(self.text, 1) if not text.strip()]:
-            raise ValueError(f"text {blank[0]} of {len(self.text)} is blank")
-        if self.top_k < 1 or self.batch < 1:
-            raise ValueError(f"top-k is {self.top_k} and batch-size {self.batch}, expected at least 1")
+        if not self.text or self.top_k < 1:
+            problem = f"top-k is {self.top_k}" if self.text else "no text to search for"
+            raise ValueError(f'{problem}; usage: llm2clip search TOWER DATA "a bird on a wire" --top-k 10')
 
 
 SEARCH = Command(
     name="search",
     example='llm2clip search towers/l14-336 /data/photos "a bird on a wire" "ein Vogel" --output birds.html',
     about="Find the images that are nearest to each text, with the tower's teacher. DATA is captioned data of any "
-    "format, whose captions are not used, or a folder of image files. Images and texts are embedded once; rerun the "
-    "same command to resume.",
+    "format, or a folder of image files. Images are embedded once; rerun the same command to resume.",
     settings=SearchConfig,
     arguments="tower data.path text",
-    everyday="top-k output json cache image-folder llm adapter batch-size workers device",
+    everyday="top-k output cache image-folder llm adapter batch-size workers device",
     hidden="data.weight data.shuffle_window data.kinds data.languages",
 )
 
@@ -273,20 +229,18 @@ class ZeroShotConfig(MeasureConfig):
     tower: str  # tower directory or Hub id, with a text adapter
     data: str  # labeled images: a folder per class, tars with .cls members, or captioned data with --label
     label: str = ""  # field of the samples' JSON that is the class, for captioned data
-    classes: str = ""  # file of class names: one per line, CLASS<TAB>NAME, or JSON; "": classnames.txt, or the folders
+    classes: str = ""  # file of class names, one per line, or CLASS<TAB>NAME; "": classnames.txt, or the folders
     templates: str = ""  # file of prompts, one per line, {c} for the class; "": the data's, or "a photo of a {c}."
     cache: str = ""  # folder of the prompts' embeddings; "": embeddings-<fingerprint> in the data's folder
     teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for prompts not cached yet
     json: str = ""  # write the metrics and every image's hit here (a score file)
-    clip_benchmark: str = ""  # write the metrics here in CLIP_benchmark's format
 
 
 EVALUATE_ZEROSHOT = Command(
     name="evaluate zeroshot",
     example="llm2clip evaluate zeroshot towers/l14-336 /data/imagenet/val --classes classnames.txt",
-    about="Measure a tower's zero-shot classification. DATA has one folder per class (ImageNet), or WebDataset tars "
-    "with .cls members (CLIP_benchmark, whose classnames.txt and zeroshot_classification_templates.txt are used); or "
-    "it is captioned data, with --label.",
+    about="Measure a tower's zero-shot classification. DATA has one folder per class, or tars with .cls members "
+    "(CLIP_benchmark's, with its classnames.txt and templates), or it is captioned data, with --label.",
     settings=ZeroShotConfig,
     arguments="tower data",
     everyday="label classes templates cache llm adapter batch-size workers output device",

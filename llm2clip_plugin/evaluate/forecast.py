@@ -10,37 +10,23 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.contracts import ScoreFile, canonical_json, sha256_text
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.contracts import ScoreFile, sha256_text
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, select_captions
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
+from llm2clip_plugin.evaluate import opening
 from llm2clip_plugin.evaluate.captions import has_card
 from llm2clip_plugin.evaluate.classification import weights_hash
-from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
-from llm2clip_plugin.evaluate.opening import (
-    InMemorySource,
-    Row,
-    check_measurable,
-    dataset_name,
-    encode_images,
-    provenance,
-    wide_console,
-    write_scores,
-)
+from llm2clip_plugin.evaluate.config import FORECAST, ForecastConfig
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision.directory import fetch_directory
@@ -48,25 +34,11 @@ from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
 GRID = 8  # patches a side that are compared, at most: the cost of neighbors grows with the square of the patches
-GROUNDS = (
-    "neighbors: after RAVEL (Yang et al. 2026, arXiv 2610.05413), whose score ranked 70 towers as the LLaVAs trained "
-    "on them did with a Spearman correlation of .82 to .90 for three LLMs of 1.5 to 1.7 billion weights, one training "
-    "each. Intervals draw images; trainings of one recipe differ, too."
-)
 NEIGHBORS = 0.1  # of the images; RAVEL: 100 of 1,000
 FOLDS = 5
 PENALTIES = tuple(10.0**power for power in range(-3, 4))  # of the probe, relative to the mean squared singular value
 
-
-@dataclass(frozen=True, kw_only=True)
-class Captioned:
-    """The images that are compared, and the mean embedding of each one's captions."""
-
-    numbers: list[int]  # in the source
-    text_NW: Tensor  # float32, on the CPU
-    keys: list[str]
-    clusters: list[str]  # resampled and held out together
-    llm: dict[str, Any]  # TeacherIdentity
+Images = dict[int, dict[str, str]]  # number in the source -> id, and cluster, resampled and held out together
 
 
 def main(argv: list[str]) -> int:
@@ -74,56 +46,41 @@ def main(argv: list[str]) -> int:
     config = FORECAST.parse(argv)
     source = open_source(config.data)
     check_fields(source)
-    selected = RetrievalConfig(kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster)
-    check_measurable(source, selected)
-    captioned = read_captions(config, source)
-    records = [forecast(tower, config, source, captioned) for tower in config.towers]
-    console = wide_console()
-    console.print(table(config, records))
-    console.print(GROUNDS, markup=False, soft_wrap=True)
+    images, text_NW, llm = read_captions(config, source)
+    records = [forecast(tower, config, source, images, text_NW, llm) for tower in config.towers]
+    print_measures(config, records)
     for number, record in enumerate(records if config.json else [], 1):
         path = Path(config.json)
-        write_scores(record, str(path.with_stem(f"{path.stem}-{number}") if len(records) > 1 else path))
+        opening.write_scores(record, str(path.with_stem(f"{path.stem}-{number}") if len(records) > 1 else path))
     return 0
 
 
-def read_captions(config: ForecastConfig, source: Source) -> Captioned:
-    """Up to ``limit`` images, evenly spaced, whose captions are embedded by the LLM, unless they are cached."""
-    count = min(config.limit, len(source))
-    rows: dict[int, Row] = {}
+def read_captions(config: ForecastConfig, source: Source) -> tuple[Images, Tensor, dict[str, Any]]:
+    """Up to ``limit`` images with captions, evenly spaced; the mean embedding of each one's captions by the LLM,
+    float32 on the CPU; the LLM's TeacherIdentity."""
+    count, images, texts = min(config.limit, len(source)), Images(), list[list[str]]()
     for number in (place * len(source) // count for place in range(count)):
         with suppress(BrokenSample):
             sample = source[number]
             if used := select_captions(sample.captions, config.data.kinds, config.data.languages):
-                rows[number] = Row(sample.key, None, used, sample.meta)
-    clusters = [str(row.meta.get(config.cluster, row.key)) for row in rows.values()]
-    folds(clusters)  # enough of them, before the work
+                cluster = opening.json_field(sample.meta, config.cluster, sample.key) if config.cluster else sample.key
+                images[number] = {"id": sample.key, "cluster": str(cluster)}
+                texts.append([caption.text for caption in used])
+    folds([image["cluster"] for image in images.values()])  # enough of them, before the work
     encoding = config.encoder
     if has_card(encoding):  # a fine-tuned LLM is read as its card says
         own = {name: getattr(EncoderConfig, name) for name in ("attention", "layer", "include_bos")}
         encoding = dataclasses.replace(encoding, **own)
     encoder = CaptionEncoder(encoding, choose_device(config.device))
-    identity = encoder.identity()
-    folder = default_cache_folder(source.path, identity.fingerprint) if not config.cache else Path(config.cache)
-    if not config.cache and Path(source.path) == DRAWINGS:  # the package's folder may be read-only
-        folder = default_download_folder().parent / folder.name
-    texts = [[row.key, *(caption.text for caption in row.captions)] for row in rows.values()]
-    name = f"forecast-{sha256_text(canonical_json(texts))[:12]}"
-    captions = InMemorySource(name, folder, list(rows.values()))
-    embed_source(captions, encoder, folder)
-    cache = EmbeddingCache.open(folder, expect_fingerprint=identity.fingerprint)
-    embedded = (cache.rows(name, place, row.captions, key=row.key) for place, row in enumerate(rows.values()))
-    return Captioned(
-        numbers=list(rows),
-        text_NW=torch.stack([text_mW.mean(0) for text_mW in embedded]),
-        keys=[row.key for row in rows.values()],
-        clusters=clusters,
-        llm=dataclasses.asdict(identity),
-    )
+    text_MW = encoder.encode([text for of_image in texts for text in of_image])
+    text_NW = torch.stack([some_mW.mean(0) for some_mW in text_MW.split([len(of_image) for of_image in texts])])
+    return images, text_NW, dataclasses.asdict(encoder.identity())
 
 
 @torch.no_grad()
-def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Captioned) -> ScoreFile:
+def forecast(
+    tower: str, config: ForecastConfig, source: Source, chosen: Images, text_NW: Tensor, llm: dict[str, Any]
+) -> ScoreFile:
     """The measures of one tower, and every readable image's values. ValueError for a layer that the tower lacks."""
     directory, device = fetch_directory(tower), choose_device(config.device)
     model: Any = load_tower(directory).to(device).eval()
@@ -137,29 +94,27 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Capt
         states = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True).hidden_states
         return on_grid(states[config.select_layer][:, first:].float())
 
-    options = {"batch": config.batch, "workers": config.workers, "indices": captioned.numbers}
-    encoded = encode_images(encode, source, images, device, label=dataset_name(tower), **options)
-    found = [captioned.numbers.index(number) for number in encoded.numbers]
-    clusters = [captioned.clusters[place] for place in found]
-    patch_NPH, text_NW = torch.cat(encoded.vectors).to(device), captioned.text_NW[found]
+    options = {"batch": config.batch, "workers": config.workers, "indices": list(chosen)}
+    encoded = opening.encode_images(encode, source, images, device, label=opening.dataset_name(tower), **options)
+    row_of = {number: row for row, number in enumerate(chosen)}
+    text_NW, found = text_NW[[row_of[number] for number in encoded.numbers]], [chosen[n] for n in encoded.numbers]
+    patch_NPH = encoded.joined().to(device)
     values = {  # of the images, whose mean is the measure
         "neighbors": neighbors(patch_NPH, text_NW.to(device)).cpu(),
-        "CKA": cka_by_image(patch_NPH.mean(1).cpu(), text_NW),
-        "probe": explained(patch_NPH.mean(1).cpu(), text_NW, clusters),
+        "probe": explained(patch_NPH.mean(1).cpu(), text_NW, [image["cluster"] for image in found]),
     }
     items = [
-        {"id": captioned.keys[place], "score": float(values["neighbors"][row]), "cluster": clusters[row]}
-        | {name: float(value_N[row]) for name, value_N in values.items()}
-        for row, place in enumerate(found)
+        image | {"score": float(values["neighbors"][row])} | {name: float(value[row]) for name, value in values.items()}
+        for row, image in enumerate(found)
     ]
     return ScoreFile(
-        benchmark=f"forecast:{dataset_name(config.data.path)}",
+        benchmark=f"forecast:{opening.dataset_name(config.data.path)}",
         metrics={name: float(value_N.mean()) for name, value_N in values.items()},
         items=items,
         counts={"images": len(found), "left_out": len(encoded.broken)},
         model=tower,
-        provenance=provenance(
-            weights_sha256=weights_hash(directory), llm=captioned.llm, select_layer=config.select_layer
+        provenance=opening.provenance(
+            weights_sha256=weights_hash(directory), llm=llm, select_layer=config.select_layer
         ),
         notes=[f"left out: {error}" for error in encoded.broken],
     )
@@ -174,25 +129,20 @@ def on_grid(patch_BPH: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(grid_BHSS, GRID).flatten(2).transpose(1, 2)
 
 
-def table(config: ForecastConfig, records: Sequence[ScoreFile]) -> Table:
+def print_measures(config: ForecastConfig, records: Sequence[ScoreFile]) -> None:
     """Each tower's measures with intervals, and of all but the first the paired differences to it."""
-    count, llm = records[0].counts["images"], dataset_name(config.encoder.llm)
-    table = Table(
-        title=f"forecast for {llm} on {count} images of {dataset_name(config.data.path)}",
-        caption="95 % intervals, bootstrap over images or --cluster; chance: neighbors .1, CKA and probe 0",
-    )
-    table.add_column("tower")
-    for name in records[0].metrics:
-        table.add_column(name, justify="right")
+    rows = {}
     for record in records:
-        table.add_row(record.model, *(str(interval(record, name)) for name in record.metrics))
+        rows[record.model] = {name: str(interval(record, name)) for name in record.metrics}
         if record is not records[0]:
-            cells = []
-            for one in (interval(record, name, records[0]) for name in record.metrics):
+            less = rows[f"{record.model} less the first"] = {}
+            for name in record.metrics:
+                one = interval(record, name, records[0])
                 word = "higher" if one.low > 0 else "lower" if one.high < 0 else "cannot tell"
-                cells.append(f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}] {word}")
-            table.add_row("  less the first", *cells)
-    return table
+                less[name] = f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}] {word}"
+    count, llm = records[0].counts["images"], opening.dataset_name(config.encoder.llm)
+    title = f"forecast for {llm} on {count} images of {opening.dataset_name(config.data.path)}"
+    opening.print_table(title, rows, "95 % intervals over images or --cluster; chance: neighbors .1, probe 0")
 
 
 def interval(record: ScoreFile, name: str, base: ScoreFile | None = None) -> Interval:
@@ -251,48 +201,6 @@ def neighbor_overlap(one_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
         index_Nk = similarity_NN.clone().fill_diagonal_(-torch.inf).topk(k).indices
         near.append(torch.zeros_like(similarity_NN, dtype=torch.bool).scatter_(1, index_Nk, True))
     return (near[0] & near[1]).sum(1) / k
-
-
-def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
-    """(N,) float64 whose mean is linear centered kernel alignment; each image's jackknife influence on it is added.
-
-    CKA is HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = X X^T, L = Y Y^T: 1 for features that differ by rotation
-    and scale, about 0 for unrelated ones, and NaN for features that are equal for all images. Values of images are for
-    intervals: images drawn twice, as a bootstrap of CKA itself has them, are similar on both sides and raise it.
-
-    Sources: Kornblith et al. 2019, arXiv 1905.00414; debiased as in Nguyen et al. 2021, arXiv 2010.15327; Arvesen 1969,
-    Jackknifing U-statistics.
-    """
-    one_NN, other_NN = _gram(one_NH), _gram(other_NW)
-    pairs = ((one_NN, other_NN), (one_NN, one_NN), (other_NN, other_NN))
-    (both, both_N), (ones, ones_N), (others, others_N) = (_hsic(*pair) for pair in pairs)
-    without_N = both_N / (ones_N * others_N).sqrt()
-    return both / (ones * others).sqrt() + (len(one_NH) - 1) * (without_N.mean() - without_N)
-
-
-def _gram(feature_NF: Tensor) -> Tensor:
-    """(N, N) inner products of centered features, float64; the diagonal is 0."""
-    centered_NF = feature_NF.double() - feature_NF.double().mean(0)
-    return (centered_NF @ centered_NF.T).fill_diagonal_(0)
-
-
-def _hsic(one_NN: Tensor, other_NN: Tensor) -> tuple[Tensor, Tensor]:
-    """The unbiased estimator of HSIC (Song et al. 2012, equation 5), as the biased one approaches 1 where features are
-    wider than images are many; and (N,) the estimator without the n-th image, for each n: only sums change."""
-    product_N, one_N, other_N = (one_NN * other_NN).sum(1), one_NN.sum(1), other_NN.sum(1)
-
-    def estimate(count: int, products: Tensor, ones: Tensor, others: Tensor, rows: Tensor) -> Tensor:
-        sums = ones * others / ((count - 1) * (count - 2))
-        return (products + sums - 2 * rows / (count - 2)) / (count * (count - 3))
-
-    products, ones, others, rows = product_N.sum(), one_N.sum(), other_N.sum(), one_N @ other_N
-    rows_N = rows - one_N * other_N - one_NN @ other_N - other_NN @ one_N + product_N
-    products_N, ones_N, others_N = products - 2 * product_N, ones - 2 * one_N, others - 2 * other_N
-    count = len(one_NN)
-    return (
-        estimate(count, products, ones, others, rows),
-        estimate(count - 1, products_N, ones_N, others_N, rows_N),
-    )
 
 
 def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> Tensor:

@@ -5,45 +5,49 @@ Shapes: B images of a batch, D width of a feature, S pixels a side.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from llm2clip_plugin import __version__
+from llm2clip_plugin.bootstrap import Interval
 from llm2clip_plugin.console import phase, track
-from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
+from llm2clip_plugin.contracts import CacheManifest, ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.pairs import EvalPairs
-from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample, select_captions
+from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.files import ContractError, printable
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.teacher import TeacherLLM, load_dual_encoder
-from llm2clip_plugin.train.distributed import barrier, choose_device, gather_objects, group_of, rank, world_size
+from llm2clip_plugin.train.distributed import (
+    barrier,
+    choose_device,
+    gather_objects,
+    group_of,
+    on_first_rank,
+    rank,
+    world_size,
+)
 from llm2clip_plugin.train.guard import watched_group
-from llm2clip_plugin.vision.directory import fetch_directory, has_card
+from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Result = TypeVar("Result")
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 NOTES_SHOWN = 10
-LOOKED_AT = 2048  # samples whose JSON is read before a run, evenly spaced: what fewer lack is found later
+ALL = "all"  # the part with every caption
 
 
 @dataclass(frozen=True)
@@ -66,19 +70,17 @@ class InMemorySource(Source):
         super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
         self.name = name
 
-    def record(self, number: int, *, image: bool = False) -> Sample:
+    def record(self, number: int) -> Sample:
         self.place(number)
         row = self.rows[number]
         return Sample(row.key, {}, row.meta, partial(self._read_image, row))
 
-    def _with_captions(self, number: int, record: Sample) -> Sample:
-        return replace(record, captions=self.rows[number].captions)
+    def __getitem__(self, number: int) -> Sample:
+        return replace(self.record(number), captions=self.rows[number].captions)
 
     def _read_image(self, row: Row) -> bytes:
-        if row.image is None:
-            raise BrokenSample(self.name, row.key, "the row has no image")
         try:
-            return row.image.read_bytes() if isinstance(row.image, Path) else row.image()
+            return row.image() if callable(row.image) else Path(row.image or "").read_bytes()
         except OSError as error:
             raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error.strerror}") from error
 
@@ -96,6 +98,12 @@ class EncodedImages(NamedTuple):
     meta: list[dict[str, Any]]  # the JSON of each sample
     vectors: list[Tensor]  # (b, D) of each batch, float32, on the CPU
     broken: list[BrokenSample]
+
+    def joined(self) -> Tensor:
+        """(N, D): all vectors; raises ValueError if there are none."""
+        if not self.numbers:
+            raise ValueError(f"no usable images: {(self.broken or ['the data is empty'])[0]}")
+        return torch.cat(self.vectors)
 
 
 @torch.no_grad()
@@ -167,31 +175,25 @@ class OpenedTower:
             cache.check(source)
             return cache
 
-        group, cache = group_of(all_ranks), None
-        with suppress(FileNotFoundError, ContractError):  # embedding redoes what is incomplete, refuses another teacher
-            cache = opened()
-        # decided together: a fast rank may have finished its part
-        if any(gather_objects(cache is None, group)) or cache is None:
-            number, ranks = rank(group), world_size(group)
+        def is_complete() -> bool:
+            with suppress(FileNotFoundError, ContractError):  # embedding redoes what is incomplete
+                return opened() is not None
+            return False
+
+        if not on_first_rank(is_complete):
+            number, ranks = rank(group_of(all_ranks)), world_size(group_of(all_ranks))
             embed_source(source, teacher.encoder, folder, rank=number, world=ranks, quiet=number != 0)
             if all_ranks:
                 barrier()
-            cache = opened()
-        return cache
+        return opened()
 
 
 def open_tower(tower: str, device: str, llm: EncoderConfig) -> OpenedTower:
     """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator, if there is one.
 
-    ``llm``: the teacher, if it is not where the card says. Raises ValueError with the command for a baseline if the
-    tower has no adapter.
+    ``llm``: the teacher, if it is not where the card says. Raises ValueError for a tower alone.
     """
     directory, chosen = fetch_directory(tower), choose_device(device)
-    if has_card(directory) and not TowerCard.read(directory / TowerCard.FILE).projection_dim:
-        raise ValueError(
-            f"{tower} has no projection and text adapter to compare images with captions; fit them on it, frozen: "
-            f"llm2clip train-tower DATA --tower {shlex.quote(tower)} --num-train-epochs 0 --output runs/baseline"
-        )
     images, dual = ImageConfig.from_preprocessor(preprocessor_config(directory)), load_dual_encoder(directory)
     return OpenedTower(dual=dual.to(chosen), images=images, device=chosen, teacher=TeacherLLM(dual.card, llm, chosen))
 
@@ -219,17 +221,37 @@ def dataset_name(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
-def write_scores(scores: ScoreFile, path: str, *, file: TextIO | None = None) -> None:
-    """Write a score file and print its path to ``file`` (stdout by default); nothing for path ""."""
+def write_scores(scores: ScoreFile, path: str) -> None:
+    """Write a score file and print its path; nothing for path ""."""
     if path:
-        print(f"wrote {scores.write(path)}", file=file)
+        print(f"wrote {scores.write(path)}")
 
 
-def wide_console() -> Console:
-    """Standard output; in a log or a pipe with lines that are long enough for any table."""
-    from rich.console import Console  # train-tower evaluates, too, in LLaVA's environment, which has no rich
+def print_table(title: str, rows: Mapping[str, Mapping[str, str]], caption: str) -> None:
+    """Named rows, and one column for each key of theirs."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [["", *columns], *([name, *(row.get(column, "") for column in columns)] for name, row in rows.items())]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for name, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
+    print(caption)
 
-    return Console(width=None if sys.stdout.isatty() else 200)
+
+def print_scores(title: str, scores: ScoreFile, found: Mapping[str, Interval], caption: str = "") -> None:
+    """Every metric in percent, with its interval in ``found``: one row per part, one column per metric; and notes."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, value in scores.metrics.items():
+        part, _, metric = name.rpartition("/")
+        shown = f" [{100 * found[name].low:.1f}, {100 * found[name].high:.1f}]" if name in found else ""
+        rows.setdefault(part, {})[metric] = f"{100 * value:.1f}{shown}"
+    first = "headline" if ALL in rows else ALL
+    counts = ", ".join(f"{number} {name}" for name, number in scores.counts.items())
+    caption = "; ".join(filter(None, ["percent", counts, caption]))
+    print_table(title, {part or first: row for part, row in rows.items()}, caption)
+    for note in scores.notes[:NOTES_SHOWN]:
+        print(printable(note))
 
 
 def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = "") -> Any:
@@ -241,19 +263,9 @@ def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = ""
 
 
 def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:
-    """ValueError for kinds and languages without a caption, a field that a sample lacks; ``option``: their prefix."""
-    images = min(config.limit or len(source), len(source))
-    samples: list[Sample] = []
-    for number in range(0, images, max(1, images // LOOKED_AT)):
-        with suppress(BrokenSample):
-            samples.append(source[number])
-    captions = [caption for sample in samples for caption in sample.captions]
-    if not select_captions(captions, config.kinds, config.languages):
-        known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions})) or "none"
-        raise ValueError(
-            f"no caption of {source.path} has {option}kinds {' '.join(config.kinds) or '(any)'} and {option}languages "
-            f"{' '.join(config.languages) or '(any)'}; known: {known}"
-        )
-    for setting, name in (("group", config.group), ("cluster", config.cluster)):
-        for sample in samples if name else ():
-            json_field(sample.meta, name, sample.key, before=f"{option}{setting} {name}: {source.path}: ")
+    """ValueError, before the work, for a field that the first sample lacks; ``option``: prefix of the settings."""
+    with suppress(BrokenSample):
+        first = source.record(0)
+        for setting, name in (("group", config.group), ("cluster", config.cluster)):
+            if name:
+                json_field(first.meta, name, first.key, before=f"{option}{setting} {name}: {source.path}: ")

@@ -23,12 +23,11 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.config import KS, RetrievalConfig
-from llm2clip_plugin.evaluate.opening import encode_images, json_field
+from llm2clip_plugin.evaluate.opening import ALL, encode_images, json_field
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, sum_over_ranks, world_size
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
 from llm2clip_plugin.vision.towers import eval_mode
 
-ALL = "all"  # the part with every caption
 BLOCK = 1 << 24  # scores computed at once: 64 MiB
 TEXT_BATCH = 512  # captions in one call of the text adapter
 
@@ -55,10 +54,8 @@ class QueryRanks:
 
         The hit is the probability that a correct item is in the top k: a tie with one wrong item counts one half, with
         n - 1 wrong ones 1 / n, so a tower that gives everything the same embedding gets chance.
-        Raises ValueError for k < 1 or a query without a correct item.
+        Raises ValueError for a query without a correct item.
         """
-        if k < 1:
-            raise ValueError(f"recall@{k}: k must be at least 1")
         if missing := int((self.correct_equal_Q == 0).sum()):
             raise ValueError(f"{missing} of {len(self)} queries have no correct item; exclude them with select()")
         wrong_Q, correct_Q = self.wrong_equal_Q.double(), self.correct_equal_Q.double()
@@ -78,7 +75,7 @@ def rank_both(
     are correct for each other if their labels (int) are equal. A query without a correct item has ``correct_equal`` 0.
     ``all_ranks``: every rank of the default process group calls this with the same arrays and gets all results; the
     ranks split the blocks, which are the same for any number of ranks, and so are the results.
-    Raises ValueError for mismatched shapes, empty input, or non-finite embeddings.
+    Raises ValueError for embeddings that don't fit their labels, are none, or are not finite.
     """
     sides = [(first_ND, first_label_N), (second_MD, second_label_M)]
     for vectors, labels in sides:
@@ -87,8 +84,6 @@ def rank_both(
         # no comparison with a NaN is true: it would be a hit
         if broken := int((~torch.isfinite(vectors.sum(1))).sum()):
             raise ValueError(f"{broken} of {len(vectors)} embeddings are not finite")
-    if first_ND.shape[1] != second_MD.shape[1]:
-        raise ValueError(f"embeddings have different widths: {first_ND.shape[1]} and {second_MD.shape[1]}")
     group = group_of(all_ranks)
     first, second = ((vectors.float(), labels.to(vectors.device)) for vectors, labels in sides)
     before = torch.get_float32_matmul_precision()
@@ -119,34 +114,18 @@ def _rank(query_QD: Tensor, label_Q: Tensor, item_ID: Tensor, label_I: Tensor, g
     return QueryRanks(higher_Q=higher_Q, wrong_equal_Q=wrong_equal_Q, correct_equal_Q=correct_equal_Q)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Retrieval:
-    """Ranks in both directions, and which images and captions were the queries."""
+    """Of each direction (i2t, t2i) the ranks and the positions of its queries, among the images or the captions.
 
-    i2t: QueryRanks
-    t2i: QueryRanks
-    image_index_Q: Tensor  # images that were queries: those with at least one correct caption in the pool
-    caption_index_Q: Tensor  # captions that were queries, and the pool of i2t
-    image_label_N: Tensor
-    caption_label_Q: Tensor
+    The queries of i2t are the images with a correct caption in the pool, those of t2i the captions in it.
+    """
 
-    @property
-    def sides(self) -> dict[str, tuple[QueryRanks, Tensor]]:
-        """The ranks of each direction, and the positions of its queries."""
-        return {"i2t": (self.i2t, self.image_index_Q), "t2i": (self.t2i, self.caption_index_Q)}
+    sides: dict[str, tuple[QueryRanks, Tensor]]
 
     def metrics(self, ks: Sequence[int] = KS) -> dict[str, float]:
         """Mean hits, fractions 0 to 1: ``i2t_r1``, ``t2i_r1``, ``i2t_r5`` ..."""
         return {f"{side}_r{k}": float(ranks.hits(k).mean()) for k in ks for side, (ranks, _) in self.sides.items()}
-
-    def chance(self, ks: Sequence[int] = KS) -> dict[str, float]:
-        """Expected value of each of `metrics` for a random order."""
-        image_label_Q = self.image_label_N[self.image_index_Q]
-        sides = {
-            "i2t": tied(image_label_Q, self.caption_label_Q),
-            "t2i": tied(self.caption_label_Q, self.image_label_N),
-        }
-        return {f"{side}_r{k}": float(ranks.hits(k).mean()) for k in ks for side, ranks in sides.items()}
 
 
 def recall(
@@ -167,7 +146,7 @@ def recall(
     """
     label_N = torch.arange(len(image_ND)) if group_N is None else group_N.cpu()
     retrieval = retrieve(image_ND, text_MD, label_N, label_N[owner_M.cpu()], all_ranks=all_ranks)
-    if missing := len(image_ND) - len(retrieval.image_index_Q):
+    if missing := len(image_ND) - len(retrieval.sides["i2t"][0]):
         raise ValueError(f"{missing} of {len(image_ND)} images have no caption")
     return retrieval.metrics(ks)
 
@@ -190,41 +169,11 @@ def retrieve(
     if captions is not None:
         caption_index = caption_index[captions.cpu()]
         text_MD = text_MD[caption_index.to(text_MD.device)]
-    image_label_N, caption_label = image_label_N.cpu(), caption_label_M.cpu()[caption_index]
     image_ND, text_MD = F.normalize(image_ND.float(), dim=1), F.normalize(text_MD.float(), dim=1)
-    i2t, t2i = rank_both(image_ND, text_MD, image_label_N, caption_label, all_ranks=all_ranks)
+    labels = image_label_N.cpu(), caption_label_M.cpu()[caption_index]
+    i2t, t2i = rank_both(image_ND, text_MD, *labels, all_ranks=all_ranks)
     image_index = torch.nonzero(i2t.correct_equal_Q).flatten()
-    return Retrieval(
-        i2t=i2t.select(image_index),
-        t2i=t2i,
-        image_index_Q=image_index,
-        caption_index_Q=caption_index,
-        image_label_N=image_label_N,
-        caption_label_Q=caption_label,
-    )
-
-
-def shuffled(label_N: Tensor, seed: int = 0) -> Tensor:
-    """(N,) labels for the control: every group of images gets the captions of another group.
-
-    Recall under these labels must be at chance; any more does not come from the images.
-    Raises ValueError for a single group.
-    """
-    label = torch.unique(label_N)
-    if len(label) < 2:
-        raise ValueError("--control needs images of at least two groups")
-    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed)).to(label.device)
-    successor = torch.empty_like(label)
-    successor[order] = label[order.roll(-1)]  # one cycle through all groups, so none keeps its own
-    return successor[torch.searchsorted(label, label_N)]
-
-
-def tied(query_label_Q: Tensor, pool_label_I: Tensor) -> QueryRanks:
-    """The ranks if all items had one score, so that a hit is chance."""
-    label, size = torch.unique(pool_label_I, return_counts=True)
-    correct_Q = size[torch.searchsorted(label, query_label_Q)]
-    wrong_Q = len(pool_label_I) - correct_Q
-    return QueryRanks(higher_Q=torch.zeros_like(correct_Q), wrong_equal_Q=wrong_Q, correct_equal_Q=correct_Q)
+    return Retrieval({"i2t": (i2t.select(image_index), image_index), "t2i": (t2i, caption_index)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,56 +210,33 @@ def embed_pairs(
     Raises ValueError if no sample is usable; ContractError if the cache does not belong to this source.
     """
     with eval_mode(dual) as encoders, torch.no_grad():
-        found = encode_images(
-            encoders.encode_image,
-            source,
-            images,
-            next(encoders.parameters()).device,
-            batch=config.batch,
-            workers=config.workers,
-            indices=range(min(config.limit or len(source), len(source))),
-            kinds=config.kinds,
-            languages=config.languages,
-            all_ranks=all_ranks,
-            quiet=quiet,
-        )
-        if not found.numbers:
-            raise ValueError(f"{source.path} contains no usable images: {(found.broken or ['it is empty'])[0]}")
-        teacher_UW, distinct_M, owner_M, captions = _teacher_rows(source, cache, found.numbers, config)
-        text_UD = encode_texts(encoders, teacher_UW, all_ranks)
+        options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "kinds": config.kinds}
+        options |= {"languages": config.languages, "indices": range(min(config.limit or len(source), len(source)))}
+        options |= {"all_ranks": all_ranks, "quiet": quiet}
+        device = next(encoders.parameters()).device
+        found = encode_images(encoders.encode_image, source, images, device, **options)
+        image_ND = found.joined()
+        rows: dict[bytes, Tensor] = {}  # each distinct teacher embedding
+        distinct, owner, captions = list[bytes](), list[int](), list[Caption]()  # of each caption
+        for image, number in enumerate(found.numbers):
+            key, of_sample = source.captions(number)
+            used = select_captions(of_sample, config.kinds, config.languages)
+            for caption, row in zip(used, cache.rows(*source.locate(number), used, key=key), strict=True):
+                distinct.append(hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest())
+                rows.setdefault(distinct[-1], row)
+                owner.append(image)
+                captions.append(caption)
+        text_UD = encode_texts(encoders, torch.stack(list(rows.values())), all_ranks)
+    place = {digest: position for position, digest in enumerate(rows)}
     return EmbeddedPairs(
-        image_ND=torch.cat(found.vectors),
-        text_MD=text_UD[distinct_M],
-        owner_M=owner_M,
+        image_ND=image_ND,
+        text_MD=text_UD[[place[digest] for digest in distinct]],
+        owner_M=torch.tensor(owner),
         captions=captions,
         keys=found.keys,
         meta=found.meta,
         broken=found.broken,
     )
-
-
-def _teacher_rows(
-    source: Source, cache: EmbeddingCache, index: Sequence[int], config: RetrievalConfig
-) -> tuple[Tensor, Tensor, Tensor, list[Caption]]:
-    """Distinct teacher embeddings (U, W); of each caption its row among them (M,) and its image (M,); the captions."""
-    row_of: dict[bytes, int] = {}
-    rows: list[Tensor] = []
-    distinct: list[int] = []
-    owner: list[int] = []
-    captions: list[Caption] = []
-    for image, number in enumerate(index):
-        key, of_sample = source.captions(number)
-        used = select_captions(of_sample, config.kinds, config.languages)
-        embedding_mW = cache.rows(*source.locate(number), used, key=key)
-        for row in embedding_mW:
-            digest = hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest()
-            if digest not in row_of:
-                row_of[digest] = len(rows)
-                rows.append(row)
-            distinct.append(row_of[digest])
-        owner += [image] * len(used)
-        captions += used
-    return torch.stack(rows), torch.tensor(distinct), torch.tensor(owner), captions
 
 
 def encode_texts(encoders: Dual, teacher_UW: Tensor, all_ranks: bool = False) -> Tensor:
@@ -332,18 +258,13 @@ class RetrievalReport:
     parts: dict[str, Retrieval]  # ALL first
     pairs: EmbeddedPairs
     cluster_N: list[str]  # bootstrap cluster of each image
-    control: Retrieval | None
     counts: dict[str, int]
 
     def metrics(self) -> dict[str, float]:
-        """``i2t_r1`` ... over all captions, ``long:en/i2t_r1`` by part, ``shuffled/...`` and ``chance/...``."""
+        """``i2t_r1`` ... over all captions, ``long:en/i2t_r1`` by part."""
         flat: dict[str, float] = {}
         for name, part in self.parts.items():
-            prefix = "" if name == ALL else f"{name}/"
-            flat |= {prefix + key: value for key, value in part.metrics(self.ks).items()}
-        if self.control is not None:
-            flat |= {f"shuffled/{key}": value for key, value in self.control.metrics(self.ks).items()}
-            flat |= {f"chance/{key}": value for key, value in self.control.chance(self.ks).items()}
+            flat |= {("" if name == ALL else f"{name}/") + key: value for key, value in part.metrics(self.ks).items()}
         return flat
 
     def items(self) -> list[dict[str, Any]]:
@@ -403,27 +324,26 @@ def report_retrieval(
         label_N = torch.tensor([number_of.setdefault(v, len(number_of)) for v in pairs.meta_values(config.group)])
     label_M = label_N[pairs.owner_M]
 
-    def ranked(image_label_N: Tensor, captions: Tensor) -> Retrieval:
+    def ranked(captions: Tensor) -> Retrieval:
         subset = None if bool(captions.all()) else captions  # all captions need no copy
-        return retrieve(image_ND, text_MD, image_label_N, label_M, captions=subset, all_ranks=all_ranks)
+        return retrieve(image_ND, text_MD, label_N, label_M, captions=subset, all_ranks=all_ranks)
 
     used_M = torch.ones(len(label_M), dtype=torch.bool)
     if config.group:  # the first of each group's captions with the same text, kind and language
         first: dict[tuple[int, Caption], int] = {}
         for place, caption in enumerate(zip(label_M.tolist(), pairs.captions, strict=True)):
             used_M[place] = first.setdefault(caption, place) == place
-    parts = {ALL: ranked(label_N, used_M)}
+    parts = {ALL: ranked(used_M)}
     names = [f"{caption.kind}:{caption.language}" for caption in pairs.captions]
     distinct = list(dict.fromkeys(names))
-    if config.parts and len(distinct) > 1:
+    if len(distinct) > 1:
         for name in distinct:
-            parts[name] = ranked(label_N, used_M & torch.tensor([other == name for other in names]))
+            parts[name] = ranked(used_M & torch.tensor([other == name for other in names]))
     cluster = config.cluster or config.group
     return RetrievalReport(
         ks=config.ks,
         parts=parts,
         pairs=pairs,
         cluster_N=pairs.meta_values(cluster) if cluster else list(pairs.keys),
-        control=ranked(shuffled(label_N), used_M) if config.control else None,
         counts={"images": len(pairs.keys), "captions": int(used_M.sum()), "left_out": len(pairs.broken)},
     )

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, fr
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
 REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}  # ZeRO's: gradients are sent during backward
 FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
+SECTIONS = ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "scheduler")  # of DeepSpeed's
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
 State = dict[str, Any]  # optimizer.state[master]
 Rates = tuple[float, float]  # peak learning rate and weight decay
@@ -216,7 +218,10 @@ def complete(
     are reduced in fp32 if neither the file nor the run sets a type.
     """
     config = copy.deepcopy(user)
-    for name in ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler"):
+    for name in config:  # DeepSpeed ignores what it does not know, and would train without it
+        if name not in SECTIONS and (near := get_close_matches(name, SECTIONS, 1, 0.85)):
+            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near[0]!r}?")
+    for name in SECTIONS:
         if not isinstance(config.get(name, {}), dict):
             raise ValueError(f"{where}: {name} is {config[name]!r}, expected an object")
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":

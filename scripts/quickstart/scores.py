@@ -211,8 +211,8 @@ def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> M
             part = report.parts[name]
             ranks, index_Q = part.sides[side]
             images = index_Q if side == "i2t" else report.pairs.owner_M[index_Q]
-            pool = part.caption_label_Q if side == "i2t" else part.image_label_N
-            galleries.append((ranks, [report.cluster_N[image] for image in images.tolist()], len(pool)))
+            pool = len(part.sides["t2i"][0]) if side == "i2t" else len(report.pairs.keys)
+            galleries.append((ranks, [report.cluster_N[image] for image in images.tolist()], pool))
     return measured(galleries)
 
 

@@ -10,6 +10,8 @@ from tiny_data import WIDTH, made_up
 from tiny_llm import save_tiny_llm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
@@ -65,3 +67,10 @@ def write_tower(directory: Path, identity=None) -> Path:
 def write_llm(folder: Path, seed: int = 0) -> Path:
     """A random two-block Llama of the teacher's width, without a chat template."""
     return save_tiny_llm(folder, "llama", seed=seed, width=WIDTH, template=False)
+
+
+def write_llm_and_tower(folder: Path) -> tuple[Path, Path]:
+    """A tower whose card names the LLM next to it as its teacher."""
+    llm = write_llm(folder / "llm")
+    identity = CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu").identity()
+    return llm, write_tower(folder / "tower", identity)

@@ -13,7 +13,7 @@ from evaluate_world import write_llm
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.evaluate.captions import FIT_CAPTIONS, READINGS, find_pairs, measure_captions, search
+from llm2clip_plugin.evaluate.captions import FIT_CAPTIONS, find_pairs, measure_captions, search
 from llm2clip_plugin.evaluate.config import CaptionSetConfig, EvaluateCaptionsConfig, ReadingConfig
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, first_captions, remove_components
@@ -135,23 +135,16 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(folder: Path, t
     words += ["--fit-on", str(folder / "train.jsonl"), "--folder", str(tmp_path / "found")]
     assert main([*words, "--compute-dtype", "float32", "--components", "2", "--templates", ""]) == 0
     said = capsys.readouterr().out.splitlines()
-    best = json.loads((tmp_path / "found" / READINGS).read_text())["readings"][0]
+    title = next(place for place, line in enumerate(said) if line.startswith("attention, pooling, layer"))
+    attention, pooling, layer = said[title + 2].split(", ")[:3]
     embed = shlex.split(said[-1])[1:]
     embed[embed.index("DATA")] = str(folder / "validation.jsonl")
-    if best["components"] < 0:  # then nothing is removed, but the way is the same
-        embed += ["--post-file", str(write_post(folder, tmp_path))]
+    if "--post-file" not in embed:  # then nothing is removed, but the way is the same
+        remove_components(torch.randn(40, 24), (1,))[0].save(tmp_path)
+        embed += ["--post-file", str(tmp_path / POST_FILE)]
     assert main([*embed, "--cache", str(tmp_path / "cache"), "--compute-dtype", "float32"]) == 0
     teacher = CacheManifest.read(tmp_path / "cache" / CacheManifest.FILE).teacher
-    assert (teacher["layer"], teacher["attention"], teacher["pooling"]) == tuple(
-        best[name] for name in ("layer", "attention", "pooling")
-    )
+    assert (teacher["layer"], teacher["attention"], teacher["pooling"]) == (int(layer), attention, pooling)
     assert len(teacher["post"]) == 64
     plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu").identity()
     assert dataclasses.replace(plain, post=teacher["post"]).fingerprint != plain.fingerprint
-
-
-def write_post(folder: Path, where: Path) -> Path:
-    encoder = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu")
-    (post,) = remove_components(encoder.encode(NAMES + [f"a {name}" for name in NAMES]), (1,))
-    post.save(where)
-    return where / POST_FILE

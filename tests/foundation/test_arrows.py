@@ -36,7 +36,6 @@ HOMES = {  # heavy package -> the only places that may import it
     "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optim.py"},
     "llava": {"llava_integration/"},
     "vllm": {"llava_integration/serve/"},
-    "rich": {"llm2clip_plugin/"},
 }
 
 

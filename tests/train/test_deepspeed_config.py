@@ -65,6 +65,7 @@ def test_auto_values_are_filled():
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps"),
         ({"optimizer": {"type": "Lamb"}}, "Lamb.*--optimizer"),
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimization"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "use the device cpu"),
     ],
 )
