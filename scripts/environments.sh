@@ -86,7 +86,7 @@ SERVERS_EXACT="transformers>=5.24"
 
 # What other people evaluate with. Of lmms-eval's requirements only what its own start imports; its filelock._api is of
 # versions below 3.19.
-STACKS_REQUIREMENTS="torch torchvision transformers accelerate loguru lm-eval decord filelock<3.19 pytest"
+STACKS_REQUIREMENTS="torch torchvision transformers accelerate loguru lm-eval inspect-ai decord filelock<3.19 pytest"
 STACKS_EXACT="lmms-eval==0.7.3"
 
 # What other people train with. ms-swift 4.6 imports what datasets has since 4.7.

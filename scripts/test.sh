@@ -2,8 +2,8 @@
 # All checks: style, types, the tests of the training environment, then those of LLaVA's environment.
 #   scripts/test.sh             everything; makes .venv and .venv-llava on the first run
 #   scripts/test.sh --servers   tests/servers alone, with a real vLLM: makes .venv-servers (3 GB, three minutes) and .venv-llava
-#   scripts/test.sh --stacks    tests/stacks alone: lm-eval and lmms-eval in .venv-stacks; TRL, ms-swift, LLaMA-Factory and a
-#                               fork of LLaVA in .venv-trl, .venv-swift, .venv-llamafactory and .venv-forks; -k test_lmms_eval chooses
+#   scripts/test.sh --stacks    tests/stacks alone: lm-eval, lmms-eval and inspect_ai in .venv-stacks; TRL, ms-swift, LLaMA-Factory and a
+#                               fork of LLaVA in .venv-trl, .venv-swift, .venv-llamafactory and .venv-forks; -k test_inspect_ai chooses
 #   scripts/test.sh -k cache    passes its arguments to pytest in the training environment and runs nothing else
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)

@@ -387,6 +387,14 @@ def question_row(identifier: int | str, image: str, prompt: str) -> Row:
     return {"question_id": identifier, "image": image, "text": prompt, "category": "default"}
 
 
+def texts_by_id(answers: Answers, asked: Sequence[int | str]) -> dict[str, str]:
+    """Texts by id; ValueError if one that was ``asked`` has none, since the server rejects an incomplete file."""
+    texts = {str(answer.id): answer.text for answer in answers.rows if answer.text is not None}
+    if missing := [one for one in asked if str(one) not in texts]:
+        raise ValueError(f"{answers.path} lacks {len(missing)} answers, as to {missing[0]}; the server needs all")
+    return texts
+
+
 def first_file(folder: Path, *patterns: str) -> Path | None:
     """The first file below ``folder`` that matches a pattern, or None."""
     for pattern in patterns:

@@ -49,6 +49,7 @@ class CompareConfig:
             ("level", 0.5 <= self.level < 1, "a number in [0.5, 1)"),
             ("effect", self.effect > 0, "a number above 0"),
             ("runs", min(self.runs, default=0) > 0, "whole numbers above 0"),
+            ("output", self.output is None or not self.output.is_file(), "a folder"),
             ("image-folder", self.image_folder is None or self.image_folder.is_dir(), "a folder"),
         ):
             if not fits:
@@ -61,8 +62,8 @@ COMMAND = Command(
     name="compare",
     example="llm2clip compare runs/openai/scores runs/llm2clip/scores --output report",
     about="Is the new model better? Paired statistics over score files, or over the logs of lmms-eval, "
-    "lm-evaluation-harness (--log_samples) and VLMEvalKit, or tables (CSV, JSONL) of item, score and group. Several "
-    "files of one benchmark in a folder are its runs (seeds).",
+    "lm-evaluation-harness (--log_samples), VLMEvalKit and inspect_ai, or tables (CSV, JSONL) of item, score and "
+    "group. Several files of one benchmark in a folder are its runs (seeds).",
     settings=CompareConfig,
     arguments="base new",
     everyday="names all-pairs output resamples references image-folder plan effect",
@@ -154,7 +155,9 @@ def plan(sides: Sequence[Side], *, spread: float | None = None, resamples: int =
     if len(sides) > 2:
         raise ValueError(f"--plan takes one side or two, got {len(sides)}: " + ", ".join(side.name for side in sides))
     base, new = sides[0], sides[-1]
-    return [measure(base, new, name, spread, resamples, seed) for name in ordered(set(base.runs) & set(new.runs))]
+    if not (names := ordered(set(base.runs) & set(new.runs))):
+        raise ValueError(f"{base.name} and {new.name} have no benchmark in common")
+    return [measure(base, new, name, spread, resamples, seed) for name in names]
 
 
 def measure(base: Side, new: Side, name: str, spread: float | None, resamples: int, seed: int) -> Noise:

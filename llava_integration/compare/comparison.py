@@ -75,6 +75,8 @@ def load_side(path: Path, name: str = "") -> Side:
 
     Raises FileNotFoundError, or ContractError for what can't be read or compared.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"no score file, log or folder {path}")
     records = read_logs(path)
     if not records:
         raise FileNotFoundError(
@@ -84,12 +86,17 @@ def load_side(path: Path, name: str = "") -> Side:
     runs: dict[str, tuple[Run, ...]] = {}
     notes = []
     for file, record in records:
+        if record.unknown:
+            notes.append(f"left out: {record.unknown}")
+            continue
         run = run_of(file, record)
         earlier = runs.get(run.benchmark, ())
         if any(run.items == other.items for other in earlier):
             notes.append(f"{file} duplicates another file of {run.benchmark}: not counted as another run")
         else:
             runs[run.benchmark] = (*earlier, run)
+    if not runs:
+        raise ContractError("; ".join(notes))
     default = path.name if path.is_dir() else records[0][1].model or path.stem
     return Side(name=name or default, path=path, runs=runs, notes=tuple(notes))
 
@@ -114,7 +121,7 @@ def run_of(path: Path, record: Log) -> Run:
     if rule and (lacking := [name for name in rule.item_fields if any(name not in item for item in items)]):
         own, notes = None, [f"items have no {', '.join(lacking)}; mean score instead of {rule.headline}", *notes]
     scores = [float(item["score"]) for item in items]
-    unit = own.unit if own else "points" if record.aggregate == "MME" else ""
+    unit = own.unit if own else {"MME": "points", "CIDEr": "CIDEr"}.get(record.aggregate, "")
     run = Run(
         **{**vars(record), "notes": notes},
         ids=ids,
@@ -181,7 +188,10 @@ class Row:
         start, unit = f"{self.questions} questions on {self.images} images", "points" if self.unit == "%" else self.unit
         if not self.result.detectable:
             return f"{start}; both sides have the same score on each"
-        return f"{start}: a difference of {self.result.detectable:.2f} {unit} is detectable with 80 % power"
+        line = f"{start}: a difference of {self.result.detectable:.2f} {unit} is detectable with 80 % power"
+        size = abs(self.result.difference)
+        times = (self.result.detectable / size) ** 2 if size else 0.0
+        return f"{line}; detecting {size:.2f} needs {times:.1f} times the questions" if 1 < times < 100 else line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +367,8 @@ def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run],
                     f"{other.get('truth')!r} in {run.model}; score both with the same --data"
                 )
     notes = [] if len(shared) == largest else [f"{largest - len(shared)} questions are not in every file; ignored"]
+    if len({run.provenance.get("data_sha256", "") for run in runs} - {""}) > 1:
+        notes.append("the sides were scored with different annotation files; truths in common are equal")
     count = len(base.runs[name])
     return [first, *others][:count], [first, *others][count:], notes
 

@@ -119,7 +119,7 @@ def test_pope_is_joined_never_zipped(run):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", ["vqav2", "vizwiz", "mmbench"])
+@pytest.mark.parametrize("name", ["vqav2", "vizwiz", "gqa", "seedbench", "mmbench"])
 def test_submission_is_the_official_converters(name, model, tmp_path):
     """And it scores as the answers do, where it keeps what scoring needs."""
     output, read = tmp_path / "submission.json", read_answers(answers(name, model))
@@ -127,6 +127,8 @@ def test_submission_is_the_official_converters(name, model, tmp_path):
     official = {
         "vqav2": f"answers_upload/llava_vqav2_mscoco_val2014/{model}.json",
         "vizwiz": f"answers_upload/{model}.json",
+        "gqa": f"data/{model}_testdev_balanced_predictions.json",
+        "seedbench": f"answers_upload/{model}.jsonl",
         "mmbench": f"answers_upload/mmbench_dev_20230712/{model}.jsonl",
     }[name]
     ours, theirs = output.read_text(encoding="utf-8"), (ROOT / name / official).read_text(encoding="utf-8")

@@ -14,9 +14,10 @@ from llava_integration.benchmarks.bench import score_answers
 from llava_integration.compare.command import main
 from llava_integration.compare.comparison import load_side
 from llava_integration.compare.readers import read_logs
+from llava_integration.compare.readers.cider import cider, tokens
 from llm2clip_plugin.files import ContractError
 
-LOGS = Path(__file__).parent / "logs"  # of lm-eval 0.4.13 and lmms-eval 0.7.3 on toy tasks
+LOGS = Path(__file__).parent / "logs"  # of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks
 
 
 def value(side, benchmark):
@@ -36,6 +37,13 @@ def test_a_group_with_one_number_is_one_row():
     """17 of 40: the harness weights a group's tasks, here of 10 and 30 questions, by their size."""
     (run,) = load_side(LOGS / "lm_eval_group").runs["toys exact_match"]
     assert run.statistic.full() == pytest.approx(42.5) and set(run.groups) == {"toy_a", "toy_b"} and len(run.ids) == 40
+
+
+def test_lmms_evals_composites():
+    """MME: half of each subtask's questions right and no pair, twice; POPE: "yes" to 15 of which 5 are."""
+    yes, no = load_side(LOGS / "lmms_eval" / "yes"), load_side(LOGS / "lmms_eval" / "no")
+    assert value(yes, "mme") == value(no, "mme") == pytest.approx(100.0)
+    assert value(yes, "pope") == pytest.approx(50.0) and value(no, "pope") == 0
 
 
 LMMS_EVAL = {  # a golden log's task: (benchmark in a comparison, lmms-eval's metric, its unit in ours)
@@ -117,8 +125,8 @@ def test_the_model_of_lmms_eval_is_that_of_the_checkpoint(tmp_path, config, mode
 
 
 def test_lmms_evals_own_metric(tmp_path):
-    same = {"doc_hash": "a", "target": "x", "wer": 0.5}
-    lines = [{"doc_id": n, **same, "input_media": [f"{n // 2}.jpg"], "exact_match": n % 2} for n in range(4)]
+    about, wer = {"doc_hash": "a", "target": "x"}, {"wer": 0.5}
+    lines = [{"doc_id": n, **about, "input_media": [f"{n // 2}.jpg"], "exact_match": n % 2, **wer} for n in range(4)]
     (tmp_path / "20261129_061426_samples_gqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (run,) = load_side(tmp_path).runs["gqa exact_match"]
     assert run.scores == [0, 1, 0, 1] and run.clusters == ["0.jpg", "0.jpg", "1.jpg", "1.jpg"]
@@ -126,6 +134,15 @@ def test_lmms_evals_own_metric(tmp_path):
     (tmp_path / "20261129_061426_results.json").write_text(json.dumps(results))
     (run,) = load_side(tmp_path).runs["gqa wer"]
     assert run.scores == [-0.5] * 4 and "lower is better" in run.notes[0]
+
+
+@pytest.mark.parametrize("ending", ["eval", "json"])
+def test_inspect_ai(ending):
+    """The mean over epochs of a sample; the package printed the accuracy of all."""
+    side = load_side(next((LOGS / "inspect_ai").glob(f"*.{ending}")))
+    (run,) = side.runs["toy_match match"]
+    assert value(side, "toy_match match") == pytest.approx(100 / 6)
+    assert len(run.ids) == 6 and run.clusters[0] == "im0"
 
 
 TODAY = {  # benchmark: (lmms-eval's task, its metric, filter; its unit in ours)
@@ -142,6 +159,7 @@ TODAY = {  # benchmark: (lmms-eval's task, its metric, filter; its unit in ours)
     "MME cognition": ("mme", "mme_cognition_score,none", 1),
     "pope": ("pope", "pope_f1_score,none", 100),
     "mmbench": ("mmbench_en_dev_static", "gpt_eval_score,none", 1),
+    "coco2017_cap_val coco_CIDEr": ("coco2017_cap_val", "coco_CIDEr,none", 100),
 }
 
 
@@ -190,6 +208,27 @@ def test_vlmevalkits_own_tables():
         assert not side.runs[benchmark][0].notes
 
 
+CAPTIONS = {  # as Stanford's PTBTokenizer and pycocoevalcap make of it
+    "A man's dog can't sit on the well-lit t-shirt.": "a man 's dog ca n't sit on the well-lit t-shirt",
+    'It is 3.5 meters (or so) high; "no" & yes!': "it is 3.5 meters -lrb- or so -rrb- high no & yes",
+    "He's there, I'm gone, we've won, she'll go": "he 's there i 'm gone we 've won she 'll go",
+    "Mr. Smith, a.m. and the U.S. flag, no. 42": "mr. smith a.m. and the u.s. flag no. 42",
+    "A bottle of H&M, red/white, park!!": "a bottle of h&m red/white park !!",
+    "The girls' team; James's hat": "the girls team james 's hat",
+    "I cannot believe 1/2 of 12,000 at 10:30": "i can not believe 1/2 of 12,000 at 10:30",
+}
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_captions_are_tokenized_as_the_treebank(caption):
+    assert " ".join(tokens(caption)) == CAPTIONS[caption]
+
+
+def test_cider_by_hand():
+    """Two captions, one word in each: idf is log 2; equal ones score 10 of four n-gram lengths a quarter, others 0."""
+    assert cider(["cat", "dog"], [["cat"], ["bird"]]) == [pytest.approx(2.5), 0]
+
+
 @pytest.mark.parametrize("ending", ["xlsx", "json"])
 def test_vlmevalkit(tmp_path, ending):
     path = tmp_path / "model" / f"model_MMBench_DEV_EN_exact_matching_result.{ending}"
@@ -200,7 +239,7 @@ def test_vlmevalkit(tmp_path, ending):
     else:
         book = openpyxl.Workbook()
         for row in [list(rows[0]), *(list(row.values()) for row in rows)]:
-            book.active.append(row)
+            book.worksheets[0].append(row)
         book.save(path)
     (path.parent / "model_MMBench_DEV_EN_acc.csv").write_text('"split","Overall"\n"none","0.75"\n')
     assert value(load_side(path.parent), "MMBench_DEV_EN") == 75
@@ -252,14 +291,20 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "j.jsonl": ('{"item": 1, "score": 1}\n[1]\n', "line 2"),
     "k.jsonl": ('{"item": 1, "score": [1]}\n', "line 1"),
     "l.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": "x"}\n', "metrics a"),
-    "m.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n', "line 2: a is None"),
+    "m.jsonl": (
+        '{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n',
+        "line 2",
+    ),
     "n.jsonl": ('{"doc_id": 0, "doc_hash": "", "acc": 1}\n{"doc_id": 1, "acc": null}\n', "line 2"),
     "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "submission of o"),
-    "p.jsonl": ('{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n', "p.jsonl.*category"),
-    "v.jsonl": ('{"doc_id": 0, "doc_hash": "", "coco_CIDEr": {"pred": "a", "answer": ["a"]}}\n', "coco_CIDEr of v"),
-    "w.jsonl": ('{"doc_id": 0, "doc_hash": "", "mmvp_pair_accuracy": 1}\n', "w.jsonl"),
-    "x.tsv": ("index\tprediction\teval_match\teval_score\n0\tA\t[1, \t1\n", r"x\.tsv"),
+    "p.jsonl": ('{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n', "line 1.*category"),
+    "v.jsonl": ('{"doc_id": 0, "doc_hash": "", "coco_CIDEr": {"pred": "a"}}\n', "line 1"),
+    "w.jsonl": ('{"doc_id": 0, "doc_hash": "", "mmvp_pair_accuracy": 1}\n', "line 1"),
+    "x.tsv": ("index\tprediction\teval_match\teval_score\n0\tA\t[1, \t1\n", "line 2"),
+    "z.csv": ("item,score\n1,1\n\udcff,1\n", "utf-8"),
     "y.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": 1}\n', "y.jsonl"),
+    "q.eval": ("not a zip file", r"q\.eval.*cut off"),
+    "r.json": ('{"status": "error", "eval": {"run_id": "x", "task": "t"}}', "status"),
     "s.tsv": ("index\tprediction\thit\n0\tA\tmaybe\n", "line 2"),
     "u.tsv": ("index\tprediction\thit\n0\tA\n", "line 2"),
     "t_MME_result.xlsx": ("no workbook", "t_MME_result.xlsx"),
@@ -269,7 +314,7 @@ MALFORMED = {  # name of the file: (content, what the error names)
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_logs_are_refused_in_one_line(tmp_path, name):
     content, named = MALFORMED[name]
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises((ContractError, FileNotFoundError), match=named) as caught:
         load_side(tmp_path / name)
     assert "\n" not in str(caught.value)
@@ -282,6 +327,14 @@ def test_a_log_that_was_cut_in_its_first_line_is_not_left_out(tmp_path, name):
     (tmp_path / name).write_text(json.dumps(line)[:10])
     with pytest.raises(ContractError, match=f"{name}, line 1"):
         load_side(tmp_path)
+
+
+def test_a_log_that_nobody_understands_is_left_out_with_a_note(tmp_path):
+    about = {"doc_id": 0, "doc_hash": ""}
+    (tmp_path / "20261129_061426_samples_a.jsonl").write_text(json.dumps(about | {"acc": 1}))
+    (tmp_path / "20261129_061426_samples_b.jsonl").write_text(json.dumps(about | {"corpus": {"pred": "x"}}))
+    side = load_side(tmp_path)
+    assert set(side.runs) == {"a acc"} and "metrics doc_hash, corpus of b" in side.notes[0]
 
 
 def test_a_folder_has_logs_of_one_form(tmp_path):

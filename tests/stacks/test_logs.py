@@ -102,6 +102,35 @@ def test_lm_evaluation_harness(questions, tmp_path):
     check(tmp_path, questions, "toy exact_match")
 
 
+def test_inspect_ai(questions, tmp_path):
+    from inspect_ai import Task, eval
+    from inspect_ai.dataset import Sample
+    from inspect_ai.model import ModelAPI, ModelOutput, modelapi
+    from inspect_ai.scorer import match
+    from inspect_ai.solver import generate
+
+    rows = {row["question"]: row for row in rows_of(questions)}
+
+    @modelapi("toy")
+    class Model(ModelAPI):
+        async def count_text_tokens(self, text):
+            return len(text)  # the package's own fetches a tokenizer
+
+        async def generate(self, input, tools, tool_choice, config):
+            return ModelOutput.from_content(self.model_name, answer(self.model_name, rows[input[-1].text]))
+
+    samples = [
+        Sample(
+            id=row["question_id"], input=row["question"], target=row["answer"], metadata={"image_id": row["image_id"]}
+        )
+        for row in rows.values()
+    ]
+    for name, form in zip(RIGHT, ("eval", "json"), strict=True):
+        task = Task(name="toy", dataset=samples, solver=generate(), scorer=match())
+        eval(task, model=f"toy/{name}", log_dir=str(tmp_path / name), log_format=form, display="none")
+    check(tmp_path, questions, "toy match")
+
+
 def test_lmms_eval(questions, tmp_path):
     """Its own model that says one thing, and its own POPE: F1 of always "yes" is 50, of always "no" 0."""
     import lmms_eval.tasks.pope as pope

@@ -157,6 +157,12 @@ class SEEDBench(base.Benchmark):
         counts = {name: {"correct": sum(values), "count": len(values)} for name, values in types.items()}
         return base.flatten({**metrics, "printed_percent": printed, "correct_and_count_per_type": counts})
 
+    def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
+        """The leaderboard's file, in the annotations' order."""
+        asked = [question.id for question in self.load(folder)]
+        texts = base.texts_by_id(answers, asked)
+        return [{"question_id": name, "prediction": texts[str(name)]} for name in asked]
+
 
 def _media(entry: Row) -> str:
     media = entry["data_id"]
@@ -171,6 +177,7 @@ SEEDBENCH = SEEDBench(
     folders=("seed_bench", "seedbench", "seed-bench"),
     annotations=("SEED-Bench.json",),
     question_files=("llava-seed-bench.jsonl", "llava-seed-bench*.jsonl"),
+    submission_format="jsonl",
     published=base.published_scores(llava_7b=58.6, llava_13b=61.6),
 )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.benchmarks import benchmark as base
-from llava_integration.benchmarks.answers import Answer
+from llava_integration.benchmarks.answers import Answer, Answers, Row
 from llm2clip_plugin.files import read_json_value
 
 NOT_A_STEP = ("exist", "query: name", "choose name")  # operations that ask rather than reason
@@ -76,6 +76,9 @@ class GQA(base.Benchmark):
             tree[f"{name}_count"] = {key: len(values) for key, values in groups.items()}
         return base.flatten(tree)
 
+    def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
+        return [{"questionId": answer.id, "prediction": convert(answer.text or "")} for answer in answers.rows]
+
 
 def convert(text: str) -> str:
     """LLaVA's conversion for the evaluation."""
@@ -114,5 +117,6 @@ BENCHMARK = GQA(
     ),
     question_files=("llava_gqa*.jsonl",),
     image_folders=("data/images", "images", ""),
+    submission_format="json",
     published=base.published_scores(llava_7b=62.0, llava_13b=63.3, reproduced_7b=62.86, llm2clip_7b=63.15),
 )

@@ -249,9 +249,7 @@ class VizWiz(base.Benchmark):
         """The server's file: an answer to every question."""
         where = "LLaVA's questions, in its eval.zip: question_id, image, text"
         rows = read_jsonl(self.require(folder, *self.question_files, where=where))
-        texts = {str(answer.id): answer.text for answer in answers.rows if answer.text is not None}
-        if missing := [row["question_id"] for row in rows if str(row["question_id"]) not in texts]:
-            raise ValueError(f"{answers.path} lacks {len(missing)} answers, as to {missing[0]}; the server needs all")
+        texts = base.texts_by_id(answers, [row["question_id"] for row in rows])
         return [{"image": row["image"], "answer": m4c(texts[str(row["question_id"])])} for row in rows]
 
 

@@ -29,10 +29,11 @@ csv.field_size_limit(2**24)
 class Log(ScoreFile):
     """The scores of one task, scorer or run, and how its number is made of them."""
 
-    aggregate: str = ""  # MME | BY_PART | "": the headline of the benchmark's rule, else the mean
+    aggregate: str = ""  # MME | CIDEr | BY_PART | "": the headline of the benchmark's rule, else the mean
     printed: float | None = None  # the number that the evaluator printed; a comparison says where its own differs
     # of the group whose tasks have one number: name, metric, printed number, aggregate, run
     group: tuple[Any, ...] = ()
+    unknown: str = ""  # why a log has no items: nobody knows how its number is made; other logs are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def mme_logs(items: list[dict[str, Any]], printed: Sequence[float | None], **abo
             yield Log(benchmark=name, metrics={}, items=chosen, aggregate="MME", printed=number, **about)
 
 
-def table(path: Path) -> Iterator[tuple[str, list[Any]]]:
+def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any]]]:
     """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or Excel."""
     if path.suffix == ".xlsx":
         from openpyxl import load_workbook
@@ -121,7 +122,7 @@ def table(path: Path) -> Iterator[tuple[str, list[Any]]]:
                 yield where, names
             yield where, [row.get(name) for name in names]
     else:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
             lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
             yield from ((f"{path}, line {lines.line_num}", line) for line in lines if line)
 
@@ -130,7 +131,7 @@ def columns(path: Path) -> list[str]:
     """The names of a table's columns; none if it can't be read."""
     try:
         with errors_about(path):
-            return [name for _, names in islice(table(path), 1) for name in map(str, names)]
+            return [name for _, names in islice(table(path, errors="replace"), 1) for name in map(str, names)]
     except ContractError:
         return []
 

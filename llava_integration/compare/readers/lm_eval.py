@@ -2,8 +2,8 @@
 
 The harness writes ``samples_TASK_DATE.jsonl`` next to ``results_DATE.json``, lmms-eval ``DATE_samples_TASK.jsonl`` next
 to ``DATE_results.json``. There a metric's value is a number, or an object with what the task's aggregation reads: MME,
-POPE, MMBench, MMVP and MMStar become their composites; of other objects the field ``score`` counts, or whether the
-answer is right.
+POPE, MMBench, MMVP, MMStar and captions become their composites; of other objects the field ``score`` counts, or
+whether the answer is right.
 """
 
 import re
@@ -17,6 +17,7 @@ from typing import Any
 from llava_integration.benchmarks.answers import json_lines
 from llava_integration.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
 from llava_integration.compare.readers import BY_PART, IMAGES, Log, Reader, first_object, first_of, mme_logs, number
+from llava_integration.compare.readers.cider import cider
 from llm2clip_plugin.files import ContractError, errors_about, read_json_value
 
 HARNESS = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl$")
@@ -77,6 +78,8 @@ def lines_of(path: Path) -> Lines:
     """The lines without what is long and not compared: a million of them lie in memory."""
     lines = []
     for where, line in json_lines(path):
+        if "doc_id" not in line:
+            raise ContractError(f"{where}: no doc_id")
         for name in TEXTS:
             line.pop(name, None)
         if isinstance(doc := line.get("doc"), dict):
@@ -120,7 +123,10 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
     """The log of the first of ``metrics`` with a number, in each line if there is one."""
     known = [one for one in metrics if score_of(lines[0][1].get(one)) is not None]
     if not known:
-        raise ContractError(f"{lines[0][0]}: none of the metrics {', '.join(metrics)} of {summary.task} has a number")
+        why = f"{lines[0][0]}: none of the metrics {', '.join(metrics)} of {summary.task} has a number"
+        if any(score_of(line.get(one)) is not None for _, line in lines for one in metrics):
+            raise ContractError(why)
+        return summary.log("", [], unknown=why)
     metric = min(known, key=lambda one: sum(one not in line for _, line in lines))  # others are of a part
     sign = 1 if summary.better.get(metric, True) else -1
     items = [
@@ -181,7 +187,8 @@ def _mme(lines: Lines, summary: Summary) -> Iterator[Log]:
     items: list[dict[str, Any]] = []
     seen: Counter[str] = Counter()
     for where, line in lines:
-        value = line.get("mme_perception_score") or line["mme_cognition_score"]
+        value = line.get("mme_perception_score") or line.get("mme_cognition_score")
+        value = fields(value, "question_id category score", where)
         image = f"{value['category']}/{value['question_id']}"
         seen[image] += 1
         items.append({"id": f"{image}#{seen[image]}", "category": value["category"], "cluster": image})
@@ -196,8 +203,8 @@ def _pope(lines: Lines, summary: Summary, metric: str) -> Log:
     An answer that is neither yes nor no is no positive, and its question is left out of recall.
     """
     items = []
-    for _, line in lines:
-        value = line[metric]
+    for where, line in lines:
+        value = fields(line.get(metric), "score prediction ground_truth", where)
         said, true = value["prediction"], value["ground_truth"]
         item = {**item_of(line, line, value["score"]), "category": "", "truth": true, "parsed": said}
         items.append({**item, "label": true, "missing": said not in ("yes", "no")})
@@ -207,9 +214,9 @@ def _pope(lines: Lines, summary: Summary, metric: str) -> Log:
 def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
     """A group of rotations each, as ``llm2clip score`` reads the answers: lmms-eval logs no judgement of them."""
     groups: dict[int, dict[str, Any]] = {}
-    for _, line in lines:
-        value = line[metric]
-        group = int(value["index"]) % ROTATION
+    for where, line in lines:
+        value = fields(line.get(metric), "index prediction answer category", where)
+        group = int(number(value["index"], f"{where}: index")) % ROTATION
         item = groups.setdefault(group, {"id": group, "score": 1, "cluster": f"group {group}"})
         choices = choices_of({name: str(cell) for name, cell in value.items()})
         item["score"] *= int(letter_of(str(value["prediction"]), choices) == value["answer"])
@@ -224,8 +231,9 @@ def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
 def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
     """MMVP: two images of a pair, of which both must be right; a lone one does not count."""
     pairs: dict[str, list[bool]] = {}
-    for _, line in lines:
-        pairs.setdefault(str(line[metric]["pair_index"]), []).append(line[metric]["is_correct"])
+    for where, line in lines:
+        value = fields(line.get(metric), "pair_index is_correct", where)
+        pairs.setdefault(str(value["pair_index"]), []).append(value["is_correct"])
     items = [
         {"id": pair, "cluster": f"pair {pair}", "score": int(all(both))}
         for pair, both in pairs.items()
@@ -236,15 +244,36 @@ def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
 
 def _mmstar(lines: Lines, summary: Summary, metric: str) -> Log:
     """Each ability (l2_category) has equal weight."""
-    items = [
-        item_of(line, line[metric], number(line[metric]["score"], where)) | {"category": line[metric]["l2_category"]}
-        for where, line in lines
-    ]
+    items = []
+    for where, line in lines:
+        value = fields(line.get(metric), "l2_category score", where)
+        score = number(value["score"], f"{where}: score")
+        items.append(item_of(line, value, score) | {"category": value["l2_category"]})
     return summary.log(metric, items, aggregate=BY_PART)
 
 
+def _cider(lines: Lines, summary: Summary, metric: str) -> Log:
+    values = [fields(line.get(metric), "answer pred", where) for where, line in lines]
+    truths = [value["answer"] if isinstance(value["answer"], list) else [value["answer"]] for value in values]
+    scores = cider([str(value["pred"]) for value in values], [list(map(str, truth)) for truth in truths])
+    items = [item_of(line, value, score) for (_, line), value, score in zip(lines, values, scores, strict=True)]
+    notes = ["CIDEr: document frequencies are those of all references of the log, also in resamples"]
+    return summary.log(metric, items, aggregate="CIDEr", notes=notes)
+
+
 # what the name of a metric ends in: the log made of it
-COMPOSITES: dict[str, Callable[[Lines, Summary, str], Log]] = {"pope_f1_score": _pope, "mmvp_pair_accuracy": _pairs}
+COMPOSITES: dict[str, Callable[[Lines, Summary, str], Log]] = {
+    "pope_f1_score": _pope,
+    "mmvp_pair_accuracy": _pairs,
+    "CIDEr": _cider,
+}
+
+
+def fields(value: Any, names: str, where: str) -> dict[str, Any]:
+    """The object that a metric's value is; ContractError if it lacks one of these fields."""
+    if not isinstance(value, dict) or not set(names.split()) <= set(value):
+        raise ContractError(f"{where}: the metric is {str(value)[:80]}; expected an object with {names}")
+    return value
 
 
 READER = [

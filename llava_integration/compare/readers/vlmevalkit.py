@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.compare.readers import IMAGES, Log, Reader, columns, first_of, mme_logs, number, table
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.files import ContractError, errors_about
 
 SCORES = ("hit", "score", "eval_score", "verifier_match")
 ENDING = re.compile(
@@ -49,7 +49,9 @@ def read(path: Path) -> Iterator[Log]:
     for where, cells in lines:
         row = dict(zip(names, cells, strict=False))
         name, parts = str(row["index"]), str(row.get("category") or "")
-        item = {"id": name, "score": _score(data, row, column, f"{where}: {column}"), "category": parts}
+        with errors_about(where):
+            score = _score(data, row, column, f"{where}: {column}")
+        item = {"id": name, "score": score, "category": parts}
         item |= {"truth": row.get("answer"), "cluster": first_of(row, IMAGES[:-1]) or name}
         if kind != "pope":
             items.append(item)
