@@ -2,8 +2,8 @@
 # The complete pipeline on real data: an LLM teaches a vision tower on the built-in emoji set, and a small LLaVA is trained
 # with the tower. Ten minutes and more on two cores; the first result is what fine-tuning taught the LLM.
 #
-#   scripts/quickstart.sh                   tables, and towers in quickstart-output/default
-#                                           headline.json there: what was shown, with interval and chance, and what was not
+#   scripts/quickstart.sh                   tables, and towers in quickstart-output/default; there, headline.json: what was shown,
+#                                           with interval and chance, and what was not; found.html: pictures that a tower finds
 #   scripts/quickstart.sh --smoke           a few steps on a few images, to check that everything works (under five minutes)
 #   scripts/quickstart.sh --seeds 3         seeds 0 to 2, each with its own adapter and towers; the headline by seed
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56, better towers, and LLaVA with SmolLM2: about 40 minutes
@@ -186,10 +186,15 @@ if [ "$LLAVA" = yes ]; then
         done
     fi
 fi
+if [ "$PRESET" != smoke ] && [ ! "$OUT/found.html" -nt "$OUT/towers/tuned-seed0" ]; then
+    say "what the tower finds, as a page"
+    llm2clip search "$OUT/towers/tuned-seed0" "$DATA/all/test-noto.tar" "a sleeping cat" "ein lachendes Gesicht" 火车 \
+        "une pomme rouge" "летящая птица" --llm "$LLM" --adapter "$DATA/llm/seed0/adapter" --cache "$OUT/search" \
+        --output "$OUT/found.html" >"$OUT/found.txt"
+fi
 say "headline"
 python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["sentences"], sep="\n")' "$OUT/headline.json"
 [ -n "$CONTROLS" ] || echo "LLaVA may gain as much from random embeddings (README.md); --controls measures that."
 say "done: tower $OUT/towers/tuned-seed0"
-echo "What it finds, as a page: llm2clip search $OUT/towers/tuned-seed0 $DATA/all/test-noto.tar 'a sleeping cat'" \
-    "--llm $LLM --adapter $DATA/llm/seed0/adapter --output found.html" >&2
+[ "$PRESET" = smoke ] || echo "What it finds, with pictures: $OUT/found.html" >&2
 echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/tuned-seed0\")" >&2

@@ -34,7 +34,7 @@ from llm2clip_plugin.files import check_hub_answers, printable
 from llm2clip_plugin.options import Command
 
 CHUNK = 64  # samples that a worker reads in one task
-NO_IMAGE = "no image "  # how the reason begins if a file that a row names is missing
+NO_IMAGE = ("no image '", 'no image "')  # how the reason begins if a file that a row names is missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,17 +292,48 @@ def _images(reading: Reading, rows: np.ndarray) -> dict[str, Any]:
     }
 
 
-def as_text(report: dict[str, Any], show: int, indent: str = "") -> Iterator[str]:
-    """The lines of a report, with at most ``show`` of each list."""
-    for name, value in report.items():
-        label = indent + name.replace("_", " ")
-        if isinstance(value, list):
-            yield f"{label}: {len(value)}"
-            yield from (f"{indent}  {': '.join(map(str, one.values()))}" for one in value[:show])
-        elif not isinstance(value, dict):
-            yield f"{label}: {value:.4g}" if isinstance(value, float) else f"{label}: {value}"
-        elif any(isinstance(part, (dict, list)) for part in value.values()):
-            yield label
-            yield from as_text(value, show, indent + "  ")
-        else:
-            yield f"{label}: {', '.join(f'{part} {number}' for part, number in value.items()) or 'none'}"
+def as_text(report: dict[str, Any], show: int) -> Iterator[str]:
+    """The report for a person: contents, each problem that there is with at most ``show`` examples, the verdict."""
+    images, lengths, other = report["images"], report["caption_lengths"], report.get("validation")
+    counts = f"{report['samples']:,} samples in {report['shards']:,} shards, {report['captions']:,} captions"
+    yield f"{report['path']}: {counts}"
+    of = {"kinds": report["captions_by_kind"], "languages": report["captions_by_language"], "images": images["formats"]}
+    for name, parts in of.items():
+        yield f"  {name:<11} {', '.join(f'{part} {number:,}' for part, number in parts.items()) or 'none'}"
+    if images["whole"]:
+        low, middle, _, high = zip(images["width"].values(), images["height"].values(), strict=True)
+        sizes = "{} x {} to {} x {} pixels, median {} x {}".format(*low, *high, *middle)
+        yield f"  sizes       {sizes}, {images['mean_bytes'] / 1000:.1f} kB"
+    if report["captions"]:
+        words = "{min} to {max} ({longest}), median {median}, 99 % to {p99}; {over_limit} over {limit}"
+        yield f"  {lengths['unit']:<11} {words.format(**lengths)}"
+    texts, keys, unused = report["duplicate_captions"], report["duplicate_keys"], report["unused_fields"]
+    missing = sum(one["reason"].startswith(NO_IMAGE) for one in report["broken"])
+    white = "training reads what is below; `llm2clip data make --background white` puts them on white"
+    problems: list[tuple[int, str, list[dict[str, Any]]]] = [
+        (missing, "images not found; set --image-folder to the folder that their paths start from", []),
+        (len(report["broken_shards"]), "broken shards", report["broken_shards"]),
+        (len(report["broken"]), "broken samples", report["broken"]),
+        (len(report["without_captions"]), "samples without a caption", report["without_captions"]),
+        (report["empty_captions"], "empty captions", []),
+        (
+            texts["values"],
+            f"texts are captions of several samples, {texts['samples']:,} in all",
+            texts["most_frequent"],
+        ),
+        (keys["values"], f"keys are those of several samples, {keys['samples']:,} in all", keys["most_frequent"]),
+        (images["exact_copies"], "images are exact copies of others", []),
+        (images["transparent"], f"images are transparent: {white}", []),
+        (report["nested_captions"], "samples have a caption that contains another one: trivial pairs for stage 1", []),
+        (len(unused), f"fields with text are no captions: {', '.join(unused)}; --fields NAME=KIND uses them", []),
+    ]
+    if other:
+        of = f"of {other['path']} are in the training data, too"
+        problems.append((other["images_in_both"], f"of {other['samples']:,} images {of}", other["examples"]))
+        problems.append((other["captions_in_both"], f"of {other['captions']:,} captions {of}", []))
+    for number, title, examples in problems:
+        if number:
+            yield f"  {number:,} {title}"
+            yield from (f"    {': '.join(str(part)[:200] for part in one.values())}" for one in examples[:show])
+    verdict = "fit for training" if report["fit_for_training"] else "NOT fit for training"
+    yield f"{verdict}: {report['broken_share']:.2%} broken, {report['max_broken']:.2%} allowed"

@@ -197,7 +197,8 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
     encodings, fixed = [config.encoder], has_card(config.encoder)  # the settings for which the LLM is loaded anew
     if not fixed:
         encodings = [
-            dataclasses.replace(config.encoder, chat_template=template, attention=attention, layer=-1)
+            # both poolings are tried, but the default alone is refused for a sentence-transformers model
+            dataclasses.replace(config.encoder, chat_template=template, attention=attention, layer=-1, pooling="last")
             for template, attention in itertools.product(config.reading.templates or ("",), ATTENTIONS)
         ]
     for encoding in encodings:

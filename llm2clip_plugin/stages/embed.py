@@ -15,6 +15,7 @@ from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_bytes
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages.settings import EMBED, EmbedConfig, rank_and_world
+from llm2clip_plugin.text.config import effective
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
 from llm2clip_plugin.text.encoder import TextEncoder
 from llm2clip_plugin.text.llm import llm_config
@@ -95,6 +96,10 @@ def cache_plan(config: EmbedConfig) -> str:
     rows = sum(len(caption_rows([source.captions(number)[1]])) for number in numbers)
     settings = llm_config(config.encoder)
     clip = hasattr(settings, "vision_config") and hasattr(settings, "projection_dim")
+    if not clip:  # refuse what the run would
+        effective(
+            config.encoder, Path(config.encoder.llm), Path(adapter) if (adapter := config.encoder.adapter) else None
+        )
     width = int(settings.projection_dim if clip else settings.get_text_config().hidden_size)
     samples, key_bytes = len(source), 9  # as img2dataset's keys
     sizes = {dtype: shard_bytes(samples, rows, width, dtype, key_bytes=key_bytes) for dtype in CACHE_DTYPES}

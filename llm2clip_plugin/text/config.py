@@ -199,9 +199,16 @@ def effective(
 ) -> tuple[EncoderConfig, EncoderCard | None]:
     """The configuration with what its preset and the card of the adapter or LLM say, and the card.
 
-    Raises ContractError for a setting that contradicts them.
+    Raises ContractError for a setting that contradicts them, ValueError for a sentence-transformers model, whose files
+    are not read, with the default reading.
     """
-    card = find_card(str(adapter or folder))
+    card, read = find_card(str(adapter or folder)), (config.pooling, config.attention, config.include_bos)
+    if card is None and not config.preset and read == ("mean", "bidirectional", True):
+        if (folder / "modules.json").is_file():
+            raise ValueError(
+                f"{folder} is a sentence-transformers model, whose pooling and prompt are not read; set --preset "
+                "last-token, or --preset llm2vec (mean, bidirectional), or --pooling and --attention, and its prompts"
+            )
     if config.preset:
         settled = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
         config = dataclasses.replace(settled, preset="")

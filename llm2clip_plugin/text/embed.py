@@ -6,12 +6,12 @@ all of them written writes the manifest. A killed run resumes: shards that are c
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from llm2clip_plugin.data.sources.tars import data_folder
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.encoder import TextEncoder
 
+Result = TypeVar("Result")
 MEMORY_BYTES = 256 << 20  # of embeddings kept in memory for captions that occur again in another shard
 VERIFY_SAMPLES = 64  # captions that --verify embeds again
 VERIFY_COSINE = 0.999  # of a cached embedding with a new one: int8 and another compute dtype stay above
@@ -41,6 +42,7 @@ class EmbedSummary:
     truncated: int = 0  # captions longer than max_tokens
     empty: list[str] = field(default_factory=list)  # keys of samples without a readable caption
     seconds: float = 0.0
+    waited: float = 0.0  # of these, seconds in which the LLM waited for captions to be read or rows to be written
 
     def lines(self, max_tokens: int) -> list[str]:
         """The report."""
@@ -48,7 +50,7 @@ class EmbedSummary:
         empty, keys = len(self.empty), ", ".join(self.empty[:3])
         done = f"embedded {self.captions} captions of {self.shards} shards"
         lines = {
-            f"{done} in {self.seconds:.1f} s ({rate:.1f} captions/s)": True,
+            f"{done} in {self.seconds:.1f} s ({rate:.1f} captions/s), waiting {self.waited:.1f} s": True,
             f"{self.skipped} shards already complete, skipped": self.skipped,
             f"{self.truncated} captions truncated to {max_tokens} tokens (--max-tokens)": self.truncated,
             f"{empty} samples without a readable caption, such as {keys}; see `llm2clip data check`": empty,
@@ -96,12 +98,14 @@ def embed_source(
     with (
         progress_bar(total=total, label="embed", unit="samples", show=not quiet) as bar,
         ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read") as reader,
+        ThreadPoolExecutor(1, thread_name_prefix="llm2clip-write") as saver,
     ):
         known = {name: fits[0] for name, fits in source.known_digests().items()}
-        read = partial(_read_shard, source, writer, known, digests, overwrite)
-        # the next shard is read while this one is embedded
-        for shard, content in zip(shards, map_in_order(reader, read, shards, ahead=2), strict=True):
-            start, size = int(bar.n), shard.size
+        read = partial(_read_shard, source, encoder, writer, known, digests, overwrite)
+        # while a shard is embedded, the next one is read and tokenized, and the one before is quantized and written
+        contents, written = map_in_order(reader, read, shards, ahead=2), saver.submit(int)
+        for shard in shards:
+            (content, waited), start, size = timed(partial(next, contents)), int(bar.n), shard.size
 
             def move(done: int, total: int, start: int = start, size: int = size) -> None:
                 bar.update(start + size * done // total - bar.n)
@@ -109,17 +113,19 @@ def embed_source(
             if content is None:
                 summary.skipped += 1
             else:
-                keys, rows, texts, empty = content
-                before = encoder.count_truncated
-                embeddings = _embed(encoder, texts, memory, tokens_per_batch=tokens_per_batch, on_batch=move)
-                truncated = encoder.count_truncated - before
-                writer.write_shard(shard.name, keys, rows, embeddings, truncated=truncated)
+                keys, rows, texts, tokens, truncated, empty = content
+                options = {"tokens_per_batch": tokens_per_batch, "tokens": tokens, "on_batch": move}
+                embeddings = _embed(encoder, texts, memory, **options)
+                waited += timed(written.result)[1]
+                written = saver.submit(writer.write_shard, shard.name, keys, rows, embeddings, truncated=truncated)
                 summary.shards += 1
                 summary.captions += len(rows)
                 summary.truncated += truncated
                 summary.empty += empty
+                summary.waited += waited
                 summary.seconds = time.monotonic() - started
             move(1, 1)
+        written.result()
     if digests:
         with source.lock(f"record the digests of {source.path}"):
             source.record_digests({name: (digest, digest) for name, digest in digests.items()})
@@ -132,11 +138,20 @@ class _ShardContent(NamedTuple):
     keys: Sequence[str]
     rows: Sequence[tuple[int, int]]  # (sample, caption hash)
     texts: Sequence[str]  # of the rows
+    tokens: Mapping[str, Sequence[int]]  # of each text
+    truncated: int  # texts longer than max_tokens
     empty: Sequence[str]  # keys of samples without a readable caption
+
+
+def timed(action: Callable[[], Result]) -> tuple[Result, float]:
+    """The result, and seconds that it took."""
+    start = time.monotonic()
+    return action(), time.monotonic() - start
 
 
 def _read_shard(
     source: Source,
+    encoder: TextEncoder,
     writer: caches.CacheWriter,
     known: Mapping[str, str],
     found: dict[str, str],
@@ -156,7 +171,10 @@ def _read_shard(
         writer.refuse_loss(shard.name, rows, f"{source.path} with the fields {', '.join(source.config.fields)}")
     text_of = {caption_hash(caption.text): caption.text for sample in captions for caption in sample}
     empty = [key for key, texts in zip(keys, captions, strict=True) if not any(map(caches.has_text, texts))]
-    return _ShardContent(keys, rows, [text_of[value] for _, value in rows], empty)
+    before, distinct = encoder.count_truncated, [*dict.fromkeys(text_of[value] for _, value in rows)]
+    tokens = dict(zip(distinct, encoder.tokenize(distinct), strict=True))
+    truncated = encoder.count_truncated - before
+    return _ShardContent(keys, rows, [text_of[value] for _, value in rows], tokens, truncated, empty)
 
 
 def _embed(encoder: TextEncoder, texts: Sequence[str], memory: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,18 +71,20 @@ class TextEncoder(ABC):
         *,
         tokens_per_batch: int = 0,
         query: bool = False,
+        tokens: Mapping[str, Sequence[int]] | None = None,
         on_batch: Callable[[int, int], object] | None = None,
     ) -> Tensor:
         """(N, W) float32 on the CPU: the embeddings of ``captions``, in their order.
 
         tokens_per_batch: padding included; 0 for the device's default. query: the query prompt for the prompt.
+        tokens: ``tokenize``'s of every caption, if they are there already.
         on_batch: called after each batch with the captions done so far and in all, equal ones counted once.
         Equal captions are embedded once. Raises ValueError for a blank caption.
         """
         distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
         embeddings_UW = torch.empty(len(distinct), self.width)
         budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
-        rows = self.tokenize(list(distinct), query=query)
+        rows = self.tokenize(list(distinct), query=query) if tokens is None else [tokens[text] for text in distinct]
         done = 0
         for indices in llms.length_batches([self.padded_length(ids) for ids in rows], budget):
             embeddings_UW[indices] = self.embed_tokens([rows[index] for index in indices], query=query)

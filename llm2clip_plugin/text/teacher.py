@@ -33,6 +33,7 @@ from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dua
 from llm2clip_plugin.vision.families import families, family_of_type
 
 MAY_DIFFER = ("llm", "revision", "max_tokens", "compute_dtype")  # settings of EncoderConfig that apply to a CLIP
+TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
 GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
 
@@ -72,6 +73,8 @@ class ClipTextEncoder(TextEncoder):
         self.pads_to_context = settings.model_type.startswith("siglip")  # it was trained to see its padding
         siglip_width = getattr(text, "projection_size", text.hidden_size)
         self.width = siglip_width if self.pads_to_context else settings.projection_dim
+        if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers makes one without words
+            raise ValueError(f"{folder} has no tokenizer; copy tokenizer.json of the same model into it")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
         self.folder = folder

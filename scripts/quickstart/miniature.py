@@ -6,7 +6,8 @@
 
 Questions are about the group of an emoji (nine answers) and, from easy-vqa, a colored shape (thirteen answers, half
 of them yes or no); a language model other than tiny is also asked for the name of an emoji, answered in words. Emoji of
-the test families and easy-vqa's test pictures are held out.
+the test families and easy-vqa's test pictures are held out; --held-out validation: emoji of the validation families
+alone, to choose settings on.
 
 Closed questions are right or wrong. An open answer is scored twice: whether it has a word of the emoji's name or
 keywords, and by the cosine of answer and name in the embeddings of a teacher. What is compared is how many points that
@@ -93,8 +94,8 @@ def english(about: dict[str, Any]) -> dict[str, str]:
     return {caption["kind"]: caption["text"] for caption in about["captions"] if caption["language"] == "en"}
 
 
-def make_data(output: Path, concepts: int, *, in_words: bool) -> None:
-    """Write everything that the stages read, atomically.
+def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> None:
+    """Write everything that the stages read, atomically; the held-out emoji are those of ``split``.
 
     ``in_words``: for a larger model, whose step costs by its tokens. Emoji are named, too, and the questions about a
     picture are one conversation.
@@ -126,7 +127,7 @@ def make_data(output: Path, concepts: int, *, in_words: bool) -> None:
             questions.append(talk(key, question, answer, f"train-{path.name}"))
             if number % 10 == 0:  # the words of the questions and answers, without the pictures
                 text.append(talk(f"{key}-text", question, answer))
-        held_out = hold_out(images, in_words=in_words, smoke=fraction < 0.5)
+        held_out = hold_out(images, split, in_words=in_words, smoke=fraction < 0.5)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
         (temporary / "questions.jsonl").write_text(lines)
         finetune = conversations(questions) if in_words else questions
@@ -134,10 +135,10 @@ def make_data(output: Path, concepts: int, *, in_words: bool) -> None:
             (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
 
 
-def hold_out(images: Path, *, in_words: bool, smoke: bool) -> Iterator[Row]:
+def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterator[Row]:
     """The questions of the evaluation, of each kind of score; their pictures are written to ``images``."""
     styles: dict[str, int] = {}
-    for number, (key, png, about) in enumerate(emoji("test")):
+    for number, (key, png, about) in enumerate(emoji(split)):
         of_style = styles[about["style"]] = styles.get(about["style"], -1) + 1
         if number % 10 and smoke:  # a smoke run uses one in ten
             continue
@@ -149,6 +150,8 @@ def hold_out(images: Path, *, in_words: bool, smoke: bool) -> Iterator[Row]:
         if in_words:
             row |= {"question_id": f"{key}-name", "keywords": about["keywords"]}
             yield {**row, "text": NAME, "truth": english(about)["short"], "kind": OPEN}
+    if split != "test":
+        return
     for key, path, question, answer in easy_vqa("test", SHAPES_TEST // 10 if smoke else SHAPES_TEST):
         (images / f"test-{path.name}").write_bytes(path.read_bytes())
         row = {"question_id": key, "image": f"test-{path.name}", "text": question, "truth": answer}
@@ -180,7 +183,7 @@ def score(output: Path, name: str, note: str, teacher: Any) -> None:
     of_kind: dict[str, list[Row]] = {kind: [] for kind in (*CLOSED, OPEN)}
     for row in map(json.loads, path.read_text().splitlines()):
         of_kind[row["kind"]].append({**row, "answer": answer_to[row["question_id"]]})
-    results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED]
+    results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if of_kind[kind]]
     if of_kind[OPEN]:
         results.append(by_keyword(of_kind[OPEN]))
         results += [by_similarity(of_kind[OPEN], teacher)] if teacher else []
@@ -269,11 +272,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--concepts", type=int, default=0, help="training emoji; 0: all 1,068")
     parser.add_argument("--llm", default="tiny", help="language model: tiny, smollm2 or a directory")
+    parser.add_argument("--held-out", choices=("test", "validation"), default="test", help="families of the emoji")
     parser.add_argument("--teacher", type=Path, help="an LLM that scores open answers")
     parser.add_argument("--adapter", type=Path, help="adapter of the teacher")
     args = parser.parse_args()
     if args.part == "prepare":
-        make_data(args.output / "data", args.concepts, in_words=args.llm != "tiny")
+        make_data(args.output / "data", args.concepts, in_words=args.llm != "tiny", split=args.held_out)
         make_llava_llm(args.llm, args.output)
     teacher = None
     if args.teacher:

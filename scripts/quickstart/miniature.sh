@@ -14,6 +14,7 @@
 #                             towers/tuned-seed{seed}
 #   --names BEFORE AFTER      what the comparison calls the sides
 #   --steps N N N             steps of words, captions and questions
+#   --held-out validation     evaluate on the emoji of the validation families alone, to choose settings
 #   --smoke                   a few steps on a few pictures
 #
 # Unmodified LLaVA 1.5, two stages a side, identical except for the tower: the projector is trained on captions, then both
@@ -23,11 +24,11 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 fail() { echo "error: $*" >&2; exit 2; }
-BEFORE='' AFTER='' OUTPUT='' LLM=tiny SEEDS=1 CONCEPTS=0 STEPS='' SCORING=() NAMES=(before after)
+BEFORE='' AFTER='' OUTPUT='' LLM=tiny HELD_OUT=test SEEDS=1 CONCEPTS=0 STEPS='' SCORING=() NAMES=(before after)
 while [ $# -gt 0 ]; do
     given=0 # values
     case "$1" in
-        --before | --after | --output | --llm | --seeds | --teacher | --adapter) given=1 ;;
+        --before | --after | --output | --llm | --seeds | --held-out | --teacher | --adapter) given=1 ;;
         --names) given=2 ;;
         --steps) given=3 ;;
     esac
@@ -36,6 +37,9 @@ while [ $# -gt 0 ]; do
         --before | --after | --output) name=${1#--} && printf -v "${name^^}" %s "$(realpath -m "$2")" ;;
         --llm | --seeds) name=${1#--} && printf -v "${name^^}" %s "$2" ;;
         --teacher | --adapter) SCORING+=("$1" "$(realpath -m "$2")") ;;
+        --held-out)
+            [[ $2 == test || $2 == validation ]] || fail "unknown --held-out $2; known: test, validation"
+            HELD_OUT=$2 ;;
         --names) NAMES=("$2" "$3") ;;
         --steps) STEPS="$2 $3 $4" ;;
         --smoke) CONCEPTS=60 STEPS=${STEPS:-6 4 6} ;;
@@ -62,6 +66,7 @@ for seed in $(seq 0 $((SEEDS - 1))); do
     done
 done
 SETTINGS="--llm $LLM --steps $STEPS, $CONCEPTS emoji (0: all)"
+[ "$HELD_OUT" = test ] || SETTINGS+=", held out: $HELD_OUT"
 if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$SETTINGS" ]; then
     fail "$OUT was made with '$(cat "$OUT/settings")', not '$SETTINGS'; choose another --output"
 fi
@@ -110,8 +115,8 @@ stage() {
 
 say "preparing pictures, questions and the language model"
 if [ ! -d "$OUT/llm" ]; then
-    "$LLAVA_PYTHON" scripts/quickstart/miniature.py prepare --output "$OUT" --concepts "$CONCEPTS" --llm "$LLM" 2>"$OUT/prepare.log" ||
-        failed "$OUT/prepare.log"
+    "$LLAVA_PYTHON" scripts/quickstart/miniature.py prepare --output "$OUT" --concepts "$CONCEPTS" --llm "$LLM" \
+        --held-out "$HELD_OUT" 2>"$OUT/prepare.log" || failed "$OUT/prepare.log"
 fi
 # what differs by language model: where both stages start, their options, evaluation's options
 if [ "$LLM" = tiny ]; then

@@ -85,7 +85,10 @@ def test_what_makes_training_worse_is_noted(tmp_path: Path, capsys: pytest.Captu
     assert report["validation"]["images_in_both"] == report["validation"]["captions_in_both"] == 1
     assert report["validation"]["examples"] == [{"key": "d"}]
     assert main(["data", "check", *words]) == 0
-    assert "\n  images in both: 1\n  examples: 1\n    d\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"\n  1 of 2 images of {tmp_path}/validation.tar are in the training data, too\n    d\n" in text
+    assert text.count("\n  1 ") == 6  # a line for each problem, and none for what is not there
+    assert "broken samples" not in text and text.endswith("\nfit for training: 0.00% broken, 1.00% allowed\n")
 
 
 def test_missing_images_do_not_hide_broken_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,5 +96,5 @@ def test_missing_images_do_not_hide_broken_ones(tmp_path: Path, capsys: pytest.C
     rows = (json.dumps({"image": f"{number}.jpg", "caption": f"picture {number}"}) for number in range(20))
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     assert main(["data", "check", str(tmp_path / "data.jsonl")]) == 1
-    text = capsys.readouterr().out
+    assert "\n  19 images not found; set --image-folder" in (text := capsys.readouterr().out)
     assert text.index(": 19.jpg: ") < text.index(": 0.jpg: ")

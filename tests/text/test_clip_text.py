@@ -39,3 +39,6 @@ def test_features_of_hugging_face_models_are_theirs(tmp_path: Path, kind: str):
     assert ours.width == features.shape[1] == (24 if kind == "clip" else 32)
     assert ours.identity().fingerprint != ours.identity().weights_sha256 and ours.count_truncated == 1
     assert (features[0] - features[2]).norm() > 0.1
+    (tmp_path / kind / "tokenizer.json").unlink()  # transformers would make a tokenizer that knows no word
+    with pytest.raises(ValueError, match="has no tokenizer; copy"):
+        encoder(tmp_path / kind)

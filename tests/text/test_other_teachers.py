@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from text_helpers import write_moved
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, T5Config
 
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.stages import embed, llm
+from llm2clip_plugin.text.config import EncoderConfig, effective
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.llm import refuse_length_dependent_rope
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain", "x", "猫"]
 
@@ -68,9 +73,30 @@ def test_adapter_trained_with_the_language_head(llama: Path, tmp_path: Path) -> 
     assert torch.allclose(found.encode(TEXTS), trained.encode(TEXTS), atol=1e-4)
 
 
+def test_sentence_transformers_is_not_read_by_default(llama: Path, tmp_path: Path) -> None:
+    """Its files have the pooling and prompts that it was trained with; stages and plans refuse it alike."""
+    folder = shutil.copytree(llama, tmp_path / "embedding")
+    (folder / "modules.json").write_text("[]")
+    (folder / "model.safetensors").unlink()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a dog"}))
+    with pytest.raises(ValueError, match=r"sentence-transformers model.* --preset last-token"):
+        CaptionEncoder(EncoderConfig(llm=str(folder)), "cpu")
+    for plan, data in ((embed.main, [str(tmp_path / "rows.jsonl")]), (llm.main, [])):
+        with pytest.raises(ValueError, match=r"sentence-transformers model.* --preset last-token"):
+            plan([*data, "--llm", str(folder), "--dry-run"])
+    for name, value in {"preset": "llm2vec", "pooling": "last", "attention": "causal"}.items():
+        effective(dataclasses.replace(EncoderConfig(), **{name: value}), folder)
+
+
 def test_what_is_no_decoder_is_refused(llama: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     BertModel(BertConfig(vocab_size=400, **sizes)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a BertModel; expected a decoder LLM"):
         CaptionEncoder(EncoderConfig(llm=str(tmp_path)), "cpu")
+    refuse_length_dependent_rope(T5Config(), 512)  # which knows no number of positions
