@@ -367,6 +367,7 @@ class RunRecord(VersionedRecord):
     epoch_samples: int = 0  # image-caption pairs of one pass over the data; 0: not recorded
     command: dict[str, Any] = field(default_factory=dict)  # how it was started last: files.started_by
     versions: dict[str, str] = field(default_factory=dict)
+    wandb: str = ""  # id of the run in Weights & Biases
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -263,7 +263,8 @@ def llm_plan(config: FinetuneConfig) -> str:
         plans.describe_run(config, deepspeed, trained_parameters(shape.llm, config), pairs, world),
         f"LLM: {encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, {shape.parameters:,} parameters "
         f"without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}{starts}",
-        f"LoRA: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}",
+        f"LoRA{' (assumed of --adapter)' if encoder.adapter else ''}: r {lora.r}, alpha {lora.alpha} on "
+        f"{', '.join(shape.adapted)}",
     ]
     stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
     for tokens in sorted({min(ASSUMED_TOKENS, encoder.max_tokens), encoder.max_tokens}):

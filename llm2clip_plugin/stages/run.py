@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,13 @@ class TrainingRun:
     ) -> Engine:
         """DeepSpeed's engine over the module; its optimizer resumes from the checkpoint, as the weights already do."""
         groups = parameter_groups(trained, self.config.optim.weight_decay)
+        if resumed is not None and self.deepspeed.get("wandb", {}).get("enabled"):
+            with suppress(OSError, ValueError):  # run.json is missing or damaged
+                if saved := RunRecord.read(self.folder / RunRecord.FILE).wandb:
+                    os.environ |= {"WANDB_RUN_ID": saved, "WANDB_RESUME": "allow", **os.environ}
         engine = Engine(module, groups, self.config.optim, self.deepspeed, keep_frozen=keep_frozen)
+        if (started := wandb_run()) is not None:
+            started.config.update(dataclasses.asdict(self.config), allow_val_change=True)
         if resumed is not None:
             engine.restore(resumed.weights, resumed.moments, vars(resumed.state))
         return engine
@@ -191,8 +198,14 @@ class TrainingRun:
             epoch_samples=int(self.run_settings.get("samples", 0)),
             command=self.command,
             versions=library_versions(),
+            wandb=getattr(wandb_run(), "id", ""),
         )
         on_first_rank(lambda: record.write(self.folder / RunRecord.FILE))
+
+
+def wandb_run() -> Any:
+    """The run that DeepSpeed has started in Weights & Biases, on rank 0; None without one."""
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 @contextmanager

@@ -365,10 +365,10 @@ def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
     if config.data.path:
         try:
             data = open_data(config)
-        except FileNotFoundError:  # no cache yet
+        except FileNotFoundError as error:  # no cache yet
             if config.data.cache:
                 raise
-            samples, assumed = sum(len(open_source(source)) for source in config.data.sources), "an embedding cache"
+            samples, assumed = sum(len(open_source(source)) for source in config.data.sources), str(error)
         else:
             check_data(config, data)
             return data.samples, data.caches[0].width, []

@@ -148,6 +148,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llm2vec": {"attention": "bidirectional", "pooling": "mean", "include_bos": False},
     # most LLMs that were trained to embed text, such as Qwen3-Embedding and E5-Mistral; --query-prompt is their own
     "last-token": {"attention": "causal", "pooling": "last"},
+    "mean": {"attention": "bidirectional", "pooling": "mean"},  # the default
 }
 
 
@@ -156,7 +157,7 @@ class EncoderConfig:
     """An LLM as caption encoder. The card of the adapter or of the LLM's folder, if there is one, takes precedence."""
 
     llm: str = ""  # path or Hub id of a decoder LLM
-    preset: str = ""  # settings of checkpoints without a card: llm2clip-llama3, llm2vec, last-token; "" for none
+    preset: str = ""  # settings of checkpoints without a card: llm2clip-llama3, llm2vec, last-token, mean; "" for none
     revision: str = ""  # commit, tag or branch on the Hub; "" for the default
     adapter: str = ""  # folder of a PEFT adapter; "" for none
     attention: str = "bidirectional"  # bidirectional | causal
@@ -199,16 +200,14 @@ def effective(
 ) -> tuple[EncoderConfig, EncoderCard | None]:
     """The configuration with what its preset and the card of the adapter or LLM say, and the card.
 
-    Raises ContractError for a setting that contradicts them, ValueError for a sentence-transformers model, whose files
-    are not read, with the default reading.
+    Raises ContractError for a setting that contradicts them, ValueError for a sentence-transformers model by default.
     """
-    card, read = find_card(str(adapter or folder)), (config.pooling, config.attention, config.include_bos)
-    if card is None and not config.preset and read == ("mean", "bidirectional", True):
-        if (folder / "modules.json").is_file():
-            raise ValueError(
-                f"{folder} is a sentence-transformers model, whose pooling and prompt are not read; set --preset "
-                "last-token, or --preset llm2vec (mean, bidirectional), or --pooling and --attention, and its prompts"
-            )
+    card, unset = find_card(str(adapter or folder)), (config.pooling, config.attention) == ("mean", "bidirectional")
+    if card is None and not config.preset and unset and (folder / "modules.json").is_file():
+        raise ValueError(
+            f"{folder} is a sentence-transformers model, whose pooling and prompts are not read; set --preset "
+            "last-token or --preset mean, or --pooling and --attention, and its prompts"
+        )
     if config.preset:
         settled = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
         config = dataclasses.replace(settled, preset="")

@@ -222,10 +222,8 @@ def refuse_length_dependent_rope(text_config, max_tokens: int) -> None:
     """Raise ValueError if rotary embeddings change with the batch's longest sequence within ``max_tokens``."""
     scaling = vars(text_config).get("rope_parameters") or {}
     for rope in (scaling, *(value for value in scaling.values() if isinstance(value, dict))):
-        if (kind := rope.get("rope_type")) not in ("longrope", "dynamic"):
-            continue
-        limit = rope.get("original_max_position_embeddings") or text_config.max_position_embeddings
-        if max_tokens > limit:
+        limit = rope.get("original_max_position_embeddings") or getattr(text_config, "max_position_embeddings", 0)
+        if (kind := rope.get("rope_type")) in ("longrope", "dynamic") and max_tokens > limit:
             raise ValueError(f"max_tokens is {max_tokens}, but beyond {limit} tokens {kind} RoPE depends on the batch")
 
 

@@ -223,6 +223,7 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
     return dataclasses.replace(
         config,
         llm=llm,
+        preset="mean" if (identity.pooling, identity.attention) == ("mean", "bidirectional") else "",
         revision=revision,
         adapter=adapter,
         load_in_4bit=identity.quantization == "nf4",

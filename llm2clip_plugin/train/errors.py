@@ -63,6 +63,8 @@ def lost_rank(error: RuntimeError) -> str:
     # torch raises a DistError for NCCL and the store, a plain RuntimeError for gloo
     if "gloo/" not in str(error) and not any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return ""
+    if "EADDRINUSE" in str(error):
+        return f"port {os.environ.get('MASTER_PORT')} is in use by another process; choose another with --master_port"
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return (
         f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} lost the connection to another rank: {reason}. "

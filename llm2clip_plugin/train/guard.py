@@ -108,17 +108,15 @@ class Watch(AbstractContextManager[None]):
         _end_within_grace()
         if isinstance(error, (SameOnAllRanksError, FirstRankError)):
             return
+        lost, until = isinstance(error, RuntimeError) and lost_rank(error), time.monotonic() + 3.0
         with suppress(Exception):  # the store's host may be gone
-            if isinstance(error, RuntimeError) and lost_rank(error):
-                until = time.monotonic() + 3.0  # in which the other rank publishes its error
-                while not self.failure and time.monotonic() < until:
-                    time.sleep(0.1)
-                    self._read_failure()
-            else:
+            while lost and not self.failure and time.monotonic() < until:  # the rank that is the cause publishes it
+                time.sleep(0.1)
+                self._read_failure()
+            if not (lost and self.failure):  # a rank that hangs outside of collectives learns from it, too
                 name = f"rank {rank()} on {socket.gethostname()} failed in phase {_doing()}"
                 self.store.set("failed", f"{name}: {type(error).__name__}: {error}")
-                return
-        if self.failure:  # instead of an error that follows from it
+        if lost and self.failure:  # instead of an error that follows from it
             raise RankFailedError(self.failure) from error
 
     def _read_failure(self) -> None:
@@ -138,7 +136,7 @@ class Watch(AbstractContextManager[None]):
                     self.failure = "the process that holds the ranks' store (rank 0, or torchrun on its host) has ended"
             except dist.DistStoreError:  # it is slow, or its process is stopped
                 continue
-        if self.failure:
+        if self.failure and not self._stopped.is_set():
             if rank() == 0:
                 print(f"\n{self.failure}; ending all ranks", file=sys.stderr, flush=True)
             _end_within_grace()

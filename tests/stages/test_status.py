@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -104,3 +105,15 @@ def test_running_here_and_elsewhere(folder: Path):
     assert (
         rows(folder)["state"].startswith("running on another host: ") and "node-7, or killed" in rows(folder)["state"]
     )
+
+
+def test_restarts_are_one_run_of_wandb(tiny: Path, tmp_path: Path):
+    base, more = words(tiny, tmp_path / "run"), ("--report_to", "wandb", "--no-eval-on-start", "--max-steps")
+    with mock.patch.dict(os.environ, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true"):
+        wandb = pytest.importorskip("wandb")
+        for steps in ("2", "4"):
+            assert run("train-tower", [*base, *more, steps, "--allow-changed", "train.max_steps"]) == 0
+            assert wandb.run.config["train"]["max_steps"] == int(steps)
+            wandb.teardown()  # as the end of the process; it has read the environment
+    saved = RunRecord.read(tmp_path / "run/run.json").wandb
+    assert [path.name.endswith(saved) for path in (tmp_path / "wandb").glob("offline-run-*")] == [True, True]

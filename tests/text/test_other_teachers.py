@@ -20,6 +20,7 @@ from llm2clip_plugin.stages import embed, llm
 from llm2clip_plugin.text.config import EncoderConfig, effective
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import refuse_length_dependent_rope
+from llm2clip_plugin.text.teacher import encoder_config
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain", "x", "猫"]
 
@@ -84,8 +85,10 @@ def test_sentence_transformers_is_not_read_by_default(llama: Path, tmp_path: Pat
     for plan, data in ((embed.main, [str(tmp_path / "rows.jsonl")]), (llm.main, [])):
         with pytest.raises(ValueError, match=r"sentence-transformers model.* --preset last-token"):
             plan([*data, "--llm", str(folder), "--dry-run"])
-    for name, value in {"preset": "llm2vec", "pooling": "last", "attention": "causal"}.items():
+    for name, value in {"preset": "mean", "pooling": "last", "attention": "causal"}.items():
         effective(dataclasses.replace(EncoderConfig(), **{name: value}), folder)
+    named = CaptionEncoder(EncoderConfig(llm=str(llama)), "cpu").identity()  # as a tower's card names it
+    effective(encoder_config(named, EncoderConfig(llm=str(folder))), folder)
 
 
 def test_what_is_no_decoder_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
-from llm2clip_plugin.train.distributed import set_single_process_environment, set_tf32
+from llm2clip_plugin.train.distributed import join_ranks, set_single_process_environment, set_tf32
 from llm2clip_plugin.train.engine import check_deepspeed
+from llm2clip_plugin.train.errors import lost_rank
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
 from llm2clip_plugin.train.optim import chosen_optimizer, complete, lr_factor, read_deepspeed_json
 from llm2clip_plugin.vision import DualConfig
@@ -62,8 +64,8 @@ def test_auto_values_are_filled():
     ("user", "named"),
     [
         ({"train_batch_size": 256}, r"256.* 512 \(--global-batch\)"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001.*--lr"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps.*--warmup-steps"),
         ({"optimizer": {"type": "Lamb"}}, "Lamb.*--optimizer"),
         ({"zero_optimisation": {"stage": 2}}, "zero_optimization"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "use the device cpu"),
@@ -164,3 +166,13 @@ def test_tasks_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(variable, "16")
     with pytest.raises(ValueError, match=variable):
         set_single_process_environment()
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RuntimeError) as failed:
+            join_ranks(torch.device("cpu"), 10)
+    assert lost_rank(failed.value).startswith(f"port {port} is in use")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,8 @@ from train_helpers import new_state, newest, parts_of, run_ranks, start_ranks, t
 
 from llm2clip_plugin.train import checkpoint
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, load
-from llm2clip_plugin.train.distributed import on_first_rank
+from llm2clip_plugin.train.distributed import free_port, on_first_rank
+from llm2clip_plugin.train.guard import Watch
 from llm2clip_plugin.train.loop import run_loop
 
 STEPS = 8
@@ -190,3 +192,20 @@ def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group(tmp_path: Path)
     first, second = run_ranks(wait_for_rank_0, 2, str(tmp_path))
     assert first[0] == second[0] == "of rank 0" and first[2] == second[2]
     assert (first[1], second[1]) == ("FileNotFoundError", "FirstRankError")
+
+
+def hang(rank: int, world: int, port: int) -> str:
+    """A collective of rank 1 fails; rank 0 is in none, and would wait for ever."""
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    watch, deadline = Watch(1.0), time.monotonic() + 9
+    with suppress(RuntimeError), watch:
+        if rank == 1:
+            raise RuntimeError("gloo/transport: Timed out")
+        while not watch.failure and time.monotonic() < deadline:
+            time.sleep(0.05)
+    return watch.failure
+
+
+def test_a_rank_that_hangs_learns_that_the_others_have_ended():
+    assert run_ranks(hang, 2, free_port())[0].endswith("RuntimeError: gloo/transport: Timed out")
