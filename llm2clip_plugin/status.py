@@ -84,10 +84,8 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
             (best, at), (last, now) = max(values), values[-1]
             parts += [f"best {best:.3f} (step {-at})", f"last {last:.3f} (step {-now})"]
         yield name, ", ".join(parts)
-    yield (
-        "checkpoints",
-        ", ".join(sorted(one.name for one in (folder / files.CHECKPOINTS).glob("step-*"))) or "none yet",
-    )
+    saved = sorted(one.name for one in (folder / files.CHECKPOINTS).glob("step-*"))
+    yield "checkpoints", ", ".join(saved) or "none yet"
     results = ", ".join(str(folder / name) for name, card in RESULTS.items() if (folder / name / card).is_file())
     yield "result", results or "none yet: the tower or adapter is written at the end"
     if metrics.unreadable:

@@ -62,7 +62,7 @@ from llm2clip_plugin.options import unknown
 
 log = logging.getLogger(__name__)
 
-OPEN_SHARDS = 64  # files that one process keeps open
+OPEN_SHARDS = 256  # files that one process keeps open
 FEW_SAMPLES = 16384  # samples whose captions this process compares alone, without a pool
 ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256", "bytes")  # of a shard in the manifest
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form

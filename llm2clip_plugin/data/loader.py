@@ -38,6 +38,7 @@ LISTED = 20  # broken samples in an error
 LEAST_ROWS = 1000  # of which a fraction is broken, so that one early sample can't stop a run
 GRACE = 60  # seconds that a loader process outlives SIGTERM
 SHUTDOWN = 10  # seconds that closing waits for the thread
+_too_large: set[str] = set()  # sources whose windows don't fit into their ``cache_gb``, said once
 
 
 @dataclass(eq=False)
@@ -102,19 +103,17 @@ class PairLoader:
         """Endless draws of this rank, in parts of a batch: each belongs to one batch."""
         mixture, position = self.dataset.mixture(), self.position
         node, rank_of_node = divmod(self.rank, self.world // self.nodes)
+        sources = enumerate(self.dataset.sources) if rank_of_node == 0 else ()
+        remote = {
+            n: one for n, one in sources if mixture.windows[n] and isinstance(one, TarSource) and is_url(one.path)
+        }
         fetched: dict[int, list[int]] = {}  # source -> shards of its next window
         while True:
-            for number, source in enumerate(self.dataset.sources):
-                if (
-                    rank_of_node == 0
-                    and mixture.windows[number]
-                    and isinstance(source, TarSource)
-                    and is_url(source.path)
-                ):
-                    window, following = mixture.window_shards(number, position, node, self.nodes)
-                    if fetched.get(number) != following:
-                        fetched[number] = following
-                        download_ahead(source, window, following)
+            for number, source in remote.items():
+                window, following = mixture.window_shards(number, position, node, self.nodes)
+                if fetched.get(number) != following:
+                    fetched[number] = following
+                    download_ahead(source, window, following)
             draws = mixture.rank_draws(position, self.rank, self.local_batch, self.world)
             for start in range(0, self.local_batch, part):
                 yield draws[start : start + part]
@@ -217,8 +216,10 @@ def download_ahead(source: TarSource, window: list[int], following: list[int]) -
     """
     need, limit = sum(source.stamps[shard][0] for shard in {*window, *following}), source.config.cache_gb * 1e9
     if 0 < limit < need:
-        what = f"two windows of shards have {need / 1e9:.1f} GB, so training waits at the end of each"
-        log.warning("%s: %s; raise cache_gb or lower shuffle_window", source.path, what)
+        if source.path not in _too_large:
+            what = f"two windows of shards have {need / 1e9:.1f} GB, so training waits at the end of each"
+            log.warning("%s: %s; raise cache_gb or lower shuffle_window", source.path, what)
+        _too_large.add(source.path)
         return
 
     def download() -> None:

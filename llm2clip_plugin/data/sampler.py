@@ -199,10 +199,14 @@ class PassOrder:
             result[here] = self.shard_starts[shards[shard]] + within - (stops - sizes)[shard]
         return result
 
-    def share(self, group: np.ndarray, node: int, nodes: int) -> list[int]:
-        """The shards of a group that the lanes of one of ``nodes`` are in."""
+    def share(self, group: np.ndarray, node: int, nodes: int, more: int) -> list[int]:
+        """The shards of a group that the lanes of one of ``nodes`` are in, and ``more`` lanes on both sides.
+
+        Of a lane that two nodes share each has all.
+        """
         stops = np.cumsum(self.sizes[group])
-        first, last = int(stops[-1]) * np.array([node, node + 1]) // nodes
+        lanes = np.array([node * LANES // nodes - more, -(-(node + 1) * LANES // nodes) + more])
+        first, last = int(stops[-1]) * lanes // LANES
         return group[(stops > first) & (stops - self.sizes[group] < last)].tolist()
 
     def _shuffled(self, group: int, size: int, positions: np.ndarray) -> np.ndarray:
@@ -296,7 +300,8 @@ class Mixture:
         order = self._pass_order(source, number)
         window = int(np.searchsorted(order.group_stops, place, side="right"))
         following = [*order.groups, self._pass_order(source, number + 1).groups[0]][window + 1]
-        return order.share(order.groups[window], node, nodes), order.share(following, node, nodes)
+        more = int(len(self.draws) > 1 and self._batches is None)  # how many rows a source has in a batch varies
+        return order.share(order.groups[window], node, nodes, more), order.share(following, node, nodes, more)
 
     def _draws(self, labels: np.ndarray, places: np.ndarray) -> list[Draw]:
         """Draws of these sources (k,), at these places (k,) of each source's endless passes."""

@@ -29,15 +29,7 @@ from llm2clip_plugin.files import ContractError, printable
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.teacher import TeacherLLM, load_dual_encoder
-from llm2clip_plugin.train.distributed import (
-    barrier,
-    choose_device,
-    gather_objects,
-    group_of,
-    on_first_rank,
-    rank,
-    world_size,
-)
+from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, on_first_rank, rank, world_size
 from llm2clip_plugin.train.guard import watched_group
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
@@ -183,8 +175,7 @@ class OpenedTower:
         if not on_first_rank(is_complete):
             number, ranks = rank(group_of(all_ranks)), world_size(group_of(all_ranks))
             embed_source(source, teacher.encoder, folder, rank=number, world=ranks, quiet=number != 0)
-            if all_ranks:
-                barrier()
+            gather_objects(None, group_of(all_ranks))  # all have embedded
         return opened()
 
 

@@ -110,10 +110,9 @@ class TrainingRun:
     ) -> Engine:
         """DeepSpeed's engine over the module; its optimizer resumes from the checkpoint, as the weights already do."""
         groups = parameter_groups(trained, self.config.optim.weight_decay)
-        if resumed is not None and self.deepspeed.get("wandb", {}).get("enabled"):
-            with suppress(OSError, ValueError):  # run.json is missing or damaged
-                if saved := RunRecord.read(self.folder / RunRecord.FILE).wandb:
-                    os.environ |= {"WANDB_RUN_ID": saved, "WANDB_RESUME": "allow", **os.environ}
+        with suppress(OSError, ValueError):  # run.json is missing or damaged
+            if resumed is not None and (saved := RunRecord.read(self.folder / RunRecord.FILE).wandb):
+                os.environ |= {"WANDB_RUN_ID": saved, "WANDB_RESUME": "allow", **os.environ}
         engine = Engine(module, groups, self.config.optim, self.deepspeed, keep_frozen=keep_frozen)
         if (started := wandb_run()) is not None:
             started.config.update(dataclasses.asdict(self.config), allow_val_change=True)
@@ -371,7 +370,8 @@ def describe_memory(
     lines = [f"expected memory per GPU in GiB{about}:", "  GPUs   local  micro-batch" + "".join(columns)]
     for world in WORLDS:
         local, rest = divmod(train.global_batch, world)
-        sizes = [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and train.micro_batch in (0, n)]
+        given = min(train.micro_batch, local)
+        sizes = [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and given in (0, n)]
         fitting = (size for size in sizes if train.micro_batch or total(memory, 1, world, size) <= FILLED * gpu_gib)
         if size := next(fitting, 0):
             off = kept if kept and total(kept, 1, world, size) <= FILLED * gpu_gib else None

@@ -88,6 +88,8 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             window = shuffle_window(config.data.read.shuffle_window, config.data.path, batch_shards)
             read = dataclasses.replace(config.data, read=dataclasses.replace(config.data.read, shuffle_window=window))
             config = dataclasses.replace(config, data=read, dual=with_llm_width(config.dual, data.caches[0].width))
+            for source, decided in zip(data.sources, config.data.sources, strict=True):
+                source.config = decided
             return _train(config, data, device, stop, command or {})
 
 

@@ -311,6 +311,7 @@ class Saver:
         if last:
             with phase(CHECKPOINT):
                 on_first_rank(self._wait)
+        self._write = None  # whose error, if it failed, holds the tensors
         copy = on_host if rank() == 0 else None
         tensors = {MODEL: self.engine.weights(copy), OPTIMIZER: self.engine.moments(copy)}
         tensors |= {name: reference.values(copy) for name, reference in self.references.items()}

@@ -279,12 +279,6 @@ def _poll(ready: Callable[[], bool], *, limit: float = math.inf) -> None:
         pause = min(2 * pause, 0.5)
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def set_tf32(tf32: Tf32, precision: str, device: torch.device) -> None:
     """Allow or forbid TF32, with 10 bits of mantissa, in products and convolutions of fp32 tensors on a GPU; auto:
     where the features come from half precision anyway, whose 7 or 10 bits round as much."""

@@ -29,10 +29,6 @@ REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}  # ZeRO's: 
 FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
 SECTIONS = ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "scheduler")  # of DeepSpeed's
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
-OPTIONS = {  # of the run, for what a DeepSpeed file may say, too
-    "optimizer": "--lr, --weight-decay, --optim.betas, --optim.eps",
-    "scheduler": "--schedule, --warmup-steps, --warmup-ratio, --min-lr-ratio",
-}
 State = dict[str, Any]  # optimizer.state[master]
 Rates = tuple[float, float]  # peak learning rate and weight decay
 Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weight_decay``
@@ -231,8 +227,8 @@ def complete(
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
         raise ValueError(f"{where}: offload_optimizer to NVMe is not supported; use the device cpu")
     conflicts = [
-        f'{section}.params.{name} is {given!r}, expected "auto": the run has {options}'
-        for section, options in OPTIONS.items()
+        f'{section}.params.{name} is {given!r}, expected "auto": the run has --lr, --weight-decay, --warmup-steps, ...'
+        for section in ("optimizer", "scheduler")
         for name, given in config.pop(section, {}).get("params", {}).items()
         if given != "auto"
     ]

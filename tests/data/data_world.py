@@ -5,21 +5,20 @@ import json
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from chat_server import Failure
 from PIL import Image
-from tiny_data import write_tar
+from tiny_data import made_up, write_tar
 
 from llm2clip_plugin.contracts import TeacherIdentity
 
-TEACHER = TeacherIdentity(
-    llm="tiny", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="mean",
-    layer=-1, prompt="", chat_template="", max_tokens=32, width=4,
-)  # fmt: skip
+TEACHER = replace(made_up("tiny"), max_tokens=32, width=4)
 
 
 class LengthEncoder:
@@ -87,10 +86,16 @@ class DroppingServer:
 
     def __init__(self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0, ranges: bool = False) -> None:
         self.files, self.drop_after, self.drops, self.ranges = files, drop_after, drops, ranges
-        self.sent = 0  # bytes of contents
+        self.failures: list[Failure] = []  # the first requests are answered by these, one after another
+        self.asked = self.sent = 0  # requests, and bytes of contents
         self.lock = threading.Lock()
 
-    def answer(self, handler: BaseHTTPRequestHandler, *, body: bool) -> None:
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        self.asked += 1
+        if self.failures:
+            handler.close_connection = True
+            self.failures.pop(0)(handler)
+            return
         data = self.files.get(handler.path)
         if data is None:
             handler.send_error(404)
@@ -102,7 +107,7 @@ class DroppingServer:
         handler.send_response(206 if asked else 200)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
-        if not body:
+        if handler.command == "HEAD":
             return
         with self.lock:
             drop = self.drops > 0 and len(data) > self.drop_after
@@ -122,10 +127,9 @@ def serving(server: DroppingServer) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            server.answer(self, body=True)
+            server.answer(self)
 
-        def do_HEAD(self) -> None:
-            server.answer(self, body=False)
+        do_HEAD = do_GET
 
         def log_message(self, *words: object) -> None:
             pass

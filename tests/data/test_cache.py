@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, rows_digest
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, rows_digest, shard_captions
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
@@ -30,15 +30,10 @@ def write_jsonl(folder: Path, captions: list[list[str]], name: str = "pairs", pr
     return SourceConfig(path=str(folder / f"{name}.jsonl"))
 
 
-def captions_of(source) -> tuple[list[str], list[tuple[Caption, ...]]]:
-    pairs = [source.captions(i) for i in range(len(source))]
-    return [key for key, _ in pairs], [found for _, found in pairs]
-
-
 def fill(directory: Path, source, dtype: str = "float16", teacher: TeacherIdentity = TEACHER) -> torch.Tensor:
     """Write random embeddings of ``source`` whole; returns them in the order of its captions."""
     writer = CacheWriter(directory, teacher, dtype)
-    keys, captions = captions_of(source)
+    keys, captions = shard_captions(source, source.shards[0])
     rows = caption_rows(captions)
     embeddings = torch.randn(len(rows), teacher.width, generator=torch.Generator().manual_seed(0))
     writer.write_shard(source.shards[0].name, keys, rows, embeddings)
@@ -177,7 +172,7 @@ def test_a_flipped_byte_is_found_when_its_row_is_read(source, tmp_path: Path, te
 @pytest.mark.parametrize("tensor", ["embeddings", "scales", "row_checks", "caption_hashes", "keys", "row_starts"])
 def test_a_damaged_shard_is_not_complete(source, tmp_path: Path, caplog: pytest.LogCaptureFixture, tensor: str) -> None:
     fill(tmp_path / "cache", source)
-    keys, captions = captions_of(source)
+    keys, captions = shard_captions(source, source.shards[0])
     digest = rows_digest(keys, caption_rows(captions))
     writer = CacheWriter(tmp_path / "cache", TEACHER)
     assert writer.is_complete("pairs", digest) and not caplog.text

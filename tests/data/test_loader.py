@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from data_world import TEACHER, DroppingServer, img2dataset_members, jpeg, serving, write_shards, write_tar
+from tiny_data import make_cache
 
 from llm2clip_plugin.data import PREFETCH_MB, lacks_shared_memory, plan_loading, row_bytes
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import SOURCE_BITS, EvalPairs, PairDataset
@@ -25,7 +26,6 @@ from llm2clip_plugin.files import ContractError
 
 IMAGES = ImageConfig(size=16)
 AUGMENT = AugmentConfig(scale=(0.5, 1.0), flip=True, rotate=5)
-WIDTH = TEACHER.width
 EXACT = ("pixels", "embeddings", "caption_hashes", "image_ids")
 
 
@@ -36,16 +36,7 @@ def embedding_of(text: str) -> torch.Tensor:
 
 def embed(source: Source, folder: Path) -> EmbeddingCache:
     """A cache of ``source`` whose rows ``embedding_of`` knows."""
-    writer = CacheWriter(folder, TEACHER, "float16")
-    for shard in source.shards:
-        read = [source.captions(shard.start + number) for number in range(shard.size)]
-        rows = caption_rows([captions for _, captions in read])
-        texts = [list(dict.fromkeys(caption.text for caption in captions)) for _, captions in read]
-        vectors = [embedding_of(text) for of_sample in texts for text in of_sample]
-        stacked = torch.stack(vectors) if vectors else torch.zeros(0, WIDTH)
-        writer.write_shard(shard.name, [key for key, _ in read], rows, stacked)
-    writer.finish([shard.name for shard in source.shards])
-    return EmbeddingCache.open(folder)
+    return EmbeddingCache.open(make_cache(Path(source.path), embed=embedding_of, identity=TEACHER, directory=folder))
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ import errno
 import logging
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from chat_server import Failure, send, stall
 from data_world import DroppingServer, jpeg, serving, write_shards
 
 from llm2clip_plugin.data import remote
@@ -121,35 +120,19 @@ def test_nodes_share_an_index_and_captions_need_no_download(tmp_path: Path) -> N
         assert open_source(nodes[1]).shards == open_source(nodes[0]).shards and server.sent == sent
 
 
-class FailingServer(DroppingServer):
-    """Answers the first requests with ``failures``, one after another, then as it should."""
-
-    def __init__(self, files: dict[str, bytes], failures: list[Callable[[BaseHTTPRequestHandler], None]]) -> None:
-        super().__init__(files)
-        self.failures, self.asked = failures, 0
-
-    def answer(self, handler: BaseHTTPRequestHandler, *, body: bool) -> None:
-        self.asked += 1
-        if self.failures:
-            handler.close_connection = True
-            self.failures.pop(0)(handler)
-        else:
-            super().answer(handler, body=body)
+def failing(files: dict[str, bytes], failures: list[Failure]) -> DroppingServer:
+    server = DroppingServer(files)
+    server.failures = failures
+    return server
 
 
-def status(code: int, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
-    def fail(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(code)
-        for name, value in {"Content_Length": "0", **headers}.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-
-    return fail
+def status(code: int, **headers: str) -> Failure:
+    return lambda handler: send(handler, code, b"", **headers)  # no body, which an answer to HEAD must not have
 
 
 def test_overload_is_retried_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture, pauses: list[float]) -> None:
     errors = [status(503), status(503), status(429, Retry_After="70"), status(429, Retry_After="70"), status(500)]
-    server = FailingServer({"/a.tar": BODY}, errors)  # the size is asked for by HEAD and, after a failure, by GET
+    server = failing({"/a.tar": BODY}, errors)  # the size is asked for by HEAD and, after a failure, by GET
     with serving(server) as address, caplog.at_level(logging.WARNING):
         assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
     assert take_retries() == len(pauses) >= 2 and take_retries() == 0 and 70.0 in pauses
@@ -158,7 +141,7 @@ def test_overload_is_retried_and_counted(tmp_path: Path, caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("code, error", [(403, PermissionError), (404, FileNotFoundError), (400, ConnectionError)])
 def test_a_refusal_is_said_at_once(code: int, error: type[Exception], tmp_path: Path) -> None:
-    server = FailingServer({}, [status(code)] * 9)
+    server = failing({}, [status(code)] * 9)
     with serving(server) as address, pytest.raises(error, match=rf"http.*a\.tar.*{code}"):
         Downloads(tmp_path).fetch(f"{address}/a.tar")
     assert server.asked <= 2 and take_retries() == 0
@@ -171,18 +154,7 @@ def test_a_server_that_is_gone_or_stalls_ends_in_an_error(tmp_path: Path, monkey
     with pytest.raises(ConnectionError, match=r"failed 8 times in a row: http.*a\.tar: ClientConnector.*rerun"):
         Downloads(tmp_path).fetch(f"{address}/a.tar")
     monkeypatch.setenv("LLM2CLIP_TIMEOUT", "0.2")
-    stall = time.monotonic
-
-    def never(handler: BaseHTTPRequestHandler) -> None:
-        end = stall() + 1
-        while stall() < end:
-            handler.connection.settimeout(1)
-            try:
-                handler.connection.recv(1)
-            except OSError:
-                break
-
-    server = FailingServer({}, [never] * 20)
+    server = failing({}, [stall] * 20)
     with serving(server) as address, pytest.raises(ConnectionError, match="LLM2CLIP_TIMEOUT"):
         Downloads(tmp_path).fetch(f"{address}/a.tar")
 

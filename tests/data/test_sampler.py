@@ -124,6 +124,16 @@ def test_each_node_reads_its_share_of_remote_shards(nodes: int, reads: float) ->
             ]
 
 
+@pytest.mark.parametrize("nodes", [3, 8])
+def test_nodes_download_ahead_what_they_read_of_mixed_sources(nodes: int) -> None:
+    mixture = Mixture([(1000,) * 70, (900,) * 60], (1, 0.5), 0, (64, 64))
+    for position in range(0, 17 * 6144, 6144):  # also past the end of an epoch
+        for node in range(nodes):
+            draws = mixture.rank_draws(position, node, 6144 // nodes, nodes)
+            ahead = [{*now, *later} for now, later in (mixture.window_shards(n, position, node, nodes) for n in (0, 1))]
+            assert all(draw.index // (1000, 900)[draw.source] in ahead[draw.source] for draw in draws)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_global_batch_of_one_source(world: int) -> None:
     """Over four epochs: any number of ranks, any start, every sample once a pass, and each source its share."""

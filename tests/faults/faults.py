@@ -86,6 +86,12 @@ def meet(fault: Fault, world: World, command: list[str], capsys: pytest.CaptureF
     return told
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files below a folder, without indexes and kept digests."""
+    files = (path for path in folder.rglob("*") if path.is_file() and ".llm2clip" not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if path.suffix != ".index"}
+
+
 def copied(world: Path, to: Path) -> World:
     """A copy that keeps times, which indexes compare."""
     shutil.copytree(world, to)

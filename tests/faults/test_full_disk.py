@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import ChatServer, serving
-from faults import Fault, World, copied, meet, rows
+from faults import Fault, World, contents, copied, meet, rows
 from small_disk import FILLER, fill, mounted
 from tiny_llm import save_tiny_llm
 
@@ -44,10 +44,11 @@ def small(made: World) -> Iterator[World]:
     made.path("disk").rmdir()
 
 
-def contents(disk: Path) -> dict[str, bytes]:
-    files = {path.relative_to(disk).as_posix(): path for path in disk.rglob("*") if path.is_file()}
+def outputs(disk: Path) -> dict[str, bytes]:
+    """What no rerun completes."""
+    files = contents(disk)
     assert not [name for name in files if name.endswith(".tmp")]
-    return {name: path.read_bytes() for name, path in files.items() if name != FILLER and not name.startswith(RERUN)}
+    return {name: body for name, body in files.items() if name != FILLER and not name.startswith(RERUN)}
 
 
 def full(name: str, command: str, file: str, leave: int = 12288) -> Fault:
@@ -74,16 +75,16 @@ EMBED = "embed {w}/data --llm {w}/llm --cache {w}/disk/cache"
 )
 def test_written_whole_or_not_at_all(fault: Fault, small: World, capsys: pytest.CaptureFixture[str]) -> None:
     disk, command = small.path("disk"), fault.words.replace("{w}", str(small.folder)).split()
-    before = contents(disk)
+    before = outputs(disk)
     assert meet(fault, small, command, capsys).count("error: ") == 1
-    assert contents(disk) == before
+    assert outputs(disk) == before
     for manifest in disk.glob("cache/manifest.json"):
         assert not CacheManifest.read(manifest).complete
     (disk / FILLER).unlink()
     assert main(command) == 0
     for manifest in disk.glob("cache/manifest.json"):
         assert CacheManifest.read(manifest).complete
-    assert contents(disk) != before or "cache" in fault.words
+    assert outputs(disk) != before or "cache" in fault.words
 
 
 def test_answers_until_the_disk_was_full_are_kept(small: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,10 +95,10 @@ def test_answers_until_the_disk_was_full_are_kept(small: World, capsys: pytest.C
     with serving(server) as url:
         command = ["llava", "evaluate", "--endpoint", url, "--question-file", str(questions)]
         command += ["--answers-file", str(output), "--concurrency", "1"]
-        before = contents(disk)
+        before = outputs(disk)
         fault = full("", "", "answers.jsonl", 3 * 4096)
         assert meet(fault, small, command, capsys).count("error: ") == 1
-        assert {name for name in contents(disk) if not name.startswith("answers.jsonl.")} == {*before}
+        assert {name for name in outputs(disk) if not name.startswith("answers.jsonl.")} == {*before}
         (disk / FILLER).unlink()
         server.bodies.clear()
         assert main(command) == 0

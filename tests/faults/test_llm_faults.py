@@ -21,7 +21,7 @@ def nan(world: World) -> None:
     Fault(
         "NaN in a weight of the LLM",
         "--compute-dtype float32",
-        "{w}/llm is a LlamaModel, whose states are not finite in torch.float32: its weights are damaged, ...",
+        "{w}/llm is a LlamaModel, whose states are not finite in torch.float32; ...",
         nan,
     ),
 )

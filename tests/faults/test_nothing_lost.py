@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from faults import Fault, World, copied, meet, rows
+from faults import Fault, World, contents, copied, meet, rows
 from tiny_data import make_shards, write_tar
 from tiny_llm import save_tiny_llm
 
@@ -34,11 +34,6 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def complete(embedded: Path, tmp_path: Path) -> World:
     return copied(embedded, tmp_path / "w")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and ".llm2clip" not in path.parts)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files if not path.name.startswith(".")}
 
 
 def fewer_samples(world: World) -> None:

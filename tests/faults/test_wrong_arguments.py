@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import Fault, World, copied, meet, rows
+from faults import Fault, World, contents, copied, meet, rows
 from PIL import Image
 from tiny_llm import save_tiny_llm
 
@@ -51,20 +51,14 @@ def furnished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
-def contents(world: World) -> dict[str, bytes]:
-    """Of every file but indexes and kept digests."""
-    files = (path for path in world.folder.rglob("*") if path.is_file() and ".llm2clip" not in path.parts)
-    return {str(path): path.read_bytes() for path in files if path.suffix != ".index"}
-
-
 @rows(*(Fault(*line.split(" | ")) for line in TABLE if not line.startswith("#")))
 def test_refused(
     fault: Fault, furnished: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, started = contents(furnished), time.monotonic()
+    before, started = contents(furnished.folder), time.monotonic()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("LLM2CLIP_HOME", str(tmp_path / "home"))
     told = meet(fault, furnished, fault.words.replace("{w}", str(furnished.folder)).split(), capsys)
     assert told.count("error: ") == 1 and time.monotonic() < started + 10
-    assert contents(furnished) == before and not [*(tmp_path / "here").iterdir()]
+    assert contents(furnished.folder) == before and not [*(tmp_path / "here").iterdir()]

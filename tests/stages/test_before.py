@@ -9,6 +9,8 @@ from tower_runs import lines, losses
 
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import RunRecord, TowerCard
+from llm2clip_plugin.data import remote
+from llm2clip_plugin.stages import tower
 from llm2clip_plugin.vision.dual import load_dual
 
 SMALL = ("--precision", "fp32", "--global-batch", "16", "--workers", "0")
@@ -52,6 +54,19 @@ def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     again, _, longer = train(tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", *resumed)
     assert again == before and longer["step"] == 3 and heads_lines(output) == fit
     assert RunRecord.read(output / "run.json").before == record.before
+
+
+def test_remote_data_is_read_in_the_windows_that_are_recorded(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    windows, make = [], tower.make_batches
+
+    def noting(config, data, *more):
+        windows.extend([config.data.read.shuffle_window, *make(config, data, *more).dataset.mixture().windows])
+        return make(config, data, *more)
+
+    monkeypatch.setattr(remote, "is_network", lambda path: True)
+    monkeypatch.setattr(tower, "make_batches", noting)
+    train(tiny, tiny / "remote", "--heads.steps", "0", "--max-steps", "1")
+    assert windows[0] == windows[1] > remote.NETWORK_WINDOW
 
 
 def test_random_heads_have_no_before_and_scoring_changes_nothing(tiny: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
-from llm2clip_plugin.train.distributed import join_ranks, set_single_process_environment, set_tf32
+from llm2clip_plugin.train.distributed import set_single_process_environment, set_tf32
 from llm2clip_plugin.train.engine import check_deepspeed
 from llm2clip_plugin.train.errors import lost_rank
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
@@ -170,9 +170,8 @@ def test_tasks_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
-        port = str(other.getsockname()[1])
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
-            monkeypatch.setenv(name, value)
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(RuntimeError) as failed:
-            join_ranks(torch.device("cpu"), 10)
+            torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True)
     assert lost_rank(failed.value).startswith(f"port {port} is in use")

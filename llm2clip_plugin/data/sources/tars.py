@@ -49,7 +49,7 @@ COLUMNS = 7  # byte and size of the image; sizes of key, .txt and .json; start a
 CRC = 4  # bytes, after the text of each sample
 ABSENT = -1  # offset or size of a part that the sample does not have
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples of it
-OPEN_FILES = 64  # tars held open by one process
+OPEN_FILES = 256  # tars held open by one process
 DOWNLOADS_AT_ONCE = 4
 FEW = 16  # tars that are indexed in this process, without a pool
 
@@ -101,9 +101,9 @@ class TarSource(Source):
         columns, data = self._index.row(*self.place(number))
         key, text, fields = columns[2:5]
         data, crc = data[:-CRC], data[-CRC:]
-        if zlib.crc32(data).to_bytes(CRC, "little") != crc:
-            raise ValueError(f"{self._index.path} is damaged (sample {number}); delete it and restart")
         stop = key + max(text, 0)
+        if zlib.crc32(data).to_bytes(CRC, "little") != crc or stop + max(fields, 0) != len(data):
+            raise ValueError(f"{self._index.path} is damaged (sample {number}); delete it and restart")
         return columns, data[:key].decode(), data[key:stop] if text >= 0 else None, data[stop:] if fields >= 0 else None
 
     def _image(self, shard: int, key: str, offset: int, size: int) -> bytes:
