@@ -81,12 +81,12 @@ def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = Fal
                     fix = "expected an object with question_id, text and image"
                     with errors_about(f"{path}, line {number}", fix=fix):
                         row = json.loads(line)
-                        text, image = row["text"], row.get("image", "")
+                        text, image = row["text"] + "", row.get("image", "") + ""  # TypeError for numbers
                         questions.append(Question(id=row["question_id"], text=text, shown=text, image=image))
         elif path.suffix == ".json":  # LLaVA's conversations, of which the first turn is the question
             for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
                 with errors_about(f"{path}, entry {number}", fix="expected an object with id and conversations"):
-                    image = row.get("image", "")
+                    image = row.get("image", "") + ""
                     text = row["conversations"][0]["value"].replace("<image>", "").strip()
                     text += f"\n{DIRECTLY['en']}" if directly else ""
                     shown = f"<image>\n{text}" if image else text
@@ -278,6 +278,9 @@ class AnswerConfig(ModelConfig):
         super().__post_init__()
         if self.answers_file.resolve() == self.question_file.resolve():
             raise ValueError(f"--answers-file {self.answers_file} is the question file; choose another")
+        for name in ("batch_size", "concurrency", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")
 
 
 COMMAND = Command(

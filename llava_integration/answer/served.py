@@ -67,7 +67,7 @@ class Endpoint:
     def __init__(self, url: str, *, timeout: float, retries: int) -> None:
         """``url``: up to /v1, which is added to a host alone; ``timeout``: seconds that an answer may take.
 
-        Raises ValueError for what is not such a URL.
+        Raises ValueError for what is not such a URL, and for a key that no header can hold.
         """
         self.retries, self.stopped = retries, threading.Event()
         self._reported = -SILENCE  # time of the last message about a retry
@@ -80,6 +80,8 @@ class Endpoint:
         self.url, self.timeout = f"{parts.scheme}://{parts.netloc}{path or '/v1'}", timeout
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         key = os.environ.get(KEY, "").strip()
+        if not (key.isascii() and key.isprintable()):  # else http.client's error shows it
+            raise ValueError(f"{KEY} has characters that no API key has (line breaks, non-ASCII); set it again")
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
         self._opener = urllib.request.build_opener(_NoRedirect)

@@ -39,11 +39,12 @@ class VlmConfig:
     tower: str  # vision tower: tower directory, registered name, or Hugging Face folder or Hub id of a vision model
     llm: str  # language model with a chat template: folder or Hub id
     output: Path  # folder to write
-    arch: Literal["llava", "llava_next"] = "llava"  # llava: one square; llava_next: tiles
+    arch: Literal["llava", "llava_next", "llava_onevision"] = "llava"  # llava: one square; the others: tiles
     chat_template: Path | None = None  # Jinja file in place of the LLM's own template
     select_layer: int = -2  # hidden state of the tower that the projector reads; -2: before the last block
     seed: int = 0  # of the fresh projector
     compare: bool = True  # compare logits with those of tower and LLM (both models in memory, one by one)
+    dry_run: bool = False  # print parameters and bytes of the parts, then exit
     overwrite: bool = False  # replace an existing folder
 
 

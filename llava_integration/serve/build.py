@@ -112,13 +112,8 @@ AutoConfig.register({config}.model_type, {config}, exist_ok=True)
 AutoModel.register({config}, {model}, exist_ok=True)
 
 # of the tensors in files to those in memory; transformers 5 applies its own to its own classes alone
-RENAMED = {{
-    "^language_model.lm_head": "lm_head",
-    "^language_model.model": "model.language_model",
-    "^vision_tower": "model.vision_tower",
-    "^multi_modal_projector": "model.multi_modal_projector",
-    "^image_newline": "model.image_newline",
-}}
+RENAMED = {{"^language_model.lm_head": "lm_head", "^language_model.model": "model.language_model"}}
+RENAMED |= {{f"^{{name}}": f"model.{{name}}" for name in ("vision_tower", "multi_modal_projector", "image_newline")}}
 
 
 class {arch}TowerConfig({arch}Config):
@@ -243,8 +238,13 @@ class ExportedTower:
 # The folder
 
 TEMPLATE = "chat_template.jinja"
-CLASSES = {"llava": "Llava", "llava_next": "LlavaNext"}  # how the names of their classes begin
-TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # grids (rows, columns) that LLaVA-NeXT may cut an image into
+ONEVISION, VIDEO = "llava_onevision", "<video>"
+CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", ONEVISION: "LlavaOnevision"}  # how their names begin
+TILES = {  # grids (rows, columns) that an image may be cut into
+    "llava_next": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
+    ONEVISION: tuple((rows, columns) for rows in range(1, 7) for columns in range(1, 7)),
+}
+MOST_TILES = {"vision_aspect_ratio": "anyres_max_9"}  # of OneVision; features of more are interpolated
 
 
 def write_folder(
@@ -261,7 +261,7 @@ def write_folder(
     pads: bool = True,  # images are padded to squares, as LLaVA trains; else cropped
     dtype: torch.dtype,
     text: dict[str, Any],  # text_config
-    image_id: int,
+    slots: dict[str, int],  # image_token_index and the like
     ids: dict[str, Any],  # bos_token_id and the like
     generation: dict[str, Any],
     template: str,
@@ -270,23 +270,15 @@ def write_folder(
     size = write_shards(tensors, directory, dtype)
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
     classes, stored = CLASSES[arch], str(dtype).removeprefix("torch.")
-    side, patch, extra = tower.config["image_size"], tower.config["patch_size"], int(tower.family.has_cls)
-    drops_class = bool(extra) and feature == "patch"
-    strategy = {"vision_feature_select_strategy": "default" if drops_class else "full"}
-    processor: dict[str, Any] = {"processor_class": f"{classes}Processor"}
-    images = {**preprocessor_config(tower.directory), **processor}
-    if pads:
-        images |= {"image_processor_type": f"{classes}ImageProcessor", "do_pad": True}
     key, recorded = made_from[0], {"version": llm2clip_plugin.__version__, **made_from[1]}
     body = {
         "architectures": [f"{classes}ForConditionalGeneration"],
         "model_type": arch,
-        "image_token_index": image_id,
-        "image_seq_length": (side // patch) ** 2 + extra - drops_class,
+        **slots,
+        **write_processor(directory, tower, arch, drops_class=tower.family.has_cls and feature == "patch", pads=pads),
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": layer,
-        **strategy,
         "vision_config": {**tower.config, "torch_dtype": stored},
         "text_config": {**text, "torch_dtype": stored},
         "tie_word_embeddings": bool(text.get("tie_word_embeddings")),
@@ -295,9 +287,6 @@ def write_folder(
         **(code := write_code(tower.family.name, directory, classes)),
         key: recorded,
     }
-    if arch == "llava_next":
-        body["image_grid_pinpoints"] = [[rows * side, columns * side] for rows, columns in TILES]
-        images["image_grid_pinpoints"] = body["image_grid_pinpoints"]
     table = {name.replace("_", " "): f"`{value}`" for name, value in recorded.items() if value}
     if tower.location:  # whose terms the model inherits
         card = published(tower.location.card)
@@ -307,15 +296,42 @@ def write_folder(
         table |= {"tower started from": f"`{card.origin}`", "tower's teacher": card.teacher.get("llm", "")}
     write_json(directory / "config.json", body)
     write_json(directory / "generation_config.json", {**ids, **generation})
-    write_json(directory / "preprocessor_config.json", images)
-    processor |= {"image_token": IMAGE, "patch_size": patch, "num_additional_image_tokens": extra, **strategy}
-    write_json(directory / "processor_config.json", processor)
     rows = markdown_table(("", ""), [(name, value) for name, value in table.items() if value])
     served = "" if arch != "llava" else SERVED if tower.config["model_type"] in STOCK else SERVED + PLUGIN
     option = ", trust_remote_code=True" if code else ""  # runs the tower's code
     readme = PAGE.substitute(title=title, what=what, rows=rows, license=LICENSE, served=served, option=option)
     (directory / "README.md").write_text(readme, encoding="utf-8")
     return size
+
+
+def write_processor(
+    directory: Path, tower: ExportedTower, arch: str, *, drops_class: bool, pads: bool
+) -> dict[str, Any]:
+    """Write how images become pixels and tokens; what config.json says of it."""
+    kind, side, patch = CLASSES[arch], tower.config["image_size"], tower.config["patch_size"]
+    extra = int(tower.family.has_cls)
+    tokens = (side // patch) ** 2 + extra  # of the tower
+    said: dict[str, Any] = {"vision_feature_select_strategy": "default" if drops_class else "full"}
+    counts = {"image_token": IMAGE, **said}
+    images = preprocessor_config(tower.directory) | {"processor_class": f"{kind}Processor"}
+    if pads:
+        images |= {"image_processor_type": f"{kind}ImageProcessor", "do_pad": True}
+    if arch == ONEVISION:  # resizes tiles, and frames of videos, to the tower's square
+        images = {n: v for n, v in images.items() if n != "crop_size"}
+        images |= {"size": {"height": side, "width": side}, "do_center_crop": False}
+        videos = {n: v for n, v in images.items() if n not in ("image_processor_type", "do_pad")}
+        videos["video_processor_type"] = f"{kind}VideoProcessor"
+        write_json(directory / "video_preprocessor_config.json", videos)
+        counts |= {"num_image_tokens": tokens, "video_token": VIDEO, **MOST_TILES}
+        said |= MOST_TILES
+    else:
+        counts |= {"patch_size": patch, "num_additional_image_tokens": extra}
+    if arch in TILES:
+        said["image_grid_pinpoints"] = [[rows * side, columns * side] for rows, columns in TILES[arch]]
+        images["image_grid_pinpoints"] = said["image_grid_pinpoints"]
+    write_json(directory / "preprocessor_config.json", images)
+    write_json(directory / "processor_config.json", {**counts, "processor_class": f"{kind}Processor"})
+    return {**said, "image_seq_length": tokens - drops_class}
 
 
 SERVED = "`vllm serve PATH_OR_HUB_ID` serves it with an OpenAI-compatible API"

@@ -207,6 +207,12 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
         if match is None or target not in tensors:
             raise ContractError(f"{path}: {name} belongs to no weight of the base model; check --model-base")
         halves.setdefault(target, {})[match["half"]] = tensor
+    kinds = {str(target).split(".")[-1] for target in config.get("target_modules") or ()}
+    blocks = {name: name.split(".")[-2] for name in tensors if name.startswith("model.layers.")}
+    if lost := sorted(
+        {name for name, kind in blocks.items() if kind in kinds and name.endswith(".weight")} - {*halves}
+    ):
+        raise ContractError(f"{path}: {len(lost)} target_modules have no LoRA, as {lost[0]}; {FIX}")
     out = dict(tensors)
     with errors_about(path, fix=FIX):
         for name, pair in halves.items():

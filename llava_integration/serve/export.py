@@ -137,7 +137,7 @@ def write_model(made: Export, directory: Path) -> int:
             pads=made.pads,
             dtype=DTYPES[made.dtype],
             text=text_config(config, image_id + 1),
-            image_id=image_id,
+            slots={"image_token_index": image_id},
             ids={name: number for name, number in tokenizer.ids().items() if name != "unk_token_id"},
             generation={"do_sample": False},
             template=chat_template(made.conversation, bos=tokenizer.adds_bos, space=not tokenizer.legacy),
@@ -149,13 +149,11 @@ def write_model(made: Export, directory: Path) -> int:
 # LLaVA may be in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false
 
-
 QUESTION = "What is in this picture?"
 NEW_TOKENS = 16
 IMAGE_SIDES = (427, 640)  # of COCO's pictures: rows, columns
 PIXEL_TOLERANCE = 1e-5  # of normalized pixels; one level of 255 is about 0.015
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
-
 
 # What one side computes: token ids of the prompt, one ``<image>`` for the image; pixels (3, S, S); logits (T, V); the
 # greedy answer, of LLaVA its most likely token at each place of the other's answer
@@ -241,21 +239,16 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
         model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32)
     model = rounded(model.eval(), DTYPES[made.dtype])
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}],
-        chat_template=(directory / TEMPLATE).read_text(encoding="utf-8"),
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    template = (directory / TEMPLATE).read_text(encoding="utf-8")
+    text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
     if transformers.__version__.startswith("4.37."):  # its processor neither pads images nor counts their tokens
         from llava.mm_utils import process_images
 
         image_processor = transformers.CLIPImageProcessor.from_pretrained(directory)
         aspect = SimpleNamespace(image_aspect_ratio="pad" if made.pads else None)
-        inputs = {
-            **tokenizer(text, return_tensors="pt"),
-            "pixel_values": process_images([test_image()], image_processor, aspect),
-        }
+        pixels = process_images([test_image()], image_processor, aspect)
+        inputs = {**tokenizer(text, return_tensors="pt"), "pixel_values": pixels}
     else:
         processor: Any = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
         inputs = processor(images=test_image(), text=text, return_tensors="pt")

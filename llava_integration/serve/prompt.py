@@ -15,50 +15,29 @@ from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.vision.directory import read_json, write_json
 
 IMAGE = "<image>"
-VICUNA = {  # what precedes and follows the system prompt and the messages
-    "system": "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    "before": "",
-    "after": " ",
-    "user": "USER: ",
-    "user_end": " ",
-    "assistant": "ASSISTANT: ",
-    "assistant_end": "</s>",
-    "generation": "ASSISTANT:",  # ends a prompt
-}
-CHATML = {
-    "system": "Answer the questions.",
-    "before": "<|im_start|>system\n",
-    "after": "<|im_end|>",
-    "user": "<|im_start|>user\n",
-    "user_end": "<|im_end|>",
-    "assistant": "<|im_start|>assistant\n",
-    "assistant_end": "<|im_end|>",
-    "generation": "<|im_start|>assistant\n",
-}
+# the system prompt, what precedes and follows it and the messages, and what ends a prompt
+PARTS = "system before after user user_end assistant assistant_end generation".split()
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+VICUNA = (SYSTEM, "", " ", "USER: ", " ", "ASSISTANT: ", "</s>", "ASSISTANT:")
+SAYS, END = ("<|im_start|>user\n", "<|im_start|>assistant\n"), "<|im_end|>"
+CHATML = ("Answer the questions.", "<|im_start|>system\n", END, SAYS[0], END, SAYS[1], END, SAYS[1])
 CONVERSATIONS = {"vicuna_v1": VICUNA, "v1": VICUNA, "chatml_direct": CHATML, "mistral_direct": CHATML}
 # for ``content`` as a string or as a list of parts (images first, as in LLaVA)
 CHAT_TEMPLATE = Template("""\
 {%- if messages[0]['role'] == 'system' -%}
-{%- set system = messages[0]['content'] -%}
+{%- set system, turns = messages[0]['content'], messages[1:] -%}
 {%- if system is not string -%}{%- set system = system[0]['text'] -%}{%- endif -%}
-{%- set turns = messages[1:] -%}
-{%- else -%}
-{%- set system = $system -%}
-{%- set turns = messages -%}
-{%- endif -%}
+{%- else -%}{%- set system, turns = $system, messages -%}{%- endif -%}
 {{- $before + system + $after -}}
 {%- for message in turns -%}
 {{- $user if message['role'] == 'user' else $assistant -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
+{%- if message['content'] is string -%}{{- message['content'] -}}
 {%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] != 'text' -%}{{- "<image>\\n" -}}{%- endif -%}
-{%- endfor -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}
-{%- endfor -%}
+{%- for part in message['content'] -%}{%- if part['type'] != 'text' -%}{{- "<image>\\n" -}}{%- endif -%}{%- endfor -%}
+{%- for part in message['content'] -%}{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}
 {%- endif -%}
 {{- $user_end if message['role'] == 'user' else $assistant_end -}}
 {%- endfor -%}
@@ -72,14 +51,15 @@ def chat_template(conversation: str, *, bos: bool = False, space: bool = False) 
     ``space``: the tokenizer puts a space before the first word of a text, but not after ``<s>``; it is written as the
     tokenizer's own character, since some strip spaces.
     """
-    texts = {name: json.dumps(text, ensure_ascii=False) for name, text in CONVERSATIONS[conversation].items()}
+    texts = (json.dumps(text, ensure_ascii=False) for text in CONVERSATIONS[conversation])
     start = "{{- bos_token -}}\n" + ("{{- '▁' -}}\n" if space else "") if bos else ""
-    return start + CHAT_TEMPLATE.substitute(texts)
+    return start + CHAT_TEMPLATE.substitute(dict(zip(PARTS, texts, strict=True)))
 
 
 # The tokenizer
 
 MODEL, FAST, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+USER_DEFINED = 4  # sentencepiece's ModelProto.SentencePiece.Type
 BPE_TYPE = 2  # sentencepiece's TrainerSpec.ModelType
 SPACE = "▁"
 DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -155,12 +135,11 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
     vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     added = {int(number): entry["content"] for number, entry in config.get("added_tokens_decoder", {}).items()}
     added |= {number: token for token, number in numbers.items()}
-    ranked: list[tuple[float, int, int, str, str]] = []
-    for piece in proto.pieces:
-        for left, right in ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece))):
-            if left in vocabulary and right in vocabulary:
-                ranked.append((-piece.score, vocabulary[left], vocabulary[right], left, right))
-    merges = [(left, right) for *_, left, right in sorted(ranked)]  # every pair that makes a piece, best score first
+    merges = merges_of(proto.pieces, vocabulary)
+    symbols = {piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1}
+    if split := symbols - {left + right for left, right in merges}:
+        told = f"user-defined pieces that are no merges of others, such as {min(split)[:60]!r}"
+        raise ContractError(f"{path} has {told}, which the exported tokenizer would split")
     spec, legacy = proto.normalizer_spec, bool(config.get("legacy", True))
     steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
@@ -186,3 +165,13 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
         raise ContractError(f"{directory}: ids of its added tokens have gaps, or {IMAGE} is one of them; {FIX}")
     adds_bos = bool(config.get("add_bos_token", True)) and "bos_token" in special
     return LlavaTokenizer(made=made, special=special, legacy=legacy, adds_bos=adds_bos)
+
+
+def merges_of(pieces: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, best score first."""
+    ranked: list[tuple[float, int, int, str, str]] = []
+    for piece in pieces:
+        for left, right in ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece))):
+            if left in vocabulary and right in vocabulary:
+                ranked.append((-piece.score, vocabulary[left], vocabulary[right], left, right))
+    return [(left, right) for *_, left, right in sorted(ranked)]

@@ -119,10 +119,8 @@ def main() -> None:
         from swift.cli.main import cli_main
 
         words = sys.argv[1:]
-        if "--external_plugins" in words:  # the user's own stay
-            words.insert(words.index("--external_plugins") + 1, __file__)
-        else:
-            words += ["--external_plugins", __file__]
+        words += ["--external_plugins"] * ("--external_plugins" not in words)
+        words.insert(words.index("--external_plugins") + 1, __file__)  # the user's own stay
         sys.argv[:] = [*words, "--template", NAME, "--model_type", "llava1_5_hf"]
         return cli_main()
     register_code()

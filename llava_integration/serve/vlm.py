@@ -18,18 +18,8 @@ import transformers
 from torch import nn
 
 from llava_integration.checkpoints import blocks_below
-from llava_integration.serve import VLM, VlmConfig
-from llava_integration.serve.build import (
-    CLASSES,
-    EMBEDDING,
-    HEAD,
-    OF_THE_FILE,
-    ExportedTower,
-    hf_name,
-    register,
-    with_image_row,
-    write_folder,
-)
+from llava_integration.serve import VLM, VlmConfig, build
+from llava_integration.serve.build import ExportedTower, hf_name, register, with_image_row, write_folder
 from llava_integration.serve.checkpoint import LazyTensors, in_memory, open_tensors
 from llava_integration.serve.export import QUESTION, test_image
 from llava_integration.serve.prompt import IMAGE, write_tokenizer
@@ -41,6 +31,8 @@ from llm2clip_plugin.vision.directory import fetch_directory, has_card, is_local
 from llm2clip_plugin.vision.export import RELATIVE_TOLERANCE
 from llm2clip_plugin.vision.towers import load_tower
 
+# settings of a head that transformers' LLaVA doesn't have -> values that change nothing
+HEAD_SETTINGS = {"final_logit_softcapping": (None,), "logit_scale": (None, 1.0), "logits_scaling": (None, 1.0)}
 PADDING = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "<unk>")  # for tokenizers that name none
 
 
@@ -67,16 +59,19 @@ class LanguageModel:
         with errors_about(what, fix="pass a model of transformers with its tokenizer"), quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(directory)
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        for setting, values in HEAD_SETTINGS.items():
+            if (value := getattr(config, setting, None)) not in values:
+                raise ContractError(f"{what} has {setting} {value}, which transformers' LLaVA does not apply")
         return cls(directory=directory, config=config, tokenizer=tokenizer)
 
     def tensors(self, files: ExitStack) -> LazyTensors:
         """Its tensors, without a tied head. Raises ContractError for names that LLaVA's classes do not have."""
         own, is_tied = open_tensors(weight_files(self.directory), files), self.config.tie_word_embeddings
-        own = {name: tensor for name, tensor in own.items() if not (name == HEAD and is_tied)}
-        wrong = [f"has a tensor {name}" for name in own if name != HEAD and not name.startswith("model.")]
-        wrong += [f"lacks {name}" for name in (EMBEDDING, *([] if is_tied else [HEAD])) if name not in own]
+        own = {name: tensor for name, tensor in own.items() if not (name == build.HEAD and is_tied)}
+        wrong = [f"has a tensor {name}" for name in own if name != build.HEAD and not name.startswith("model.")]
+        wrong += [f"lacks {name}" for name in (build.EMBEDDING, *([] if is_tied else [build.HEAD])) if name not in own]
         if wrong:
-            raise ContractError(f"{self.directory} {wrong[0]}; transformers' LLaVA loads model.* and {HEAD}")
+            raise ContractError(f"{self.directory} {wrong[0]}; transformers' LLaVA loads model.* and {build.HEAD}")
         return own
 
 
@@ -86,17 +81,13 @@ class LanguageModel:
 # Messages whose content is a list of parts become messages of text, which every LLM's template reads.
 FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- if message['content'] is defined and message['content'] is not none and message['content'] is not string -%}
+{%- for message in messages -%}{%- set content = message['content'] -%}
+{%- if content is defined and content is not none and content is not string -%}
 {%- set parts = namespace(text='') -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'text' -%}{%- set parts.text = parts.text + part['text'] -%}
-{%- else -%}{%- set parts.text = parts.text + '<image>\\n' -%}
-{%- endif -%}
-{%- endfor -%}
+{%- for part in content -%}{%- set tag = '<video>\\n' if 'video' in part['type'] else '<image>\\n' -%}
+{%- set parts.text = parts.text + (part['text'] if part['type'] == 'text' else tag) -%}{%- endfor -%}
 {%- set flat.messages = flat.messages + [dict(message, content=parts.text)] -%}
-{%- else -%}{%- set flat.messages = flat.messages + [message] -%}{%- endif -%}
-{%- endfor -%}
+{%- else -%}{%- set flat.messages = flat.messages + [message] -%}{%- endif -%}{%- endfor -%}
 {%- set messages = flat.messages -%}
 """
 
@@ -117,8 +108,8 @@ def chat_template(llm: LanguageModel, file: Path | None) -> str:
     return FLATTEN + start + own.lstrip("\n")
 
 
-def write_llms_tokenizer(llm: LanguageModel, directory: Path, processor: str) -> int:
-    """Write the LLM's tokenizer with ``<image>``, and without a template of its own; the token's id."""
+def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> dict[str, int]:
+    """Write the LLM's tokenizer with ``<image>``, and without a template of its own; image_token_index and the like."""
     from tokenizers import AddedToken, Tokenizer
 
     own, body = llm.tokenizer, json.loads(llm.tokenizer.backend_tokenizer.to_str())
@@ -126,7 +117,8 @@ def write_llms_tokenizer(llm: LanguageModel, directory: Path, processor: str) ->
     steps = [one for one in steps.get("processors", [steps]) if one and one["type"] != "TemplateProcessing"]
     body["post_processor"] = {"type": "Sequence", "processors": steps} if steps else None
     made = Tokenizer.from_str(json.dumps(body))
-    made.add_special_tokens([AddedToken(IMAGE, normalized=False, special=True)])
+    slots = {"image_token_index": IMAGE, **({"video_token_index": build.VIDEO} if arch == build.ONEVISION else {})}
+    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in slots.values()])
     if len(made.encode("x").ids) != len(made.encode("x", add_special_tokens=False).ids):
         raise ContractError(f"{llm.directory}: the tokenizer adds tokens by {steps}, which cannot be changed here")
     known = made.get_vocab(with_added_tokens=True)
@@ -134,8 +126,8 @@ def write_llms_tokenizer(llm: LanguageModel, directory: Path, processor: str) ->
     special["pad_token"] = special["pad_token"] or next((t for t in PADDING if t in known), special["eos_token"])
     settings = {name: token for name, token in special.items() if token is not None}
     settings["model_max_length"] = own.model_max_length
-    write_tokenizer(directory, json.loads(made.to_str()), settings, processor)
-    return known[IMAGE]
+    write_tokenizer(directory, json.loads(made.to_str()), settings, f"{build.CLASSES[arch]}Processor")
+    return {name: known[token] for name, token in slots.items()}
 
 
 # The model
@@ -153,15 +145,37 @@ def open_tower(name: str) -> ExportedTower:
     return ExportedTower.of(directory, location)
 
 
-def write_model(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directory: Path) -> int:
-    """Write every file into an empty folder; the bytes of the weights."""
-    image_id = write_llms_tokenizer(llm, directory, f"{CLASSES[config.arch]}Processor")
+def parts(
+    config: VlmConfig, tower: ExportedTower, llm: LanguageModel, files: ExitStack
+) -> tuple[dict[str, LazyTensors], torch.dtype]:
+    """Every tensor by part, before ``<image>`` is added; the LLM's dtype."""
     width, out = tower.config["hidden_size"], llm.config.hidden_size
     with torch.random.fork_rng(devices=[]):  # the same for the same seed
         torch.manual_seed(config.seed)
         projector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))  # as LLaVA draws it
         newline = torch.randn(out) / math.sqrt(out)  # between rows of tiles
-    rows, needed, is_tied = llm.config.vocab_size, image_id + 1, bool(llm.config.tie_word_embeddings)
+    new = {hf_name(f"model.mm_projector.{name}"): value for name, value in projector.state_dict().items()}
+    new |= {"image_newline": newline} if config.arch in build.TILES else {}
+    own = llm.tensors(files)
+    language = {hf_name(name): tensor for name, tensor in own.items()}
+    made = {"tower": tower.tensors(files), "projector": in_memory(new, "the projector"), "language model": language}
+    return made, llm.config.dtype or next(iter(own.values())).read().dtype
+
+
+def plan(config: VlmConfig, tower: ExportedTower, llm: LanguageModel) -> str:
+    """Parameters and bytes of the parts, from the headers of their files."""
+    with ExitStack() as files:
+        tensors, dtype = parts(config, tower, llm, files)
+        counts = {part: sum(math.prod(one.shape) for one in own.values()) for part, own in tensors.items()}
+    rows = [*counts.items(), ("all", sum(counts.values()))]
+    lines = [f"{part:<16}{count:>16,} parameters{size_text(count * dtype.itemsize):>12}" for part, count in rows]
+    return "\n".join([*lines, f"{config.arch}, {str(dtype).removeprefix('torch.')}; nothing was written"])
+
+
+def write_model(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, template: str, directory: Path) -> int:
+    """Write every file into an empty folder; the bytes of the weights."""
+    slots = write_llms_tokenizer(llm, directory, config.arch)
+    rows, needed, is_tied = llm.config.vocab_size, max(slots.values()) + 1, bool(llm.config.tie_word_embeddings)
     places = {"tower": config.tower, "llm": config.llm}  # no path of this machine is recorded
     recorded = {
         "seed": config.seed,
@@ -170,35 +184,31 @@ def write_model(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, dir
         "llm_sha256": files_sha256(weight_files(llm.directory)),
     }
     text = read_json(llm.directory / "config.json")
-    text = {name: value for name, value in text.items() if name not in OF_THE_FILE - {"architectures"}}
+    text = {name: value for name, value in text.items() if name not in build.OF_THE_FILE - {"architectures"}}
     file = llm.directory / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
     ids = {name: getattr(llm.config, name, None) for name in ("bos_token_id", "eos_token_id")}
     ids["pad_token_id"] = transformers.AutoTokenizer.from_pretrained(directory).pad_token_id
     with ExitStack() as files:
-        tensors = tower.tensors(files)
-        new = {hf_name(f"model.mm_projector.{name}"): value for name, value in projector.state_dict().items()}
-        new |= {"image_newline": newline} if config.arch == "llava_next" else {}
-        tensors |= in_memory(new, "the projector")
-        own = llm.tensors(files)
-        tensors |= {hf_name(name): tensor for name, tensor in own.items()}
-        for name in {hf_name(EMBEDDING), hf_name(HEAD)} & {*tensors} if needed > rows else ():
+        by_part, dtype = parts(config, tower, llm, files)
+        tensors = {name: tensor for own in by_part.values() for name, tensor in own.items()}
+        for name in {hf_name(build.EMBEDDING), hf_name(build.HEAD)} & {*tensors} if needed > rows else ():
             tensors[name] = with_image_row(tensors[name], rows, added=needed - rows)
         return write_folder(
             directory,
             tower,
             tensors,
             title=config.output.name,
-            what=f"{CLASSES[config.arch]} with an untrained projector (stage 0), built by llm2clip-plugin.",
+            what=f"{build.CLASSES[config.arch]} with an untrained projector (stage 0), built by llm2clip-plugin.",
             made_from=("llm2clip_vlm", recorded),
             arch=config.arch,
             layer=config.select_layer,
-            dtype=llm.config.dtype or next(iter(own.values())).read().dtype,
+            dtype=dtype,
             text=text | {"vocab_size": max(needed, rows), "tie_word_embeddings": is_tied},
-            image_id=image_id,
+            slots=slots,
             ids=ids,
             generation={n: v for n, v in generation.items() if n[0] != "_" and n != "pad_token_id"},
-            template=chat_template(llm, config.chat_template),
+            template=template,
         )
 
 
@@ -208,11 +218,14 @@ def main(argv: list[str]) -> int:
     tower = open_tower(config.tower)
     blocks_below(config.select_layer, tower.config["num_hidden_layers"])
     llm = LanguageModel.of(config.llm)
+    template = chat_template(llm, config.chat_template)
+    if config.dry_run:
+        print(plan(config, tower, llm))
+        return 0
     with atomic_directory(config.output, replace=config.overwrite) as temporary:
-        size = write_model(config, tower, llm, temporary)
-        said = "not compared"
-        if config.compare:
-            said = f"logits within {compare(config, tower, llm, temporary):.1e} of the parts'"
+        size = write_model(config, tower, llm, template, temporary)
+        difference = compare(config, tower, llm, temporary) if config.compare else None
+    said = "not compared" if difference is None else f"logits within {difference:.1e} of the parts'"
     print(f"{config.output}: {size_text(size)} of weights, every tensor verified by reloading; {said}")
     return 0
 
@@ -229,7 +242,7 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
         prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
         inputs = processor(images=test_image(), text=prompt, return_tensors="pt")
-        kind = getattr(transformers, f"{CLASSES[config.arch]}ForConditionalGeneration")
+        kind = getattr(transformers, f"{build.CLASSES[config.arch]}ForConditionalGeneration")
         model, info = kind.from_pretrained(directory, output_loading_info=True)
         if wrong := {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info[name]}:
             raise ContractError(f"transformers' {kind.__name__} does not load what was written: {wrong}")

@@ -178,6 +178,9 @@ def test_the_key_comes_from_the_environment(folder, tmp_path, monkeypatch) -> No
     with serving(ChatServer(["tiny"], key="sk-secret")) as url:
         with pytest.raises(ConnectionError, match=r"denies access \(HTTP 401: wrong key\); set OPENAI_API_KEY"):
             evaluate.main(words(folder, url, output))
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\nsk-other")
+        with pytest.raises(ValueError, match="OPENAI_API_KEY has characters that no API key has"):
+            evaluate.main(words(folder, url, output))
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
         assert evaluate.main(words(folder, url, output)) == 0
     check(folder, output)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,16 @@ def weights(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], file: str 
     return lambda folder: save_file(change(load_file(folder / file)), folder / file, {"format": "pt"})
 
 
+def user_defined_symbol(folder: Path) -> None:
+    """A piece that sentencepiece takes whole, as `user_defined_symbols` makes it."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    proto: Any = import_protobuf().ModelProto()
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    proto.pieces[-1].piece, proto.pieces[-1].type = "zz▁qq", 4
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+
+
 def tensor(end: str, value: Tensor) -> Damage:
     """Another value of the tensors whose names end so."""
     return weights(lambda state: {name: value.clone() if name.endswith(end) else old for name, old in state.items()})
@@ -57,10 +68,15 @@ SETTINGS: dict[str, tuple[Damage, str]] = {
     "foreign": (settings(model_type="qwen2_vl"), "model_type is 'qwen2_vl'"),
     "next": (settings(image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
     "patch token": (settings(mm_use_im_patch_token=None), "mm_use_im_patch_token"),  # LLaVA's loader then adds one
+    "symbols": (user_defined_symbol, "user-defined pieces that are no merges of others, such as 'zz▁qq'"),
 }
 ADAPTERS: dict[str, tuple[Damage, str]] = {
     "no projector": (lambda folder: (folder / "non_lora_trainables.bin").unlink(), "no non_lora_trainables.bin"),
     "cut": (lambda folder: (folder / LORA).write_bytes((folder / LORA).read_bytes()[:-9]), "not a complete"),
+    "block lost": (
+        weights(lambda s: {n: v for n, v in s.items() if "s.1." not in n}, LORA),
+        "3 target_modules have no",
+    ),
     "nan": (weights(nan, LORA), "up_proj.weight is nan"),
     "another rank": (settings(ADAPTER, r=8), "rank 4, expected"),
 }

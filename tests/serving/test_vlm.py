@@ -191,20 +191,25 @@ def test_other_llms(llms: Path, tmp_path: Path, llm: str, capsys: pytest.Capture
     assert float(said.split("logits within ")[1].split()[0]) <= 1e-5
 
 
+@pytest.mark.parametrize("arch", ["llava_next", "llava_onevision"])
 @pytest.mark.parametrize("tower", ["siglip", "dinov3"])
-def test_tiles(llms: Path, tmp_path: Path, tower: str) -> None:
+def test_tiles(llms: Path, tmp_path: Path, tower: str, arch: str) -> None:
     """The command compares the folder with its parts; an image has more tokens than one tile's."""
-    folder = build(tower, llms / "qwen3", tmp_path / "vlm", "--arch", "llava_next")
+    folder = build(tower, llms / "qwen3", tmp_path / "vlm", "--arch", arch)
     config = json.loads((folder / "config.json").read_text())
     processor = AutoProcessor.from_pretrained(folder)
-    inputs = processor.apply_chat_template([{"role": "user", "content": ASKED}], tokenize=True, return_dict=True)
-    assert inputs["input_ids"][0].count(config["image_token_index"]) > 2 * config["image_seq_length"]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    batches = [processor.apply_chat_template([{"role": "user", "content": ASKED}], **options)]
+    assert (batches[0]["input_ids"] == config["image_token_index"]).sum() > 2 * config["image_seq_length"]
+    if arch == "llava_onevision":
+        size = config["vision_config"]["image_size"]
+        frames = torch.randint(255, (3, 3, 40, 50), dtype=torch.uint8)
+        chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What happens?"}]}]
+        batches += [processor(videos=[frames], text=processor.apply_chat_template(chat), return_tensors="pt")]
+        assert batches[1]["pixel_values_videos"].shape == (1, 3, 3, size, size)
     register()
-    model = transformers.LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
-    batch = processor.apply_chat_template(
-        [{"role": "user", "content": ASKED}], tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    assert model(**batch).logits.isfinite().all()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert all(model(**batch).logits.isfinite().all() for batch in batches)
 
 
 def test_code_of_the_tower_travels_with_tiles(llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,8 +294,10 @@ def test_image_uses_a_spare_row_or_a_new_one(built: Path, llms: Path, tmp_path: 
         assert torch.allclose(rows[tokens], own[name][:tokens].mean(0))
 
 
-def test_seed_and_shards(built: Path, llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same seed gives the same projector; shards are written one by one."""
+def test_seed_dry_run_and_shards(
+    built: Path, llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same seed gives the same projector; a plan counts what is written; shards are written one by one."""
     name = "multi_modal_projector.linear_1.weight"
     first = load_file(built / "model.safetensors")
     monkeypatch.setattr("llava_integration.serve.checkpoint.SHARD_BYTES", 50_000)
@@ -300,8 +307,10 @@ def test_seed_and_shards(built: Path, llms: Path, tmp_path: Path, monkeypatch: p
     second = {key: value for shard in shards for key, value in load_file(shard).items()}
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     monkeypatch.undo()
-    other = load_file(build("clip", llms / "qwen3", tmp_path / "other", "--seed", "1") / "model.safetensors")
-    assert not torch.equal(other[name], first[name])
+    words = ("clip", llms / "qwen3", tmp_path / "other", "--seed", "1")
+    count, nothing = sum(value.numel() for value in first.values()), build(*words, "--dry-run")
+    assert f"{count:,} parameters" in capsys.readouterr().out and not nothing.exists()
+    assert not torch.equal(load_file(build(*words) / "model.safetensors")[name], first[name])
 
 
 def test_no_code_of_the_towers_folder_is_named(tmp_path: Path) -> None:
@@ -325,7 +334,7 @@ def test_the_card_names_both_by_hash(built: Path) -> None:
     ("tower", "llm", "more", "message"),
     [
         ("clip", "base", (), "has no chat template; pass the instruction-tuned model as --llm, or --chat-template"),
-        ("clip", "gemma2", (), "transformers' LlavaForConditionalGeneration computes something else with this LLM"),
+        ("clip", "gemma2", (), "has final_logit_softcapping 30.0, which transformers' LLaVA does not apply"),
         ("clip", "vlm", (), "has a vision tower already; pass a language model"),
         ("clip", "quantized", (), "is quantized; pass the model that it was made from"),
         ("clip", "gpt2", (), "has a tensor transformer."),

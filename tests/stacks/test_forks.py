@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -76,7 +75,7 @@ def train(world: World, package: str, paths: list[str], tower: str, kind: str, o
         )
         for rank in range(RANKS)
     ]
-    told = [rank.communicate(timeout=600)[0] for rank in ranks]
+    told = [rank.communicate(timeout=1800)[0] for rank in ranks]
     assert not any(rank.returncode for rank in ranks), told[0][-3000:] + told[1][-3000:]
     return losses(output)
 
@@ -91,8 +90,8 @@ def train(world: World, package: str, paths: list[str], tower: str, kind: str, o
     ],
 )
 def test_losses_are_those_of_its_own_clip_tower(world, package, kind, options):
-    paths = [os.environ["LLAVA_NEXT"]] if package == "llava" and "LLAVA_NEXT" in os.environ else []
-    if not paths and find_spec(package) is None:
+    paths = [os.environ.get("LLAVA_NEXT", "")] if package == "llava" else []
+    if paths == [""]:
         pytest.skip("LLaVA-NeXT is not on the package index; LLAVA_NEXT=CHECKOUT names its code")
     tower = world.towers["clip"]
     own, ours = (train(world, package, paths, one, kind, options) for one in (str(tower), f"llm2clip:{tower}"))

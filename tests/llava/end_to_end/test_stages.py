@@ -75,6 +75,11 @@ def test_the_checkpoint_remembers_its_tower(world, trained):
         }
 
 
+def test_lora_leaves_the_tower_alone(trained):
+    adapter = weights(trained[0]["lora"])
+    assert adapter and not any("vision_tower" in name for name in adapter)
+
+
 def test_a_process_that_imports_only_llava_loads_and_answers(world, trained):
     folders, _ = trained
     checkpoints = [

@@ -75,6 +75,11 @@ ROW = '{"question_id": 1, "text": "What?", "image": "%s"}\n'
 @rows(
     questions("no such image", ROW % "nowhere.png", "question 1: cannot read {w}/images/nowhere.png: ..."),
     questions(
+        "a text that is none",
+        '{"question_id": 1, "text": 5}\n',
+        "{w}/questions.jsonl, line 1 cannot be used (TypeError: ...); expected an object with ...",
+    ),
+    questions(
         "an image elsewhere", ROW % "../questions.jsonl", "question 1: image '../questions.jsonl' is outside ..."
     ),
 )
