@@ -211,18 +211,14 @@ def match(
             f"{questions[0].id!r}). Check BENCHMARK, --data and --answers; for a subset pass --allow-missing"
         )
     _refuse_other_prompts(given, answers.path, name)
-    total = len(questions)
+    total, lines = len(questions), len(answers.rows) + len(answers.broken)
     first = f", first at {answers.broken[0]}" if answers.broken else ""
     empty = sum(not (answer.text or "").strip() for _, answer in given)
     faults = {  # number, what it says, the number of which at most ``allow`` may be
         "missing": (total - len(given), f"of {total} questions of {name} have no answer", total),
         "doubled": (doubled, "duplicate answers; the last one to a question counts", total),
         "foreign": (len(unknown), "answers match no question; ignored", None),
-        "unparsable": (
-            len(answers.broken) + textless,
-            f"lines have no answer{first}",
-            len(answers.rows + answers.broken),
-        ),
+        "unparsable": (len(answers.broken) + textless, f"lines have no answer{first}", lines),
         "empty": (empty, "answers are empty", None),
     }
     for count, said, most in faults.values():
@@ -277,7 +273,7 @@ class Benchmark(ABC):
     scored_question_files: tuple[str, ...] = ()  # of the split with public annotations, where LLaVA's file is another's
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
     evaluate_options: tuple[str, ...] = ()  # of ``llava evaluate``, as in LLaVA's scripts/v1_5/eval
-    judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
+    judge: str = ""  # the program that scores the answers, by a model; "": they are scored here
     submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
     published: Mapping[str, float] = field(default_factory=dict)  # headline number by model
     answered_only: bool = False  # the headline is the mean over answered questions
@@ -321,7 +317,7 @@ class Benchmark(ABC):
     # Scoring
 
     def score(self, folder: Path, answers: Answers, *, allow: float = ALLOWED) -> ScoreFile:
-        """Score answers, or a judge's reviews of them, with the annotations in ``folder``.
+        """Score answers with the annotations in ``folder``.
 
         ``allow``: largest fraction of missing, duplicate, unreadable or unknown answers. Raises ValueError for more,
         and for answers to another benchmark.
@@ -391,11 +387,11 @@ def question_row(identifier: int | str, image: str, prompt: str) -> Row:
     return {"question_id": identifier, "image": image, "text": prompt, "category": "default"}
 
 
-def texts_by_id(answers: Answers, identifiers: Sequence[int | str]) -> dict[str, str]:
-    """Texts by id; ValueError if one of ``identifiers`` has none, since the server rejects an incomplete file."""
+def texts_by_id(answers: Answers, asked: Sequence[int | str]) -> dict[str, str]:
+    """Texts by id; ValueError if one that was ``asked`` has none, since the server rejects an incomplete file."""
     texts = {str(answer.id): answer.text for answer in answers.rows if answer.text is not None}
-    if missing := [one for one in identifiers if str(one) not in texts]:
-        raise ValueError(f"{answers.path} lacks {len(missing)} answers, first to {missing[0]}; the server requires all")
+    if missing := [one for one in asked if str(one) not in texts]:
+        raise ValueError(f"{answers.path} lacks {len(missing)} answers, as to {missing[0]}; the server needs all")
     return texts
 
 

@@ -3,7 +3,7 @@
 >>> from llava_integration.compare import build, load_side, page, text          # doctest: +SKIP
 >>> sides = [load_side(Path("logs/base")), load_side(Path("logs/new"), "ours")]  # folders of logs, or files
 >>> comparison = build(sides)               # paired bootstrap over images, Holm over all rows
->>> print(text(comparison))                 # or text(comparison, markdown=True)
+>>> print(text(comparison))                 # Markdown
 >>> Path("compare.html").write_text(page(comparison, sides))
 """
 

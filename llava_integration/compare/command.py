@@ -4,14 +4,14 @@ import json
 import math
 import sys
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from llava_integration.compare.comparison import Side, build, load_sides, ordered, paired_runs
-from llava_integration.compare.report import page, text
+from llava_integration.compare.report import page, table, text
 from llava_integration.compare.statistics import combine, pair, resampled_runs, slips_of
 from llm2clip_plugin.bootstrap import expansion, t_quantile
 from llm2clip_plugin.contracts import atomic_file
@@ -35,7 +35,6 @@ class CompareConfig:
     # folder of the page's pictures: LLaVA's playground/data/eval, or one benchmark's folder; none: the data that the
     # answers were scored with
     image_folder: Path | None = None
-    images: bool = True  # show pictures in the page
     questions: int = 80  # questions per benchmark in the page's browser, wins and losses evenly
     # before running anything: print how many images and runs (seeds) --effect needs, from the noise of pilot scores:
     # BASE alone, or BASE and NEW
@@ -43,8 +42,6 @@ class CompareConfig:
     effect: float = 1.0  # with --plan: the difference to detect, in the benchmark's unit
     runs: tuple[int, ...] = (1, 3, 5)  # with --plan: numbers of runs a side
     spread: float | None = None  # with --plan: standard deviation over trainings; none: that of BASE's runs
-    power: float = 0.8  # with --plan: probability of detecting the difference
-    correlation: float = 0.5  # with --plan: of the two sides' scores over images, where BASE is alone
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -52,14 +49,11 @@ class CompareConfig:
             ("level", 0.5 <= self.level < 1, "a number in [0.5, 1)"),
             ("effect", self.effect > 0, "a number above 0"),
             ("runs", min(self.runs, default=0) > 0, "whole numbers above 0"),
-            ("spread", self.spread is None or self.spread >= 0, "0 or more"),
-            ("power", 0.5 <= self.power < 1, "a number in [0.5, 1)"),
-            ("correlation", -1 <= self.correlation < 1, "a number in [-1, 1)"),
+            ("output", self.output is None or not self.output.is_file(), "a folder"),
+            ("image-folder", self.image_folder is None or self.image_folder.is_dir(), "a folder"),
         ):
             if not fits:
-                raise ValueError(f"--{name} {getattr(self, name)} does not fit; expected {expected}")
-        if self.output and self.output.is_file():
-            raise ValueError(f"--output {self.output} is a file; expected a folder")
+                raise ValueError(f"--{name} {getattr(self, name.replace('-', '_'))} does not fit; expected {expected}")
         if not self.new and not self.plan:
             raise ValueError("compare needs a second side: BASE NEW; with BASE alone, --plan says what one needs")
 
@@ -72,12 +66,8 @@ COMMAND = Command(
     "group. Several files of one benchmark in a folder are its runs (seeds).",
     settings=CompareConfig,
     arguments="base new",
-    everyday="names all-pairs output resamples references image-folder images plan effect",
-    shown={"images": "images"},
-    needs={
-        "output": "not plan",
-        **dict.fromkeys(("effect", "runs", "spread", "power", "correlation"), "plan"),
-    },
+    everyday="names all-pairs output resamples references image-folder plan effect",
+    needs={"output": "not plan", **dict.fromkeys(("effect", "runs", "spread"), "plan")},
 )
 
 
@@ -86,19 +76,20 @@ def main(argv: list[str] | None = None) -> int:
     args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     sides = load_sides([args.base, *args.new], args.names)
     if args.plan:
-        drawn = {"resamples": min(args.resamples, 1000), "seed": args.seed}
-        noises = plan(sides, spread=args.spread, correlation=args.correlation, **drawn)
-        told = lines(noises, effect=args.effect, runs=args.runs, level=args.level, power=args.power)
-        print(printable_lines("\n".join(told)))
+        noises = plan(sides, spread=args.spread, resamples=min(args.resamples, 1000), seed=args.seed)
+        lines = table(PLAN, plan_rows(noises, effect=args.effect, runs=args.runs, level=args.level))
+        print(f"A difference of {args.effect:g} with {POWER:.0%} power, two-sided at {1 - args.level:.0%}:\n")
+        print(printable_lines("\n".join(lines)))
+        if any(noise.spread is None for noise in noises):
+            print("\nVariation over trainings is unknown: score several runs a side, or set --spread")
         return 0
     chosen = {name: getattr(args, name) for name in ("resamples", "level", "seed", "references", "all_pairs")}
     comparison = build(sides, **chosen)
     if args.output:  # before printing, which `| head` may end
-        pictures = {"images": args.image_folder, "with_images": args.images}
         reports = {
             "json": json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n",
-            "md": text(comparison, markdown=True),
-            "html": page(comparison, sides, **pictures, questions=args.questions),
+            "md": f"# Comparison\n\n{text(comparison)}",
+            "html": page(comparison, sides, images=args.image_folder, questions=args.questions),
         }
         for ending, report in reports.items():
             with atomic_file(args.output / f"compare.{ending}") as temporary:
@@ -110,8 +101,10 @@ def main(argv: list[str] | None = None) -> int:
 
 # The power of a comparison that has not been run yet
 
-MOST_RUNS = 1000  # more trainings than anyone can run
+POWER = 0.8  # probability of detecting the difference
+CORRELATION = 0.5  # of the two sides' scores over images, where one is known
 MOST_TIMES = 1e6  # as many times the images at most
+PLAN = ("benchmark", "images", "runs a side", "detectable", "images needed", "of these", "varies by")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +113,6 @@ class Noise:
 
     title: str
     unit: str
-    questions: int
     images: int
     strata: int  # groups that images are drawn within
     image_error: float  # standard error of the difference over this many images, however many runs
@@ -139,60 +131,44 @@ class Noise:
             parts += [(of_one, self.spread_freedom if alone else runs - 1)] * 2
         return combine(parts)
 
-    def detectable(self, images: float, runs: int, *, level: float = 0.95, power: float = 0.8) -> float:
+    def detectable(self, images: float, runs: int, *, level: float = 0.95) -> float:
         """The true difference that is detected with this power."""
         error, freedom = self.error(images, runs)
-        return (t_quantile(0.5 + level / 2, freedom) + t_quantile(power, freedom)) * error
+        return (t_quantile(0.5 + level / 2, freedom) + t_quantile(POWER, freedom)) * error
 
-    def images_needed(self, effect: float, runs: int, **test: float) -> int | None:
+    def images_needed(self, effect: float, runs: int, *, level: float = 0.95) -> int | None:
         """How many images detect ``effect`` with ``runs`` a side; None if no number does, for the runs' spread."""
-        if self.detectable(self.images * MOST_TIMES, runs, **test) > effect:
+        if self.detectable(self.images * MOST_TIMES, runs, level=level) > effect:
             return None
         counts = range(self.strata + 1, math.ceil(self.images * MOST_TIMES))
-        return counts[0] + bisect_left(counts, True, key=lambda images: self.detectable(images, runs, **test) <= effect)
-
-    def runs_needed(self, effect: float, **test: float) -> int | None:
-        """How many runs a side detect ``effect`` on these images; None if no number does, or the spread is unknown."""
-        if self.spread is None or self.detectable(self.images, MOST_RUNS, **test) > effect:
-            return None
-        counts = range(2 if self.spread else 1, MOST_RUNS + 1)
-        return next(runs for runs in counts if self.detectable(self.images, runs, **test) <= effect)
+        enough = bisect_left(counts, True, key=lambda images: self.detectable(images, runs, level=level) <= effect)
+        return counts[0] + enough
 
 
-def plan(
-    sides: Sequence[Side],
-    *,
-    spread: float | None = None,
-    correlation: float = 0.5,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> list[Noise]:
+def plan(sides: Sequence[Side], *, spread: float | None = None, resamples: int = 1000, seed: int = 0) -> list[Noise]:
     """The noise of every benchmark of the base, or of both sides where there are two.
 
-    With one side, the other is taken to vary as much over images, with ``correlation`` between the two, so that the
-    difference has the variance 2 (1 - correlation) times that of the side. ``spread``, if given, replaces what the
+    With one side, the other is taken to vary as much over images, with CORRELATION between the two, so that the
+    difference has the variance 2 (1 - CORRELATION) times that of the side. ``spread``, if given, replaces what the
     runs show. Raises ValueError for more than two sides, ContractError for sides with other questions.
     """
     if len(sides) > 2:
         raise ValueError(f"--plan takes one side or two, got {len(sides)}: " + ", ".join(side.name for side in sides))
     base, new = sides[0], sides[-1]
-    names = ordered(set(base.runs) & set(new.runs))
-    if not names:
+    if not (names := ordered(set(base.runs) & set(new.runs))):
         raise ValueError(f"{base.name} and {new.name} have no benchmark in common")
-    times = math.sqrt(2 * (1 - correlation)) if base is new else None
-    return [_measure(base, new, name, spread, times, resamples, seed) for name in names]
+    return [measure(base, new, name, spread, resamples, seed) for name in names]
 
 
-def _measure(
-    base: Side, new: Side, name: str, spread: float | None, times_one_side: float | None, resamples: int, seed: int
-) -> Noise:
+def measure(base: Side, new: Side, name: str, spread: float | None, resamples: int, seed: int) -> Noise:
+    """The noise of one benchmark."""
     *runs, _ = paired_runs(name, base, new)
     first = runs[0][0]
     statistics = [[run.statistic for run in side] for side in runs]
     paired = pair(statistics[0], statistics[1], first.clusters)
     count = min(len(paired.base), len(paired.new))
     base_MR, new_MR = (side[:count] for side in resampled_runs(paired, resamples, np.random.default_rng(seed)))
-    difference_MR = new_MR - base_MR if times_one_side is None else base_MR * times_one_side
+    difference_MR = new_MR - base_MR if new is not base else base_MR * math.sqrt(2 * (1 - CORRELATION))
     slips = slips_of(difference_MR)  # what one run a side adds to the variance over images that all runs share
     shared = max(0.0, float(np.var(difference_MR, axis=1).mean()) - slips)
     strata = len(np.unique(paired.strata))
@@ -200,15 +176,13 @@ def _measure(
     noise = Noise(
         title=first.title,
         unit=first.unit,
-        questions=len(first.ids),
         images=paired.clusters,
         strata=strata,
         image_error=math.sqrt(shared) * wider,
         answer_error=math.sqrt(slips) * wider,
         spread=spread,
     )
-    measured = statistics if new is not base else statistics[:1]
-    values = [[run.full() for run in side] for side in measured if len(side) > 1]
+    values = [[run.full() for run in side] for side in statistics[: 1 + (new is not base)] if len(side) > 1]
     freedom = sum(len(side) - 1 for side in values)
     if spread is not None or not freedom:
         return noise
@@ -218,31 +192,23 @@ def _measure(
     return replace(noise, spread=math.sqrt(luck), spread_freedom=freedom)
 
 
-def lines(noises: Sequence[Noise], *, effect: float, runs: Sequence[int], level: float, power: float) -> list[str]:
-    """The plan as text: per benchmark what is detectable, and what ``effect`` needs."""
-    test = {"level": level, "power": power}
-    lines = [f"A difference of {effect:g} with {power:.0%} power, two-sided at {1 - level:.0%}:"]
+def plan_rows(
+    noises: Sequence[Noise], *, effect: float, runs: Sequence[int], level: float
+) -> Iterator[tuple[str, ...]]:
+    """The rows under PLAN: per benchmark and number of runs what is detectable, and what ``effect`` needs."""
     for noise in noises:
-        of = "points" if noise.unit == "%" else noise.unit
-        over_images = f"varies by {math.hypot(noise.image_error, noise.answer_error):.2f} {of} over images"
-        trainings = "; over trainings unknown: score several runs a side, or set --spread"
-        if noise.spread is not None:
-            trainings = f", by {noise.spread:.2f} over trainings"
-        lines += [
-            "",
-            f"{noise.title}: {noise.questions} questions on {noise.images} images",
-            f"  {over_images}{trainings}",
-        ]
-        for count in runs if noise.spread is not None else runs[:1]:
-            of_runs = "these trainings only" if noise.spread is None else f"{count} run{'s' * (count > 1)} a side"
-            needed = noise.images_needed(effect, count, **test)
-            images = f"{needed} images ({needed / noise.images:.2g} times these)" if needed else "what no images give"
-            detectable = f"{noise.detectable(noise.images, count, **test):.2f} {of} detectable"
-            lines.append(f"  {of_runs}: {detectable}; {effect:g} needs {images}")
-        if noise.spread:
-            enough = noise.runs_needed(effect, **test)
-            lines.append(f"  on these images: {f'{enough} runs a side' if enough else 'no number of runs detects it'}")
-    return lines
+        over_images = f"{math.hypot(noise.image_error, noise.answer_error):.2f} over images"
+        for count in runs if noise.spread is not None else (1,):
+            needed = noise.images_needed(effect, count, level=level)
+            yield (
+                noise.title if noise.unit == "%" else f"{noise.title} ({noise.unit})",
+                str(noise.images),
+                str(count),
+                f"{noise.detectable(noise.images, count, level=level):.2f}",
+                str(needed or "no number"),
+                f"x {needed / noise.images:.2g}" if needed else "",
+                over_images + ("" if noise.spread is None else f", {noise.spread:.2f} over trainings"),
+            )
 
 
 if __name__ == "__main__":

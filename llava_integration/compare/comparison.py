@@ -1,42 +1,38 @@
 """Sides of a comparison, read from score files and logs; runs paired by question id; statistics for each benchmark."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from llava_integration.benchmarks.benchmark import Benchmark, Item, Statistic, mean_of_parts, mean_statistic
-from llava_integration.benchmarks.rules import benchmarks, published
+from llava_integration.benchmarks.benchmark import Benchmark, Statistic, mean_of_parts, mean_statistic
+from llava_integration.benchmarks.rules import benchmarks
 from llava_integration.benchmarks.rules.mme import paired_accuracy
-from llava_integration.compare.readers import Log, read_logs, readers
+from llava_integration.compare.readers import BY_PART, Log, read_logs, readers
 from llava_integration.compare.statistics import Difference, compare, counted, holm, pair
 from llm2clip_plugin.files import ContractError
 
-AGGREGATES = {"": "", "mean of categories": "", "MME": "points", "CIDEr": "CIDEr"}  # of a log -> unit; "": % or score
+EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
+FEWEST_IN_COMMON = 0.9  # fraction of questions that both sides must have
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One model's scores on one benchmark. The lists have a place for each question, in any order."""
+class Run(Log):
+    """One model's scores on one benchmark. The lists have a place for each item, in any order."""
 
-    benchmark: str  # runs are compared by it: the name of a rule, or a title of its own
     ids: list[str]  # each once
     scores: list[float]  # higher is better
     clusters: list[str]  # questions of one cluster are resampled together: those about one image
     groups: list[str]  # category in the report
-    items: list[Item]  # what else is known: truth; question, answer, image, choices ... for the page
-    rule: Benchmark | None = None  # whose headline number is the run's; None: that of ``aggregate``
-    aggregate: str = ""  # in AGGREGATES; "": the mean score
+    rule: Benchmark | None  # whose headline number is the run's; None: that of ``aggregate``
     title: str  # in tables
-    unit: str = "%"  # of the headline number; scores are from 0 to 1 for "%" and a mean score
-    model: str = ""
-    counts: dict[str, int] = field(default_factory=dict)  # answered, empty ...
-    provenance: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    unit: str  # of the headline number; scores are from 0 to 1 for "%" and a mean score
 
     @property
     def statistic(self) -> Statistic:
@@ -45,7 +41,7 @@ class Run:
             return self.rule.statistic(self.items)
         if self.aggregate == "MME":
             return paired_accuracy(self.items, sorted(set(self.groups)))
-        if self.aggregate == "mean of categories":
+        if self.aggregate == BY_PART:
             return mean_of_parts(self.groups, self.scores, self.scale)
         return mean_statistic(self.scores, scale=self.scale)
 
@@ -87,20 +83,22 @@ def load_side(path: Path, name: str = "") -> Side:
             f"{path} has no score files (`llm2clip score BENCHMARK DATA --answers FILE --output FILE` writes them) and "
             f"no logs; known: {', '.join(readers())}; a table needs the columns item and score"
         )
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, tuple[Run, ...]] = {}
     notes = []
     for file, record in records:
+        if record.unknown:
+            notes.append(f"left out: {record.unknown}")
+            continue
         run = run_of(file, record)
-        earlier = runs.setdefault(run.benchmark, [])
+        earlier = runs.get(run.benchmark, ())
         if any(run.items == other.items for other in earlier):
             notes.append(f"{file} duplicates another file of {run.benchmark}: not counted as another run")
         else:
-            earlier.append(run)
-    models = {record.model for _, record in records}
-    default = path.name if path.is_dir() else models.copy().pop() or path.stem
-    return Side(
-        name=name or default, path=path, runs={key: tuple(value) for key, value in runs.items()}, notes=tuple(notes)
-    )
+            runs[run.benchmark] = (*earlier, run)
+    if not runs:
+        raise ContractError("; ".join(notes))
+    default = path.name if path.is_dir() else records[0][1].model or path.stem
+    return Side(name=name or default, path=path, runs=runs, notes=tuple(notes))
 
 
 def run_of(path: Path, record: Log) -> Run:
@@ -108,43 +106,31 @@ def run_of(path: Path, record: Log) -> Run:
 
     Raises ContractError if the items can't be compared.
     """
-    if not record.items:
-        raise ContractError(f"{path} has no items; a comparison needs one item per question")
-    seen: set[str] = set()
-    for number, item in enumerate(record.items):
-        if not isinstance(item.get("id"), (str, int)) or "score" not in item:
-            raise ContractError(
-                f"{path}: item {number} has {sorted(item)}; expected an id (text or number) and a score"
-            )
+    items, ids = record.items, [str(item.get("id")) for item in record.items]
+    if not items or any(not isinstance(item.get("id"), (str, int)) or "score" not in item for item in items):
+        raise ContractError(f"{path}: a comparison needs one item per question, each with an id and a score")
+    for item in items:
         for key, value in item.items():
-            if (key == "score" or isinstance(value, float)) and not (
-                isinstance(value, (int, float)) and abs(value) <= 1e12
-            ):
+            fits = isinstance(value, (int, float)) and abs(value) <= 1e12
+            if not fits and (key == "score" or isinstance(value, float)):
                 raise ContractError(f"{path}: {key} of item {item['id']!r} is {value!r}, expected a finite number")
-        if str(item["id"]) in seen:
-            raise ContractError(f"{path} has item {item['id']} twice; score the answers again")
-        seen.add(str(item["id"]))
-    items, rule, notes = record.items, benchmarks().get(record.benchmark), record.notes
+    if len(set(ids)) < len(ids):
+        raise ContractError(f"{path} has item {Counter(ids).most_common(1)[0][0]} twice; score the answers again")
+    rule, notes = benchmarks().get(record.benchmark), record.notes
+    own = rule
     if rule and (lacking := [name for name in rule.item_fields if any(name not in item for item in items)]):
-        notes = [f"items have no {', '.join(lacking)}; mean score instead of {rule.headline}", *notes]
-    own = rule if rule and notes is record.notes else None
+        own, notes = None, [f"items have no {', '.join(lacking)}; mean score instead of {rule.headline}", *notes]
     scores = [float(item["score"]) for item in items]
-    unit = own.unit if own else AGGREGATES[record.aggregate]
+    unit = own.unit if own else {"MME": "points", "CIDEr": "CIDEr"}.get(record.aggregate, "")
     run = Run(
-        benchmark=record.benchmark,
-        ids=[str(item["id"]) for item in items],
+        **{**vars(record), "notes": notes},
+        ids=ids,
         scores=scores,
         clusters=[str(item.get("cluster", item["id"])) for item in items],
         groups=[str(item.get("category") or "") for item in items],
-        items=items,
         rule=own,
         title=rule.title if rule else record.benchmark,
-        aggregate=record.aggregate,
         unit=unit or ("%" if all(0 <= score <= 1 for score in scores) else "score"),
-        model=record.model,
-        counts=record.counts,
-        provenance=record.provenance,
-        notes=notes,
     )
     number, printed = run.statistic.full(), record.printed
     if printed is None or math.isclose(number, printed * run.scale, rel_tol=1e-3, abs_tol=0.01):
@@ -170,12 +156,6 @@ def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
     return sides
 
 
-# The comparison
-
-EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
-FEWEST_IN_COMMON = 0.9  # fraction of questions that both sides must have
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """New against base on one benchmark."""
@@ -193,7 +173,7 @@ class Row:
     questions: int
     images: int
     runs: tuple[int, int]
-    categories: dict[str, tuple[float, float, int]]  # mean score of base and of new, number of questions
+    categories: dict[str, tuple[float, float, int]]  # mean score of base and of new, number of questions; largest first
     notes: tuple[str, ...]
 
     @property
@@ -205,13 +185,12 @@ class Row:
 
     def power_line(self) -> str:
         """The difference that this many questions can detect."""
-        size, detectable = abs(self.result.difference), self.result.detectable
-        start = f"{self.questions} questions on {self.images} images"
-        if not detectable:
+        start, unit = f"{self.questions} questions on {self.images} images", "points" if self.unit == "%" else self.unit
+        if not self.result.detectable:
             return f"{start}; both sides have the same score on each"
-        unit = "points" if self.unit == "%" else self.unit
-        line = f"{start}: a difference of {detectable:.2f} {unit} is detectable with 80 % power"
-        times = (detectable / size) ** 2 if size else 0.0
+        line = f"{start}: a difference of {self.result.detectable:.2f} {unit} is detectable with 80 % power"
+        size = abs(self.result.difference)
+        times = (self.result.detectable / size) ** 2 if size else 0.0
         return f"{line}; detecting {size:.2f} needs {times:.1f} times the questions" if 1 < times < 100 else line
 
 
@@ -221,7 +200,7 @@ class Comparison:
 
     names: tuple[str, ...]  # sides, base first
     rows: tuple[Row, ...]
-    scores: dict[str, dict[str, float]]  # benchmark -> side -> headline number
+    scores: dict[str, dict[str, float]]  # benchmark -> side -> headline number over all of the side's own questions
     titles: dict[str, str]
     units: dict[str, str]
     references: dict[str, dict[str, float]]  # model -> benchmark -> published number
@@ -238,10 +217,10 @@ class Comparison:
         """For JSON, with the verdicts and power lines."""
         rows = []
         for row in self.rows:
-            body, result = asdict(row), asdict(row.result)
+            body = asdict(row)
+            result = body.pop("result")
             body |= {"base_score": result.pop("base"), "new_score": result.pop("new"), **result}
             body |= {"interval": [row.result.low, row.result.high], "verdict": row.verdict, "power": row.power_line()}
-            del body["result"]
             rows.append(body)
         return {**asdict(self), "rows": rows}
 
@@ -258,73 +237,72 @@ def build(
     """Compare every side with the first, or every two; Holm's p-values are over all rows."""
     sides = in_one_unit(sides)
     notes = [note for side in sides for note in side.notes]
-    pairs = list(combinations(sides, 2)) if all_pairs else [(sides[0], new) for new in sides[1:]]
-    tasks = [(base, new, name) for base, new in pairs for name in ordered(set(base.runs) & set(new.runs))]
-    for base, new in pairs:
-        if not set(base.runs) & set(new.runs):
-            raise ValueError(
-                f"{base.name} ({', '.join(ordered(base.runs))}) and {new.name} ({', '.join(ordered(new.runs))}) have "
-                "no benchmark in common"
-            )
+    tasks = []
+    for base, new in combinations(sides, 2) if all_pairs else [(sides[0], new) for new in sides[1:]]:
+        shared = ordered(set(base.runs) & set(new.runs))
+        if not shared:
+            known = (f"{side.name} ({', '.join(ordered(side.runs))})" for side in (base, new))
+            raise ValueError(f"{' and '.join(known)} have no benchmark in common")
+        tasks += [(base, new, name) for name in shared]
         for name in ordered(set(base.runs) ^ set(new.runs)):
             notes.append(f"{name} is not compared: only {base.name if name in base.runs else new.name} has its scores")
     bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
     rows = [compare_benchmark(*task, resamples=resamples, level=level, seed=seed) for task in bar]
     rows = [replace(row, p_holm=p) for row, p in zip(rows, holm([row.result.p for row in rows]), strict=True)]
-    titles, units, scores = {}, {}, {}  # each score over all of a side's own questions
+    titles, units, scores = {}, {}, {}
     for name in ordered(name for side in sides for name in side.runs):
-        scores[name] = {}
-        for side in sides:
-            if runs := side.runs.get(name):
-                titles[name], units[name] = runs[0].title, runs[0].unit
-                scores[name][side.name] = sum(run.statistic.full() for run in runs) / len(runs)
-    shared = {row.benchmark for row in rows}
+        runs = {side.name: side.runs[name] for side in sides if name in side.runs}
+        scores[name] = {side: sum(run.statistic.full() for run in of) / len(of) for side, of in runs.items()}
+        first, *_ = next(iter(runs.values()))
+        titles[name], units[name] = first.title, first.unit
+    published: dict[str, dict[str, float]] = {}
+    for name, rule in benchmarks().items():
+        if references and any(row.benchmark == name for row in rows):
+            for model, value in rule.published.items():
+                published.setdefault(model, {})[name] = value
     return Comparison(
         names=tuple(side.name for side in sides),
         rows=tuple(rows),
         scores=scores,
         titles=titles,
         units=units,
-        references={
-            label: {name: value for name, value in values.items() if name in shared}
-            for label, values in published().items()
-            if references and shared & set(values)
-        },
+        references=published,
         settings={"resamples": resamples, "level": level, "seed": seed},
         notes=tuple(dict.fromkeys(notes)),
-        warnings=tuple(warnings(sides, titles)),
+        warnings=tuple(warnings(sides)),
     )
 
 
 def in_one_unit(sides: Sequence[Side]) -> list[Side]:
     """Sides whose scores of a benchmark are all percentages, or none, if scores of one run are above 1."""
     plain = {run.benchmark for side in sides for runs in side.runs.values() for run in runs if run.unit == "score"}
-    changed = {name: {"unit": "score"} for name in plain}
     return [
         replace(
             side,
-            runs={name: tuple(replace(run, **changed.get(name, {})) for run in side.runs[name]) for name in side.runs},
+            runs={
+                name: tuple(replace(run, unit="score") for run in runs) if name in plain else runs
+                for name, runs in side.runs.items()
+            },
         )
         for side in sides
     ]
 
 
-def warnings(sides: Sequence[Side], titles: dict[str, str]) -> Iterator[str]:
+def warnings(sides: Sequence[Side]) -> Iterator[str]:
     """Empty answers that are more than EMPTY of a side's, and sides in different precisions."""
     for side in sides:
-        for name, runs in side.runs.items():
+        for runs in side.runs.values():
             empty, total = (sum(run.counts.get(kind, 0) for run in runs) for kind in ("empty", "answered"))
             if empty > EMPTY * total:
-                yield f"{empty} of the {total} answers of {side.name} to {titles[name]} are empty"
-    for kind in ("precision", "dtype"):
-        used = {
-            side.name: "/".join(sorted(values))
-            for side in sides
-            if (values := {str(run.provenance.get(kind, "")) for runs in side.runs.values() for run in runs} - {""})
-        }
-        if len(set(used.values())) > 1:
-            listed = ", ".join(f"{name} in {value}" for name, value in used.items())
-            yield f"the sides differ in their {kind}, which alone may move scores: {listed}"
+                yield f"{empty} of the {total} answers of {side.name} to {runs[0].title} are empty"
+    used = {
+        side.name: "/".join(sorted(values))
+        for side in sides
+        if (values := {str(run.provenance.get("precision", "")) for runs in side.runs.values() for run in runs} - {""})
+    }
+    if len(set(used.values())) > 1:
+        listed = ", ".join(f"{name} in {value}" for name, value in used.items())
+        yield f"the sides differ in their precision, which alone may move scores: {listed}"
 
 
 def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level: float, seed: int) -> Row:
@@ -333,21 +311,17 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
     first = base_runs[0]
     of_base, of_new = ([run.statistic for run in runs] for runs in (base_runs, new_runs))
     result = compare(pair(of_base, of_new, first.clusters), resamples=resamples, level=level, seed=seed)
-    keep = [place for place, counts in enumerate(counted([*of_base, *of_new])) if counts]
+    counted_N = counted([*of_base, *of_new])
     # each question's score, mean over runs
-    old, now = (
-        [sum(column) / len(runs) for column in zip(*(run.scores for run in runs), strict=True)]
-        for runs in (base_runs, new_runs)
-    )
-    old, now = ([scores[place] for place in keep] for scores in (old, now))
-    clusters = {first.clusters[place] for place in keep}
-    wins = sum(b > a for a, b in zip(old, now, strict=True))
-    losses = sum(b < a for a, b in zip(old, now, strict=True))
+    old_N, now_N = (np.mean([run.scores for run in runs], axis=0)[counted_N] for runs in (base_runs, new_runs))
+    images = len({cluster for cluster, counts in zip(first.clusters, counted_N, strict=True) if counts})
     said = [[note for run in side.runs[name] for note in run.notes] for side in (base, new)]
     for side, own, others in ((base, said[0], said[1]), (new, said[1], said[0])):  # what both say, without a name
         notes += [note if note in others else f"{side.name}: {note}" for note in own]
-    if len(clusters) == 1 and len(keep) > 1:
+    if images == 1 and len(old_N) > 1:
         notes.append("all questions are about one image, so the interval is meaningless")
+    groups, place_N, count_G = np.unique(np.array(first.groups)[counted_N], return_inverse=True, return_counts=True)
+    old_G, now_G = (np.bincount(place_N, score_N) / count_G for score_N in (old_N, now_N))
     return Row(
         benchmark=name,
         title=first.title,
@@ -356,13 +330,17 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
         new=new.name,
         result=result,
         p_holm=result.p,
-        wins=wins,
-        losses=losses,
-        ties=len(old) - wins - losses,
-        questions=len(keep),
-        images=len(clusters),
+        wins=int((now_N > old_N).sum()),
+        losses=int((now_N < old_N).sum()),
+        ties=int((now_N == old_N).sum()),
+        questions=len(old_N),
+        images=images,
         runs=(len(base_runs), len(new_runs)),
-        categories=_categories([first.groups[place] for place in keep], old, now),
+        categories={
+            str(groups[one]): (float(old_G[one]), float(now_G[one]), int(count_G[one]))
+            for one in np.argsort(-count_G, kind="stable")
+            if len(groups) > 1
+        },
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -376,10 +354,9 @@ def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run],
     shared = set.intersection(*(set(run.ids) for run in runs))
     largest = max(len(run.ids) for run in runs)
     if len(shared) < FEWEST_IN_COMMON * largest:
-        sizes = ", ".join(str(len(run.ids)) for run in runs)
         raise ContractError(
-            f"{name}: the score files of {base.name} and {new.name} share {len(shared)} questions of {sizes}; they "
-            "were scored with different data or splits. Score both with the same --data"
+            f"{name}: the score files of {base.name} and {new.name} share {len(shared)} questions of "
+            f"{', '.join(str(len(run.ids)) for run in runs)}. Score both with the same --data"
         )
     first, *others = (run.pick([one for one in runs[0].ids if one in shared]) for run in runs)
     for run in others:
@@ -394,21 +371,6 @@ def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run],
         notes.append("the sides were scored with different annotation files; truths in common are equal")
     count = len(base.runs[name])
     return [first, *others][:count], [first, *others][count:], notes
-
-
-def _categories(
-    groups: Sequence[str], old: Sequence[float], now: Sequence[float]
-) -> dict[str, tuple[float, float, int]]:
-    """Mean scores by category, largest first."""
-    members: dict[str, list[int]] = {}
-    for place, group in enumerate(groups):
-        members.setdefault(group, []).append(place)
-    if len(members) < 2:
-        return {}
-    return {
-        key: (sum(old[p] for p in places) / len(places), sum(now[p] for p in places) / len(places), len(places))
-        for key, places in sorted(members.items(), key=lambda group: -len(group[1]))
-    }
 
 
 def ordered(names: Iterable[str]) -> list[str]:

@@ -206,9 +206,7 @@ def combine(parts: Sequence[tuple[float, int]]) -> tuple[float, int]:
 
 def holm(values: list[float]) -> list[float]:
     """Holm's step-down adjusted p-values, in the order given (Holm 1979)."""
-    order = sorted(range(len(values)), key=lambda place: values[place])
-    adjusted, running = [0.0] * len(values), 0.0
-    for rank, place in enumerate(order):
-        running = max(running, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = running
-    return adjusted
+    order = np.argsort(values, kind="stable")
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.maximum.accumulate(np.minimum(1, (len(values) - np.arange(len(values))) * np.sort(values)))
+    return adjusted.tolist()

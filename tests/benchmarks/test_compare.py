@@ -1,11 +1,13 @@
 """`llm2clip compare`: pairing by id, runs as seeds, Holm, wins, notes, every output; bad input refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from golden_mllm import BENCHMARKS, MODELS, ROOT, answers
 
+from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.bench import main_score as score
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.compare.command import main
@@ -26,13 +28,13 @@ def scored(tmp_path_factory):
     return folder
 
 
-def simulated(folder, name, scores, clusters=None, benchmark="gqa", model="", **more):
-    items = [
-        {"id": number, "score": value, "cluster": (clusters or range(len(scores)))[number], **more}
-        for number, value in enumerate(scores)
-    ]
-    record = ScoreFile(benchmark=benchmark, metrics={}, items=items, model=model or name)
-    return record.write(folder / f"{name}.scores.json")
+def written(folder, name, items, benchmark="gqa"):
+    return ScoreFile(benchmark=benchmark, metrics={}, items=items, model=name).write(folder / f"{name}.scores.json")
+
+
+def simulated(folder, name, scores, benchmark="gqa", **more):
+    items = [{"id": number, "score": value, "cluster": number, **more} for number, value in enumerate(scores)]
+    return written(folder, name, items, benchmark)
 
 
 def test_golden_models(scored, tmp_path, capsys):
@@ -130,9 +132,7 @@ def test_retrieval_files_become_rows_by_direction(tmp_path):
              "r1": hit * (n % 2), "r10": 1.0}
             for part in ("all", "long:en") for side in ("i2t", "t2i") for n in range(20)
         ]  # fmt: skip
-        ScoreFile(benchmark="retrieval:emoji", metrics={}, items=items, model=name).write(
-            tmp_path / f"{name}.scores.json"
-        )
+        written(tmp_path, name, items, "retrieval:emoji")
     paths = [tmp_path / "base.scores.json", tmp_path / "new.scores.json"]
     rows = build(load_sides(paths, []), resamples=200).rows
     main([*map(str, paths), "--resamples", "100", "--output", str(tmp_path / "out")])
@@ -153,8 +153,7 @@ def test_sugarcrepe_is_the_mean_over_its_groups(tmp_path):
     for name, right in (("base", 0.0), ("new", 1.0)):
         items = [{"id": f"add_att/{n}", "score": right, "cluster": str(n), "part": "add_att"} for n in range(3)]
         items += [{"id": f"add_obj/{n}", "score": 1.0, "cluster": str(n), "part": "add_obj"} for n in range(9)]
-        record = ScoreFile(benchmark="retrieval:sugarcrepe", metrics={}, items=items, model=name)
-        record.write(tmp_path / f"{name}.scores.json")
+        written(tmp_path, name, items, "retrieval:sugarcrepe")
     (row,) = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200).rows
     assert (row.title, row.result.base, row.result.new) == ("sugarcrepe", 50.0, 100.0)
     assert row.categories["add_att"] == (0.0, 1.0, 3)
@@ -169,8 +168,7 @@ def test_xm3600_is_the_mean_over_its_languages(tmp_path):
             for part, count, right in (("all", 15, 0.5), ("short:de", 10, hit), ("short:mi", 5, 0.0))
             for side in ("i2t", "t2i") for n in range(count)
         ]  # fmt: skip
-        record = ScoreFile(benchmark="retrieval:xm3600", metrics={}, items=items, model=name)
-        record.write(tmp_path / f"{name}.scores.json")
+        written(tmp_path, name, items, "retrieval:xm3600")
     rows = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200).rows
     assert {row.title: (row.result.base, row.result.new) for row in rows} == {
         "xm3600 image→text R@1": (0.0, 50.0),
@@ -182,18 +180,14 @@ def test_xm3600_is_the_mean_over_its_languages(tmp_path):
 
 def test_three_sides(scored, tmp_path):
     """Each NEW against BASE, or every two, Holm over all rows, names told apart."""
-    other = tmp_path / "model-b"
-    other.mkdir()
-    for path in (scored / "model-b").iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
-    main([str(scored / "model-a"), str(scored / "model-b"), str(other), "--output", str(tmp_path / "out"),
-          "--resamples", "200"])  # fmt: skip
+    other = shutil.copytree(scored / "model-b", tmp_path / "model-b")
+    words = [str(scored / "model-a"), str(scored / "model-b"), str(other), "--resamples", "200"]
+    main([*words, "--output", str(tmp_path / "out")])
     data = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert len(data["rows"]) == 18 and len(set(data["names"])) == 3
     assert [row["p_holm"] for row in data["rows"]] == holm([row["p"] for row in data["rows"]])
     assert "new side" in (tmp_path / "out" / "compare.html").read_text()
-    main([str(scored / "model-a"), str(scored / "model-b"), str(other), "--output", str(tmp_path / "all"),
-          "--resamples", "200", "--all-pairs"])  # fmt: skip
+    main([*words, "--output", str(tmp_path / "all"), "--all-pairs"])
     rows = json.loads((tmp_path / "all" / "compare.json").read_text())["rows"]
     assert len(rows) == 27 and rows[-1]["base"] == data["names"][1] and rows[-1]["difference"] == 0
     assert rows[-1]["p_holm"] == 1 and "against" in (tmp_path / "all" / "compare.html").read_text()
@@ -201,9 +195,7 @@ def test_three_sides(scored, tmp_path):
 
 def test_other_questions_are_refused(tmp_path):
     base = simulated(tmp_path, "base", [0, 1] * 20)
-    shifted = ScoreFile(
-        benchmark="gqa", metrics={}, items=[{"id": n + 20, "score": 1, "cluster": n} for n in range(40)]
-    ).write(tmp_path / "new.scores.json")
+    shifted = written(tmp_path, "new", [{"id": n + 20, "score": 1, "cluster": n} for n in range(40)])
     with pytest.raises(ContractError, match=r"share 20 questions of 40, 40.*same --data"):
         main([str(base), str(shifted)])
     other = simulated(tmp_path, "truth-b", [0, 1], truth="yes")
@@ -211,10 +203,26 @@ def test_other_questions_are_refused(tmp_path):
         main([str(simulated(tmp_path, "truth-a", [0, 1], truth="no")), str(other)])
 
 
+def test_judged_benchmarks_have_an_error_and_their_recorded_scores_count(tmp_path):
+    items = [{"id": n, "score": 0.4, "mark_model": 4.0, "mark_reference": 8.0 + n % 2} for n in range(10)]
+    (run,) = load_sides([written(tmp_path, "a", items, "llava_bench")], [])[0].runs["llava_bench"]
+    assert (run.statistic.full(), run.unit) == (pytest.approx(100 * 4 / 8.5), "relative %")
+    with pytest.raises(ContractError, match=r"MM-Vet needs a judge: .*compare"):
+        benchmark("mmvet").score(tmp_path, read_answers(answers("gqa", MODELS[0])))
+
+
+def test_other_annotations_are_said(tmp_path):
+    for name, digest in (("base", "a"), ("new", "b")):
+        about = {"model": name, "provenance": {"data_sha256": digest}}
+        record = ScoreFile(benchmark="gqa", metrics={}, items=[{"id": n, "score": n % 2} for n in range(9)], **about)
+        record.write(tmp_path / f"{name}.scores.json")
+    (row,) = build(load_sides([tmp_path / f"{name}.scores.json" for name in ("base", "new")], []), resamples=50).rows
+    assert any("different annotation files" in note for note in row.notes)
+
+
 def test_what_cannot_be_compared(tmp_path):
     base = str(simulated(tmp_path, "base", [0, 1]))
-    items = [{"id": 1, "score": 1}, {"id": 1, "score": 0}]
-    twice = ScoreFile(benchmark="gqa", metrics={}, items=items).write(tmp_path / "twice.scores.json")
+    twice = written(tmp_path, "twice", [{"id": 1, "score": 1}, {"id": 1, "score": 0}])
     for new, kind, said in (
         (simulated(tmp_path, "other", [0, 1], benchmark="mme2"), ValueError, "mme2"),
         (tmp_path / "absent", FileNotFoundError, "absent"),

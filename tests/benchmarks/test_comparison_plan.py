@@ -64,21 +64,17 @@ def test_as_many_images_as_planned_detect_the_effect(pilot):
 def test_what_no_number_reaches_and_what_one_side_knows(pilot):
     (noise,) = plan(pilot, spread=2.0)
     assert noise.images_needed(1.0, 3) is None  # three runs that vary by 2 points can't show 1 point on any images
-    assert noise.runs_needed(0.01) is None
-    enough = noise.runs_needed(6.0)
-    assert enough is not None and noise.detectable(noise.images, enough) <= 6.0
-    assert enough == 2 or noise.detectable(noise.images, enough - 1) > 6.0
-    (alike,), (unlike,) = (plan([load_side(pilot[0].path / "0.scores.json")], correlation=c) for c in (0.9, 0.0))
-    assert unlike.image_error == pytest.approx(alike.image_error * 10**0.5) and alike.spread is None
-    assert unlike.image_error == pytest.approx(100 * (2 * 0.25 / 800) ** 0.5, rel=0.05)  # half of the answers right
-    assert alike.runs_needed(1.0) is None and alike.images_needed(1.0, 1) is not None
+    (alone,) = plan([load_side(pilot[0].path / "0.scores.json")])
+    assert alone.spread is None and alone.images_needed(1.0, 1) is not None
+    assert alone.image_error == pytest.approx(100 * (0.25 / 800) ** 0.5, rel=0.05)  # half right, correlation .5
 
 
 def test_the_command(pilot, capsys, tmp_path):
     base, new = (str(side.path) for side in pilot)
     assert main([base, new, "--plan", "--effect", "3", "--runs", "2", "4"]) == 0
     told = capsys.readouterr().out
-    assert "GQA: 800 questions on 800 images" in told and "2 runs a side: " in told and "4 runs a side: " in told
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in told.splitlines() if "| GQA" in line]
+    assert rows == [["GQA", "800", "2"], ["GQA", "800", "4"]]
     assert main([f"{base}/0.scores.json", "--plan"]) == 0
     assert "set --spread" in capsys.readouterr().out
     for words, said in (([], "--plan"), (["--plan", "--effect", "0"], "--effect 0"), ([base, new, "--plan"], "two")):

@@ -26,21 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("questions")
     (folder / "images").mkdir()
     noise = np.random.default_rng(0)
-
-    def image(mode: str) -> Image.Image:
-        channels = len(mode)
-        made = Image.fromarray(noise.integers(0, 255, (9, 14, channels), dtype=np.uint8).squeeze(), mode)
-        return made
-
     exif = Image.Exif()
     exif[0x0112] = 6  # to be rotated by a quarter
-    image("RGB").save(folder / "images" / "plain.jpg")
-    image("RGB").save(folder / "images" / "rotated.jpg", exif=exif)
-    image("RGB").save(folder / "images" / "plain.png")
-    image("RGBA").save(folder / "images" / "transparent.png")
-    image("L").save(folder / "images" / "gray.png")
-    image("RGB").save(folder / "images" / "other.bmp")
-    names = sorted(path.name for path in (folder / "images").iterdir())
+    modes = {"gray.png": "L", "other.bmp": "RGB", "plain.jpg": "RGB", "plain.png": "RGB", "transparent.png": "RGBA"}
+    for name, mode in {**modes, "rotated.jpg": "RGB"}.items():
+        image = Image.fromarray(noise.integers(0, 255, (9, 14, len(mode)), dtype=np.uint8).squeeze(), mode)
+        image.save(folder / "images" / name, **({"exif": exif} if name == "rotated.jpg" else {}))
+    names = sorted([*modes, "rotated.jpg"])
     rows = [{"question_id": f"q{n}", "image": names[n % 6], "text": f"What is in {n}?\nShort."} for n in range(11)]
     rows.append({"question_id": "q11", "text": "Say something."})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -172,13 +164,6 @@ def test_questions_that_a_server_refuses(folder, tmp_path, capsys, monkeypatch) 
             evaluate.main(words(folder, url, tmp_path / "b.jsonl", "--concurrency", "1"))
 
 
-def test_one_model_of_several_is_named(folder, tmp_path) -> None:
-    message = r"serves 2 models; choose one with --served-model-name: llava-7b, llava-13b"
-    with serving(ChatServer(["llava-7b", "llava-13b"])) as url, pytest.raises(ConnectionError, match=message):
-        evaluate.main(words(folder, url, tmp_path / "a.jsonl"))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_error_that_does_not_pass_stops_the_run(folder, tmp_path) -> None:
     state = ChatServer(["tiny"])
     state.failures = [status(404, "no such route")] * 12
@@ -191,9 +176,7 @@ def test_an_error_that_does_not_pass_stops_the_run(folder, tmp_path) -> None:
 def test_the_key_comes_from_the_environment(folder, tmp_path, monkeypatch) -> None:
     output = tmp_path / "answers.jsonl"
     with serving(ChatServer(["tiny"], key="sk-secret")) as url:
-        with pytest.raises(
-            ConnectionError, match=r"denies access \(HTTP 401: wrong key\); set OPENAI_API_KEY to a key"
-        ):
+        with pytest.raises(ConnectionError, match=r"denies access \(HTTP 401: wrong key\); set OPENAI_API_KEY"):
             evaluate.main(words(folder, url, output))
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\nsk-other")
         with pytest.raises(ValueError, match="OPENAI_API_KEY has characters that no API key has"):

@@ -71,8 +71,3 @@ def test_scored_compared_and_shown(data, tmp_path, capsys):
     shown = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert len(shown["questions"]) == 9 and all(question["image"] for question in shown["questions"])
     assert "61.5" in page
-
-
-def test_unknown_benchmarks_are_named(data):
-    with pytest.raises(ValueError, match=r"unknown benchmark 'shape'; .*known: vqav2, gqa.*mmvet, questions, shapes"):
-        rules.benchmark("shape")

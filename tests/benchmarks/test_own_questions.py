@@ -52,9 +52,7 @@ def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("change", [{"answer": []}, {"answer": 3}, {"question": " "}, {"image": None}])
-def test_a_row_that_cannot_be_asked_is_named(
-    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict
-):
+def test_a_row_that_cannot_be_asked_is_named(own: Path, capsys: pytest.CaptureFixture[str], change: dict):
     own.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | change) + "\n")
     assert main(["score", "questions", str(own), "--answers", str(own)]) == 2
     assert f"{own}, question 2" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 import html
 import json
 import random
-from dataclasses import replace
 
 import chromium
 import pytest
@@ -19,6 +18,15 @@ from llava_integration.compare.report import picture_folders
 from llm2clip_plugin.contracts import ScoreFile
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> & <b>red</b>"
+
+
+def write_sides(folder, items_of, benchmark="our own", **about):
+    """Score files of two sides; returns the words of their comparison."""
+    for place, name in enumerate(("old", "new")):
+        more = {field: values[place] for field, values in about.items()}
+        record = ScoreFile(benchmark=benchmark, metrics={}, items=items_of(place), model=name, **more)
+        record.write(folder / name / "own.scores.json")
+    return [str(folder / "old"), str(folder / "new"), "--resamples", "100", "--output", str(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +58,12 @@ def report(tmp_path_factory):
 
 def test_page_needs_nothing_from_elsewhere(report):
     text = report.read_text(encoding="utf-8")
-    outside = [
-        word for word in ("http://", "https://", "//cdn") if word in text.replace("http://www.w3.org/2000/svg", "")
-    ]
-    assert outside == [] and "src=" not in text.replace("picture.src =", "").split('id="data"')[0]
+    linked = text.replace("http://www.w3.org/2000/svg", "")
+    assert not any(word in linked for word in ("http://", "https://", "//cdn"))
+    assert "src=" not in text.replace("picture.src =", "").split('id="data"')[0]
     policy = html.unescape(text.split('Content-Security-Policy" content="')[1].split('"')[0])
-    assert (
-        policy.startswith("default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;")
-        and "script-src 'sha256-" in policy
-    )
+    assert policy.startswith("default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;")
+    assert "script-src 'sha256-" in policy
     assert HOSTILE not in text and "\\u003cimg src=x" in text  # escaped inside the data, never markup
 
 
@@ -84,10 +89,8 @@ def test_page_in_chromium(report, width):
         browser.open(report.as_uri())
         run = browser.run
         # drawings: every difference has a mark; nothing is cut off
-        assert (
-            run("[...document.querySelectorAll('.interval circle')].map(c => c.getBoundingClientRect().width > 2)")
-            == [True] * 3
-        )
+        drawn = "[...document.querySelectorAll('.interval circle')].map(c => c.getBoundingClientRect().width > 2)"
+        assert run(drawn) == [True] * 3
         run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         assert run(CUT_OFF) == []
         # the hostile answer is text, in the card and nowhere as an element
@@ -121,50 +124,39 @@ def test_page_in_chromium(report, width):
 
 
 def test_what_makes_numbers_meaningless_comes_first(tmp_path, capsys):
-    for side, precision, empty in (("old", "fp32", 0), ("new", "bf16", 7)):
-        items = [{"id": n, "score": n % 2, "cluster": str(n)} for n in range(12)]
-        counts = {"answered": 12, "empty": empty}
-        record = ScoreFile(benchmark="own", metrics={}, items=items, model=side, provenance={"precision": precision})
-        replace(record, counts=counts).write(tmp_path / side / "own.scores.json")
-    compare([str(tmp_path / "old"), str(tmp_path / "new"), "--output", str(tmp_path), "--resamples", "100"])
+    counts = [{"answered": 12, "empty": empty} for empty in (0, 7)]
+    provenance = [{"precision": precision} for precision in ("fp32", "bf16")]
+    items = [{"id": n, "score": n % 2, "cluster": str(n)} for n in range(12)]
+    compare(write_sides(tmp_path, lambda place: items, counts=counts, provenance=provenance))
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert "7 of the 12 answers of new" in first and "old in fp32, new in bf16" in second
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert text.index("7 of the 12 answers") < text.index('class="verdict"')
 
 
-def own_benchmark(folder, pictures, **provenance):
-    """Score files of two sides of a benchmark that is none of ours; every second question is won, the others lost."""
-    for name, gain in (("old", 0), ("new", 1)):
-        items = [
-            {"id": n, "score": float((n + gain) % 2), "cluster": str(n), "question": "which?", "answer": name,
-             "truth": "x", "image": f"{n}.png"}
-            for n in range(12)
-        ]  # fmt: skip
-        record = ScoreFile(benchmark="our own", metrics={}, items=items, model=name, provenance=provenance)
-        record.write(folder / name / "own.scores.json")
-    pictures.mkdir()
-    for n in range(12):
-        Image.new("RGB", (64, 64), (20 * n, 0, 0)).save(pictures / f"{n}.png")
-    return [str(folder / "old"), str(folder / "new"), "--resamples", "100", "--output", str(folder)]
-
-
 def test_pictures_are_found_by_option_and_never_outside(tmp_path):
     """A benchmark without a rule: its score file's word alone brings no picture into the page."""
     pictures = str(tmp_path / "pictures")
-    arguments = own_benchmark(tmp_path, tmp_path / "pictures", data=pictures)
+    (tmp_path / "pictures").mkdir()
+    for n in range(12):
+        Image.new("RGB", (64, 64), (20 * n, 0, 0)).save(tmp_path / "pictures" / f"{n}.png")
+
+    def items(place):  # every second question is won, the others lost
+        about = {"question": "which?", "answer": "x", "truth": "x"}
+        return [{"id": n, "score": (n + place) % 2, "image": f"{n}.png", **about} for n in range(12)]
+
+    arguments = write_sides(tmp_path, items, provenance=[{"data": pictures}] * 2)
 
     def pictured(*more):
         compare([*arguments, *more])
         return [bool(question["image"]) for question in embedded(tmp_path / "compare.html")["questions"]]
 
     assert pictured() == [False] * 12
-    told = "12 pictures of our own were not found; pass their folder with --image-folder"
+    told = "12 pictures were not found; pass their folder with --image-folder"
     assert told in (tmp_path / "compare.html").read_text()
     assert pictured("--image-folder", pictures) == [True] * 12
-    assert pictured("--image-folder", pictures, "--no-images") == [False] * 12
     assert find_image(("",), tmp_path / "pictures", "../old/own.scores.json") is None
-    with pytest.raises(FileNotFoundError, match="--image-folder"):
+    with pytest.raises(ValueError, match="--image-folder"):
         compare([*arguments, "--image-folder", str(tmp_path / "nowhere")])
 
 
@@ -182,20 +174,20 @@ def test_data_that_were_not_scored_bring_no_picture(tmp_path):
         about = {"data": str(folder), "data_sha256": digest}
         record = ScoreFile(benchmark="gqa", metrics={}, items=[{"id": 1, "score": 1}], provenance=about)
         side = load_side(record.write(tmp_path / "gqa.scores.json"))
-        assert picture_folders([side], None) == {"gqa": expected}
+        assert picture_folders("gqa", side.runs["gqa"], None) == expected
 
 
 def test_hostile_names_and_ids_stay_text(tmp_path):
     """Markup in a model's name, a category, an id or a question reaches neither HTML nor the script element's end."""
-    for name, value in (("base", 1), ("new", 0)):
-        items = [
-            {"id": f"{HOSTILE}{n}", "score": (n + value) % 2, "cluster": "x", "category": f"{HOSTILE}{n % 2}",
-             "question": HOSTILE, "answer": HOSTILE, "truth": HOSTILE}
+
+    def items(place):
+        about = {"question": HOSTILE, "answer": HOSTILE, "truth": HOSTILE, "cluster": "x"}
+        return [
+            {"id": f"{HOSTILE}{n}", "score": (n + place) % 2, "category": f"{HOSTILE}{n % 2}", **about}
             for n in range(6)
-        ]  # fmt: skip
-        record = ScoreFile(benchmark="simulated<b>", metrics={}, items=items, model=HOSTILE + name)
-        record.write(tmp_path / f"{name}.scores.json")
-    files = [str(tmp_path / f"{name}.scores.json") for name in ("base", "new")]
-    compare([*files, "--output", str(tmp_path), "--resamples", "100"])
+        ]
+
+    words = write_sides(tmp_path, items, "simulated<b>")
+    compare([*words, "--names", f"{HOSTILE}old", f"{HOSTILE}new"])
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "<img" not in text and "<b>red" not in text and text.count("<script") == 2

@@ -26,33 +26,29 @@ def simulate(rng, images, questions, spread, gain=0.08):
     return base.ravel().astype(float), new.ravel().astype(float), names
 
 
-@pytest.mark.parametrize(
-    ("images", "questions", "spread"),
-    [(120, 1, 0.2), (60, 5, 0.25), (40, 12, 0.25)],
-    ids=["one question an image", "five", "twelve"],
-)
+def means(base, new, names):
+    return pair([mean_statistic(base)], [mean_statistic(new)], names)
+
+
+def share_covered(simulated, true, resamples=RESAMPLES):
+    """How many of the 95 % intervals hold the true difference."""
+    results = [compare(paired, resamples=resamples, seed=number) for number, paired in enumerate(simulated)]
+    return np.mean([result.low <= true <= result.high for result in results])
+
+
+@pytest.mark.parametrize(("images", "questions", "spread"), [(120, 1, 0.2), (60, 5, 0.25), (40, 12, 0.25)])
 def test_intervals_cover_the_known_difference(images, questions, spread):
     """93 to 97 % of the 95 % intervals hold the true difference of 8 points."""
     rng = np.random.default_rng(20251125)
-    covered = 0
-    for number in range(SIMULATIONS):
-        base, new, names = simulate(rng, images, questions, spread)
-        paired = pair([mean_statistic(base)], [mean_statistic(new)], names)
-        result = compare(paired, resamples=RESAMPLES, seed=number)
-        covered += result.low <= 8.0 <= result.high
-    assert 0.93 <= covered / SIMULATIONS <= 0.97
+    simulated = (means(*simulate(rng, images, questions, spread)) for _ in range(SIMULATIONS))
+    assert 0.93 <= share_covered(simulated, 8.0) <= 0.97
 
 
 def test_ignoring_images_would_not_cover():
     """The clustered simulation is one on which questions taken as independent fail: so the test above can fail."""
     rng = np.random.default_rng(7)
-    covered = 0
-    for number in range(200):
-        base, new, names = simulate(rng, 40, 12, 0.25)
-        paired = pair([mean_statistic(base)], [mean_statistic(new)], [str(place) for place in range(len(names))])
-        result = compare(paired, resamples=300, seed=number)
-        covered += result.low <= 8.0 <= result.high
-    assert covered / 200 < 0.92
+    simulated = (means(*simulate(rng, 40, 12, 0.25)[:2], [str(n) for n in range(480)]) for _ in range(200))
+    assert share_covered(simulated, 8.0, resamples=300) < 0.92
 
 
 def f1_statistic(said, truth):
@@ -64,16 +60,14 @@ def test_composites_are_covered_too():
     """F1, which is no mean of questions: yes-rates on present objects .7 -> .8, on absent ones .3 -> .25."""
     rng = np.random.default_rng(3)
     true = 100 * (2 * 0.8 / (0.8 + 0.25 + 1) - 2 * 0.7 / (0.7 + 0.3 + 1))
-    covered = 0
-    for number in range(SIMULATIONS):
-        truth = np.tile([1.0, 0.0], 150)
+    truth, names = np.tile([1.0, 0.0], 150), np.repeat(np.arange(50), 6).astype(str).tolist()
+
+    def drawn():
         chance = rng.random(300)
         base, new = chance < np.where(truth == 1, 0.7, 0.3), chance < np.where(truth == 1, 0.8, 0.25)
-        names = np.repeat(np.arange(50), 6).astype(str).tolist()
-        paired = pair([f1_statistic(base * 1.0, truth)], [f1_statistic(new * 1.0, truth)], names)
-        result = compare(paired, resamples=RESAMPLES, seed=number)
-        covered += result.low <= true <= result.high
-    assert 0.93 <= covered / SIMULATIONS <= 0.97
+        return pair([f1_statistic(base * 1.0, truth)], [f1_statistic(new * 1.0, truth)], names)
+
+    assert 0.93 <= share_covered((drawn() for _ in range(SIMULATIONS)), true) <= 0.97
 
 
 def test_intervals_over_runs_cover():
@@ -148,7 +142,7 @@ def test_evaluate_and_compare_give_the_same_interval(size):
     base, new = rng.random((2, len(names)))
     order = rng.permutation(len(names))  # neither depends on the order of the items
     alone = bootstrap_mean((new - base)[order], [names[n] for n in order], resamples=1000, seed=5)
-    paired = compare(pair([mean_statistic(base)], [mean_statistic(new)], names), resamples=1000, seed=5)
+    paired = compare(means(base, new, names), resamples=1000, seed=5)
     assert (100 * alone.mean, 100 * alone.low, 100 * alone.high) == pytest.approx(
         (paired.difference, paired.low, paired.high), abs=1e-9
     )
@@ -157,7 +151,7 @@ def test_evaluate_and_compare_give_the_same_interval(size):
 
 def test_equal_files_give_zero_and_no_win():
     scores = np.random.default_rng(0).random(100)
-    result = compare(pair([mean_statistic(scores)], [mean_statistic(scores)], [str(n) for n in range(100)]))
+    result = compare(means(scores, scores, [str(n) for n in range(100)]))
     assert (result.difference, result.low, result.high, result.p) == (0.0, 0.0, 0.0, 1.0)
 
 
@@ -166,24 +160,19 @@ def test_permutation_keeps_its_level():
     rng = np.random.default_rng(5)
     found = 0
     for number in range(400):
-        base, new, names = simulate(rng, 40, 4, 0.2, gain=0.0)
-        paired = pair([mean_statistic(base)], [mean_statistic(new)], names)
-        found += compare(paired, resamples=300, seed=number).p < 0.05
+        found += compare(means(*simulate(rng, 40, 4, 0.2, gain=0.0)), resamples=300, seed=number).p < 0.05
     assert 0.025 <= found / 400 <= 0.075
     base, new, names = simulate(rng, 40, 4, 0.2, gain=0.1)
-    sides = [mean_statistic(base)], [mean_statistic(new)]
-    there, back = (compare(pair(*both, names), resamples=2000).p for both in (sides, sides[::-1]))
+    there, back = (compare(means(*both, names), resamples=2000).p for both in ((base, new), (new, base)))
     assert there == pytest.approx(back, abs=0.02)  # two-sided
 
 
 def test_detectable_difference_is_found_four_times_in_five():
     rng = np.random.default_rng(9)
-    base, new, names = simulate(rng, 200, 1, 0.2)
-    size = compare(pair([mean_statistic(base)], [mean_statistic(new)], names)).detectable
+    size = compare(means(*simulate(rng, 200, 1, 0.2))).detectable
     found = 0
     for number in range(300):
-        base, new, names = simulate(rng, 200, 1, 0.2, gain=size / 100)
-        result = compare(pair([mean_statistic(base)], [mean_statistic(new)], names), resamples=300, seed=number)
+        result = compare(means(*simulate(rng, 200, 1, 0.2, gain=size / 100)), resamples=300, seed=number)
         found += not result.low <= 0 <= result.high
     assert 0.72 <= found / 300 <= 0.88
 

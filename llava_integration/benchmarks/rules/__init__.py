@@ -1,14 +1,8 @@
 """One file per benchmark, or per family; each defines ``BENCHMARK``, and a new file is a new benchmark."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+from llava_integration.benchmarks.benchmark import Benchmark
 from llm2clip_plugin.files import discover
 from llm2clip_plugin.options import unknown
-
-if TYPE_CHECKING:
-    from llava_integration.benchmarks.benchmark import Benchmark
 
 
 def benchmarks() -> dict[str, Benchmark]:
@@ -23,12 +17,3 @@ def benchmark(name: str) -> Benchmark:
     if name not in known:
         raise ValueError(unknown("benchmark", name, known))
     return known[name]
-
-
-def published() -> dict[str, dict[str, float]]:
-    """Published headline numbers: model -> benchmark -> number."""
-    table: dict[str, dict[str, float]] = {}
-    for name, member in benchmarks().items():
-        for model, value in member.published.items():
-            table.setdefault(model, {})[name] = value
-    return table

@@ -121,12 +121,9 @@ class SEEDBench(base.Benchmark):
     unanswered question is wrong.
     """
 
-    def _annotations(self, folder: Path) -> dict:
-        where = "from https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
-        return read_json_value(self.require(folder, *self.annotations, where=where))
-
     def load(self, folder: Path) -> list[base.Question]:
-        data = self._annotations(folder)
+        where = "from https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
+        data = read_json_value(self.require(folder, *self.annotations, where=where))
         names = {number: name for name, number in data["question_type"].items()}
         return [
             base.Question(
@@ -161,10 +158,10 @@ class SEEDBench(base.Benchmark):
         return base.flatten({**metrics, "printed_percent": printed, "correct_and_count_per_type": counts})
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
-        """The leaderboard's file: one ``{question_id, prediction}`` per line, in the annotations' order."""
-        identifiers = [entry["question_id"] for entry in self._annotations(folder)["questions"]]
-        texts = base.texts_by_id(answers, identifiers)
-        return [{"question_id": name, "prediction": texts[str(name)]} for name in identifiers]
+        """The leaderboard's file, in the annotations' order."""
+        asked = [question.id for question in self.load(folder)]
+        texts = base.texts_by_id(answers, asked)
+        return [{"question_id": name, "prediction": texts[str(name)]} for name in asked]
 
 
 def _media(entry: Row) -> str:

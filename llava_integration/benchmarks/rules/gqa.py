@@ -36,7 +36,10 @@ class GQA(base.Benchmark):
                 category=entry["types"]["structural"],
                 extra={
                     "semantic": entry["types"]["semantic"],
-                    "steps": sum(_is_step(f"{one['operation']}: {one['argument']}") for one in entry["semantic"]),
+                    "steps": sum(
+                        not any(word in f"{one['operation']}: {one['argument']}" for word in NOT_A_STEP)
+                        for one in entry["semantic"]
+                    ),
                     "words": len(entry["question"].split()),
                     "group": entry["groups"]["global"],
                 },
@@ -75,10 +78,6 @@ class GQA(base.Benchmark):
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         return [{"questionId": answer.id, "prediction": convert(answer.text or "")} for answer in answers.rows]
-
-
-def _is_step(name: str) -> bool:
-    return not any(word in name for word in NOT_A_STEP)
 
 
 def convert(text: str) -> str:

@@ -5,8 +5,10 @@ A reader makes score files of logs, with an item for each question: ``id``, ``sc
 composite's rule reads (``benchmarks/rules/``). Standard library only; what a format needs more is imported in its file.
 """
 
+import csv
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,23 +17,23 @@ from typing import Any
 from llava_integration.benchmarks.answers import json_lines
 from llava_integration.benchmarks.rules.mme import COGNITION, PERCEPTION
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.files import ContractError, discover
+from llm2clip_plugin.files import ContractError, discover, errors_about, read_json_value
 
 IMAGES = ("image_id", "imageId", "img_id", "image_name", "image_path", "img_path", "image")  # a question's image
 BY_PART = "mean of categories"  # an aggregate: categories have equal weight
-NOTHING: Mapping[str, Any] = {}
 OWN = "score files"  # name of the reader of ours, which take precedence
-CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task")
+csv.field_size_limit(2**24)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log(ScoreFile):
     """The scores of one task, scorer or run, and how its number is made of them."""
 
-    aggregate: str = ""  # name in ``comparison.AGGREGATES``; "": the headline of the benchmark's rule, else the mean
+    aggregate: str = ""  # MME | CIDEr | BY_PART | "": the headline of the benchmark's rule, else the mean
     printed: float | None = None  # the number that the evaluator printed; a comparison says where its own differs
     # of the group whose tasks have one number: name, metric, printed number, aggregate, run
     group: tuple[Any, ...] = ()
+    unknown: str = ""  # why a log has no items: nobody knows how its number is made; other logs are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Reader:
     name: str  # as in messages: "lmms-eval"
     endings: tuple[str, ...]  # of its files
     fits: Callable[[Path], bool]  # whether a file with such an ending is a log of this form; reads only its start
-    read: Callable[[Path], Iterable[Log]]  # one for each task, scorer or run in the file; ContractError
+    read: Callable[[Path], Iterable[Log]]  # one for each task, scorer or run in the file; any error names the file
 
 
 def readers() -> dict[str, Reader]:
@@ -67,14 +69,15 @@ def read_logs(path: Path) -> list[tuple[Path, Log]]:
     if len(found) > 1:
         listed = "; ".join(f"{reader.name}: {logs[0]}" for reader, logs in found.items())
         raise ContractError(f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one")
+    groups: dict[Any, list[tuple[Path, Log]]] = {}
     gc.disable()  # it would look at a million lines again and again, half of the time
     try:
-        logs = [(file, log) for reader, files in found.items() for file in files for log in reader.read(file)]
+        for file, reader in ((file, reader) for reader, files in found.items() for file in files):
+            with errors_about(file):
+                for place, log in enumerate(reader.read(file)):
+                    groups.setdefault(log.group or (file, place), []).append((file, log))
     finally:
         gc.enable()
-    groups: dict[Any, list[tuple[Path, Log]]] = {}
-    for place, (file, log) in enumerate(logs):
-        groups.setdefault(log.group or place, []).append((file, log))
     return [members[0] if len(members) == 1 else (members[0][0], _merged(members)) for members in groups.values()]
 
 
@@ -101,6 +104,38 @@ def mme_logs(items: list[dict[str, Any]], printed: Sequence[float | None], **abo
             yield Log(benchmark=name, metrics={}, items=chosen, aggregate="MME", printed=number, **about)
 
 
+def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any]]]:
+    """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or Excel."""
+    if path.suffix == ".xlsx":
+        from openpyxl import load_workbook
+
+        rows = load_workbook(path, read_only=True).worksheets[0].iter_rows(values_only=True)
+        yield from ((f"{path}, line {line}", list(row)) for line, row in enumerate(rows, 1))
+    elif path.suffix in (".json", ".jsonl"):
+        rows = json_lines(path)
+        if path.suffix == ".json":
+            rows = ((f"{path}, row {number}", row) for number, row in enumerate(read_json_value(path), 1))
+        names: list[str] = []
+        for where, row in rows:
+            if not names:
+                names = list(row)
+                yield where, names
+            yield where, [row.get(name) for name in names]
+    else:
+        with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
+            lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            yield from ((f"{path}, line {lines.line_num}", line) for line in lines if line)
+
+
+def columns(path: Path) -> list[str]:
+    """The names of a table's columns; none if it can't be read."""
+    try:
+        with errors_about(path):
+            return [name for _, names in islice(table(path, errors="replace"), 1) for name in map(str, names)]
+    except ContractError:
+        return []
+
+
 def first_object(path: Path) -> dict[str, Any]:
     """The first line of a JSONL file, empty if it is not one."""
     try:
@@ -110,18 +145,15 @@ def first_object(path: Path) -> dict[str, Any]:
 
 
 def number(value: Any, where: str) -> float:
-    """A score as a number; ContractError for anything else. True is 1."""
+    """A score, which a table has as text, as a number; ContractError for anything else. True is 1."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float({"true": "1", "false": "0"}.get(value.lower(), value))
     if isinstance(value, (int, float)) and abs(value) <= 1e12:
         return float(value)
     raise ContractError(f"{where} is {value!r}; expected a finite number")
 
 
-def first_of(values: Mapping[str, Any], names: Iterable[str], others: Mapping[str, Any] = NOTHING) -> str:
-    """The first of these fields that is a text or a number, as text; "" if there is none.
-
-    ``others`` has what ``values`` lacks.
-    """
-    for name in names:
-        if isinstance(value := values.get(name, others.get(name)), (str, int)):
-            return str(value)
-    return ""
+def first_of(values: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The first of these fields that is a text or a number, as text; "" if there is none."""
+    return next((str(values[name]) for name in names if isinstance(values.get(name), (str, int))), "")

@@ -1,66 +1,59 @@
-"""lm-evaluation-harness, ``--log_samples``: ``samples_TASK_DATE.jsonl`` next to ``results_DATE.json``."""
+"""lm-evaluation-harness and lmms-eval, its fork, both with ``--log_samples``.
+
+The harness writes ``samples_TASK_DATE.jsonl`` next to ``results_DATE.json``, lmms-eval ``DATE_samples_TASK.jsonl`` next
+to ``DATE_results.json``. There a metric's value is a number, or an object with what the task's aggregation reads: MME,
+POPE, MMBench, MMVP, MMStar and captions become their composites; of other objects the field ``score`` counts, or
+whether the answer is right.
+"""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llava_integration.benchmarks.answers import json_lines
-from llava_integration.compare.readers import CATEGORIES, IMAGES, Log, Reader, first_object, first_of, number
-from llm2clip_plugin.files import ContractError, read_json_value
+from llava_integration.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
+from llava_integration.compare.readers import BY_PART, IMAGES, Log, Reader, first_object, first_of, mme_logs, number
+from llava_integration.compare.readers.cider import cider
+from llm2clip_plugin.files import ContractError, errors_about, read_json_value
 
-NAME = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl$")
+HARNESS = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl$")
+LMMS_EVAL = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl$")
 TEXTS = ("arguments", "resps", "filtered_resps", "metrics", "doc_hash", "prompt_hash", "target_hash")
-ABOUT = (*IMAGES, *CATEGORIES)
+CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task")
+NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
+PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
+ALONE = "the log names no images: questions are drawn one by one, so the interval may be too narrow"
 Lines = Sequence[tuple[str, dict[str, Any]]]  # where it is, and a line of the log
 
 
-def fits(path: Path) -> bool:
-    """Recognized by its name, or by a line that has the hash of its document and the names of its metrics."""
-    return bool(NAME.search(path.name)) or {"doc_id", "doc_hash", "metrics"} <= set(first_object(path))
-
-
-def read(path: Path) -> Iterator[Log]:
-    """The task's first metric with a number for each document, under its first filter."""
-    name = NAME.search(path.name)
-    task = name["task"] if name else path.stem.removeprefix("samples_")
-    summary = Summary(path.with_name(f"results_{name['date']}.json") if name else None, task)
-    lines = [(where, without_texts(line)) for where, line in json_lines(path)]
-    of_line = [str(line.get("filter", "none")) for _, line in lines]
-    filters = list(dict.fromkeys(of_line))
-    chosen = [line for line, own in zip(lines, of_line, strict=True) if own == filters[0]]
-    metrics = first_object(path).get("metrics")
-    log = scored(chosen, summary, metrics=list(map(str, metrics)) if isinstance(metrics, list) else [])
-    log.notes.extend([f"filter {filters[0]} of {', '.join(filters)}"] if len(filters) > 1 else [])
-    yield log
-
-
-def without_texts(line: dict[str, Any]) -> dict[str, Any]:
-    """A line without what is long and not compared: a million of them lie in memory."""
-    for name in TEXTS:
-        line.pop(name, None)
-    if isinstance(doc := line.get("doc"), dict):
-        line["doc"] = {name: doc[name] for name in ABOUT if name in doc}
-    return line
-
-
-# What lmms-eval, a fork, has as well
+def is_log(path: Path, pattern: re.Pattern[str]) -> bool:
+    """Recognized by its name, or by a line with a document's hash and, of the harness alone, the names of metrics."""
+    line = first_object(path)
+    hashed = {"doc_id", "doc_hash"} <= set(line) and ("metrics" in line) == (pattern is HARNESS)
+    return bool(pattern.search(path.name)) or hashed
 
 
 class Summary:
     """A task in the file of results; without that file, nothing is known."""
 
-    def __init__(self, results: Path | None, task: str, groups: str = ""):
-        """``groups``: the aggregate of a group's number."""
-        body = _object(read_json_value(results) if results and results.is_file() else {})
-        self.path, self.task, self.groups = results, task, groups
-        self.model = str(body.get("model_name", ""))
-        self.better = _object(_object(body.get("higher_is_better")).get(task))  # whether more is, by metric
-        self.numbers, self.children = _object(body.get("results")), _object(body.get("group_subtasks"))
+    def __init__(self, path: Path, pattern: re.Pattern[str], results: str, groups: str = ""):
+        """``path``: the task's log; ``groups``: the aggregate of a group's number."""
+        name = pattern.search(path.name)
+        self.task = name["task"] if name else path.stem.removeprefix("samples_")
+        self.path, self.groups = path.with_name(results.format(name["date"])) if name else path, groups
+        body = read_json_value(self.path) if name and self.path.is_file() else {}
+        with errors_about(self.path):
+            self.model = str(body.get("model_name", ""))
+            self.better = (body.get("higher_is_better") or {}).get(self.task) or {}  # whether more is, by metric
+            self.numbers, self.children = body.get("results") or {}, body.get("group_subtasks") or {}
 
     def printed(self, metric: str, of: str = "") -> float | None:
         """The number that was printed of the task, or of a group."""
-        numbers = _object(self.numbers.get(of or self.task))
+        numbers = self.numbers.get(of or self.task) or {}
         values = [value for name, value in numbers.items() if name.split(",")[0] == metric]
         return next((float(value) for value in values if isinstance(value, (int, float))), None)
 
@@ -72,8 +65,7 @@ class Summary:
         return (largest, metric, self.printed(metric, largest), self.groups, self.path) if largest else ()
 
     def _leaves(self, name: str) -> list[str]:
-        children = self.children.get(name)
-        below = [str(one) for one in children if one != name] if isinstance(children, list) else []
+        below = [one for one in self.children.get(name, ()) if one != name]
         return [leaf for one in below for leaf in self._leaves(one) or [one]]
 
     def log(self, metric: str, items: list[dict[str, Any]], benchmark: str = "", **about: Any) -> Log:
@@ -82,39 +74,81 @@ class Summary:
         return Log(benchmark=benchmark or f"{self.task} {metric}", metrics={}, items=items, model=self.model, **about)
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def lines_of(path: Path) -> Lines:
+    """The lines without what is long and not compared: a million of them lie in memory."""
+    lines = []
+    for where, line in json_lines(path):
+        if "doc_id" not in line:
+            raise ContractError(f"{where}: no doc_id")
+        for name in TEXTS:
+            line.pop(name, None)
+        if isinstance(doc := line.get("doc"), dict):
+            line["doc"] = {name: doc[name] for name in (*IMAGES, *CATEGORIES) if name in doc}
+        lines.append((where, line))
+    return lines
 
 
-def scored(lines: Lines, summary: Summary, *, metrics: Iterable[str]) -> Log:
+def read_harness(path: Path) -> Iterator[Log]:
+    """The task's first metric with a number for each document, under its first filter."""
+    summary, lines = Summary(path, HARNESS, "results_{}.json"), lines_of(path)
+    filters = list(dict.fromkeys(str(line.get("filter", "none")) for _, line in lines))
+    chosen = [one for one in lines if str(one[1].get("filter", "none")) == filters[0]]
+    log = scored(chosen, summary, first_object(path).get("metrics", ()))
+    log.notes.extend([f"filter {filters[0]} of {', '.join(filters)}"] if len(filters) > 1 else [])
+    yield log
+
+
+def read_lmms_eval(path: Path) -> Iterator[Log]:
+    """The task's composite, or its first metric that has a number for each document."""
+    summary, lines = Summary(path, LMMS_EVAL, "{}_results.json", groups=BY_PART), lines_of(path)
+    start = first_object(path)
+    if summary.task.startswith("mmbench_"):
+        logs = [_mmbench(lines, summary, "submission")]
+    elif summary.task.startswith("mmstar"):
+        logs = [_mmstar(lines, summary, "average")]
+    elif {"mme_perception_score", "mme_cognition_score"} & set(start):
+        logs = list(_mme(lines, summary))
+    elif found := next(((one, make) for one in start for end, make in COMPOSITES.items() if one.endswith(end)), None):
+        logs = [found[1](lines, summary, found[0])]
+    else:
+        metrics = [one for one in dict.fromkeys((*summary.better, *start)) if one not in NO_METRICS]
+        logs = [scored(lines, summary, metrics)]
+    for log in logs:
+        if all(item["cluster"] == str(item["id"]) for item in log.items):
+            log.notes.append(ALONE)
+    yield from logs
+
+
+def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
     """The log of the first of ``metrics`` with a number, in each line if there is one."""
     known = [one for one in metrics if score_of(lines[0][1].get(one)) is not None]
     if not known:
-        raise ContractError(f"{lines[0][0]}: none of the metrics {', '.join(metrics)} of {summary.task} has a number")
+        why = f"{lines[0][0]}: none of the metrics {', '.join(metrics)} of {summary.task} has a number"
+        if any(score_of(line.get(one)) is not None for _, line in lines for one in metrics):
+            raise ContractError(why)
+        return summary.log("", [], unknown=why)
     metric = min(known, key=lambda one: sum(one not in line for _, line in lines))  # others are of a part
     sign = 1 if summary.better.get(metric, True) else -1
     items = [
-        item_of(where, line, line.get(metric), sign * number(score_of(line.get(metric)), f"{where}: {metric}"))
+        item_of(line, line.get(metric), sign * number(score_of(line.get(metric)), f"{where}: {metric}"))
         for where, line in lines
     ]
+    log = summary.log(metric, items)
     if sign == 1:
-        return summary.log(metric, items)
-    printed = summary.printed(metric)
+        return log
     notes = [f"{metric}: lower is better, so its negative is compared"]
-    return summary.log(metric, items, printed=None if printed is None else -printed, group=(), notes=notes)
+    return replace(log, printed=log.printed and -log.printed, group=(), notes=notes)
 
 
-def item_of(where: str, line: dict[str, Any], value: Any, score: float) -> dict[str, Any]:
+def item_of(line: dict[str, Any], value: Any, score: float) -> dict[str, Any]:
     """The item of a line, whose metric has this value."""
-    if "doc_id" not in line:
-        raise ContractError(f"{where}: no doc_id")
-    media, about, doc = line.get("input_media"), _object(value) or line, _object(line.get("doc"))
+    media, doc = line.get("input_media"), line.get("doc")
+    about = {**(doc if isinstance(doc, dict) else {}), **(value if isinstance(value, dict) and value else line)}
     return {
         "id": line["doc_id"],
         "score": score,
-        "cluster": (str(media[0]) if isinstance(media, list) and media else first_of(about, IMAGES, doc))
-        or str(line["doc_id"]),
-        "category": first_of(about, CATEGORIES, doc),
+        "cluster": str((media and media[0]) or first_of(about, IMAGES) or line["doc_id"]),
+        "category": first_of(about, CATEGORIES),
         "truth": line.get("target"),
     }
 
@@ -122,7 +156,7 @@ def item_of(where: str, line: dict[str, Any], value: Any, score: float) -> dict[
 def score_of(value: Any) -> float | bool | None:
     """A metric's number for one document: the value, its ``score``, or whether it is right."""
     if isinstance(value, dict):
-        if {"pred", "answer"} <= set(value):
+        if {"pred", "answer"} <= set(value) and not isinstance(value["answer"], list):  # a list: captions
             return str(value["pred"]).lower() == str(value["answer"]).lower()
         if {"parsed_pred", "answer"} <= set(value):  # MMMU's
             return any(_mmmu(one, value["answer"]) for one in value["parsed_pred"])
@@ -145,4 +179,104 @@ def _mmmu(answer: Any, truth: Any) -> bool:
     return False
 
 
-READER = Reader(name="lm-evaluation-harness", endings=(".jsonl",), fits=fits, read=read)
+# lmms-eval's composites
+
+
+def _mme(lines: Lines, summary: Summary) -> Iterator[Log]:
+    """An item for each question; the two of an image differ in their order."""
+    items: list[dict[str, Any]] = []
+    seen: Counter[str] = Counter()
+    for where, line in lines:
+        value = line.get("mme_perception_score") or line.get("mme_cognition_score")
+        value = fields(value, "question_id category score", where)
+        image = f"{value['category']}/{value['question_id']}"
+        seen[image] += 1
+        items.append({"id": f"{image}#{seen[image]}", "category": value["category"], "cluster": image})
+        items[-1] |= {"score": number(value["score"], f"{where}: score"), "truth": line.get("target")}
+    printed = [summary.printed(f"mme_{part}_score") for part in ("perception", "cognition")]
+    yield from mme_logs(items, printed, model=summary.model, notes=[PROMPTS])
+
+
+def _pope(lines: Lines, summary: Summary, metric: str) -> Log:
+    """lmms-eval's F1 is over all questions, not the mean of three parts, so there is one category.
+
+    An answer that is neither yes nor no is no positive, and its question is left out of recall.
+    """
+    items = []
+    for where, line in lines:
+        value = fields(line.get(metric), "score prediction ground_truth", where)
+        said, true = value["prediction"], value["ground_truth"]
+        item = {**item_of(line, line, value["score"]), "category": "", "truth": true, "parsed": said}
+        items.append({**item, "label": true, "missing": said not in ("yes", "no")})
+    return summary.log(metric, items, "pope", notes=[PROMPTS])
+
+
+def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
+    """A group of rotations each, as ``llm2clip score`` reads the answers: lmms-eval logs no judgement of them."""
+    groups: dict[int, dict[str, Any]] = {}
+    for where, line in lines:
+        value = fields(line.get(metric), "index prediction answer category", where)
+        group = int(number(value["index"], f"{where}: index")) % ROTATION
+        item = groups.setdefault(group, {"id": group, "score": 1, "cluster": f"group {group}"})
+        choices = choices_of({name: str(cell) for name, cell in value.items()})
+        item["score"] *= int(letter_of(str(value["prediction"]), choices) == value["answer"])
+        if value["index"] == group:
+            item |= {"truth": value["answer"], "category": value["category"]}
+    items = [item for item in groups.values() if "truth" in item]
+    benchmark = "mmbench_cn" if summary.task.startswith("mmbench_cn") else "mmbench"
+    printed = summary.printed("gpt_eval_score")
+    return summary.log(metric, items, benchmark, printed=printed and printed / 100, notes=[PROMPTS])
+
+
+def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
+    """MMVP: two images of a pair, of which both must be right; a lone one does not count."""
+    pairs: dict[str, list[bool]] = {}
+    for where, line in lines:
+        value = fields(line.get(metric), "pair_index is_correct", where)
+        pairs.setdefault(str(value["pair_index"]), []).append(value["is_correct"])
+    items = [
+        {"id": pair, "cluster": f"pair {pair}", "score": int(all(both))}
+        for pair, both in pairs.items()
+        if len(both) == 2
+    ]
+    return summary.log(metric, items)
+
+
+def _mmstar(lines: Lines, summary: Summary, metric: str) -> Log:
+    """Each ability (l2_category) has equal weight."""
+    items = []
+    for where, line in lines:
+        value = fields(line.get(metric), "l2_category score", where)
+        score = number(value["score"], f"{where}: score")
+        items.append(item_of(line, value, score) | {"category": value["l2_category"]})
+    return summary.log(metric, items, aggregate=BY_PART)
+
+
+def _cider(lines: Lines, summary: Summary, metric: str) -> Log:
+    values = [fields(line.get(metric), "answer pred", where) for where, line in lines]
+    truths = [value["answer"] if isinstance(value["answer"], list) else [value["answer"]] for value in values]
+    scores = cider([str(value["pred"]) for value in values], [list(map(str, truth)) for truth in truths])
+    items = [item_of(line, value, score) for (_, line), value, score in zip(lines, values, scores, strict=True)]
+    notes = ["CIDEr: document frequencies are those of all references of the log, also in resamples"]
+    return summary.log(metric, items, aggregate="CIDEr", notes=notes)
+
+
+# what the name of a metric ends in: the log made of it
+COMPOSITES: dict[str, Callable[[Lines, Summary, str], Log]] = {
+    "pope_f1_score": _pope,
+    "mmvp_pair_accuracy": _pairs,
+    "CIDEr": _cider,
+}
+
+
+def fields(value: Any, names: str, where: str) -> dict[str, Any]:
+    """The object that a metric's value is; ContractError if it lacks one of these fields."""
+    if not isinstance(value, dict) or not set(names.split()) <= set(value):
+        raise ContractError(f"{where}: the metric is {str(value)[:80]}; expected an object with {names}")
+    return value
+
+
+READER = [
+    Reader(name="lm-evaluation-harness", endings=(".jsonl",), fits=partial(is_log, pattern=HARNESS), read=read_harness),
+    Reader(name="lmms-eval", endings=(".jsonl",), fits=partial(is_log, pattern=LMMS_EVAL), read=read_lmms_eval),
+]

@@ -9,15 +9,12 @@ Of a table, ``item`` (or ``id``, ``question_id``) and ``score`` (or ``correct``)
 and runs.
 """
 
-import csv
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_integration.benchmarks.answers import json_lines
-from llava_integration.compare.readers import BY_PART, OWN, Log, Reader, first_object, number
+from llava_integration.compare.readers import BY_PART, OWN, Log, Reader, columns, number, table
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError
 
@@ -27,14 +24,9 @@ MOST_PARTS = 8  # more would dominate the table, and Holm's correction costs eve
 
 
 def scores_fits(path: Path) -> bool:
-    """It is named as a score file, or is JSON of this kind."""
-    if path.name.endswith(".scores.json"):
-        return True
-    try:
-        head = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        return False
-    return isinstance(head, dict) and head.get("kind") == ScoreFile.KIND
+    """It is named as a score file, or begins with the name of their kind."""
+    with path.open("rb") as file:
+        return path.name.endswith(".scores.json") or ScoreFile.KIND.encode() in file.read(100)
 
 
 def scores_read(path: Path) -> Iterator[Log]:
@@ -48,9 +40,9 @@ def scores_read(path: Path) -> Iterator[Log]:
     if not items or any("side" not in item or "r1" not in item for item in items):
         yield record
         return
-    parts = {str(item.get("part", OVERALL)): [] for item in items}
+    parts: dict[str, list[dict[str, Any]]] = {}
     for item in items:
-        parts[str(item.get("part", OVERALL))].append(item)
+        parts.setdefault(str(item.get("part", OVERALL)), []).append(item)
     if record.benchmark == "retrieval:xm3600":
         record = replace(record, aggregate=BY_PART)
         parts = {OVERALL: [item for item in grouped if item["category"] not in (None, OVERALL)] or grouped}
@@ -67,8 +59,6 @@ def scores_read(path: Path) -> Iterator[Log]:
                     yield replace(record, benchmark=f"{title} {arrow} R@{k[1:]}", items=hits)
 
 
-# Tables
-
 COLUMNS = {  # ours: theirs
     "id": ("item", "id", "question_id"),
     "score": ("score", "correct"),
@@ -77,64 +67,29 @@ COLUMNS = {  # ours: theirs
     "task": ("task", "benchmark"),
     "run": ("run", "seed"),
 }
-WORDS = {"true": 1.0, "false": 0.0}
-csv.field_size_limit(2**24)
 
 
-def _columns(names: Any) -> dict[str, str]:
-    """The table's name of each of our columns."""
-    return {ours: one for ours, theirs in COLUMNS.items() if (one := next((t for t in theirs if t in names), ""))}
-
-
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix == ".tsv" else ","
-
-
-def table_fits(path: Path) -> bool:
-    """It has an item and a score."""
-    if path.suffix == ".jsonl":
-        names = set(first_object(path))
-    else:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            names = set(next(csv.reader(file, delimiter=_delimiter(path)), []))
-    return {"id", "score"} <= set(_columns(names))
-
-
-def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of each line."""
-    if path.suffix == ".jsonl":
-        yield from json_lines(path)
-        return
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, delimiter=_delimiter(path))
-            for row in table:
-                if None in row or None in row.values():
-                    raise ContractError(f"{path}, line {table.line_num}: not {len(table.fieldnames or ())} columns")
-                yield f"{path}, line {table.line_num}", row
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ContractError(f"{path} is no table of UTF-8 text ({error})") from error
+def _places(names: list[str]) -> dict[str, int]:
+    """Where each of our columns is in a table."""
+    found = {ours: next((one for one in theirs if one in names), "") for ours, theirs in COLUMNS.items()}
+    return {ours: names.index(one) for ours, one in found.items() if one}
 
 
 def table_read(path: Path) -> Iterator[Log]:
     """One for each task and run."""
-    columns: dict[str, str] = {}
+    lines = table(path)
+    _, names = next(lines)
+    places = _places(names)
     tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for where, row in rows(path):
-        columns = columns or _columns(row)
-        got = {ours: row.get(theirs) for ours, theirs in columns.items()}
+    for where, cells in lines:
+        if len(cells) != len(names):
+            raise ContractError(f"{where}: {len(cells)} cells, not {len(names)}")
+        got = {ours: cells[place] for ours, place in places.items()}
         if got["id"] in (None, ""):
-            raise ContractError(f"{where}: no {columns['id']}")
-        score = got["score"]
-        if isinstance(score, str):
-            try:
-                score = WORDS[score.lower()] if score.lower() in WORDS else float(score)
-            except ValueError:
-                score = None if score == "" else score
-        item = {"id": str(got["id"]), "score": number(score, f"{where}: {columns['score']}")}
+            raise ContractError(f"{where}: no {names[places['id']]}")
+        item = {"id": str(got["id"]), "score": number(got["score"], f"{where}: {names[places['score']]}")}
         item["cluster"] = str(got.get("cluster") or item["id"])
-        if got.get("category"):
-            item["category"] = str(got["category"])
+        item["category"] = str(got.get("category") or "")
         tables.setdefault((str(got.get("task") or path.stem), str(got.get("run") or "")), []).append(item)
     if not tables:
         raise ContractError(f"{path} has no items below its first line")
@@ -144,5 +99,10 @@ def table_read(path: Path) -> Iterator[Log]:
 
 READER = [
     Reader(name=OWN, endings=(".json",), fits=scores_fits, read=scores_read),
-    Reader(name="table", endings=(".csv", ".tsv", ".jsonl"), fits=table_fits, read=table_read),
+    Reader(
+        name="table",
+        endings=(".csv", ".tsv", ".jsonl"),
+        fits=lambda path: {"id", "score"} <= set(_places(columns(path))),
+        read=table_read,
+    ),
 ]

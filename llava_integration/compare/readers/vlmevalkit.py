@@ -6,62 +6,38 @@ question there. MME, POPE and MMVP become their composites.
 
 import ast
 import csv
-import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_integration.compare.readers import IMAGES, Log, Reader, first_of, mme_logs, number
-from llm2clip_plugin.files import ContractError, errors_about, read_json_value
+from llava_integration.compare.readers import IMAGES, Log, Reader, columns, first_of, mme_logs, number, table
+from llm2clip_plugin.files import ContractError, errors_about
 
 SCORES = ("hit", "score", "eval_score", "verifier_match")
 ENDING = re.compile(
     r"(_(exact_matching|openai|chatgpt[\w.-]*?|gpt[\w.-]*?))?_(auxmatch|result|results|detailed_results|score)$"
 )
 ANLS_THRESHOLD = 0.5  # a nearness below is none
-TEXT = {"True": 1.0, "False": 0.0}
-
-
-def table(path: Path) -> Iterator[list[Any]]:
-    """The table's rows, the names of its columns first."""
-    if path.suffix == ".xlsx":
-        from openpyxl import load_workbook
-
-        with errors_about(path, fix="copy it again"):
-            sheet = load_workbook(path, read_only=True).worksheets[0]
-        yield from (list(row) for row in sheet.iter_rows(values_only=True))
-    elif path.suffix == ".tsv":
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from csv.reader(file, delimiter="\t")
-    else:
-        rows = read_json_value(path)
-        names = list(rows[0])
-        yield names
-        yield from ([row.get(name) for name in names] for row in rows)
 
 
 def fits(path: Path) -> bool:
     """It has the columns index, prediction and a score's."""
-    if path.suffix == ".json":
-        with path.open("rb") as file:
-            head = file.read(2)
-        if head[:1] != b"[":
+    with path.open("rb") as file:
+        if path.suffix == ".json" and file.read(1) != b"[":
             return False
     if path.suffix == ".xlsx" and not ENDING.search(path.stem):
         return False  # predictions without a judgement; opening them takes seconds
-    try:
-        names = set(next(table(path), []))
-    except (ContractError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, IndexError, TypeError):
-        return path.suffix == ".xlsx"  # then read() says what is wrong with it
+    names = set(columns(path))
+    if path.suffix == ".xlsx" and not names:
+        return True  # read() says what is wrong with it
     return {"index", "prediction"} <= names and bool(names & set(SCORES))
 
 
 def read(path: Path) -> Iterator[Log]:
     """One table; of MME perception and cognition. The model is the folder that the file's name begins with."""
-    lines: Iterable[list[Any]] = table(path)
-    names = next(iter(lines), [])
+    lines = table(path)
+    _, names = next(lines)
     column = next((name for name in SCORES if name in names), "")
     if "index" not in names or not column:
         raise ContractError(f"{path} has the columns {names}; expected index and one of {', '.join(SCORES)}")
@@ -70,10 +46,12 @@ def read(path: Path) -> Iterator[Log]:
     data = stem.removeprefix(f"{model}_") if model else stem
     kind = next((kind for kind in ("mme", "pope") if data.lower() == kind and "extracted" in names), "")
     items = []
-    for place, values in enumerate(lines, 2):
-        row = dict(zip(names, values, strict=False))
+    for where, cells in lines:
+        row = dict(zip(names, cells, strict=False))
         name, parts = str(row["index"]), str(row.get("category") or "")
-        item = {"id": name, "score": _score(data, row, column, f"{path}, row {place}: {column}"), "category": parts}
+        with errors_about(where):
+            score = _score(data, row, column, f"{where}: {column}")
+        item = {"id": name, "score": score, "category": parts}
         item |= {"truth": row.get("answer"), "cluster": first_of(row, IMAGES[:-1]) or name}
         if kind != "pope":
             items.append(item)
@@ -96,27 +74,22 @@ def read(path: Path) -> Iterator[Log]:
 
 def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
     """A row's score: the column's value, or what VLMEvalKit makes of a row's matches with several answers."""
-    value: Any = TEXT.get(str(row.get(column)), row.get(column))
-    try:
-        matches = [float(one) for one in ast.literal_eval(str(row.get("eval_match") or "[]"))]
-        if matches and data.startswith(("DocVQA", "InfoVQA")):  # distances
-            return 1 - min(matches) if min(matches) <= 1 - ANLS_THRESHOLD else 0.0
-        if matches and data.startswith(("ChartQA", "OCRVQA")):
-            return max(matches)
-        return number(float(value), where)
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise ContractError(f"{where} is {value!r}; expected a number") from error
+    matches = [float(one) for one in ast.literal_eval(str(row.get("eval_match") or "[]"))]
+    if matches and data.startswith(("DocVQA", "InfoVQA")):  # distances
+        return 1 - min(matches) if min(matches) <= 1 - ANLS_THRESHOLD else 0.0
+    if matches and data.startswith(("ChartQA", "OCRVQA")):
+        return max(matches)
+    return number(row.get(column), where)
 
 
 def _printed(stem: Path) -> dict[str, float]:
     """The numbers that VLMEvalKit wrote next to a table, by name: of all splits, or of the only one."""
-    for ending in ("_acc.csv", "_score.csv"):
-        if (path := stem.with_name(stem.name + ending)).is_file():
+    for path in (stem.with_name(f"{stem.name}_{ending}.csv") for ending in ("acc", "score")):
+        if path.is_file():
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             row = next((row for row in rows if row.get("split") == "Overall"), rows[0] if len(rows) == 1 else {})
-            with suppress(ValueError):
-                return {name: float(row[name]) for name in ("Overall", "perception", "reasoning") if row.get(name)}
+            return {name: float(row[name]) for name in ("Overall", "perception", "reasoning") if row.get(name)}
     return {}
 
 
