@@ -3,7 +3,8 @@
 | layout       | a row                                                                                    |
 |--------------|------------------------------------------------------------------------------------------|
 | llava        | ``question_id, prompt, text, answer_id, model_id`` per line, as ``llava.eval.model_*`` write |
-| submission   | JSON array of ``{question_id or questionId or image, answer or prediction}``              |
+| submission   | JSON array of ``{question_id or questionId or image, answer or prediction}``, or id: text   |
+| judge        | rows with ``tuple`` (LLaVA-Bench), or id: ``{"score": [...]}`` (MM-Vet)                     |
 """
 
 import json
@@ -35,7 +36,7 @@ class Answers:
     """The content of an answers file."""
 
     path: Path
-    layout: str  # llava | submission
+    layout: str  # llava | submission | judge
     rows: tuple[Answer, ...]
     broken: tuple[str, ...] = ()  # lines that are not JSON objects
 
@@ -98,6 +99,8 @@ def read_answers(path: str | Path) -> Answers:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
+    if isinstance(value, dict) and not {"text", "answer", "prediction", "tuple"} & set(value):
+        value = [_mapped_row(path, key, entry) for key, entry in value.items()]
     in_list = isinstance(value, list)
     lines: list[Any] = value if in_list else text.split("\n")
     rows, broken = [], []
@@ -115,11 +118,22 @@ def read_answers(path: str | Path) -> Answers:
     return Answers(path=path, layout=layout, rows=answers, broken=tuple(broken))
 
 
+def _mapped_row(path: Path, key: str, entry: Any) -> Row:
+    """A row of ``{id: text}`` (MM-Vet's results) or ``{id: {"score": [...]}}`` (its judge's file)."""
+    if isinstance(entry, str):
+        return {"question_id": key, "answer": entry}
+    if isinstance(entry, dict) and "score" in entry:
+        return {**entry, "question_id": key, "content": "", "tuple": ()}
+    raise ValueError(f"{path} is a JSON object with {key!r}: {str(entry)[:80]}; expected answers, one per line")
+
+
 def _layout(path: Path, head: Row) -> str:
     """The layout of rows whose keys are those of ``head``; ValueError for an unknown one."""
     keys = set(head)
     if keys & {"filtered_resps", "resps"}:
         raise ValueError(f"{path} is a log of another evaluator, which has scored it: pass it to `llm2clip compare`")
+    if "tuple" in keys:
+        return "judge"
     if "text" in keys and (keys & {"prompt", "answer_id", "model_id"} or keys <= {"question_id", "text"}):
         return "llava"
     if keys & {"answer", "prediction"} and keys & {"question_id", "questionId", "image", "index"}:
@@ -134,7 +148,7 @@ def _answer(layout: str, line: int, row: Row) -> Answer:
     identifier = next((row[key] for key in ("question_id", "questionId", "index", "image") if key in row), None)
     if isinstance(identifier, float) and identifier.is_integer():  # as a table writes it where one is missing
         identifier = int(identifier)
-    key = "text" if layout == "llava" else "prediction" if "prediction" in row else "answer"
+    key = {"judge": "content", "llava": "text"}.get(layout, "prediction" if "prediction" in row else "answer")
     text, prompt = row.get(key), row.get("prompt") if layout == "llava" else ""
     # without lone surrogates, which UTF-8 can't encode
     plain = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(text, str) else None

@@ -21,6 +21,7 @@ from llava_integration.answer.questions import ModelConfig, settings_file
 from llava_integration.benchmarks.answers import Answers, read_answers, read_jsonl
 from llava_integration.benchmarks.benchmark import ALLOWED, Benchmark, first_file
 from llava_integration.benchmarks.rules import benchmark, benchmarks
+from llava_integration.benchmarks.rules.judged import reviewed
 from llava_integration.checkpoints import check_checkpoint, config_of
 from llava_integration.compare import report
 from llava_integration.compare.comparison import run_of
@@ -42,6 +43,7 @@ class ScoreConfig:
     answers: Path  # of LLaVA's scripts, a folder of its chunks, or a submission file
     output: Path | None = None  # score file to write
     submission: Path | None = None  # file to write for the benchmark's server
+    reviews: Path | None = None  # the judge's file, of a benchmark that has a judge
     model: str = ""  # the model's name in reports; "": from the answers file
     # largest fraction of missing, duplicate, unreadable or unknown answers; without a value: 1.0
     allow_missing: float = ALLOWED
@@ -63,10 +65,15 @@ SCORE = Command(
 )
 
 
-def score_answers(name: str, data: Path, answers: Answers, *, allow: float = ALLOWED, model: str = "") -> ScoreFile:
-    """Score answers, and record what they were made from. Raises ValueError for answers to another benchmark."""
+def score_answers(
+    name: str, data: Path, answers: Answers, *, allow: float = ALLOWED, reviews: Path | None = None, model: str = ""
+) -> ScoreFile:
+    """Score answers, and record what they were made from; ``reviews``: the judge's file, if there is a judge.
+
+    Raises ValueError for answers to another benchmark.
+    """
     member = benchmark(name)
-    record = member.score(data, answers, allow=allow)
+    record = member.score(data, reviewed(member, answers, reviews) if member.judge else answers, allow=allow)
     settings = settings_file(answers.path)
     provenance = {
         **({"answer_settings": read_json_value(settings)} if settings.is_file() else {}),
@@ -103,7 +110,9 @@ def main_score(argv: list[str]) -> int:
         print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
         if not args.output:
             return 0
-    record = score_answers(args.benchmark, args.data, answers, allow=args.allow_missing, model=args.model)
+    record = score_answers(
+        args.benchmark, args.data, answers, allow=args.allow_missing, reviews=args.reviews, model=args.model
+    )
     if args.output:  # before printing, which `| head` may end
         record.write(args.output)
         print(f"wrote {args.output}", file=sys.stderr)
@@ -201,7 +210,7 @@ def describe_plan(tasks: list[Task]) -> list[str]:
     """The benchmarks that will run, and why the others will not."""
     rows = []
     for task in tasks:
-        remark = f"; answers only: {task.unscored}" if task.unscored else ""
+        remark = f"; answers only: {task.unscored}" if task.unscored else "; needs a judge" * bool(task.benchmark.judge)
         state, about = ("no files", task.missing) if task.missing else ("will run", f"{task.question_file}{remark}")
         rows.append((task.benchmark.name, state, about))
     return report.table(("benchmark", "plan", "files"), rows)
@@ -231,8 +240,9 @@ def score_task(task: Task, args: BenchConfig) -> Outcome:
     answered_by = evaluate_command(task, args, path)
     run_logged(answered_by, args.output / "logs" / f"{name}.log", path.exists)
     answers = read_answers(path)
-    if task.unscored and member.judge:
-        return Outcome(name=name, status="answered", detail=f"{task.unscored}: {path}")
+    if member.judge:
+        score = command("score", name, task.folder, "--answers", path, "--reviews", "FILE")
+        return Outcome(name=name, status="answered", detail=f"needs a judge: {score}")
     if task.unscored:
         upload = args.output / "submissions" / f"{name}.{member.submission_format}"
         member.write_submission(task.folder, answers, upload)
@@ -266,7 +276,7 @@ class Task:
     folder: Path = Path()
     question_file: Path = Path()
     image_folder: Path | None = None  # None: the pictures are in the question file
-    unscored: str = ""  # why it can't be scored here (its server has the truth, or a judge scores it); "": it can
+    unscored: str = ""  # why it can't be scored here (its server has the truth); "": it can
     missing: str = ""  # which files were not found, so that it can't run; "": it can
 
 
@@ -299,7 +309,7 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
     except (FileNotFoundError, ValueError) as error:
         unscored = str(error)
     questions = question_file(member, folder, generated, scored=not unscored)
-    if unscored and (questions is None or not (member.submission_format or member.judge)):
+    if unscored and (questions is None or not member.submission_format):
         return Task(benchmark=member, missing=unscored)
     if questions is None:
         return Task(benchmark=member, missing=f"{folder} has no question file {' or '.join(member.question_files)}")

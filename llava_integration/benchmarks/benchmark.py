@@ -273,7 +273,7 @@ class Benchmark(ABC):
     scored_question_files: tuple[str, ...] = ()  # of the split with public annotations, where LLaVA's file is another's
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
     evaluate_options: tuple[str, ...] = ()  # of ``llava evaluate``, as in LLaVA's scripts/v1_5/eval
-    judge: str = ""  # the program that scores the answers, by a model; "": they are scored here
+    judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
     submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
     published: Mapping[str, float] = field(default_factory=dict)  # headline number by model
     answered_only: bool = False  # the headline is the mean over answered questions
@@ -317,7 +317,7 @@ class Benchmark(ABC):
     # Scoring
 
     def score(self, folder: Path, answers: Answers, *, allow: float = ALLOWED) -> ScoreFile:
-        """Score answers with the annotations in ``folder``.
+        """Score answers, or a judge's reviews of them, with the annotations in ``folder``.
 
         ``allow``: largest fraction of missing, duplicate, unreadable or unknown answers. Raises ValueError for more,
         and for answers to another benchmark.

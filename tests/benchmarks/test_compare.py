@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from golden_mllm import BENCHMARKS, MODELS, ROOT, answers
 
-from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.bench import main_score as score
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.compare.command import main
@@ -201,14 +200,6 @@ def test_other_questions_are_refused(tmp_path):
     other = simulated(tmp_path, "truth-b", [0, 1], truth="yes")
     with pytest.raises(ContractError, match="the truth of question 0 is"):
         main([str(simulated(tmp_path, "truth-a", [0, 1], truth="no")), str(other)])
-
-
-def test_judged_benchmarks_have_an_error_and_their_recorded_scores_count(tmp_path):
-    items = [{"id": n, "score": 0.4, "mark_model": 4.0, "mark_reference": 8.0 + n % 2} for n in range(10)]
-    (run,) = load_sides([written(tmp_path, "a", items, "llava_bench")], [])[0].runs["llava_bench"]
-    assert (run.statistic.full(), run.unit) == (pytest.approx(100 * 4 / 8.5), "relative %")
-    with pytest.raises(ContractError, match=r"MM-Vet needs a judge: .*compare"):
-        benchmark("mmvet").score(tmp_path, read_answers(answers("gqa", MODELS[0])))
 
 
 def test_other_annotations_are_said(tmp_path):

@@ -164,6 +164,13 @@ def test_questions_that_a_server_refuses(folder, tmp_path, capsys, monkeypatch) 
             evaluate.main(words(folder, url, tmp_path / "b.jsonl", "--concurrency", "1"))
 
 
+def test_one_model_of_several_is_named(folder, tmp_path) -> None:
+    message = r"serves 2 models; choose one with --served-model-name: llava-7b, llava-13b"
+    with serving(ChatServer(["llava-7b", "llava-13b"])) as url, pytest.raises(ConnectionError, match=message):
+        evaluate.main(words(folder, url, tmp_path / "a.jsonl"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_that_does_not_pass_stops_the_run(folder, tmp_path) -> None:
     state = ChatServer(["tiny"])
     state.failures = [status(404, "no such route")] * 12
