@@ -110,11 +110,16 @@ class TrainingRun:
     ) -> Engine:
         """DeepSpeed's engine over the module; its optimizer resumes from the checkpoint, as the weights already do."""
         groups = parameter_groups(trained, self.config.optim.weight_decay)
+        own: dict[str, str] = {}  # for W&B to go on with the run
         with suppress(OSError, ValueError):  # run.json is missing or damaged
-            if resumed is not None and (saved := RunRecord.read(self.folder / RunRecord.FILE).wandb):
-                os.environ |= {"WANDB_RUN_ID": saved, "WANDB_RESUME": "allow", **os.environ}
+            saved = RunRecord.read(self.folder / RunRecord.FILE).wandb if resumed is not None else ""
+            if saved and "WANDB_RUN_ID" not in os.environ:
+                own = {"WANDB_RUN_ID": saved, "WANDB_RESUME": "allow"}
+        os.environ.update(own)
         engine = Engine(module, groups, self.config.optim, self.deepspeed, keep_frozen=keep_frozen)
-        if (started := wandb_run()) is not None:
+        for name in own:  # of this run alone
+            del os.environ[name]
+        if (started := self.wandb_run()) is not None:
             started.config.update(dataclasses.asdict(self.config), allow_val_change=True)
         if resumed is not None:
             engine.restore(resumed.weights, resumed.moments, vars(resumed.state))
@@ -197,14 +202,13 @@ class TrainingRun:
             epoch_samples=int(self.run_settings.get("samples", 0)),
             command=self.command,
             versions=library_versions(),
-            wandb=getattr(wandb_run(), "id", ""),
+            wandb=getattr(self.wandb_run(), "id", ""),
         )
         on_first_rank(lambda: record.write(self.folder / RunRecord.FILE))
 
-
-def wandb_run() -> Any:
-    """The run that DeepSpeed has started in Weights & Biases, on rank 0; None without one."""
-    return getattr(sys.modules.get("wandb"), "run", None)
+    def wandb_run(self) -> Any:
+        """The run that DeepSpeed has started in Weights & Biases, on rank 0; None without one."""
+        return getattr(sys.modules.get("wandb"), "run", None) if "wandb" in self.deepspeed else None
 
 
 @contextmanager

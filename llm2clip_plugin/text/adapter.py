@@ -11,8 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2clip_plugin import contracts
 from llm2clip_plugin.console import quiet_peft
+from llm2clip_plugin.contracts import (
+    EncoderCard,
+    atomic_directory,
+    canonical_json,
+    files_sha256,
+    sha256_text,
+    sha256_weights,
+)
 from llm2clip_plugin.files import errors_about
 from llm2clip_plugin.text.config import ALL_LINEAR, LoraSettings
 from llm2clip_plugin.vision.directory import fetch_directory, read_json
@@ -49,7 +56,7 @@ def weights_sha256(folder: Path) -> str:
     paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), None)
     if paths is None:
         raise FileNotFoundError(f"{folder} has no weights (no {' or '.join(WEIGHT_PATTERNS)})")
-    return contracts.files_sha256(paths)
+    return files_sha256(paths)
 
 
 def adapter_sha256(folder: Path) -> str:
@@ -61,8 +68,8 @@ def adapter_sha256(folder: Path) -> str:
     relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
     if isinstance(relevant["target_modules"], list):
         relevant["target_modules"] = sorted(map(str, relevant["target_modules"]))  # PEFT writes a set in random order
-    weights = contracts.sha256_weights(folder / ADAPTER_WEIGHTS)
-    return contracts.sha256_text(contracts.canonical_json([weights, relevant]))
+    weights = sha256_weights(folder / ADAPTER_WEIGHTS)
+    return sha256_text(canonical_json([weights, relevant]))
 
 
 def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
@@ -92,7 +99,7 @@ def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
 def save_adapter(
     wrapped: nn.Module,
     trained: dict[str, Tensor],
-    card: contracts.EncoderCard,
+    card: EncoderCard,
     directory: Path,
     *,
     starts: Sequence[Path] = (),
@@ -108,11 +115,11 @@ def save_adapter(
     named = get_peft_model_state_dict(wrapped, state_dict=trained)
     if starts:
         config, named = stack([*map(read_lora, starts), (config, named)])
-    with contracts.atomic_directory(directory, replace=replace) as temporary:
+    with atomic_directory(directory, replace=replace) as temporary:
         config.save_pretrained(str(temporary))  # type: ignore[union-attr, operator]
         tensors = {name: tensor.contiguous() for name, tensor in named.items()}
         save_file(tensors, str(temporary / ADAPTER_WEIGHTS), metadata={"format": "pt"})
-        card.write(temporary / contracts.EncoderCard.FILE)
+        card.write(temporary / EncoderCard.FILE)
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False):
