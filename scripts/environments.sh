@@ -132,7 +132,7 @@ listed_environment() { # NAME FOLDER [MORE]: MORE is part of what it was made fo
     make_environment "$2" "$(echo "${!requirements} ${3:+$3 }${!exact}" | hash_of - "$ROOT/pyproject.toml")" install_listed "$1"
 }
 
-# this package beside LLaVA, unmodified
+# this package and LLaVA, unmodified
 llava_environment() { need_compiler && listed_environment LLAVA "$1"; }
 
 # pinned_environment FOLDER: LLaVA 1.5 with its own pins, where find_python_3_10 finds one

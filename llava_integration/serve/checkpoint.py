@@ -178,10 +178,10 @@ def checkpoint_tensors(checkpoint: LlavaCheckpoint, files: ExitStack) -> LazyTen
     if checkpoint.base is None:
         return tensors
     tensors = {name: tensor for name, tensor in tensors.items() if "mm_projector" not in name}
-    beside = checkpoint.directory / NON_LORA  # where LLaVA writes the projector of a LoRA
-    if not beside.is_file():
+    projector = checkpoint.directory / NON_LORA  # where LLaVA writes the projector of a LoRA
+    if not projector.is_file():
         raise FileNotFoundError(f"no {NON_LORA} in {checkpoint.directory}; {FIX}")
-    for name, tensor in open_tensors([beside], files).items():
+    for name, tensor in open_tensors([projector], files).items():
         short = name.removeprefix("base_model.")  # of peft's wrapper
         tensors[short.removeprefix("model.") if short.startswith("model.model.") else short] = tensor
     return merged(tensors, checkpoint.directory, files)

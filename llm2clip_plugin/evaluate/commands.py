@@ -95,7 +95,8 @@ def measure_suites(config: EvaluateConfig, ready: list[Suite], all_ranks: bool) 
     """The score file of each suite: read if its provenance is the same, else measured and written by rank 0."""
     tower, root = opening.open_tower(config.tower, config.device, config.teacher), Path(config.data.path)
     output = Path(config.json or root / f"scores-{tower.dual.card.weights_sha256[:12]}")
-    settings = json.loads(json.dumps(dataclasses.asdict(config.retrieval) | {"batch": 0, "workers": 0}))  # as read back
+    settings = dataclasses.asdict(config.retrieval) | {"batch": 0, "workers": 0}
+    settings = json.loads(json.dumps(settings))  # tuples are lists in the file
     results = {}
     for suite in ready:
         source = suite.open(root)

@@ -103,7 +103,8 @@ def embed_source(
         known = {name: fits[0] for name, fits in source.known_digests().items()}
         read = partial(_read_shard, source, encoder, writer, known, digests, overwrite)
         # while a shard is embedded, the next one is read and tokenized, and the one before is quantized and written
-        contents, written = map_in_order(reader, read, shards, ahead=2), saver.submit(int)
+        contents = map_in_order(reader, read, shards, ahead=2)
+        written = saver.submit(lambda: None)  # nothing to wait for yet
         for shard in shards:
             (content, waited), start, size = timed(partial(next, contents)), int(bar.n), shard.size
 
@@ -123,9 +124,10 @@ def embed_source(
                 summary.truncated += truncated
                 summary.empty += empty
                 summary.waited += waited
-                summary.seconds = time.monotonic() - started
             move(1, 1)
-        written.result()
+        summary.waited += timed(written.result)[1]
+        if summary.shards:
+            summary.seconds = time.monotonic() - started
     if digests:
         with source.lock(f"record the digests of {source.path}"):
             source.record_digests({name: (digest, digest) for name, digest in digests.items()})
