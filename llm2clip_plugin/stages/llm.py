@@ -89,6 +89,8 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(resumed.weights[name])
+    if config.train.torch_compile:
+        encoder.compile()
     on_first_rank(lambda: check_finite(module, config.encoder.llm if resumed is None else resumed.path))
     engine = run.make_engine(module, trained_parameters(module, config), resumed, keep_frozen=False)
     start = run.start_state(resumed)
