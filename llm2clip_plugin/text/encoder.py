@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,7 +45,7 @@ class TextEncoder(ABC):
     config: EncoderConfig  # the effective settings
     width: int  # W
     count_truncated: int = 0  # captions truncated to ``max_tokens`` so far
-    model: torch.nn.Module
+    model: Any
     is_compiled = False
 
     def __init__(self, config: EncoderConfig, device: torch.device | str | None) -> None:

@@ -297,6 +297,7 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_pa
         (("--targets", "query"), "['query']"),
         (zero3, "ZeRO-3"),
         (("--torch-compile", "True", *zero3[1:]), "--torch-compile"),
+        (("--torch-compile", "True", "--load-in-4bit", "--gradient-checkpointing"), "--torch-compile"),
         (("--precision", "bf16"), "train.precision bf16"),
         (("--max-tokens", "36", "--pair-kinds", "long:short"), "max_tokens 36"),
         (("--fields", "label=short"), "'label'"),
