@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from forked import Process, Script
 from forked_python import programs
 
@@ -96,6 +97,18 @@ def wait_for(ready: Callable[[], object], processes: Sequence[Process] = ()) -> 
         assert all(process.poll() is None for process in processes), processes[0].output[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def processes_of(run: Path) -> list[psutil.Process]:
+    """Whose command line names the run's folder: those of a launcher, of its ranks, of their loaders."""
+    return [one for one in psutil.process_iter(["cmdline"]) if str(run) in (one.info["cmdline"] or ())]
+
+
+def ranks_of(run: Path) -> list[int]:
+    """The training processes of a launcher, without the loader processes below these."""
+    found = (one for one in processes_of(run) if any(word.startswith("--local_rank=") for word in one.info["cmdline"]))
+    ranks = {process.pid: process.ppid() for process in found}
+    return [rank for rank, parent in ranks.items() if parent not in ranks]
 
 
 def finish(processes: Sequence[Process]) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from forked import Script
 from forked_python import programs
 from small_disk import mounted
-from tower_runs import ROOT, STEPS, environment, finish, killed_at, lines, losses, options, start, wait_for
+from tower_runs import ROOT, STEPS, environment, finish, killed_at, lines, losses, options, ranks_of, start, wait_for
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import RunRecord, TowerCard
@@ -61,7 +61,7 @@ def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
     more = ["--report_to", "csv", "--data.validation", str(tiny / "data"), "--deepspeed", "scripts/zero3.json"]
     more += ["--dataloader_num_workers", "1", "--evaluation.workers", "1", "--train.micro-batch", "4"]
     process = launched(programs(), tiny, run, *more)
-    ranks = _ranks_of(run)
+    ranks = ranks_of(run)
     assert len(ranks) == 2
     for pid in ranks:
         os.kill(pid, signal.SIGTERM)
@@ -90,7 +90,7 @@ def test_ranks_stop_when_their_launcher_ends(tiny: Path, tmp_path: Path):
     """A SIGTERM to `deepspeed` ends it alone; the ranks notice, save and go."""
     run = tmp_path / "run"
     process = launched(Path(sys.executable).parent, tiny, run)
-    ranks = [psutil.Process(pid) for pid in _ranks_of(run)]
+    ranks = [psutil.Process(pid) for pid in ranks_of(run)]
     assert len(ranks) == 2
     process.terminate()
     assert process.wait(timeout=60) != 0
@@ -98,16 +98,6 @@ def test_ranks_stop_when_their_launcher_ends(tiny: Path, tmp_path: Path):
     stopped = RunRecord.read(run / RunRecord.FILE)
     assert not stopped.finished and 0 < stopped.step < 2000
     assert (run / "checkpoints" / f"step-{stopped.step:08d}").is_dir()
-
-
-def _ranks_of(run: Path) -> list[int]:
-    """The training processes of a launcher, without the loader processes below these."""
-    ranks = {}
-    for process in psutil.process_iter(["cmdline"]):  # psutil comes with DeepSpeed
-        words = process.info["cmdline"] or ()
-        if str(run) in words and any(word.startswith("--local_rank=") for word in words):
-            ranks[process.pid] = process.ppid()
-    return [rank for rank, parent in ranks.items() if parent not in ranks]
 
 
 @pytest.fixture(scope="module")
