@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,12 @@ FAMILIES = {
     "olmo2": Olmo2Config,
 }
 HYBRIDS = {"qwen3_next": Qwen3NextConfig}  # with linear attention
+CHATML = """{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system
+You help.<|im_end|>
+{% endif %}<|im_start|>{{ m['role'] }}
+{{ m['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 def tiny_tokenizer(*, template: bool = True, eos: bool = False) -> PreTrainedTokenizerFast:
@@ -71,9 +78,19 @@ def tiny_tokenizer(*, template: bool = True, eos: bool = False) -> PreTrainedTok
     return tokenizer
 
 
+def chatml_tokenizer() -> PreTrainedTokenizerFast:
+    """As SmolLM2's: no token is added to a text, whose beginning would be that of a turn, and the end of one pads."""
+    tokenizer = tiny_tokenizer(template=False)
+    tokenizer.backend_tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", **ends})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
 def save_tiny_llm(folder: Path, family: str, *, seed: int = 0, width: int = 32, **tokenizer_options: bool) -> Path:
     """Write a random two-block LLM with its tokenizer, weights large enough that every token matters."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 400,
         "hidden_size": width,
         "intermediate_size": 2 * width,
@@ -96,10 +113,14 @@ def save_tiny_llm(folder: Path, family: str, *, seed: int = 0, width: int = 32, 
         sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "mlp_only_layers": [0, 1]}
     if family in ("phi3", "stablelm", "olmo2"):
         del sizes["head_dim"]
+    tokenizer = chatml_tokenizer() if family == "smollm2" else tiny_tokenizer(**tokenizer_options)
+    if family == "smollm2":
+        sizes |= {"tie_word_embeddings": True, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config((FAMILIES | HYBRIDS)[family](**sizes, initializer_range=0.2))
+    config = LlamaConfig if family == "smollm2" else (FAMILIES | HYBRIDS)[family]
+    model = AutoModelForCausalLM.from_config(config(**sizes, initializer_range=0.2))
     model.save_pretrained(folder)
-    tiny_tokenizer(**tokenizer_options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
