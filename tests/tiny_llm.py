@@ -45,10 +45,7 @@ FAMILIES = {
     "olmo2": Olmo2Config,
 }
 HYBRIDS = {"qwen3_next": Qwen3NextConfig}  # with linear attention
-CHATML = """{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system
-You help.<|im_end|>
-{% endif %}<|im_start|>{{ m['role'] }}
-{{ m['content'] }}<|im_end|>
+CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] + '\\n' + m['content'] }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
@@ -82,8 +79,9 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
     """As SmolLM2's: no token is added to a text, whose beginning would be that of a turn, and the end of one pads."""
     tokenizer = tiny_tokenizer(template=False)
     tokenizer.backend_tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
-    ends = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", **ends})
+    tokenizer.add_special_tokens(
+        {"bos_token": "<|im_start|>"} | dict.fromkeys(("eos_token", "pad_token"), "<|im_end|>")
+    )
     tokenizer.chat_template = CHATML
     return tokenizer
 

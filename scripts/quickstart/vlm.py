@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """A side of the miniature without LLaVA: a model of `llm2clip vlm build`, trained by transformers' Trainer alone.
 
-DIR/data and DIR/llm are of `miniature.py prepare`. Writes DIR/vlm-NAME/stage0 (built), stage1 (its projector trained on
-captions), stage2 (the projector and LoRA of the LLM, on conversations) and DIR/NAME.answers.jsonl, for `miniature.py
-score`; finished parts are skipped. Batches, rates and LoRA are those of `miniature.sh --llm smollm2`.
+Reads DIR/data and DIR/llm of `miniature.py prepare`; writes DIR/vlm-NAME/stage0 (built), stage1 (projector, captions),
+stage2 (projector and LoRA, conversations), as miniature.sh trains SmolLM2, and DIR/NAME.answers.jsonl, for scores.
 """
 
 import argparse
@@ -20,8 +19,8 @@ from llava_integration.serve.rows import LlavaRows
 from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.contracts import atomic_directory, atomic_file
 
-PROJECTOR = "multi_modal_projector"
-LORA = LoraConfig(r=64, lora_alpha=128, target_modules=r".*language_model\.layers.*_proj", modules_to_save=[PROJECTOR])
+LLM, PROJECTOR = r".*language_model\.layers.*_proj", "multi_modal_projector"
+LORA = LoraConfig(r=64, lora_alpha=128, target_modules=LLM, modules_to_save=[PROJECTOR])
 SETTINGS: dict[str, Any] = {"learning_rate": 5e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "bf16": True}
 SETTINGS |= {"logging_steps": 10, "save_strategy": "no", "report_to": "none", "remove_unused_columns": False}
 
@@ -30,13 +29,12 @@ def train(source: Path, output: Path, data: Path, *, lora: bool, **settings: Any
     """A stage: the projector alone, or with LoRA, which is merged into the LLM."""
     rows = LlavaRows(AutoProcessor.from_pretrained(source), data.parent / "images")
     model: Any = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(PROJECTOR in name)
+    model.requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
     torch.manual_seed(settings["seed"])
     trained: Any = get_peft_model(model, LORA) if lora else model
     with atomic_directory(output) as folder:
         arguments = TrainingArguments(str(folder), use_cpu=not torch.cuda.is_available(), **SETTINGS, **settings)
-        trainer = Trainer(trained, arguments, train_dataset=json.loads(data.read_text()), data_collator=rows)
+        trainer = Trainer(trained, arguments, rows, json.loads(data.read_text()))
         trainer.train()
         trainer.save_state()
         (trained.merge_and_unload() if lora else model).save_pretrained(folder)
@@ -60,7 +58,7 @@ def answer(folder: Path, questions: Path, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tower")
     parser.add_argument("name", help="before or after; with -seedN, another seed")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
@@ -68,9 +66,9 @@ def main() -> None:
     args = parser.parse_args()
     seed, data = int(args.name.partition("-seed")[2] or 0), args.output / "data"
     stages = [args.output / f"vlm-{args.name}" / f"stage{stage}" for stage in range(3)]
-    words = ["--tower", args.tower, "--llm", str(args.output / "llm"), "--output", str(stages[0])]
-    if not stages[0].exists() and llm2clip(["vlm", "build", *words, "--seed", str(seed)]):
-        raise SystemExit(2)
+    words = ["--tower", args.tower, "--llm", str(args.output / "llm"), "--output", str(stages[0]), "--seed", str(seed)]
+    if not stages[0].exists() and (status := llm2clip(["vlm", "build", *words])):
+        raise SystemExit(status)
     register()
     for stage, (name, batch) in enumerate((("captions", 16), ("finetune", 8))):
         settings = {"max_steps": args.steps[stage], "per_device_train_batch_size": batch, "seed": seed}

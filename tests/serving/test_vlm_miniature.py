@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,23 +14,7 @@ from serve_checkpoints import tower_directory
 from tiny_llm import save_tiny_llm
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "quickstart"
-
-
-def prepare(output: Path) -> None:
-    """What ``miniature.py prepare`` makes, of two pictures."""
-    save_tiny_llm(output / "llm", "smollm2")
-    (output / "data" / "images").mkdir(parents=True)
-    rows, questions = [], []
-    for color in ("red", "blue"):
-        Image.new("RGB", (40, 30), color).save(output / "data" / "images" / f"{color}.png")
-        turns = [("human", "<image>\nWhich color?"), ("gpt", color), ("human", "Sure?"), ("gpt", "yes")]
-        said = [{"from": side, "value": text} for side, text in turns]
-        rows.append({"image": f"{color}.png", "conversations": said})
-        asked = {"question_id": color, "image": f"{color}.png", "text": "Which color?", "truth": color}
-        questions.append({**asked, "kind": "emoji group", "cluster": color, "category": ""})
-    for name in ("captions", "finetune"):
-        (output / "data" / f"{name}.json").write_text(json.dumps(rows))
-    (output / "data" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+TURNS = (("human", "<image>\nWhich color?"), ("gpt", "red"), ("human", "Sure?"), ("gpt", "yes"))
 
 
 def test_two_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,30 +23,39 @@ def test_two_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import miniature
     import vlm
 
-    def side(name: str, *words: str) -> None:
-        command = ["vlm.py", str(tower_directory("clip")), name, "--output", str(tmp_path), *words]
-        monkeypatch.setattr(sys, "argv", command)
+    def side(name: str, steps: str = "2") -> None:
+        words = [str(tower_directory("clip")), name, "--output", str(tmp_path), "--steps", steps, steps]
+        monkeypatch.setattr(sys, "argv", ["vlm.py", *words])
         vlm.main()
 
-    prepare(tmp_path)
-    side("before", "--steps", "2", "2")
+    save_tiny_llm(tmp_path / "llm", "smollm2")
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "data" / "images" / "red.png")
+    row = {"image": "red.png", "conversations": [{"from": speaker, "value": text} for speaker, text in TURNS]}
+    for name in ("captions", "finetune"):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps([row] * 2))
+    asked = {
+        "question_id": "1",
+        "image": "red.png",
+        "text": "Which color?",
+        "truth": "red",
+        "kind": miniature.CLOSED[0],
+    }
+    (tmp_path / "data" / "questions.jsonl").write_text(json.dumps({**asked, "cluster": "", "category": ""}))
+    side("before")
     made, answers = tmp_path / "vlm-before", tmp_path / "before.answers.jsonl"
     weights = [load_file(made / f"stage{stage}" / "model.safetensors") for stage in range(3)]
-    for first, second, expected in ((0, 1, set()), (1, 2, {"language_model"})):
-        changed = {
-            name.split(".")[0] for name, value in weights[second].items() if not value.equal(weights[first][name])
-        }
-        assert changed == {"multi_modal_projector"} | expected
-    assert [json.loads(line)["question_id"] for line in answers.read_text().splitlines()] == ["red", "blue"]
+    changed = [{name.split(".")[0] for name in new if not new[name].equal(old[name])} for old, new in pairwise(weights)]
+    assert changed == [{"multi_modal_projector"}, {"multi_modal_projector", "language_model"}]
+    assert json.loads(answers.read_text())["question_id"] == "1"
 
     answers.write_text("kept")
-    side("before")
+    side("before", "3")
     assert answers.read_text() == "kept"
-    side("after", "--steps", "2", "2")
+    side("after")
     miniature.refuse_other_stages(tmp_path, "after")
     miniature.score(tmp_path, "after", "", None)
-    assert len(list((tmp_path / "scores" / "after").rglob("*.scores.json"))) == 1
-    options = made / "stage2.options"
-    options.write_text(options.read_text().replace("2", "3"))
-    with pytest.raises(ValueError, match="stage2"):
-        miniature.refuse_other_stages(tmp_path, "after")
+    side("before-seed1")
+    side("after-seed1", "3")
+    with pytest.raises(ValueError, match="vlm-after-seed1"):
+        miniature.refuse_other_stages(tmp_path, "after-seed1")
