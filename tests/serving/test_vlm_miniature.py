@@ -1,27 +1,23 @@
 """The miniature through ``vlm build`` and transformers' Trainer: scripts/quickstart/vlm.py with tiny models."""
 
-from __future__ import annotations
-
 import json
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import miniature
 import pytest
+import vlm
 from PIL import Image
 from safetensors.torch import load_file
 from serve_checkpoints import tower_directory
 from tiny_llm import save_tiny_llm
 
-SCRIPTS = Path(__file__).parents[2] / "scripts" / "quickstart"
 TURNS = (("human", "<image>\nWhich color?"), ("gpt", "red"), ("human", "Sure?"), ("gpt", "yes"))
 
 
 def test_two_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 1 trains the projector, stage 2 the LLM, too; finished parts stay; sides trained otherwise are refused."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import miniature
-    import vlm
 
     def side(name: str, steps: str = "2") -> None:
         words = [str(tower_directory("clip")), name, "--output", str(tmp_path), "--steps", steps, steps]
