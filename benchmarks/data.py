@@ -42,7 +42,7 @@ def own_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:
 
 if __name__ == "__main__":
     area = ([0.9, 1.0], "least and largest area of the random crop")
-    sizes = {"images": (512, "in the tar"), "size": (224, "pixels of the tower"), "batch": (64, "images")}
+    sizes: dict[str, Any] = {"images": (512, "in the tar"), "size": (224, "pixels"), "batch": (64, "images")}
     args = parse(__doc__, **sizes, scale=area)
     torch.set_num_threads(1)
     ways = {"webdataset + PIL + torchvision": webdataset_batches, "llm2clip": own_batches}

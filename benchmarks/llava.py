@@ -36,7 +36,8 @@ def make_llava(shape: str, folder: Path) -> Any:
     export_tower(eye.eval(), folder, origin=f"random weights of shape {shape}")
     llm = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     see: dict[str, Any] = {"mm_vision_tower": f"llm2clip:{folder}", "mm_hidden_size": width, **SELECT}
-    model: Any = LlavaLlamaForCausalLM(LlavaConfig(**llm, **see, vocab_size=1000, mm_projector_type="mlp2x_gelu"))
+    see["mm_projector_type"] = "mlp2x_gelu"
+    model: Any = LlavaLlamaForCausalLM(LlavaConfig(**llm, **see, vocab_size=1000))
     model.get_vision_tower().load_model()
     return model.eval()
 

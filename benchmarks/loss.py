@@ -8,6 +8,7 @@ Each way runs in a new process, in which its peak memory is measured; the losses
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def full_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
 
-def prepare(loss_of: Callable[[Tensor, Tensor, Tensor], Tensor], args: Namespace) -> Callable[[], float]:
+def prepare(loss_of: Callable[..., Tensor], args: Namespace) -> Callable[[], float]:
     """One forward and backward pass."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
     torch.manual_seed(0)
@@ -40,7 +41,7 @@ def prepare(loss_of: Callable[[Tensor, Tensor, Tensor], Tensor], args: Namespace
 
 
 if __name__ == "__main__":
-    sizes = {"pairs": (16384, "of the batch"), "width": (512, "of the embeddings")}
+    sizes: dict[str, Any] = {"pairs": (16384, "of the batch"), "width": (512, "of the embeddings")}
     args = parse(__doc__, **sizes, dtype=("float32", "of the embeddings", *DTYPES))
     ways = {"full logits": partial(prepare, full_loss), "llm2clip, in blocks": partial(prepare, contrastive_loss)}
     runs, memory = alternate_processes(ways, args, args.rounds)

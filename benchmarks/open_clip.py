@@ -12,6 +12,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +33,7 @@ from llm2clip_plugin.vision.dual import DualEncoder
 
 def their_epoch(dual: DualEncoder, folder: Path, embeddings: dict[str, Tensor], args: Namespace) -> Callable[[], None]:
     """A call trains ``args.steps`` steps with the trainer of open_clip 3 or 4."""
-    import open_clip
-    from open_clip_train import train
-
+    open_clip, train = import_module("open_clip"), import_module("open_clip_train.train")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings: Any = SimpleNamespace(
         **dict.fromkeys(("distill", "horovod", "wandb", "distributed"), False),

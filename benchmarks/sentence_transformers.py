@@ -108,7 +108,7 @@ def our_step(args: Namespace) -> Callable[[], float]:
 
 if __name__ == "__main__":
     llm = ("quickstart-output/models/gemma-3-270m", "its folder; default: the quickstart's")
-    sizes = {"batch": (64, "pairs a step"), "micro": (16, "pairs a micro-batch")}
+    sizes: dict[str, Any] = {"batch": (64, "pairs a step"), "micro": (16, "pairs a micro-batch")}
     args = parse(__doc__, llm=llm, **sizes, dtype=("float32", "of the LLM", *TOLERANCE))
     makers = {"sentence-transformers": their_step, "llm2clip": our_step}
     _, memory = alternate_processes(makers, args, rounds=1)
@@ -116,9 +116,7 @@ if __name__ == "__main__":
     second, other = (step() for step in steps.values())
     if abs(second - other) > TOLERANCE[args.dtype]:
         raise SystemExit(f"the losses of the second step differ: {second}, {other}")
-    about = (
-        f"stage 1, {args.dtype}, batch {args.batch}, micro-batch {args.micro}, second losses {second:.6f}, {other:.6f}"
-    )
+    about = f"stage 1, {args.dtype}, {args.batch} in {args.micro}s, losses {second:.6f}, {other:.6f}"
     print_table(about, alternate(steps, args.rounds), amount=args.batch, unit="pairs", **{"MiB of a step": memory})
     texts = [text for pair in make_pairs(args.batch) for text in (pair.query, pair.positive)]
     model, encoder = their_model(args, lora=False), CaptionEncoder(our_config(args))
