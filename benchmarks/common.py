@@ -4,6 +4,7 @@ Run a benchmark from the repository's folder: ``python -m benchmarks.data --help
 """
 
 import argparse
+import ctypes
 import io
 import platform
 import resource
@@ -88,6 +89,7 @@ def _measure(prepare: Callable[[argparse.Namespace], Work], args: argparse.Names
         cuda.reset_peak_memory_stats()
         before, run = cuda.memory_allocated(), timed(work)
         return cuda.max_memory_allocated() - before, run
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that was freed before counts as in use
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, run, after = status.read_text(), timed(work), status.read_text()
     growth = int(after.partition("VmHWM:")[2].split()[0]) - int(before.partition("VmRSS:")[2].split()[0])
