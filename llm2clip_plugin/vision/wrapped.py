@@ -138,31 +138,32 @@ def siglip_tensor(name: str, weight: Tensor, patch: int, grid: int) -> Tensor:
 
 if int(transformers.__version__.split(".")[0]) < 5:
 
-    class NaflexTowerConfig(transformers.SiglipVisionConfig):
+    class SquareNaflexConfig(transformers.SiglipVisionConfig):
         """The vision configuration of NaFlex, or of an image-text model, as SigLIP's for a square; see below."""
 
         model_type = "siglip2_vision_model"
 
         def __init__(self, num_patches: int = 256, patch_size: int = 16, image_size: int = 0, **kwargs: Any) -> None:
             side = image_size or math.isqrt(num_patches) * patch_size
-            super().__init__(patch_size=patch_size, image_size=side, num_patches=num_patches, **kwargs)
+            super().__init__(patch_size=patch_size, image_size=side, **kwargs)
+            self.num_patches = num_patches
 
         @classmethod
         def from_pretrained(cls, directory: Any, **kwargs: Any) -> Any:
             fields, rest = cls.get_config_dict(directory, **kwargs)
             return cls.from_dict(fields.get("vision_config", fields), **rest)
 
-    class NaflexTower(transformers.SiglipVisionModel):
+    class SquareNaflexTower(transformers.SiglipVisionModel):
         """SigLIP 2 NaFlex of squares alone, in versions of transformers without it, such as LLaVA's."""
 
-        config_class = NaflexTowerConfig
+        config_class = SquareNaflexConfig
 
         @classmethod
         def from_pretrained(cls, directory: Any, *, torch_dtype: Any = None, **kwargs: Any) -> Any:
             """See PreTrainedModel; ``directory``: with model.safetensors."""
             from safetensors.torch import load_file
 
-            config, state = cls.config_class.from_pretrained(directory), load_file(f"{directory}/model.safetensors")
+            config, state = SquareNaflexConfig.from_pretrained(directory), load_file(f"{directory}/model.safetensors")
             sizes = config.patch_size, config.image_size // config.patch_size
             state = {name: siglip_tensor(name, weight, *sizes).contiguous() for name, weight in state.items()}
             return super().from_pretrained(None, config=config, state_dict=state, torch_dtype=torch_dtype, **kwargs)
@@ -196,8 +197,9 @@ else:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            own = self.embeddings.resize_positional_embeddings  # a function, not a method
-            self.embeddings.resize_positional_embeddings = partial(naflex_positions, own)
+            embeddings: Any = self.embeddings
+            own = embeddings.resize_positional_embeddings  # a function, not a method
+            embeddings.resize_positional_embeddings = partial(naflex_positions, own)
 
         def forward(
             self,
@@ -218,9 +220,8 @@ else:
                 if spatial_shapes is not None:
                     positions = torch.arange(pixel_values.shape[1], device=pixel_values.device)
                     pixel_attention_mask = (positions < spatial_shapes.prod(1, keepdim=True)).int()
-            output = super().forward(
-                pixel_values, pixel_attention_mask, spatial_shapes, output_hidden_states=output_hidden_states
-            )
+            inputs: Any = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+            output: Any = super().forward(pixel_values, **inputs, output_hidden_states=output_hidden_states)
             return output if return_dict is not False else output.to_tuple()
 
 

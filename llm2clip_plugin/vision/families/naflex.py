@@ -10,7 +10,7 @@ def _vision_class() -> Any:
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
-        return in_module("llm2clip_plugin.vision.wrapped", "NaflexTower")()
+        return in_module("llm2clip_plugin.vision.wrapped", "SquareNaflexTower")()
     return _native()
 
 
