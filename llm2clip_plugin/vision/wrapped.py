@@ -217,9 +217,13 @@ else:
                 side = self.config.patch_size
                 patches = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, 3, g, P, g, P)
                 pixel_values = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-                if spatial_shapes is not None:
-                    positions = torch.arange(pixel_values.shape[1], device=pixel_values.device)
-                    pixel_attention_mask = (positions < spatial_shapes.prod(1, keepdim=True)).int()
+            elif spatial_shapes is None:
+                raise ValueError(
+                    f"patches {tuple(pixel_values.shape)} require spatial_shapes, as of the same processor"
+                )
+            if spatial_shapes is not None and pixel_attention_mask is None:
+                positions = torch.arange(pixel_values.shape[1], device=pixel_values.device)
+                pixel_attention_mask = (positions < spatial_shapes.prod(1, keepdim=True)).int()
             inputs: Any = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
             output: Any = super().forward(pixel_values, **inputs, output_hidden_states=output_hidden_states)
             return output if return_dict is not False else output.to_tuple()

@@ -94,14 +94,15 @@ def test_features_are_transformers_own(tmp_path: Path, whole: bool):
             with torch.no_grad():
                 pairs = ((original, theirs), (tower, theirs), (tower, own))
                 expected, *found = (model(**inputs, output_hidden_states=True) for model, inputs in pairs)
-                mean = dual.pool(**own)
+                means = dual.pool(**own), dual.pool(theirs["pixel_values"], theirs["spatial_shapes"])
             count = int(own["spatial_shapes"].prod())
             states = [*expected.hidden_states, expected.last_hidden_state]
             for output in found:
                 for state, wanted in zip([*output.hidden_states, output.last_hidden_state], states, strict=True):
                     torch.testing.assert_close(state[:, :count], wanted[:, :count], atol=TOLERANCE, rtol=0)
                 torch.testing.assert_close(output.pooler_output, expected.pooler_output, atol=TOLERANCE, rtol=0)
-            torch.testing.assert_close(mean, states[-1][:, :count].mean(1), atol=TOLERANCE, rtol=0)
+            for mean in means:
+                torch.testing.assert_close(mean, states[-1][:, :count].mean(1), atol=TOLERANCE, rtol=0)
 
 
 def test_a_square_of_pixels_is_a_square_image(tiny: Path):
@@ -110,6 +111,8 @@ def test_a_square_of_pixels_is_a_square_image(tiny: Path):
     torch.testing.assert_close(one.pooler_output, other.pooler_output)
     with pytest.raises(ValueError, match="images have"):
         tower(pixel_values=pixels[..., 4:, 4:])
+    with pytest.raises(ValueError, match="spatial_shapes"):
+        tower(pixel_values=torch.rand(2, 36, 48))
 
 
 def test_training_over_ranks_and_micro_batches_is_one_run(tiny: Path, tmp_path: Path):
