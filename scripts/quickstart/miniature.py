@@ -162,9 +162,10 @@ def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterat
 
 def refuse_other_stages(output: Path, after: str) -> None:
     """Raise ValueError if a stage of ``after`` or ``after-seedN`` had other options than before's, the tower aside."""
-    for stage in ("llava-{}-pretrain", "llava-{}", "llava-lora-{}"):
+    built = (output / f"vlm-{after}").exists()
+    for stage in ("vlm-{}/stage1", "vlm-{}/stage2") if built else ("llava-{}-pretrain", "llava-{}", "llava-lora-{}"):
         files = [output / f"{stage.format(name)}.options" for name in (after.replace("after", "before", 1), after)]
-        if not files[1].exists() and stage != "llava-{}-pretrain":
+        if not files[1].exists() and stage in ("llava-{}", "llava-lora-{}"):
             continue  # the other language model's
         sides = [path.read_text().splitlines() for path in files]
         base, new = ([w for o, w in zip(["", *side], side, strict=False) if o not in OF_TOWER] for side in sides)
