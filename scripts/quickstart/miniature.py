@@ -14,31 +14,29 @@ keywords, and by the cosine of answer and name in the embeddings of a teacher. W
 is above the same answer against the pictures of all other emoji: what comes from the picture.
 """
 
-# easy-vqa is installed by miniature.sh:
-# pyright: reportMissingImports=false
-
 import argparse
-import dataclasses
 import json
 import random
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models import make_llava_llm
+from models import folder_of, make_llava_llm
 from shards import EMOJI, Sample, read_tar
 
+from llava_integration.benchmarks.answers import read_jsonl
 from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file
 
 GROUP, NAME = "Which group does the emoji belong to?", "What does the emoji show?"
 SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
+YES_NO = ("yes", "no")
 TURNS = 4  # of a conversation, at most
 CLOSED, OPEN = ("emoji group", "easy-vqa"), "emoji name"
 EMPTY = frozenset("a an and at by for from in into it of off on or over the to up with without".split())
-OF_TOWER = ("--vision_tower", "--pretrain_mm_mlp_adapter")  # options that differ between the sides
 Row = dict[str, Any]  # a question; of held-out ones with its "answer"
 
 
@@ -52,17 +50,15 @@ def easy_vqa(split: str, count: int, pictures: int | None = None) -> Iterator[tu
 
     ``pictures``: about so many pictures, instead of any.
     """
-    import easy_vqa
-
-    folder = Path(str(easy_vqa.__file__)).parent / "data" / split
+    folder = folder_of("easy_vqa") / "data" / split
     questions = json.loads((folder / "questions.json").read_text())
     draw, shown = random.Random(0), sorted({image for _, _, image in questions})
     chosen = set(shown if pictures is None else draw.sample(shown, min(pictures, len(shown))))
-    closed, others = [], []
-    for place, (_, answer, image) in enumerate(questions):
-        if image in chosen:
-            (closed if answer in ("yes", "no") else others).append(place)
-    for place in sorted(draw.sample(closed, count // 2) + draw.sample(others, count - count // 2)):
+    yes_or_no, others = (
+        [n for n, (_, answer, image) in enumerate(questions) if image in chosen and (answer in YES_NO) == closed]
+        for closed in (True, False)
+    )
+    for place in sorted(draw.sample(yes_or_no, count // 2) + draw.sample(others, count - count // 2)):
         question, answer, image = questions[place]
         yield f"shape-{place}", folder / "images" / f"{image}.png", question, answer
 
@@ -70,8 +66,8 @@ def easy_vqa(split: str, count: int, pictures: int | None = None) -> Iterator[tu
 def talk(key: str, question: str, answer: str, picture: str = "") -> Row:
     """A sample of one turn in LLaVA's format; ``picture``: its file."""
     asked = {"from": "human", "value": f"<image>\n{question}" if picture else question}
-    image = {"image": picture} if picture else {}
-    return {"id": key, **image, "conversations": [asked, {"from": "gpt", "value": answer}]}
+    row = {"id": key, "conversations": [asked, {"from": "gpt", "value": answer}]}
+    return {**row, "image": picture} if picture else row
 
 
 def conversations(questions: list[Row]) -> list[Row]:
@@ -82,10 +78,10 @@ def conversations(questions: list[Row]) -> list[Row]:
     made = []
     for rows in of_picture.values():
         for start in range(0, len(rows), TURNS):
-            first, *others = rows[start : start + TURNS]
-            later = [turn for row in others for turn in row["conversations"]]
+            some = rows[start : start + TURNS]
+            first, *later = (turn for row in some for turn in row["conversations"])
             turns = [{**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in later]
-            made.append({**first, "conversations": [*first["conversations"], *turns]})
+            made.append({**some[0], "conversations": [first, *turns]})
     return made
 
 
@@ -156,20 +152,8 @@ def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterat
         (images / f"test-{path.name}").write_bytes(path.read_bytes())
         row = {"question_id": key, "image": f"test-{path.name}", "text": question, "truth": answer}
         of_shape = "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
-        category = "yes or no" if answer in ("yes", "no") else of_shape
+        category = "yes or no" if answer in YES_NO else of_shape
         yield {**row, "kind": CLOSED[1], "cluster": path.name, "category": category}
-
-
-def refuse_other_stages(output: Path, after: str) -> None:
-    """Raise ValueError if a stage of ``after`` or ``after-seedN`` had other options than before's, the tower aside."""
-    for stage in ("llava-{}-pretrain", "llava-{}", "llava-lora-{}"):
-        files = [output / f"{stage.format(name)}.options" for name in (after.replace("after", "before", 1), after)]
-        if not files[1].exists() and stage != "llava-{}-pretrain":
-            continue  # the other language model's
-        sides = [path.read_text().splitlines() for path in files]
-        base, new = ([w for o, w in zip(["", *side], side, strict=False) if o not in OF_TOWER] for side in sides)
-        if base != new:
-            raise ValueError(f"{files[0]} and {files[1]} differ: the two sides were not trained alike; delete {output}")
 
 
 def score(output: Path, name: str, note: str, teacher: Any) -> None:
@@ -178,19 +162,17 @@ def score(output: Path, name: str, note: str, teacher: Any) -> None:
     ``side-seedN`` goes to ``DIR/scores/side/seedN``: ``llm2clip compare`` takes the files below ``side`` for its runs.
     """
     path = output / "data" / "questions.jsonl"
-    answers = map(json.loads, (output / f"{name}.answers.jsonl").read_text().splitlines())
-    answer_to = {answer["question_id"]: answer["text"].strip() for answer in answers}
-    of_kind: dict[str, list[Row]] = {kind: [] for kind in (*CLOSED, OPEN)}
-    for row in map(json.loads, path.read_text().splitlines()):
-        of_kind[row["kind"]].append({**row, "answer": answer_to[row["question_id"]]})
-    results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if of_kind[kind]]
-    if of_kind[OPEN]:
-        results.append(by_keyword(of_kind[OPEN]))
-        results += [by_similarity(of_kind[OPEN], teacher)] if teacher else []
+    answer_to = {row["question_id"]: row["text"].strip() for row in read_jsonl(output / f"{name}.answers.jsonl")}
+    of_kind: dict[str, list[Row]] = {}
+    for row in read_jsonl(path):
+        of_kind.setdefault(row["kind"], []).append({**row, "answer": answer_to[row["question_id"]]})
+    results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if kind in of_kind]
+    if OPEN in of_kind:
+        results += [by_keyword(of_kind[OPEN]), *([by_similarity(of_kind[OPEN], teacher)] if teacher else [])]
     side, _, seed = name.partition("-")
     provenance = {"data": str(output / "data" / "images"), "data_sha256": sha256_file(path)}
     for result in results:
-        made = dataclasses.replace(result, model=side, notes=[note, *result.notes], provenance=provenance)
+        made = replace(result, model=side, notes=[note, *result.notes], provenance=provenance)
         file = result.benchmark.removeprefix("miniature: ").replace(", ", "-").replace(" ", "-")
         made.write(output / "scores" / side / seed / f"{file}.scores.json")
         reached = next(iter(result.metrics.values()))
@@ -285,18 +267,16 @@ def main() -> None:
         from llm2clip_plugin.text.encoder import CaptionEncoder
 
         teacher = CaptionEncoder(EncoderConfig(llm=str(args.teacher), adapter=str(args.adapter or "")))
-    model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
-    trained = f"the language model is {model}, finetuned for minutes"
-    if args.llm == "tiny":
-        trained = "a language model of 2.5 million weights, trained here from scratch"
+    note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
+    if args.llm != "tiny":
+        model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
+        note = f"a miniature: the language model is {model}, finetuned for minutes"
     for name in args.names:
-        if name.startswith("after"):
-            refuse_other_stages(args.output, name)
-        score(args.output, name, f"a miniature: {trained}", teacher)
+        score(args.output, name, note, teacher)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

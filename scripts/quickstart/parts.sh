@@ -54,10 +54,7 @@ train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/N
 }
 
 control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
-    [ -d "$OUT/towers/shuffled-seed0" ] && return
-    python scripts/quickstart/shards.py control "$DATA/shuffled" --cache "$DATA/cache/tuned-seed0" --output "$DATA/shuffled/cache"
-    train shuffled 0 "tuned-seed0" "$DATA/shuffled/train-*.tar" --cache "$DATA/shuffled/cache" \
-        --freeze-first-blocks 0 --freeze --max-steps 1
+    train shuffled 0 "tuned-seed0" "$DATA/shuffled/train-*.tar" --freeze-first-blocks 0 --freeze --max-steps 1
 }
 
 watched() { # watched NAME SEED CACHE: train a tower, and (but for a smoke run) evaluate it on validation images in one style
@@ -74,7 +71,7 @@ towers() { # towers SEED: of both teachers
 }
 controls() { # controls SEED: towers against the raw LLM as it comes, and against random embeddings of the same captions
     [ -d "$DATA/cache/random" ] ||
-        python scripts/quickstart/shards.py control "$DATA/all" --cache "$DATA/cache/tuned-seed0" --output "$DATA/cache/random" --random 0
+        python scripts/quickstart/shards.py random "$DATA/all" --cache "$DATA/cache/tuned-seed0" --output "$DATA/cache/random"
     [ -d "$OUT/towers/plain-seed$1" ] || embed plain "{test,train,validation}"
     watched plain "$1" plain
     watched random "$1" random
