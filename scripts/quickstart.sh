@@ -36,8 +36,7 @@ esac
 [ -z "$LLAVA_LLM" ] || one_of --llava-llm "$LLAVA_LLM" tiny smollm2
 [[ $SEEDS =~ ^[1-9][0-9]*$ ]] || fail "--seeds $SEEDS is not a number above 0"
 
-train_environment .venv "$(extras_of .venv)"
-extensions_of .venv
+quickstart_environment
 export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # they last a second each
 

@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from models import folder_of, make_llava_llm
 from shards import EMOJI, Sample, read_tar
 
@@ -41,8 +42,11 @@ Row = dict[str, Any]  # a question; of held-out ones with its "answer"
 
 
 def emoji(split: str) -> list[Sample]:
-    """(key, PNG, description) of a split's pictures in every style."""
-    return [sample for shard in sorted(EMOJI.glob(f"{split}-*.tar")) for sample in read_tar(shard)]
+    """(key, PNG, description) of a split's pictures in every style; English captions by kind are ``english`` in it."""
+    samples = [sample for shard in sorted(EMOJI.glob(f"{split}-*.tar")) for sample in read_tar(shard)]
+    for _, _, about in samples:
+        about["english"] = {one["kind"]: one["text"] for one in about["captions"] if one["language"] == "en"}
+    return samples
 
 
 def easy_vqa(split: str, count: int, pictures: int | None = None) -> Iterator[tuple[str, Path, str, str]]:
@@ -66,8 +70,8 @@ def easy_vqa(split: str, count: int, pictures: int | None = None) -> Iterator[tu
 def talk(key: str, question: str, answer: str, picture: str = "") -> Row:
     """A sample of one turn in LLaVA's format; ``picture``: its file."""
     asked = {"from": "human", "value": f"<image>\n{question}" if picture else question}
-    row = {"id": key, "conversations": [asked, {"from": "gpt", "value": answer}]}
-    return {**row, "image": picture} if picture else row
+    image = {"image": picture} if picture else {}
+    return {"id": key, **image, "conversations": [asked, {"from": "gpt", "value": answer}]}
 
 
 def conversations(questions: list[Row]) -> list[Row]:
@@ -83,11 +87,6 @@ def conversations(questions: list[Row]) -> list[Row]:
             turns = [{**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in later]
             made.append({**some[0], "conversations": [first, *turns]})
     return made
-
-
-def english(about: dict[str, Any]) -> dict[str, str]:
-    """kind of caption -> text."""
-    return {caption["kind"]: caption["text"] for caption in about["captions"] if caption["language"] == "en"}
 
 
 def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> None:
@@ -109,7 +108,7 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
             if about["concept"] not in chosen:
                 continue
             (images / f"{key}.png").write_bytes(png)
-            own, picture = english(about), f"{key}.png"
+            own, picture = about["english"], f"{key}.png"
             if about["style"] == "noto":  # the text does not depend on the style
                 text.append(talk(key, f"{GROUP} {own['short']}", about["group"]))
                 text.append(talk(f"{key}-long", f"Describe it: {own['short']}", own["long"]))
@@ -124,8 +123,9 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
             if number % 10 == 0:  # the words of the questions and answers, without the pictures
                 text.append(talk(f"{key}-text", question, answer))
         held_out = hold_out(images, split, in_words=in_words, smoke=fraction < 0.5)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
-        (temporary / "questions.jsonl").write_text(lines)
+        (temporary / "questions.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
+        )
         finetune = conversations(questions) if in_words else questions
         for name, rows in (("text", text), ("captions", captions), ("finetune", finetune)):
             (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
@@ -145,7 +145,7 @@ def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterat
         yield {**row, "text": GROUP, "truth": about["group"], "kind": CLOSED[0]}
         if in_words:
             row |= {"question_id": f"{key}-name", "keywords": about["keywords"]}
-            yield {**row, "text": NAME, "truth": english(about)["short"], "kind": OPEN}
+            yield {**row, "text": NAME, "truth": about["english"]["short"], "kind": OPEN}
     if split != "test":
         return
     for key, path, question, answer in easy_vqa("test", SHAPES_TEST // 10 if smoke else SHAPES_TEST):
@@ -205,7 +205,7 @@ def words_of(text: str) -> set[str]:
 def by_keyword(rows: list[Row]) -> ScoreFile:
     """Whether an answer has a word of the emoji's name or keywords."""
     truths = [words_of(" ".join([row["truth"], *row["keywords"]])) for row in rows]
-    hits = [[float(not truth.isdisjoint(words_of(row["answer"]))) for truth in truths] for row in rows]
+    hits = [[not truth.isdisjoint(words_of(row["answer"])) for truth in truths] for row in rows]
     return against_exchanged("word of the name or a keyword", f"{OPEN}, keyword", rows, hits)
 
 
@@ -215,24 +215,22 @@ def by_similarity(rows: list[Row], teacher: Any) -> ScoreFile:
 
     texts = [row["answer"] or "?" for row in rows], [row["truth"] for row in rows]
     answer_ND, name_ND = (normalize(teacher.encode(side), dim=-1) for side in texts)
-    cosines = (answer_ND @ name_ND.T).tolist()
-    scores = [[max(0.0, c) if row["answer"] else 0.0 for c in cs] for row, cs in zip(rows, cosines, strict=True)]
-    return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, scores)
+    cosine_NN = (answer_ND @ name_ND.T).clamp(min=0).numpy() * np.array([[row["answer"] != ""] for row in rows])
+    return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, cosine_NN)
 
 
-def against_exchanged(metric: str, kind: str, rows: list[Row], scores: list[list[float]]) -> ScoreFile:
+def against_exchanged(metric: str, kind: str, rows: list[Row], scores: Any) -> ScoreFile:
     """``scores``: answers x pictures. An answer scores the points that its own picture is above those of other emoji.
 
     So a model that always says the same scores 0, however often it happens to be right.
     """
-    own, exchanged = [100 * scores[place][place] for place in range(len(rows))], []
-    for row, values in zip(rows, scores, strict=True):
-        others = [value for other, value in zip(rows, values, strict=True) if other["cluster"] != row["cluster"]]
-        exchanged.append(100 * sum(others) / max(1, len(others)))
-    above = [a - b for a, b in zip(own, exchanged, strict=True)]
-    reached, by_chance = (sum(values) / len(values) for values in (own, exchanged))
+    point_NN, cluster_N = 100 * np.array(scores, dtype=np.float64), np.array([row["cluster"] for row in rows])
+    other_NN = cluster_N[:, None] != cluster_N
+    own_N, exchanged_N = point_NN.diagonal(), (point_NN * other_NN).sum(1) / np.maximum(1, other_NN.sum(1))
+    reached, by_chance = float(own_N.mean()), float(exchanged_N.mean())
     metrics = {metric.replace(" ", "_"): reached, "pictures_exchanged": by_chance, "above": reached - by_chance}
-    return record(kind, rows, above, metrics, f"{metric}; with the pictures exchanged: {by_chance:.1f} %")
+    note = f"{metric}; with the pictures exchanged: {by_chance:.1f} %"
+    return record(kind, rows, (own_N - exchanged_N).tolist(), metrics, note)
 
 
 def record(kind: str, rows: list[Row], scores: list[float], metrics: dict[str, float], note: str) -> ScoreFile:

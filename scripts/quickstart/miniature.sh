@@ -55,8 +55,7 @@ fi
 cd "$ROOT"
 if [ -z "${LLAVA_PYTHON:-}" ]; then
     . scripts/environments.sh
-    train_environment .venv "$(extras_of .venv)"
-    extensions_of .venv
+    quickstart_environment
     LLAVA_PYTHON=$ROOT/.venv/bin/python
 fi
 llm2clip() { "$LLAVA_PYTHON" -m llm2clip_plugin.cli "$@"; }

