@@ -13,8 +13,7 @@ these are compared, in two ways, which fail for one correct rerun in a hundred a
 
 Numbers: the difference of the two sides and the level of the first, each against the prediction interval of the mean of
 so many more trainings, t * s * sqrt(1 / stated + 1 / new), s the pooled standard deviation over seeds (of the
-difference seed by seed), at a level that all numbers share (Bonferroni). What involves no training may differ by
-``ROUNDING``.
+difference seed by seed), at a level that all share (Bonferroni); ``ROUNDING`` for what involves no training.
 
 Gains: for each part (teacher, tower, each LLaVA) which fraction of its significant differences came back, their sum
 weighted by difference over variance (half interval, squared). It has a lower bound alone, of the same form.
@@ -192,11 +191,6 @@ def markdown(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {head} |", rule, *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
-def adjusted_p(claim: Mapping[str, Any], otherwise: str) -> str:
-    """``< .001``, ``.009``, or with a remark if it is not significant."""
-    return p_value(claim["p_adjusted"]) + f", {otherwise}" * (not claim["significant"])
-
-
 def table(claims: Mapping[str, Any]) -> list[str]:
     """Both pages' table of towers and teachers: a row per claim, the headline's first."""
     head = "mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | p (Holm)"
@@ -204,8 +198,8 @@ def table(claims: Mapping[str, Any]) -> list[str]:
     for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
         strong, alone = "**" * claim["headline"], f"{claim['seeds_significant']} of {len(claim['tuned'])}"
         cells = [name, spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}"]
-        cells += [estimate(claim["difference"], claim["interval"]), adjusted_p(claim, "not significant")]
-        rows.append([*cells, alone, fraction(claim["chance"])])
+        p = p_value(claim["p_adjusted"]) + ", not significant" * (not claim["significant"])
+        rows.append([*cells, estimate(claim["difference"], claim["interval"]), p, alone, fraction(claim["chance"])])
     return markdown(f"{head} | alone | chance", rows)
 
 
@@ -217,7 +211,8 @@ def llava_table(claims: Mapping[str, Any]) -> list[str]:
         before, after = (spread(claim[side], PERCENT) for side in BEFORE_AFTER)
         strong = "**" * claim["significant"]
         cells = [f"{name} ({claim['questions']})", str(len(claim["after"])), before, f"{strong}{after}{strong}"]
-        cells += [estimate(claim["difference"], claim["interval"], POINTS), adjusted_p(claim, "not shown")]
+        p = p_value(claim["p_adjusted"]) + ", not shown" * (not claim["significant"])
+        cells += [estimate(claim["difference"], claim["interval"], POINTS), p]
         for control in (claim["controls"].get(one, "not measured") for one in CONTROLS):
             if not isinstance(control, str):  # as those of few trainings, written by hand
                 difference = estimate(control["difference"], control["interval"], POINTS)

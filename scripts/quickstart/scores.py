@@ -240,17 +240,16 @@ def open_caches(data: Path) -> dict[str, EmbeddingCache]:
 
 def check_cache(data: Path, name: str, cache: EmbeddingCache) -> None:
     """Raise ContractError for a cache embedded without the adapter of its name, or one of other captions."""
-    teacher, adapter = cache.manifest.teacher, ""
+    teacher = cache.manifest.teacher
+    used = {"random": teacher["llm"] == RANDOM, "adapter": teacher["adapter_sha256"], "fine-tuned on": []}
+    used |= {"pooling": teacher["pooling"], "post": bool(teacher["post"])}
+    expected = {"random": name == "random", "adapter": "", "fine-tuned on": []}
+    expected |= {"pooling": "mean" if name == "plain" else "last", "post": name == "raw"}
     if name.startswith("tuned-"):
         run = data / "llm" / name.removeprefix("tuned-")
-        adapter = adapter_sha256(run / "adapter")
-        for path in map(Path, RunRecord.read(run / RunRecord.FILE).config["pairs"]["data"]):
-            if not path.name.startswith("train-"):
-                raise ContractError(f"{run} was fine-tuned on {path}, which is not a training shard; {AGAIN}")
-    used = {"random": teacher["llm"] == RANDOM, "adapter": teacher["adapter_sha256"]}
-    used |= {"pooling": teacher["pooling"], "post": bool(teacher["post"])}
-    expected = {"random": name == "random", "adapter": adapter}
-    expected |= {"pooling": "mean" if name == "plain" else "last", "post": name == "raw"}
+        shards = RunRecord.read(run / RunRecord.FILE).config["pairs"]["data"]
+        used["fine-tuned on"] = [Path(shard).name for shard in shards]
+        expected |= {"adapter": adapter_sha256(run / "adapter"), "fine-tuned on": ["train-noto.tar"]}
     if used != expected:
         raise ContractError(f"{cache.directory} was embedded with {used}, expected {expected}; {AGAIN}")
 
@@ -271,14 +270,12 @@ def check_run(tower: Path) -> dict[str, Any]:
 
     Raises ContractError if it read other shards than those of its name, or validated on the test's.
     """
-    side, _, seed = tower.name.partition("-")
+    side, _, seed = tower.name.partition("-seed")
     config = RunRecord.read(tower.parents[1] / "runs" / tower.name / RunRecord.FILE).config
-    folder, data = "shuffled" if side == "shuffled" else "all", config["data"]
-    for path in map(Path, data["path"]):
-        if path.parent.name != folder or not path.name.startswith("train-"):
-            raise ContractError(f"{tower} was trained on {path}, expected {folder}/train-*.tar; {AGAIN}")
-    if data["validation"] and not Path(data["validation"]).name.startswith("validation-"):
-        raise ContractError(f"{tower} was validated on {data['validation']}, expected a validation shard; {AGAIN}")
-    if config["train"]["seed"] != int(seed.removeprefix("seed")):
-        raise ContractError(f"{tower} was trained with seed {config['train']['seed']}; {AGAIN}")
+    data, shards = config["data"], [Path(path) for path in config["data"]["path"]]
+    used = {"shards": [f"{path.parent.name}/{path.name}" for path in shards], "seed": config["train"]["seed"]}
+    expected = {"shards": [f"{'shuffled' if side == 'shuffled' else 'all'}/train-*.tar"], "seed": int(seed)}
+    if used != expected or (data["validation"] and not Path(data["validation"]).name.startswith("validation-")):
+        used["validation"] = data["validation"]
+        raise ContractError(f"{tower} was trained with {used}, expected {expected} and validation shards; {AGAIN}")
     return {name: data[name] for name in ("path", "cache", "validation")}
