@@ -68,24 +68,18 @@ OUT=$WORK/$PRESET DATA=$WORK/data
 mkdir -p "$OUT"
 
 # A short run is mostly start-up, which leaves a core idle, so work that only the report needs runs in the background.
-jobs_logs=()
-meanwhile() { # meanwhile NAME COMMAND...: run in the background, with output in $OUT/NAME.log
-    local log=$OUT/$1.log
-    shift
-    "$@" >"$log" 2>&1 &
-    jobs_logs+=("$! $log")
-}
+declare -A logs=() # of each job
+meanwhile() { "${@:2}" >"$OUT/$1.log" 2>&1 & logs[$!]=$OUT/$1.log; } # meanwhile NAME COMMAND...: in the background
 join() { # wait for the background jobs; if one failed, show its log
     local job
-    for job in ${jobs_logs[@]+"${jobs_logs[@]}"}; do wait "${job%% *}" || { cat "${job#* }" >&2; exit 1; }; done
-    jobs_logs=()
+    for job in "${!logs[@]}"; do wait "$job" || { cat "${logs[$job]}" >&2; exit 1; }; done
+    logs=()
 }
 trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
 
 launch() { # launch SCRIPT...: under the launcher, one rank per GPU or core
-    local port
-    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port "$port" "$@"
+    OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port "$(
+        python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" "$@"
 }
 
 say "data"
@@ -102,8 +96,7 @@ teachers="raw tuned" all="{test,train,validation}" of_raw="{test,train,validatio
 # The first result is printed minutes before there is a tower: what fine-tuning taught the LLM.
 if [ ! -d "$OUT/towers/tuned-seed0" ]; then
     tune 0
-    [ -n "$SMOKE" ] ||
-        say "first result, above: how often the LLM puts the keywords of an unseen emoji first, given its name"
+    [ -n "$SMOKE" ] || say "first result, above: how often the LLM puts the keywords of an unseen emoji first, given its name"
     meanwhile embed-raw half embed raw "$of_raw"
     half embed tuned-seed0 "$all"
     join

@@ -143,7 +143,7 @@ def _compare(tests: Tests, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The paired comparison of `llm2clip compare` on each test, p adjusted for all of them."""
     found = []
     for sides in tests.values():
-        base, new = ([mean_statistic(side[seed].scores, scale=1.0) for seed in seeds] for side in sides)
+        base, new = ([mean_statistic(side[seed].scores.tolist(), scale=1.0) for seed in seeds] for side in sides)
         found.append(compare(pair(base, new, sides[0][seeds[0]].clusters)))
     adjusted = holm([one.p for one in found])
     return [

@@ -48,7 +48,7 @@ def subset(split: str, samples: list[Sample], concepts: Sequence[int], languages
 
     All splits use English names and long captions, the test everything else too. (): all concepts, all languages.
     """
-    count = dict(zip(SPLITS, concepts, strict=False)).get(split)
+    count = concepts[SPLITS.index(split)] if concepts else None
     chosen = in_random_order(samples, "subset")[:count]
 
     def is_used(caption: dict[str, str]) -> bool:
