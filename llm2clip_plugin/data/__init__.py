@@ -77,6 +77,7 @@ def _end_with_parent() -> None:
 
 SHARED_MEMORY = "/dev/shm"  # where torch's loader processes put tensors on Linux
 PREFETCH_MB = 256  # of /dev/shm, for each rank; 10^6 bytes
+EVALUATION_MB = 64  # more during an evaluation, and in the fit of the heads
 SMALL_PART = 16  # rows; a smaller part would cost more to hand over than it helps
 
 

@@ -8,9 +8,7 @@ The rows of a global batch are a function of (seed, position), whatever the numb
 """
 
 import logging
-import os
 import queue
-import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
@@ -24,7 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llm2clip_plugin.data import PREFETCH_MB, plan_loading
-from llm2clip_plugin.data.pairs import CollatedDataset, PairDataset, as_it_is, collate, raised
+from llm2clip_plugin.data.pairs import (
+    CollatedDataset,
+    PairDataset,
+    as_it_is,
+    collate,
+    leave_signals_to_the_run,
+    raised,
+)
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sampler import Draw
 from llm2clip_plugin.data.samples import BrokenSample
@@ -36,7 +41,6 @@ Batch = dict[str, Any]  # tensors and lists, one entry a row
 
 LISTED = 20  # broken samples in an error
 LEAST_ROWS = 1000  # of which a fraction is broken, so that one early sample can't stop a run
-GRACE = 60  # seconds that a loader process outlives SIGTERM
 SHUTDOWN = 10  # seconds that closing waits for the thread
 _too_large: set[str] = set()  # sources whose windows don't fit into their ``cache_gb``, said once
 
@@ -134,17 +138,6 @@ class PairLoader:
                 + "\n".join(listed[:LISTED])
                 + "\nrun `llm2clip data check DATA` to list them, then fix the data or raise max_broken"
             )
-
-
-def leave_signals_to_the_run(worker: int) -> None:
-    """In a loader process: keep loading for GRACE seconds after SIGTERM, and ignore Ctrl-C.
-
-    Launchers send SIGTERM, and terminals SIGINT, to loader processes too. torch's handler would end them at once, and
-    the run could not finish its step, save and stop. SIGTERM is not ignored: at exit, torch waits for these processes.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
-    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
 
 
 def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Generator[Batch, None, None]:

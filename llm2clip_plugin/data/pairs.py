@@ -7,15 +7,17 @@ them too.
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip_plugin.data import row_bytes
+from llm2clip_plugin.data import EVALUATION_MB, SMALL_PART, plan_loading, row_bytes
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, evaluation_pixels, training_pixels
 from llm2clip_plugin.data.remote import shuffle_window, take_retries
@@ -32,6 +34,7 @@ from llm2clip_plugin.data.samples import (
 from llm2clip_plugin.data.sources import Source
 
 SUBSTITUTES = 20  # samples tried in place of a broken one
+GRACE = 60  # seconds that a loader process outlives SIGTERM
 SOURCE_BITS = 40  # an image's id is (source << 40) + sample; more samples than any source has
 
 
@@ -182,6 +185,17 @@ def raised(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
+def leave_signals_to_the_run(worker: int) -> None:
+    """In a loader process: keep loading for GRACE seconds after SIGTERM, and ignore Ctrl-C.
+
+    Launchers send SIGTERM, and terminals SIGINT, to loader processes too. torch's handler would end them at once, and
+    the run could not finish its step, save and stop. SIGTERM is not ignored: at exit, torch waits for these processes.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+
+
 @dataclass(eq=False)
 class EvalPairs:
     """Batches of a source's images, each once, in order, prepared as by the tower's own preprocessor.
@@ -202,7 +216,7 @@ class EvalPairs:
     indices: Sequence[int] | None = None  # samples of the source; None: all
     rank: int = 0
     world: int = 1  # each rank gets consecutive samples of its own
-    workers: int = 0
+    workers: int = 0  # loader processes; the batches don't depend on it
     broken: list[BrokenSample] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -215,9 +229,28 @@ class EvalPairs:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.broken = []
-        dataset = CollatedDataset(self._read, self._collate)
-        loader = DataLoader(dataset, batch_sampler=self._batches, collate_fn=as_it_is, num_workers=self.workers)
-        for batch in raised(loader):
+        workers = min(self.workers, -(-sum(map(len, self._batches)) // SMALL_PART))
+        width = 0 if self.cache is None else self.cache.width
+        plan = plan_loading(
+            rows=self.batch,
+            micro_batch=self.batch,
+            workers=workers,
+            row_bytes=row_bytes(self.images.size, width),
+            prefetch_mb=EVALUATION_MB,
+        )
+        loader = DataLoader(
+            CollatedDataset(self._read, self._collate),
+            batch_sampler=[
+                some[at : at + plan.part] for some in self._batches for at in range(0, len(some), plan.part)
+            ],
+            num_workers=workers,
+            collate_fn=as_it_is,
+            prefetch_factor=plan.prefetch if workers else None,
+            worker_init_fn=leave_signals_to_the_run,
+        )
+        parts = raised(loader)
+        for some in self._batches:
+            batch = joined(list(islice(parts, -(-len(some) // plan.part))))
             self.broken += batch.pop("broken")
             if batch["keys"]:
                 yield batch
@@ -252,4 +285,17 @@ class EvalPairs:
             "broken": [item for item in items if isinstance(item, BrokenSample)],
         }
         embeddings = [item.embeddings for item in good if item.embeddings is not None]
-        return batch | ({"embeddings": torch.cat(embeddings)} if embeddings else {})
+        if self.cache is not None:
+            batch["embeddings"] = torch.cat([torch.empty(0, self.cache.width), *embeddings])
+        return batch
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One batch of its parts, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    return {
+        name: torch.cat(values) if isinstance(values[0], torch.Tensor) else [item for value in values for item in value]
+        for name, values in columns.items()
+    }

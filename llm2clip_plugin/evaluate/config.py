@@ -23,7 +23,7 @@ class RetrievalConfig:
     ks: tuple[int, ...] = KS  # k of recall@k: a hit is a correct item in the top k
     limit: int = 0  # use the first images, at most this many; 0: all
     batch: int = 64  # images in one call of the tower
-    workers: int = 0  # processes that decode images
+    workers: int | None = None  # processes that decode images; unset: none, during training as many as it has
 
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:

@@ -210,7 +210,7 @@ def embed_pairs(
     Raises ValueError if no sample is usable; ContractError if the cache does not belong to this source.
     """
     with eval_mode(dual) as encoders, torch.no_grad():
-        options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "kinds": config.kinds}
+        options: dict[str, Any] = {"batch": config.batch, "workers": config.workers or 0, "kinds": config.kinds}
         options |= {"languages": config.languages, "all_ranks": all_ranks, "quiet": quiet}
         options["indices"] = range(min(config.limit or len(source), len(source)))
         device = next(encoders.parameters()).device

@@ -18,7 +18,7 @@ from torch import nn
 import llm2clip_plugin
 from llm2clip_plugin.console import each_in_phase, loaded, phase
 from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
-from llm2clip_plugin.data import LoadPlan, plan_loading, row_bytes
+from llm2clip_plugin.data import EVALUATION_MB, LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import Source, SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
@@ -32,6 +32,7 @@ from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32
 from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.guard import Watch, readable_checkpoint, refuse_disagreement, shared_folder
+from llm2clip_plugin.train.heads import BLOCK_IMAGES
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
 from llm2clip_plugin.train.optim import (
@@ -53,7 +54,6 @@ data.path data.cache data.validation data.validation_cache data.clip_cache
 data.read.images data.read.cache_folder data.read.cache_gb data.read.index_folder
 pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb pairs.read.index_folder
 """.split()
-EVALUATION_PREFETCH = 2  # torch's default
 ADVICE = {  # first word of a fact -> what to do
     "output_dir": "output_dir must be a folder that all hosts share: set --output to one on NFS or Lustre",
     "checkpoint": "every host must see the same checkpoints: set --output (or --resume) to a shared folder",
@@ -280,7 +280,7 @@ def open_caches(
 
 
 def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[LoadPlan]:
-    """What loader processes take: for training, and for evaluation if the run has a held-out split and such processes.
+    """What loader processes take: for training, and for evaluation or the heads' fit if the run has them.
 
     side: pixels of an image; width: of an embedding; world: ranks.
     """
@@ -292,9 +292,15 @@ def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[Loa
         row_bytes=row_bytes(side, width * config.data.captions_per_image),
         prefetch_mb=config.train.dataloader_prefetch_mb,
     )
-    batch, workers = config.evaluation.batch, config.evaluation.workers
-    held_out = LoadPlan(part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=row_bytes(side, 0))
-    return [train, held_out] if config.data.validation and workers else [train]
+    batch = max(config.evaluation.batch, BLOCK_IMAGES)
+    evaluation = plan_loading(
+        rows=batch,
+        micro_batch=batch,
+        workers=max(config.evaluated.workers or 0, train.workers if config.heads.steps else 0),
+        row_bytes=row_bytes(side, width),
+        prefetch_mb=EVALUATION_MB,
+    )
+    return [train, evaluation] if config.data.validation or config.heads.steps else [train]
 
 
 def versions() -> dict[str, str]:

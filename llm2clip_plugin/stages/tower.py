@@ -245,7 +245,7 @@ def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunCo
     source, cache = data.validation, data.validation_cache
     if source is None or cache is None:
         return None
-    measure = partial(evaluate_retrieval, dual, source, cache, images, config.evaluation, all_ranks=True, quiet=True)
+    measure = partial(evaluate_retrieval, dual, source, cache, images, config.evaluated, all_ranks=True, quiet=True)
     return lambda: measure().metrics()
 
 

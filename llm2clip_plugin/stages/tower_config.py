@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -101,6 +101,12 @@ class RunConfig(TrainingConfig):
     def trains_at_lr(self) -> bool:
         """Whether anything is trained with ``optim.lr``; heads alone are with ``optim.head_lr``, where it is set."""
         return not (self.tower.freeze and self.optim.head_lr)
+
+    @property
+    def evaluated(self) -> RetrievalConfig:
+        """``evaluation`` as it runs: by as many processes as training has, unless it names a number."""
+        workers = self.evaluation.workers
+        return replace(self.evaluation, workers=self.train.dataloader_num_workers if workers is None else workers)
 
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from llm2clip_plugin.data.loader import leave_signals_to_the_run
+from llm2clip_plugin.data.pairs import leave_signals_to_the_run
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
 from llm2clip_plugin.data.samples import BrokenSample, Caption, caption_hash, select_captions
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source

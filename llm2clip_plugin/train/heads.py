@@ -99,7 +99,9 @@ def fit_heads(
     features: FrozenFeatures | None = None
     if config.target == "images":
         with products:
-            features = frozen_features(model, sources, caches, images, config.max_images, device, weights, stop)
+            features = frozen_features(
+                model, sources, caches, images, config.max_images, device, weights, stop, workers
+            )
 
     def fit() -> tuple[list[FitLine], int]:
         if features is not None:
@@ -147,6 +149,7 @@ def frozen_features(
     device: torch.device,
     caption_weights: Mapping[str, float],
     stop: StopRequest | None = None,
+    workers: int = 0,
 ) -> FrozenFeatures | None:
     """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None on the others."""
     model.eval()
@@ -156,19 +159,24 @@ def frozen_features(
         used = min(len(source), max(2, max_images // len(sources)))
         chosen = [index * len(source) // used for index in range(used)]
         blocks += [(number, chosen[start : start + BLOCK_IMAGES]) for start in range(0, used, BLOCK_IMAGES)]
-    encoded: dict[int, list[tuple[Tensor, ...]]] = {}
+    encoded: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by source and first sample
     broken: list[BrokenSample] = []
-    own = range(rank(), len(blocks), world_size())
+    own = blocks[rank() :: world_size()]
     label = "features of the frozen tower"
-    for block in track(own, total=len(own), label=label, unit="blocks", show=rank() == 0):
+
+    def batches() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, source in enumerate(sources):
+            # only its last block is shorter, so that the batches are the blocks
+            indices = [index for block_of, block in own if block_of == number for index in block]
+            only: Any = {"kinds": source.config.kinds, "languages": source.config.languages, "indices": indices}
+            pairs = EvalPairs(source, caches[number], images, batch=BLOCK_IMAGES, workers=workers, **only)
+            yield from ((number, batch) for batch in pairs)
+            broken.extend(pairs.broken)
+
+    for number, batch in track(batches(), total=len(own), label=label, unit="blocks", show=rank() == 0):
         if stop:
             break
-        number, indices = blocks[block]
-        read = sources[number].config
-        only: Any = {"kinds": read.kinds, "languages": read.languages, "indices": indices}
-        pairs = EvalPairs(sources[number], caches[number], images, batch=BLOCK_IMAGES, **only)
-        encoded[block] = [_encode(model, batch, normalize, caption_weights) for batch in pairs]
-        broken += pairs.broken
+        encoded[number, int(batch["image_ids"][0])] = _encode(model, batch, normalize, caption_weights)
     model.train()
     if any(gather_objects(bool(stop))):
         raise StoppedError("stopped before the heads' fit: nothing to save; rerun the same command to resume")
@@ -180,8 +188,8 @@ def frozen_features(
         raise ValueError(f"all samples are broken, the first: {left_out[0]}; run `llm2clip data check DATA`")
     if left_out:
         log.warning("fitting the heads without %d broken samples, the first: %s", len(left_out), left_out[0])
-    merged = {number: items for part, _ in parts for number, items in part.items()}
-    columns = zip(*(item for number in sorted(merged) for item in merged[number]), strict=True)
+    merged = {place: columns for part, _ in parts for place, columns in part.items()}
+    columns = zip(*(merged[place] for place in sorted(merged)), strict=True)
     pooled, embedding, ids, counts, shares = (torch.cat(column) for column in columns)
     return FrozenFeatures(
         pooled_IP=pooled,

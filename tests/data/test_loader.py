@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import shutil
@@ -200,6 +201,24 @@ def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset)
         torch.cat([batch["pixels"] for rank in ranks for batch in rank]),
         torch.cat([batch["pixels"] for batch in found]),
     )
+
+
+def test_evaluation_in_processes_has_the_same_bits_and_errors_and_leaves_none(tmp_path: Path) -> None:
+    source = broken_source(tmp_path, 40)
+    cache = embed(source, tmp_path / "cache")
+    alone, shared = (EvalPairs(source, cache, IMAGES, batch=41, workers=workers) for workers in (0, 2))
+    for one, other in zip(alone, shared, strict=True):
+        for name, value in one.items():
+            same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+            assert same, name
+    assert [str(error) for error in shared.broken] == [str(error) for error in alone.broken] and alone.broken
+    shutil.rmtree(tmp_path / "s")
+    write_tar(tmp_path / "s/00000.tar", img2dataset_members(700, 40))  # other captions
+    for workers in (0, 2):
+        with pytest.raises(ContractError, match="00000"):
+            list(EvalPairs(open_source(source.config), cache, IMAGES, batch=41, workers=workers))
+    gc.collect()  # pytest's record of the error holds the loader
+    assert not multiprocessing.active_children()
 
 
 WAIT = 120  # seconds that a few kB may take on a busy machine

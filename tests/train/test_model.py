@@ -124,7 +124,9 @@ def test_heads_decay_matrices_and_no_vectors(tiny: Path):
 
 def test_heads_do_not_depend_on_the_ranks(tiny: Path):
     alone, ranks = fit(0, 1, str(tiny), 3), run_ranks(fit, 2, str(tiny), 3)
+    processes = fit(0, 1, str(tiny), 3, workers=2)["heads"]
     for name, value in alone["heads"].items():
+        assert torch.equal(processes[name], value), name
         torch.testing.assert_close(ranks[0]["heads"][name], value, atol=1e-5, rtol=1e-5)
         assert torch.equal(ranks[1]["heads"][name], ranks[0]["heads"][name])
 
