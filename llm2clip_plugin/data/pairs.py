@@ -156,9 +156,7 @@ def collate(rows: list[Row]) -> dict[str, Any]:
 
 class CollatedDataset(Dataset):
     """Batches of what ``read`` gives, with a ValueError or OSError in place of one; LLM2CLIP_TRACEBACK=1: to torch.
-
-    For a DataLoader whose ``collate_fn`` is ``as_it_is``; ``raised`` raises the errors.
-    """
+    For a DataLoader whose ``collate_fn`` is ``as_it_is``; ``raised`` raises the errors."""
 
     def __init__(self, read: Callable[[Any], Any], collate: Callable[[list[Any]], Any]) -> None:
         self.read, self.collate = read, collate

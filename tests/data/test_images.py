@@ -31,20 +31,10 @@ def hf_processors() -> dict[str, type]:
     return {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil, "bit": BitImageProcessorPil}
 
 
-PROCESSORS = {
-    "clip 224": ("clip", {}),
-    "siglip 384": ("siglip", {"size": {"height": 384, "width": 384}}),
-    "dinov2 256 -> 224": (
-        "bit",
-        {
-            "size": {"shortest_edge": 256},
-            "crop_size": {"height": 224, "width": 224},
-            "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225],
-        },
-    ),
-    "bilinear": ("clip", {"resample": 2}),
-}
+DINO = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+DINO |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+PROCESSORS = {"clip 224": ("clip", {}), "siglip 384": ("siglip", {"size": {"height": 384, "width": 384}})}
+PROCESSORS |= {"dinov2 256 -> 224": ("bit", DINO), "bilinear": ("clip", {"resample": 2})}
 
 
 def normalized(data: bytes, config: ImageConfig) -> np.ndarray:
@@ -69,30 +59,23 @@ def test_palettes_and_transparency_are_read_as_llava_does() -> None:
     config = ImageConfig.from_preprocessor(processor.to_dict())
     rgba = picture(0).convert("RGBA")
     rgba.putalpha(Image.linear_gradient("L").resize(rgba.size))
-    for image, kind in (
-        (rgba, "PNG"),
-        (picture(1).quantize(16), "PNG"),
-        (rgba, "WEBP"),
-        (picture(2).convert("CMYK"), "JPEG"),
-    ):
+    others = [(picture(1).quantize(16), "PNG"), (picture(2).convert("CMYK"), "JPEG")]
+    for image, kind in [(rgba, "PNG"), (rgba, "WEBP"), *others]:
         data = encoded(image, kind)
         expected = processor(images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="np")
         assert np.abs(normalized(data, config) - expected["pixel_values"][0]).max() < 1e-6
 
 
-@pytest.mark.parametrize(
-    "values, says",
-    [
-        ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "no center crop"),
-        ({"size": {"height": 224, "width": 200}}, "expected a square"),
-        ({"size": {"longest_edge": 224}}, "longest_edge"),
-        ({"size": 224, "rescale_factor": 1 / 127.5}, "rescale_factor"),
-        ({"size": 224, "crop_size": 224, "do_resize": False}, "do_resize"),
-    ],
-)
-def test_preprocessors_that_are_not_understood_are_refused(values: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        ImageConfig.from_preprocessor(values)
+def test_preprocessors_that_are_not_understood_are_refused() -> None:
+    for says, values in {
+        "no center crop": {"size": {"shortest_edge": 224}, "do_center_crop": False},
+        "expected a square": {"size": {"height": 224, "width": 200}},
+        "longest_edge": {"size": {"longest_edge": 224}},
+        "rescale_factor": {"size": 224, "rescale_factor": 1 / 127.5},
+        "do_resize": {"size": 224, "crop_size": 224, "do_resize": False},
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            ImageConfig.from_preprocessor(values)
 
 
 def test_the_crop_is_cut_where_it_says() -> None:

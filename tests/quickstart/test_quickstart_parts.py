@@ -1,7 +1,5 @@
 """What each part of the quickstart reads: shards, caches, adapters; and the report's refusal of anything else."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

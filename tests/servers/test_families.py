@@ -1,7 +1,5 @@
 """vLLM's engine on towers of every family that tests of the server leave out: the tokens are transformers' own."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -81,12 +79,10 @@ def served(models: dict[str, Path]) -> dict[str, dict]:
     root = models[FAMILIES[0]].parent
     for stock in (True, False):
         names = [str(folder) for family, folder in models.items() if (family in STOCK) == stock]
-        plugins = {"VLLM_PLUGINS": ""} if stock else {}
+        place = {**os.environ, **ENGINE, **QUIET, **({"VLLM_PLUGINS": ""} if stock else {})}
         output = root / f"answers-{stock}.json"
         words = [sys.executable, Path(__file__).with_name("greedy.py"), root / "noise.png", QUESTION, output, *names]
-        done = subprocess.run(
-            words, env={**os.environ, **ENGINE, **QUIET, **plugins}, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(words, env=place, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-6000:]
         answers |= json.loads(output.read_text())
     return {family: answers[str(folder)] for family, folder in models.items()}
@@ -99,13 +95,8 @@ def test_tokens_are_those_of_transformers(models: dict[str, Path], served: dict[
     processor = AutoProcessor.from_pretrained(models[family])
     model = LlavaForConditionalGeneration.from_pretrained(models[family], dtype=torch.float32).eval()
     content = [{"type": "image", "path": str(models[family].parent / "noise.png")}, {"type": "text", "text": QUESTION}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
     forced = {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "eos_token_id": None, "do_sample": False}
     told = model.generate(**inputs, **forced, output_logits=True, return_dict_in_generate=True)
     tokens = told.sequences[0, inputs["input_ids"].shape[1] :]

@@ -1,7 +1,5 @@
 """An exported model in transformers' own programs: the code of docs/serving.md, run as printed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

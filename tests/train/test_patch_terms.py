@@ -1,7 +1,5 @@
 """The terms that read patches, over real towers: any ranks, micro-batches, ZeRO stage and family are one run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -10,7 +10,7 @@ from tiny_hub import tiny_hub
 
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.stages import tower_export as export_command
+from llm2clip_plugin.stages import export as export_command
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.convert import importing as formats
 from llm2clip_plugin.vision.convert.importing import convert, import_tower
@@ -71,8 +71,7 @@ def test_onnx_at_another_batch_size(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"pool": "mean"}, {"projection_norm": True}, {"projection_bias": True}, {"projection": "none"}],
+    "options", [{"pool": "mean"}, {"projection_norm": True}, {"projection_bias": True}, {"projection": "none"}]
 )
 def test_what_a_format_cannot_hold_is_refused(options, tmp_path):
     tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision")
