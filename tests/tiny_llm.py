@@ -17,6 +17,9 @@ SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<end>"]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<user>\n{{ m['content'] }}<end>{% endfor %}"
 FAMILIES = "gemma2 gemma3 llama mistral nemotron olmo2 phi3 qwen2 qwen3 stablelm".split()
 HYBRIDS = ["qwen3_next"]  # with linear attention
+CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] + '\\n' + m['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 def tiny_tokenizer(*, template: bool = True, eos: bool = False) -> PreTrainedTokenizerFast:
@@ -39,6 +42,16 @@ def tiny_tokenizer(*, template: bool = True, eos: bool = False) -> PreTrainedTok
     return tokenizer
 
 
+def chatml_tokenizer() -> PreTrainedTokenizerFast:
+    """As SmolLM2's: no token is added to a text, whose beginning would be that of a turn, and the end of one pads."""
+    tokenizer = tiny_tokenizer(template=False)
+    tokenizer.backend_tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    end = "<|im_end|>"
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": end, "pad_token": end})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
 def save_tiny_llm(folder: Path, family: str, *, seed: int = 0, width: int = 32, **tokenizer_options: bool) -> Path:
     """Write a random two-block LLM with its tokenizer, weights large enough that every token matters."""
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "head_dim": width // 4}
@@ -54,11 +67,14 @@ def save_tiny_llm(folder: Path, family: str, *, seed: int = 0, width: int = 32, 
         sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "mlp_only_layers": [0, 1]}
     if family in ("phi3", "stablelm", "olmo2"):
         del sizes["head_dim"]
+    tokenizer = chatml_tokenizer() if family == "smollm2" else tiny_tokenizer(**tokenizer_options)
+    if family == "smollm2":
+        sizes |= {"tie_word_embeddings": True, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(seed)
-    kind = "gemma3_text" if family == "gemma3" else family
+    kind = {"gemma3": "gemma3_text", "smollm2": "llama"}.get(family, family)
     config = AutoConfig.for_model(kind, **sizes, initializer_range=0.2)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny_tokenizer(**tokenizer_options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

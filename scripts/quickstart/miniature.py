@@ -38,6 +38,7 @@ YES_NO = ("yes", "no")
 TURNS = 4  # of a conversation, at most
 CLOSED, OPEN = ("emoji group", "easy-vqa"), "emoji name"
 EMPTY = frozenset("a an and at by for from in into it of off on or over the to up with without".split())
+OF_TOWER = ("--vision_tower", "--pretrain_mm_mlp_adapter")  # options that differ between the sides
 Row = dict[str, Any]  # a question; of held-out ones with its "answer"
 
 
@@ -156,6 +157,19 @@ def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterat
         yield {**row, "kind": CLOSED[1], "cluster": path.name, "category": category}
 
 
+def refuse_other_stages(output: Path, after: str) -> None:
+    """Raise ValueError if a stage of ``after`` or ``after-seedN`` had other options than before's, the tower aside."""
+    built = (output / f"vlm-{after}").exists()
+    for stage in ("vlm-{}/stage1", "vlm-{}/stage2") if built else ("llava-{}-pretrain", "llava-{}", "llava-lora-{}"):
+        files = [output / f"{stage.format(name)}.options" for name in (after.replace("after", "before", 1), after)]
+        if not files[1].exists() and stage in ("llava-{}", "llava-lora-{}"):
+            continue  # the other language model's
+        sides = [path.read_text().splitlines() for path in files]
+        base, new = ([w for o, w in zip(["", *side], side, strict=False) if o not in OF_TOWER] for side in sides)
+        if base != new:
+            raise ValueError(f"{files[0]} and {files[1]} differ: the two sides were not trained alike; delete {output}")
+
+
 def score(output: Path, name: str, note: str, teacher: Any) -> None:
     """Write a file for each kind of question to ``DIR/scores/NAME``, and print a line of each.
 
@@ -270,6 +284,8 @@ def main() -> None:
         model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
         note = f"a miniature: the language model is {model}, finetuned for minutes"
     for name in args.names:
+        if name.startswith("after"):
+            refuse_other_stages(args.output, name)
         score(args.output, name, note, teacher)
 
 

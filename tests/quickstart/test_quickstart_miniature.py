@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import miniature
@@ -22,24 +23,19 @@ done
 """
 
 
-def started(folder: Path, llm: str) -> subprocess.CompletedProcess[str]:
-    """A miniature of two seeds with towers of ``folder`` (before, after-0, after-1), its stages started but not run."""
-    words = ["--before", "before", "--after", "after-{seed}", "--output", "out", "--llm", llm, "--seeds", "2"]
-    variables = {**os.environ, "LLAVA_PYTHON": str(folder / "python"), "WORDS": str(folder / "words")}
-    return subprocess.run(["bash", SCRIPT, *words], cwd=folder, env=variables, capture_output=True, text=True)
-
-
 @pytest.fixture(params=["tiny", "chatml"])
 def output(request, tmp_path: Path) -> Path:
-    """What a miniature wrote."""
+    """A miniature of two seeds with towers before, after-0 and after-1, its stages started but not run."""
     for name in ("before", "after-0", "after-1", "chatml"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "llm2clip.json").write_text("{}")
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
-    done = started(tmp_path, request.param)
-    assert done.returncode == 0, done.stderr
+    llm = "tiny" if request.param == "tiny" else str(tmp_path / "chatml")
+    words = ["--before", "before", "--after", "after-{seed}", "--output", "out", "--llm", llm, "--seeds", "2"]
+    variables = {**os.environ, "LLAVA_PYTHON": str(tmp_path / "python"), "WORDS": str(tmp_path / "words")}
+    subprocess.run(["bash", SCRIPT, *words], cwd=tmp_path, env=variables, check=True, capture_output=True)
     return tmp_path / "out"
 
 
@@ -61,10 +57,13 @@ def last(line: str, option: str) -> str:
 
 
 def test_sides_that_were_trained_otherwise_are_refused(output: Path) -> None:
-    path = output / "llava-after-seed1-pretrain.options"
+    for name in ("after", "after-seed1"):
+        miniature.refuse_other_stages(output, name)
+    path = output / "llava-after-pretrain.options"
     path.write_text(path.read_text().replace("--data_path", "--learning_rate"))
-    done = started(output.parent, "tiny" if (output / "words.options").exists() else "chatml")
-    assert done.returncode == 2 and str(path) in done.stderr
+    command = [sys.executable, SCRIPT.parent / "miniature.py", "score", "after", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and str(path) in done.stderr and "Traceback" not in done.stderr
 
 
 def test_each_turn_of_a_conversation_counts_as_a_guess(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import load_tower, resize_tower, timm_tower
 
 TOWERS = ("clip", "siglip", "dinov3", "eva02", "pe_core")  # pe_core: timm's
-LLMS = ("llama", "qwen3", "gemma3")
+LLMS = ("smollm2", "qwen3", "gemma3")
 MADE = tempfile.TemporaryDirectory(prefix="towers-")  # removed when the process ends
 BOS = 1
 ASKED = [{"type": "image", "image": picture()}, {"type": "text", "text": "Which color?"}]
@@ -41,7 +41,7 @@ ASKED = [{"type": "image", "image": picture()}, {"type": "text", "text": "Which 
 @pytest.fixture(scope="module")
 def llms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("llms")
-    for name in (*LLMS, "qwen2", "mistral", "phi3", "gemma2"):
+    for name in (*LLMS, "llama", "qwen2", "mistral", "phi3", "gemma2"):
         save_tiny_llm(root / name, name)
     return root
 
@@ -169,7 +169,7 @@ def test_the_tower_in_llavas_own_model(name: str, layer: int) -> None:
     assert tower.requires_grad_(True).train().vision_tower.training
 
 
-@pytest.mark.parametrize("llm", ["qwen2", "mistral", "phi3"])
+@pytest.mark.parametrize("llm", ["llama", "qwen2", "mistral", "phi3"])
 def test_other_llms(llms: Path, tmp_path: Path, llm: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The command compares the folder with its parts."""
     build("clip", llms / llm, tmp_path / "vlm")
