@@ -10,7 +10,8 @@ The rows of a global batch are a function of (seed, position), whatever the numb
 import logging
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import takewhile
@@ -52,8 +53,8 @@ class PairLoader:
     A batch: pixels (b, S, S, 3) uint8, for images.Normalize; embeddings (b, W) float32 (absent without caches),
     caption_hashes and image_ids (b,) int64, captions and keys lists of b texts (with k captions an image,
     embeddings (b, k, W), caption_hashes (b, k), captions the first), position: pairs consumed after this
-    batch, retries: reads that this rank has repeated so far. With ``workers`` the next batch is put together in a
-    thread while the caller uses this one.
+    batch, retries: reads that this rank has repeated so far, images_per_second: that one process reads. With
+    ``workers`` the next batch is put together in a thread while the caller uses this one.
     Iterating raises ValueError when more than ``max_broken`` of this rank's samples are broken.
     """
 
@@ -72,6 +73,7 @@ class PairLoader:
     rows: int = field(default=0, init=False)  # loaded
     substituted: int = field(default=0, init=False)  # of these, rows that replace a broken sample
     retries: int = field(default=0, init=False)  # reads of data that were repeated after a transient error
+    reading: float = field(default=0.0, init=False)  # seconds that all processes together took for the rows
     broken: dict[tuple[str, str], str] = field(default_factory=dict, init=False)  # (shard, key) -> reason
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -83,7 +85,7 @@ class PairLoader:
             prefetch_mb=self.prefetch_mb,
         )
         loader = DataLoader(
-            CollatedDataset(self.dataset.__getitem__, collate),
+            TimedDataset(self.dataset.__getitem__, collate),
             batch_sampler=self._draws(plan.part),  # pyright: ignore[reportArgumentType] - endless, so it has no length
             num_workers=self.workers,
             collate_fn=as_it_is,
@@ -100,8 +102,10 @@ class PairLoader:
             for number, batch in enumerate(batches, start=1):
                 self._count(len(batch["keys"]), batch.pop("broken"))
                 self.retries += sum(batch.pop("retries"))
+                self.reading += sum(batch.pop("seconds"))
                 position = self.position + number * self.local_batch * self.world
-                yield {**batch, "position": position, "retries": self.retries}
+                rate = self.rows / self.reading
+                yield {**batch, "position": position, "retries": self.retries, "images_per_second": rate}
 
     def _draws(self, part: int) -> Iterator[list[Draw]]:
         """Endless draws of this rank, in parts of a batch: each belongs to one batch."""
@@ -138,6 +142,15 @@ class PairLoader:
                 + "\n".join(listed[:LISTED])
                 + "\nrun `llm2clip data check DATA` to list them, then fix the data or raise max_broken"
             )
+
+
+class TimedDataset(CollatedDataset):
+    """Its batches say how many ``seconds`` reading them took."""
+
+    def __getitems__(self, indices: Sequence[Any]) -> Any:
+        started = time.perf_counter()
+        batch = super().__getitems__(indices)
+        return batch if isinstance(batch, Exception) else {**batch, "seconds": [time.perf_counter() - started]}
 
 
 def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Generator[Batch, None, None]:

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,10 @@ from llm2clip_plugin.data import EVALUATION_MB, LoadPlan, plan_loading, row_byte
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import Source, SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
-from llm2clip_plugin.files import headline
+from llm2clip_plugin.files import METRICS, headline
 from llm2clip_plugin.stages.settings import FinetuneConfig, flat, refuse_changes, within
 from llm2clip_plugin.stages.tower_config import RunConfig
+from llm2clip_plugin.status import read_metrics
 from llm2clip_plugin.text.teacher import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.config import TrainConfig
@@ -50,7 +51,7 @@ from llm2clip_plugin.vision.export import library_versions
 # load, which follows a host's cores.
 PLACES = """
 output_dir resume deepspeed plan tower.path encoder.llm encoder.adapter start_adapters train.dataloader_num_workers
-data.path data.cache data.validation data.validation_cache data.clip_cache
+data.path data.cache data.validation data.validation_cache data.clip_cache benchmarks.root benchmarks.zeroshot
 data.read.images data.read.cache_folder data.read.cache_gb data.read.index_folder
 pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb pairs.read.index_folder
 """.split()
@@ -148,14 +149,16 @@ class TrainingRun:
         batches: Iterator[Batch],
         evaluate: Evaluate | None,
         before: Evaluate | None = None,
+        pictures: Callable[[], Mapping[str, Any]] = dict,
         heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
         references: Mapping[str, Reference] | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns the state at its end.
 
-        ``before``: scores of a new run before its first step, if they are wanted. ``heads``: the curve of a fit of the
-        heads before it, to be reported. Raises StoppedError on every rank if it was stopped before its end.
+        ``before``: scores of a new run before its first step, if they are wanted. ``pictures``: of the last evaluation.
+        ``heads``: the curve of a fit of the heads before it, to be reported. Raises StoppedError on every rank if it
+        was stopped before its end.
         """
         loaded()
         self.record(state)
@@ -171,6 +174,7 @@ class TrainingRun:
                 checkpoints=self.checkpoints,
                 evaluate=phase("evaluation")(evaluate) if evaluate else None,
                 before=phase("evaluation before training")(before) if before else None,
+                pictures=pictures,
                 heads=heads,
                 train=self.config.train,
                 optim=self.config.optim,
@@ -183,8 +187,11 @@ class TrainingRun:
         self.record(state)
         if state.step < self.total_steps:
             raise StoppedError(f"stopped at step {state.step} of {self.total_steps}; exit status {StoppedError.status}")
-        if rank() == 0 and (line := before_and_after(state.before, state.metrics)):
-            print(line)
+        if rank() == 0:
+            if needed := read_metrics(self.folder / METRICS).loader():
+                print(f"loader: {needed}")
+            if line := before_and_after(state.before, state.metrics):
+                print(line)
         return state
 
     def record(self, state: TrainState) -> None:

@@ -6,8 +6,10 @@ import dataclasses
 import math
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,8 +27,8 @@ from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
+from llm2clip_plugin.evaluate.during import Benchmark, Evaluation, embed_benchmarks, open_benchmarks
 from llm2clip_plugin.evaluate.opening import check_measurable
-from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
 from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import TrainingRun, load_plans, open_caches, plan_engine, training_ranks
@@ -40,7 +42,6 @@ from llm2clip_plugin.train.engine import Engine, Reference, frozen_copy
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, load_clip_heads
-from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.base import check_patch_layers, needs_reference, patch_layers, weighted_terms
 from llm2clip_plugin.train.model import (
     DTYPES,
@@ -82,6 +83,10 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
         with locked(Path(config.output_dir)):
             with phase("checking the data"):
                 on_first_rank(lambda: check_data(config, data))
+            with phase("embedding the benchmarks' texts"):
+                data = dataclasses.replace(
+                    data, benchmark_caches=embed_benchmarks(data.benchmarks, data.caches[0].teacher)
+                )
             # what its data decides: the order of reading, which a checkpoint records, and embeddings' width
             samples_of_shard = mean(shard.size for source in data.sources for shard in source.shards)
             batch_shards = config.train.global_batch / samples_of_shard
@@ -101,7 +106,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
     on_first_rank(lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path))
-    evaluate = evaluation(dual, data, images, config)
+    evaluate = evaluation(dual, data, images, run)
     has_heads = bool(config.heads.steps or config.tower.keep_heads)  # random ones have no scores to compare with
     curve = fit(run, dual, data, images, stop) if resumed is None and config.heads.steps else []
     # before the engine, which partitions the weights under ZeRO-3
@@ -131,6 +136,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         step=step,
         batches=iter(make_batches(config, data, images, start.samples)),
         evaluate=evaluate,
+        pictures=(lambda: evaluate.pictures) if evaluate else dict,
         before=evaluate if config.train.eval_on_start and has_heads else None,
         heads=curve,
         stop=stop,
@@ -215,18 +221,8 @@ def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_s
 def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: int) -> PairLoader:
     """This rank's rows of the global batches, from sample number ``position`` of the run on."""
     local_batch, micro_batch, _ = config.train.rows(world_size())
-    dataset = PairDataset(
-        data.sources,
-        data.caches,
-        images,
-        config.data.augment,
-        seed=config.train.seed,
-        caption_weights=config.data.kind_weights,
-        captions_per_image=config.data.captions_per_image,
-        one_source_batch=config.train.global_batch if config.data.one_source_per_batch else 0,
-    )
     return PairLoader(
-        dataset,
+        make_dataset(config, data.sources, data.caches, images),
         local_batch=local_batch,
         micro_batch=micro_batch,
         position=position,
@@ -240,13 +236,30 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
     )
 
 
-def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluate | None:
-    """Recall on the held-out split, by all ranks together; None without a split."""
+def make_dataset(
+    config: RunConfig, sources: list[Source], caches: Sequence[EmbeddingCache | None], images: ImageConfig
+) -> PairDataset:
+    """The rows of training's batches."""
+    return PairDataset(
+        sources,
+        caches,
+        images,
+        config.data.augment,
+        seed=config.train.seed,
+        caption_weights=config.data.kind_weights,
+        captions_per_image=config.data.captions_per_image,
+        one_source_batch=config.train.global_batch if config.data.one_source_per_batch else 0,
+    )
+
+
+def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, run: TrainingRun) -> Evaluation | None:
+    """What the run measures; None without anything to measure."""
+    config: RunConfig = run.config  # type: ignore[assignment]
     source, cache = data.validation, data.validation_cache
-    if source is None or cache is None:
-        return None
-    measure = partial(evaluate_retrieval, dual, source, cache, images, config.evaluated, all_ranks=True, quiet=True)
-    return lambda: measure().metrics()
+    held_out = None if source is None or cache is None else (source, cache)
+    benchmarks = list(zip(data.benchmarks, data.benchmark_caches, strict=True))
+    draw = rank() == 0 and bool({"wandb", "tensorboard"} & run.deepspeed.keys())
+    return Evaluation(dual, images, config.evaluated, held_out, benchmarks, draw) if config.evaluates else None
 
 
 @dataclass(frozen=True)
@@ -258,6 +271,8 @@ class Data:
     validation: Source | None
     validation_cache: EmbeddingCache | None
     clip_caches: list[EmbeddingCache]  # with heads.target clip_text: a CLIP's text features of each source's captions
+    benchmarks: list[Benchmark] = field(default_factory=list)
+    benchmark_caches: list[EmbeddingCache] = field(default_factory=list)  # empty until they are embedded
 
     @property
     def samples(self) -> int:
@@ -273,6 +288,7 @@ class Data:
         if self.validation is not None and self.validation_cache is not None:
             own["validation"] = source_digest(self.validation)
             own["validation, its cache"] = cache_digest(self.validation_cache)
+        own |= {f"of {benchmark.name}": source_digest(benchmark.texts) for benchmark in self.benchmarks}
         return own
 
 
@@ -297,7 +313,7 @@ def open_data(config: RunConfig) -> Data:
                 f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide; expected the "
                 f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
             )
-    return Data(sources, caches, validation, validation_cache, clip_caches)
+    return Data(sources, caches, validation, validation_cache, clip_caches, open_benchmarks(config.benchmarks))
 
 
 def check_data(config: RunConfig, data: Data) -> None:
@@ -332,6 +348,7 @@ def check_data(config: RunConfig, data: Data) -> None:
 
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
 IMAGES = 16  # of the pass that measures activations
+MEASURED = 64  # images that are read to measure the loader
 
 
 def tower_plan(config: RunConfig) -> str:
@@ -356,6 +373,7 @@ def tower_plan(config: RunConfig) -> str:
         *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
         described,
         plans.describe_memory(memory, config.train, config.plan.gpu_gib, kept=kept),
+        *loader_rate(config, tower.image_size),
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
     return "\n".join(parts)
@@ -378,6 +396,17 @@ def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
         return samples, config.dual.llm_width, [assumed]
     known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
     return samples, ASSUMED_WIDTH, [assumed, f"LLM embeddings of width {ASSUMED_WIDTH} (--dual.llm-width: {known})"]
+
+
+def loader_rate(config: RunConfig, size: int) -> list[str]:
+    """A line with the images/s of one loader process, measured; none without local data."""
+    if not config.data.path or any(map(is_url, config.data.path)):  # reading downloads shards
+        return []
+    sources = [open_source(source) for source in config.data.sources]
+    dataset = make_dataset(config, sources, [None] * len(sources), ImageConfig(size=size))
+    (batch,) = islice(PairLoader(dataset, local_batch=MEASURED, max_broken=1), 1)
+    rate = f"one process delivers {batch['images_per_second']:,.1f} images/s"
+    return [f"loader: {rate} ({MEASURED} read here); the run tells how many its steps take"]
 
 
 def recomputes(config: RunConfig, deepspeed: dict[str, Any], device: torch.device) -> bool:

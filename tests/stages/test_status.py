@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -105,6 +106,18 @@ def test_running_here_and_elsewhere(folder: Path):
     assert (
         rows(folder)["state"].startswith("running on another host: ") and "node-7, or killed" in rows(folder)["state"]
     )
+
+
+def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert "images/s" in rows(folder)["loader"]  # of a real run
+    for step in range(3, 43):  # 150 images/s, half of the time waiting for data: 300 without
+        values = {"samples_per_second": 150, "wait_share": 0.5, "loader_images_per_second": 110}
+        add(folder, step=step, samples=16 * step, loss=1.0, **values)
+    assert (
+        "110.0 images/s" in rows(folder)["loader"] and "300.0: --workers, over all ranks, 3" in rows(folder)["loader"]
+    )
+    assert run("train-tower", [*words(tiny, folder), "--dry-run"]) == 0
+    assert re.search(r"^loader: .* [1-9][\d,]*\.\d images/s", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_restarts_are_one_run_of_wandb(tiny: Path, tmp_path: Path):
