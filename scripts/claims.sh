@@ -3,7 +3,7 @@
 #   scripts/claims.sh               seed 0 again, 20 to 25 minutes on two cores: its numbers must lie where a training may
 #   scripts/claims.sh --no-llava    towers alone, six minutes
 #   scripts/claims.sh --record      write docs/claims*.json and the tables of README and docs/benchmarks.md from the run instead;
-#                                   --record towers, --record llava: those alone. Towers stand on six seeds (--seeds 6 --no-llava
+#                                   --record towers, --record llava: those alone. Towers stand on ten seeds (--seeds 10 --no-llava
 #                                   --record towers), LLaVA on three with SmolLM2 and six with the tiny language model
 #                                   (--seeds 3 --output DIR, then scripts/quickstart.sh --seeds 6 --controls --llava-llm tiny --output DIR,
 #                                   then .venv/bin/python scripts/check_claims.py DIR/default --record llava)
