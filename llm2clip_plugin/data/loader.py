@@ -10,8 +10,7 @@ The rows of a global batch are a function of (seed, position), whatever the numb
 import logging
 import queue
 import threading
-import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import takewhile
@@ -85,7 +84,7 @@ class PairLoader:
             prefetch_mb=self.prefetch_mb,
         )
         loader = DataLoader(
-            TimedDataset(self.dataset.__getitem__, collate),
+            CollatedDataset(self.dataset.__getitem__, collate),
             batch_sampler=self._draws(plan.part),  # pyright: ignore[reportArgumentType] - endless, so it has no length
             num_workers=self.workers,
             collate_fn=as_it_is,
@@ -142,15 +141,6 @@ class PairLoader:
                 + "\n".join(listed[:LISTED])
                 + "\nrun `llm2clip data check DATA` to list them, then fix the data or raise max_broken"
             )
-
-
-class TimedDataset(CollatedDataset):
-    """Its batches say how many ``seconds`` reading them took."""
-
-    def __getitems__(self, indices: Sequence[Any]) -> Any:
-        started = time.perf_counter()
-        batch = super().__getitems__(indices)
-        return batch if isinstance(batch, Exception) else {**batch, "seconds": [time.perf_counter() - started]}
 
 
 def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Generator[Batch, None, None]:

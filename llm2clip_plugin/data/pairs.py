@@ -8,6 +8,7 @@ them too.
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
@@ -155,17 +156,20 @@ def collate(rows: list[Row]) -> dict[str, Any]:
 
 
 class CollatedDataset(Dataset):
-    """Batches of what ``read`` gives, with a ValueError or OSError in place of one; LLM2CLIP_TRACEBACK=1: to torch.
+    """Batches of what ``read`` gives, with the ``seconds`` that took; a ValueError or OSError in place of one, with
+    LLM2CLIP_TRACEBACK=1 to torch.
 
     For a DataLoader whose ``collate_fn`` is ``as_it_is``; ``raised`` raises the errors.
     """
 
-    def __init__(self, read: Callable[[Any], Any], collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, read: Callable[[Any], Any], collate: Callable[[list[Any]], dict[str, Any]]) -> None:
         self.read, self.collate = read, collate
 
     def __getitems__(self, indices: Sequence[Any]) -> Any:
+        started = time.perf_counter()
         try:
-            return self.collate([self.read(index) for index in indices])
+            batch = self.collate([self.read(index) for index in indices])
+            return batch | {"seconds": [time.perf_counter() - started]}
         except (ValueError, OSError) as error:
             if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
                 raise
@@ -252,6 +256,7 @@ class EvalPairs:
         for some in self._batches:
             batch = joined(list(islice(parts, -(-len(some) // plan.part))))
             self.broken += batch.pop("broken")
+            del batch["seconds"]
             if batch["keys"]:
                 yield batch
 

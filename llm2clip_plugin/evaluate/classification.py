@@ -23,14 +23,7 @@ from llm2clip_plugin.data.samples import BrokenSample, Caption
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.data.sources.tars import scan_tar, split_name
 from llm2clip_plugin.evaluate import opening
-from llm2clip_plugin.evaluate.config import (
-    EVALUATE_PROBE,
-    EVALUATE_ZEROSHOT,
-    MeasureConfig,
-    ProbeConfig,
-    RetrievalConfig,
-    ZeroShotConfig,
-)
+from llm2clip_plugin.evaluate.config import EVALUATE_PROBE, EVALUATE_ZEROSHOT, ProbeConfig, ZeroShotConfig
 from llm2clip_plugin.evaluate.retrieval import Dual, encode_texts, rank_both
 from llm2clip_plugin.files import errors_about
 from llm2clip_plugin.train.distributed import choose_device
@@ -38,7 +31,7 @@ from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory, has_card
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.towers import eval_mode, load_tower, preprocessor_config
+from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
 CLASS = "class"  # field of an image's JSON where the data has none
 NAME_FILE, TEMPLATE_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -175,43 +168,20 @@ def main_zeroshot(argv: list[str]) -> int:
 
 def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
     """Embed the prompts and the images, and classify each image as the nearest class."""
-    labeled, names, prompts = open_zeroshot(config.data, config.label, config.classes, config.templates)
+    labeled = open_labeled_images(config.data, config.label)
+    names = read_class_names(config.classes, config.data, labeled.classes)
+    prompts = prompt_source(names, read_templates(config.templates, config.data), config.data)
     tower = opening.open_tower(config.tower, config.device, config.teacher)
     cache = tower.cache(prompts, config.cache, all_ranks=all_ranks)
+    class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
+    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
+    features = image_features(tower.dual.encode_image, labeled, tower.images, tower.device, **options)
     return dataclasses.replace(
-        classify(labeled, names, prompts, tower.dual, cache, tower.images, config, all_ranks=all_ranks),
+        classification_scores(features, class_CD, names),
         benchmark=f"zeroshot:{opening.dataset_name(config.data)}",
         model=config.tower,
         provenance=opening.provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
     )
-
-
-def open_zeroshot(
-    data: str, label: str = "", classes: str = "", templates: str = ""
-) -> tuple[LabeledImages, list[str], opening.InMemorySource]:
-    """The labeled images at ``data``, the classes' names, and their prompts; raises as the functions called."""
-    labeled = open_labeled_images(data, label)
-    names = read_class_names(classes, data, labeled.classes)
-    return labeled, names, prompt_source(names, read_templates(templates, data), data)
-
-
-@torch.no_grad()
-def classify(
-    labeled: LabeledImages,
-    names: Sequence[str],
-    prompts: opening.InMemorySource,
-    dual: Dual,
-    cache: EmbeddingCache,
-    images: ImageConfig,
-    config: MeasureConfig | RetrievalConfig,
-    **options: Any,
-) -> ScoreFile:
-    """Each image as the nearest class by its prompts' embeddings; ``options`` of `encode_images`."""
-    device, options = next(dual.parameters()).device, {"batch": config.batch, "workers": config.workers or 0, **options}
-    with eval_mode(dual) as encoders:
-        class_CD = class_vectors(encoders, prompts, cache, all_ranks=options.get("all_ranks", False))
-        features = image_features(encoders.encode_image, labeled, images, device, **options)
-    return classification_scores(features, class_CD, names)
 
 
 def classification_scores(features: ImageFeatures, class_CD: Tensor, names: Sequence[str]) -> ScoreFile:

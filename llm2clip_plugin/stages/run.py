@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,16 +149,14 @@ class TrainingRun:
         batches: Iterator[Batch],
         evaluate: Evaluate | None,
         before: Evaluate | None = None,
-        pictures: Callable[[], Mapping[str, Any]] = dict,
         heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
         references: Mapping[str, Reference] | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns the state at its end.
 
-        ``before``: scores of a new run before its first step, if they are wanted. ``pictures``: of the last evaluation.
-        ``heads``: the curve of a fit of the heads before it, to be reported. Raises StoppedError on every rank if it
-        was stopped before its end.
+        ``before``: scores of a new run before its first step, if they are wanted. ``heads``: the curve of a fit of the
+        heads before it, to be reported. Raises StoppedError on every rank if it was stopped before its end.
         """
         loaded()
         self.record(state)
@@ -174,7 +172,6 @@ class TrainingRun:
                 checkpoints=self.checkpoints,
                 evaluate=phase("evaluation")(evaluate) if evaluate else None,
                 before=phase("evaluation before training")(before) if before else None,
-                pictures=pictures,
                 heads=heads,
                 train=self.config.train,
                 optim=self.config.optim,

@@ -6,10 +6,8 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -106,7 +104,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
     on_first_rank(lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path))
-    evaluate = evaluation(dual, data, images, run)
+    evaluate = evaluation(dual, data, images, config)
     has_heads = bool(config.heads.steps or config.tower.keep_heads)  # random ones have no scores to compare with
     curve = fit(run, dual, data, images, stop) if resumed is None and config.heads.steps else []
     # before the engine, which partitions the weights under ZeRO-3
@@ -118,6 +116,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if config.train.torch_compile:
         dual.tower.compile()
     engine = run.make_engine(dual, trained, resumed)
+    if evaluate and rank() == 0 and {"wandb", "tensorboard"} & run.deepspeed.keys():
+        evaluate.show = engine.pictures.update
     references = make_references(config, engine, frozen, resumed)
     start = run.start_state(resumed)
     step = TowerStep(
@@ -136,7 +136,6 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         step=step,
         batches=iter(make_batches(config, data, images, start.samples)),
         evaluate=evaluate,
-        pictures=(lambda: evaluate.pictures) if evaluate else dict,
         before=evaluate if config.train.eval_on_start and has_heads else None,
         heads=curve,
         stop=stop,
@@ -221,8 +220,18 @@ def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_s
 def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: int) -> PairLoader:
     """This rank's rows of the global batches, from sample number ``position`` of the run on."""
     local_batch, micro_batch, _ = config.train.rows(world_size())
+    dataset = PairDataset(
+        data.sources,
+        data.caches,
+        images,
+        config.data.augment,
+        seed=config.train.seed,
+        caption_weights=config.data.kind_weights,
+        captions_per_image=config.data.captions_per_image,
+        one_source_batch=config.train.global_batch if config.data.one_source_per_batch else 0,
+    )
     return PairLoader(
-        make_dataset(config, data.sources, data.caches, images),
+        dataset,
         local_batch=local_batch,
         micro_batch=micro_batch,
         position=position,
@@ -236,30 +245,12 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
     )
 
 
-def make_dataset(
-    config: RunConfig, sources: list[Source], caches: Sequence[EmbeddingCache | None], images: ImageConfig
-) -> PairDataset:
-    """The rows of training's batches."""
-    return PairDataset(
-        sources,
-        caches,
-        images,
-        config.data.augment,
-        seed=config.train.seed,
-        caption_weights=config.data.kind_weights,
-        captions_per_image=config.data.captions_per_image,
-        one_source_batch=config.train.global_batch if config.data.one_source_per_batch else 0,
-    )
-
-
-def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, run: TrainingRun) -> Evaluation | None:
-    """What the run measures; None without anything to measure."""
-    config: RunConfig = run.config  # type: ignore[assignment]
+def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluation | None:
+    """What the run measures, by all ranks together; None without anything to measure."""
     source, cache = data.validation, data.validation_cache
     held_out = None if source is None or cache is None else (source, cache)
     benchmarks = list(zip(data.benchmarks, data.benchmark_caches, strict=True))
-    draw = rank() == 0 and bool({"wandb", "tensorboard"} & run.deepspeed.keys())
-    return Evaluation(dual, images, config.evaluated, held_out, benchmarks, draw) if config.evaluates else None
+    return Evaluation(dual, images, config.evaluated, held_out, benchmarks) if config.evaluates else None
 
 
 @dataclass(frozen=True)
@@ -348,7 +339,6 @@ def check_data(config: RunConfig, data: Data) -> None:
 
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
 IMAGES = 16  # of the pass that measures activations
-MEASURED = 64  # images that are read to measure the loader
 
 
 def tower_plan(config: RunConfig) -> str:
@@ -373,7 +363,6 @@ def tower_plan(config: RunConfig) -> str:
         *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
         described,
         plans.describe_memory(memory, config.train, config.plan.gpu_gib, kept=kept),
-        *loader_rate(config, tower.image_size),
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
     return "\n".join(parts)
@@ -396,17 +385,6 @@ def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
         return samples, config.dual.llm_width, [assumed]
     known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
     return samples, ASSUMED_WIDTH, [assumed, f"LLM embeddings of width {ASSUMED_WIDTH} (--dual.llm-width: {known})"]
-
-
-def loader_rate(config: RunConfig, size: int) -> list[str]:
-    """A line with the images/s of one loader process, measured; none without local data."""
-    if not config.data.path or any(map(is_url, config.data.path)):  # reading downloads shards
-        return []
-    sources = [open_source(source) for source in config.data.sources]
-    dataset = make_dataset(config, sources, [None] * len(sources), ImageConfig(size=size))
-    (batch,) = islice(PairLoader(dataset, local_batch=MEASURED, max_broken=1), 1)
-    rate = f"one process delivers {batch['images_per_second']:,.1f} images/s"
-    return [f"loader: {rate} ({MEASURED} read here); the run tells how many its steps take"]
 
 
 def recomputes(config: RunConfig, deepspeed: dict[str, Any], device: torch.device) -> bool:

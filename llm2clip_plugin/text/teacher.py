@@ -157,22 +157,18 @@ def load_dual_encoder(
 
 
 class TeacherLLM:
-    """The LLM that a tower's card names, or a cache's teacher: loaded on first use, and compared with the card.
+    """The LLM that a tower's card names: loaded on first use, and compared with the card.
 
     ``config``: where the LLM and its adapter are, if not where the card says; the card decides every other setting.
     """
 
     def __init__(
-        self,
-        card: TowerCard | TeacherIdentity,
-        config: EncoderConfig | None = None,
-        device: torch.device | None = None,
+        self, card: TowerCard, config: EncoderConfig | None = None, device: torch.device | None = None
     ) -> None:
-        of_card = isinstance(card, TowerCard)
-        self.llm_width = int(card.dual.get("llm_width", 0)) if of_card else card.width
+        self.llm_width = int(card.dual.get("llm_width", 0))
         self.config = config or EncoderConfig()
         self.device = device
-        self.identity = teacher_of(card) if of_card else card
+        self.identity = teacher_of(card)
 
     @property
     def fingerprint(self) -> str:

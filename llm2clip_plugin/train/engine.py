@@ -137,6 +137,7 @@ class Engine:
         self._monitor, self.device_engine.monitor = self.device_engine.monitor, SimpleNamespace(enabled=False)
         # DeepSpeed would call W&B for each value
         self._wandb, self._monitor.wandb_monitor = self._monitor.wandb_monitor, None
+        self.pictures: dict[str, tuple[Any, str]] = {}  # with their texts, for the monitors' next values
         self.device_engine.allreduce_gradients = timed("communication")(self.device_engine.allreduce_gradients)
         if isinstance(optimizer, FlatAdamW):
             optimizer.parts = self._parts(rates)
@@ -224,22 +225,23 @@ class Engine:
         modifier = 0 if modify else None
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier, enabled=self.stage == 3)
 
-    def report(self, values: dict[str, float], samples: int, pictures: Mapping[str, tuple[Any, str]]) -> None:
-        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), and pictures with their texts to those
-        that show them; to W&B in one call. From rank 0."""
+    def report(self, values: dict[str, float], samples: int) -> None:
+        """Send labeled values and ``pictures`` to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0; to W&B in
+        one call."""
         if not self._monitor.enabled:
             return
-        self._monitor.write_events([(label, value, samples) for label, value in values.items()])
+        pictures, self.pictures = self.pictures, {}
         if self._wandb is not None:
             import wandb
 
             shown = {name: wandb.Image(picture, caption=text) for name, (picture, text) in pictures.items()}
             self._wandb.log({**values, **shown}, step=samples)
-        if (tensorboard := self._monitor.tb_monitor) is not None:
+        if self._monitor.tb_monitor is not None:
             for name, (picture, text) in pictures.items():
-                tensorboard.summary_writer.add_image(name, numpy.asarray(picture), samples, dataformats="HWC")
-                tensorboard.summary_writer.add_text(name, text, samples)
-            tensorboard.flush()
+                writer = self._monitor.tb_monitor.summary_writer
+                writer.add_image(name, numpy.asarray(picture), samples, dataformats="HWC")
+                writer.add_text(name, text, samples)
+        self._monitor.write_events([(label, value, samples) for label, value in values.items()])
 
     def weights(self, copy: Copy | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""

@@ -34,7 +34,6 @@ class LoopParts:
     checkpoints: Checkpoints
     evaluate: Evaluate | None  # called on every rank
     before: Evaluate | None = None  # the same before step 1, in a new run
-    pictures: Callable[[], Mapping[str, Any]] = dict  # of the last evaluation, for monitors
     heads: Sequence[dict[str, float]] = ()  # the curve of a fit of the heads before step 1, in a new run
     train: TrainConfig
     optim: OptimConfig
@@ -73,7 +72,7 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
     stop = _any_rank(parts, bool(parts.stop))[0]
     if parts.before is not None and state.step == 0 and not state.before and not stop:
         state = replace(state, before=parts.before())
-        reports.scores(state, state.before, parts.pictures())
+        reports.scores(state, state.before)
         if not parts.total_steps:  # these are the run's scores
             state = replace(state, metrics=state.before, evaluated=0)
     if stop or state.step >= parts.total_steps:  # no step to make: requested before the first, or resumed at the end
@@ -108,7 +107,7 @@ def _evaluate_if_due(parts: LoopParts, state: TrainState, reports: Reports, save
     if parts.evaluate is None or not (state.step == parts.total_steps or _due(parts.train.eval_steps, state.step)):
         return state
     state = replace(state, metrics=parts.evaluate(), evaluated=state.step)
-    reports.scores(state, state.metrics, parts.pictures())
+    reports.scores(state, state.metrics)
     saver.record_metrics(state)
     return state
 

@@ -6,7 +6,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from llm2clip_plugin.train.engine import Engine
 PROFILE = "profile"  # folder of a run for traces
 TIMED_EVERY = 10  # steps at least between comparisons of the ranks' times, each a collective
 WARM_UP = 5  # steps before the traced ones, if the run has them; in the last of them the profiler warms up
-NONE: Mapping[str, Any] = {}  # pictures
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
 
 
@@ -109,11 +108,11 @@ class Reports:
         self.event({**bad, "event": LEFT_OUT})
         self.note(f"warning: {len(state.bad_batches)} of at most {allowed} bad batches left out: {bad['reason']}")
 
-    def scores(self, state: TrainState, scores: dict[str, float], pictures: Mapping[str, Any]) -> None:
-        """An evaluation, in ``state``; of pictures see `Engine.report`."""
+    def scores(self, state: TrainState, scores: dict[str, float]) -> None:
+        """An evaluation, in ``state``."""
         self.values |= scores
         self._bar.set_postfix_str(self._description())
-        self._line(state, scores, phase="eval", pictures=pictures)
+        self._line(state, scores, phase="eval")
 
     def ended(self, reason: str, *, failed: bool) -> None:
         """The run ends before its last step, by an error or on request."""
@@ -147,14 +146,11 @@ class Reports:
             values |= {"slowest_rank": slowest, "slowest_host": self._hosts[slowest]}
         return values
 
-    def _line(
-        self, state: TrainState, values: dict[str, Any], *, phase: str = "train", pictures: Mapping[str, Any] = NONE
-    ) -> None:
+    def _line(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
         self.event({"step": state.step, "samples": state.samples, **values})
         if self._file is not None:
             numbers = {f"{phase}/{name}": value for name, value in values.items() if not isinstance(value, str)}
-            shown = {f"{phase}/{name}": picture for name, picture in pictures.items()}
-            self._attempt(self.engine.report, numbers, state.samples, shown)
+            self._attempt(self.engine.report, numbers, state.samples)
 
     def _attempt(self, write: Callable[..., object], *values: Any) -> None:
         try:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import shutil
 import socket
 from pathlib import Path
@@ -108,7 +107,7 @@ def test_running_here_and_elsewhere(folder: Path):
     )
 
 
-def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path):
     assert "images/s" in rows(folder)["loader"]  # of a real run
     for step in range(3, 43):  # 150 images/s, half of the time waiting for data: 300 without
         values = {"samples_per_second": 150, "wait_share": 0.5, "loader_images_per_second": 110}
@@ -116,8 +115,6 @@ def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path, caps
     assert (
         "110.0 images/s" in rows(folder)["loader"] and "300.0: --workers, over all ranks, 3" in rows(folder)["loader"]
     )
-    assert run("train-tower", [*words(tiny, folder), "--dry-run"]) == 0
-    assert re.search(r"^loader: .* [1-9][\d,]*\.\d images/s", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_restarts_are_one_run_of_wandb(tiny: Path, tmp_path: Path):
