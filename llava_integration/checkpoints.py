@@ -28,10 +28,8 @@ def checkpoint_config(folder: Path) -> dict[str, Any]:
 
 
 def check_checkpoint(path: str, base: str | None = None) -> None:
-    """Compare a checkpoint's name and files with what LLaVA will make of them; ids of the Hub are left to LLaVA.
-
-    ``base``: the base model that is given with it. Raises FileNotFoundError, ValueError or ContractError with the file.
-    """
+    """Compare a checkpoint's name and files with what LLaVA will make of them, given ``base``; Hub ids are left to
+    LLaVA. Raises FileNotFoundError, ValueError or ContractError with the file."""
     refuse_name(path, base=base)
     for option, name in (("--model-path", path), ("--model-base", base)):
         if name and not Path(name).expanduser().is_dir() and not HUB_ID.match(name):
@@ -55,11 +53,8 @@ def model_name(path: str) -> str:
 
 
 def refuse_name(path: str, *, base: str | None = None, name: str | None = None) -> None:
-    """Raise ValueError if LLaVA would load the checkpoint at ``path`` as another kind of model than it is.
-
-    ``base``: the base model that is given with it; ``name``: in place of the folder's. Paths without a LLaVA
-    checkpoint's config.json are left to LLaVA.
-    """
+    """Raise ValueError if LLaVA would load its checkpoint at ``path`` as another kind of model than it is.
+    ``base``: the base model that is given with it; ``name``: in place of the folder's."""
     config = config_of(path)
     if "mm_vision_tower" not in config and not str(config.get("model_type")).startswith(WORD):
         return
@@ -88,9 +83,7 @@ def config_of(path: str | Path, name: str = CONFIG) -> dict[str, Any]:
 
 def is_unfrozen(config: Any) -> bool:
     """Whether the tower is trained, by ``unfreeze_mm_vision_tower`` or LLaVA-NeXT's ``mm_tunable_parts``.
-
-    ``config``: a model's configuration or arguments, or a dictionary of config.json.
-    """
+    ``config``: a model's configuration or arguments, or a dictionary of config.json."""
     read = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
     return bool(read("unfreeze_mm_vision_tower")) or "mm_vision_tower" in (read("mm_tunable_parts") or "").split(",")
 
@@ -102,10 +95,7 @@ def check_feature(feature: str) -> None:
 
 
 def blocks_below(select_layer: int, num_layers: int) -> int:
-    """Blocks below the selected hidden state: 24 blocks have 25 states, so layer -2 is the state after block 23.
-
-    Raises ValueError if there is no such state.
-    """
+    """Blocks below the selected state, ValueError without it: 24 blocks have 25, so layer -2 is that after block 23."""
     states = num_layers + 1
     if not -states <= select_layer < states:
         told = f"a tower of {num_layers} blocks has hidden states {-states} to {states - 1}"

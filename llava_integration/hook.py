@@ -40,11 +40,8 @@ def complete(module: ModuleType) -> None:
 
 
 def wrap_function(owner: Any, name: str, function: Function) -> None:
-    """Set ``owner.name`` to ``function``, whose first argument is the original, also in loaded modules of its package
-    that imported the original.
-
-    ``owner`` is a module or a class. A second call does nothing.
-    """
+    """Set ``name`` of ``owner``, a module or class, to ``function``, whose first argument is the original; also in
+    loaded modules of its package that imported the original. A second call does nothing."""
     original = getattr(owner, name)
     if original.__module__ == __name__:
         return
@@ -70,9 +67,7 @@ def build_vision_tower(original: Function, vision_tower_cfg: Any, *arguments: An
 
 def build(name: str, config: Any, delay_load: bool = False) -> Any:
     """The tower that ``name`` means for a model with ``config`` (LLaVA's configuration or model arguments).
-
-    Raises TowerNotFoundError, or ContractError for a tower other than the one that the checkpoint was trained with.
-    """
+    Raises TowerNotFoundError, or ContractError for a tower other than the one that the checkpoint was trained with."""
     from llava_integration.tower import LLM2CLIPVisionTower, MultiscaleVisionTower
 
     settings_from_environment(config)
@@ -86,11 +81,8 @@ def build(name: str, config: Any, delay_load: bool = False) -> Any:
 
 
 def check_projector(name: str, hidden_size: int, config: Any) -> None:
-    """Raise ContractError, with both widths, if the model's projector was trained for features of another width.
-
-    Checked here because LLaVA would fail with a bare shape mismatch. The width is ``mm_hidden_size``, and that of the
-    weights in ``pretrain_mm_mlp_adapter``.
-    """
+    """Raise ContractError, with both widths, for a projector trained for another width; LLaVA's own error is bare.
+    The width is ``mm_hidden_size``, and that of the weights in ``pretrain_mm_mlp_adapter``."""
     import torch
 
     expected = {}
@@ -104,18 +96,14 @@ def check_projector(name: str, hidden_size: int, config: Any) -> None:
                 expected[adapter] = tensor.shape[1]
     for where, width in expected.items():
         if width != hidden_size:
-            raise ContractError(
-                f"the projector of {where} expects features of width {width}, but the tower {name!r} has hidden_size "
-                f"{hidden_size}; use the tower that the projector was trained with (mm_vision_tower in its "
-                "config.json), or pretrain a projector for this one"
-            )
+            told = f"the projector of {where} expects features of width {width}"
+            fix = "use the tower that it was trained with, or pretrain a projector for this one"
+            raise ContractError(f"{told}, but the tower {name!r} has hidden_size {hidden_size}; {fix}")
 
 
 def settings_from_environment(config: Any) -> None:
     """Set OWN_OPTIONS from the environment for a new model; a checkpoint's config.json has them.
-
-    ``LLM2CLIP_S2_SCALES=336,672`` and ``LLM2CLIP_UNFREEZE_TOWER=1``; both are saved to the checkpoint's config.json.
-    """
+    ``LLM2CLIP_S2_SCALES=336,672`` and ``LLM2CLIP_UNFREEZE_TOWER=1``; both are saved to the checkpoint's config.json."""
     if hasattr(config, "mm_vision_tower"):
         return
     if scales := os.environ.get("LLM2CLIP_S2_SCALES"):
@@ -147,21 +135,15 @@ def initialize_vision_modules(original: Function, self: Any, model_args: Any, *a
 
 
 def refuse_another_tower(tower: Any, name: Any) -> None:
-    """Raise ContractError if the model already has a tower other than ``name``.
-
-    LLaVA would train with the old tower and write the new name into the checkpoint.
-    """
+    """Raise ContractError if the model has another tower, with which LLaVA would train, and write the new name."""
     previous = getattr(tower, "vision_tower_name", None)
     if tower is None or previous == name:
         return
     ours = [towers.is_ours(name), towers.is_ours(previous)]
     if not any(ours) or (all(ours) and towers.locate(name).sha256 == tower.location.sha256):
         return
-    raise ContractError(
-        f"the model already has the vision tower {previous!r}, which LLaVA would train with despite "
-        f"--vision_tower {name}; pass the same tower, or start from a language model without mm_vision_tower in its "
-        "config.json"
-    )
+    told = f"the model already has the vision tower {previous!r}, which LLaVA would use despite --vision_tower {name}"
+    raise ContractError(f"{told}; pass that tower, or start from a language model without mm_vision_tower")
 
 
 def load_pretrained_model(original: Function, model_path: str, *arguments: Any, **options: Any) -> Any:

@@ -17,13 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llava_integration import boot, towers
+from llava_integration import towers
 from llava_integration.checkpoints import HUB_ID, LORA, OTHERS, WORD, blocks_below, check_feature, config_of, model_name
-from llava_integration.compat import runner
-from llava_integration.compat.runner import has_version, installed_version
 from llava_integration.hook import check_projector
-from llm2clip_plugin.console import Finding
-from llm2clip_plugin.files import ContractError
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")
@@ -33,10 +29,7 @@ TRAINED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")  # types
 
 
 def main(argv: list[str]) -> int:
-    """Print the problems to stderr, or the environment to stdout; returns the exit status.
-
-    After -- come the script's options for LLaVA, which take precedence.
-    """
+    """Print the problems, or the environment; the exit status. After -- come options for LLaVA, which win."""
     parser = argparse.ArgumentParser(prog="python -m llava_integration.preflight", description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     for name in ("model", "tower", "output", "data", "image-folder"):
@@ -123,10 +116,8 @@ def check_output(stage: str, output: str) -> Iterator[str]:
     else:
         required = (WORD, LORA) if stage == "finetune_lora" else (WORD,)
         if missing := [word for word in required if word not in name.lower()]:
-            yield (
-                f"--output {output}: LLaVA could not load {name!r}, which has no {' and no '.join(missing)} in it; "
-                f"choose another name, such as {'-'.join([*missing, path.name])}"
-            )
+            told = f"--output {output}: LLaVA could not load {name!r}, which has no {' and no '.join(missing)} in it"
+            yield f"{told}; choose another name, such as {'-'.join([*missing, path.name])}"
         for word in OTHERS if stage == "finetune" else ():
             if word in name.lower():
                 yield f"--output {output}: LLaVA loads a folder with {word!r} in its name as a {word} model; rename it"
@@ -194,61 +185,6 @@ def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) ->
             check_projector(tower, width, SimpleNamespace(pretrain_mm_mlp_adapter=projector))
     except (ValueError, FileNotFoundError) as error:
         yield str(error).replace("--vision_tower", "--tower")
-
-
-# The checks of ``llm2clip doctor`` for LLaVA: its wheel, its imports, transformers, the start-up hook, the tower.
-
-PINNED = ">=4.36.2,<4.38"  # transformers versions with which LLaVA 1.5 runs as it is
-INSTALL = "pip install --no-deps llava-torch==1.2.2.post1 (or pip install --no-deps -e LLAVA_CHECKOUT)"
-# What LLaVA imports that neither it (installed with --no-deps) nor our requirements bring
-IMPORTED = ("torchvision", "sentencepiece", "shortuuid", "requests", "fastapi", "uvicorn")
-
-
-def check_llava() -> Iterator[Finding]:
-    """Every check of LLaVA, in its own environment or in the training environment; nothing of it is imported."""
-    if find_spec("llava") is None:
-        yield _finding("llava", "fail", "missing", INSTALL)
-    else:
-        found = installed_version("llava-torch") or installed_version("llava") or "on sys.path, not installed"
-        yield _finding("llava", "ok", found)
-    for name in IMPORTED:
-        if find_spec(name) is None:
-            yield _finding(name, "warn", "missing; LLaVA imports it", f"pip install {name}")
-    yield _finding("transformers for LLaVA", *check_transformers())
-    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
-        yield _finding("start-up hook", "warn", "disabled", "unset LLM2CLIP_LLAVA_HOOK")
-    elif boot.watching():
-        yield _finding("start-up hook", "ok", "active")
-    else:
-        fix = "pip install llm2clip-plugin (without --target), or `python -m llava_integration.boot ...`"
-        yield _finding("start-up hook", "fail", "not active", fix)
-    try:
-        location = towers.locate(towers.NAME)
-        yield _finding("--vision_tower llm2clip", "ok", f"{location.how}: {location.describe()}")
-    except (FileNotFoundError, ContractError) as error:
-        yield _finding("--vision_tower llm2clip", "warn", str(error), "llm2clip use PATH_OR_HUB_ID, for the bare name")
-
-
-def check_transformers() -> tuple[str, ...]:
-    """State, version and fix. LLaVA 1.5 runs with its pins as it is, and with versions from 5 on through ``compat``."""
-    installed, pinned = installed_version("transformers"), "pip install transformers==4.37.2"
-    if not installed:
-        return "fail", "missing", pinned
-    if has_version("transformers", PINNED):
-        return "ok", f"{installed}, which LLaVA pins"
-    if problem := runner.problem():
-        return "fail", installed, problem
-    if has_version("transformers", "<5"):
-        return "warn", installed, f"{pinned} (LLaVA fails to generate with this one)"
-    if not runner.enabled():
-        return "fail", installed, "unset LLM2CLIP_LLAVA_COMPAT"
-    if untried := runner.untried():
-        return "warn", f"untested: {' and '.join(untried)}", runner.ADVICE
-    return "ok", f"{installed}, with {len(runner.needed())} completions of LLaVA's code"
-
-
-def _finding(subject: str, state: str, found: str, fix: str = "") -> Finding:
-    return Finding(subject=subject, state=state, found=found, fix=fix)
 
 
 if __name__ == "__main__":

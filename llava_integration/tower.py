@@ -27,11 +27,8 @@ class LLM2CLIPVisionTower(nn.Module):
     """
 
     def __init__(self, name: str, location: TowerLocation, args: Any, delay_load: bool = False):
-        """``name``: LLaVA's ``--vision_tower``; ``args``: its model arguments or configuration.
-
-        With ``delay_load`` the weights are read by ``load_model``; hidden_size, num_patches and config work before it.
-        Raises ValueError for an unknown ``mm_vision_select_feature`` or a ``mm_vision_select_layer`` out of range.
-        """
+        """``args``: LLaVA's configuration or model arguments; with ``delay_load``, ``load_model`` reads the weights.
+        Raises ValueError for an unknown ``mm_vision_select_feature`` or a ``mm_vision_select_layer`` out of range."""
         super().__init__()
         self.is_loaded = False
         self.vision_tower_name = name
@@ -50,9 +47,7 @@ class LLM2CLIPVisionTower(nn.Module):
 
     def load_model(self, device_map: Any = None) -> None:
         """Read the weights; a second call does nothing. ``device_map``: None, "auto", a device, or {"": device}.
-
-        Raises ContractError if the weights do not match the tower's card.
-        """
+        Raises ContractError if the weights do not match the tower's card."""
         if self.is_loaded:
             return
         directory = self.location.directory
@@ -71,9 +66,7 @@ class LLM2CLIPVisionTower(nn.Module):
 
     def forward(self, images: Any) -> Any:
         """(B, 3, S, S) -> features (B, N, H) in the images' dtype; a list of (3, S, S) -> a list of (1, N, H).
-
-        Without gradient if every parameter of the tower is frozen.
-        """
+        Without gradient if every parameter of the tower is frozen."""
         if isinstance(images, list):
             return [self.forward(image.unsqueeze(0)) for image in images]
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
@@ -126,10 +119,7 @@ class LLM2CLIPVisionTower(nn.Module):
 
 
 def device_of_map(device_map: Any) -> Any:
-    """The device that a device map puts the tower on; None leaves the weights where they are.
-
-    Raises ValueError for a map that splits the tower over devices.
-    """
+    """The device that a device map puts the tower on; None: the weights stay. ValueError for a map that splits it."""
     if isinstance(device_map, dict):
         if set(device_map) != {""}:
             raise ValueError(f"the vision tower cannot be split over devices ({device_map}); pass {{'': device}}")

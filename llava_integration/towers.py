@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 from llava_integration.checkpoints import HUB_ID, checkpoint_config
 from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory
 from llm2clip_plugin.files import ContractError, errors_about, hub_snapshot
-from llm2clip_plugin.options import Command, command
+from llm2clip_plugin.options import Command, NoOptions, command
 from llm2clip_plugin.vision.directory import check_card
 
 NAME = "llm2clip"
@@ -53,10 +53,7 @@ class TowerLocation:
 
     @classmethod
     def of(cls, directory: Path, *, how: str, origin: str = "") -> TowerLocation:
-        """Read the card of ``directory``; ``origin`` defaults to its absolute path.
-
-        Raises ContractError if ``directory`` is not a tower directory.
-        """
+        """Read the card of ``directory``, ContractError without one; ``origin`` defaults to its absolute path."""
         if not (directory / TowerCard.FILE).is_file():
             fix = f"create one with `llm2clip export RUN` or `{command('import', directory, '--output', 'DIR')}`"
             raise ContractError(f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); {fix}")
@@ -115,9 +112,7 @@ def registry() -> Registry:
 
 def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
     """Register a tower (``spec``: absolute path or Hub id), select it and return its name.
-
-    Without ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that is taken.
-    """
+    Without ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that is taken."""
     known = registry()
     stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
     names = [stem, *(f"{stem}-{number}" for number in range(2, len(known.towers) + 2))]
@@ -133,9 +128,7 @@ def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
 
 def is_ours(name: object) -> bool:
     """Whether ``--vision_tower name`` is a tower of this package: ``llm2clip``, ``llm2clip:...`` or a tower directory.
-
-    Never matches a substring: ``my-llm2clip`` is left to LLaVA.
-    """
+    Never matches a substring: ``my-llm2clip`` is left to LLaVA."""
     if not isinstance(name, str):
         return False
     return name == NAME or name.startswith(f"{NAME}:") or os.path.isfile(os.path.join(name, TowerCard.FILE))
@@ -143,9 +136,7 @@ def is_ours(name: object) -> bool:
 
 def locate(name: str) -> TowerLocation:
     """The tower that ``name`` (see the table above) means now.
-
-    Raises TowerNotFoundError if there is none, ContractError if what it names is not a tower directory.
-    """
+    Raises TowerNotFoundError if there is none, ContractError if what it names is not a tower directory."""
     if name.startswith(f"{NAME}:"):
         return locate_spec(name[len(NAME) + 1 :], how=f"--vision_tower {name}")
     if name != NAME:
@@ -155,10 +146,8 @@ def locate(name: str) -> TowerLocation:
     known = registry()
     if known.chosen:
         return locate_spec(known.towers[known.chosen]["spec"], how=f"`llm2clip use {known.chosen}`")
-    raise TowerNotFoundError(
-        f"--vision_tower {NAME}: no tower is selected; run `llm2clip use PATH_OR_HUB_ID`, set "
-        f"LLM2CLIP_TOWER=PATH_OR_HUB_ID, or pass --vision_tower {NAME}:PATH_OR_HUB_ID; {known.summary()}"
-    )
+    ways = f"run `llm2clip use TOWER`, set LLM2CLIP_TOWER=TOWER, or pass --vision_tower {NAME}:TOWER (path or Hub id)"
+    raise TowerNotFoundError(f"--vision_tower {NAME}: no tower is selected; {ways}; {known.summary()}")
 
 
 def locate_spec(spec: str, *, how: str) -> TowerLocation:
@@ -181,9 +170,9 @@ def download(repository: str, patterns: list[str], revision: str | None = None) 
         return hub_snapshot(repository, revision=revision, patterns=patterns)
     except (OSError, ValueError) as error:  # the client's errors for network, cache, permissions and names
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        told = f"no directory {repository!r}, and downloading it from the Hub failed ({reason})"
         raise TowerNotFoundError(
-            f"no directory {repository!r}, and downloading it from the Hub failed ({reason}); download it on a machine "
-            f"with network access and pass {NAME}:PATH; {registry().summary()}"
+            f"{told}; download it elsewhere and pass {NAME}:PATH; {registry().summary()}"
         ) from error
 
 
@@ -222,11 +211,10 @@ def tower_record(location: TowerLocation, name: str, hidden_size: int) -> dict[s
 
 
 def find_tower(name: str, config: Any) -> TowerLocation:
-    """The tower of a model, by the hash recorded in ``config`` (LLaVA's configuration or model arguments).
+    """The tower of a model, by the hash in ``config`` (LLaVA's configuration or model arguments), else by ``name``.
 
     Searches the name, the checkpoint's ``vision_tower`` folder, the recorded origin and the registry, in this order.
-    Without a record the name decides. Raises ContractError with both hashes if only other towers are found,
-    TowerNotFoundError if none is.
+    Raises ContractError with both hashes if only other towers are found, TowerNotFoundError if none is.
     """
     record = getattr(config, KEY, None)
     checkpoint = checkpoint_of(config) or "the checkpoint"
@@ -244,10 +232,8 @@ def find_tower(name: str, config: Any) -> TowerLocation:
         places.append((f"in {folder}/{BUNDLE}", lambda: locate_bundled(folder, origin)))
     if origin != name.partition(":")[2]:
         places.append((f"at its origin, {origin}", lambda: locate_spec(origin, how="origin")))
-    specs = {known: e["spec"] for known, e in sorted(registry().towers.items()) if e["weights_sha256"] == wanted}
-    places += [
-        (f"registered as {known!r}", partial(locate_spec, spec, how="registry")) for known, spec in specs.items()
-    ]
+    same = [(known, e["spec"]) for known, e in sorted(registry().towers.items()) if e["weights_sha256"] == wanted]
+    places += [(f"registered as {known!r}", partial(locate_spec, spec, how="registry")) for known, spec in same]
     searched: list[str] = []
     problem: type[Exception] = TowerNotFoundError
     for where, find in places:
@@ -262,12 +248,11 @@ def find_tower(name: str, config: Any) -> TowerLocation:
             return location
         problem = ContractError  # another tower is not loaded in its place
         searched.append(f"\n  - {where}: {location.directory} has sha256 {location.sha256}")
-    raise problem(
-        f"{checkpoint} was trained with the tower sha256 {wanted} (origin {origin}, {record.get('family')}, "
-        f"{record.get('image_size')} px); refusing to load a different tower. Searched:{''.join(searched)}\n"
-        "Copy that tower to this machine and run `llm2clip use PATH`, or run "
-        f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
-    )
+    about = f"sha256 {wanted} (origin {origin}, {record.get('family')}, {record.get('image_size')} px)"
+    told = f"{checkpoint} was trained with the tower {about}; refusing to load a different tower"
+    again = f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
+    fix = f"Copy that tower to this machine and run `llm2clip use PATH`, or run {again}"
+    raise problem(f"{told}. Searched:{''.join(searched)}\n{fix}")
 
 
 def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
@@ -291,11 +276,6 @@ class UseConfig:
     name: str = ""  # register it under this name; "": last part of the path or id
 
 
-@dataclass(frozen=True, kw_only=True)
-class TowersConfig:
-    """No options."""
-
-
 USE = Command(
     name="use",
     example="llm2clip use towers/l14-336",
@@ -307,7 +287,7 @@ TOWERS = Command(
     name="towers",
     example="llm2clip towers",
     about="List the registered towers: location, hash, width, patches. An asterisk marks the selected one.",
-    settings=TowersConfig,
+    settings=NoOptions,
 )
 
 
@@ -339,11 +319,9 @@ def main_towers(argv: list[str]) -> int:
 
 
 def bundle(checkpoint: Path, *, tower: str = "") -> Path:
-    """Copy the checkpoint's tower to ``CHECKPOINT/vision_tower`` and return that folder.
+    """Copy the checkpoint's tower, or ``tower`` (path, registered name or Hub id), to ``CHECKPOINT/vision_tower``.
 
-    The tower is the one that loading the checkpoint finds, or ``tower`` (path, registered name or Hub id). Raises
-    ContractError if that is not the tower that the checkpoint was trained with, FileExistsError if another tower is
-    bundled already.
+    Raises ContractError if the checkpoint was trained with another, FileExistsError if another is bundled already.
     """
     config = checkpoint_config(checkpoint)
     name = str(config.get("mm_vision_tower"))
@@ -363,9 +341,7 @@ def bundle(checkpoint: Path, *, tower: str = "") -> Path:
 
 def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> TowerLocation:
     """The tower at ``tower``, or else the one that loading the checkpoint finds.
-
-    Raises ContractError with both hashes if ``tower`` is not the one that the checkpoint was trained with.
-    """
+    Raises ContractError with both hashes if ``tower`` is not the one that the checkpoint was trained with."""
     if not tower:
         return find_tower(name, SimpleNamespace(**{**config, "_name_or_path": str(checkpoint)}))
     location = locate_spec(tower, how=f"--tower {tower}")

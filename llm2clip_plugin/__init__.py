@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_dual_encoder", "load_tower"]
 
-_HOMES = {
-    "load_tower": "llm2clip_plugin.vision.towers",
-    "load_dual_encoder": "llm2clip_plugin.text.teacher",
-}
+_HOMES = {"load_tower": "llm2clip_plugin.vision.towers", "load_dual_encoder": "llm2clip_plugin.text.teacher"}
 
 
 def __getattr__(name: str) -> object:

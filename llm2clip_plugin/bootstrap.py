@@ -46,8 +46,7 @@ def bootstrap_mean(
 ) -> Interval:
     """Interval of the mean of ``values``; ``clusters`` names each value's cluster (None: every value is its own).
 
-    For the difference of two models on the same items, pass the differences item by item. Raises ValueError for no
-    values, or if ``clusters`` has another length. With one cluster the interval is unknown: low and high are NaN.
+    Raises ValueError for no values, or another number of ``clusters``. With one cluster low and high are NaN.
     """
     value_N = np.asarray(values, dtype=np.float64)
     if value_N.ndim != 1 or not len(value_N):

@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "evaluate probe": ("evaluate.classification:main_probe", "measure a tower's features by kNN and linear probe"),
     "forecast": ("evaluate.forecast:main", "how well towers are likely to serve an LLM in LLaVA, before training"),
     "search": ("evaluate.search:main", "find the images that are nearest to a text; a page with pictures"),
-    "export": ("stages.tower_export:main", "export a training run as a tower directory or in another format"),
+    "export": ("stages.export:main", "export a training run as a tower directory or in another format"),
     "import": ("vision.convert.importing:main", "convert a vision checkpoint into a tower directory"),
     "use": ("llava_integration.towers:main_use", "choose the tower for --vision_tower llm2clip"),
     "towers": ("llava_integration.towers:main_towers", "list known towers: location, hash, sizes"),
@@ -69,7 +69,7 @@ OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, 
     "forecast": "evaluate.config:FORECAST",
     "search": "evaluate.config:SEARCH",
     "export": "stages.tower_config:EXPORT",
-    "import": "vision.convert:IMPORT",
+    "import": "vision:IMPORT",
     "use": "llava_integration.towers:USE",
     "towers": "llava_integration.towers:TOWERS",
     "llava evaluate": "llava_integration.answer.questions:COMMAND",
@@ -118,12 +118,9 @@ def command() -> "NoReturn":
 
 
 def leave(status: int) -> "NoReturn":
-    """``sys.exit``; but one of several ranks runs its exit handlers and ends without the interpreter's shutdown.
-
-    DeepSpeed keeps a reference to the process group after it is destroyed, so Gloo's threads are still alive, and one
-    in ten such shutdowns aborts. After an error the exit handlers don't run either: destroying a group waits for
-    collectives that other ranks may never join.
-    """
+    """``sys.exit``; but one of several ranks runs its exit handlers and ends without the interpreter's shutdown, of
+    which one in ten aborts: DeepSpeed keeps the destroyed group, and so Gloo's threads, alive. After an error no exit
+    handlers run: destroying a group waits for collectives that other ranks may never join."""
     console.end_children()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)

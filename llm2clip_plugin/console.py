@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -57,9 +56,7 @@ def current() -> Phase:
 @contextmanager
 def phase(name: str, *, step: int | None = None) -> Iterator[None]:
     """Name what the block, or the decorated function, does; every rank must begin the same phases in the same order.
-
-    An exception leaves the phase as it is: messages say where it was raised.
-    """
+    An exception leaves the phase as it is: messages say where it was raised."""
     global _now
     before = _now
     _now = Phase(name, before.step if step is None else step, next(_counter), time.monotonic())
@@ -140,9 +137,7 @@ def track(iterable: Iterable[Value], *, total: int | None, label: str, unit: str
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' bars ("Loading weights", "Writing model shards") and warnings.
-
-    For loading and saving: we compare what was loaded with the file ourselves, and the bars last milliseconds.
-    """
+    For loading and saving: we compare what was loaded with the file ourselves, and the bars last milliseconds."""
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -182,9 +177,7 @@ def quiet_libraries() -> None:
 
 def quiet_llava_loading() -> None:
     """Silence transformers about a LLaVA checkpoint's copy of its tower, which LLaVA reads from the tower's own folder.
-
-    Other weights that are not used, or not there, are still warned of. Bars are for terminals.
-    """
+    Other weights that are not used, or not there, are still warned of. Bars are for terminals."""
     if not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
 
@@ -313,16 +306,6 @@ def raise_open_files() -> int:
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """A line that ``llm2clip doctor`` prints."""
-
-    subject: str
-    state: str  # ok, warn or fail
-    found: str  # version, path or state of the subject
-    fix: str = ""  # command or step that fixes it; "" when ok
-
-
 def numbers(text: str) -> tuple[int, ...]:
     """``'2.13.0+cpu'`` -> (2, 13, 0), for comparison."""
     return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
@@ -341,9 +324,7 @@ def page_style() -> str:
 
 def render(template: Path, **values: object) -> str:
     """The text of a template file: every value is escaped (``markupsafe.Markup`` is not), an unknown name is an error.
-
-    The template can include and extend the files in its folder.
-    """
+    The template can include and extend the files in its folder."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -60,9 +60,7 @@ def size_text(number: float) -> str:
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; if the block ends without an error, flush it to disk and rename it.
-
-    Raises DiskFullError, which names ``path``, whatever a library raises on a full disk.
-    """
+    Raises DiskFullError, which names ``path``, whatever a library raises on a full disk."""
     target = Path(path)
     temporary = _sibling(target)
     with naming_full_disk(target):
@@ -79,13 +77,17 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text in UTF-8 as ``atomic_file`` does, and return the path."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling directory; if the block ends without an error, flush its files to disk and rename it.
-
-    Raises FileExistsError before any work if ``path`` is not empty and ``replace`` is false; DiskFullError as
-    ``atomic_file``.
-    """
+    """As ``atomic_file``, of a directory. Raises FileExistsError before any work if ``path`` is not empty and
+    ``replace`` is false."""
     target = Path(path)
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; choose another path or pass --overwrite")
@@ -119,9 +121,7 @@ def _sibling(target: Path) -> Path:
 
 def fsync(path: Path) -> None:
     """Wait until a file's content, or a directory's entries, are on disk.
-
-    Raises OSError for what the file system reports only now: NFS and quotas do so when a disk is full.
-    """
+    Raises OSError for what the file system reports only now: NFS and quotas do so when a disk is full."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -152,13 +152,8 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def sha256_weights(path: str | os.PathLike[str]) -> str:
-    """SHA-256 over the tensors of a safetensors file: name, dtype, shape, bytes, in order of name.
-
-    It does not depend on the order of tensors in the file or on its metadata, so saving the same weights again with
-    another version of a library keeps the hash.
-
-    Raises ContractError if the file is not safetensors or is truncated.
-    """
+    """SHA-256 over the tensors of a safetensors file: name, dtype, shape, bytes, in order of name, so that another
+    version of a library that saves the same weights keeps it. Raises ContractError for another or a truncated file."""
     header = read_header(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -197,9 +192,7 @@ class VersionedRecord:
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the record atomically to ``path`` and return the path."""
-        with atomic_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-        return Path(path)
+        return write_text(path, self.to_json())
 
     @classmethod
     def read(cls: type[Record], path: str | os.PathLike[str]) -> Record:
@@ -211,10 +204,8 @@ class VersionedRecord:
         if kind != cls.KIND:
             raise ContractError(f"{path} contains a {kind!r}, expected a {cls.KIND!r}")
         if (version := body.pop("format_version", None)) != cls.VERSION:
-            raise ContractError(
-                f"{path} has format version {version}, but this release reads {cls.VERSION}; "
-                "create the file again with this release, or install the release that wrote it"
-            )
+            told = f"{path} has format version {version}, but this release reads {cls.VERSION}"
+            raise ContractError(f"{told}; create it again with this release, or install the one that wrote it")
         record = from_plain(cls, body, where=str(path))
         record.check_values(where=str(path))
         return record

@@ -4,34 +4,43 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from llm2clip_plugin.console import Finding, numbers, raise_open_files
-from llm2clip_plugin.options import Command
+from llava_integration import boot, towers
+from llava_integration.compat import runner
+from llava_integration.compat.runner import has_version, installed_version
+from llm2clip_plugin.console import raise_open_files
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.options import Command, NoOptions
 
 OPEN_FILES = 1024  # of a rank: 64 tars, some of libraries, a few for each batch that a loader process has sent
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """The command has no options."""
 
 
 COMMAND = Command(
     name="doctor",
     example="llm2clip doctor",
     about="Check this environment, and print how to fix what is missing or too old.",
-    settings=DoctorConfig,
+    settings=NoOptions,
 )
 
 
+class Finding(NamedTuple):
+    """A line of the report."""
+
+    subject: str
+    state: str  # ok, warn or fail
+    found: str  # version, path or state of the subject
+    fix: str  # command or step that fixes it; "" when ok
+
+
 def finding(subject: str, found: str, fix: str = "", *, state: str = "warn") -> Finding:
-    """A line of the report; ``state`` is that of a subject with a ``fix``, one without is ok."""
-    return Finding(subject=subject, state=state if fix else "ok", found=found, fix=fix)
+    """``state`` is that of a subject with a ``fix``, one without is ok."""
+    return Finding(subject, state if fix else "ok", found, fix)
 
 
 def check_packages(extra: str) -> Iterator[Finding]:
@@ -46,7 +55,7 @@ def check_packages(extra: str) -> Iterator[Finding]:
         if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
             needed[wanted.name] = needed.get(wanted.name, SpecifierSet()) & wanted.specifier
     for name, versions in needed.items():
-        found = installed(name)
+        found = installed_version(name)
         enough = found and versions.contains(found, prereleases=True)
         yield finding(name, found or "missing", "" if enough else f'pip install "{name}{versions}"', state="fail")
 
@@ -78,9 +87,61 @@ def check_accelerator() -> Iterator[Finding]:
         yield finding("accelerator", found, "for a GPU, install the torch build of your CUDA or ROCm version")
 
 
+# LLaVA: its wheel, its imports, transformers, the start-up hook, the tower.
+
+PINNED = ">=4.36.2,<4.38"  # transformers versions with which LLaVA 1.5 runs as it is
+INSTALL = "pip install --no-deps llava-torch==1.2.2.post1 (or pip install --no-deps -e LLAVA_CHECKOUT)"
+# What LLaVA imports that neither it (installed with --no-deps) nor our requirements bring
+IMPORTED = ("torchvision", "sentencepiece", "shortuuid", "requests", "fastapi", "uvicorn")
+
+
+def check_llava() -> Iterator[Finding]:
+    """Every check of LLaVA, in its own environment or in the training environment; nothing of it is imported."""
+    if find_spec("llava") is None:
+        yield finding("llava", "missing", INSTALL, state="fail")
+    else:
+        found = installed_version("llava-torch") or installed_version("llava") or "on sys.path, not installed"
+        yield finding("llava", found)
+    for name in IMPORTED:
+        if find_spec(name) is None:
+            yield finding(name, "missing; LLaVA imports it", f"pip install {name}")
+    yield check_transformers()
+    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
+        yield finding("start-up hook", "disabled", "unset LLM2CLIP_LLAVA_HOOK")
+    elif boot.watching():
+        yield finding("start-up hook", "active")
+    else:
+        fix = "pip install llm2clip-plugin (without --target), or `python -m llava_integration.boot ...`"
+        yield finding("start-up hook", "not active", fix, state="fail")
+    try:
+        location = towers.locate(towers.NAME)
+        yield finding("--vision_tower llm2clip", f"{location.how}: {location.describe()}")
+    except (FileNotFoundError, ContractError) as error:
+        yield finding("--vision_tower llm2clip", str(error), "llm2clip use PATH_OR_HUB_ID, for the bare name")
+
+
+def check_transformers() -> Finding:
+    """LLaVA 1.5 runs with its pins as it is, and with versions from 5 on through ``compat``."""
+    found, pinned, state = installed_version("transformers"), "pip install transformers==4.37.2", "fail"
+    fix = "" if runner.enabled() else "unset LLM2CLIP_LLAVA_COMPAT"
+    if not found:
+        found, fix = "missing", pinned
+    elif has_version("transformers", PINNED):
+        found, fix = f"{found}, which LLaVA pins", ""
+    elif problem := runner.problem():
+        fix = problem
+    elif has_version("transformers", "<5"):
+        fix, state = f"{pinned} (LLaVA fails to generate with this one)", "warn"
+    elif not fix and (untried := runner.untried()):
+        found, fix, state = f"untested: {' and '.join(untried)}", runner.ADVICE, "warn"
+    elif not fix:
+        found = f"{found}, with {len(runner.needed())} completions of LLaVA's code"
+    return finding("transformers for LLaVA", found, fix, state=state)
+
+
 def report() -> Iterator[Finding]:
     """The lines of the report, in order; of LLaVA's environment where LLaVA is installed with what it pins."""
-    training = not (llava_installed() and numbers(installed("transformers")) < (5,))
+    training = not llava_installed() or has_version("transformers", ">=5")
     old = "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer"
     yield finding("python", ".".join(map(str, sys.version_info[:3])), old, state="fail")
     yield from check_packages("train" if training else "")
@@ -94,22 +155,12 @@ def report() -> Iterator[Finding]:
         fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"
         yield finding("llava", f"not installed (optional); {fix}")
     else:
-        from llava_integration.preflight import check_llava
-
         yield from check_llava()
-
-
-def installed(name: str) -> str:
-    """Version of an installed package; "" if there is none."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def llava_installed() -> bool:
     """Whether this environment has LLaVA, from its wheel or from a checkout."""
-    return bool(installed("llava-torch") or installed("llava"))
+    return bool(installed_version("llava-torch") or installed_version("llava"))
 
 
 def main(argv: list[str]) -> int:

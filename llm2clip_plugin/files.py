@@ -56,18 +56,15 @@ def refuse_encoding(path: str | os.PathLike[str], start: bytes) -> None:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte {start[error.start]:#04x} at offset {error.start}; convert it, for example "
-            f"iconv -f LATIN1 -t UTF-8 {path} > NEW{Path(path).suffix}"
-        ) from error
+        byte = f"byte {start[error.start]:#04x} at offset {error.start}"
+        fix = f"convert it, for example iconv -f LATIN1 -t UTF-8 {path} > NEW{Path(path).suffix}"
+        raise ValueError(f"{path} is not UTF-8: {byte}; {fix}") from error
 
 
 @contextmanager
 def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
     """What a library raises about a file of ours, of any type, as a ContractError that names the file.
-
-    OSError, ContractError and a lack of memory pass: they name the file already, or a cause outside it.
-    """
+    OSError, ContractError and a lack of memory pass: they name the file already, or a cause outside it."""
     try:
         yield
     except (OSError, ContractError):
@@ -83,10 +80,7 @@ def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
 
 def from_plain(kind: type[Settings], values: Any, *, where: str, default: Settings | None = None) -> Settings:
     """A dataclass, and those in its fields, from parsed JSON; ``default`` gives the fields that ``values`` lacks.
-
-    Raises ContractError naming ``where`` and the field if one is unknown, missing or of another type, and what the
-    dataclasses' own checks raise.
-    """
+    Raises ContractError for an unknown, missing or mistyped field, and what the dataclasses' own checks raise."""
     known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if not isinstance(values, dict):
         raise ContractError(f"{where} is {_short(values)}, expected an object with the fields {', '.join(known)}")
@@ -204,11 +198,8 @@ def read_header(path: str | os.PathLike[str], *, fix: str = "copy or export it a
 
 
 def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
-    """The header of a file of ``size`` bytes; ``read``: so many bytes, from an offset on.
-
-    Every byte of the data belongs to exactly one tensor, and a tensor's shape is that of its bytes. Raises ValueError
-    that says what is wrong.
-    """
+    """The header of a file of ``size`` bytes; ``read``: so many bytes, from an offset on. Raises ValueError unless
+    every byte of the data belongs to exactly one tensor, and a tensor's shape is that of its bytes."""
     head = read(8, 0)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
     if length > min(size - 8, MAX_HEADER):
@@ -238,10 +229,8 @@ MAX_ASPECT = 256  # longer to shorter side; with its shorter side at 448 pixels 
 def check_image_size(width: int, height: int) -> None:
     """Raise ValueError for more than MAX_PIXELS or MAX_ASPECT."""
     if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(
-            f"the image has {width} x {height} pixels; the limits are {MAX_PIXELS:,} pixels and sides in a ratio of "
-            f"{MAX_ASPECT}; crop or resize it"
-        )
+        limits = f"{MAX_PIXELS:,} pixels and sides in a ratio of {MAX_ASPECT}"
+        raise ValueError(f"the image has {width} x {height} pixels; the limits are {limits}; crop or resize it")
 
 
 # Names in a run folder and its metrics.jsonl, and how the run was started. Needs the standard library alone.
@@ -288,10 +277,7 @@ def started_by(command: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def again(command: dict[str, Any]) -> str:
-    """The shell command that goes on, from ``started_by``; "" if nothing was recorded.
-
-    ``--resume PATH`` is left out: it would go back again.
-    """
+    """The shell command that goes on, from ``started_by``, without ``--resume PATH``; "" if nothing was recorded."""
     words, folder, ranks = command.get("words"), command.get("folder"), command.get("ranks", 1)
     if not words:
         return ""
@@ -303,11 +289,8 @@ def again(command: dict[str, Any]) -> str:
 
 
 def discover(package: str, attribute: str) -> dict[str, Any]:
-    """``attribute`` of every module in the folder of ``package``, or each one in a list of them, by its ``name``.
-
-    A module without the attribute is a helper of the others and is skipped. Raises ValueError if two members share a
-    name.
-    """
+    """``attribute`` of every module in the folder of ``package`` that has it, or each one in a list of them, by its
+    ``name``. Raises ValueError if two members share a name."""
     members: dict[str, Any] = {}
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         found = getattr(importlib.import_module(f"{package}.{module.name}"), attribute, [])
@@ -335,11 +318,8 @@ def can_only_be_a_path(name: str) -> bool:
 
 
 def hub_snapshot(repository: str, *, revision: str | None = None, patterns: Sequence[str] | None = None) -> Path:
-    """The folder of a Hub repository's files, downloaded if they are not in the local cache.
-
-    Raises TimeoutError if the Hub does not answer for ``timeout()`` seconds and the cache has no snapshot, otherwise
-    what ``huggingface_hub`` raises: OSError or ValueError. Its downloads have the timeout HF_HUB_DOWNLOAD_TIMEOUT.
-    """
+    """The folder of a Hub repository's files, downloaded if they are not cached. Raises TimeoutError if the Hub does
+    not answer for ``timeout()`` seconds and nothing is cached, else ``huggingface_hub``'s OSError or ValueError."""
     from huggingface_hub import snapshot_download
 
     allowed = None if patterns is None else list(patterns)
@@ -363,10 +343,9 @@ def check_hub_answers(repository: str, *, revision: str | None = None) -> None:
         HfApi().repo_info(repository, revision=revision, timeout=timeout())
     except Exception as error:  # of requests or of httpx, by the client's version
         if any("Timeout" in kind.__name__ for kind in type(error).__mro__):
-            raise TimeoutError(
-                f"the Hugging Face Hub ({constants.ENDPOINT}) has not answered for {timeout():g} s ({TIMEOUT}); "
-                "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use downloaded files"
-            ) from error
+            told = f"the Hugging Face Hub ({constants.ENDPOINT}) has not answered for {timeout():g} s ({TIMEOUT})"
+            fix = "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use downloaded files"
+            raise TimeoutError(f"{told}; {fix}") from error
 
 
 LONGEST_RETRY_AFTER = 300.0  # seconds that a server may request

@@ -94,11 +94,8 @@ class Command(Generic[Settings]):
     needs: Mapping[str, str] = field(default_factory=dict)
 
     def parse(self, argv: Sequence[str]) -> Settings:
-        """The settings of a command line. Prints --help and exits with status 0 if it is among the words.
-
-        Raises ValueError for an unknown or missing option, an unusable value, one without effect, and for what the
-        settings refuse.
-        """
+        """The settings of a command line. Prints --help and exits with status 0 if it is among the words. Raises
+        ValueError for an unknown or missing option, an unusable value, one without effect, and what settings refuse."""
         values, extras = self.read(argv)
         default = self.default(extras) if self.default else None
         replaced = {other: 0 for option, other in self.replaces.items() if option in values}
@@ -203,10 +200,7 @@ class Command(Generic[Settings]):
         return {**{name: fields[now] for name, now in ALSO.items() if now in fields}, **fields}
 
     def _option(self, word: str, waiting: deque[str]) -> tuple[str, Any, list[str]]:
-        """The field, or extra option, that a word sets, its type and its values, taken from the words after it.
-
-        Raises ValueError for an unknown option.
-        """
+        """The field, or extra option, of a word, its type, its values in the words after it; ValueError if unknown."""
         option, equals, value = word.partition("=")
         name = option.removeprefix("--").replace("_", "-")
         flags = {option for option, of in self.understood.items() if self.leaves[of].type in (bool, AUTO)}
@@ -274,6 +268,11 @@ class Command(Generic[Settings]):
         if leaf.type is not bool:
             return f"{flag} {_metavar(leaf.type)}"
         return f"{flag}, --{negative(self.options[name])}" if leaf.default is True else flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """The settings of a command without any."""
 
 
 def last_part(name: str) -> str:

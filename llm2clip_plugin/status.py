@@ -49,10 +49,9 @@ def main(argv: list[str]) -> int:
     elif any((folder / name).exists() for name in (RunRecord.FILE, files.METRICS, files.LOCK, files.CHECKPOINTS)):
         (name, state), *rows = run_rows(folder)
     else:
-        raise FileNotFoundError(
-            f"{folder} is neither the folder of a run (run.json, checkpoints/) nor an embedding cache "
-            f"({CacheManifest.FILE}); pass the --output of a training, or an embeddings-* folder"
-        )
+        what = f"the folder of a run (run.json, checkpoints/) nor an embedding cache ({CacheManifest.FILE})"
+        fix = "pass the --output of a training, or an embeddings-* folder"
+        raise FileNotFoundError(f"{folder} is neither {what}; {fix}")
     width = max(len(name) for name, _ in rows)
     lines = [f"{name}: {state}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
     print(files.printable_lines("\n".join(lines)))

@@ -117,10 +117,8 @@ def prepare(
     image_processor: Any,
     model_config: Any,
 ) -> list[Prepared]:
-    """Questions, each with its index, as the model reads them: LLaVA's template, image token, question.
-
-    ``folder``: of the images; ``conversation``: LLaVA's template. Pixels are (3, S, S), or (tiles, 3, S, S) for anyres.
-    """
+    """Questions, each with its index, as the model reads them: the template ``conversation``, image token, question.
+    ``folder``: of the images, whose pixels are (3, S, S), or (tiles, 3, S, S) for anyres."""
     from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
     from llava.mm_utils import process_images, tokenizer_image_token
 
@@ -152,10 +150,7 @@ def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(argv: list[str]) -> int:
-    """Answer the questions that have no answer yet; returns 0, also when other ranks are not done.
-
-    1 if a server refused some of the questions.
-    """
+    """Answer the questions that have no answer yet; returns 0, or 1 if a server refused some of the questions."""
     options = COMMAND.parse(argv)
     if options.model_path:
         check_checkpoint(options.model_path, options.model_base)
@@ -192,9 +187,7 @@ def main(argv: list[str]) -> int:
 
 def choose_device(device: str) -> tuple[int, int]:
     """Set CUDA_VISIBLE_DEVICES before torch is imported; returns (rank, world size) of torchrun or Slurm.
-
-    LLaVA spreads a model over all visible GPUs, so each of several ranks is given one GPU.
-    """
+    LLaVA spreads a model over all visible GPUs, so each of several ranks is given one GPU."""
     environment = os.environ
     slurm = "RANK" not in environment and "SLURM_PROCID" in environment
     names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID") if slurm else ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -210,10 +203,7 @@ def choose_device(device: str) -> tuple[int, int]:
 
 
 def chunk(questions: list[Question], chunks: int, index: int) -> list[Question]:
-    """The ``index``-th of ``chunks`` pieces, as LLaVA's ``get_chunk`` splits them; the last ones may be empty.
-
-    Raises ValueError if there is no such chunk.
-    """
+    """The ``index``-th of ``chunks`` pieces, as LLaVA's ``get_chunk``: the last may be empty. ValueError for none."""
     if not 0 <= index < chunks:
         raise ValueError(f"--chunk-idx {index} is out of range for --num-chunks {chunks}: 0 to {chunks - 1}")
     size = -(-len(questions) // chunks)
@@ -222,9 +212,7 @@ def chunk(questions: list[Question], chunks: int, index: int) -> list[Question]:
 
 def answer_settings(options: AnswerConfig, served: ServedModel | None) -> dict[str, Any]:
     """Every setting that an answer depends on, with the hashes of the model's configuration and the question file.
-
-    ``served``: the model behind ``--endpoint``, whose configuration the server knows.
-    """
+    ``served``: the model behind ``--endpoint``, whose configuration the server knows."""
     names = "num_chunks chunk_idx temperature top_p max_new_tokens single_pred_prompt all_rounds lang".split()
     if served:
         model = {"endpoint": options.endpoint, "served_model": served.id, "served_root": served.root}

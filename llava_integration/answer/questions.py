@@ -26,16 +26,14 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from llm2clip_plugin.contracts import atomic_file, naming_full_disk
+from llava_integration.benchmarks.answers import json_lines
+from llm2clip_plugin.contracts import naming_full_disk, write_text
 from llm2clip_plugin.files import ContractError, check_image_size, errors_about, read_json_value
 from llm2clip_plugin.options import Command
 
 BAD_IMAGE = (OSError, ValueError, SyntaxError, IndexError, struct.error, Image.DecompressionBombError)  # Pillow's
 LETTERS = ("A", "B", "C", "D")
-DIRECTLY = {
-    "en": "Answer with the option's letter from the given choices directly.",
-    "cn": "请直接回答选项字母。",
-}
+DIRECTLY = {"en": "Answer with the option's letter from the given choices directly.", "cn": "请直接回答选项字母。"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,26 +63,21 @@ class Question:
 
 
 def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = False, lang: str = "en") -> list[Question]:
-    """The questions of a file, whose suffix selects the format.
+    """The questions of a file, whose suffix selects the format. Raises FileNotFoundError, or ValueError with the line.
 
     ``directly`` requests the option's letter only (LLaVA's --single-pred-prompt), ``all_rounds`` repeats MMBench's
-    questions for every rotation of the options, ``lang`` is MMBench's. Raises FileNotFoundError, or ValueError with
-    the line.
-    """
+    questions for every rotation of the options, ``lang`` is MMBench's."""
     if not path.is_file():
         raise FileNotFoundError(f"no question file at {path}")
     questions = []
     with errors_about(path, fix="download it again"):
         if path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-                if line.strip():
-                    fix = "expected an object with question_id, text and image"
-                    with errors_about(f"{path}, line {number}", fix=fix):
-                        row = json.loads(line)
-                        text, image = row["text"] + "", row.get("image", "") + ""  # TypeError for numbers
-                        questions.append(Question(id=row["question_id"], text=text, shown=text, image=image))
+            for where, row in json_lines(path):
+                with errors_about(where, fix="expected an object with question_id, text and image"):
+                    text, image = row["text"] + "", row.get("image", "") + ""  # TypeError for numbers
+                    questions.append(Question(id=row["question_id"], text=text, shown=text, image=image))
         elif path.suffix == ".json":  # LLaVA's conversations, of which the first turn is the question
-            for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+            for number, row in enumerate(read_json_value(path)):
                 with errors_about(f"{path}, entry {number}", fix="expected an object with id and conversations"):
                     image = row.get("image", "") + ""
                     text = row["conversations"][0]["value"].replace("<image>", "").strip()
@@ -113,15 +106,10 @@ def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[
             for number in range(len(options) if all_rounds else 1):
                 listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
                 shown = "\n".join([*hint, row["question"], *listed])
-                question = Question(
-                    id=int(row["index"]) if row["index"].isdigit() else row["index"],
-                    text=shown + suffix,
-                    shown=shown,
-                    image=row["image"],
-                    embedded=True,
-                    extra={"round_id": number, "options": options, "option_char": letters},
-                )
-                questions.append(question)
+                index = int(row["index"]) if row["index"].isdigit() else row["index"]
+                extra = {"round_id": number, "options": options, "option_char": letters}
+                about = {"image": row["image"], "embedded": True, "extra": extra}
+                questions.append(Question(id=index, text=shown + suffix, shown=shown, **about))
                 options, letters = options[1:] + options[:1], letters[1:] + letters[:1]
     return questions
 
@@ -161,9 +149,7 @@ class AnswersFile:
 
     def __init__(self, path: Path, settings: dict[str, Any], total: int, *, overwrite: bool = False):
         """``settings``: every setting that an answer depends on, saved as ``ANSWERS.settings.json``.
-
-        Raises ContractError if answers with other settings exist, unless ``overwrite``; ValueError for a folder.
-        """
+        Raises ContractError if answers with other settings exist, unless ``overwrite``; ValueError for a folder."""
         self.path, self.total = path, total
         self.partial = path.with_name(path.name + ".partial")
         self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
@@ -184,8 +170,7 @@ class AnswersFile:
         elif path.exists() or self.partial.exists():
             raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
         else:
-            with atomic_file(saved) as temporary:
-                temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            write_text(saved, json.dumps(settings, indent=2) + "\n")
 
     @property
     def complete(self) -> bool:
@@ -220,9 +205,7 @@ class AnswersFile:
             return 0
         if len(answers) < self.total:
             return self.total - len(answers)
-        text = "".join(json.dumps(answers[i]) + "\n" for i in range(self.total))
-        with atomic_file(self.path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(answers[i]) + "\n" for i in range(self.total)))
         shutil.rmtree(self.partial, ignore_errors=True)
         return 0
 

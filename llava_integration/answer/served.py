@@ -66,9 +66,7 @@ class Endpoint:
 
     def __init__(self, url: str, *, timeout: float, retries: int) -> None:
         """``url``: up to /v1, which is added to a host alone; ``timeout``: seconds that an answer may take.
-
-        Raises ValueError for what is not such a URL, and for a key that no header can hold.
-        """
+        Raises ValueError for what is not such a URL, and for a key that no header can hold."""
         self.retries, self.stopped = retries, threading.Event()
         self._reported = -SILENCE  # time of the last message about a retry
         parts = urlsplit(url)
@@ -185,9 +183,7 @@ def _short(value: Any) -> str:
 
 def image_url(question: Question, folder: str) -> str:
     """The image as a data URL: the file's bytes if any reader sees in them what LLaVA sees, otherwise a PNG.
-
-    A server may rotate by EXIF or put transparent images on white, which LLaVA does not.
-    """
+    A server may rotate by EXIF or put transparent images on white, which LLaVA does not."""
     image = question.open_image(folder)
     raw = base64.b64decode(question.image) if question.embedded else (Path(folder) / question.image).read_bytes()
     with Image.open(io.BytesIO(raw)) as source:
@@ -208,10 +204,7 @@ def answer_served(
     answers: AnswersFile,
 ) -> list[str]:
     """Ask the questions of these indices and write each answer as it comes; returns a line for each question refused.
-
-    ``model``: its name on the server. Raises EndpointError if the server is gone or refuses request after request; the
-    answers until then are written.
-    """
+    Raises EndpointError if the server is gone or refuses request after request."""
     request = {"model": model, "temperature": options.temperature, "max_tokens": options.max_new_tokens}
     if options.top_p is not None:
         request["top_p"] = options.top_p

@@ -43,10 +43,8 @@ class Answers:
     @property
     def model(self) -> str:
         """The model's name in the rows, or the file's."""
-        for answer in self.rows:
-            if name := answer.row.get("model_id"):
-                return str(name)
-        return self.path.parent.name if self.path.stem == "merge" else self.path.stem
+        named = (str(name) for answer in self.rows if (name := answer.row.get("model_id")))
+        return next(named, self.path.parent.name if self.path.stem == "merge" else self.path.stem)
 
 
 def read_text(path: Path) -> str:
@@ -87,10 +85,7 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def read_answers(path: str | Path) -> Answers:
-    """Read an answers file or a folder of chunks.
-
-    Raises FileNotFoundError, or ValueError for an empty file, a wrong encoding or an unknown layout.
-    """
+    """Read a file, or a folder of chunks; ValueError for an empty one, a wrong encoding or an unknown layout."""
     path = Path(path)
     if (path / "merge.jsonl").is_file():
         path = path / "merge.jsonl"

@@ -27,7 +27,7 @@ from llava_integration.compare import report
 from llava_integration.compare.comparison import run_of
 from llava_integration.compare.readers import read_logs
 from llava_integration.compat.runner import installed_version
-from llm2clip_plugin.contracts import ScoreFile, atomic_file, sha256_file
+from llm2clip_plugin.contracts import ScoreFile, sha256_file, write_text
 from llm2clip_plugin.files import errors_about, printable_lines, read_json_value
 from llm2clip_plugin.options import Command, command
 
@@ -68,10 +68,7 @@ SCORE = Command(
 def score_answers(
     name: str, data: Path, answers: Answers, *, allow: float = ALLOWED, reviews: Path | None = None, model: str = ""
 ) -> ScoreFile:
-    """Score answers, and record what they were made from; ``reviews``: the judge's file, if there is a judge.
-
-    Raises ValueError for answers to another benchmark.
-    """
+    """Score answers, or a judge's ``reviews`` of them, with what they were made from. ValueError for another's."""
     member = benchmark(name)
     record = member.score(data, reviewed(member, answers, reviews) if member.judge else answers, allow=allow)
     settings = settings_file(answers.path)
@@ -110,9 +107,8 @@ def main_score(argv: list[str]) -> int:
         print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
         if not args.output:
             return 0
-    record = score_answers(
-        args.benchmark, args.data, answers, allow=args.allow_missing, reviews=args.reviews, model=args.model
-    )
+    options = {"allow": args.allow_missing, "reviews": args.reviews, "model": args.model}
+    record = score_answers(args.benchmark, args.data, answers, **options)
     if args.output:  # before printing, which `| head` may end
         record.write(args.output)
         print(f"wrote {args.output}", file=sys.stderr)
@@ -198,8 +194,7 @@ def main(argv: list[str]) -> int:
     outcomes = [run_one(name, job, args.output) for name, job in jobs.items()]
     rows = [(one.name, one.status, f"{one.seconds:.0f} s" * bool(one.seconds), one.detail) for one in outcomes]
     print("", *report.table(("benchmark", "status", "time", "result"), rows), sep="\n")
-    with atomic_file(args.output / "bench.json") as temporary:
-        temporary.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
+    write_text(args.output / "bench.json", json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n")
     scores = "scores" if args.engine == "llava" else LOGS
     compare = command("compare", f"BASE/{scores}", args.output / scores, "--output", "report")
     print(f"\ncompare two towers: {compare}", file=sys.stderr)
@@ -223,9 +218,7 @@ def run_one(name: str, job: Callable[[], Outcome], output: Path) -> Outcome:
     try:
         outcome = job()
     except Exception as error:
-        log = output / "logs" / f"{name}.error.txt"
-        with atomic_file(log) as temporary:
-            temporary.write_text(traceback.format_exc(), encoding="utf-8")
+        log = write_text(output / "logs" / f"{name}.error.txt", traceback.format_exc())
         outcome = Outcome(name=name, status="failed", detail=f"{error} (traceback: {log})")
     print(f"{outcome.status}: {outcome.detail}", flush=True)
     return replace(outcome, seconds=round(time.monotonic() - started, 1))
@@ -281,10 +274,8 @@ class Task:
 
 
 def plans(names: list[str], root: Path, generated: Path) -> list[Task]:
-    """The plan of every named benchmark, or of all; ``generated``: folder for generated question files.
-
-    A file ``root`` holds own questions; a folder is LLaVA's evaluation folder. Raises ValueError for an unknown name.
-    """
+    """The plan of every named benchmark, or of all, in ``root``, a file of own questions or LLaVA's evaluation folder.
+    ``generated``: folder for generated question files. Raises ValueError for an unknown name."""
     if root.is_file():
         return [plan_folder(benchmark("questions"), root, generated)]
     for name in names:
@@ -322,8 +313,7 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
         places = [above / below for below in member.image_folders]
         images = next((one for one in places if names and all((one / name).is_file() for name in names)), None)
         if images is None:
-            missing = f"the pictures of {questions.name} are not in {' or '.join(map(str, places))}"
-            return Task(benchmark=member, missing=missing)
+            return Task(benchmark=member, missing=f"no pictures of {questions.name} in {' or '.join(map(str, places))}")
     return Task(benchmark=member, folder=folder, question_file=questions, image_folder=images, unscored=unscored)
 
 
@@ -333,9 +323,7 @@ def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: b
         return first_file(folder, *member.question_files)
     path = first_file(folder, *member.scored_question_files)
     if path is None and (rows := member.question_rows(folder)):
-        path = generated / f"{member.name}_val.jsonl"
-        with atomic_file(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return write_text(generated / f"{member.name}_val.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -344,19 +332,13 @@ def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: b
 
 def run_logged(words: list[str], log: Path, is_done: Callable[[], Any], folder: Path | None = None) -> None:
     """Run a command in a folder, copy its output to stderr and a file. RuntimeError if it fails, or wrote no results.
-
-    lmms-eval ends with status 0 after an error.
-    """
+    lmms-eval ends with status 0 after an error."""
     print(shlex.join(words), flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     # transformers otherwise lists the names of all the tower's weights, which the tower loads itself
     environment = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
-    with (
-        log.open("ab") as file,
-        subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=folder
-        ) as process,
-    ):
+    options: dict[str, Any] = {"stderr": subprocess.STDOUT, "env": environment, "cwd": folder}
+    with log.open("ab") as file, subprocess.Popen(words, stdout=subprocess.PIPE, **options) as process:
         assert process.stdout is not None
         while chunk := os.read(process.stdout.fileno(), 1 << 16):
             os.write(2, chunk)
@@ -390,21 +372,16 @@ TODAY = ("cv_bench", "mmvp", "blink", "realworldqa", "mmstar", "chartqa", "docvq
 
 def run_lmms_eval(task: str, args: BenchConfig) -> Outcome:
     """One task of lmms-eval, unless its logs are there: they are written at its very end. Read as `compare` reads them.
-
-    It runs in ``args.data``, since Hugging Face's ``load_dataset("OWNER/NAME")`` takes a folder of that name first.
-    """
+    It runs in ``args.data``, since Hugging Face's ``load_dataset("OWNER/NAME")`` takes a folder of that name first."""
     folder = args.output / LOGS / task
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     if not read_logs(folder):
         log = args.output / "logs" / f"{task}.log"
         run_logged(lmms_eval_command(task, args), log, lambda: read_logs(folder), args.data)
-    runs = [run_of(*log) for log in read_logs(folder)]
-    values = [run.statistic.full() for run in runs]
-    told = [
-        f"{run.title}: {report.number(value, run.unit)} {run.unit}" for run, value in zip(runs, values, strict=True)
-    ]
-    return Outcome(name=task, status="scored", value=values[0], detail="; ".join(told))
+    runs = [(run, run.statistic.full()) for run in (run_of(*log) for log in read_logs(folder))]
+    told = [f"{run.title}: {report.number(value, run.unit)} {run.unit}" for run, value in runs]
+    return Outcome(name=task, status="scored", value=runs[0][1], detail="; ".join(told))
 
 
 def is_llavas(model: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row
-from llm2clip_plugin.contracts import ScoreFile, atomic_file, sha256_file, sha256_text
+from llm2clip_plugin.contracts import ScoreFile, sha256_file, sha256_text, write_text
 from llm2clip_plugin.files import errors_about
 
 Item = dict[str, Any]
@@ -117,11 +117,8 @@ def yes_no_numbers(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Numbers of nested dictionaries under dotted names: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1.0}``."""
     flat: dict[str, float] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = float(value)
+    for name, value in ((f"{prefix}{key}", value) for key, value in tree.items()):
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: float(value)}
     return flat
 
 
@@ -134,9 +131,7 @@ def mean_statistic(values: Sequence[float], counted: Sequence[bool] | None = Non
 
 def in_columns(parts: Sequence[str], values: Sequence[Sequence[float]], names: Sequence[str] = ()) -> np.ndarray:
     """Sums of a composite of parts: K values for each question, in the K columns of its part, 0 in the others'.
-
-    ``names``: the parts in order, others have no columns; by default all, sorted.
-    """
+    ``names``: the parts in order, others have no columns; by default all, sorted."""
     place = {name: number for number, name in enumerate(names or sorted(set(parts)))}
     sums = np.zeros((len(parts), len(place), len(values[0])))
     for row, (part, of_row) in enumerate(zip(parts, values, strict=True)):
@@ -168,9 +163,7 @@ def squeeze(text: str) -> str:
 
 def places(keys: Sequence[Sequence[Hashable]], wanted: Iterable[Hashable | None]) -> list[int | None]:
     """The place of the question that each wanted key belongs to, None for an unknown one; ``keys``: of each question.
-
-    Of several questions with one key, the k-th answer is the k-th's, later ones the last's.
-    """
+    Of several questions with one key, the k-th answer is the k-th's, later ones the last's."""
     known: dict[Hashable, list[int]] = {}
     for place, of_question in enumerate(keys):
         for key in of_question:
@@ -187,11 +180,8 @@ def places(keys: Sequence[Sequence[Hashable]], wanted: Iterable[Hashable | None]
 def match(
     questions: Sequence[Question], answers: Answers, targets: Sequence[int | None], *, allow: float, name: str
 ) -> tuple[list[Answer | None], dict[str, int], list[str]]:
-    """The answer to each question (None: it has none), counts, and a note on each kind of fault.
-
-    ``targets``: the place of each row's question, None for an unknown one. Raises ValueError for answers to another
-    benchmark than ``name``, or if more than the fraction ``allow`` is missing, duplicate or unreadable.
-    """
+    """The answer to each question or None, counts, notes on faults; ``targets``: the place of each row's question.
+    ValueError for another benchmark's, or if more than the fraction ``allow`` is missing, duplicate or unreadable."""
     joined: list[Answer | None] = [None] * len(questions)
     doubled, textless, unknown = 0, 0, []
     for answer, place in zip(answers.rows, targets, strict=True):
@@ -204,12 +194,10 @@ def match(
             joined[place] = answer
     given = [(question, answer) for question, answer in zip(questions, joined, strict=True) if answer is not None]
     if not given or len(unknown) > max(allow * len(answers.rows), 1):
-        example = unknown[0] if unknown else answers.rows[0]
-        raise ValueError(
-            f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name} (line "
-            f"{example.line}: id {example.id!r}, prompt {example.prompt[:80]!r}; first question: id "
-            f"{questions[0].id!r}). Check BENCHMARK, --data and --answers; for a subset pass --allow-missing"
-        )
+        one = unknown[0] if unknown else answers.rows[0]
+        told = f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name}"
+        row = f"line {one.line}: id {one.id!r}, prompt {one.prompt[:80]!r}; first question: id {questions[0].id!r}"
+        raise ValueError(f"{told} ({row}). Check BENCHMARK, --data and --answers; for a subset pass --allow-missing")
     _refuse_other_prompts(given, answers.path, name)
     total, lines = len(questions), len(answers.rows) + len(answers.broken)
     first = f", first at {answers.broken[0]}" if answers.broken else ""
@@ -235,10 +223,8 @@ def _refuse_other_prompts(given: Sequence[tuple[Question, Answer]], path: Path, 
     wrong = [pair for pair in prompted if squeeze(pair[0].text) not in squeeze(pair[1].prompt)]
     if len(wrong) > 0.5 * len(prompted):
         question, answer = wrong[0]
-        raise ValueError(
-            f"{path} has ids of {name}, but other questions: line {answer.line} has the prompt "
-            f"{answer.prompt[:80]!r}, question {question.id!r} is {question.text[:80]!r}. Check BENCHMARK and --data"
-        )
+        both = f"line {answer.line} asks {answer.prompt[:80]!r}, question {question.id!r} is {question.text[:80]!r}"
+        raise ValueError(f"{path} has ids of {name}, but other questions: {both}. Check BENCHMARK and --data")
 
 
 ALLOWED = 0.10  # of the answers may be missing, duplicate, unreadable or unknown: less than one chunk of 8
@@ -317,11 +303,8 @@ class Benchmark(ABC):
     # Scoring
 
     def score(self, folder: Path, answers: Answers, *, allow: float = ALLOWED) -> ScoreFile:
-        """Score answers, or a judge's reviews of them, with the annotations in ``folder``.
-
-        ``allow``: largest fraction of missing, duplicate, unreadable or unknown answers. Raises ValueError for more,
-        and for answers to another benchmark.
-        """
+        """Score answers, or a judge's reviews of them, with the annotations in ``folder``. Raises ValueError if more
+        than the fraction ``allow`` is missing, duplicate, unreadable or unknown, and for another benchmark's."""
         with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
             questions = self.load(folder)
         keys = [self.question_keys(question) for question in questions]
@@ -370,11 +353,8 @@ class Benchmark(ABC):
     def write_submission(self, folder: Path, answers: Answers, output: Path) -> None:
         """Write the file that its server scores, atomically."""
         rows = self.submission_rows(folder, answers)
-        with atomic_file(output) as path:
-            if self.submission_format == "json":
-                path.write_text(json.dumps(rows), encoding="utf-8")
-            else:
-                path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(output, json.dumps(rows) if self.submission_format == "json" else "".join(lines))
 
 
 def published_scores(**numbers: float) -> dict[str, float]:
@@ -397,10 +377,8 @@ def texts_by_id(answers: Answers, asked: Sequence[int | str]) -> dict[str, str]:
 
 def first_file(folder: Path, *patterns: str) -> Path | None:
     """The first file below ``folder`` that matches a pattern, or None."""
-    for pattern in patterns:
-        if paths := sorted(path for path in folder.glob(pattern) if path.is_file()):
-            return paths[0]
-    return None
+    found = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
+    return next(found, None)
 
 
 def find_image(image_folders: Sequence[str], folder: Path, name: str) -> bytes | None:

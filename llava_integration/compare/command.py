@@ -14,7 +14,7 @@ from llava_integration.compare.comparison import Side, build, load_sides, ordere
 from llava_integration.compare.report import page, table, text
 from llava_integration.compare.statistics import combine, pair, resampled_runs, slips_of
 from llm2clip_plugin.bootstrap import expansion, t_quantile
-from llm2clip_plugin.contracts import atomic_file
+from llm2clip_plugin.contracts import write_text
 from llm2clip_plugin.files import printable_lines
 from llm2clip_plugin.options import Command
 
@@ -92,9 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             "html": page(comparison, sides, images=args.image_folder, questions=args.questions),
         }
         for ending, report in reports.items():
-            with atomic_file(args.output / f"compare.{ending}") as temporary:
-                temporary.write_text(report, encoding="utf-8")
-            print(f"wrote {args.output}/compare.{ending}", file=sys.stderr)
+            print(f"wrote {write_text(args.output / f'compare.{ending}', report)}", file=sys.stderr)
     print(printable_lines(text(comparison)))  # names in it come from score files
     return 0
 
@@ -146,12 +144,9 @@ class Noise:
 
 
 def plan(sides: Sequence[Side], *, spread: float | None = None, resamples: int = 1000, seed: int = 0) -> list[Noise]:
-    """The noise of every benchmark of the base, or of both sides where there are two.
-
-    With one side, the other is taken to vary as much over images, with CORRELATION between the two, so that the
-    difference has the variance 2 (1 - CORRELATION) times that of the side. ``spread``, if given, replaces what the
-    runs show. Raises ValueError for more than two sides, ContractError for sides with other questions.
-    """
+    """The noise of every benchmark of the base, or of both sides. With one side, the other is taken to vary as much
+    over images, correlated by CORRELATION: the difference has 2 (1 - CORRELATION) times the variance. ``spread``
+    replaces what the runs show. Raises ValueError for more than two sides, ContractError for other questions."""
     if len(sides) > 2:
         raise ValueError(f"--plan takes one side or two, got {len(sides)}: " + ", ".join(side.name for side in sides))
     base, new = sides[0], sides[-1]

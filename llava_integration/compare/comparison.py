@@ -72,17 +72,13 @@ class Side:
 
 def load_side(path: Path, name: str = "") -> Side:
     """Read a score file or another evaluator's log, or all below a folder; several of one benchmark are its runs.
-
-    Raises FileNotFoundError, or ContractError for what can't be read or compared.
-    """
+    Raises FileNotFoundError, or ContractError for what can't be read or compared."""
     if not path.exists():
         raise FileNotFoundError(f"no score file, log or folder {path}")
     records = read_logs(path)
     if not records:
-        raise FileNotFoundError(
-            f"{path} has no score files (`llm2clip score BENCHMARK DATA --answers FILE --output FILE` writes them) and "
-            f"no logs; known: {', '.join(readers())}; a table needs the columns item and score"
-        )
+        known = f"known: {', '.join(readers())}; a table needs the columns item and score"
+        raise FileNotFoundError(f"{path} has no score files (`llm2clip score` writes them) and no logs; {known}")
     runs: dict[str, tuple[Run, ...]] = {}
     notes = []
     for file, record in records:
@@ -103,9 +99,7 @@ def load_side(path: Path, name: str = "") -> Side:
 
 def run_of(path: Path, record: Log) -> Run:
     """A score file's run, with the headline number of the benchmark's rule unless the items lack what that needs.
-
-    Raises ContractError if the items can't be compared.
-    """
+    Raises ContractError if the items can't be compared."""
     items, ids = record.items, [str(item.get("id")) for item in record.items]
     if not items or any(not isinstance(item.get("id"), (str, int)) or "score" not in item for item in items):
         raise ContractError(f"{path}: a comparison needs one item per question, each with an id and a score")
@@ -148,11 +142,9 @@ def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
         lambda place, side: f"{side.path.resolve().parent.name}/{side.path.stem}",
         lambda place, side: f"{side.name} #{place}",
     ):
-        shown = [side.name for side in sides]
-        sides = [
-            replace(side, name=rename(place, side)) if shown.count(side.name) > 1 else side
-            for place, side in enumerate(sides)
-        ]
+        shown = Counter(side.name for side in sides)
+        names = [rename(*item) if shown[item[1].name] > 1 else item[1].name for item in enumerate(sides)]
+        sides = [replace(side, name=name) for side, name in zip(sides, names, strict=True)]
     return sides
 
 
@@ -276,16 +268,11 @@ def build(
 def in_one_unit(sides: Sequence[Side]) -> list[Side]:
     """Sides whose scores of a benchmark are all percentages, or none, if scores of one run are above 1."""
     plain = {run.benchmark for side in sides for runs in side.runs.values() for run in runs if run.unit == "score"}
-    return [
-        replace(
-            side,
-            runs={
-                name: tuple(replace(run, unit="score") for run in runs) if name in plain else runs
-                for name, runs in side.runs.items()
-            },
-        )
-        for side in sides
-    ]
+
+    def shown(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+        return tuple(replace(run, unit="score") if run.benchmark in plain else run for run in runs)
+
+    return [replace(side, runs={name: shown(runs) for name, runs in side.runs.items()}) for side in sides]
 
 
 def warnings(sides: Sequence[Side]) -> Iterator[str]:
@@ -346,26 +333,19 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
 
 
 def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run], list[str]]:
-    """The runs of both sides on the questions that all have, in one order, and notes.
-
-    Raises ContractError for other questions, or for another truth of one.
-    """
+    """Both sides' runs on the questions that all have, in one order, and notes; ContractError for another truth."""
     runs = [*base.runs[name], *new.runs[name]]
     shared = set.intersection(*(set(run.ids) for run in runs))
     largest = max(len(run.ids) for run in runs)
     if len(shared) < FEWEST_IN_COMMON * largest:
-        raise ContractError(
-            f"{name}: the score files of {base.name} and {new.name} share {len(shared)} questions of "
-            f"{', '.join(str(len(run.ids)) for run in runs)}. Score both with the same --data"
-        )
+        of = f"{len(shared)} questions of {', '.join(str(len(run.ids)) for run in runs)}"
+        raise ContractError(f"{name}: {base.name} and {new.name} share {of}; score both with the same --data")
     first, *others = (run.pick([one for one in runs[0].ids if one in shared]) for run in runs)
     for run in others:
         for identifier, one, other in zip(run.ids, first.items, run.items, strict=True):
             if one.get("truth") != other.get("truth"):
-                raise ContractError(
-                    f"{name}: the truth of question {identifier} is {one.get('truth')!r} in {base.name} and "
-                    f"{other.get('truth')!r} in {run.model}; score both with the same --data"
-                )
+                both = f"{one.get('truth')!r} in {base.name}, {other.get('truth')!r} in {run.model}"
+                raise ContractError(f"{name}: the truth of question {identifier} is {both}; use the same --data")
     notes = [] if len(shared) == largest else [f"{largest - len(shared)} questions are not in every file; ignored"]
     if len({run.provenance.get("data_sha256", "") for run in runs} - {""}) > 1:
         notes.append("the sides were scored with different annotation files; truths in common are equal")

@@ -60,14 +60,10 @@ def method_lines(comparison: Comparison) -> list[str]:
         "resampled as composites. p: permutation over images, two-sided; Holm over all rows.".format(**settings)
     ]
     if any(max(counts) > 1 for counts in runs):
-        lines.append(
-            "With several runs per side, the interval includes their variance, and p is Student's (±: s.d. over runs)."
-        )
+        lines.append("With several runs a side, the interval includes their variance, and p is Student's (±: s.d.).")
     if (1, 1) in runs:
         mme = "; MME varies by about 20 points between identical runs" * ("mme" in comparison.titles)
-        lines.append(
-            f"With one run per side, the interval covers the choice of questions but not the training seed{mme}."
-        )
+        lines.append(f"With one run a side, the interval covers the choice of questions, not the training seed{mme}.")
     return lines
 
 
@@ -105,11 +101,8 @@ def text(comparison: Comparison) -> str:
 
 
 def page(comparison: Comparison, sides: Sequence[Side], *, images: Path | None = None, questions: int = 80) -> str:
-    """The page's HTML.
-
-    ``images``: folder of evaluation folders, or of one benchmark; ``questions``: disagreements per benchmark and pair
-    of sides, wins and losses evenly.
-    """
+    """The page's HTML. ``images``: folder of evaluation folders, or of one benchmark; ``questions``: disagreements per
+    benchmark and pair of sides, wins and losses evenly."""
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     encoded: dict[str, str | None] = {}
@@ -181,16 +174,9 @@ def picture_key(name: str, item: Item, folders: Sequence[Path], encoded: dict[st
 
 def disagreements(base: Sequence[Item], new: Sequence[Item], most: int) -> list[tuple[Item, Item]]:
     """At most so many questions whose scores differ: wins and losses evenly, spread over the benchmark, in its order.
-
-    Items without an answer, such as the queries of retrieval, are left out.
-    """
-    pairs = [
-        (old, now)
-        for old, now in zip(base, new, strict=True)
-        if "answer" in old
-        and "answer" in now
-        and (old.get("is_multimodal", True) or now.get("is_multimodal", True))  # ScienceQA-IMG
-    ]
+    Items without an answer, such as the queries of retrieval, are left out."""
+    pairs = [pair for pair in zip(base, new, strict=True) if all("answer" in item for item in pair)]
+    pairs = [pair for pair in pairs if any(item.get("is_multimodal", True) for item in pair)]  # ScienceQA-IMG
     won = [place for place, (old, now) in enumerate(pairs) if now["score"] > old["score"]]
     lost = [place for place, (old, now) in enumerate(pairs) if now["score"] < old["score"]]
     losses = min(len(lost), max(most // 2, most - len(won)))

@@ -62,17 +62,14 @@ class Difference:
 
 def pair(base: list[Statistic], new: list[Statistic], clusters: list[str]) -> Paired:
     """Sums by cluster of both sides' runs, which have the same questions in the same order.
-
-    Questions that count in no run are left out, so that their images are not drawn.
-    """
+    Questions that count in no run are left out, so that their images are not drawn."""
     counted_N = counted([*base, *new])
     code_N, count = cluster_codes([name for name, counts in zip(clusters, counted_N, strict=True) if counts])
     stratum_C = np.zeros(count, dtype=int)
     if base[0].strata is not None:
         stratum_C[code_N] = base[0].strata[counted_N]
-    base_MCK, new_MCK = (
-        np.stack([cluster_sums(run.sums[counted_N], code_N, count) for run in side]) for side in (base, new)
-    )
+    sums = [[cluster_sums(run.sums[counted_N], code_N, count) for run in side] for side in (base, new)]
+    base_MCK, new_MCK = map(np.stack, sums)
     return Paired(base_MCK, new_MCK, base[0], stratum_C)
 
 
@@ -135,9 +132,8 @@ def compare(paired: Paired, *, resamples: int = 10_000, level: float = 0.95, see
     """
     rng = np.random.default_rng(seed)
     paired = in_blocks(paired, MOST_CLUSTERS, rng)
-    values = [
-        np.array([float(paired.statistic.value(run.sum(axis=0))) for run in side]) for side in (paired.base, paired.new)
-    ]
+    value = paired.statistic.value
+    values = [np.array([float(value(run.sum(axis=0))) for run in side]) for side in (paired.base, paired.new)]
     base, new = (float(side.mean()) for side in values)
     runs_MR = resampled_runs(paired, resamples, rng)
     difference_R = runs_MR[1].mean(axis=0) - runs_MR[0].mean(axis=0)
@@ -173,9 +169,7 @@ def compare(paired: Paired, *, resamples: int = 10_000, level: float = 0.95, see
 
 def slips_of(values_MR: np.ndarray) -> float:
     """The variance over images of one run that other runs of the side don't share: what it gets wrong by chance.
-
-    One run has the variance s + i over images, the mean of M runs s + i / M; this is i, 0 where one run can't tell.
-    """
+    One run has the variance s + i over images, the mean of M runs s + i / M; this is i, 0 where one run can't tell."""
     runs = len(values_MR)
     if runs == 1:
         return 0.0
@@ -185,9 +179,7 @@ def slips_of(values_MR: np.ndarray) -> float:
 
 def _add_runs(error: float, freedom: int, values: Sequence[np.ndarray], slips: Sequence[float]) -> tuple[float, int]:
     """Standard error and degrees of freedom with the variance between runs; a single run gets the other side's.
-
-    Runs differ by their slips, too, which the variance over images has already, so they leave that.
-    """
+    Runs differ by their slips, too, which the variance over images has already, so they leave that."""
     known = [place for place, side in enumerate(values) if len(side) > 1]
     of = [place if place in known else known[0] for place in (0, 1)]
     between = [float(np.var(values[place], ddof=1)) for place in of]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava_integration.compat.runner import TRAINER, completes, replaces
-from llm2clip_plugin.contracts import atomic_file
+from llm2clip_plugin.contracts import write_text
 
 # transformers 5 alone has some of the names.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -51,7 +51,6 @@ def options_of_5(options: dict[str, Any]) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_flash_attn_2_available
 
-    options = dict(options)
     if options.get("attn_implementation") == "flash_attention_2" and not is_flash_attn_2_available():
         options["attn_implementation"] = "sdpa"
         if os.environ.get("RANK", "0") == "0":
@@ -101,16 +100,15 @@ def between(parent: Any) -> Any:
 
     name = "cache" if "cache" in inspect.signature(parent.forward).parameters else "past_key_values"
 
+    def cached(values: Any) -> dict[str, Any]:
+        return {} if values is None else {name: values}
+
     class GenerationOfToday(parent):
         def forward(self, *arguments: Any, past_key_values: Any = None, **options: Any) -> Any:
-            if past_key_values is not None:
-                options[name] = past_key_values
-            return super().forward(*arguments, **options)
+            return super().forward(*arguments, **options, **cached(past_key_values))
 
         def prepare_inputs_for_generation(self, *arguments: Any, past_key_values: Any = None, **options: Any) -> Any:
-            if past_key_values is not None:
-                options[name] = past_key_values
-            return super().prepare_inputs_for_generation(*arguments, **options)
+            return super().prepare_inputs_for_generation(*arguments, **options, **cached(past_key_values))
 
         def generate(self, *arguments: Any, **options: Any) -> Any:
             embeddings = options.get("inputs_embeds")
@@ -179,10 +177,8 @@ KNOWN = frozenset(  # settings of peft 0.10
 @completes(TRAINER, "after", transformers=">=5", peft=">=0.11")
 def lora_checkpoint(module: Any) -> None:
     """peft 0.10 refuses an adapter_config.json with settings that it does not know; newer versions write all of theirs,
-    at their defaults too. And an unfrozen tower's weights in non_lora_trainables.bin need their old names.
-
-    At the functions that write them: ``llava.train.train``, which calls these, runs as ``__main__``.
-    """
+    at their defaults too. And an unfrozen tower's weights in non_lora_trainables.bin need their old names. Changed
+    where they are written, as ``llava.train.train`` runs as ``__main__``."""
     import torch
     from peft import LoraConfig
 
@@ -205,8 +201,7 @@ def drop_defaults(file: Path, defaults: dict[str, Any]) -> None:
         for name, value in json.loads(file.read_text()).items()
         if name in KNOWN or (name in defaults and value != defaults[name])
     }
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+    write_text(file, json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 # Towers
@@ -224,11 +219,9 @@ def clip_pixels(module: Any) -> None:
 
 @completes(ARCH, "after", transformers=">=5")
 def tower_building(module: Any) -> None:
-    """An unfrozen tower is read while LLaVA's model is made, which transformers 5 does on the meta device.
-
-    Nothing may be read there, and what is no weight of the checkpoint (the numbers of the positions) is emptied once
-    the model is made. And a checkpoint's names of its weights may be those of either version of transformers.
-    """
+    """An unfrozen tower is read while LLaVA's model is made, which transformers 5 does on the meta device: nothing may
+    be read there, and what is no weight of the checkpoint (the numbers of the positions) is emptied afterwards. And a
+    checkpoint's names of its weights may be those of either version of transformers."""
     import torch
     from transformers import PreTrainedModel
 
@@ -427,10 +420,7 @@ def trainer_options(module: Any) -> None:
 
 
 def translate(options: Any) -> None:
-    """Move the values of old names to the new ones, and set ``local_rank`` as 4.37 does.
-
-    Raises ValueError for a warm-up ratio outside 0 to 1.
-    """
+    """Move old names' values to the new ones, set ``local_rank`` as 4.37; ValueError for a ratio outside 0 to 1."""
     if (ratio := options.warmup_ratio) is not None:
         if not 0 <= ratio <= 1:
             raise ValueError(f"--warmup_ratio {ratio}: expected a fraction of the steps, from 0 to 1")

@@ -84,9 +84,7 @@ def watched() -> set[str]:
 
 def run(module: ModuleType, when: When) -> None:
     """Run the completions of ``module`` for that moment; each runs once in a process.
-
-    Raises ImportError, which names the function, its module and the versions of the libraries.
-    """
+    Raises ImportError, which names the function, its module and the versions of the libraries."""
     if not enabled():
         return
     try:
@@ -100,10 +98,9 @@ def run(module: ModuleType, when: When) -> None:
                 except Exception as error:
                     name = completion.complete.__name__
                     found = ", ".join(f"{library} {installed_version(library)}" for library in completion.libraries)
-                    raise ImportError(
-                        f"llava_integration/compat/patches.py, {name} could not complete {module.__name__} "
-                        f"for {found}: {error!r}; {ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
-                    ) from error
+                    told = f"compat/patches.py, {name} could not complete {module.__name__} for {found}: {error!r}"
+                    fix = f"{ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
+                    raise ImportError(f"llava_integration/{told}; {fix}") from error
                 done.append(completion)
     except ImportError as error:
         if module.__name__.startswith("llava.model."):
@@ -171,9 +168,7 @@ def warn_if_untried() -> None:
 @functools.cache
 def adapters_stay_fp32() -> bool:
     """Whether this environment's peft keeps the adapter of an fp16 model in fp32, and so rounds the sum alone.
-
-    peft 0.10, which LLaVA's environment has, rounds the halves and their product too. True without peft.
-    """
+    peft 0.10, which LLaVA's environment has, rounds the halves and their product too. True without peft."""
     if find_spec("peft") is None:
         return True
     quiet_peft()

@@ -25,9 +25,7 @@ def cores() -> int:
 
 def parallel(function: Callable[[Item], Result], items: Iterable[Item], *, processes: int) -> Iterator[Result]:
     """``function`` of each item in order, in processes that get it once; in this process if ``processes`` is below 2.
-
-    What is left is dropped after an error or Ctrl-C, and the processes end when this one is killed.
-    """
+    What is left is dropped after an error or Ctrl-C, and the processes end when this one is killed."""
     if processes <= 1:
         yield from map(function, items)
         return
@@ -102,10 +100,8 @@ def row_bytes(side: int, width: int) -> int:
 
 
 def plan_loading(*, rows: int, micro_batch: int, workers: int, row_bytes: int, prefetch_mb: float) -> LoadPlan:
-    """Parts of at most a micro-batch, two or more ahead for each process, within ``prefetch_mb`` (10^6 bytes).
-
-    No more is prepared than two batches ahead. Under a very small ``prefetch_mb`` each process prepares one row ahead.
-    """
+    """Parts of at most a micro-batch, two or more ahead for each process, within ``prefetch_mb`` (10^6 bytes), but no
+    more than two batches. Under a very small ``prefetch_mb`` each process prepares one row ahead."""
     if not workers:
         return LoadPlan(part=micro_batch, prefetch=0, workers=0, row_bytes=row_bytes)
     affordable = int(prefetch_mb * 1e6) // row_bytes  # rows

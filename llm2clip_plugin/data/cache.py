@@ -111,9 +111,7 @@ def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
 
 class ShardFile:
     """One shard's file, read by position: one open file, and transient errors are retried.
-
-    Raises ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is none.
-    """
+    Raises ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -130,9 +128,7 @@ class ShardFile:
             self.captions, self.width = self._entries["embeddings"].shape
             self.samples = self._entries["row_starts"].shape[0] - 1
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ContractError(
-                f"{path} is truncated or not a shard of an embedding cache ({error}); {REDO}"
-            ) from error
+            raise ContractError(f"{path} is truncated or no shard of an embedding cache ({error}); {REDO}") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         """An entire tensor of the file."""
@@ -158,9 +154,8 @@ class ShardFile:
         if not 0 <= index < self.samples:
             raise ContractError(f"{self.path} has no sample {index} of {self.samples}; {REDO}")
         if key and self.key(index) != key:
-            raise ContractError(
-                f"{self.path}: sample {index} has key {key!r} in the data, {self.key(index)!r} in the cache; {REDO}"
-            )
+            keys = f"key {key!r} in the data, {self.key(index)!r} in the cache"
+            raise ContractError(f"{self.path}: sample {index} has {keys}; {REDO}")
         start, stop = self._read("row_starts", index, index + 2).tolist()
         row_of = {value: row for row, value in enumerate(self._read("caption_hashes", start, stop).tolist(), start)}
         hashes = [caption_hash(caption.text) for caption in captions]
@@ -168,17 +163,13 @@ class ShardFile:
             if value not in row_of:
                 known = ", ".join(map(hash_hex, row_of)) or "none"
                 text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
-                raise ContractError(
-                    f"{self.path}: sample {self.key(index)!r}: caption {text!r} (hash {hash_hex(value)}) was not "
-                    f"embedded; cached caption hashes: {known}; `touch` data whose time was kept; {REDO}"
-                )
+                told = f"caption {text!r} (hash {hash_hex(value)}) was not embedded; cached caption hashes: {known}"
+                fix = f"`touch` data whose time was kept; {REDO}"
+                raise ContractError(f"{self.path}: sample {self.key(index)!r}: {told}; {fix}")
         return [row_of[value] for value in hashes]
 
     def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
-        """(n, W) float32 of these rows, which should be near each other, as those of one sample are.
-
-        Raises ContractError for a row that has another checksum.
-        """
+        """(n, W) float32 of these rows, which should be near each other; ContractError for another checksum."""
         first, stop = (min(rows), max(rows) + 1) if rows else (0, 0)
         chosen = np.array(rows, dtype=np.int64) - first
         stored_nW, scale_n = self._read("embeddings", first, stop)[chosen], self._read("scales", first, stop)[chosen]
@@ -205,7 +196,7 @@ class EmbeddingCache:
         self.width = manifest.width  # W of an embedding
         self.teacher = TeacherIdentity(**manifest.teacher)
         self.fingerprint = manifest.fingerprint  # of the teacher
-        self._file = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self.shard = lru_cache(OPEN_SHARDS)(self._open_shard)  # by name
 
     @classmethod
     def open(
@@ -215,23 +206,16 @@ class EmbeddingCache:
         expect_fingerprint: str | None = None,
         expect_width: int | None = None,
     ) -> EmbeddingCache:
-        """Open a cache.
-
-        Raises FileNotFoundError if there is none, ContractError if its teacher or width differs, it is incomplete,
-        or a shard is missing or has another size; the message has both values.
-        """
+        """Open a cache. Raises FileNotFoundError if there is none, ContractError with both values if its teacher or
+        width differs, it is incomplete, or a shard is missing or has another size."""
         directory = Path(directory)
         manifest = _complete_manifest(directory / CacheManifest.FILE)
         if expect_fingerprint is not None and manifest.fingerprint != expect_fingerprint:
-            raise ContractError(
-                f"{directory} has embeddings of {manifest.teacher['llm']} with fingerprint {manifest.fingerprint}, "
-                f"expected {expect_fingerprint}; embed with the expected LLM, or use its cache"
-            )
+            told = f"{directory} has embeddings of {manifest.teacher['llm']}, fingerprint {manifest.fingerprint}"
+            raise ContractError(f"{told}, expected {expect_fingerprint}; embed with that LLM, or use its cache")
         if expect_width is not None and manifest.width != expect_width:
-            raise ContractError(
-                f"{directory} contains embeddings of width {manifest.width} ({manifest.teacher['llm']}), expected "
-                f"{expect_width}; use the cache of the LLM that the text adapter was made for"
-            )
+            told = f"{directory} has embeddings of width {manifest.width} ({manifest.teacher['llm']})"
+            raise ContractError(f"{told}, expected {expect_width}; use the cache of the text adapter's LLM")
         paths = [str(directory / entry["file"]) for entry in manifest.shards.values()]
         for path, entry, stamp in zip(paths, manifest.shards.values(), stamps_of(paths), strict=True):
             if stamp is None:
@@ -243,11 +227,8 @@ class EmbeddingCache:
     def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[Path, CacheManifest]]:
         return EmbeddingCache, (self.directory, self.manifest)  # a worker opens the files itself
 
-    def shard(self, name: str) -> ShardFile:
-        """A shard's file; raises ContractError if it is missing or differs from the manifest."""
-        return self._file(name)
-
     def _open_shard(self, name: str) -> ShardFile:
+        """A shard's file; raises ContractError if it is missing or differs from the manifest."""
         entry = self.manifest.shards.get(name)
         if entry is None:
             known = ", ".join([*self.manifest.shards][:5]) + ", ..." * (len(self.manifest.shards) > 5)
@@ -266,28 +247,20 @@ class EmbeddingCache:
         return file
 
     def rows(self, shard_name: str, index_in_shard: int, captions: Sequence[Caption], *, key: str = "") -> torch.Tensor:
-        """(len(captions), W) float32: the embeddings of a sample's captions, in the captions' order.
-
-        key: the sample's key, compared with the cache's unless "". Raises ContractError if the key or a caption is not
-        the one that was embedded.
-        """
+        """(len(captions), W) float32: the embeddings of a sample's captions, in the captions' order. Raises
+        ContractError if a caption, or ``key`` unless "", is not the one that was embedded."""
         file = self.shard(shard_name)
         return file.embeddings(file.row_numbers(index_in_shard, captions, key))
 
     def check(self, source: Source, *, full: bool = False) -> None:
-        """Compare the cache with a source: shard names, counts, keys and the hash of every caption.
-
-        The captions are read where digests don't show that they are the cache's, or everywhere with ``full``. Raises
-        ContractError at the first difference, with both values.
-        """
+        """Compare the cache with a source: shard names, counts, keys and the hash of every caption, which are read
+        where digests don't show that they are the cache's, or with ``full``. ContractError at the first difference."""
         for shard in source.shards:
             entry = self.manifest.shards.get(shard.name)
             if entry is None or entry["samples"] != shard.size:
                 file = self.shard(shard.name)  # raises for an unknown shard
-                raise ContractError(
-                    f"{file.path}: shard {shard.name!r} has {shard.size} samples in {source.path}, {file.samples} "
-                    f"when it was embedded; {REDO}"
-                )
+                sizes = f"{shard.size} samples in {source.path}, {file.samples} when it was embedded"
+                raise ContractError(f"{file.path}: shard {shard.name!r} has {sizes}; {REDO}")
         if not full and not self._unproven(source):
             return
         results: dict[str, tuple[str, str]] = {}
@@ -333,11 +306,9 @@ def _complete_manifest(path: Path) -> CacheManifest:
             raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {REDO}")
     with errors_about(path, fix=REDO):
         teacher = TeacherIdentity(**manifest.teacher)
-    if (teacher.fingerprint, teacher.width) != (manifest.fingerprint, manifest.width):
-        raise ContractError(
-            f"{path} was edited: it has fingerprint {manifest.fingerprint} and width {manifest.width}, its teacher's "
-            f"settings give {teacher.fingerprint} and {teacher.width}; {REDO}"
-        )
+    stated, own = (manifest.fingerprint, manifest.width), (teacher.fingerprint, teacher.width)
+    if stated != own:
+        raise ContractError(f"{path} was edited: fingerprint and width are {stated}, its teacher's {own}; {REDO}")
     return manifest
 
 
@@ -349,9 +320,7 @@ def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[
 
 class CacheWriter:
     """Writes the shards of one cache; any number of ranks may write different shards of one directory.
-
-    Raises ContractError if the directory holds another teacher's, or another dtype's, embeddings.
-    """
+    Raises ContractError if the directory holds another teacher's, or another dtype's, embeddings."""
 
     def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity, dtype: str = "float16") -> None:
         if dtype not in CACHE_DTYPES:
@@ -374,10 +343,9 @@ class CacheWriter:
             return
         existing = self.manifest()
         if existing.fingerprint != identity.fingerprint:
-            raise ContractError(
-                f"{path} belongs to another teacher ({differences(existing.teacher, identity)}; fingerprint "
-                f"{existing.fingerprint[:12]}, not {identity.fingerprint[:12]}); choose another --cache"
-            )
+            told = f"fingerprint {existing.fingerprint[:12]}, not {identity.fingerprint[:12]}"
+            other = differences(existing.teacher, identity)
+            raise ContractError(f"{path} belongs to another teacher ({other}; {told}); choose another --cache")
         if existing.dtype != dtype:
             raise ContractError(f"{path} has dtype {existing.dtype}, not {dtype}; choose another --cache or --dtype")
 
@@ -391,9 +359,7 @@ class CacheWriter:
 
     def is_complete(self, shard: str, digest: str) -> bool:
         """Whether the shard's file exists, is intact, and has this teacher and the rows of this digest.
-
-        Reads every byte, and logs a warning if the file is damaged.
-        """
+        Reads every byte, and logs a warning if the file is damaged."""
         try:
             file = ShardFile(self.path(shard))
             found = (file.meta["fingerprint"], file.meta["dtype"], file.meta["rows_sha256"])
@@ -407,10 +373,7 @@ class CacheWriter:
         return False
 
     def refuse_loss(self, shard: str, rows: Sequence[tuple[int, int]], read: str) -> None:
-        """ContractError if the shard's file has more captions than ``rows``, or none of them; ``read``: from where.
-
-        A damaged file may be replaced by anything.
-        """
+        """ContractError if the shard's file has more captions than ``rows``, or none of them; not if it is damaged."""
         try:
             file = ShardFile(self.path(shard))
             cached = set(file["caption_hashes"].tolist())
@@ -418,10 +381,9 @@ class CacheWriter:
             return
         common = len(cached.intersection(value for _, value in rows))
         if len(rows) < file.captions or (cached and not common):
-            raise ContractError(
-                f"{file.path} has {file.captions} captions; {read} gives {len(rows)} for shard {shard!r}, {common} of "
-                "them the same. Correct --fields or the data, choose another --cache, or replace them with --overwrite"
-            )
+            told = f"{read} gives {len(rows)} for shard {shard!r}, {common} of them the same"
+            fix = "correct --fields or the data, choose another --cache, or replace them with --overwrite"
+            raise ContractError(f"{file.path} has {file.captions} captions; {told}; {fix}")
 
     def write_shard(
         self,
@@ -476,11 +438,8 @@ class CacheWriter:
         tell_job(PROGRESS)
 
     def finish(self, shards: Sequence[str] | None = None) -> CacheManifest | None:
-        """Write and return the complete manifest if every shard exists; None while other ranks still write.
-
-        shards: the names that must exist; by default those that this writer wrote. Shards that the manifest listed
-        before stay in it, so the splits of a data set can share a directory.
-        """
+        """Write and return the complete manifest if every one of ``shards``, by default those written, exists, else
+        None. Shards that it listed before stay in it, so the splits of a data set can share a directory."""
         path = self.directory / CacheManifest.FILE
         entries: dict[str, dict[str, object]] = {
             name: entry for name, entry in self.manifest().shards.items() if self.path(name).is_file()
@@ -505,9 +464,7 @@ class CacheWriter:
 
 def _quantize(embeddings: torch.Tensor, dtype: str, shard: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(R, W) float32 -> stored rows (R, W) in ``dtype`` and scales (R,) float32, row x scale being the embedding.
-
-    Raises ContractError for int8 where a few huge dimensions would round the others away.
-    """
+    Raises ContractError for int8 where a few huge dimensions would round the others away."""
     largest = embeddings.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     if dtype == "float16":
         scales = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0))
@@ -516,19 +473,14 @@ def _quantize(embeddings: torch.Tensor, dtype: str, shard: str) -> tuple[torch.T
     stored = (embeddings / scales[:, None]).round_().to(torch.int8)
     cosine = torch.nn.functional.cosine_similarity(embeddings, stored.float(), dim=1)[embeddings.any(dim=1)]
     if len(cosine) and float(cosine.min()) < INT8_COSINE:
-        raise ContractError(
-            f"shard {shard}: the cosine similarity of an embedding and its int8 form is {float(cosine.min()):.5f}, "
-            f"lower than {INT8_COSINE}; use --dtype float16"
-        )
+        told = f"the cosine similarity of an embedding and its int8 form is {float(cosine.min()):.5f}"
+        raise ContractError(f"shard {shard}: {told}, lower than {INT8_COSINE}; use --dtype float16")
     return stored, scales
 
 
 def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
-    """Bytes of a cache's tensors.
-
-    A caption has a row, its scale (4), its hash and its checksum (8 each); a sample has a key of ``key_bytes``, and the
-    starts of its key and of its rows (8 each).
-    """
+    """Bytes of a cache's tensors: a caption has a row, its scale (4), its hash and its checksum (8 each), a sample a
+    key of ``key_bytes``, and the starts of its key and of its rows (8 each)."""
     return captions * (width * VALUE_BYTES[dtype] + 20) + samples * (key_bytes + 16)
 
 

@@ -100,10 +100,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_data(config: CheckConfig) -> dict[str, Any]:
-    """Read all of ``config.path`` and return the report that ``--json`` prints.
-
-    Raises FileNotFoundError if there is no data, ValueError for an unknown format.
-    """
+    """The report that ``--json`` prints. FileNotFoundError if there is no data, ValueError for an unknown format."""
     load_counter(config.tokenizer)  # fail here, not in a worker
     broken_shards: dict[str, str] = {}
     source = open_source(config, broken_shards)
@@ -118,9 +115,8 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
 def _read(source: Source, config: CheckConfig) -> Reading:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
     chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
-    parts = parallel(
-        partial(read_samples, source, config), chunks, processes=min(config.workers or cores(), len(chunks))
-    )
+    processes = min(config.workers or cores(), len(chunks))
+    parts = parallel(partial(read_samples, source, config), chunks, processes=processes)
     reading = Reading()
     with progress_bar(total=len(source), label="data check", unit="samples") as bar:
         for part in parts:

@@ -73,9 +73,7 @@ class SideFolder:
     @contextmanager
     def lock(self, doing: str) -> Iterator[None]:
         """Hold the folder's lock, so that one process does ``doing`` and the others find it done.
-
-        Without a folder that can be written, or a file system with locks, nobody waits.
-        """
+        Without a folder that can be written, or a file system with locks, nobody waits."""
         from filelock import FileLock, Timeout
 
         for path in self.paths("lock"):
@@ -220,9 +218,7 @@ def open_index(
     doing: str,
 ) -> IndexFile:
     """The index ``name`` of a folder, built by one of the processes that open it if it is not current.
-
-    build: the shards of a new index, given the one that is there.
-    """
+    build: the shards of a new index, given the one that is there."""
     for index in _readable(folder, name, columns):
         if is_current(index.table):
             return index

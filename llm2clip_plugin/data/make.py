@@ -109,9 +109,7 @@ class Item:
 
 def main(argv: list[str]) -> int:
     """Write tars and a list of what was left out, and print what is in them; exit status 0.
-
-    Raises FileExistsError if the output exists, ValueError if nothing can be used.
-    """
+    Raises FileExistsError if the output exists, ValueError if nothing can be used."""
     config = COMMAND.parse(argv)
     items = list_items(config)
     with atomic_directory(config.output, replace=config.overwrite) as folder:
@@ -136,9 +134,7 @@ def main(argv: list[str]) -> int:
 
 def list_items(config: MakeConfig) -> list[Item]:
     """Every picture of ``config.path``, in order of name or row; rows of the same picture are one.
-
-    Raises ValueError if it is neither a folder nor a table, or has no pictures or captions.
-    """
+    Raises ValueError if it is neither a folder nor a table, or has no pictures or captions."""
     path = Path(config.path)
     if path.is_dir():
         folder, rows = path, _in_folder(path)
@@ -221,9 +217,7 @@ def words_of_name(name: str) -> str:
 
 def read_picture(background: str, item: Item) -> tuple[bytes, str, str] | str:
     """A picture as it goes into a tar, its extension, and the SHA-256 of its file; or why there is none.
-
-    It is decoded once, and put on ``background`` if it is transparent.
-    """
+    It is decoded once, and put on ``background`` if it is transparent."""
     if item.problem:
         return item.problem
     try:
@@ -370,9 +364,7 @@ SPLIT = Command(
 
 def main_split(argv: list[str]) -> int:
     """Print the counts, write the split, and print the next commands; exit status 0.
-
-    Raises FileExistsError if the output exists, ValueError if the data can't be split.
-    """
+    Raises FileExistsError if the output exists, ValueError if the data can't be split."""
     config = SPLIT.parse(argv)
     output, source = Path(config.output), open_source(config)
     if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
@@ -409,20 +401,16 @@ def is_held_out(hash_N: np.ndarray, validation: float) -> np.ndarray:
 
 
 def decide(source: Source, validation: float, by: str, workers: int = 0) -> np.ndarray:
-    """(N) uint64 hashes of the samples' keys, or of the field ``by``, which alone decide their sides.
-
-    So a sample stays on its side whatever the order and number of shards, and when others come or go. Raises ValueError
-    for a sample without that field, and if one side would be empty.
-    """
+    """(N) uint64 hashes of the samples' keys, or of the field ``by``, which alone decide their sides, whatever the
+    order of shards. Raises ValueError for a sample without that field, and if one side would be empty."""
     processes = min(workers or cores(), len(source.shards))
     read = parallel(partial(_read_shard, source, by), source.shards, processes=processes)
     hash_N = np.concatenate([*track(read, total=len(source.shards), label="data split: reading", unit="shards")])
     held_out = int(is_held_out(hash_N, validation).sum())
     if held_out in (0, len(hash_N)):
-        raise ValueError(
-            f"--validation {validation:g} of {len(np.unique(hash_N))} distinct {f'values of {by!r}' if by else 'keys'} "
-            f"leaves nothing for {SIDES[not held_out]}; choose a {'smaller' if held_out else 'larger'} fraction"
-        )
+        of = f"{validation:g} of {len(np.unique(hash_N))} distinct {f'values of {by!r}' if by else 'keys'}"
+        fix = f"choose a {'smaller' if held_out else 'larger'} fraction"
+        raise ValueError(f"--validation {of} leaves nothing for {SIDES[not held_out]}; {fix}")
     return hash_N
 
 

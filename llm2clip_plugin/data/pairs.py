@@ -157,9 +157,7 @@ def collate(rows: list[Row]) -> dict[str, Any]:
 
 class CollatedDataset(Dataset):
     """Batches of what ``read`` gives, with the ``seconds`` that took; a ValueError or OSError in place of one, with
-    LLM2CLIP_TRACEBACK=1 to torch.
-
-    For a DataLoader whose ``collate_fn`` is ``as_it_is``; ``raised`` raises the errors.
+    LLM2CLIP_TRACEBACK=1 to torch. For a DataLoader whose ``collate_fn`` is ``as_it_is``; ``raised`` raises the errors.
     """
 
     def __init__(self, read: Callable[[Any], Any], collate: Callable[[list[Any]], dict[str, Any]]) -> None:

@@ -62,10 +62,8 @@ def has_suffix(path: str, suffix: str) -> bool:
 def shuffle_window(configured: int, paths: Sequence[str], batch_shards: float = 0.0) -> int:
     """Shards that are shuffled together, 0 for whole sources: as configured, or, for -1, by where the data is.
 
-    ``batch_shards``: shards that have as many samples as a global batch, which mostly grows with the number of nodes.
-
-    A sample read at random opens its shard, unless the process has it open. Local disks sustain that; servers of
-    network file systems and URLs rarely do, so there the order goes by windows of shards, which stay open meanwhile.
+    A sample read at random opens its shard. Local disks sustain that; servers of network file systems and URLs rarely
+    do, so there windows of shards stay open. ``batch_shards``: shards with as many samples as a global batch.
     """
     if configured >= 0:
         return configured
@@ -103,9 +101,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 def list_urls(url: str, suffix: str) -> list[str]:
     """URLs of files: braces expanded, then a wildcard or a folder (ending in /) listed by its filesystem.
-
-    Raises FileNotFoundError if nothing matches; plain HTTP servers don't list folders, so their files need braces.
-    """
+    Raises FileNotFoundError if nothing matches; plain HTTP servers don't list folders, so their files need braces."""
     urls: list[str] = []
     for one in expand_braces(url):
         if "*" not in one and one.endswith(suffix):
@@ -122,11 +118,8 @@ def list_urls(url: str, suffix: str) -> list[str]:
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem for ``url`` and the path on it; ValueError if its protocol is unknown or not installed.
-
-    Over HTTP, a server that doesn't accept a connection or sends nothing for ``timeout()`` seconds is a TimeoutError;
-    other protocols have timeouts of their own.
-    """
+    """fsspec's filesystem for ``url`` and the path on it; ValueError if its protocol is unknown or not installed. An
+    HTTP server that is silent for ``timeout()`` seconds is a TimeoutError; other protocols have their own."""
     import fsspec
 
     options: dict[str, Any] = {}
@@ -153,11 +146,9 @@ def default_download_folder() -> Path:
 
 @dataclass(frozen=True)
 class Downloads:
-    """A local folder of copies of files at URLs, downloaded in byte ranges, each retried.
-
-    A copy gets its final name when it is complete, so a reader never sees part of a shard. A lock keeps the processes
-    of a machine from downloading a shard twice. (fsspec's file caches have no lock and no limit.)
-    """
+    """A local folder of copies of files at URLs, downloaded in byte ranges, each retried; a copy gets its final name
+    when it is complete, and a lock keeps the processes of a machine from downloading a shard twice. (fsspec's file
+    caches have no lock and no limit.)"""
 
     folder: Path
     limit_bytes: int = 0  # least recently used shards are deleted above this size of the folder; 0: no limit
@@ -248,10 +239,7 @@ class ReadFailedError(ConnectionError):
 
 def retried(action: Callable[[], Result], what: str) -> Result:
     """``action()``, repeated with growing pauses after transient errors. ``what``: the path or URL that it reads.
-
-    Raises ReadFailedError after too many failures, and for what is permanent FileNotFoundError, PermissionError,
-    ConnectionError, or the error itself.
-    """
+    Raises ReadFailedError after too many, and for what is permanent FileNotFoundError, PermissionError or the like."""
     failures = 0
     while True:
         try:
@@ -271,9 +259,8 @@ def retried(action: Callable[[], Result], what: str) -> Result:
             if isinstance(cause, TimeoutError) and cause.errno is None:
                 reason += f" (no answer within {timeout():g} s, {TIMEOUT})"
             if failures >= RETRY.tries:
-                raise ReadFailedError(
-                    f"reading failed {failures} times in a row: {reason}; rerun the same command to resume"
-                ) from error
+                told = f"reading failed {failures} times in a row: {reason}"
+                raise ReadFailedError(f"{told}; rerun the same command to resume") from error
             server = seconds_of_retry_after((fields.get("headers") or {}).get("Retry-After", ""))
             pause = max(RETRY.pause(failures), server)
             _retries[0] += 1
@@ -313,10 +300,7 @@ os.register_at_fork(after_in_child=take_retries)  # the parent's are not the chi
 
 
 class RetryingFile:
-    """A file that is read by position, and opened again after a transient error.
-
-    Forked processes can share it, since no position is kept.
-    """
+    """A file read by position, so that forked processes can share it, and opened again after a transient error."""
 
     def __init__(self, path: str | Path, open_file: Callable[[], int] | None = None) -> None:
         """open_file: returns a descriptor, of ``path`` unless given; path is for messages."""

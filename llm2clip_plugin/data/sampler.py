@@ -27,9 +27,7 @@ def hash_words(*words: int | str) -> int:
 
 class Permutation:
     """A permutation of 0 .. n-1 that is computed, not stored: a Feistel network, walked until it lands below n.
-
-    The network permutes 4^b numbers, 4^b >= n > 4^(b-1), so a walk takes less than 4 steps on average.
-    """
+    The network permutes 4^b numbers, 4^b >= n > 4^(b-1), so a walk takes less than 4 steps on average."""
 
     def __init__(self, n: int, key: int) -> None:
         self.n = n
@@ -200,10 +198,7 @@ class PassOrder:
         return result
 
     def share(self, group: np.ndarray, node: int, nodes: int, more: int) -> list[int]:
-        """The shards of a group that the lanes of one of ``nodes`` are in, and ``more`` lanes on both sides.
-
-        Of a lane that two nodes share each has all.
-        """
+        """The shards of a group that a node's lanes, also those that it shares, and ``more`` on both sides are in."""
         stops = np.cumsum(self.sizes[group])
         lanes = np.array([node * LANES // nodes - more, -(-(node + 1) * LANES // nodes) + more])
         first, last = int(stops[-1]) * lanes // LANES
@@ -247,7 +242,7 @@ class Mixture:
         self.windows = list(windows) or [0] * len(weights)
         self.draws = epoch_draws(self.lengths, weights)
         self._pass_order = lru_cache(maxsize=4 * len(weights))(self._make_pass_order)
-        self._source_order = lru_cache(maxsize=2)(self._make_source_order)
+        self._source_order = lru_cache(maxsize=2)(lambda epoch: SourceOrder(self.draws, hash_words("mix", seed, epoch)))
         self._batches = BatchOrder(self.draws, batch, seed) if batch and len(weights) > 1 else None
 
     @property
@@ -331,9 +326,6 @@ class Mixture:
     def _make_pass_order(self, source: int, number: int) -> PassOrder:
         key = hash_words("pass", self.seed, source, number)
         return PassOrder(self.shard_sizes[source], self.windows[source], key, number * self.lengths[source])
-
-    def _make_source_order(self, epoch: int) -> SourceOrder:
-        return SourceOrder(self.draws, hash_words("mix", self.seed, epoch))
 
 
 def epoch_draws(lengths: Sequence[int], weights: Sequence[float]) -> list[int]:

@@ -77,17 +77,14 @@ class CaptionField:
 
 
 def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionField, ...]:
-    """Parse ``NAME=KIND`` (in ``language``) or ``NAME=KIND:LANGUAGE``.
-
-    Raises ValueError for another form, no fields at all, or a duplicate name.
-    """
+    """Parse ``NAME=KIND`` or ``NAME=KIND:LANGUAGE``; ValueError for another form, no fields, or a duplicate name."""
     fields: dict[str, CaptionField] = {}
     for text in specifications:
         name, equals, rest = text.partition("=")
         kind, _, own_language = rest.partition(":")
         if not (name and equals and kind):
             raise ValueError(
-                f"invalid caption field {text!r}; expected NAME=KIND or NAME=KIND:LANGUAGE, such as long_caption=long"
+                f"invalid caption field {text!r}; expected NAME=KIND or NAME=KIND:LANGUAGE, as in txt=long"
             )
         if name in fields:
             raise ValueError(f"duplicate caption field {name!r} in {', '.join(specifications)}")
@@ -98,11 +95,10 @@ def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionF
 
 
 def read_captions(values: dict[str, Any], fields: Sequence[CaptionField]) -> tuple[tuple[Caption, ...], int]:
-    """The captions among a sample's ``values`` in the order of ``fields``, and how many more are blank.
+    """The distinct captions, stripped, among a sample's ``values`` in the order of ``fields``, and how many are blank.
 
-    A value is a text, a list of texts, an object {language: text}, or a list of objects
-    ``{"text": ..., "kind": ..., "language": ...}``, whose kind and language take precedence over the field's. Texts are
-    stripped, repetitions within the sample dropped. Raises ValueError for another shape.
+    A value is a text, an object {language: text}, an object ``{"text": ..., "kind": ..., "language": ...}``, whose kind
+    and language take precedence over the field's, or a list of these. Raises ValueError for another shape.
     """
     captions = [caption for field in fields for caption in _captions(values.get(field.name), field)]
     distinct = dict.fromkeys(caption for caption in captions if caption.text)
@@ -177,9 +173,7 @@ def parse_weights(specifications: Sequence[str]) -> dict[str, float]:
 
 def caption_shares(captions: Sequence[Caption], weights: Mapping[str, float]) -> list[float]:
     """(m) probabilities: a kind's is its weight among the kinds that the sample has, shared by its captions.
-
-    Without ``weights`` all are equal. Raises KeyError for a caption of a kind without a weight.
-    """
+    Without ``weights`` all are equal. Raises KeyError for a caption of a kind without a weight."""
     if not weights:
         return [1 / len(captions)] * len(captions)
     counts = Counter(caption.kind for caption in captions)

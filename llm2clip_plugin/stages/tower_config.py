@@ -25,8 +25,7 @@ from llm2clip_plugin.train.config import (
     TrainConfig,
     local_world_size,
 )
-from llm2clip_plugin.vision import LOG_SCALE, DualConfig
-from llm2clip_plugin.vision.convert import FORMATS
+from llm2clip_plugin.vision import FORMATS, LOG_SCALE, DualConfig
 
 MAX_CAPTIONS = 64  # of an image in a step
 

@@ -1,72 +1,23 @@
-"""``llm2clip export``: a training run as a tower directory, or a tower directory in another format."""
+"""A training run's checkpoint as a tower directory."""
 
 import re
 from pathlib import Path
-from typing import Any
 
-from llm2clip_plugin.contracts import RunRecord, TowerCard
-from llm2clip_plugin.files import CHECKPOINTS, ContractError, from_plain
-from llm2clip_plugin.stages.tower_config import DEFAULT, EXPORT, RunConfig
-from llm2clip_plugin.text.adapter import adapter_sha256
+from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.files import CHECKPOINTS, from_plain
+from llm2clip_plugin.stages.tower_config import DEFAULT, RunConfig
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
-from llm2clip_plugin.vision.convert.importing import convert
-from llm2clip_plugin.vision.directory import fetch_directory, located
-from llm2clip_plugin.vision.export import BEFORE, check_repository, export_tower, push_to_hub, reexport, summary
+from llm2clip_plugin.vision.export import BEFORE, export_tower
 
 TOWER, TOWER_EMA = "tower", "tower-ema"  # folders in a run's
 
 
-def main(argv: list[str]) -> int:
-    """``llm2clip export SOURCE --output DIR [--format clip|onnx] [--push OWNER/NAME]``."""
-    options = EXPORT.parse(argv)
-    check_repository(options.push)
-    source, output, replace, adapter = Path(options.source), Path(options.output), options.overwrite, None
-    is_run = (source / RunRecord.FILE).is_file()
-    if options.format != "tower":
-        if is_run or options.push:
-            raise ValueError(
-                f"--format {options.format} converts a tower directory, a run's is RUN/tower; leave out --push"
-            )
-        print(f"{convert(options.source, output, options.format, replace=replace)}: verified by reloading")
-        return 0
-    if is_run:
-        export_run(source, output, options.checkpoint, options.ema, with_adapter=options.with_adapter, replace=replace)
-    elif options.ema or options.checkpoint:
-        raise ValueError(f"--ema and --checkpoint require a training run, but {source} has no {RunRecord.FILE}")
-    else:
-        if options.with_adapter:
-            directory = fetch_directory(options.source)
-            adapter = teacher_adapter(located(TowerCard.read(directory / TowerCard.FILE), directory).teacher)
-        reexport(options.source, output, adapter=adapter, replace=replace)
-    print(summary(output, TowerCard.read(output / TowerCard.FILE)))
-    if options.push:
-        print(push_to_hub(output, options.push, private=not options.public))
-    return 0
-
-
-def teacher_adapter(teacher: dict[str, Any]) -> Path:
-    """The folder of a teacher's adapter, downloaded if it is on the Hub.
-
-    Raises ValueError if the teacher has none, FileNotFoundError if it is gone, ContractError if it was changed.
-    """
-    if not teacher.get("adapter_sha256"):
-        raise ValueError(f"--with-adapter: the teacher {teacher.get('llm', '')!r} has no adapter; leave the option out")
-    folder = fetch_directory(str(teacher.get("adapter", "")))
-    if (actual := adapter_sha256(folder)) != teacher["adapter_sha256"]:
-        raise ContractError(
-            f"--with-adapter: {folder} has SHA-256 {actual[:12]}, but the tower was trained with "
-            f"{teacher['adapter_sha256'][:12]}; restore that adapter there"
-        )
-    return folder
-
-
 def export_run(
-    run: Path, output: Path, checkpoint: str, averaged: bool, *, with_adapter: bool = False, replace: bool
+    run: Path, output: Path, checkpoint: str, averaged: bool, *, adapter: Path | None = None, replace: bool
 ) -> None:
     """Write a run's checkpoint ("": the newest, or the name or path of one), or its average, as a tower directory."""
     record = RunRecord.read(run / RunRecord.FILE)
-    adapter = teacher_adapter(record.teacher) if with_adapter else None
     config = from_plain(RunConfig, record.config, where=str(run / RunRecord.FILE))
     inside = run / CHECKPOINTS / checkpoint
     named = str(inside) if checkpoint and inside.is_dir() else checkpoint or RESUME_AUTO

@@ -40,9 +40,7 @@ BLOCK = re.compile(r"\blayers\.(\d+)\.")
 
 def local_folder(llm: str, revision: str = "") -> Path:
     """The folder of an LLM: ``llm`` itself, or its snapshot from the Hub, downloaded unless it is cached.
-
-    Raises ValueError for an empty ``llm``, FileNotFoundError if neither a folder nor the Hub has it.
-    """
+    Raises ValueError for an empty ``llm``, FileNotFoundError if neither a folder nor the Hub has it."""
     if not llm:
         raise ValueError("no LLM given; set --llm PATH_OR_HUB_ID")
     folder = fetch_directory(llm, revision=revision or None, also=TOKENIZER_FILES)
@@ -73,10 +71,7 @@ def adapter_sha256(folder: Path) -> str:
 
 
 def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
-    """The LLM wrapped in a new LoRA adapter; only the adapter's parameters are trainable.
-
-    Raises ValueError for unknown target names, listing the known ones.
-    """
+    """The LLM wrapped in a new LoRA adapter, which alone is trainable. Raises ValueError for unknown target names."""
     quiet_peft()
     from peft import LoraConfig, PeftModel
 
@@ -106,9 +101,7 @@ def save_adapter(
     replace: bool = False,
 ) -> None:
     """Write a PEFT adapter's folder and card, atomically; ``trained``: parameters by their names in ``wrapped``.
-
-    ``starts``: adapters that were merged into the LLM; the folder's one adapter adds what they and ``trained`` add.
-    """
+    ``starts``: adapters that were merged into the LLM; the folder's one adapter adds what they and ``trained`` add."""
     from peft import get_peft_model_state_dict
 
     config = wrapped.peft_config["default"]  # type: ignore[index]
@@ -123,11 +116,8 @@ def save_adapter(
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False):
-    """The LLM wrapped in the adapter saved in ``folder`` (a ``PeftModel``).
-
-    Tensors of blocks above the pooled layer, which the model has dropped, are ignored. Raises ContractError if any
-    other tensor is missing, unexpected or of another shape.
-    """
+    """The LLM wrapped in the adapter saved in ``folder`` (a ``PeftModel``). Raises ContractError if a tensor is
+    missing, unexpected or of another shape, but for blocks above the pooled layer, which the model has dropped."""
     quiet_peft()
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -200,11 +190,9 @@ def stack(adapters: Sequence[tuple[Any, dict[str, Tensor]]]) -> tuple[Any, dict[
 
 
 def autocast_adapter(wrapped: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
-    """Have an fp32 adapter on an LLM in half precision computed in the LLM's ``dtype``, its weights staying fp32.
-
-    Returns the dtype for ``CaptionModel.autocast``; None where products stay as they are: all of one dtype, or DoRA,
-    whose norms of weights need fp32. Otherwise PEFT converts every layer's input to fp32 and keeps it.
-    """
+    """Have an fp32 adapter on an LLM in half precision computed in the LLM's ``dtype``: PEFT would convert every
+    layer's input to fp32 and keep it. Returns the dtype for ``CaptionModel.autocast``; None where products stay as they
+    are: all of one dtype, or DoRA, whose norms of weights need fp32."""
     names = dict(wrapped.named_parameters())
     fp32 = any(".lora_" in name and parameter.dtype == torch.float32 for name, parameter in names.items())
     if dtype == torch.float32 or not fp32 or any("lora_magnitude_vector" in name for name in names):

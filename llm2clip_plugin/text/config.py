@@ -119,9 +119,8 @@ class PairsConfig:
     @property
     def instruction_of(self) -> dict[str, str]:
         """Of ``instructions``: kind of the query -> text; raises ValueError for another form."""
-        parsed = {
-            kind: text for kind, equal, text in (one.partition("=") for one in self.instructions) if kind and equal
-        }
+        parts = [one.partition("=") for one in self.instructions]
+        parsed = {kind: text for kind, equal, text in parts if kind and equal}
         if len(parsed) != len(self.instructions):
             raise ValueError(f"instructions {list(self.instructions)} must be KIND=TEXT, one for each kind of query")
         return parsed
@@ -198,16 +197,12 @@ def find_card(folder: str) -> EncoderCard | None:
 def effective(
     config: EncoderConfig, folder: Path, adapter: Path | None = None
 ) -> tuple[EncoderConfig, EncoderCard | None]:
-    """The configuration with what its preset and the card of the adapter or LLM say, and the card.
-
-    Raises ContractError for a setting that contradicts them, ValueError for a sentence-transformers model by default.
-    """
+    """The configuration with what its preset and the card of the adapter or LLM say, and the card. Raises ContractError
+    for a setting that contradicts them, ValueError for a sentence-transformers model by default."""
     card, unset = find_card(str(adapter or folder)), (config.pooling, config.attention) == ("mean", "bidirectional")
     if card is None and not config.preset and unset and (folder / "modules.json").is_file():
-        raise ValueError(
-            f"{folder} is a sentence-transformers model, whose pooling and prompts are not read; set --preset "
-            "last-token or --preset mean, or --pooling and --attention, and its prompts"
-        )
+        fix = "set --preset last-token or --preset mean, or --pooling and --attention, and its prompts"
+        raise ValueError(f"{folder}: the pooling and prompts of a sentence-transformers model are not read; {fix}")
     if config.preset:
         settled = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
         config = dataclasses.replace(settled, preset="")
@@ -219,9 +214,7 @@ def effective(
 
 def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str) -> EncoderConfig:
     """The configuration with ``settings``, which an LLM was trained with.
-
-    Raises ContractError, with both values and ``reason``, for an option that differs from its default and from them.
-    """
+    Raises ContractError, with both values and ``reason``, for an option that differs from its default and from them."""
     for name, value in settings.items():
         if (given := vars(config)[name]) not in (getattr(EncoderConfig, name), value):
             raise ContractError(f"{name} is {given!r}, but {reason} {value!r}; omit {name}")

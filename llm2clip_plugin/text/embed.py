@@ -84,12 +84,9 @@ def embed_source(
     quiet: bool = False,
     overwrite: bool = False,
 ) -> tuple[CacheManifest | None, EmbedSummary]:
-    """Embed this rank's shards of ``source`` into ``directory``; shards that are complete are skipped.
-
-    Returns the manifest, or None while other ranks are still embedding (the last to finish writes it), and a summary.
-    Raises ContractError if the directory belongs to another teacher or dtype, or, without ``overwrite``, if a shard in
-    it has captions that would be lost (``CacheWriter.refuse_loss``).
-    """
+    """Embed this rank's shards of ``source`` into ``directory``; shards that are complete are skipped. Returns the
+    manifest, or None while other ranks are still embedding, and a summary. Raises ContractError for another teacher's
+    directory or another dtype, and, without ``overwrite``, as ``CacheWriter.refuse_loss``."""
     writer = caches.CacheWriter(directory, encoder.identity(), dtype)
     summary, memory = EmbedSummary(), dict[str, torch.Tensor]()
     shards, digests = shards_of_rank(source.shards, rank, world), dict[str, str]()
@@ -202,10 +199,9 @@ def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
         stored_W = cache.rows(*source.locate(number), [caption])[0]
         cosine = float(torch.nn.functional.cosine_similarity(stored_W, row_W, dim=0))
         if cosine < VERIFY_COSINE:
-            raise ContractError(
-                f"{directory}: the cached embedding of {key!r} has cosine similarity {cosine:.4f} with a new one, "
-                f"expected at least {VERIFY_COSINE}; delete the cache and embed again"
-            )
+            told = f"the cached embedding of {key!r} has cosine similarity {cosine:.4f} with a new one"
+            fix = f"expected at least {VERIFY_COSINE}; delete the cache and embed again"
+            raise ContractError(f"{directory}: {told}, {fix}")
     return (
         f"{directory} is complete: {len(cache.manifest.shards)} shards, {cache.manifest.captions} captions, "
         f"{cache.width} wide, {cache.manifest.dtype}; {len(checked)} captions embedded again agree"

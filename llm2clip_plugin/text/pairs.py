@@ -89,9 +89,8 @@ class CaptionPairs:
                 continue
             if other.positive not in (pair.query, pair.positive):
                 return dataclasses.replace(pair, negative=other.positive)
-        raise ValueError(
-            f"{self.path}: {NEGATIVES_TRIED} random images have no negative for {pair.key!r}; omit --random-negatives"
-        )
+        told = f"{NEGATIVES_TRIED} random images have no negative for {pair.key!r}"
+        raise ValueError(f"{self.path}: {told}; omit --random-negatives")
 
     def _text(self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str) -> str:
         """A caption of a kind other than the text ``other``; "" if there is none."""
@@ -188,10 +187,8 @@ def survey(source: PairSource) -> Survey:
         if not of_kind:
             assert isinstance(source, CaptionPairs)  # every row of a text-pair file has a pair
             known = sorted({caption.kind for number in range(samples) for caption in source.source.captions(number)[1]})
-            raise ValueError(
-                f"{source.path}: none of the first {samples} samples has two different captions {kind}; known kinds: "
-                f"{', '.join(known) or 'none'}. Set --fields and --pair-kinds"
-            )
+            told = f"{source.path}: none of the first {samples} samples has two different captions {kind}"
+            raise ValueError(f"{told}; known kinds: {', '.join(known) or 'none'}. Set --fields and --pair-kinds")
         usable[str(kind)] = len(of_kind)
         pairs += of_kind
     return Survey(source.path, samples, usable, tuple(pairs))
@@ -332,9 +329,7 @@ class PairModule(nn.Module):
 
 class CaptionStep(ContrastiveStep):
     """A step of the LLM: ``batch["tokens"]`` holds this rank's b pairs (see PairTokenizer).
-
-    The positives' features are (m, 1, W), or (m, 2, W) with the hard negatives second.
-    """
+    The positives' features are (m, 1, W), or (m, 2, W) with the hard negatives second."""
 
     def __init__(
         self, engine: Engine, terms: Terms, encoder: CaptionEncoder, config: ContrastConfig, *, seed: int
@@ -369,9 +364,7 @@ class CaptionStep(ContrastiveStep):
 
 def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
     """Split ``items`` into at most ``parts`` contiguous parts of like length.
-
-    Their number follows from that of the items alone: all ranks call the module equally often, as ZeRO-3 requires.
-    """
+    Their number follows from that of the items alone: all ranks call the module equally often, as ZeRO-3 requires."""
     size = -(-len(items) // parts)
     return [items[start : start + size] for start in range(0, len(items), size)]
 

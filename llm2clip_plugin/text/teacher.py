@@ -53,11 +53,8 @@ def clip_folder(llm: str, revision: str = "") -> Path | None:
 
 
 class ClipTextEncoder(TextEncoder):
-    """The features of captions by a CLIP's own text tower, before normalization, as its images are compared with them.
-
-    Hugging Face's CLIP, SigLIP and other families with an image-text model. Raises ValueError for a setting of LLMs,
-    which a CLIP does not have.
-    """
+    """The features of captions by the own text tower of a CLIP, SigLIP or another family with an image-text model, not
+    normalized, as its images are compared with them. Raises ValueError for a setting of LLMs."""
 
     def __init__(self, folder: Path, config: EncoderConfig, device: torch.device | str | None = None) -> None:
         default = vars(EncoderConfig())
@@ -190,10 +187,8 @@ class TeacherLLM:
             raise FileNotFoundError(f"the tower's teacher cannot be loaded: {error}; {GIVE_LLM}") from error
         loaded = encoder.identity()
         if self.identity is not None and loaded.fingerprint != self.identity.fingerprint:
-            raise ContractError(
-                f"{config.llm} is not the tower's teacher: {differences(vars(self.identity), loaded)}; "
-                "pass the correct one with --llm and --adapter (in Python: teacher= and adapter=)"
-            )
+            told = f"{config.llm} is not the tower's teacher: {differences(vars(self.identity), loaded)}"
+            raise ContractError(f"{told}; pass it with --llm and --adapter (in Python: teacher= and adapter=)")
         return encoder
 
 
@@ -207,9 +202,7 @@ def teacher_of(card: TowerCard) -> TeacherIdentity | None:
 
 def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderConfig:
     """The settings of the card's teacher; the LLM and the adapter are where ``config`` says, else where the card does.
-
-    Raises ValueError if the adapter's place is unknown, or empty.
-    """
+    Raises ValueError if the adapter's place is unknown, or empty."""
     llm = config.llm or identity.llm
     revision = config.revision or ("" if config.llm else identity.revision)
     if identity.pooling == PROJECTED:  # a CLIP's text tower has no other settings

@@ -230,18 +230,18 @@ class Engine:
         one call."""
         if not self._monitor.enabled:
             return
-        pictures, self.pictures = self.pictures, {}
         if self._wandb is not None:
             import wandb
 
-            shown = {name: wandb.Image(picture, caption=text) for name, (picture, text) in pictures.items()}
+            shown = {name: wandb.Image(picture, caption=text) for name, (picture, text) in self.pictures.items()}
             self._wandb.log({**values, **shown}, step=samples)
         if self._monitor.tb_monitor is not None:
-            for name, (picture, text) in pictures.items():
+            for name, (picture, text) in self.pictures.items():
                 writer = self._monitor.tb_monitor.summary_writer
                 writer.add_image(name, numpy.asarray(picture), samples, dataformats="HWC")
                 writer.add_text(name, text, samples)
         self._monitor.write_events([(label, value, samples) for label, value in values.items()])
+        self.pictures.clear()
 
     def weights(self, copy: Copy | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""

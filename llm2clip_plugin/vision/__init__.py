@@ -1,11 +1,13 @@
 """Vision towers: families, EVA02, the text adapter, the dual encoder, export; ``convert`` for other formats.
 
-Runs on transformers 4.37.2 to 5.x and torch 2.1 to now, with nothing beyond LLaVA's own dependencies. Here the settings
-of a dual encoder, read without torch.
+Runs on transformers 4.37.2 to 5.x and torch 2.1 to now, with nothing beyond LLaVA's own dependencies. Here what is
+read without torch: the settings of a dual encoder, and of ``llm2clip import`` and ``export``.
 """
 
 import math
 from dataclasses import dataclass
+
+from llm2clip_plugin.options import Command
 
 LOG_SCALE = math.log(1 / 0.07)  # where CLIP's own training starts (arXiv 2103.00020, section 2.5)
 
@@ -30,3 +32,29 @@ class DualConfig:
     input_noise: float = 0.0  # standard deviation of Gaussian noise on the scaled embedding, in training only
     logit_scale_init: float | None = None  # natural log of the initial scale; None: the tower's own, else log(1 / 0.07)
     logit_bias_init: float | None = None  # initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)
+
+
+FORMATS = {  # of llm2clip export
+    "clip": "transformers' CLIPVisionModelWithProjection",
+    "onnx": "image encoder for ONNX Runtime",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """A vision checkpoint to import."""
+
+    source: str  # directory, Hub id, timm:NAME, or file (.safetensors, .pt, .pth, .bin)
+    output: str  # tower directory to write
+    config: str | None = None  # config.json for a source without one; its fields override an existing one's
+    image_size: int | None = None  # interpolate the positions to this size in pixels
+    overwrite: bool = False  # replace an existing directory
+
+
+IMPORT = Command(
+    name="import",
+    example="llm2clip import openai/clip-vit-large-patch14-336 --output towers/clip-l14-336",
+    about="Convert a vision checkpoint into a tower directory.",
+    settings=ImportConfig,
+    arguments="source",
+)

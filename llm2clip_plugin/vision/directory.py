@@ -35,9 +35,7 @@ CONFIG_FILE = "config.json"
 
 def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = None, also: tuple[str, ...] = ()) -> Path:
     """A local directory for a path or a Hub id (``owner/name``), downloaded if necessary. Raises FileNotFoundError.
-
-    ``also``: patterns of files that are downloaded beside configurations and weights.
-    """
+    ``also``: patterns of files that are downloaded beside configurations and weights."""
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
         return path
@@ -80,9 +78,7 @@ INHERITED = ("image_mean", "image_std", "resample")  # from the source's own pre
 
 def own_preprocessor(directory: Path) -> dict[str, Any]:
     """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without one.
-
-    Pixels that are not normalized (``do_normalize`` false: RADIO does that itself) have mean 0 and deviation 1.
-    """
+    Pixels that are not normalized (``do_normalize`` false: RADIO does that itself) have mean 0 and deviation 1."""
     if not (directory / PREPROCESSOR_FILE).is_file():
         return {}
     body = read_json(directory / PREPROCESSOR_FILE)
@@ -114,9 +110,7 @@ def check_hash(directory: Path, file: str) -> None:
 
 def check_card(directory: Path, *, adapter: bool = True) -> TowerCard:
     """The card of a tower directory, after comparing the files that it has hashes of.
-
-    ``adapter`` False: LLaVA uses the tower alone, whose directory may lack the text adapter.
-    """
+    ``adapter`` False: LLaVA uses the tower alone, whose directory may lack the text adapter."""
     card = TowerCard.read(directory / TowerCard.FILE)
     check_hash(directory, WEIGHTS_FILE)
     if card.projection_dim and adapter:
@@ -186,9 +180,7 @@ WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_mod
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a .safetensors, .pt, .pth or .bin file by name, without wrappers and ``module.`` prefixes.
-
-    Raises ContractError if the file is incomplete, contains code or anything but tensors, or has an unknown suffix.
-    """
+    Raises ContractError if the file is incomplete, contains code or anything but tensors, or has an unknown suffix."""
     from torch import Tensor
 
     if path.suffix == ".safetensors":
@@ -239,10 +231,8 @@ def _read_pickle(path: Path) -> Any:
     import torch
 
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
-        raise ContractError(
-            f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434, fixed in 2.6); "
-            "import it in the training environment"
-        )
+        why = f"torch {torch.__version__} cannot read a pickle safely (CVE-2025-32434, fixed in 2.6)"
+        raise ContractError(f"{path}: {why}; import it in the training environment")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

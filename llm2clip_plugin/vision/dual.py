@@ -61,16 +61,11 @@ class TextAdapter(nn.Module):
         self.projection = nn.Identity() if is_none else nn.Linear(width, config.projection_dim)
 
     def forward(self, embeddings_NW: Tensor, noise_NW: Tensor | None = None) -> Tensor:
-        """(N, W) raw embeddings of any dtype -> (N, D) in the parameters' dtype.
-
-        ``noise_NW``: standard normal values to use in training instead of the generator's.
-        Raises ValueError for another W.
-        """
+        """(N, W) raw embeddings of any dtype -> (N, D) in the parameters' dtype; ValueError for another W.
+        ``noise_NW``: standard normal values to use in training instead of the generator's."""
         if embeddings_NW.shape[-1] != self.llm_width:
-            raise ValueError(
-                f"LLM embeddings have width {embeddings_NW.shape[-1]}, but the text adapter expects {self.llm_width}; "
-                "use embeddings of the LLM that it was trained with"
-            )
+            widths = f"width {embeddings_NW.shape[-1]}, but the text adapter expects {self.llm_width}"
+            raise ValueError(f"LLM embeddings have {widths}; use those of the LLM that it was trained with")
         x_NW = embeddings_NW.float()
         if self.normalise_input:
             x_NW = F.normalize(x_NW, dim=-1)  # x / max(|x|, 1e-12): a zero row stays zero
@@ -105,11 +100,8 @@ class DualFeatures(NamedTuple):
 
 
 class DualEncoder(nn.Module):
-    """Tower and text adapter; both encoders return L2-normalized float32 features.
-
-    ``logit_scale``, the natural logarithm of ``scale``, is a parameter of shape (1,), because DeepSpeed rejects 0-dim
-    ones. Parameters that receive no gradient with this pooling are frozen.
-    """
+    """Tower and text adapter; both encoders return L2-normalized float32 features. Parameters that this pooling gives
+    no gradient are frozen. ``logit_scale``, the log of ``scale``, is of shape (1,): DeepSpeed rejects 0-dim ones."""
 
     tower: Tower
     visual_projection: Any  # nn.Linear, nn.Sequential or nn.Identity
@@ -200,10 +192,7 @@ class DualEncoder(nn.Module):
         return F.normalize(self.visual_projection(self.visual_norm(feature_BH)).float(), dim=-1)
 
     def encode_text(self, llm_embeddings: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(N, W) LLM embeddings -> (N, D), L2-normalized, float32; ValueError without an adapter or for another W.
-
-        ``noise`` (N, W): see TextAdapter.
-        """
+        """(N, W) LLM embeddings, ``noise`` as for TextAdapter -> (N, D) float32, L2-normalized. Raises ValueError."""
         if self.text_adapter is None:
             raise ValueError("cannot encode captions: the dual encoder has no text adapter (llm_width is 0)")
         return F.normalize(self.text_adapter(llm_embeddings, noise).float(), dim=-1)
@@ -238,9 +227,7 @@ class LoadedDualEncoder(nn.Module):
 
     def encode_text(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """N texts (one string is one text), or (N, W) embeddings of them by the teacher -> (N, D).
-
-        Raises ValueError for a blank text, another W, or a teacher that is not at hand.
-        """
+        Raises ValueError for a blank text, another W, or a teacher that is not at hand."""
         if not isinstance(texts, Tensor):
             texts = self._embed([texts] if isinstance(texts, str) else list(texts))
         return self.dual.encode_text(texts.to(self.logit_scale.device))
@@ -261,11 +248,8 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
 
 
 def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
-    """Load the projection, text adapter and logit scale of a tower directory into ``dual``, in place.
-
-    Raises ValueError if the directory contains only a tower, or has other settings than ``dual``, naming each with both
-    values; ContractError if its tensors or their hash don't match its card.
-    """
+    """Load the projection, text adapter and logit scale of a tower directory into ``dual``, in place. Raises ValueError
+    for a tower alone, or other settings than ``dual``'s; ContractError if its tensors don't match its card."""
     directory = fetch_directory(source)
     _, theirs = read_dual_card(directory)
     initial = {"input_noise": dual.config.input_noise, "logit_scale_init": dual.config.logit_scale_init}
@@ -284,11 +268,8 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
 
 
 def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> tuple[DualEncoder, TowerCard]:
-    """The dual encoder of a tower directory, to train further or to export, and its card.
-
-    Raises FileNotFoundError without a card, ValueError if the directory contains only a tower, ContractError if the
-    adapter's tensors don't match the card.
-    """
+    """The dual encoder of a tower directory, to train further or to export, and its card. Raises FileNotFoundError
+    without a card, ValueError for a tower alone, ContractError if the adapter's tensors don't match the card."""
     directory = fetch_directory(source)
     card, config = read_dual_card(directory)
     dual = DualEncoder(load_tower(directory, dtype=dtype), config)

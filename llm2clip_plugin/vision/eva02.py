@@ -56,10 +56,8 @@ class Eva02Config(PretrainedConfig):
         if hidden_act not in ("swiglu", "gelu"):
             raise ValueError(f"unknown hidden_act {hidden_act!r}; known: swiglu, gelu")
         if hidden_size % num_attention_heads or (rope and hidden_size // num_attention_heads % 4):
-            raise ValueError(
-                f"hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}, "
-                "or the head width is not a multiple of 4, as rotary positions require"
-            )
+            sizes = f"hidden_size {hidden_size} / num_attention_heads {num_attention_heads}"
+            raise ValueError(f"{sizes}, the head width, must be an integer, with rotary positions a multiple of 4")
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -82,10 +80,8 @@ class Eva02Config(PretrainedConfig):
 def check_pixels(pixel_values: Tensor, image_size: int) -> None:
     """ValueError unless images (B, 3, S, S) have the size in pixels that the positions are for."""
     if pixel_values.shape[-2:] != (image_size, image_size):
-        raise ValueError(
-            f"images have {tuple(pixel_values.shape[-2:])} pixels, but the tower expects {image_size} x {image_size}; "
-            "interpolate its positions with load_tower(..., image_size=N)"
-        )
+        sizes = f"{tuple(pixel_values.shape[-2:])} pixels, but the tower expects {image_size} x {image_size}"
+        raise ValueError(f"images have {sizes}; interpolate its positions with load_tower(..., image_size=N)")
 
 
 def rope_tables(
@@ -291,11 +287,8 @@ class Eva02VisionModel(PreTrainedModel):
         return self.embeddings.patch_embedding
 
     def _rope(self, like: Tensor) -> Rope | None:
-        """The tables that ``rotate`` needs, in ``like``'s dtype and on its device; the class token is not rotated.
-
-        Recomputed in each forward pass: from_pretrained builds the model without memory, and would leave a buffer
-        outside the state dict empty.
-        """
+        """The tables that ``rotate`` needs, in ``like``'s dtype and on its device; the class token is not rotated. Made
+        in each forward pass, as from_pretrained builds without memory, and would leave unsaved buffers empty."""
         config = self.config
         if not config.rope:
             return None

@@ -133,8 +133,6 @@ def save_tower(tower: Tower, directory: Path) -> None:
     tower.config._name_or_path = ""  # transformers 4 would write a path of this machine
     with quiet_transformers():
         tower.save_pretrained(directory, safe_serialization=True, max_shard_size="1000GB")  # one file, one hash
-    if not (directory / WEIGHTS_FILE).is_file():
-        raise ContractError(f"save_pretrained wrote {sorted(os.listdir(directory))}, expected {WEIGHTS_FILE}")
     # transformers 5 restores `vision_model.` only in a model made by from_pretrained, not in a resized one
     prefix = family_of(tower).file_prefix
     state = load_file(directory / WEIGHTS_FILE)
@@ -174,11 +172,8 @@ def reexport(
     adapter: Path | None = None,
     replace: bool = False,
 ) -> TowerCard:
-    """Write a tower directory again with this release: same weights, same card except for the versions.
-
-    ``adapter``: as for ``export_tower``; None copies the one that the directory contains, if it does. ``image_size``,
-    in pixels, interpolates the positions if it is not the tower's own; the metrics, measured at the old one, go.
-    """
+    """Write a tower directory again with this release: same weights, same card except for the versions. ``adapter``:
+    None copies the one in the directory. ``image_size``, in pixels, interpolates positions, and the metrics go."""
     directory = fetch_directory(source)
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     model = load_model(directory)
@@ -191,16 +186,8 @@ def reexport(
             model.tower = resized
         else:
             model = resized
-    return export_tower(
-        model,
-        output,
-        origin=card.origin,
-        teacher=card.teacher,
-        training=card.training,
-        metrics=metrics,
-        adapter=adapter,
-        replace=replace,
-    )
+    about: dict[str, Any] = {"origin": card.origin, "teacher": card.teacher, "training": card.training}
+    return export_tower(model, output, **about, metrics=metrics, adapter=adapter, replace=replace)
 
 
 def probe_images(tower: Tower, *, count: int = 2) -> Tensor:
@@ -356,10 +343,7 @@ def needs_for_texts(card: TowerCard) -> str:
 
 
 def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: bool = True) -> str:
-    """Upload a tower directory to the Hub as ``owner/name``; returns the URL of the commit.
-
-    The uploaded card and README name no local path: of the weights' and the LLM's only the folder's name is left, of
-    the adapter's nothing. The directory itself does not change.
+    """Upload a tower directory to the Hub as ``owner/name``, its card and README without local paths; the commit's URL.
 
     Raises ContractError if the weights don't match the card, OSError if the Hub rejects the upload.
     """
@@ -374,11 +358,8 @@ def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: 
 def upload(
     directory: Path, repository: str, message: str, *, private: bool = True, replaced: dict[str, bytes] | None = None
 ) -> str:
-    """Upload a folder to the Hub as ``owner/name`` in one commit; returns its URL.
-
-    ``replaced``: contents that are uploaded in place of files. Raises OSError, whatever the upload fails with: the
-    folder is complete and can be uploaded later.
-    """
+    """Upload a folder to the Hub as ``owner/name`` in one commit; returns its URL. ``replaced``: contents in place of
+    files. Raises OSError, whatever the upload fails with: the folder is complete and can be uploaded later."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
     paths = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
@@ -392,10 +373,9 @@ def upload(
     except Exception as error:  # an LFS error is a ValueError or RuntimeError, others by the client's version
         said = ": ".join(str(each) for each in (error, error.__cause__) if each is not None)  # the cause has the status
         reason = " ".join(said.split()) or type(error).__name__
-        raise OSError(
-            f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the directory is complete: "
-            f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `hf upload {repository} {directory}`"
-        ) from error
+        told = f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the directory is complete"
+        fix = f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `hf upload {repository} {directory}`"
+        raise OSError(f"{told}: {fix}") from error
 
 
 def check_repository(repository: str | None) -> None:

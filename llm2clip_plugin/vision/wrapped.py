@@ -42,9 +42,7 @@ class Changed:
 
 class EvalWhileFrozen:
     """A tower that stays in eval mode as long as none of its parameters is trained, whatever ``train()`` says.
-
-    In training mode DINOv3 draws a scale of its rotary positions at every call.
-    """
+    In training mode DINOv3 draws a scale of its rotary positions at every call."""
 
     def train(self: Any, mode: bool = True) -> Any:
         """See torch.nn.Module."""

@@ -14,7 +14,7 @@ from llava_integration.benchmarks.bench import score_answers
 from llava_integration.compare.command import main
 from llava_integration.compare.comparison import load_side
 from llava_integration.compare.readers import read_logs
-from llava_integration.compare.readers.cider import cider, tokens
+from llava_integration.compare.readers.lm_eval import cider, tokens
 from llm2clip_plugin.files import ContractError
 
 LOGS = Path(__file__).parent / "logs"  # of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks

@@ -114,11 +114,9 @@ PRINTED = {"all": "Total accuracy", "image": "image accuracy", "video": "video a
 
 
 class SEEDBench(base.Benchmark):
-    """Four options, image and video questions by type.
+    """Rule of LLaVA's ``convert_seed_for_submission.py``: ``text == answer`` exactly ('A.', 'a', 'A. cat' are wrong).
 
-    Rule of LLaVA's ``convert_seed_for_submission.py``: ``text == answer`` exactly ('A.', 'a' and 'A. cat' are wrong).
-    The headline is the accuracy over all questions, as in LLaVA's table; image and video are reported too. An
-    unanswered question is wrong.
+    The headline is over all questions, as in LLaVA's table; image and video are reported too.
     """
 
     def load(self, folder: Path) -> list[base.Question]:

@@ -53,10 +53,7 @@ class GQA(base.Benchmark):
         text = base.text_of(answer)
         prediction = text if answer and answer.layout == "submission" else convert(text)
         return base.item_of(
-            question,
-            answer,
-            score=int(answer is not None and prediction == question.truth),
-            prediction=prediction,
+            question, answer, score=int(answer is not None and prediction == question.truth), prediction=prediction
         )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:

@@ -38,11 +38,7 @@ class LLaVABench(base.Benchmark):
         where = "from https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
         return [
             base.Question(
-                id=row["question_id"],
-                text=row["text"],
-                truth="",
-                image=row["image"],
-                category=row.get("category", ""),
+                id=row["question_id"], text=row["text"], truth="", image=row["image"], category=row.get("category", "")
             )
             for row in read_jsonl(self.require(folder, *self.annotations, where=where))
         ]
@@ -152,9 +148,8 @@ class MMVet(base.Benchmark):
         graded = [item for item in items if not item["missing"]]
         metrics = {"total": 100 * base.mean_of(graded)}
         for name in sorted({name for item in graded for name in item["capabilities"]}):
-            metrics[f"capability.{name}"] = 100 * base.mean_of(
-                [item for item in graded if name in item["capabilities"]]
-            )
+            able = [item for item in graded if name in item["capabilities"]]
+            metrics[f"capability.{name}"] = 100 * base.mean_of(able)
         runs = min((len(item["runs"]) for item in graded), default=0)
         totals = [100 * base.mean([item["runs"][run] for item in graded]) for run in range(runs)]
         metrics["runs"] = float(runs)

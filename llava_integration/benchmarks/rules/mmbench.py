@@ -67,10 +67,8 @@ class MMBench(base.Benchmark):
                 image = by_index[image].get("image") or ""
             group = int(row["index"]) % ROTATION
             if row["answer"] not in tuple("ABCD"):
-                raise ValueError(
-                    f"{table} has no answer to index {row['index']}: the test split is scored by the server; "
-                    "write --submission FILE"
-                )
+                why = f"no answer to index {row['index']}: the test split is scored by the server"
+                raise ValueError(f"{table} has {why}; write --submission FILE")
             pictured = image and with_images
             questions.append(
                 base.Question(
@@ -162,11 +160,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
     csv.field_size_limit(1 << 28)
     rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
     needed = {"index", "question", "A", "B", "answer"}
-    if not rows or not needed <= set(rows[0]):
-        columns = sorted(key for key in rows[0] if key) if rows else []
-        raise ValueError(
-            f"{path} is missing the columns {sorted(needed - set(columns))}; it has {columns} (tab-separated)"
-        )
+    if not needed <= set(columns := [key for row in rows[:1] for key in row if key]):
+        raise ValueError(f"{path} has the columns {columns}, expected at least {sorted(needed)} (tab-separated)")
     return rows
 
 

@@ -27,18 +27,15 @@ class MME(base.Benchmark):
         """The questions of all subtasks there, two per file."""
         root = folder / RELEASE
         if not root.is_dir():
-            raise FileNotFoundError(
-                f"{folder} has no {RELEASE} (one folder per subtask, one .txt per image); request it as described at "
-                "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
-            )
+            where = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
+            raise FileNotFoundError(f"{folder} has no {RELEASE}; request it as described at {where}")
         llavas = base.first_file(folder, *self.question_files)  # it names the pictures
         rows = read_jsonl(llavas) if llavas else []
         images = {(row["category"], Path(row["image"]).stem): row["image"] for row in rows}
         questions = []
         for category in (*PERCEPTION, *COGNITION):
             inner = root / category / "questions_answers_YN"
-            source = inner if inner.is_dir() else root / category
-            for path in sorted(source.glob("*.txt")):
+            for path in sorted((inner if inner.is_dir() else root / category).glob("*.txt")):
                 questions += _pair(path, category, images)
         if not questions:
             raise FileNotFoundError(f"{root} has none of MME's subtasks ({', '.join(PERCEPTION)} ...)")
@@ -67,10 +64,8 @@ class MME(base.Benchmark):
         return {"other": sum(item["parsed"] == "other" and not item["missing"] for item in items)}
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        categories = {}
-        for category in (*PERCEPTION, *COGNITION):
-            if chosen := [item for item in items if item["category"] == category]:
-                categories[category] = subtask(chosen)
+        of = {name: [item for item in items if item["category"] == name] for name in (*PERCEPTION, *COGNITION)}
+        categories = {name: subtask(chosen) for name, chosen in of.items() if chosen}
         perception, cognition = (
             sum(categories[name]["score"] for name in names if name in categories) for names in (PERCEPTION, COGNITION)
         )

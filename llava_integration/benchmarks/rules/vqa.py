@@ -52,9 +52,7 @@ CONTRACTIONS = {
 
 def strip_punctuation(text: str) -> str:
     """Delete a punctuation mark that touches a space anywhere, else make it a space; then full stops.
-
-    A comma between digits anywhere makes every mark go without a space.
-    """
+    A comma between digits anywhere makes every mark go without a space."""
     out = text
     delete_all = DIGIT_COMMA.search(text) is not None
     for mark in PUNCTUATION:
@@ -198,8 +196,7 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 class VizWiz(base.Benchmark):
     """Ten crowd answers per picture, often 'unanswerable'; val is scored here, test by the server.
 
-    Rule: the VQA API's on LLaVA's ``convert_vizwiz_for_submission.py`` of the answers (the challenge's code is a fork
-    of that API).
+    Rule: the VQA API's, of which the challenge's code is a fork, on LLaVA's ``convert_vizwiz_for_submission.py``.
     """
 
     def load(self, folder: Path) -> list[base.Question]:

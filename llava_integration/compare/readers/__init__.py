@@ -52,12 +52,8 @@ def readers() -> dict[str, Reader]:
 
 
 def read_logs(path: Path) -> list[tuple[Path, Log]]:
-    """The scores in a log, or in all logs below a folder, which must be of one form; none if there is no log.
-
-    The tasks of a group (BLINK's 14, MMLU's 57) become one, with the tasks as categories.
-
-    Raises ContractError for a log that cannot be read, or for logs of several forms in one folder.
-    """
+    """The scores in a log, or in all logs below a folder; none if there is no log. The tasks of a group (BLINK's 14,
+    MMLU's 57) become one. Raises ContractError for a log that cannot be read, or logs of several forms."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found: dict[Reader, list[Path]] = {}
     for reader in sorted(readers().values(), key=lambda one: one.name != OWN):

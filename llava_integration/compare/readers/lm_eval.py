@@ -6,18 +6,19 @@ POPE, MMBench, MMVP, MMStar and captions become their composites; of other objec
 whether the answer is right.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from llava_integration.benchmarks.answers import json_lines
 from llava_integration.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
 from llava_integration.compare.readers import BY_PART, IMAGES, Log, Reader, first_object, first_of, mme_logs, number
-from llava_integration.compare.readers.cider import cider
 from llm2clip_plugin.files import ContractError, errors_about, read_json_value
 
 HARNESS = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl$")
@@ -199,9 +200,7 @@ def _mme(lines: Lines, summary: Summary) -> Iterator[Log]:
 
 def _pope(lines: Lines, summary: Summary, metric: str) -> Log:
     """lmms-eval's F1 is over all questions, not the mean of three parts, so there is one category.
-
-    An answer that is neither yes nor no is no positive, and its question is left out of recall.
-    """
+    An answer that is neither yes nor no is no positive, and its question is left out of recall."""
     items = []
     for where, line in lines:
         value = fields(line.get(metric), "score prediction ground_truth", where)
@@ -274,6 +273,64 @@ def fields(value: Any, names: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not set(names.split()) <= set(value):
         raise ContractError(f"{where}: the metric is {str(value)[:80]}; expected an object with {names}")
     return value
+
+
+# CIDEr (Vedantam et al. 2015), as pycocoevalcap's CIDEr-D computes it, without its Java: captions are tokenized as the
+# Penn Treebank is, in lower case and without punctuation marks.
+
+NGRAMS = 4
+SIGMA = 6.0  # of the penalty on a difference in length
+TOKEN = re.compile(
+    r"(?:n't|'(?:s|d|m|re|ve|ll))(?!\w)"  # of don't, it's
+    r"|(?:[a-z]\.){2,}|(?<!\w)[a-z]\.(?=\s|$)|(?:mr|mrs|ms|dr|st|vs|jr|sr|co|inc|ltd|etc)\.(?=\s|$)|no\.(?=\s?\d)|[?!]{2,}"
+    r"|\d+(?:[.,:/]\d+)*(?:\w|-(?=\w))*|\w+?(?=n't(?!\w))"
+    r"|\w(?:\w|[-&/](?=\w)|'(?=\w)(?!(?:s|d|m|re|ve|ll|t)(?!\w)))*|[^\w\s]"
+)
+DROPPED = frozenset("'`.?!,:;-\"…–—") | {"''", "``", "--", "..."}
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+SPLIT = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na")}
+
+
+def tokens(caption: str) -> Iterator[str]:
+    """The words of a caption."""
+    for token in map(str, TOKEN.findall(caption.lower().replace("’", "'"))):
+        if token not in DROPPED:
+            yield from SPLIT.get(token) or [BRACKETS.get(token) or token]
+
+
+def ngrams(caption: str) -> Counter[tuple[str, ...]]:
+    """How often each sequence of one to four words occurs."""
+    words = list(tokens(caption))
+    return Counter(tuple(words[start : start + n]) for n in range(1, NGRAMS + 1) for start in range(len(words) - n + 1))
+
+
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """The score of each caption against its references; their mean is the corpus' CIDEr (1.1, where papers say 110).
+
+    An n-gram's weight is log(captions / captions with it in a reference): scores depend on the benchmark's references.
+    """
+    all_refs = [[ngrams(one) for one in of_one] for of_one in references]
+    frequency = Counter(chain.from_iterable(set(chain.from_iterable(refs)) for refs in all_refs))
+    size = math.log(max(1, len(captions)))
+
+    def vector(counts: Counter[tuple[str, ...]]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
+        weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(NGRAMS)]
+        for gram, count in counts.items():
+            weights[len(gram) - 1][gram] = count * (size - math.log(max(1, frequency[gram])))
+        norms = [math.hypot(*of_n.values()) for of_n in weights]
+        return weights, norms, sum(count for gram, count in counts.items() if len(gram) == 2)
+
+    def likeness(caption: str, refs: Sequence[Counter[tuple[str, ...]]]) -> float:
+        own, norms, length = vector(ngrams(caption))
+        total = 0.0
+        for weights, ref_norms, ref_length in map(vector, refs):
+            penalty = math.exp(-((length - ref_length) ** 2) / (2 * SIGMA**2))
+            for mine, theirs, norm, ref_norm in zip(own, weights, norms, ref_norms, strict=True):
+                dot = sum(min(value, theirs[gram]) * theirs[gram] for gram, value in mine.items() if gram in theirs)
+                total += dot / (norm * ref_norm or 1) * penalty
+        return 10 * total / NGRAMS / max(1, len(refs))
+
+    return [likeness(caption, refs) for caption, refs in zip(captions, all_refs, strict=True)]
 
 
 READER = [

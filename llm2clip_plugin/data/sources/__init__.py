@@ -67,9 +67,8 @@ class ReadConfig:
         if self.format != "auto" and self.format not in (known := ("auto", *formats())):
             raise ValueError(unknown("data format", self.format, known))
         if self.shuffle_window < -1 or self.cache_gb < 0:
-            raise ValueError(
-                f"shuffle_window is {self.shuffle_window} and cache_gb {self.cache_gb}, expected at least -1 and 0"
-            )
+            both = f"shuffle_window is {self.shuffle_window} and cache_gb {self.cache_gb}"
+            raise ValueError(f"{both}, expected at least -1 and 0")
         parse_fields(self.fields, self.language)
 
 
@@ -121,10 +120,7 @@ class Source(ABC):
 
     @abstractmethod
     def record(self, number: int) -> Sample:
-        """A sample, its captions not yet read from ``values``.
-
-        Raises BrokenSample if it can't be read, IndexError outside 0 .. len-1.
-        """
+        """A sample, its captions not yet read. BrokenSample if it can't be read, IndexError outside 0 .. len-1."""
 
     def key(self, number: int) -> str:
         """The key of a sample, also of one that can't be read."""
@@ -217,11 +213,8 @@ def shards_of(names: Sequence[str], sizes: Sequence[int]) -> tuple[Shard, ...]:
 
 
 def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = None) -> Source:
-    """The source of ``config``, indexed, and downloaded if it is at a URL.
-
-    A broken shard is left out and noted in ``broken_shards`` (name -> reason); without it, it raises ValueError. Raises
-    FileNotFoundError if there is no data, ValueError if the format cannot be determined.
-    """
+    """The source of ``config``, indexed. A broken shard is noted in ``broken_shards`` (name -> reason), or a
+    ValueError. Raises FileNotFoundError if there is no data, ValueError if the format cannot be determined."""
     if config.format != "auto":
         return formats()[config.format].open(config, broken_shards)
     for known in sorted(formats().values(), key=lambda known: known.fallback):
@@ -236,9 +229,7 @@ def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = Non
 
 def check_fields(*sources: Source, needed: bool = False) -> None:
     """Raise ValueError for a field of ``--fields`` that no sample of the sources has; the default's may be missing.
-
-    ``needed``: also if no sample has a caption. Stops at the sample that shows what is looked for, mostly the first.
-    """
+    ``needed``: also if no sample has a caption. Stops at the sample that shows what is looked for, mostly the first."""
     fields = sources[0].config.fields if sources else ()
     missing = {} if fields == DEFAULT_FIELDS else {field.partition("=")[0]: field for field in fields}
     broken: list[BrokenSample] = []

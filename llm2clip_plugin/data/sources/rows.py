@@ -29,9 +29,7 @@ Rows = Iterable[Row]
 
 class RowSource(Source):
     """A row is a sample: an object whose fields name the image, the key and the captions.
-
-    Where each row is in the file is kept in an index, and nothing of the file stays in memory.
-    """
+    Where each row is in the file is kept in an index, and nothing of the file stays in memory."""
 
     rows_version = 0  # of ``read_rows``, to be raised when it changes; 0: the file is read at every start
 
@@ -42,9 +40,8 @@ class RowSource(Source):
         path, self.side_folder, self._index = self._opened
         self._file = RetryingFile(path)
         if not is_url(self.images_folder) and not os.path.isdir(self.images_folder):
-            raise FileNotFoundError(
-                f"image folder {self.images_folder} does not exist; --image-folder must be that of {config.path}"
-            )
+            fix = f"--image-folder must be that of {config.path}"
+            raise FileNotFoundError(f"image folder {self.images_folder} does not exist; {fix}")
         table = self._index.table
         super().__init__(config, shards_of(table.names, table.samples))
         self.stamps = table.stamps
@@ -113,10 +110,8 @@ class RowSource(Source):
         except OSError as error:
             if not isinstance(error, MISSING) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
-            what = "access denied to" if isinstance(error, PermissionError) else "no"
-            raise BrokenSample(
-                shard, key, f"{what} image {shown!r} in {self.images_folder} (--image-folder)"
-            ) from error
+            what = f"{'access denied to' if isinstance(error, PermissionError) else 'no'} image {shown!r}"
+            raise BrokenSample(shard, key, f"{what} in {self.images_folder} (--image-folder)") from error
 
 
 def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:
@@ -169,7 +164,7 @@ class LlavaSource(RowSource):
             items = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} is not valid JSON ({error}); if it has one object per line, rename it to .jsonl"
+                f"{path} is not valid JSON ({error}); with an object per line, rename it .jsonl"
             ) from error
         if not isinstance(items, list):
             raise ValueError(f"{path} contains a {type(items).__name__}, expected LLaVA's list of conversations")

@@ -35,14 +35,7 @@ from llm2clip_plugin.data.remote import (
     retried,
 )
 from llm2clip_plugin.data.samples import BrokenSample, Sample
-from llm2clip_plugin.data.sources import (
-    Source,
-    SourceConfig,
-    SourceFormat,
-    how_to_make_tars,
-    parse_object,
-    shards_of,
-)
+from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, how_to_make_tars, parse_object, shards_of
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 COLUMNS = 7  # byte and size of the image; sizes of key, .txt and .json; start and size of these in the index's text
@@ -66,7 +59,8 @@ class TarSource(Source):
     def __init__(
         self, config: SourceConfig, broken_shards: dict[str, str] | None = None, opened: OpenedTars | None = None
     ) -> None:
-        self._file = lru_cache(OPEN_FILES)(self._retrying_file)  # of a shard's number; the last used stay open
+        # of a shard's number; the last used stay open
+        self._file = lru_cache(OPEN_FILES)(lambda shard: RetryingFile(self._tars[shard], partial(self._open, shard)))
         self._downloads = config.downloads
         self._opened = opened or open_tars(config, self._downloads, broken_shards)
         self._tars, self.side_folder, self._index = self._opened
@@ -74,10 +68,8 @@ class TarSource(Source):
         super().__init__(config, shards_of(table.names, table.samples))
         self.stamps = table.stamps
         if not len(self) and not broken_shards:
-            raise ValueError(
-                f"{config.path}: no tar has an image, .txt or .json; a name's extension begins at its first dot, so "
-                "'a.b.jpg' is no .jpg: rename such members"
-            )
+            fix = "a name's extension begins at its first dot, so 'a.b.jpg' is no .jpg: rename such members"
+            raise ValueError(f"{config.path}: no tar has an image, .txt or .json; {fix}")
 
     def __reduce__(self) -> tuple[type[TarSource], tuple[object, ...]]:
         return TarSource, (self.config, None, self._opened)
@@ -119,9 +111,6 @@ class TarSource(Source):
             raise BrokenSample(name, key, f"{changed}; delete {self._index.path} and restart")
         return data[BLOCK:]
 
-    def _retrying_file(self, shard: int) -> RetryingFile:
-        return RetryingFile(self._tars[shard], partial(self._open, shard))
-
     def _open(self, shard: int) -> int:
         """A descriptor of the tar, whose size must be the indexed one."""
         tar, expected = self._tars[shard], self.stamps[shard][0]
@@ -152,10 +141,7 @@ def open_tars(config: SourceConfig, downloads: Downloads, broken: dict[str, str]
 
 
 def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict[str, int]:
-    """The shards whose tars are those that were indexed, with their numbers.
-
-    A copy from a URL may be evicted, and another node's has another time.
-    """
+    """Number of each shard whose tar is the one indexed; copies from a URL may be evicted, or have another time."""
     files = {
         number: str(downloads.local_path(tars[name])) if is_url(tars[name]) else tars[name]
         for number, name in enumerate(table.names)
@@ -206,9 +192,7 @@ def _index(downloads: Downloads, tar: str) -> ShardRows | Exception:
 
 def list_tars(path: str) -> tuple[str, dict[str, str]]:
     """``path``, or the longest folder or URL that all its tars share, and name -> path or URL of each, in order.
-
-    A shard's name is its path relative to that folder, without ``.tar``.
-    """
+    A shard's name is its path relative to that folder, without ``.tar``."""
     if is_url(path):
         tars = list_urls(path, ".tar")
     elif os.path.isdir(path):
@@ -224,9 +208,7 @@ def list_tars(path: str) -> tuple[str, dict[str, str]]:
 
 def data_folder(path: str) -> Path:
     """The local folder of the data at ``path``, which shard names are relative to and caches are kept in.
-
-    For braces and wildcards that match several folders it is their longest common one. Raises ValueError for a URL.
-    """
+    For braces and wildcards that match several folders it is their longest common one. Raises ValueError for a URL."""
     if is_url(path):
         raise ValueError(f"{path} is not a local folder")
     return Path(path if os.path.isdir(path) else _common_folder(_expand(path)) or path[: path.startswith("/")])
@@ -249,11 +231,8 @@ def _common_folder(files: Sequence[str]) -> str:
 
 
 def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of an uncompressed tar.
-
-    Raises BrokenShard for another file, a damaged header, a truncated member, or a missing end-of-archive marker (a
-    writer that was killed between two members), which tarfile takes for the end.
-    """
+    """Yield the regular files of an uncompressed tar. Raises BrokenShard for another file, a damaged header, a
+    truncated member, or no end-of-archive marker (of a writer that was killed), which tarfile does not miss."""
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
             for member in tar:
@@ -268,17 +247,14 @@ def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
             if tar.offset == 0 and file.seek(0, os.SEEK_END) > tarfile.RECORDSIZE:  # of a tar without members
                 raise tarfile.ReadError("it begins with zeros")
     except (tarfile.TarError, ValueError) as error:
-        raise BrokenShard(
-            f"{path}: no tar, compressed, truncated or damaged: {error}; copy or write it again"
-        ) from error
+        raise BrokenShard(f"{path}: no tar, compressed, truncated or damaged: {error}; write it again") from error
 
 
 def index_tar(path: Path) -> ShardRows:
     """The samples of a tar: rows of COLUMNS; of each sample the key, .txt and .json. Raises BrokenShard.
 
-    Members with the same key are a sample, in order of first appearance. A key whose part repeats starts another
-    sample of the same key, so nothing is lost or overwritten; ``data check`` reports duplicate keys. Hidden files
-    (macOS's ``._x.jpg``) and members other than an image, .txt and .json are ignored.
+    Members with the same key are a sample, in order of first appearance; one whose part repeats starts another sample.
+    Hidden files (macOS's ``._x.jpg``) and members other than an image, .txt and .json are ignored.
     """
     stamp, samples = retried(lambda: (stamp_of(path), _samples(path)), str(path))
     rows, text = [], bytearray()
@@ -315,9 +291,7 @@ def _samples(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def is_header_of(header: bytes, key: str, size: int) -> bool:
     """Whether the block before a member's content is the header of one of ``size`` bytes of the sample ``key``.
-
-    Only short ASCII names are compared: others are in a block of their own.
-    """
+    Only short ASCII names are compared: others are in a block of their own."""
     try:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.TarError:

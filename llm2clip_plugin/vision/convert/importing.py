@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import TowerCard, atomic_directory, naming_full_disk
 from llm2clip_plugin.files import ContractError, load_tensors
-from llm2clip_plugin.vision import DualConfig, export
-from llm2clip_plugin.vision.convert import IMPORT
+from llm2clip_plugin.vision import IMPORT, DualConfig, export
 from llm2clip_plugin.vision.convert.layouts import ParsedCheckpoint, layouts, lift_model_cfg, normalization
 from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
 from llm2clip_plugin.vision.directory import (
@@ -67,11 +66,9 @@ def import_tower(
 ) -> tuple[TowerCard, list[str]]:
     """Write ``source`` (file, directory, Hub id or timm:NAME) as a tower directory; returns its card and a report.
 
-    ``config``: a config.json (Hugging Face's, EVA-CLIP's or OpenCLIP's) for a source that has none and whose tensors
-    don't determine the architecture, or fields that override the source's own. ``image_size``, in pixels, interpolates
-    the positions if it is not the source's own.
-    Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an unknown, missing or misshapen tensor;
-    a file that is truncated or contains code).
+    ``config``: a config.json (Hugging Face's, EVA-CLIP's or OpenCLIP's), or fields that override the source's own.
+    ``image_size``, in pixels, interpolates the positions if it is not the source's own. Raises FileNotFoundError,
+    ValueError (architecture unknown), ContractError (an unknown, missing or misshapen tensor; code in a file).
     """
     path = Path(source).expanduser()
     if str(source).startswith(TIMM_PREFIX):
@@ -93,12 +90,9 @@ def import_tower(
 
 
 def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoint:
-    """Parse a checkpoint file or folder.
-
-    ``given``: the JSON object of --config. Its keys override those of the configuration file in the folder; if it has
-    a ``model_type``, it describes a complete model and replaces that file.
-    Raises ValueError (unknown layout or architecture), ContractError (a missing, misshapen or unknown tensor).
-    """
+    """Parse a checkpoint file or folder. ``given``, the object of --config, overrides the folder's configuration file,
+    or replaces it if it has a ``model_type``.
+    Raises ValueError (unknown layout or architecture), ContractError (a missing, misshapen or unknown tensor)."""
     state: dict[str, Tensor] = {}
     for file in [path] if path.is_file() else weight_files(path):
         state |= read_tensors(file)
@@ -117,18 +111,14 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
     elif "architecture" in config:
         parsed = parse_timm_hub(state, config)
     else:
-        raise ValueError(
-            f"{path}: the tensor names ({', '.join(sorted(state)[:3])}, ...) match none of the known layouts "
-            f"{', '.join(layouts())}; a Hugging Face model needs its config.json, in the same folder or as --config"
-        )
+        told = f"the tensor names ({', '.join(sorted(state)[:3])}, ...) match no known layout ({', '.join(layouts())})"
+        raise ValueError(f"{path}: {told}; a Hugging Face model needs its config.json, next to it or as --config")
     stated = normalization(section(config, "preprocess_cfg")) if "model_cfg" in config else own_preprocessor(path)
     parsed.preprocessor = stated
     _check_text_side(parsed, given)
     if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
-        raise ContractError(
-            f"{path}: {len(unused)} of {len(parsed.state)} tensors do not belong to a {parsed.layout} model: "
-            f"{unused[:10]}; a tensor was renamed, or --config must describe the architecture"
-        )
+        told = f"{len(unused)} of {len(parsed.state)} tensors do not belong to a {parsed.layout} model: {unused[:10]}"
+        raise ContractError(f"{path}: {told}; a tensor was renamed, or --config must describe the architecture")
     return parsed
 
 
@@ -144,16 +134,15 @@ def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
     adapter = parsed.adapter
     if parsed.logit_scale is None and parsed.is_image_text:
         if not isinstance(start := given.get("logit_scale_init_value"), int | float):
-            raise ContractError(
-                "the checkpoint is missing logit_scale; if it never had one, pass --config with the natural logarithm "
-                'that it starts at, such as CLIP\'s {"logit_scale_init_value": 2.6592}'
+            start_at = (
+                'pass --config with its logarithm at the start, such as CLIP\'s {"logit_scale_init_value": 2.6592}'
             )
+            raise ContractError(f"the checkpoint is missing logit_scale; if it never had one, {start_at}")
         parsed.logit_scale = torch.tensor(float(start))
     if adapter and "projection.bias" not in adapter.names and section(given, "text_cfg").get("proj_bias", True):
-        raise ContractError(
-            f"the checkpoint is missing {adapter.names['projection.weight'].replace('weight', 'bias')}; if it never "
-            'had one, pass --config with {"text_cfg": {"proj_bias": false}}'
-        )
+        bias = adapter.names["projection.weight"].replace("weight", "bias")
+        fix = 'if it never had one, pass --config with {"text_cfg": {"proj_bias": false}}'
+        raise ContractError(f"the checkpoint is missing {bias}; {fix}")
 
 
 def build_model(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image_size: int | None = None) -> nn.Module:
@@ -207,9 +196,7 @@ def convert(
     source: str | os.PathLike[str], output: str | os.PathLike[str], format_name: str, *, replace: bool = False
 ) -> Path:
     """Write the tower directory ``source`` to ``output`` in another format; returns the directory.
-
-    Raises ValueError if the format cannot represent the tower, ContractError if the files give other features.
-    """
+    Raises ValueError if the format cannot represent the tower, ContractError if the files give other features."""
     directory = fetch_directory(source)
     model, write = export.load_model(directory), {"clip": write_clip, "onnx": write_onnx}[format_name]
     with atomic_directory(output, replace=replace) as temporary:

@@ -14,7 +14,7 @@ from .checkpoints import RELEASE, SOURCES
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_import_export_import_is_identical(name, tmp_path):
-    from llm2clip_plugin.stages.tower_export import main as export_main
+    from llm2clip_plugin.stages.export import main as export_main
 
     source, config = SOURCES[name]
     import_tower(source, tmp_path / "one", config=config)

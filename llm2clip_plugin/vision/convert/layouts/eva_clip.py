@@ -44,9 +44,9 @@ HEAD_WIDTHS = {768: 64, 1024: 64, 1408: 88, 1792: 112}  # of the released EVA-CL
 def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Config:
     """The configuration of a checkpoint: sizes from its tensors, the rest from ``vision``, EVA-CLIP's ``vision_cfg``.
 
-    If that has no width, head width and grid of pretraining are those of the rotary tables if the checkpoint has them,
-    else of the released tower of its width; post-norm, which leaves no trace, is bigE's alone. Raises ValueError for an
-    unknown width or unsupported settings, ContractError if ``vision`` contradicts the tensors.
+    Without a width there, head width and grid of pretraining are the rotary tables', else the released tower's of its
+    width; post-norm, which leaves no trace, is bigE's alone. Raises ValueError for an unknown width or unsupported
+    settings, ContractError if ``vision`` contradicts the tensors.
     """
     first = {key.removeprefix(f"{BLOCKS}0."): value for key, value in state.items() if key.startswith(f"{BLOCKS}0.")}
     swiglu = any(name.startswith(("mlp.w1.", "mlp.w2.", "mlp.w3.")) for name in first)
@@ -99,11 +99,9 @@ def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str
         expected = tables[name.endswith("sin")]
         tolerance = 1e-4 if table.dtype == torch.float32 else 1e-2  # half precision rounds values near 1 by 4e-3
         if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=tolerance):
-            raise ContractError(
-                f"{name} {tuple(table.shape)} differs from the table {tuple(expected.shape)} for grid {grid}, "
-                f"pt_hw_seq_len {config.rope_pretrained_grid} and {config.num_attention_heads} heads; "
-                "is config.json the one of this checkpoint?"
-            )
+            of = f"pt_hw_seq_len {config.rope_pretrained_grid} and {config.num_attention_heads} heads"
+            want = f"{tuple(expected.shape)} for grid {grid}, {of}"
+            raise ContractError(f"{name} {tuple(table.shape)} differs from the table {want}; is config.json its own?")
     return names
 
 

@@ -47,10 +47,8 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     """A CLIP vision config.json from the tensors; ``fields``: OpenCLIP's model config. Errors as of ``parse``."""
     vision = section(fields, "vision_cfg")
     if "quick_gelu" not in fields and "width" not in vision:  # a complete model config omits it when it is false
-        raise ValueError(
-            "an OpenCLIP checkpoint does not record its activation; pass its open_clip_config.json as --config, "
-            'or {"quick_gelu": true} (OpenAI\'s weights), {"quick_gelu": false} (LAION\'s)'
-        )
+        fix = 'its open_clip_config.json, {"quick_gelu": true} (OpenAI\'s weights) or {"quick_gelu": false} (LAION\'s)'
+        raise ValueError(f"an OpenCLIP checkpoint does not record its activation; pass as --config {fix}")
     hidden = f"{BLOCKS}0.mlp.c_fc.weight"
     common.require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
     width, patch = common.patch_shape(state, "visual.conv1.weight")
@@ -80,11 +78,8 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
 
 
 def parse_clip(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
-    """A CLIP needs its projection if the checkpoint has a text side.
-
-    Raises ValueError if ``config`` doesn't name the activation, or describes an unsupported model; ContractError if it
-    contradicts the tensors.
-    """
+    """A CLIP needs its projection if the checkpoint has a text side. Raises ValueError if ``config`` doesn't name the
+    activation, or describes an unsupported model; ContractError if it contradicts the tensors."""
     parsed = CLIP_NAMES.parse(state, clip_config(state, config))
     projection = parsed.take("visual.proj")  # (H, D): OpenCLIP multiplies from the right
     parsed.projection = None if projection is None else projection.T.contiguous()
@@ -101,10 +96,8 @@ def parse_openvision(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed
     """As a CLIP; ContractError if the configuration is not OpenVision's: the tensors don't show how it pools."""
     vision = section(config, "vision_cfg")
     if different := [f"{name} {vision.get(name)!r}" for name, value in OPENVISION.items() if vision.get(name) != value]:
-        raise ContractError(
-            "the checkpoint has no visual.ln_pre, like OpenVision's, but its configuration has vision_cfg."
-            f"{', '.join(different)}, expected {OPENVISION}; pass the model's open_clip_config.json as --config"
-        )
+        told = f"no visual.ln_pre, like OpenVision's, but vision_cfg.{', '.join(different)}, expected {OPENVISION}"
+        raise ContractError(f"the checkpoint has {told}; pass the model's open_clip_config.json as --config")
     eps = section(vision, "norm_kwargs").get("eps", 1e-5)
     plain = {name: value for name, value in vision.items() if name not in (*OPENVISION, "norm_kwargs")}
     parsed = parse_clip(state, {**config, "vision_cfg": plain})
@@ -118,9 +111,7 @@ TRUNK = "visual.trunk."
 
 def parse_timm(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     """The timm model that vision_cfg names; its head, or OpenCLIP's, is the projection.
-
-    ``vision_cfg.timm_args``, not OpenCLIP's, override arguments of the model. Raises ValueError without a name.
-    """
+    ``vision_cfg.timm_args``, not OpenCLIP's, override arguments of the model. Raises ValueError without a name."""
     vision = section(config, "vision_cfg")
     if "timm_model_name" not in vision:
         raise ValueError("a timm tower needs vision_cfg.timm_model_name; pass open_clip_config.json as --config")
