@@ -106,7 +106,7 @@ def check_wandb(folder: Path) -> None:
 
 def records(data: bytes) -> Iterator[Any]:
     """Of W&B's file, in LevelDB's format: blocks of 32 KiB; a record's parts have a checksum, a length and a type."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - generated
 
     place, body = 7, b""
     while place + 7 <= len(data):
