@@ -4,93 +4,96 @@ Run a benchmark from the repository's folder: ``python -m benchmarks.data --help
 """
 
 import argparse
+import ctypes
 import io
 import platform
-import tarfile
+import resource
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-T = TypeVar("T")
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.samples import AugmentConfig
+from llm2clip_plugin.data.sources import SourceConfig, open_source
+
+DTYPES = ("float32", "bfloat16", "float16")
+Work = Callable[[], Any]
+Run = tuple[float, Any]  # seconds of a call, and its result
 
 
-def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
-    """A parser that describes itself with a module's docstring, with the option of every benchmark."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rounds", type=int, default=rounds, help="timed runs of each way")
-    return made
+def parse(doc: str | None, rounds: int = 5, **options: tuple[Any, ...]) -> argparse.Namespace:
+    """The command line of a benchmark; ``doc``: its description.
+
+    ``options``: name -> default, help, then the choices if it has any; a list as default takes several values.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    timing = {"rounds": (rounds, "timed runs of each way")} if rounds else {}
+    for name, (default, text, *choices) in {**timing, **options}.items():
+        first, many = (default[0], "+") if isinstance(default, list) else (default, None)
+        how: dict[str, Any] = {"type": type(first), "nargs": many, "choices": choices or None}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **how)
+    return parser.parse_args()
 
 
-class Run(NamedTuple):
-    """One timed call and its result."""
-
-    seconds: float
-    result: Any
+def processor_time() -> float:
+    """Seconds of this process, and of its child processes that have ended."""
+    return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
-def timed(work: Callable[[], Any], *, wall: bool = False) -> Run:
+def timed(work: Work) -> Run:
     """Call ``work`` and wait until the GPU has finished.
 
-    Seconds are wall time if there is a GPU or if asked, else processor time, which other programs hardly disturb.
+    Seconds are wall time if there is a GPU, else processor time, which other programs hardly disturb.
     """
     on_gpu = torch.cuda.is_available()
-    clock = time.perf_counter if on_gpu or wall else time.process_time
-    if on_gpu:
-        torch.cuda.synchronize()
-    start, result = clock(), work()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return Run(clock() - start, result)
+    clock = time.perf_counter if on_gpu else processor_time
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    wait()
+    start, result, _ = clock(), work(), wait()
+    return clock() - start, result
 
 
-def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int, *, wall: bool = False) -> dict[str, list[Run]]:
+def alternate(ways: Mapping[str, Work], rounds: int) -> dict[str, list[Run]]:
     """Time every way once a round, each round starting with the next way; an additional first round is not counted."""
     names = list(ways)
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            runs[name].append(timed(ways[name], wall=wall))
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            runs[name].append(timed(ways[name]))
     return {name: of_way[1:] for name, of_way in runs.items()}
 
 
-def peak_growth(work: Callable[[], T]) -> tuple[int, T]:
-    """Bytes of peak memory during ``work`` above the memory before: the GPU's, or this process's (Linux)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = work()
-        return torch.cuda.max_memory_allocated() - before, result
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, result = _kilobytes("VmRSS"), work()
-    return (_kilobytes("VmHWM") - before) * 1024, result
-
-
-def _kilobytes(field: str) -> int:
-    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
-
-
-def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a module-level function in a new Python process; its peak memory is not affected by this one."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def alternate_processes(
-    measure: Callable[..., tuple[int, Run]], ways: Iterable[str], args: argparse.Namespace
+    ways: Mapping[str, Callable[[argparse.Namespace], Work]], args: argparse.Namespace, rounds: int
 ) -> tuple[dict[str, list[Run]], dict[str, str]]:
-    """The runs of ``measure(way, args)``, each in a new process, way by way; and the MiB of each way's peak."""
-    rounds = [{way: in_new_process(measure, way, args) for way in ways} for _ in range(args.rounds)]
-    runs = {way: [one[way][1] for one in rounds] for way in rounds[0]}
-    return runs, {way: f"{max(one[way][0] for one in rounds) / 2**20:,.0f}" for way in runs}
+    """The runs of what each way prepares, each in a new process; MiB of each way's peak above the memory before."""
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        turns = [{way: pool.apply(_measure, (prepare, args)) for way, prepare in ways.items()} for _ in range(rounds)]
+    runs = {way: [turn[way][1] for turn in turns] for way in ways}
+    return runs, {way: f"{max(turn[way][0] for turn in turns) / 2**20:,.0f}" for way in ways}
+
+
+def _measure(prepare: Callable[[argparse.Namespace], Work], args: argparse.Namespace) -> tuple[int, Run]:
+    """Bytes of peak memory above the memory before, of the GPU or else of this process (Linux); and the run."""
+    work, cuda, status = prepare(args), torch.cuda, Path("/proc/self/status")
+    if cuda.is_available():
+        cuda.reset_peak_memory_stats()
+        before, run = cuda.memory_allocated(), timed(work)
+        return cuda.max_memory_allocated() - before, run
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that was freed before counts as in use
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before, run, after = status.read_text(), timed(work), status.read_text()
+    growth = int(after.partition("VmHWM:")[2].split()[0]) - int(before.partition("VmRSS:")[2].split()[0])
+    return growth * 1024, run
 
 
 def print_table(
@@ -100,29 +103,27 @@ def print_table(
 
     Ratios: median [lowest, highest]. ``columns``: title -> way -> cell, in addition.
     """
-    base, gpu = next(iter(runs.values())), torch.cuda.is_available()
+    gpu, base = torch.cuda.is_available(), next(iter(runs.values()))
     device = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
     print(f"\n{about}; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     heads = ["way", f"{unit} / s ({'GPU' if gpu else 'CPU'})", "ratio", *columns]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name, of_way in runs.items():
-        ratios = [first.seconds / run.seconds for first, run in zip(base, of_way, strict=True)]
-        speed = f"{amount / median(run.seconds for run in of_way):,.4g}"
+        ratios = [first / seconds for (first, _), (seconds, _) in zip(base, of_way, strict=True)]
+        speed = f"{amount / median(seconds for seconds, _ in of_way):,.4g}"
         spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         print(f"| {' | '.join([name, speed, spread, *(cells[name] for cells in columns.values())])} |", flush=True)
 
 
 def write_shard(folder: Path, count: int, *, side: int = 512, quality: int = 95) -> Path:
     """A tar of ``count`` JPEGs with a caption each, as img2dataset writes them."""
+    from webdataset.writer import TarWriter
+
     rng, path = np.random.default_rng(0), folder / "00000.tar"
-    with tarfile.open(path, "w") as tar:
+    with TarWriter(str(path)) as tar:
         for number in range(count):
-            body = io.BytesIO()
-            photo_like(rng, side).save(body, "JPEG", quality=quality)
-            for suffix, content in (("jpg", body.getvalue()), ("txt", f"caption {number}".encode())):
-                member = tarfile.TarInfo(f"{number:05d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            photo_like(rng, side).save(body := io.BytesIO(), "JPEG", quality=quality)
+            tar.write({"__key__": f"{number:05d}", "jpg": body.getvalue(), "txt": f"caption {number}"})
     return path
 
 
@@ -134,3 +135,10 @@ def photo_like(rng: np.random.Generator, side: int) -> Image.Image:
     fields = [(field - field.mean()) / field.std() for field in fields]
     pixels = np.stack([0.8 * fields[0] + 0.3 * field for field in fields], axis=-1) * 45 + 120
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def jpeg_batches(path: Path, cache: Any, images: ImageConfig, args: Any, *, workers: int = 0) -> Iterator[Any]:
+    """Endless batches of ``args.batch`` by this project's loader over a tar, with embeddings if there is a cache."""
+    source, augment = open_source(SourceConfig(path=str(path))), AugmentConfig(scale=tuple(args.scale))
+    dataset = PairDataset([source], [cache], images, augment, seed=0)
+    return iter(PairLoader(dataset, local_batch=args.batch, workers=workers))

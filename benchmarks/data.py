@@ -15,12 +15,8 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from benchmarks.common import alternate, parser, print_table, write_shard
+from benchmarks.common import alternate, jpeg_batches, parse, print_table, write_shard
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import PairDataset
-from llm2clip_plugin.data.samples import AugmentConfig
-from llm2clip_plugin.data.sources import SourceConfig, open_source
 
 
 def webdataset_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:
@@ -39,31 +35,19 @@ def webdataset_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Te
 
 def own_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:
     """Batches of pixels by this project: index, order, read, decode, augment, choose a caption, stack."""
-    images, augment = ImageConfig(size=args.size), AugmentConfig(scale=tuple(args.scale))
-    source, normalize = open_source(SourceConfig(path=str(tar))), Normalize(images)
-    dataset = PairDataset([source], [None], images, augment, seed=0)
-    for batch in islice(PairLoader(dataset, local_batch=args.batch), -(-len(source) // args.batch)):
-        yield normalize(batch["pixels"])
-
-
-def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--images", type=int, default=512)
-    options.add_argument("--size", type=int, default=224, help="pixels of the tower")
-    options.add_argument("--scale", type=float, nargs=2, default=[0.9, 1.0], help="area of the random crop")
-    options.add_argument("--batch", type=int, default=64)
-    args = options.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        tar = write_shard(Path(folder), args.images)
-        ways = {
-            "webdataset + PIL + torchvision": lambda: sum(map(len, webdataset_batches(tar, args))),
-            "llm2clip": lambda: sum(map(len, own_batches(tar, args))),
-        }
-        runs = alternate(ways, args.rounds)
-    about = f"JPEGs of 512 px to {args.size} px, crops of {args.scale[0]:g} to {args.scale[1]:g}"
-    print_table(about, runs, amount=args.images, unit="images")
+    images = ImageConfig(size=args.size)
+    batches = islice(jpeg_batches(tar, None, images, args), -(-args.images // args.batch))
+    return map(Normalize(images), (batch["pixels"] for batch in batches))
 
 
 if __name__ == "__main__":
-    main()
+    area = ([0.9, 1.0], "least and largest area of the random crop")
+    sizes: dict[str, Any] = {"images": (512, "in the tar"), "size": (224, "pixels"), "batch": (64, "images")}
+    args = parse(__doc__, **sizes, scale=area)
+    torch.set_num_threads(1)
+    ways = {"webdataset + PIL + torchvision": webdataset_batches, "llm2clip": own_batches}
+    with tempfile.TemporaryDirectory() as folder:
+        tar = write_shard(Path(folder), args.images)
+        runs = alternate({n: lambda way=way: sum(map(len, way(tar, args))) for n, way in ways.items()}, args.rounds)
+    about = f"JPEGs of 512 px to {args.size} px, crops of {args.scale[0]:g} to {args.scale[1]:g}"
+    print_table(about, runs, amount=args.images, unit="images")

@@ -1,6 +1,6 @@
 """Training on shards against open_clip: its own ``train_one_epoch`` over webdataset, ours on the same tower.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.open_clip --batch 8 --steps 24
+    OMP_NUM_THREADS=1 python -m benchmarks.open_clip --batch 8 --steps 24 [--open-clip CHECKOUT]
 
 Both train the same tower and text adapter from the same weights with InfoNCE and AdamW on the same tar of 512-pixel
 JPEGs, whose captions' embeddings are known: open_clip's loader looks them up in memory in place of its tokenizer, ours
@@ -8,72 +8,70 @@ reads its cache. One loader process each. A round is ``--steps`` steps of each w
 """
 
 import math
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.common import alternate, parser, print_table
-from benchmarks.step import OPTIM, TOWERS, jpeg_batches, make_dual, our_step, write_training_data
+from benchmarks.common import alternate, jpeg_batches, parse, print_table
+from benchmarks.step import OPTIM, TOWERS, make_dual, our_step, write_training_data
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.train.engine import start_ranks
 from llm2clip_plugin.train.model import trained_parameters
 from llm2clip_plugin.train.optim import parameter_groups
 from llm2clip_plugin.vision.dual import DualEncoder
 
 
-class OpenClipModel(nn.Module):
-    """A dual encoder that answers as open_clip's models do: a dictionary of features and the scale."""
-
-    def __init__(self, dual: DualEncoder) -> None:
-        super().__init__()
-        self.dual, self.logit_scale = dual, dual.logit_scale
-
-    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        image, text, *_ = self.dual(images, texts)
-        return {"image_features": image, "text_features": text, "logit_scale": self.logit_scale.exp()}
-
-
-def open_clip_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], None]:
-    """A call trains ``args.steps`` steps with open_clip's trainer."""
-    from open_clip import ClipLoss, image_transform
-    from open_clip_train.train import train_one_epoch
-
-    source, cache = open_source(SourceConfig(path=str(folder))), EmbeddingCache.open(folder / "cache")
-    embeddings: dict[str, Tensor] = {}
-    for number in range(len(source)):
-        key, captions = source.captions(number)
-        embeddings[captions[0].text] = cache.rows(*source.locate(number), captions, key=key)[0]
+def their_epoch(dual: DualEncoder, folder: Path, embeddings: dict[str, Tensor], args: Namespace) -> Callable[[], None]:
+    """A call trains ``args.steps`` steps with the trainer of open_clip 3 or 4."""
+    open_clip, train = import_module("open_clip"), import_module("open_clip_train.train")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = SimpleNamespace(
+    settings: Any = SimpleNamespace(
         **dict.fromkeys(("distill", "horovod", "wandb", "distributed"), False),
         **{"world_size": 1, "rank": 0, "accum_freq": 1, "batch_size": args.batch, "log_every_n_steps": 10**9},
         **{"device": device, "precision": "fp32", "skip_scheduler": True, "grad_clip_norm": OPTIM.max_grad_norm},
     )
-    model, loss, transform = OpenClipModel(dual).to(device), ClipLoss(), image_transform(224, is_train=True)
+    forward, loss, scale = dual.to(device).forward, open_clip.ClipLoss(), dual.logit_scale
+
+    def features(image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        image_bD, text_bD, *_ = forward(image, text)
+        return {"image_features": image_bD, "text_features": text_bD, "logit_scale": scale.exp()}
+
+    dual.forward = features  # type: ignore[assignment] # as open_clip's models answer
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     adam = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
+    state = train.TrainState(open_clip.CLIPTask(dual, loss=loss), adam) if hasattr(train, "TrainState") else None
 
     def epoch() -> None:
-        loader = webdataset_loader(folder / "00000.tar", transform, embeddings, args)
-        data = SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)
-        train_one_epoch(model, {"train": data}, loss, 0, adam, None, None, None, settings)
+        loader = webdataset_loader(folder / "00000.tar", embeddings, args, named=state is not None)
+        data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
+        if state is not None:
+            train.train_one_epoch(state, data, settings)
+        else:
+            train.train_one_epoch(dual, data, loss, 0, adam, None, None, None, settings)
 
     return epoch
 
 
-def webdataset_loader(tar: Path, transform: Any, embeddings: dict[str, Tensor], args: Namespace) -> Any:
-    """The stages of open_clip's ``get_wds_dataset``, whose own reader of tars fails with webdataset 1.0."""
+def webdataset_loader(tar: Path, embeddings: dict[str, Tensor], args: Namespace, *, named: bool) -> Any:
+    """The stages of open_clip's ``get_wds_dataset``, whose own reader of tars fails with webdataset 1.0.
+
+    named: whether batches are dictionaries, as version 4 wants them, or pairs.
+    """
     import webdataset
+    from open_clip import image_transform
 
     wds: Any = webdataset  # its names are made when they are first used
+    keys, transform = ("image", "text"), image_transform(224, is_train=True)
     stages = [
         wds.ResampledShards(str(tar), deterministic=True),
         wds.tarfile_to_samples(),
@@ -81,44 +79,37 @@ def webdataset_loader(tar: Path, transform: Any, embeddings: dict[str, Tensor], 
         wds.decode("pilrgb"),
         wds.rename(image="jpg;png;jpeg;webp", text="txt"),
         wds.map_dict(image=transform, text=lambda text: embeddings[text.strip()]),
-        wds.to_tuple("image", "text"),
+        wds.to_tuple(*keys),
         wds.batched(args.batch, partial=False),
+        wds.map(lambda pair: dict(zip(keys, pair, strict=True)) if named else pair),
     ]
-    dataset = wds.DataPipeline(*stages).with_epoch(args.steps)
-    loader = wds.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=1, persistent_workers=True)
+    loader = wds.WebLoader(wds.DataPipeline(*stages).with_epoch(args.steps), batch_size=None, num_workers=1)
     loader.num_batches, loader.num_samples = args.steps, args.steps * args.batch
     return loader
 
 
 def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], None]:
     """A call trains ``args.steps`` steps with the package's step and loader."""
-    step = our_step(dual, args.batch)
+    step, cache = our_step(dual, args.batch), EmbeddingCache.open(folder / "cache")
 
     def epoch() -> None:
-        for batch in islice(jpeg_batches(folder, batch=args.batch, workers=1), args.steps):
-            assert math.isfinite(step(batch)[0])
+        batches = jpeg_batches(folder, cache, ImageConfig(size=224), args, workers=1)
+        assert all(math.isfinite(step(batch)[0]) for batch in islice(batches, args.steps))
 
     return epoch
 
 
-def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--tower", default="vit-s", choices=list(TOWERS))
-    options.add_argument("--batch", type=int, default=16)
-    options.add_argument("--steps", type=int, default=8, help="steps a round")
-    args = options.parse_args()
+if __name__ == "__main__":
+    checkout = ("", "checkout of its repository; default: what is installed")
+    sizes = {"tower": ("vit-s", "shape", *TOWERS), "batch": (16, "images a step"), "steps": (8, "a round")}
+    args = parse(__doc__, open_clip=checkout, **sizes, scale=([0.9, 1.0], "area of our crops"))
+    sys.path[:0] = [f"{args.open_clip}/src"] if args.open_clip else []
     start_ranks()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_training_data(folder, 64)
-        ways = {
-            "open_clip": open_clip_epoch(make_dual(args.tower), folder, args),
-            "llm2clip": our_epoch(make_dual(args.tower), folder, args),
-        }
-        runs = alternate(ways, args.rounds, wall=True)
-    about = f"{args.tower}, batch {args.batch}, {args.steps} steps a round, seconds of the clock"
+        embeddings = write_training_data(folder := Path(name), 64)
+        theirs = their_epoch(make_dual(args.tower), folder, embeddings, args)
+        ours = our_epoch(make_dual(args.tower), folder, args)
+        runs = alternate({"open_clip": theirs, "llm2clip": ours}, args.rounds)
+    version = sys.modules["open_clip"].__version__
+    about = f"{args.tower}, batch {args.batch}, {args.steps} steps a round, open_clip {version}"
     print_table(about, runs, amount=args.steps * args.batch, unit="images")
-
-
-if __name__ == "__main__":
-    main()

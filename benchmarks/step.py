@@ -6,19 +6,18 @@ Both ways train the same dual encoder from the same weights, and their first los
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.common import alternate, parser, print_table, write_shard
+from benchmarks.common import alternate, parse, print_table, write_shard
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, shard_captions
+from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision, TrainConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
@@ -51,15 +50,11 @@ def make_dual(name: str) -> DualEncoder:
 
 def make_batch(size: int) -> dict[str, Any]:
     """Random pixels and embeddings, made once."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "pixels": torch.randint(0, 256, (size, 224, 224, 3), dtype=torch.uint8, generator=generator),
-        "embeddings": torch.randn(size, TEACHER.width, generator=generator),
-        "caption_hashes": torch.arange(size),
-        "image_ids": torch.arange(size),
-        "keys": [str(i) for i in range(size)],
-        "position": size,
-    }
+    generator, numbers = torch.Generator().manual_seed(0), torch.arange(size)
+    pixels = torch.randint(0, 256, (size, 224, 224, 3), dtype=torch.uint8, generator=generator)
+    embeddings = torch.randn(size, TEACHER.width, generator=generator)
+    ids = {"caption_hashes": numbers, "image_ids": numbers, "keys": [*map(str, range(size))], "position": size}
+    return {"pixels": pixels, "embeddings": embeddings, **ids}
 
 
 def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *, bf16: bool) -> Callable[[], float]:
@@ -67,7 +62,6 @@ def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *,
     normalize = Normalize(ImageConfig(), device)
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
-    parameters = [p for p in dual.parameters() if p.requires_grad]
     labels = torch.arange(len(batch["keys"]), device=device)
 
     def step() -> float:
@@ -77,7 +71,7 @@ def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *,
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, OPTIM.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(dual.parameters(), OPTIM.max_grad_norm)
         optimizer.step()
         return loss.item()
 
@@ -93,48 +87,32 @@ def our_step(
     config = complete({"zero_optimization": {"stage": stage}}, train, OPTIM, world=world, hidden_size=hidden_size)
     zero = config["zero_optimization"]
     zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
-    engine = Engine(dual, groups, OPTIM, config)
+    engine, terms = Engine(dual, groups, OPTIM, config), weighted_terms(LossConfig())
     normalize = Normalize(ImageConfig(), engine.device)
-    return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False, normalize=normalize)
+    return TowerStep(engine, terms, seed=0, text_noise=False, normalize=normalize)
 
 
-def write_training_data(folder: Path, count: int) -> None:
-    """A shard of 512-pixel JPEGs with a cache of random embeddings in ``folder``/cache."""
-    write_shard(folder, count)
-    source, writer = open_source(SourceConfig(path=str(folder))), CacheWriter(folder / "cache", TEACHER)
-    for shard in source.shards:
-        keys, captions = shard_captions(source, shard)
-        rows = caption_rows(captions)
-        writer.write_shard(shard.name, keys, rows, torch.randn(len(rows), TEACHER.width))
+def write_training_data(folder: Path, count: int) -> dict[str, Tensor]:
+    """A shard of 512-pixel JPEGs with a cache of random embeddings in ``folder``/cache; caption -> embedding."""
+    source = open_source(SourceConfig(path=str(write_shard(folder, count))))
+    keys, captions = shard_captions(source, source.shards[0])
+    writer, embeddings = CacheWriter(folder / "cache", TEACHER), torch.randn(count, TEACHER.width)
+    writer.write_shard(source.shards[0].name, keys, caption_rows(captions), embeddings)
     writer.finish()
+    return {caption.text: row for (caption,), row in zip(captions, embeddings, strict=True)}
 
 
-def jpeg_batches(folder: Path, *, batch: int, workers: int) -> Iterator[dict[str, Any]]:
-    """Batches over what ``write_training_data`` wrote."""
-    source = open_source(SourceConfig(path=str(folder)))
-    dataset = PairDataset([source], [EmbeddingCache.open(folder / "cache")], ImageConfig(size=224), seed=0)
-    return iter(PairLoader(dataset, local_batch=batch, workers=workers))
-
-
-def main() -> None:
-    """Measure each tower and print its table."""
-    options = parser(__doc__)
-    options.add_argument("--towers", nargs="+", default=["vit-s", "vit-b"], choices=list(TOWERS))
-    options.add_argument("--batch", type=int, default=8)
-    options.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: under autocast if bare")
-    args = options.parse_args()
+if __name__ == "__main__":
+    towers, precision = (["vit-s", "vit-b"], "shapes", *TOWERS), ("fp32", "bf16: under autocast if bare", *TOLERANCE)
+    args = parse(__doc__, towers=towers, batch=(8, "images a step"), precision=precision)
     device = start_ranks()
     for name in args.towers:
         dual, batch = make_dual(name), make_batch(args.batch)
         bare = bare_step(copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16")
         ours = our_step(dual, args.batch, args.precision)
-        ways = {"bare loop": bare, "llm2clip": lambda ours=ours, batch=batch: float(ours(batch)[0])}
+        ways = {"bare loop": bare, "llm2clip": lambda ours=ours, batch=batch: ours(batch)[0]}
         first = [step() for step in ways.values()]  # before rounding lets the weights drift apart
         if abs(first[0] - first[1]) > TOLERANCE[args.precision]:
             raise SystemExit(f"the first losses differ: {first}")
         runs = alternate(ways, args.rounds)
         print_table(f"{name}, 224 px, batch {args.batch}, {args.precision}", runs, amount=args.batch, unit="images")
-
-
-if __name__ == "__main__":
-    main()

@@ -17,46 +17,27 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.common import parse
 from benchmarks.step import TOWERS, make_batch, make_dual, our_step
 from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.train.engine import start_ranks
 
 L_PARAMETERS = 3.04e8  # of a ViT-L/14
-BATCH = 2  # pairs of a rank
-STEPS = 3  # before the one that is counted; their losses are printed, too
+BATCH, STEPS = 2, 3  # pairs of a rank; steps before the one that is counted, whose losses are printed, too
 READS = ("aten::_local_scalar_dense", "tolist", "aten::equal")
-BACKWARD, OPTIMIZER = "autograd::engine", "Optimizer.step"
-
-
-def main() -> None:
-    """Print a row for each ZeRO stage."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--stages", nargs="+", type=int, default=[1, 2], choices=[0, 1, 2, 3], help="of ZeRO")
-    options.add_argument("--blocks", type=int, default=24, help="of the tower")
-    options.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    options.add_argument("--ranks", type=int, default=2)
-    args = options.parse_args()
-    print("| ZeRO | optimizer groups | collectives | flushes in backward | host reads | losses |\n" + "|---" * 6 + "|")
-    for stage in args.stages:
-        mp.spawn(count, (args, stage, free_port()), nprocs=args.ranks)
+HEADS = "ZeRO | optimizer groups | collectives | flushes in backward | host reads | losses"
 
 
 def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     """Count one step of this rank."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(args.ranks), LOCAL_SIZE=str(args.ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.ranks, "LOCAL_SIZE": args.ranks}
+    os.environ.update({k: str(v) for k, v in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     start_ranks()
     TOWERS["deep"] = (TOWERS["tiny"][0], args.blocks, *TOWERS["tiny"][2:])
-    dual, tolist = make_dual("deep"), Tensor.tolist
-
-    def seen(self: Tensor) -> Any:
-        with record_function("tolist"):
-            return tolist(self)
-
-    Tensor.tolist = seen  # torch.profiler does not record it on a CPU
-    parameters = sum(p.numel() for p in dual.parameters())
-    step = our_step(dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=parameters / L_PARAMETERS)
-    batch = make_batch(BATCH)
+    Tensor.tolist = record_function("tolist")(Tensor.tolist)  # torch.profiler does not record it on a CPU
+    dual = make_dual("deep")
+    shrunk = sum(p.numel() for p in dual.parameters()) / L_PARAMETERS
+    step, batch = our_step(dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=shrunk), make_batch(BATCH)
     losses = [step(batch)[0] for _ in range(STEPS)]
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         losses.append(step(batch)[0])
@@ -70,17 +51,21 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
 def kinds(events: Any) -> Iterator[str]:
     """What each event is: collective, flush, read."""
     for event in events:
-        above, parent = [], event.cpu_parent
+        above, parent = "", event.cpu_parent
         while parent is not None:
-            above.append(parent.name)
-            parent = parent.cpu_parent
+            above, parent = f"{above} {parent.name}", parent.cpu_parent
         if event.name.startswith("c10d::"):
             yield "collective"
-            if any(name.startswith(BACKWARD) for name in above):
+            if "autograd::engine" in above:
                 yield "flush"
-        elif event.name in READS and not any(name.startswith(OPTIMIZER) for name in above):
+        elif event.name in READS and "Optimizer.step" not in above:
             yield "read"
 
 
 if __name__ == "__main__":
-    main()
+    stages, precision = ([1, 2], "of ZeRO", 0, 1, 2, 3), ("bf16", "of the step", "fp32", "bf16")
+    counts = {"blocks": (24, "of the tower"), "ranks": (2, "processes")}
+    args = parse(__doc__, rounds=0, stages=stages, precision=precision, **counts)
+    print(f"| {HEADS} |\n{'|---' * 6}|")
+    for stage in args.stages:
+        mp.spawn(count, (args, stage, free_port()), nprocs=args.ranks)

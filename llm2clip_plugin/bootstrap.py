@@ -136,6 +136,11 @@ def p_value(p: float) -> str:
     return "< .001" if p < 0.001 else fraction(p)
 
 
+def estimate(value: float, ends: Sequence[float], shown: Callable[[float], str] = signed) -> str:
+    """A difference with its interval: ``+.069 [+.061, +.077]``."""
+    return f"{shown(value)} [{', '.join(map(shown, ends))}]"
+
+
 def spread(values: Sequence[float], shown: Callable[[float], str] = fraction) -> str:
     """Mean over seeds, with the standard deviation if they differ: ``.127 ± .009``."""
     deviation = stdev(values) if len(values) > 1 else 0.0

@@ -13,8 +13,7 @@ these are compared, in two ways, which fail for one correct rerun in a hundred a
 
 Numbers: the difference of the two sides and the level of the first, each against the prediction interval of the mean of
 so many more trainings, t * s * sqrt(1 / stated + 1 / new), s the pooled standard deviation over seeds (of the
-difference seed by seed), at a level that all numbers share (Bonferroni). What involves no training may differ by
-``ROUNDING``.
+difference seed by seed), at a level that all share (Bonferroni); ``ROUNDING`` for what involves no training.
 
 Gains: for each part (teacher, tower, each LLaVA) which fraction of its significant differences came back, their sum
 weighted by difference over variance (half interval, squared). It has a lower bound alone, of the same form.
@@ -24,13 +23,14 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, NamedTuple
 
-from llm2clip_plugin.bootstrap import fraction, p_value, signed, spread, t_quantile
+from llm2clip_plugin.bootstrap import estimate, fraction, p_value, spread, t_quantile
 from llm2clip_plugin.contracts import ScoreFile, atomic_file
+from llm2clip_plugin.files import read_json_value as read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS, CLAIMS_LLAVA = ROOT / "docs" / "claims.json", ROOT / "docs" / "claims_llava.json"
@@ -42,14 +42,11 @@ LANGUAGE_MODELS = {"llava": "2.5 million weights", "llava-smollm2": "SmolLM2-135
 CONTROLS = {"random": "before", "raw": "after"}  # teacher of the tower -> its side in FOLDER-controls
 ROUNDING = 0.01
 LEVEL = 0.05  # of the tests, after Holm's adjustment
+PERCENT, POINTS = "{:.1f}".format, "{:+.1f}".format
 NUMBERS_LEVEL, GAINS_LEVEL = 0.01, 0.07  # how often a correct rerun may fail for any of its numbers, and of its gains
 
 Sides = tuple[str, str]  # names of the base and of the new side
 Values = Mapping[str, Sequence[float]]  # side -> a value per seed
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -57,11 +54,8 @@ def measured(folder: Path) -> dict[str, Any]:
     made = read_json(folder / "headline.json")
     kept = ("chance", "difference", "interval", "p_adjusted", "significant", "seeds_significant")
     return {
-        claim["name"]: {
-            "headline": claim in made["headline"],
-            **{name: claim[name] for name in kept},
-            **{side: [round(seed[side], 5) for seed in claim["by_seed"].values()] for side in RAW_TUNED},
-        }
+        claim["name"]: {"headline": claim in made["headline"], **{name: claim[name] for name in kept}}
+        | {side: [round(seed[side], 5) for seed in claim["by_seed"].values()] for side in RAW_TUNED}
         for claim in made["headline"] + made["others"]
     }
 
@@ -85,11 +79,8 @@ def _compared(folder: Path) -> dict[str, dict[str, Any]]:
     """Benchmark -> what `llm2clip compare` found; {} where it was not run."""
     path = folder / "compare" / "compare.json"
     return {
-        row["benchmark"]: {
-            **{kept: row[kept] for kept in ("difference", "interval", "questions")},
-            "p_adjusted": row["p_holm"],
-            "significant": row["p_holm"] < LEVEL,
-        }
+        row["benchmark"]: {kept: row[kept] for kept in ("difference", "interval", "questions")}
+        | {"p_adjusted": row["p_holm"], "significant": row["p_holm"] < LEVEL}
         for row in (read_json(path)["rows"] if path.is_file() else [])
     }
 
@@ -155,12 +146,10 @@ def check(
 ) -> list[Checked]:
     """Every difference, level and gain of the claims that both have; ``numbers`` and ``parts`` share their levels."""
     found = []
-    for name, now in ((name, new[name]) for name in stated if name in new):
-        old = stated[name]
-        for what, before, after in (
-            ("difference", differences(old, sides), differences(now, sides)),
-            (sides[0], old[sides[0]], now[sides[0]]),
-        ):
+    for name in filter(new.__contains__, stated):
+        levels = stated[name][sides[0]], new[name][sides[0]]
+        both = {"difference": [differences(claims[name], sides) for claims in (stated, new)], sides[0]: levels}
+        for what, (before, after) in both.items():
             most = reach(before, after, NUMBERS_LEVEL / numbers)
             found.append(Checked(f"{name}; {what}", fmean(before), fmean(after), most))
     for part in dict.fromkeys(map(part_of, stated)):
@@ -179,62 +168,58 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     for name, model in LANGUAGE_MODELS.items():
         if (folder / name).is_dir():
             of_model = {claim: values for claim, values in stated_llava.items() if part_of(claim) == model}
-            runs.append((of_model, new_llava, BEFORE_AFTER, "{:.1f}".format))
+            runs.append((of_model, new_llava, BEFORE_AFTER, PERCENT))
         else:
             print(f"Not rerun: LLaVA with a language model of {model} ({folder / name} does not exist).\n")
     claims = [name for stated, *_ in runs for name in stated]
     levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
     found: list[Checked] = []
     for stated, new, sides, shown in runs:
-        print("| number | stated | now | may differ by | |\n|---|---|---|---|---|")
-        for one in check(stated, new, sides, **levels):
+        checked = check(stated, new, sides, **levels)
+        rows = []
+        for one in checked:
             cells = map(fraction if one.below_only else shown, (one.stated, one.now, one.most))
-            print(f"| {one.name} | {' | '.join(cells)} | {'as stated' if one.same else '**moved**'} |")
-            found.append(one)
-        print()
+            rows.append([one.name, *cells, "as stated" if one.same else "**moved**"])
+        print(*markdown("number | stated | now | may differ by | result", rows), "", sep="\n")
+        found += checked
     return found, [name for stated, new, *_ in runs for name in stated if name not in new]
 
 
-def adjusted_p(claim: Mapping[str, Any], otherwise: str) -> str:
-    """``< .001``, ``.009``, or with a remark if it is not significant."""
-    p = p_value(claim["p_adjusted"])
-    return p if claim["significant"] else f"{p}, {otherwise}"
+def markdown(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    rule = "|---" * len(head.split(" | ")) + "|"
+    return [f"| {head} |", rule, *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
 def table(claims: Mapping[str, Any]) -> list[str]:
     """Both pages' table of towers and teachers: a row per claim, the headline's first."""
-    head = "mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | p (Holm) | alone"
-    lines = [f"| {head} | chance |", "|---" * 7 + "|"]
+    head = "mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | p (Holm)"
+    rows = []
     for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
-        difference = f"{signed(claim['difference'])} [{', '.join(map(signed, claim['interval']))}]"
-        strong, alone = "**" if claim["headline"] else "", f"{claim['seeds_significant']} of {len(claim['tuned'])}"
-        cells = [name, spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}", difference]
-        cells += [adjusted_p(claim, "not significant"), alone, fraction(claim["chance"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        strong, alone = "**" * claim["headline"], f"{claim['seeds_significant']} of {len(claim['tuned'])}"
+        cells = [name, spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}"]
+        p = p_value(claim["p_adjusted"]) + ", not significant" * (not claim["significant"])
+        rows.append([*cells, estimate(claim["difference"], claim["interval"]), p, alone, fraction(claim["chance"])])
+    return markdown(f"{head} | alone | chance", rows)
 
 
 def llava_table(claims: Mapping[str, Any]) -> list[str]:
     """Both pages' table of the LLaVA miniatures: a row per claim."""
     head = "language model: questions | trainings a side | tower before stage 2 | after | difference | p (Holm)"
-    lines = [f"| {head} | random embeddings; after minus it | raw LLM; after minus it |", "|---" * 8 + "|"]
+    rows = []
     for name, claim in claims.items():
-        before, after = (spread(claim[side], "{:.1f}".format) for side in BEFORE_AFTER)
-        strong = "**" if claim["significant"] else ""
+        before, after = (spread(claim[side], PERCENT) for side in BEFORE_AFTER)
+        strong = "**" * claim["significant"]
         cells = [f"{name} ({claim['questions']})", str(len(claim["after"])), before, f"{strong}{after}{strong}"]
-        cells += [_points(claim), adjusted_p(claim, "not shown")]
+        p = p_value(claim["p_adjusted"]) + ", not shown" * (not claim["significant"])
+        cells += [estimate(claim["difference"], claim["interval"], POINTS), p]
         for control in (claim["controls"].get(one, "not measured") for one in CONTROLS):
             if not isinstance(control, str):  # as those of few trainings, written by hand
-                reached = spread(control["values"], "{:.1f}".format)
-                control = f"{reached}; {_points(control)}, p {p_value(control['p_adjusted'])}"
+                difference = estimate(control["difference"], control["interval"], POINTS)
+                control = f"{spread(control['values'], PERCENT)}; {difference}, p {p_value(control['p_adjusted'])}"
             cells.append(control)
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _points(claim: Mapping[str, Any]) -> str:
-    """``+7.5 [+2.4, +12.6]``."""
-    return f"{claim['difference']:+.1f} [{', '.join(f'{end:+.1f}' for end in claim['interval'])}]"
+        rows.append(cells)
+    return markdown(f"{head} | random embeddings; after minus it | raw LLM; after minus it", rows)
 
 
 def record(path: Path, claims: Mapping[str, Any], begin: str, table: Sequence[str]) -> None:

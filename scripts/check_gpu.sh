@@ -6,17 +6,17 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." && ROOT=$PWD
 . scripts/environments.sh
-train_environment .venv train,dev && extensions_of .venv || exit 1
-GEMMA=quickstart-output/models/gemma-3-270m
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 case "${1:-}" in
     "") LLAVA="--images 64 --dtype float16 --shape l14-336" STEP="--batch 128" LOSS="--pairs 32768" PAIRS="--batch 256 --micro 64" OPEN="" ;;
     --tiny) LLAVA="--images 1 --rounds 2 --shape tiny" STEP="--towers tiny --batch 4 --rounds 2" LOSS="--pairs 256 --rounds 1"
         PAIRS="--batch 8 --micro 4 --rounds 1" OPEN="--tower tiny --batch 4 --steps 2 --rounds 1" ;;
     *) echo "error: unknown option $1; known: --tiny" >&2; exit 2 ;;
 esac
+train_environment .venv train,dev && extensions_of .venv || exit 1
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 [ "${1:-}" = --tiny ] || .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "error: no GPU found (torch.cuda.is_available() is false); --tiny checks the same on a CPU" >&2; exit 2; }
+GEMMA=quickstart-output/models/gemma-3-270m
 failed=0
 run() { printf '\n## %s\n' "$*" && timeout 300 "$@" || { echo "FAILED: $*"; failed=1; }; }
 run .venv/bin/python -m pytest -q -m gpu tests --ignore=tests/llava

@@ -11,14 +11,13 @@
 # difference, a level or a part's gains lie outside what so many more trainings may give (scripts/check_claims.py).
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
+. "$ROOT/scripts/options.sh"
 OUTPUT=$ROOT/quickstart-output/claims OPTIONS=() RECORD=() MODELS=(tiny smollm2)
 while [ $# -gt 0 ]; do
     case "$1" in
-        -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+        -h | --help) read_options "" "$1" ;;
         --no-llava) OPTIONS+=("$1") MODELS=(tiny) ;;
-        --record)
-            RECORD=(--record)
-            case "${2:-}" in towers | llava | all) RECORD+=("$2"); shift ;; esac ;;
+        --record) RECORD=(--record); case "${2:-}" in towers | llava | all) RECORD+=("$2"); shift ;; esac ;;
         --output) OUTPUT=${2:?error: --output needs a value}; shift ;;
         *) OPTIONS+=("$1") ;;
     esac

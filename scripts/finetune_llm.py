@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
-"""Stage 1 under the DeepSpeed launcher (or torchrun):
+"""Stage 1 under the DeepSpeed launcher (or torchrun); ``--help`` lists every field, the same command resumes.
 
     deepspeed --num_gpus 8 scripts/finetune_llm.py /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct \\
         --deepspeed scripts/zero2.json --pair-kinds short:long --output runs/llama-1b-cc
-
-``--help`` lists every field; rerun the same command to resume from the newest checkpoint.
 """
 
 import sys

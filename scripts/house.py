@@ -11,7 +11,7 @@ it.
 import ast
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -40,54 +40,48 @@ def numbers(root: Path) -> dict[str, str]:
     graph = {name: {*imported(tree, trees)} - {name} for name, tree in trees.items()}
     functions, imports = list[tuple[int, str]](), 0
     for name, tree in trees.items():
-        for node in ast.walk(tree):
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                functions.append((size(node), f"{name.rpartition('.')[2]}.{node.name}"))
-            elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                imports += size(node)
+                functions.append((size, f"{name.rpartition('.')[2]}.{node.name}"))
+            imports += size * isinstance(node, (ast.Import, ast.ImportFrom))
     importers = Counter(other for targets in graph.values() for other in targets)
     total, longest = sum(lines.values()), max(lines, key=lines.__getitem__)
-    return {
-        "files": f"{len(lines):,}",
-        "lines": f"{total:,}",
+    found = {
+        "files": len(lines),
+        "lines": total,
         "lines of a file, median": f"{median(lines.values()):.0f}",
         "longest file": f"{lines[longest]} ({longest.partition('.')[2]})",
         "lines of a function, median": f"{median(lengths for lengths, _ in functions):.0f}",
         "longest function": "{} ({})".format(*max(functions)),
         "import lines": f"{imports / total:.1%}",
-        "files under 40 lines": str(sum(of_file < 40 for of_file in lines.values())),
-        "files with one importer": str(sum(times == 1 for times in importers.values())),
-        "files in import cycles": str(sum(name in reached(graph, graph[name]) for name in graph)),
-        "arrows up": str(sum(goes_up(name, other) for name, targets in graph.items() for other in targets)),
-        "files that train-tower imports": str(len(reached(graph, [name for name in COMMANDS if name in graph][:1]))),
-        "lines of scripts/ and benchmarks/": f"{count(*SCRIPTS):,}",
-        "lines of tests": f"{count('tests/**/*.py'):,}",
-        "words of docs": f"{sum(len(text.split()) for text in texts('*.md', 'docs/**/*.md').values()):,}",
+        "files under 40 lines": sum(of_file < 40 for of_file in lines.values()),
+        "files with one importer": sum(times == 1 for times in importers.values()),
+        "files in import cycles": sum(name in reached(graph, graph[name]) for name in graph),
+        "arrows up": sum(goes_up(name, other) for name, targets in graph.items() for other in targets),
+        "files that train-tower imports": len(reached(graph, [name for name in COMMANDS if name in graph][:1])),
+        "lines of scripts/ and benchmarks/": count(*SCRIPTS),
+        "lines of tests": count("tests/**/*.py"),
+        "words of docs": sum(len(text.split()) for text in texts("*.md", "docs/**/*.md").values()),
     }
+    return {name: one if isinstance(one, str) else f"{one:,}" for name, one in found.items()}
 
 
-def size(node: ast.stmt) -> int:
-    """In lines."""
-    return (node.end_lineno or node.lineno) - node.lineno + 1
-
-
-def imported(tree: ast.Module, known: Mapping[str, ast.Module]) -> Iterator[str]:
+def imported(tree: ast.Module, known: Collection[str]) -> Iterator[str]:
     """The modules that one imports, inside functions too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
-                names = (f"{node.module}.{alias.name}", node.module)
-                yield from [name for name in names if name in known][:1]
+                yield from [one for one in (f"{node.module}.{alias.name}", node.module) if one in known][:1]
 
 
 def reached(graph: Mapping[str, set[str]], starts: Iterable[str]) -> set[str]:
     """The starts and what they import, directly or not."""
     found, left = set[str](), [*starts]
     while left:
-        name = left.pop()
-        if name not in found:
+        if (name := left.pop()) not in found:
             found.add(name)
             left += graph[name]
     return found
@@ -96,11 +90,9 @@ def reached(graph: Mapping[str, set[str]], starts: Iterable[str]) -> set[str]:
 def goes_up(name: str, other: str) -> bool:
     """Whether an import goes against the order of the rooms. The package's own __init__ is free: it imports late."""
     own, others = (FLOORS.get(".".join(one.split(".")[:2]), 0) for one in (name, other))
-    if name == PACKAGE:
-        return False
     if name.startswith(LLAVA):
         return others > 0 and not other.startswith(f"{PACKAGE}.vision")
-    return others > own or (other.startswith(LLAVA) and own < len(ROOMS) - 1)
+    return name != PACKAGE and (others > own or (other.startswith(LLAVA) and own < len(ROOMS) - 1))
 
 
 if __name__ == "__main__":

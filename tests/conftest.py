@@ -1,15 +1,18 @@
 """For tests of all folders."""
 
-from __future__ import annotations
-
 import gc
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).parent
+SHARED = ("faults", "serving", "llava", "llava/serve", "../scripts/quickstart")  # whose modules are in no package
+sys.path += [str((TESTS / name).resolve()) for name in SHARED]
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -1,7 +1,5 @@
 """Processes forked from one that has imported torch, DeepSpeed and this package: a start costs no imports."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import multiprocessing

@@ -4,8 +4,6 @@ A start takes a tenth of a second, not five. For tests of what a script does wit
 they start. What they start in turn, such as the ranks of DeepSpeed's launcher, is forked as well.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools
@@ -26,9 +24,9 @@ from typing import Any, NoReturn
 from forked import context, run_as_main
 
 POLL = 0.05  # seconds between two looks at a process
-# -I and -S: a client needs no packages. It ends with its process, and its process with it.
+# -I and -S: a client needs no packages. It passes SIGTERM on, ends with its process, and its process with it.
 CLIENT = """#!{python} -IS
-import json, os, socket, sys
+import json, os, signal, socket, sys
 
 words = {words!r} + sys.argv[1:]
 if words[:1] == ["-u"]:
@@ -40,6 +38,7 @@ with socket.socket(socket.AF_UNIX) as server:
     socket.send_fds(server, [b"-"], [0, 1, 2])
     request = {{"words": words, "folder": os.getcwd(), "environment": dict(os.environ), "python": {shim!r}}}
     server.sendall(json.dumps(request).encode() + b"\\n")
+    signal.signal(signal.SIGTERM, lambda *_: server.sendall(b"\\n"))
     status = server.recv(16)
 sys.exit(int(status or 1))
 """
@@ -93,11 +92,10 @@ def _attend(client: socket.socket, first: Callable[[], None]) -> NoReturn:
         client.close()
         _become(request, streams, first)
     while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0):
-        if select.select([client], [], [], POLL)[0]:  # closed at the other end: it sends nothing more
+        if select.select([client], [], [], POLL)[0]:
+            terminated = client.recv(16)  # nothing if it is closed at the other end
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
-            ended = os.waitpid(process, 0)
-            break
+                os.kill(process, signal.SIGTERM if terminated else signal.SIGKILL)
     with contextlib.suppress(BrokenPipeError):
         client.sendall(str(os.waitstatus_to_exitcode(ended[1]) % 256).encode())
     os._exit(0)

@@ -1,7 +1,5 @@
 """What the first-day page starts from: a folder of pictures with captions, and tiny models under the Hub's names."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random
@@ -46,13 +44,13 @@ def make_photos(folder: Path) -> None:
 def make_models(folder: Path) -> None:
     """The page's LLM and tower in tiny, where their names lead if they are read as paths."""
     import torch
+    from tiny_clip import TINY
     from tiny_llm import save_tiny_llm
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     from llm2clip_plugin.vision.export import save_tower
 
     save_tiny_llm(folder / LLM, "llama")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     (folder / TOWER).mkdir(parents=True)
-    save_tower(CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **sizes)), folder / TOWER)
+    save_tower(CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **TINY)), folder / TOWER)

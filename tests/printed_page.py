@@ -3,8 +3,6 @@
 Only standard libraries: also imported in LLaVA's environment. Blocks of other languages (``sh``, ``json``) don't run.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A small file system of a test's own, which can be filled."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Memory of tensors, as torch's allocator counts it: the same on a machine that is busy or short of memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,14 +1,12 @@
 """nano/llm2clip.py has the package's losses in both stages, step by step, from the same weights and batches."""
 
-from __future__ import annotations
-
 import importlib.util
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import context
 from tiny_data import make_all
 from tiny_llm import save_tiny_llm
 
@@ -57,7 +55,7 @@ def record(words: list[str], file: Path) -> None:
 
 def recorded(words: list[str], file: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """What ``record`` saves, in a process of its own: DeepSpeed's process group stays in it."""
-    process = multiprocessing.get_context("spawn").Process(target=record, args=(words, file))
+    process = context().Process(target=record, args=(words, file))
     process.start()
     process.join()
     assert process.exitcode == 0

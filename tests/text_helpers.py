@@ -1,7 +1,5 @@
 """Shared by the tests of text/ and stages/: adapters that do something."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """A random image-text model of two blocks, 32 wide, with its own text tower and a tokenizer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A tiny tower, captioned images in shards, and the cache of a made-up teacher: what a real run reads, in small."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -80,19 +78,9 @@ def embed(text: str) -> torch.Tensor:
 
 def made_up(llm: str = "made-up", *, pooling: str = "mean") -> TeacherIdentity:
     """The identity of a teacher that does not exist."""
-    return TeacherIdentity(
-        llm=llm,
-        revision="",
-        weights_sha256=hashlib.sha256(llm.encode()).hexdigest(),
-        adapter_sha256="",
-        attention="bidirectional",
-        pooling=pooling,
-        layer=-1,
-        prompt="",
-        chat_template="",
-        max_tokens=512,
-        width=WIDTH,
-    )
+    own = {"llm": llm, "weights_sha256": hashlib.sha256(llm.encode()).hexdigest(), "pooling": pooling}
+    none = dict.fromkeys(("revision", "adapter_sha256", "prompt", "chat_template"), "")
+    return TeacherIdentity(attention="bidirectional", layer=-1, max_tokens=512, width=WIDTH, **own, **none)
 
 
 def make_cache(

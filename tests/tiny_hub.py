@@ -1,7 +1,5 @@
 """The part of the Hugging Face Hub's interface that an upload uses, on this machine."""
 
-from __future__ import annotations
-
 import base64
 import http.server
 import json

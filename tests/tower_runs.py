@@ -1,15 +1,15 @@
 """Short runs of train-tower as commands, and what they wrote."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from forked import Process, Script
 from forked_python import programs
 
@@ -34,7 +34,6 @@ def held(batches):
 TrainingRun.train_to_end = lambda self, *a, batches, **o: train_to_end(self, *a, batches=held(batches), **o)
 leave(run("train-tower", sys.argv[1:]))
 """
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def options(tiny: Path, run: Path, *more: str) -> list[str]:
@@ -51,7 +50,8 @@ def options(tiny: Path, run: Path, *more: str) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     """One thread a rank, the package of this checkout, and no place among the ranks of another test."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    ours = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ours = {name: value for name, value in os.environ.items() if name not in ranks}
     return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **more}
 
 
@@ -99,6 +99,18 @@ def wait_for(ready: Callable[[], object], processes: Sequence[Process] = ()) -> 
         time.sleep(0.01)
 
 
+def processes_of(run: Path) -> list[psutil.Process]:
+    """Whose command line names the run's folder: those of a launcher, of its ranks, of their loaders."""
+    return [one for one in psutil.process_iter(["cmdline"]) if str(run) in (one.info["cmdline"] or ())]
+
+
+def ranks_of(run: Path) -> list[int]:
+    """The training processes of a launcher, without the loader processes below these."""
+    found = (one for one in processes_of(run) if any(word.startswith("--local_rank=") for word in one.info["cmdline"]))
+    ranks = {process.pid: process.ppid() for process in found}
+    return [rank for rank, parent in ranks.items() if parent not in ranks]
+
+
 def finish(processes: Sequence[Process]) -> list[int]:
     return [process.wait(timeout=900) for process in processes]
 
@@ -108,10 +120,8 @@ def lines(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     found = []
     for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
+        with suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return found
 
 

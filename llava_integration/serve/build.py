@@ -8,6 +8,7 @@ import importlib
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -25,6 +26,7 @@ from llm2clip_plugin.vision.directory import WEIGHTS_FILE, published, weight_fil
 from llm2clip_plugin.vision.export import LICENSE, markdown_table
 from llm2clip_plugin.vision.families import Family, read_config
 from llm2clip_plugin.vision.towers import preprocessor_config
+from llm2clip_plugin.vision.wrapped import siglip_tensor
 
 # The language model and the projector: settings and tensors, from LLaVA's names to Hugging Face's
 
@@ -138,7 +140,7 @@ CODE = {  # family -> a file of llm2clip_plugin/vision that stands alone, and it
     "radio": ("wrapped", "RadioTowerConfig", "RadioTower"),
 }
 # towers that AutoModel does not open, but which are another's architecture: family -> its model_type
-SAME_AS = {"metaclip2": "clip_vision_model"}
+SAME_AS = {"metaclip2": "clip_vision_model", "naflex": "siglip_vision_model"}  # the latter of squares
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForPreTraining")
 
 
@@ -232,6 +234,14 @@ class ExportedTower:
             new = {prefix + n.removeprefix(prefix): t for n, t in new.items()}
             refuse_rest(set(new) - set(own), self.directory)
             own |= new
+        if self.family.native:
+            size, side, width = (self.config[name] for name in ("image_size", "patch_size", "hidden_size"))
+            grid = size // side
+            shapes = {"patch_embedding": (width, 3, side, side), "position_embedding": (grid**2, width)}
+            for part, shape in shapes.items():
+                tensor = own[name := f"{prefix}embeddings.{part}.weight"]
+                read = partial(lambda n, t: siglip_tensor(n, t.read(), side, grid), name, tensor)
+                own[name] = replace(tensor, shape=shape, read=read)
         return {f"vision_tower.{name}": tensor for name, tensor in own.items()}
 
 
@@ -313,7 +323,7 @@ def write_processor(
     tokens = (side // patch) ** 2 + extra  # of the tower
     said: dict[str, Any] = {"vision_feature_select_strategy": "default" if drops_class else "full"}
     counts = {"image_token": IMAGE, **said}
-    images = preprocessor_config(tower.directory) | {"processor_class": f"{kind}Processor"}
+    images = preprocessor_config(tower.directory, square=True) | {"processor_class": f"{kind}Processor"}
     if pads:
         images |= {"image_processor_type": f"{kind}ImageProcessor", "do_pad": True}
     if arch == ONEVISION:  # resizes tiles, and frames of videos, to the tower's square

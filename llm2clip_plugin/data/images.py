@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,7 +22,7 @@ from llm2clip_plugin.options import unknown
 
 LARGE = 1 << 16  # pixels of a crop (256 x 256) above which rounding its box to whole pixels is negligible
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's own numbers
-FITS = ("shortest", "squash")
+FITS = ("shortest", "squash", "native")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,10 @@ class ImageConfig:
 
     size: int = 224  # pixels, side of the tower's square image
     resize: int = 0  # pixels, shortest edge before the center crop; 0: size
-    fit: str = "shortest"  # shortest: keep the aspect ratio and crop the center; squash: stretch to the square
+    # shortest: keep the aspect ratio and crop the center; squash: stretch to the square; native: keep the aspect ratio,
+    # in at most as many patches as the square has
+    fit: str = "shortest"
+    patch: int = 0  # pixels, side of a patch; if native
     resample: str = "bicubic"  # nearest | lanczos | bilinear | bicubic | box | hamming
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # RGB, for values in 0 .. 1; CLIP's
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # RGB, for values in 0 .. 1; CLIP's
@@ -50,12 +54,21 @@ class ImageConfig:
         """Pixels of the shorter side before the center crop."""
         return self.resize or self.size
 
+    @property
+    def patches(self) -> int:
+        """The most patches of an image; if native."""
+        return (self.size // self.patch) ** 2
+
     @classmethod
     def from_preprocessor(cls, values: dict[str, Any]) -> ImageConfig:
-        """From a Hugging Face image processor's dictionary (CLIP, SigLIP, DINOv2's BitImageProcessor ...).
+        """From a Hugging Face image processor's dictionary (CLIP, SigLIP, DINOv2's BitImageProcessor, NaFlex's ...).
 
         Raises ValueError for settings that this class does not support.
         """
+        native, patch = "max_num_patches" in values, int(values.get("patch_size", 16))
+        if native:
+            side = math.isqrt(int(values["max_num_patches"])) * patch
+            values = {**values, "size": {"height": side, "width": side}, "do_center_crop": False}
         crop = bool(values.get("do_center_crop", values.get("crop_size") is not None))
         edge, height, width = _sides(values.get("size"), "size")
         _, crop_height, crop_width = _sides(values.get("crop_size"), "crop_size") if crop else (0, height, height)
@@ -79,7 +92,8 @@ class ImageConfig:
         return cls(
             size=crop_height,
             resize=0 if edge == crop_height else edge,
-            fit="shortest" if edge else "squash",
+            fit="native" if native else "shortest" if edge else "squash",
+            patch=patch if native else 0,
             resample=resample,
             mean=_triple(values.get("image_mean", cls.mean)) if normalize else (0.0, 0.0, 0.0),
             std=_triple(values.get("image_std", cls.std)) if normalize else (1.0, 1.0, 1.0),
@@ -110,16 +124,53 @@ class Normalize:
         self.shift = torch.tensor(config.mean, device=device).view(1, 3, 1, 1) * 255
         self.scale = 1 / (255 * torch.tensor(config.std, device=device).view(1, 3, 1, 1))
 
+    def shapes(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+        """A batch's spatial_shapes (B, 2) on the device, if its images keep their aspect."""
+        return [batch[name].to(self.device, non_blocking=True) for name in ("spatial_shapes",) if name in batch]
+
     def __call__(self, pixels_BSS3: torch.Tensor) -> torch.Tensor:
         """(B, S, S, 3) uint8, wherever it lies -> (B, 3, S, S) float32 on the device."""
         values = pixels_BSS3.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return values.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.shift).mul_(self.scale)
 
 
+def native_size(width: float, height: float, patch: int, patches: int) -> tuple[int, int]:
+    """Width and height in pixels, multiples of ``patch``, of an image in at most ``patches`` patches.
+
+    Both sides are rounded up, at the largest scale that fits: transformers' search for it, step by step.
+    """
+
+    def scaled(scale: float) -> tuple[int, int]:
+        across, down = (max(1, math.ceil(side * scale / patch)) for side in (width, height))
+        return across * patch, down * patch
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.prod(scaled(middle)) <= patches * patch**2 else (low, middle)
+    return scaled(low)
+
+
+def as_square(pixels_HW3: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """(S, S, 3) with the patches of a native image row by row, then zeros; the image's rows and columns of patches.
+    Other images as they are, and None."""
+    if config.fit != "native":
+        return pixels_HW3, None
+    side, patch = config.size, config.patch
+    grid, rows, columns = side // patch, len(pixels_HW3) // patch, pixels_HW3.shape[1] // patch
+    square = np.zeros((grid * grid, patch, patch, 3), pixels_HW3.dtype)
+    patches = pixels_HW3.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+    square[: rows * columns] = patches.reshape(-1, patch, patch, 3)
+    return square.reshape(grid, grid, patch, patch, 3).swapaxes(1, 2).reshape(side, side, 3), (rows, columns)
+
+
 def evaluation_pixels(data: bytes, config: ImageConfig) -> np.ndarray:
-    """(S, S, 3) uint8: resized and cropped as by the tower's Hugging Face processor. Raises BrokenImage."""
+    """(S, S, 3) uint8, (H, W, 3) if native: resized and cropped as by the tower's Hugging Face processor. Raises
+    BrokenImage."""
     image = load(open_header(data))  # EXIF orientation is ignored, as in the towers' own preprocessors
     side, resample = config.size, RESAMPLE[config.resample]
+    if config.fit == "native":
+        return np.array(image.resize(native_size(*image.size, config.patch, config.patches), resample))
     if config.fit == "squash":
         return np.array(image.resize((side, side), resample))
     edge, short, long = config.shortest_edge, min(image.size), max(image.size)
@@ -132,44 +183,49 @@ def evaluation_pixels(data: bytes, config: ImageConfig) -> np.ndarray:
 def training_pixels(data: bytes, config: ImageConfig, augment: AugmentConfig, rng: random.Random) -> np.ndarray:
     """(S, S, 3) uint8: a random crop, resized, mirrored and rotated as configured. Equal rngs give equal pixels.
 
-    Raises BrokenImage.
+    If native, (H, W, 3), and the crop's ratio is relative to the image's. Raises BrokenImage.
     """
-    side = config.size
+    side, native = config.size, config.fit == "native"
     image = open_header(data)
     full = image.size
-    left, top, width, height = random_crop(full, augment, rng)
+    left, top, width, height = random_crop((1, 1) if native else full, augment, rng)
+    if native:
+        left, top, width, height = left * full[0], top * full[1], width * full[0], height * full[1]
+    size = native_size(width, height, config.patch, config.patches) if native else (side, side)
     mirrored = augment.flip and rng.random() < 0.5
     angle = rng.uniform(-augment.rotate, augment.rotate) if augment.rotate else 0.0
-    needed = side * augment.decode_margin
+    needed = min(size) * augment.decode_margin
     factor = next((factor for factor in (8, 4, 2) if min(width, height) >= factor * needed), 1)
     image = load(image, factor)
     if image.size == full:
         factor = 1  # not a JPEG
     box = (left / factor, top / factor, (left + width) / factor, (top + height) / factor)
     box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-    pixels_SS3 = resize_box(image, box, side, config.resample)
+    pixels_HW3 = resize_box(image, box, size, config.resample)
     if mirrored:
-        pixels_SS3 = np.ascontiguousarray(pixels_SS3[:, ::-1])
+        pixels_HW3 = np.ascontiguousarray(pixels_HW3[:, ::-1])
     if angle:
         # what a rotated image leaves empty is filled with the mean of the four corners
-        corners = pixels_SS3[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0).round()
+        corners = pixels_HW3[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0).round()
         color = tuple(int(value) for value in corners)
-        pixels_SS3 = np.array(Image.fromarray(pixels_SS3).rotate(angle, Image.Resampling.BILINEAR, fillcolor=color))
-    return pixels_SS3
+        pixels_HW3 = np.array(Image.fromarray(pixels_HW3).rotate(angle, Image.Resampling.BILINEAR, fillcolor=color))
+    return pixels_HW3
 
 
-def resize_box(image: Image.Image, box: tuple[float, float, float, float], side: int, resample: str) -> np.ndarray:
-    """(S, S, 3) uint8: the part of an RGB image within ``box`` (left, top, right, bottom), resized.
+def resize_box(
+    image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], resample: str
+) -> np.ndarray:
+    """(H, W, 3) uint8: the part of an RGB image within ``box`` (left, top, right, bottom), resized to ``size`` (W, H).
 
     A large box is rounded to whole pixels and resized by torch, which is more than twice as fast as PIL and differs
     from it by at most 2 of 255 levels.
     """
     if resample not in ("bilinear", "bicubic") or (box[2] - box[0]) * (box[3] - box[1]) < LARGE or not _fast_resize():
-        return np.array(image.resize((side, side), RESAMPLE[resample], box=box, reducing_gap=3.0))
+        return np.array(image.resize(size, RESAMPLE[resample], box=box, reducing_gap=3.0))
     left, top, right, bottom = map(round, box)
     crop_13hw = torch.from_numpy(np.array(image))[top:bottom, left:right].permute(2, 0, 1)[None]
-    out_13SS = F.interpolate(crop_13hw, (side, side), mode=resample, antialias=True)
-    return np.ascontiguousarray(out_13SS[0].permute(1, 2, 0).numpy())
+    out_13HW = F.interpolate(crop_13hw, size[::-1], mode=resample, antialias=True)
+    return np.ascontiguousarray(out_13HW[0].permute(1, 2, 0).numpy())
 
 
 @lru_cache

@@ -49,11 +49,11 @@ _too_large: set[str] = set()  # sources whose windows don't fit into their ``cac
 class PairLoader:
     """Endless batches of one rank from ``position`` on. Counts broken samples.
 
-    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; embeddings (b, W) float32 (absent without caches),
-    caption_hashes and image_ids (b,) int64, captions and keys lists of b texts (with k captions an image,
-    embeddings (b, k, W), caption_hashes (b, k), captions the first), position: pairs consumed after this
-    batch, retries: reads that this rank has repeated so far, images_per_second: that one process reads. With
-    ``workers`` the next batch is put together in a thread while the caller uses this one.
+    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; spatial_shapes (b, 2) int64 if native (images.as_square);
+    embeddings (b, W) float32 (absent without caches), caption_hashes and image_ids (b,) int64, captions and keys lists
+    of b texts (with k captions an image, embeddings (b, k, W), caption_hashes (b, k), captions the first), position:
+    pairs consumed after this batch, retries: reads that this rank has repeated so far, images_per_second: that one
+    process reads. With ``workers`` the next batch is put together in a thread while the caller uses this one.
     Iterating raises ValueError when more than ``max_broken`` of this rank's samples are broken.
     """
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data import EVALUATION_MB, SMALL_PART, plan_loading, row_bytes
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import ImageConfig, evaluation_pixels, training_pixels
+from llm2clip_plugin.data.images import ImageConfig, as_square, evaluation_pixels, training_pixels
 from llm2clip_plugin.data.remote import shuffle_window, take_retries
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, sample_rng
 from llm2clip_plugin.data.samples import (
@@ -51,6 +51,7 @@ class Row:
     key: str
     broken: tuple[BrokenSample, ...]  # the samples that this row replaces
     meta: Mapping[str, Any] = field(default_factory=dict)  # of an evaluated sample
+    shape: tuple[int, int] | None = None  # of an image that keeps its aspect: rows and columns of patches
 
 
 @dataclass(eq=False)
@@ -117,10 +118,11 @@ class PairDataset(Dataset):
             raise BrokenSample(shard, key, f"no caption of {wanted}; available: {known}")
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
         chosen = choose_captions(captions, self.caption_weights, self.captions_per_image, rng)
-        pixels = None
+        pixels = shape = None
         if sample is not None and self.images is not None:
             try:
                 pixels = training_pixels(sample.read_image(), self.images, self.augment, rng)
+                pixels, shape = as_square(pixels, self.images)
             except BrokenImage as error:
                 raise BrokenSample(shard, key, str(error)) from error
         embeddings, targets = (
@@ -128,7 +130,7 @@ class PairDataset(Dataset):
             for rows in (cache, self.targets[draw.source] if self.targets else None)
         )
         image_id = (draw.source << SOURCE_BITS) + draw.index
-        return Row(pixels, chosen, embeddings, targets, image_id, key, broken)
+        return Row(pixels, chosen, embeddings, targets, image_id, key, broken, shape=shape)
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:
@@ -145,11 +147,18 @@ def collate(rows: list[Row]) -> dict[str, Any]:
     }
     if rows[0].pixels is not None:
         batch["pixels"] = torch.from_numpy(np.stack([row.pixels for row in rows if row.pixels is not None]))
+        batch |= shapes_of(rows)
     for name in ("embeddings", "targets"):
         values = [value for row in rows if (value := getattr(row, name)) is not None]
         if values:
             batch[name] = torch.stack(values)[:, 0] if one else torch.stack(values)
     return batch
+
+
+def shapes_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """spatial_shapes (b, 2) int64 of images that keep their aspect; nothing of others."""
+    shapes = [row.shape for row in rows if row.shape is not None]
+    return {"spatial_shapes": torch.tensor(shapes)} if shapes else {}
 
 
 # Errors of loader processes as they were raised: torch would put the process's traceback in front of the message.
@@ -202,10 +211,10 @@ def leave_signals_to_the_run(worker: int) -> None:
 class EvalPairs:
     """Batches of a source's images, each once, in order, prepared as by the tower's own preprocessor.
 
-    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; image_ids (b,) int64 (number in the source), embeddings
-    (m, W) float32 (absent without a cache), owners (m,) int64: the image_ids of the captions' images, captions (m
-    Caption), keys and meta (b). A sample that is broken or has no selected caption is left out and listed in
-    ``broken``.
+    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; spatial_shapes (b, 2) int64 if native (images.as_square);
+    image_ids (b,) int64 (number in the source), embeddings (m, W) float32 (absent without a cache), owners (m,) int64:
+    the image_ids of the captions' images, captions (m Caption), keys and meta (b). A sample that is broken or has no
+    selected caption is left out and listed in ``broken``.
     """
 
     source: Source
@@ -266,13 +275,13 @@ class EvalPairs:
             if not captions and self.kinds is not None:
                 selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
                 return BrokenSample(shard, sample.key, f"no caption{selected}")
-            pixels = evaluation_pixels(sample.read_image(), self.images)
+            pixels, shape = as_square(evaluation_pixels(sample.read_image(), self.images), self.images)
         except BrokenSample as error:
             return error
         except BrokenImage as error:
             return BrokenSample(shard, sample.key, str(error))
         embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=sample.key)
-        return Row(pixels, captions, embeddings, None, index, sample.key, (), sample.meta)
+        return Row(pixels, captions, embeddings, None, index, sample.key, (), sample.meta, shape)
 
     def _collate(self, items: list[Row | BrokenSample]) -> dict[str, Any]:
         good = [item for item in items if isinstance(item, Row)]
@@ -280,6 +289,7 @@ class EvalPairs:
         pixels = np.stack(all_pixels) if all_pixels else np.zeros((0, side, side, 3), np.uint8)
         batch: dict[str, Any] = {
             "pixels": torch.from_numpy(pixels),
+            **shapes_of(good),
             "image_ids": torch.tensor([item.image_id for item in good], dtype=torch.int64),
             "owners": torch.tensor([item.image_id for item in good for _ in item.captions], dtype=torch.int64),
             "captions": [caption for item in good for caption in item.captions],

@@ -211,7 +211,7 @@ class AugmentConfig:
     """Augmentation of training images."""
 
     scale: tuple[float, float] = (0.9, 1.0)  # smallest and largest area of the crop, a fraction of the image's
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest width / height of the crop
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest width / height of the crop; NaFlex: x its own
     flip: bool = False  # mirror half of the images; text in them is mirrored too
     rotate: float = 0.0  # degrees; the angle is uniform in -rotate .. rotate
     decode_margin: float = 1.0  # a JPEG is decoded to at least this many times the pixels a side that the crop needs

@@ -137,7 +137,7 @@ class ImageFeatures:
 
 
 def image_features(
-    encode: Callable[[Tensor], Tensor], images: LabeledImages, config: ImageConfig, device: torch.device, **options: Any
+    encode: Callable[..., Tensor], images: LabeledImages, config: ImageConfig, device: torch.device, **options: Any
 ) -> ImageFeatures:
     """Labeled images through ``encode``, with ``options`` of `encode_images`. ValueError if no image is readable."""
     found = opening.encode_images(encode, images.source, config, device, **options)

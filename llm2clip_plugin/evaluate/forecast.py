@@ -96,7 +96,7 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captions: Capti
     states = model.config.num_hidden_layers + 1
     if not -states <= layer < states:
         raise ValueError(f"--select-layer {layer}: {tower} has hidden states {-states} to {states - 1}")
-    images = ImageConfig.from_preprocessor(preprocessor_config(directory))
+    images = ImageConfig.from_preprocessor(preprocessor_config(directory, square=True))
     first = int(family_of(model).has_cls)
 
     def encode(pixels: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class EncodedImages(NamedTuple):
 
 @torch.no_grad()
 def encode_images(
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[..., Tensor],
     source: Source,
     images: ImageConfig,
     device: torch.device,
@@ -111,7 +111,8 @@ def encode_images(
     label: str = "images",
     **options: Any,
 ) -> EncodedImages:
-    """A source's images, also those without captions, through ``encode``, (B, 3, S, S) on ``device`` -> (B, D) or more.
+    """A source's images, also those without captions, through ``encode``, (B, 3, S, S) on ``device`` -> (B, D) or more;
+    of images that keep their aspect it gets the spatial_shapes (B, 2), too.
 
     ``options``: batch, workers, and which samples: see `EvalPairs`. ``all_ranks``: every rank of the default process
     group calls this, encodes a part, and gets all.
@@ -127,7 +128,7 @@ def encode_images(
         if loaded is None:
             encode(normalize(torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)))
             continue
-        own.vectors.append(encode(normalize(loaded["pixels"])).float().cpu())
+        own.vectors.append(encode(normalize(loaded["pixels"]), *normalize.shapes(loaded)).float().cpu())
         own.numbers.extend(loaded["image_ids"].tolist())
         own.keys.extend(loaded["keys"])
         own.meta.extend(loaded["meta"])

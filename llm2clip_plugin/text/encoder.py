@@ -33,7 +33,7 @@ from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision.directory import fetch_directory
 
 # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
-CPU_TOKENS = 1024
+CPU_TOKENS = 512
 GPU_TOKENS = 65536
 
 

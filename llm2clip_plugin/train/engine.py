@@ -477,12 +477,12 @@ class Reference:
             return self.engine.read_trained(copy, self.names)
 
     @torch.no_grad()
-    def encode(self, pixel_values: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def encode(self, pixel_values: Tensor, layer: int | None = None, **shapes: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, 3, S, S) preprocessed pixels -> the module's features (B, D), L2-normalized, and the patches (B, T, H) of
-        its hidden state ``layer``, None without one; float32, without gradient."""
+        its hidden state ``layer``, None without one; float32, without gradient. ``shapes``: spatial_shapes."""
         if layer is None:
-            return self.module.encode_image(pixel_values), None
-        return self.module.encode_with_patches(pixel_values, patches=layer)[:2]
+            return self.module.encode_image(pixel_values, **shapes), None
+        return self.module.encode_with_patches(pixel_values, patches=layer, **shapes)[:2]
 
     @torch.no_grad()
     def _show(self) -> None:

@@ -204,7 +204,7 @@ def _encode(
     model: DualEncoder, batch: dict, normalize: Normalize, caption_weights: Mapping[str, float]
 ) -> tuple[Tensor, ...]:
     """Pooled features, embeddings, caption hashes, the number of captions of each image, and their probabilities."""
-    pooled = model.pool(normalize(batch["pixels"])).float().cpu()
+    pooled = model.pool(normalize(batch["pixels"]), *normalize.shapes(batch)).float().cpu()
     ids = torch.tensor([caption_hash(caption.text) for caption in batch["captions"]])
     counts = torch.tensor([int((batch["owners"] == image).sum()) for image in batch["image_ids"]])
     captions = iter(batch["captions"])

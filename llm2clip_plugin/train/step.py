@@ -161,6 +161,7 @@ class ContrastiveStep(ABC):
             patches_bTH=encoded.patches_mTH,
             reference_patches_bTH=reference_patches_bTH,
             patch_features_bTD=encoded.patch_features_mTD,
+            spatial_shapes=batch.get("spatial_shapes"),
             progress=before / self.total_samples if self.total_samples else 1.0,
         )
         losses = {name: term(features) for name, term in self.terms.items()}
@@ -242,19 +243,20 @@ class TowerStep(ContrastiveStep):
         return moved
 
     def _rows(self, batch: Batch, rows: slice) -> Batch:
-        return {"pixels": batch["pixels"][rows], "embeddings": batch["embeddings"][rows]}
+        shapes = {"shapes": {n: batch[n][rows] for n in ("spatial_shapes",) if n in batch}}
+        return {"pixels": batch["pixels"][rows], "embeddings": batch["embeddings"][rows], **shapes}
 
     def _forward(self, micro: Batch) -> Encoded:
-        noise_mW = self._noise(micro) if self.text_noise else None
+        noise_mW, options = self._noise(micro) if self.text_noise else None, {**micro["shapes"], **self.patch_layers}
         pixel_values = self.normalize(micro["pixels"]).to(self.dtype)
-        image_mD, text_mD, *others = self.engine(pixel_values, micro["embeddings"], noise_mW, **self.patch_layers)
+        image_mD, text_mD, *others = self.engine(pixel_values, micro["embeddings"], noise_mW, **options)
         return Encoded(image_mD, text_mD if text_mD.dim() > 2 else text_mD[:, None], *others)
 
     def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
         if self.reference is None:
             return None, None
         pixel_values = self.normalize(micro["pixels"]).to(self.dtype)
-        return self.reference.encode(pixel_values, self.patch_layers.get("patches"))
+        return self.reference.encode(pixel_values, self.patch_layers.get("patches"), **micro["shapes"])
 
     def _noise(self, micro: Batch) -> Tensor:
         """Standard normal values like the embeddings; each row is a function of the seed and its sample's position."""

@@ -73,7 +73,7 @@ def section(config: dict[str, Any], name: str, *, where: str = "config.json") ->
     return value or {}
 
 
-INHERITED = ("image_mean", "image_std", "resample")  # from the source's own preprocessor_config.json
+INHERITED = ("image_mean", "image_std", "resample", "max_num_patches")  # from the source's own preprocessor_config.json
 
 
 def own_preprocessor(directory: Path) -> dict[str, Any]:

@@ -99,6 +99,11 @@ class DualFeatures(NamedTuple):
     patch_features_BTD: Tensor | None = None  # of the hidden state ``patch_features``, L2-normalized
 
 
+def patch_mask(spatial_shapes: Tensor, patches: int) -> Tensor:
+    """(B, 2) rows and columns -> (B, T) bool: the patches, of ``patches`` T, that an image has."""
+    return torch.arange(patches, device=spatial_shapes.device) < spatial_shapes.prod(1, keepdim=True)
+
+
 class DualEncoder(nn.Module):
     """Tower and text adapter; both encoders return L2-normalized float32 features. Parameters that this pooling gives
     no gradient are frozen. ``logit_scale``, the log of ``scale``, is of shape (1,): DeepSpeed rejects 0-dim ones."""
@@ -145,11 +150,18 @@ class DualEncoder(nn.Module):
         """``exp(logit_scale)``, at most 100, shape (1,)."""
         return self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
 
-    def pool(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) -> the image feature before the projection: (B, H), or (B, 2H) for cls_mean."""
-        return self._pooled(self.tower(pixel_values=pixel_values.to(self.tower.dtype)))
+    def pool(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S) -> the image feature before the projection: (B, H), or (B, 2H) for cls_mean.
 
-    def _pooled(self, output: Any) -> Tensor:
+        ``spatial_shapes`` (B, 2): of images that keep their aspect (data.images.as_square), for towers that take them.
+        """
+        return self._pooled(self._outputs(pixel_values, spatial_shapes), spatial_shapes)
+
+    def _outputs(self, pixel_values: Tensor, spatial_shapes: Tensor | None, **options: Any) -> Any:
+        shapes = {} if spatial_shapes is None else {"spatial_shapes": spatial_shapes}
+        return self.tower(pixel_values=pixel_values.to(self.tower.dtype), **shapes, **options)
+
+    def _pooled(self, output: Any, spatial_shapes: Tensor | None) -> Tensor:
         """The tower's output -> what ``pool`` returns."""
         if self.config.pool == "pooled":
             return output.pooler_output
@@ -157,17 +169,25 @@ class DualEncoder(nn.Module):
         if not self.family.last_state_is_normed:
             tokens_BTH = final_norm(self.tower)(tokens_BTH)
         patches_BTH = tokens_BTH[:, 1:] if self.family.has_cls else tokens_BTH
+        if self.config.pool == "mean" and spatial_shapes is not None:
+            weight_BT1 = patch_mask(spatial_shapes, patches_BTH.shape[1]).unsqueeze(-1).to(patches_BTH)
+            return (patches_BTH * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
         if self.config.pool == "mean":
             return patches_BTH.mean(dim=1)
         cls_BH = tokens_BTH[:, 0]
         return cls_BH if self.config.pool == "cls" else torch.cat((cls_BH, patches_BTH.mean(dim=1)), dim=-1)
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32."""
-        return self.project(self.pool(pixel_values))
+    def encode_image(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32; ``spatial_shapes``: see ``pool``."""
+        return self.project(self.pool(pixel_values, spatial_shapes))
 
     def encode_with_patches(
-        self, pixel_values: Tensor, *, patches: int | None = None, patch_features: int | None = None
+        self,
+        pixel_values: Tensor,
+        spatial_shapes: Tensor | None = None,
+        *,
+        patches: int | None = None,
+        patch_features: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``encode_image``; patches (B, T, H) of hidden state number ``patches``; features (B, T, D) of the patches of
         number ``patch_features``. All float32; None for a number that is None.
@@ -176,8 +196,8 @@ class DualEncoder(nn.Module):
         this patch, without the family's pooling head.
         """
         if patches is None and patch_features is None:
-            return self.encode_image(pixel_values), None, None
-        output = self.tower(pixel_values=pixel_values.to(self.tower.dtype), output_hidden_states=True)
+            return self.encode_image(pixel_values, spatial_shapes), None, None
+        output = self._outputs(pixel_values, spatial_shapes, output_hidden_states=True)
         first = int(self.family.has_cls)
         raw_BTH = None if patches is None else output.hidden_states[patches][:, first:].float()
         feature_BTD = None
@@ -185,7 +205,7 @@ class DualEncoder(nn.Module):
             normed_BTH = final_norm(self.tower)(output.hidden_states[patch_features][:, first:])
             copies = 2 if self.config.pool == "cls_mean" else 1
             feature_BTD = self.project(torch.cat([normed_BTH] * copies, dim=-1))
-        return self.project(self._pooled(output)), raw_BTH, feature_BTD
+        return self.project(self._pooled(output, spatial_shapes)), raw_BTH, feature_BTD
 
     def project(self, feature_BH: Tensor) -> Tensor:
         """What `pool` returns -> (B, D), L2-normalized, float32; any number of leading dimensions."""
@@ -198,10 +218,15 @@ class DualEncoder(nn.Module):
         return F.normalize(self.text_adapter(llm_embeddings, noise).float(), dim=-1)
 
     def forward(
-        self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None, **patch_layers: int
+        self,
+        pixel_values: Tensor,
+        embeddings: Tensor,
+        noise: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        **patch_layers: int,
     ) -> DualFeatures:
         """Pixels (B, 3, S, S), LLM embeddings (N, W) -> what a loss needs; further arguments as of the two encoders."""
-        image_BD, *patches = self.encode_with_patches(pixel_values, **patch_layers)
+        image_BD, *patches = self.encode_with_patches(pixel_values, spatial_shapes, **patch_layers)
         text_ND = self.encode_text(embeddings, noise)
         bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
         # products, not the parameters themselves: ZeRO-3 frees those when this call ends
@@ -222,8 +247,8 @@ class LoadedDualEncoder(nn.Module):
         """The factor of the logits, not its logarithm; shape (1,)."""
         return self.dual.scale.detach()
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        return self.dual.encode_image(pixel_values)
+    def encode_image(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
+        return self.dual.encode_image(pixel_values, spatial_shapes)
 
     def encode_text(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """N texts (one string is one text), or (N, W) embeddings of them by the teacher -> (N, D).

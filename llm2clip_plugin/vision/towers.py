@@ -154,7 +154,9 @@ def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid:
 
 def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """DINOv2 would interpolate its positions silently, and differently in each version of transformers."""
-    check_pixels(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0], tower.config.image_size)
+    pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+    if pixels.dim() != 3 or not family_of(tower).native:  # else patches
+        check_pixels(pixels, tower.config.image_size)
 
 
 def check_size(config: Any, image_size: int) -> None:
@@ -169,11 +171,12 @@ def resized_from(tower: Tower) -> int:
     return tower.config.to_dict().get("resized_from", 0)
 
 
-def preprocessor_config(source: Tower | str | os.PathLike[str]) -> dict[str, Any]:
+def preprocessor_config(source: Tower | str | os.PathLike[str], *, square: bool = False) -> dict[str, Any]:
     """preprocessor_config.json for a tower or a tower directory.
 
     Mean, standard deviation and resampling are those of the source's own file or configuration, else the family's; the
     crop is the tower's image size, because SigLIP's and DINOv2's own files have no ``crop_size`` or another size.
+    ``square``: images are cropped whatever the family, as LLaVA needs them.
     """
     if isinstance(source, nn.Module):
         tower: Tower = source
@@ -183,15 +186,18 @@ def preprocessor_config(source: Tower | str | os.PathLike[str]) -> dict[str, Any
         (family, config), own = read_config(directory), own_preprocessor(directory)
     own = {name: value for name, value in config.to_dict().items() if name in INHERITED and value} | own
     size = config.image_size
+    patches = {"patch_size": config.patch_size, "max_num_patches": (size // config.patch_size) ** 2}
+    of_patches = {"image_processor_type": "Siglip2ImageProcessor", **patches}  # which ignores the square
     return {
         **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
         "crop_size": {"height": size, "width": size},
         "image_mean": list(own.get("image_mean", family.mean)),
         "image_processor_type": "CLIPImageProcessor",
         "image_std": list(own.get("image_std", family.std)),
-        "resample": own.get("resample", 3),  # PIL's bicubic
+        "resample": own.get("resample", family.resample),
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
+        **(of_patches if family.native and not square else {}),
     }
 
 

@@ -6,9 +6,12 @@ This file stands alone, as it is saved with a LLaVA that is exported to Hugging 
 bases. Shapes: B images, T tokens, N patches, H width, S image size in pixels.
 """
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, PretrainedConfig, PreTrainedModel
@@ -108,6 +111,120 @@ if hasattr(transformers, "Aimv2VisionModel"):
             if output.pooler_output is None:
                 output.pooler_output = output.last_hidden_state.mean(dim=1)
             return output
+
+
+def naflex_positions(resize: Any, table: Tensor, spatial_shapes: Tensor | None, max_length: int) -> Tensor:
+    """(g, g, H) positions -> (B, max_length, H) of images, by transformers' ``resize``; without shapes (1, max_length,
+    H) of a square."""
+    if spatial_shapes is not None:
+        return resize(table, spatial_shapes, max_length)
+    side, grid = math.isqrt(max_length), table.permute(2, 0, 1)[None]
+    if side != len(table):
+        grid = nn.functional.interpolate(grid.float(), (side, side), mode="bilinear", antialias=True).to(table.dtype)
+    return grid.flatten(2).mT
+
+
+def siglip_tensor(name: str, weight: Tensor, patch: int, grid: int) -> Tensor:
+    """A tensor of NaFlex as that of the SigLIP that computes the same of squares of ``grid`` x ``grid`` patches: the
+    linear layer over a patch (rows, columns, channels) is a convolution, the positions are the square's."""
+    if name.endswith("patch_embedding.weight") and weight.dim() == 2:
+        return weight.unflatten(1, (patch, patch, -1)).permute(0, 3, 1, 2)
+    if name.endswith("position_embedding.weight"):
+        return naflex_positions(None, weight.unflatten(0, (math.isqrt(len(weight)), -1)), None, grid**2)[0]
+    return weight
+
+
+if int(transformers.__version__.split(".")[0]) < 5:
+
+    class SquareNaflexConfig(transformers.SiglipVisionConfig):
+        """The vision configuration of NaFlex, or of an image-text model, as SigLIP's for a square; see below."""
+
+        model_type = "siglip2_vision_model"
+
+        def __init__(self, num_patches: int = 256, patch_size: int = 16, image_size: int = 0, **kwargs: Any) -> None:
+            side = image_size or math.isqrt(num_patches) * patch_size
+            super().__init__(patch_size=patch_size, image_size=side, **kwargs)
+            self.num_patches = num_patches
+
+        @classmethod
+        def from_pretrained(cls, directory: Any, **kwargs: Any) -> Any:
+            fields, rest = cls.get_config_dict(directory, **kwargs)
+            return cls.from_dict(fields.get("vision_config", fields), **rest)
+
+    class SquareNaflexTower(transformers.SiglipVisionModel):
+        """SigLIP 2 NaFlex of squares alone, in versions of transformers without it, such as LLaVA's."""
+
+        config_class = SquareNaflexConfig
+
+        @classmethod
+        def from_pretrained(cls, directory: Any, *, torch_dtype: Any = None, **kwargs: Any) -> Any:
+            """See PreTrainedModel; ``directory``: with model.safetensors."""
+            from safetensors.torch import load_file
+
+            config, state = SquareNaflexConfig.from_pretrained(directory), load_file(f"{directory}/model.safetensors")
+            sizes = config.patch_size, config.image_size // config.patch_size
+            state = {name: siglip_tensor(name, weight, *sizes).contiguous() for name, weight in state.items()}
+            return super().from_pretrained(None, config=config, state_dict=state, torch_dtype=torch_dtype, **kwargs)
+
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+            """Raises ValueError: its tensors are SigLIP's."""
+            raise ValueError(f"SigLIP 2 NaFlex is not written by transformers {transformers.__version__}; upgrade to 5")
+
+        def forward(self, pixel_values: Any, *args: Any, spatial_shapes: Any = None, **kwargs: Any) -> Any:
+            """See SiglipVisionModel. Raises ValueError for images that keep their aspect."""
+            if spatial_shapes is not None:
+                raise ValueError(f"NaFlex takes squares alone in transformers {transformers.__version__}; upgrade to 5")
+            return super().forward(pixel_values, *args, **kwargs)
+
+else:
+
+    class NaflexTowerConfig(transformers.Siglip2VisionConfig):
+        """``image_size``: side in pixels of the square of as many patches as an image may have; by default its
+        position table's, ``num_patches``."""
+
+        def __post_init__(self, **kwargs: Any) -> None:
+            super().__post_init__(**kwargs)
+            self.image_size = getattr(self, "image_size", 0) or math.isqrt(self.num_patches) * self.patch_size
+
+        def to_diff_dict(self) -> dict[str, Any]:
+            """See PretrainedConfig; the two sizes are always in it."""
+            return super().to_diff_dict() | {"image_size": self.image_size, "num_patches": self.num_patches}
+
+    class NaflexTower(transformers.Siglip2VisionModel):
+        """SigLIP 2 NaFlex that also takes squares of pixels, as other towers do."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            embeddings: Any = self.embeddings
+            own = embeddings.resize_positional_embeddings  # a function, not a method
+            embeddings.resize_positional_embeddings = partial(naflex_positions, own)
+
+        def forward(
+            self,
+            pixel_values: Any,
+            pixel_attention_mask: Any = None,
+            spatial_shapes: Any = None,
+            output_hidden_states: bool | None = None,
+            return_dict: bool | None = None,
+            **_: Any,
+        ) -> Any:
+            """Patches (B, N, 3 P P) with their mask and shapes, as of Siglip2ImageProcessor, or pixels (B, 3, S, S):
+            with ``spatial_shapes`` (B, 2) an image's rows x columns patches, row by row, without it a square image.
+            """
+            if pixel_values.dim() == 4:
+                side = self.config.patch_size
+                patches = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, 3, g, P, g, P)
+                pixel_values = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+            elif spatial_shapes is None:
+                raise ValueError(
+                    f"patches {tuple(pixel_values.shape)} require spatial_shapes, as of the same processor"
+                )
+            if spatial_shapes is not None and pixel_attention_mask is None:
+                positions = torch.arange(pixel_values.shape[1], device=pixel_values.device)
+                pixel_attention_mask = (positions < spatial_shapes.prod(1, keepdim=True)).int()
+            inputs: Any = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+            output: Any = super().forward(pixel_values, **inputs, output_hidden_states=output_hidden_states)
+            return output if return_dict is not False else output.to_tuple()
 
 
 if hasattr(transformers, "DINOv3ViTModel"):

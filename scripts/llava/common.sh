@@ -1,31 +1,8 @@
 # Sourced by pretrain.sh, finetune.sh and finetune_lora.sh: options, LLaVA's own, launcher.
 # Every option is also an environment variable of its name in capitals: --tower = TOWER, --global-batch = GLOBAL_BATCH ...
-
-fail() { echo "error: $*" >&2; exit 2; }
-
-# read_options [DATA] OPTIONS...: sets the variables; EXTRA gets LLaVA's own options, after --.
-read_options() {
-    EXTRA=()
-    while [ $# -gt 0 ]; do
-        case "$1" in
-            --) shift; EXTRA=("$@"); break ;;
-            -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-            --dry-run) DRY_RUN=1 ;;
-            --model | --data | --image-folder | --tower | --projector | --output | --hostfile | --gpus | --port | --deepspeed | --global-batch | --micro-batch | --python)
-                [ $# -gt 1 ] || fail "$1 needs a value"
-                local name=${1#--}
-                name=${name//-/_}
-                printf -v "${name^^}" '%s' "$2"
-                shift ;;
-            [!-]*) [ -z "${GIVEN:-}" ] || fail "unexpected argument $1"; GIVEN=$1 ;;
-            *) fail "unknown option $1; put LLaVA's own options after --" ;;
-        esac
-        shift
-    done
-    DATA=${GIVEN:-${DATA:-}}
-    TOWER=${TOWER:-llm2clip}
-    choose_python
-}
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$HERE/../options.sh"
+INSTALL='pip install "llm2clip-plugin[train]" && pip install --no-deps llava-torch==1.2.2.post1'
 
 has_llava() { "$1" -c 'from importlib.util import find_spec as f; exit(not all(map(f, ("torch", "llava", "llava_integration"))))' 2>/dev/null; }
 
@@ -36,25 +13,29 @@ choose_python() {
     for PYTHON in python "$HERE/../../.venv/bin/python" "$HERE/../../.venv-llava/bin/python"; do
         if command -v "$PYTHON" >/dev/null && has_llava "$PYTHON"; then return 0; fi
     done
-    fail "no Python with LLaVA found; activate an environment that has it, or set PYTHON; to install it: pip install \"llm2clip-plugin[train]\" && pip install --no-deps llava-torch==1.2.2.post1"
+    fail "no Python with LLaVA found; activate an environment that has it, or set PYTHON; to install it: $INSTALL"
 }
 
-need() { # need NAME...: fails unless these variables are set
-    local name
-    for name in "$@"; do
+# stage NEEDED ZERO BATCH MICRO [DATA] OPTION...: reads the options, whose defaults are a ZeRO stage and samples in all and a GPU, and
+# refuses those that would stop the stage. Sets what they are called, LLAVA (its package), SCRIPT (training program), GPUS (per
+# node), ACCUMULATION (of gradients, so that the global batch does not depend on the number of GPUs), CUDA (0 or 1), REPORT_TO,
+# QUIET (options of DeepSpeed's launcher); EXTRA gets LLaVA's own options, after --.
+stage() {
+    local needed=$1 name
+    DEEPSPEED=${DEEPSPEED:-$HERE/$2.json} GLOBAL_BATCH=${GLOBAL_BATCH:-$3} MICRO_BATCH=${MICRO_BATCH:-$4} TOWER=${TOWER:-llm2clip}
+    read_options "model data image-folder tower projector output hostfile gpus port deepspeed global-batch micro-batch python dry-run=0" \
+        "${@:5}"
+    [ ${#ARGUMENTS[@]} -lt 2 ] || fail "unexpected argument ${ARGUMENTS[1]}"
+    DATA=${ARGUMENTS[0]:-${DATA:-}}
+    choose_python
+    for name in $needed; do
         [ -n "${!name:-}" ] || fail "--$(echo "${name,,}" | tr _ -) (or $name=...) is required; see $0 --help"
     done
-}
-
-# inspect: refuses options that would stop the stage; sets LLAVA (its package), SCRIPT (training program), GPUS (per node),
-# ACCUMULATION (of gradients, so that the global batch does not depend on the number of GPUs), CUDA (0 or 1), REPORT_TO,
-# QUIET (options of DeepSpeed's launcher).
-inspect() {
     local inspected world words=("$(basename "$0" .sh)" --model "$MODEL" --data "$DATA" --image-folder "$IMAGE_FOLDER" --tower "$TOWER" --output "$OUTPUT")
     [ -z "${PROJECTOR:-}" ] || words+=(--projector "$PROJECTOR")
     [ -z "$DEEPSPEED" ] || [ -e "$DEEPSPEED" ] || fail "$DEEPSPEED does not exist"
     has_llava "$PYTHON" ||
-        fail "$PYTHON has no torch, LLaVA or llm2clip-plugin; choose another with PYTHON; to install them: pip install \"llm2clip-plugin[train]\" && pip install --no-deps llava-torch==1.2.2.post1"
+        fail "$PYTHON has no torch, LLaVA or llm2clip-plugin; choose another with PYTHON; to install them: $INSTALL"
     inspected=$("$PYTHON" -m llava_integration.preflight "${words[@]}" -- "${EXTRA[@]}") || exit 2
     { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
     SCRIPT=$LLAVA/train/$SCRIPT
@@ -65,7 +46,7 @@ inspect() {
     if [ -n "${HOSTFILE:-}" ]; then
         world=$(sed 's/#.*//' "$HOSTFILE" | awk 'match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }')
         [ "$world" -gt 0 ] || fail "$HOSTFILE has no line such as: node-1 slots=8"
-        local name # DeepSpeed passes only some variables to the other nodes, and those in ~/.deepspeed_env
+        # DeepSpeed passes only some variables to the other nodes, and those in ~/.deepspeed_env
         for name in LLM2CLIP_TOWER LLM2CLIP_S2_SCALES LLM2CLIP_UNFREEZE_TOWER; do
             [ -z "${!name:-}" ] || grep -qs "^$name=" ~/.deepspeed_env .deepspeed_env ||
                 fail "$name is not passed to the other nodes; add $name=${!name} to ~/.deepspeed_env"
@@ -115,4 +96,10 @@ launch() {
     [ -z "${DRY_RUN:-}" ] || return 0
     printf '%s\nnext: %s\n' "$result" "$next" >&2
     exec "${words[@]}" # signals reach it
+}
+
+finetune() { # finetune RESULT BENCH LLAVA_OPTIONS...: launch what both ways have alike; BENCH: more of the command that comes next
+    launch "$1" "llm2clip bench-mllm playground/data/eval --model-path $OUTPUT$2 --output runs/$(basename "$OUTPUT")" \
+        --version v1 --pretrain_mm_mlp_adapter "$PROJECTOR" --image_aspect_ratio pad --group_by_modality_length True \
+        --save_steps 50000 "${@:3}"
 }

@@ -12,14 +12,6 @@
 # LLM2CLIP_UNFREEZE_TOWER=1 trains the tower too; LLM2CLIP_S2_SCALES=336,672,1008 encodes several scales.
 # Each option is also an environment variable: MODEL, DATA, TOWER ... Several nodes under Slurm: scripts/slurm/llava.sbatch.
 set -euo pipefail
-HERE=$(cd "$(dirname "$0")" && pwd)
-. "$HERE/common.sh"
-
-read_options "$@"
-need MODEL DATA IMAGE_FOLDER PROJECTOR OUTPUT
-DEEPSPEED=${DEEPSPEED:-$HERE/zero3.json}
-GLOBAL_BATCH=${GLOBAL_BATCH:-128} MICRO_BATCH=${MICRO_BATCH:-16}
-inspect
-launch "checkpoint: $OUTPUT" "llm2clip bench-mllm playground/data/eval --model-path $OUTPUT --output runs/$(basename "$OUTPUT")" \
-    --version v1 --pretrain_mm_mlp_adapter "$PROJECTOR" --image_aspect_ratio pad --group_by_modality_length True \
-    --save_steps 50000 --learning_rate 2e-5
+. "$(dirname "$0")/common.sh"
+stage "MODEL DATA IMAGE_FOLDER PROJECTOR OUTPUT" zero3 128 16 "$@"
+finetune "checkpoint: $OUTPUT" "" --learning_rate 2e-5

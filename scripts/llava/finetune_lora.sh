@@ -6,16 +6,7 @@
 #
 # Options and variables: as in finetune.sh. Keep "lora" and "llava" in the name of --output: LLaVA reads them when it loads.
 set -euo pipefail
-HERE=$(cd "$(dirname "$0")" && pwd)
-. "$HERE/common.sh"
-
-read_options "$@"
-need MODEL DATA IMAGE_FOLDER PROJECTOR OUTPUT
-DEEPSPEED=${DEEPSPEED:-$HERE/zero3.json}
-GLOBAL_BATCH=${GLOBAL_BATCH:-128} MICRO_BATCH=${MICRO_BATCH:-16}
-inspect
-launch "checkpoint (LoRA): $OUTPUT" \
-    "llm2clip bench-mllm playground/data/eval --model-path $OUTPUT --model-base $MODEL --output runs/$(basename "$OUTPUT")" \
-    --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \
-    --version v1 --pretrain_mm_mlp_adapter "$PROJECTOR" --image_aspect_ratio pad --group_by_modality_length True \
-    --save_steps 50000 --learning_rate 2e-4
+. "$(dirname "$0")/common.sh"
+stage "MODEL DATA IMAGE_FOLDER PROJECTOR OUTPUT" zero3 128 16 "$@"
+finetune "checkpoint (LoRA): $OUTPUT" " --model-base $MODEL" \
+    --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --learning_rate 2e-4

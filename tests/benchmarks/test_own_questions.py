@@ -1,7 +1,5 @@
 """Own questions: planned, scored and compared from one JSONL."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

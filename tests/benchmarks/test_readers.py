@@ -46,11 +46,9 @@ def test_lmms_evals_composites():
     assert value(yes, "pope") == pytest.approx(50.0) and value(no, "pope") == 0
 
 
+EXACT = ("gqa", "textvqa_val", "scienceqa_img", "vqav2_val")
 LMMS_EVAL = {  # a golden log's task: (benchmark in a comparison, lmms-eval's metric, its unit in ours)
-    "gqa": ("gqa exact_match", "exact_match", 100),
-    "textvqa_val": ("textvqa_val exact_match", "exact_match", 100),
-    "scienceqa_img": ("scienceqa_img exact_match", "exact_match", 100),
-    "vqav2_val": ("vqav2_val exact_match", "exact_match", 100),
+    **{task: (f"{task} exact_match", "exact_match", 100) for task in EXACT},
     "seedbench": ("seedbench seed_all", "seed_all", 100),
     "pope": ("pope", "pope_f1_score", 100),
     "mme": ("mme", "mme_perception_score", 1),
@@ -97,20 +95,13 @@ def test_bench_mllm_does_not_run_a_task_again(tmp_path):
         read_answers(log)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--tasks mmvp", "lmms-eval's"),
-        ("", "needs DATA"),
-        ("--engine lmms-eval --benchmarks gqa", "--benchmarks"),
-        ("--engine lmms-eval --data nosuch", "no folder nosuch"),
-        ("--engine lmms-eval --model-base org/base", "--model-base"),
-        ("--engine lmms-eval --model-path ./llava-nosuch", "neither a folder nor a Hub id"),
-    ],
-)
-def test_bench_mllms_engines_have_options_of_their_own(tmp_path, options, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
-        bench.main(["--model-path", "org/llava", "--output", str(tmp_path), *options.split()])
+def test_bench_mllms_engines_have_options_of_their_own(tmp_path):
+    refused = {"--tasks mmvp": "lmms-eval's", "": "needs DATA"}
+    for option in ("--benchmarks gqa", "--data nosuch", "--model-base org/base", "--model-path ./llava-nosuch"):
+        refused[f"--engine lmms-eval {option}"] = option.split()[option.endswith("nosuch")]
+    for options, named in refused.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=named):
+            bench.main(["--model-path", "org/llava", "--output", str(tmp_path), *options.split()])
 
 
 @pytest.mark.parametrize(
@@ -291,10 +282,7 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "j.jsonl": ('{"item": 1, "score": 1}\n[1]\n', "line 2"),
     "k.jsonl": ('{"item": 1, "score": [1]}\n', "line 1"),
     "l.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": "x"}\n', "metrics a"),
-    "m.jsonl": (
-        '{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n',
-        "line 2",
-    ),
+    "m.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n', "line 2"),
     "n.jsonl": ('{"doc_id": 0, "doc_hash": "", "acc": 1}\n{"doc_id": 1, "acc": null}\n', "line 2"),
     "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "submission of o"),
     "p.jsonl": ('{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n', "line 1.*category"),

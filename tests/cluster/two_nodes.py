@@ -5,8 +5,6 @@ and takes all others with it: nothing is left, even after a SIGKILL to pytest. T
 a test mounts on one of them alone.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -49,12 +47,8 @@ def why_not() -> str:
         return f"two hosts need {', '.join(missing)} (Debian: apt-get install iproute2 openssh-server pdsh util-linux)"
     if os.geteuid() != 0:
         return "two hosts need root, for network namespaces"
-    tried = subprocess.run(
-        [*_namespaces(), "ip", "link", "add", "one0", "type", "veth", "peer", "name", "two0"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    link = ["ip", "link", "add", "one0", "type", "veth", "peer", "name", "two0"]
+    tried = subprocess.run([*_namespaces(), *link], capture_output=True, text=True, check=False)
     return f"two hosts need network namespaces: {tried.stderr.strip()}" if tried.returncode else ""
 
 
@@ -70,7 +64,7 @@ def _namespaces() -> list[str]:
 class Node:
     """One host. ``start`` boots it, also after ``kill``."""
 
-    def __init__(self, cluster: Cluster, number: int) -> None:
+    def __init__(self, cluster: "Cluster", number: int) -> None:
         self.cluster, self.number = cluster, number
         self.name, self.address = f"node-{number}", f"10.77.0.{number}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -119,7 +113,7 @@ class Cluster:
         self.folder = folder
         self.nodes = [Node(self, number + 1) for number in range(hosts)]
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> "Cluster":
         self.folder.mkdir(parents=True, exist_ok=True)
         make_key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "key")]
         subprocess.run(make_key, check=True)

@@ -61,13 +61,8 @@ def img2dataset_members(first: int, count: int) -> Iterator[tuple[str, bytes]]:
     """Samples as img2dataset writes them: .jpg, .txt and .json, the caption in both."""
     for number in range(first, first + count):
         key, caption = f"{number:09d}", f"picture number {number}"
-        meta = {
-            "caption": caption,
-            "url": f"https://host/{number}.jpg",
-            "key": key,
-            "status": "success",
-            "long_caption": f"a longer text about the picture with number {number}",
-        }
+        meta = {"caption": caption, "url": f"https://host/{number}.jpg", "key": key, "status": "success"}
+        meta["long_caption"] = f"a longer text about the picture with number {number}"
         yield f"{key}.jpg", jpeg(number)
         yield f"{key}.json", json.dumps(meta).encode()
         yield f"{key}.txt", caption.encode()
@@ -136,8 +131,7 @@ def serving(server: DroppingServer) -> Iterator[str]:
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
+    threading.Thread(target=http.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{http.server_address[1]}"
     finally:

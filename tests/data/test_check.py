@@ -13,20 +13,12 @@ def messy(tmp_path: Path) -> Path:
     """Two shards that can be read, with one of each trouble; one truncated."""
     folder = tmp_path / "messy"
     write_tar(folder / "00000.tar", img2dataset_members(0, 20))
-    troubles = [
-        ("000000000.png", encoded(picture(0, (20, 30)), "PNG")),  # a key that shard 00000 has
-        ("000000000.txt", b"picture number 7"),  # a caption that another sample has
-        ("cut.jpg", jpeg(0)[:-300]),
-        ("cut.txt", ("word " * 600).encode()),
-        ("mute.jpg", jpeg(0)),
-        ("mute.txt", b"  "),
-        ("lost.txt", b"caf\xe9"),
-        ("bad.jpg", jpeg(1)),
-        ("bad.json", b"{"),
-        ("de.jpg", jpeg(2)),
-        ("de.json", b'{"captions": [{"text": "ein Bild", "language": "de"}, ""]}'),
-    ]
-    write_tar(folder / "00001.tar", troubles)
+    # a key that shard 00000 has, a caption that another sample has
+    troubles = {"000000000.png": encoded(picture(0, (20, 30)), "PNG"), "000000000.txt": b"picture number 7"}
+    troubles |= {"cut.jpg": jpeg(0)[:-300], "cut.txt": ("word " * 600).encode(), "mute.jpg": jpeg(0), "mute.txt": b"  "}
+    troubles |= {"lost.txt": b"caf\xe9", "bad.jpg": jpeg(1), "bad.json": b"{", "de.jpg": jpeg(2)}
+    troubles["de.json"] = b'{"captions": [{"text": "ein Bild", "language": "de"}, ""]}'
+    write_tar(folder / "00001.tar", troubles.items())
     whole = write_tar(tmp_path / "whole.tar", img2dataset_members(0, 3)).read_bytes()
     (folder / "00002.tar").write_bytes(whole[:3000])
     return folder
@@ -44,11 +36,7 @@ def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], wo
     assert (report["samples"], report["shards"]) == (26, 2)
     assert [one["shard"] for one in report["broken_shards"]] == ["00002"]
     assert "no end-of-archive marker" in report["broken_shards"][0]["reason"]
-    assert [(one["shard"], one["key"]) for one in report["broken"]] == [
-        ("00001", "cut"),
-        ("00001", "lost"),
-        ("00001", "bad"),
-    ]
+    assert [f"{one['shard']} {one['key']}" for one in report["broken"]] == ["00001 cut", "00001 lost", "00001 bad"]
     assert [one["key"] for one in report["without_captions"]] == ["mute"]
     assert report["broken_share"] == pytest.approx(4 / 26)
     assert report["captions_by_kind"] == {"short": 24, "long": 20}

@@ -1,7 +1,5 @@
 """The built-in emoji set as it is shipped: counts, no leak between the splits, captions, notices."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

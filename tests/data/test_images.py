@@ -1,4 +1,5 @@
 import io
+import math
 import random
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 from llm2clip_plugin.data.images import (
     ImageConfig,
     Normalize,
+    as_square,
     evaluation_pixels,
+    native_size,
     random_crop,
     resize_box,
     training_pixels,
@@ -24,27 +27,19 @@ def hf_processors() -> dict[str, type]:
         from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+        from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
     except ImportError:
         from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
 
         return {"clip": CLIPImageProcessor, "siglip": SiglipImageProcessor, "bit": BitImageProcessor}
-    return {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil, "bit": BitImageProcessorPil}
+    own = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil, "bit": BitImageProcessorPil}
+    return {**own, "siglip2": Siglip2ImageProcessorPil}
 
 
-PROCESSORS = {
-    "clip 224": ("clip", {}),
-    "siglip 384": ("siglip", {"size": {"height": 384, "width": 384}}),
-    "dinov2 256 -> 224": (
-        "bit",
-        {
-            "size": {"shortest_edge": 256},
-            "crop_size": {"height": 224, "width": 224},
-            "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225],
-        },
-    ),
-    "bilinear": ("clip", {"resample": 2}),
-}
+DINO = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+DINO |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+PROCESSORS = {"clip 224": ("clip", {}), "siglip 384": ("siglip", {"size": {"height": 384, "width": 384}})}
+PROCESSORS |= {"dinov2 256 -> 224": ("bit", DINO), "bilinear": ("clip", {"resample": 2})}
 
 
 def normalized(data: bytes, config: ImageConfig) -> np.ndarray:
@@ -63,36 +58,63 @@ def test_evaluation_equals_the_towers_own_preprocessor(name: str, settings: dict
             assert np.abs(normalized(data, config) - expected).max() < 1e-6
 
 
+@pytest.mark.parametrize("patch, patches", [(16, 256), (14, 49)])
+def test_native_images_equal_naflexs_own_preprocessor(patch: int, patches: int) -> None:
+    """The patches in the square, row by row, those of transformers; what is left of it is empty."""
+    processor = hf_processors().get("siglip2") or pytest.skip("transformers 4 has none")
+    config = ImageConfig.from_preprocessor(processor(patch_size=patch, max_num_patches=patches).to_dict())
+    assert (config.fit, config.size) == ("native", math.isqrt(patches) * patch)
+    for seed, size in enumerate([(300, 200), (200, 301), (640, 481), (37, 1000), (600, 4), (224, 224), (20, 20)]):
+        data = jpeg(seed, size)
+        expected = processor(patch_size=patch, max_num_patches=patches)(
+            Image.open(io.BytesIO(data)), return_tensors="np"
+        )
+        pixels, shape = as_square(evaluation_pixels(data, config), config)
+        assert shape == tuple(expected["spatial_shapes"][0])
+        count, grid = math.prod(shape), config.size // patch
+        values = Normalize(config)(torch.from_numpy(pixels)[None])[0].numpy().reshape(3, grid, patch, grid, patch)
+        own = values.transpose(1, 3, 2, 4, 0).reshape(grid * grid, -1)
+        assert np.abs(own[:count] - expected["pixel_values"][0][:count]).max() < 1e-6
+        assert np.abs(own[count:] + 1).max(initial=0) < 1e-6
+
+
+def test_native_crops_keep_the_aspect() -> None:
+    """The crop's ratio is relative to the image's own; the part of the image that it says is cut out."""
+    config, image = ImageConfig(size=64, patch=8, fit="native", resample="bilinear"), picture(0, (900, 310))
+    for seed in range(5):
+        augment = AugmentConfig(scale=(0.3, 1.0), ratio=(1.0, 1.0))
+        left, top, width, height = random_crop((1, 1), augment, random.Random(seed))
+        box = (900 * left, 310 * top, 900 * (left + width), 310 * (top + height))
+        size = native_size(900, 310, 8, 64)
+        pixels = training_pixels(encoded(image, "PNG"), config, augment, random.Random(seed))
+        assert (pixels.shape[1], pixels.shape[0]) == size == (96, 40)
+        expected = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box)).astype(int)
+        assert np.abs(pixels - expected).mean() < 4  # the box is rounded to whole pixels
+
+
 def test_palettes_and_transparency_are_read_as_llava_does() -> None:
     """LLaVA hands its processor ``image.convert("RGB")``; transformers 5 by itself would put white behind."""
     processor = hf_processors()["clip"]()
     config = ImageConfig.from_preprocessor(processor.to_dict())
     rgba = picture(0).convert("RGBA")
     rgba.putalpha(Image.linear_gradient("L").resize(rgba.size))
-    for image, kind in (
-        (rgba, "PNG"),
-        (picture(1).quantize(16), "PNG"),
-        (rgba, "WEBP"),
-        (picture(2).convert("CMYK"), "JPEG"),
-    ):
+    others = [(picture(1).quantize(16), "PNG"), (picture(2).convert("CMYK"), "JPEG")]
+    for image, kind in [(rgba, "PNG"), (rgba, "WEBP"), *others]:
         data = encoded(image, kind)
         expected = processor(images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="np")
         assert np.abs(normalized(data, config) - expected["pixel_values"][0]).max() < 1e-6
 
 
-@pytest.mark.parametrize(
-    "values, says",
-    [
-        ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "no center crop"),
-        ({"size": {"height": 224, "width": 200}}, "expected a square"),
-        ({"size": {"longest_edge": 224}}, "longest_edge"),
-        ({"size": 224, "rescale_factor": 1 / 127.5}, "rescale_factor"),
-        ({"size": 224, "crop_size": 224, "do_resize": False}, "do_resize"),
-    ],
-)
-def test_preprocessors_that_are_not_understood_are_refused(values: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        ImageConfig.from_preprocessor(values)
+def test_preprocessors_that_are_not_understood_are_refused() -> None:
+    for says, values in {
+        "no center crop": {"size": {"shortest_edge": 224}, "do_center_crop": False},
+        "expected a square": {"size": {"height": 224, "width": 200}},
+        "longest_edge": {"size": {"longest_edge": 224}},
+        "rescale_factor": {"size": 224, "rescale_factor": 1 / 127.5},
+        "do_resize": {"size": 224, "crop_size": 224, "do_resize": False},
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            ImageConfig.from_preprocessor(values)
 
 
 def test_the_crop_is_cut_where_it_says() -> None:
@@ -121,13 +143,13 @@ def test_large_crops_are_resized_as_pil_does(side: int, resample: str) -> None:
     kernel = getattr(Image.Resampling, resample.upper())
     whole = np.asarray(image.crop((10, 21, 600, 456)).resize((side, side), kernel), dtype=int)
     exact = np.asarray(image.resize((side, side), kernel, box=box, reducing_gap=3.0), dtype=int)
-    found = resize_box(image, box, side, resample)
+    found = resize_box(image, box, (side, side), resample)
     assert found.dtype == np.uint8 and found.shape == (side, side, 3)
     assert min(np.abs(found - whole).max(), np.abs(found - exact).max()) <= 2
     assert np.abs(found - exact).mean() < 2
     small = (10.3, 20.6, 200.2, 155.9)  # not rounded
     assert np.array_equal(
-        resize_box(image, small, side, resample), np.asarray(image.resize((side, side), kernel, box=small))
+        resize_box(image, small, (side, side), resample), np.asarray(image.resize((side, side), kernel, box=small))
     )
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -17,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 from data_world import LengthEncoder, jpeg, write_tar
+from forked import context
 
 from llm2clip_plugin.data import cache as cache_module
 from llm2clip_plugin.data.cache import EmbeddingCache
@@ -181,7 +181,7 @@ def test_processes_that_start_at_once_share_the_work(tmp_path: Path) -> None:
     for path in (folder / ".llm2clip").iterdir():
         path.unlink()
     (folder / "ready").mkdir()
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
+    with context().Pool(3) as pool:
         scans, captions, said = zip(*pool.map(start, [str(folder)] * 3, chunksize=1), strict=True)
     assert sum(scans) == 40 and sum(captions) == 200
     assert "waiting for another process to index" in "".join(said)

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import multiprocessing
 import os
 from collections.abc import Iterator
 from itertools import islice
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from chat_server import Failure, send, stall
 from data_world import DroppingServer, jpeg, serving, write_shards
+from forked import context
 
 from llm2clip_plugin.data import remote
 from llm2clip_plugin.data.images import ImageConfig
@@ -45,7 +45,7 @@ def fetch_once(arguments: tuple[Path, str]) -> int:
 
 def test_processes_share_one_download(tmp_path: Path) -> None:
     server = DroppingServer({"/a.tar": BODY})
-    with serving(server) as address, multiprocessing.get_context("spawn").Pool(3) as pool:
+    with serving(server) as address, context().Pool(3) as pool:
         Path(f"{Downloads(tmp_path).local_path(f'{address}/a.tar')}.partial").write_bytes(BODY[::-1])  # of a killed one
         sizes = pool.map(fetch_once, [(tmp_path, f"{address}/a.tar")] * 3)
     assert sizes == [len(BODY)] * 3 and server.sent == len(BODY)
@@ -100,22 +100,15 @@ def test_nodes_share_an_index_and_captions_need_no_download(tmp_path: Path) -> N
     files = {f"/{path.name}": path.read_bytes() for path in write_shards(tmp_path / "data", [4] * 2).glob("*.tar")}
     server = DroppingServer(files)
     with serving(server) as address:
-        nodes = [
-            SourceConfig(
-                path=f"{address}/{{00000..00001}}.tar",
-                cache_folder=str(tmp_path / f"node{node}"),
-                index_folder=str(tmp_path / "shared"),
-            )
-            for node in range(2)
-        ]
+        both = {"path": f"{address}/{{00000..00001}}.tar", "index_folder": str(tmp_path / "shared")}
+        nodes = [SourceConfig(**both, cache_folder=str(tmp_path / f"node{node}")) for node in range(2)]
         first = open_source(nodes[0])
         sent = server.sent
         second = open_source(nodes[1])
         assert [second.captions(number) for number in range(8)] == [first.captions(number) for number in range(8)]
         assert server.sent == sent
-        assert (
-            second[0].read_image() == first[0].read_image() and server.sent > sent
-        )  # its own copy, later than the index
+        assert second[0].read_image() == first[0].read_image()
+        assert server.sent > sent  # its own copy, later than the index
         sent = server.sent
         assert open_source(nodes[1]).shards == open_source(nodes[0]).shards and server.sent == sent
 

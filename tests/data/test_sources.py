@@ -30,25 +30,21 @@ def test_img2dataset_tars(tmp_path: Path) -> None:
     assert len(source) == 5 and source.locate(4) == ("00001", 1)
     sample = source[3]
     assert sample.key == "000000003" and sample.read_image() == jpeg(3) and sample.meta["url"] == "https://host/3.jpg"
-    assert sample.captions == (
-        Caption("picture number 3"),
-        Caption("a longer text about the picture with number 3", "long"),
-    )
+    long = Caption("a longer text about the picture with number 3", "long")
+    assert sample.captions == (Caption("picture number 3"), long)
     assert source.captions(3) == (sample.key, sample.captions)
 
 
 def test_shard_names_hold_the_folder(tmp_path: Path) -> None:
     for name in ("train/00000.tar", "train/00001.tar", "more/00000.tar"):
         write_tar(tmp_path / name, img2dataset_members(0, 1))
-    assert [shard.name for shard in open_source(config(tmp_path)).shards] == [
-        "more/00000",
-        "train/00000",
-        "train/00001",
-    ]
-    pattern = open_source(config(tmp_path / "train" / "{00000..00001}.tar"))
-    assert [shard.name for shard in pattern.shards] == ["00000", "00001"]
-    assert [shard.name for shard in open_source(config(tmp_path / "train" / "*1.tar")).shards] == ["00001"]
-    assert [shard.name for shard in open_source(config(tmp_path / "more" / "00000.tar")).shards] == ["00000"]
+    for path, names in {
+        ".": ["more/00000", "train/00000", "train/00001"],
+        "train/{00000..00001}.tar": ["00000", "00001"],
+        "train/*1.tar": ["00001"],
+        "more/00000.tar": ["00000"],
+    }.items():
+        assert [shard.name for shard in open_source(config(tmp_path / path)).shards] == names
 
 
 def test_shard_names_do_not_depend_on_how_the_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,18 +130,11 @@ def test_jsonl_rows_that_are_broken(tmp_path: Path) -> None:
 def test_llavas_pretraining_json(tmp_path: Path) -> None:
     (tmp_path / "00453").mkdir()
     (tmp_path / "00453" / "1.jpg").write_bytes(jpeg(0))
+    texts = ("Summarize the photo.\n<image>", "<image>\nselect luxury furniture", "And?", "a second answer")
+    said = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
     items = [
-        {
-            "id": "004539375",
-            "image": "00453/1.jpg",
-            "conversations": [
-                {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
-                {"from": "gpt", "value": "<image>\nselect luxury furniture"},
-                {"from": "human", "value": "And?"},
-                {"from": "gpt", "value": "a second answer"},
-            ],
-        },
-        {"id": "text-only", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"id": "004539375", "image": "00453/1.jpg", "conversations": said},
+        {"id": "text-only", "conversations": said},
         {"id": "odd", "image": "00453/1.jpg", "conversations": [{"value": "no speaker"}]},
     ]
     (tmp_path / "chat.json").write_text(json.dumps(items))

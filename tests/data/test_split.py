@@ -50,9 +50,8 @@ def test_tars_are_copied_whole_to_two_sides(shards: Path, tmp_path: Path, capsys
     assert not output.exists() and not list(tmp_path.glob(".split*"))
     assert run("data split", words) == 0
     said = capsys.readouterr().out
-    assert (
-        said.splitlines()[:2] == counts and f"llm2clip train-tower {output}/train --validation {output}/valid" in said
-    )
+    assert said.splitlines()[:2] == counts
+    assert f"llm2clip train-tower {output}/train --validation {output}/valid" in said
     before, train, held_out = (content(read(path)) for path in (shards, output / "train", output / "validation"))
     assert train | held_out == before and not train.keys() & held_out.keys()
     assert held_out.keys() == {key for key in before if hash_of(key) < 0.25 * 2**64} and 4 < len(held_out) < 24
@@ -89,14 +88,8 @@ def test_groups_stay_together_and_rows_stay_as_they_are(rows: Path, tmp_path: Pa
 
 
 def test_llava_s_list_stays_a_list(tmp_path: Path):
-    items = [
-        {
-            "id": str(i),
-            "image": f"{i}.jpg",
-            "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"a {i}"}],
-        }
-        for i in range(30)
-    ]
+    said = [[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"a {i}"}] for i in range(30)]
+    items = [{"id": str(i), "image": f"{i}.jpg", "conversations": talk} for i, talk in enumerate(said)]
     (tmp_path / "blip.json").write_text(json.dumps(items))
     assert run("data split", [str(tmp_path / "blip.json"), "--output", str(tmp_path / "s"), "--validation", "0.2"]) == 0
     both = [json.loads((tmp_path / "s" / f"{side}.json").read_text()) for side in SIDES]

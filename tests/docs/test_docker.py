@@ -1,7 +1,5 @@
 """The Dockerfile makes the environments of scripts/environments.sh, those that scripts/test.sh really installs."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path
@@ -26,9 +24,8 @@ def test_targets_make_their_environments_and_the_tests_image_runs_what_ci_runs()
 
 
 def test_an_environment_whose_installation_failed_is_made_again(tmp_path: Path) -> None:
-    made = (
-        "need_compiler() { :; }; find_python() { echo venv; }; venv() { mkdir $3; }; install() { [[ $* != *speed* ]]; }"
-    )
+    made = "need_compiler() { :; }; find_python() { echo venv; }; venv() { mkdir $3; }; "
+    made += "install() { [[ $* != *speed* ]]; }"
     script = f"ROOT=$PWD; . scripts/environments.sh; {made}; pinned_environment $0 || echo failed"
     done = subprocess.run(["bash", "-c", script, tmp_path / "env"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     assert done.stdout == b"failed\n" and [*tmp_path.iterdir()] == [tmp_path / "env"]

@@ -3,8 +3,6 @@
 The blocks under "In LLaVA" run in LLaVA's environment: tests/llava/end_to_end/test_first_day_llava.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -66,13 +64,9 @@ def test_the_page_runs_as_printed_and_again(run):
 
 def test_messages_of_the_page_are_those_of_the_code():
     section = PAGE.read_text(encoding="utf-8").partition("## What does this message mean?")[2]
-    quoted = [
-        line.split("`")[1] for line in section.splitlines() if line.startswith("| `") and "(by torch)" not in line
-    ]
+    rows = [line for line in section.splitlines() if line.startswith("| `") and "(by torch)" not in line]
+    quoted = [row.split("`")[1] for row in rows]
     assert len(quoted) >= 15
-    code = "".join(
-        path.read_text(encoding="utf-8")
-        for package in ("llm2clip_plugin", "llava_integration")
-        for path in (ROOT / package).rglob("*.py")
-    )
+    paths = [path for package in ("llm2clip_plugin", "llava_integration") for path in (ROOT / package).rglob("*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in paths)
     assert [message for message in quoted if message not in code] == []

@@ -1,7 +1,5 @@
 """What pages say about each other and about open lists stays complete."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tiny_clip import VISION
 from tiny_data import WIDTH, made_up
 from tiny_llm import save_tiny_llm
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -35,16 +36,9 @@ def write_data(folder: Path, shades=(0, 20, 40)) -> Path:
         for shade in shades:
             name = f"{colour}-{shade}.png"
             (folder / "images" / name).write_bytes(square(colour, shade))
-            rows.append(
-                {
-                    "id": name,
-                    "image": f"images/{name}",
-                    "caption": f"a {colour} square",
-                    "long_caption": [f"a square that is {colour} all over", f"nothing but {colour}"],
-                    "captions": [{"text": GERMAN[colour], "language": "de"}],
-                    "colour": colour,
-                }
-            )
+            texts = {"long_caption": [f"a square that is {colour} all over", f"nothing but {colour}"]}
+            texts |= {"caption": f"a {colour} square", "captions": [{"text": GERMAN[colour], "language": "de"}]}
+            rows.append({"id": name, "image": f"images/{name}", "colour": colour, **texts})
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -52,10 +46,7 @@ def write_data(folder: Path, shades=(0, 20, 40)) -> Path:
 
 def tiny_dual():
     torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    tower = CLIPVisionModel(config).eval()
+    tower = CLIPVisionModel(CLIPVisionConfig(**VISION | {"image_size": 32})).eval()
     return DualEncoder(tower, DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1)).eval()
 
 

@@ -25,11 +25,8 @@ GERMAN = ["Katze", "Hund", "Boot", "Baum", "Haus", "See"]
 def write_set(path: Path, names: list[str], foreign: list[str], language: str) -> Path:
     rows = []
     for number, (name, other) in enumerate(zip(names, foreign, strict=True)):
-        texts = [
-            {"text": name, "kind": "short"},
-            {"text": f"a picture of a {name}", "kind": "long"},
-            {"text": other, "kind": "short", "language": language},
-        ]
+        texts = [{"text": name, "kind": "short"}, {"text": f"a picture of a {name}", "kind": "long"}]
+        texts.append({"text": other, "kind": "short", "language": language})
         rows.append({"id": f"k{number}", "image": "x.png", "captions": texts})
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -100,9 +97,8 @@ def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     assert len({one.score for one in found}) > 3
     training = first_captions(str(folder / "train.jsonl"), FIT_CAPTIONS)
-    for number, one in enumerate(
-        [*found[:2], *[one for one in found if (one.way.layer, one.components) == (1, 2)][:2]]
-    ):
+    inner = [one for one in found if (one.way.layer, one.components) == (1, 2)]
+    for number, one in enumerate([*found[:2], *inner[:2]]):
         settings = {name: vars(one.way)[name] for name in ("attention", "pooling", "layer", "chat_template")}
         if one.post is not None:
             plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu")

@@ -17,20 +17,7 @@ from transformers import AutoTokenizer
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import ImageConfig, Normalize, evaluation_pixels
-from llm2clip_plugin.evaluate.classification import (
-    ImageFeatures,
-    class_vectors,
-    classification_scores,
-    fit_logistic,
-    image_features,
-    knn,
-    linear_probe,
-    open_labeled_images,
-    predict,
-    prompt_source,
-    read_class_names,
-    read_templates,
-)
+from llm2clip_plugin.evaluate import classification as zeroshot
 from llm2clip_plugin.vision.towers import preprocessor_config
 
 IMAGES = ImageConfig(size=32)
@@ -66,22 +53,22 @@ def colour_of(pixels):
 
 def features(feature, label):
     keys = [str(number) for number in range(len(label))]
-    return ImageFeatures(feature_ND=feature, label_N=label, keys=keys, clusters=keys, broken=[])
+    return zeroshot.ImageFeatures(feature_ND=feature, label_N=label, keys=keys, clusters=keys, broken=[])
 
 
 def test_each_layout_gives_the_same_images_and_labels(tmp_path):
-    folders = open_labeled_images(str(write_folders(tmp_path / "folders")))
+    folders = zeroshot.open_labeled_images(str(write_folders(tmp_path / "folders")))
     assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"] and len(folders.source) == 12
-    assert read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
+    assert zeroshot.read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
     tars = write_tars(tmp_path / "wds")
-    from_tars = open_labeled_images(str(tars))
+    from_tars = zeroshot.open_labeled_images(str(tars))
     assert [row.meta["class"] for row in from_tars.source.rows] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert read_class_names("", str(tars), from_tars.classes) == list(COLOURS)
-    assert read_templates("", str(tars)) == ["a {c} thing.", "all of it is {c}"]
-    from_field = open_labeled_images(str(write_data(tmp_path / "data")), "colour", "colour")
+    assert zeroshot.read_class_names("", str(tars), from_tars.classes) == list(COLOURS)
+    assert zeroshot.read_templates("", str(tars)) == ["a {c} thing.", "all of it is {c}"]
+    from_field = zeroshot.open_labeled_images(str(write_data(tmp_path / "data")), "colour", "colour")
     assert from_field.classes == sorted(COLOURS)
     for images in (folders, from_tars, from_field):
-        found = image_features(lambda pixels: F.one_hot(colour_of(pixels), 4), images, IMAGES, CPU, batch=5)
+        found = zeroshot.image_features(lambda pixels: F.one_hot(colour_of(pixels), 4), images, IMAGES, CPU, batch=5)
         told = [list(COLOURS)[int(place)] for place in found.feature_ND.argmax(1)]
         names = list(COLOURS) if images is from_tars else [name.removeprefix("the_") for name in images.classes]
         assert told == [names[int(label)] for label in found.label_N]
@@ -91,39 +78,39 @@ def test_each_layout_gives_the_same_images_and_labels(tmp_path):
 def test_names_by_class_or_in_order(tmp_path):
     classes = ["n01", "n02"]
     (tmp_path / "mapped.txt").write_text("n02\tcar\nn01\tten pence\nn03\tnothing\n")
-    assert read_class_names(str(tmp_path / "mapped.txt"), str(tmp_path), classes) == ["ten pence", "car"]
+    assert zeroshot.read_class_names(str(tmp_path / "mapped.txt"), str(tmp_path), classes) == ["ten pence", "car"]
     (tmp_path / "lacking.txt").write_text("n02\tcar\n")
     with pytest.raises(ValueError, match=r"lacking.txt .*'n01'"):
-        read_class_names(str(tmp_path / "lacking.txt"), str(tmp_path), classes)
+        zeroshot.read_class_names(str(tmp_path / "lacking.txt"), str(tmp_path), classes)
 
 
 def test_a_class_is_the_mean_of_its_normalized_prompts(tmp_path):
     dual = tiny_dual()
     table = {text: torch.randn(WIDTH) * size for size, text in enumerate(("a x", "b x", "a y", "b y"), 1)}
-    prompts = prompt_source(["x", "y"], ["a {c}", "b {}"], str(tmp_path))
+    prompts = zeroshot.prompt_source(["x", "y"], ["a {c}", "b {}"], str(tmp_path))
     cache = SimpleNamespace(
         rows=lambda _, __, captions, key: torch.stack([table[caption.text] for caption in captions])
     )
-    found = class_vectors(dual, prompts, cache)
+    found = zeroshot.class_vectors(dual, prompts, cache)
     with torch.no_grad():
         for place, name in enumerate("xy"):
             both = dual.encode_text(torch.stack([table[f"a {name}"], table[f"b {name}"]]))
             assert torch.allclose(found[place], F.normalize(both.mean(0), dim=0), atol=1e-6)
-    assert prompt_source(["x", "z"], ["a {c}"], str(tmp_path)).name != prompts.name
+    assert zeroshot.prompt_source(["x", "z"], ["a {c}"], str(tmp_path)).name != prompts.name
 
 
 def test_accuracy_counts_each_class_the_same_in_the_mean_over_classes():
     classes = torch.eye(6)
     label = torch.tensor([0, 0, 0, 1, 2])
     image = torch.eye(6)[torch.tensor([0, 0, 0, 2, 2])] + 0.1 * torch.eye(6)[label]
-    scores = classification_scores(features(image, label), classes, "abcdef")
+    scores = zeroshot.classification_scores(features(image, label), classes, "abcdef")
     assert scores.metrics["acc1"] == pytest.approx(4 / 5)
     assert scores.metrics["acc5"] == 1.0
     assert scores.metrics["mean_per_class_recall"] == pytest.approx(2 / 3)
     assert [item["score"] for item in scores.items] == [1, 1, 1, 0, 1] and scores.items[3]["part"] == "b"
-    blind = classification_scores(features(torch.ones(5, 6), label), classes, "abcdef")
+    blind = zeroshot.classification_scores(features(torch.ones(5, 6), label), classes, "abcdef")
     assert blind.metrics["acc1"] == pytest.approx(1 / 6)
-    assert "acc5" not in classification_scores(features(image[:, :3], label), classes[:3, :3], "abc").metrics
+    assert "acc5" not in zeroshot.classification_scores(features(image[:, :3], label), classes[:3, :3], "abc").metrics
 
 
 def test_zero_shot_from_the_command_line(tmp_path, capsys):
@@ -182,8 +169,8 @@ def test_knn_equals_a_plain_loop():
         for i in nearest:
             votes[int(train.label_N[i])] += math.exp(similarity[i] / 0.07)
         expected.append(votes.index(max(votes)))
-    assert knn(train, test, 7).tolist() == expected
-    assert len(knn(train, test, 1000)) == 33
+    assert zeroshot.knn(train, test, 7).tolist() == expected
+    assert len(zeroshot.knn(train, test, 1000)) == 33
 
 
 def test_the_linear_probe_is_at_the_optimum_and_generalizes():
@@ -191,15 +178,15 @@ def test_the_linear_probe_is_at_the_optimum_and_generalizes():
     label = torch.randint(0, 3, (300,), generator=generator)
     centre = torch.randn(3, 10, generator=generator)
     feature = centre[label] + torch.randn(300, 10, generator=generator)
-    weight = fit_logistic(feature, label, 3, 0.01).requires_grad_()
+    weight = zeroshot.fit_logistic(feature, label, 3, 0.01).requires_grad_()
     padded = F.pad(feature, (0, 1), value=1.0)
     (F.cross_entropy(padded @ weight, label) + 0.005 * weight[:-1].square().sum()).backward()
     assert float(weight.grad.abs().max()) < 1e-4
-    told = linear_probe(features(100 + 1000 * feature[:200], label[:200]), 100 + 1000 * feature[200:])
-    bayes = predict(weight.detach(), feature[200:])
+    told = zeroshot.linear_probe(features(100 + 1000 * feature[:200], label[:200]), 100 + 1000 * feature[200:])
+    bayes = zeroshot.predict(weight.detach(), feature[200:])
     assert float((told == label[200:]).float().mean()) >= float((bayes == label[200:]).float().mean()) - 0.05
     shuffled = label[torch.randperm(300, generator=generator)]
-    blind = linear_probe(features(feature[:200], shuffled[:200]), feature[200:])
+    blind = zeroshot.linear_probe(features(feature[:200], shuffled[:200]), feature[200:])
     assert float((blind == shuffled[200:]).float().mean()) < 0.5
 
 

@@ -47,9 +47,8 @@ def test_all_and_parts_equal_recall_on_the_same_embeddings(opened):
     assert list(report.parts) == ["all", "short:en", "long:en", "short:de"]
     assert report.counts == {"images": 12, "captions": 48, "left_out": 0}
     metrics = report.metrics()
-    assert {key: metrics[key] for key in metrics if "/" not in key} == recall(
-        pairs.image_ND, pairs.text_MD, pairs.owner_M
-    )
+    whole = recall(pairs.image_ND, pairs.text_MD, pairs.owner_M)
+    assert {key: metrics[key] for key in metrics if "/" not in key} == whole
     part = torch.tensor([caption.kind == "long" for caption in pairs.captions])
     alone = recall(pairs.image_ND, pairs.text_MD[part], pairs.owner_M[part])
     assert {key.removeprefix("long:en/"): value for key, value in metrics.items() if key.startswith("long:en")} == alone
@@ -64,15 +63,9 @@ def test_all_and_parts_equal_recall_on_the_same_embeddings(opened):
 def test_concepts_are_right_as_a_group_and_count_once_in_the_pool():
     names = [name for name in COLOURS for _ in range(3)]
     seen_ND = torch.eye(len(COLOURS)).repeat_interleave(3, dim=0)
-    pairs = EmbeddedPairs(
-        image_ND=seen_ND,
-        text_MD=seen_ND,
-        owner_M=torch.arange(12),
-        captions=[Caption(f"a {name} square") for name in names],
-        keys=[f"image {number}" for number in range(12)],
-        meta=[{"colour": name} for name in names],
-        broken=[],
-    )
+    captions, meta = [Caption(f"a {name} square") for name in names], [{"colour": name} for name in names]
+    about = {"captions": captions, "meta": meta, "keys": [f"image {number}" for number in range(12)], "broken": []}
+    pairs = EmbeddedPairs(image_ND=seen_ND, text_MD=seen_ND, owner_M=torch.arange(12), **about)
     alone = report_retrieval(pairs, RetrievalConfig())
     assert alone.metrics()["i2t_r1"] == pytest.approx(1 / 3)  # three images share the one right answer's embedding
     grouped = report_retrieval(pairs, RetrievalConfig(group="colour"))

@@ -85,14 +85,10 @@ def write_suites(root: Path) -> None:
     text(root / "xm3600" / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     images(root / "coco" / "val2017", ["000000000001.jpg", "000000000002.jpg"])
     for group in ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att"):
-        body = {
-            str(number): {
-                "filename": f"00000000000{1 + number // 4}.jpg",
-                "caption": f"right {group} {number}",
-                "negative_caption": f"wrong {group} {number}",
-            }
-            for number in (0, 4)  # the published files skip numbers
-        }
+        body = {}
+        for number in (0, 4):  # the published files skip numbers
+            texts = {"caption": f"right {group} {number}", "negative_caption": f"wrong {group} {number}"}
+            body[str(number)] = {"filename": f"00000000000{1 + number // 4}.jpg", **texts}
         text(root / "sugarcrepe" / f"{group}.json", body)
 
 
@@ -109,17 +105,9 @@ def test_every_layout_is_read(setting):
     root, _, _ = setting
     sources = {name: suite.open(root) for name, suite in suites().items()}
     count = {name: (len(source), sum(len(row.captions) for row in source.rows)) for name, source in sources.items()}
-    assert count == {
-        "flickr30k": (4, 20),
-        "coco": (4, 20),
-        "sharegpt4v-1k": (3, 3),
-        "urban-1k": (3, 3),
-        "docci": (2, 2),
-        "flickr30k-cn": (3, 4),
-        "coco-cn": (2, 3),
-        "xm3600": (3, 9),
-        "sugarcrepe": (2, 28),
-    }
+    expected = {"flickr30k": (4, 20), "coco": (4, 20), "sharegpt4v-1k": (3, 3), "urban-1k": (3, 3), "docci": (2, 2)}
+    expected |= {"flickr30k-cn": (3, 4), "coco-cn": (2, 3), "xm3600": (3, 9), "sugarcrepe": (2, 28)}
+    assert count == expected
     assert all(row.image.is_file() for source in sources.values() for row in source.rows)
     assert sources["sharegpt4v-1k"].rows[0].captions == (Caption("Long text sam/images/sa_0.jpg", "long"),)
     assert [row.key for row in sources["urban-1k"].rows] == ["1", "2", "10"]
@@ -133,11 +121,7 @@ def test_every_layout_is_read(setting):
 
 @pytest.mark.parametrize(
     "lines",
-    [
-        "7.jpg#0#zhc\t一只狗\n7.jpg#1#zhc\t狗\n",
-        "7 一只狗\n7 狗\n",
-        "\ufeffimage,caption\n7.jpg,一只狗\n7.jpg,狗\n",
-    ],
+    ["7.jpg#0#zhc\t一只狗\n7.jpg#1#zhc\t狗\n", "7 一只狗\n7 狗\n", "\ufeffimage,caption\n7.jpg,一只狗\n7.jpg,狗\n"],
 )
 def test_every_spelling_of_flickr_cn_is_read(lines, tmp_path):
     images(tmp_path / "flickr30k" / "flickr30k-images", ["7.jpg"])
@@ -233,15 +217,9 @@ def test_hard_negatives_count_a_tie_as_half():
     image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     text_vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
     kinds = ["swap/1/right", "swap/1/wrong", "add/7/right", "add/7/wrong", "add/8/right", "add/8/wrong"]
-    pairs = EmbeddedPairs(
-        image_ND=image,
-        text_MD=text_vectors,
-        owner_M=torch.tensor([0, 0, 0, 0, 1, 1]),
-        captions=[Caption(kind, kind) for kind in kinds],
-        keys=["x", "y"],
-        meta=[{}, {}],
-        broken=[],
-    )
+    about = {"captions": [Caption(kind, kind) for kind in kinds], "keys": ["x", "y"], "meta": [{}, {}], "broken": []}
+    owners = torch.tensor([0, 0, 0, 0, 1, 1])
+    pairs = EmbeddedPairs(image_ND=image, text_MD=text_vectors, owner_M=owners, **about)
     scores = hard_negatives(pairs)
     assert scores.metrics == {"swap": 1.0, "add": 0.25, "mean": 0.625}
     assert {item["id"]: item["score"] for item in scores.items} == {"swap/1": 1.0, "add/7": 0.0, "add/8": 0.5}

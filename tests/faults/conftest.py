@@ -1,7 +1,5 @@
 """The world that faults are planted into."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A fault: how it is planted into a small world, the command that meets it, and the first line of what it says."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -104,6 +102,10 @@ def flip(path: Path, at: int = -1) -> None:
     data[at] ^= 255
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def set_weight(path: Path, name: str, value: float) -> None:

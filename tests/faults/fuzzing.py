@@ -5,8 +5,6 @@ ValueError or OSError, which the command line prints as one ``error:`` line. Any
 traceback, or a hang.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -135,9 +133,8 @@ def overwrite(content: bytes, draw: random.Random) -> bytes:
     """A block of zeros, as a disk that was full leaves it, or of noise."""
     place = draw.randrange(len(content) or 1)
     length = len(content[place : place + draw.randint(1, 64)])
-    return (
-        content[:place] + (bytes(length) if draw.random() < 0.5 else draw.randbytes(length)) + content[place + length :]
-    )
+    block = bytes(length) if draw.random() < 0.5 else draw.randbytes(length)
+    return content[:place] + block + content[place + length :]
 
 
 def change_header(content: bytes, draw: random.Random) -> bytes:

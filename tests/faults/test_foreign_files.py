@@ -1,7 +1,5 @@
 """Files from elsewhere (scores, towers, question files, language models) reach nothing but what they are about."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

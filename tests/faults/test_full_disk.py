@@ -1,8 +1,6 @@
 """A full disk: one error that names the file, the disk and what to do; nothing is half written, earlier outputs are
 intact, and the same command completes once there is space."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +15,7 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile
 
 POPE = Path(__file__).parents[1] / "golden" / "mllm" / "pope"
-NO_SPACE = (
-    "cannot write {w}/disk/%s: No space left on device (0.0... MB free); free space there, and rerun the same command"
-)
+NO_SPACE = "cannot write {w}/disk/%s: No space left on device (0.0... MB free); ...rerun the same command"
 RERUN = "cache/"  # what a rerun of the same command completes
 
 
@@ -56,6 +52,7 @@ def full(name: str, command: str, file: str, leave: int = 12288) -> Fault:
     return Fault(name, command, NO_SPACE % file, lambda w: fill(w.path("disk"), leave=leave))
 
 
+SCORE = f"score pope {POPE} --answers {POPE}/answers/model-a.jsonl --output {{w}}/disk/pope.scores.json"
 EMBED = "embed {w}/data --llm {w}/llm --cache {w}/disk/cache"
 
 
@@ -65,12 +62,7 @@ EMBED = "embed {w}/data --llm {w}/llm --cache {w}/disk/cache"
     full("import", "import {w}/tower --output {w}/disk/tower --overwrite", "tower"),
     full("import, to a new folder", "import {w}/tower --output {w}/disk/new/tower", "new/tower", 0),
     full("export", "export {w}/new --output {w}/disk/tower --overwrite", "tower"),
-    full(
-        "score",
-        f"score pope {POPE} --answers {POPE}/answers/model-a.jsonl --output {{w}}/disk/pope.scores.json",
-        "pope...",
-        0,
-    ),
+    full("score", SCORE, "pope...", 0),
     full("data split, on a full disk", "data split {w}/data --output {w}/disk/split --validation 0.2", "split", 0),
 )
 def test_written_whole_or_not_at_all(fault: Fault, small: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,5 @@
 """Damaged files that need no model to be read: checkpoints, data, caches, scores."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Damaged files of models: towers with their heads, as Python and LLaVA open them, and the LLM's adapter."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from pathlib import Path

@@ -1,14 +1,12 @@
 """Faults of settings, weights, checkpoints and folders: refused before step 1, or resumed from what is whole."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from faults import Fault, World, copied, flip, meet, rows, set_weight
+from faults import Fault, World, copied, flip, halve, meet, rows, set_weight
 from tiny_data import make_cache
 
 from llm2clip_plugin.cli import main
@@ -84,19 +82,13 @@ def nan_in_checkpoint(world: World) -> None:
     write_checkpoint(world.path(LAST), loaded.state, tensors)
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 MORE = f"{AGAIN} --max_steps 6 --allow-changed train.max_steps"
 FELL_BACK = "falling back to {w}/" + BEFORE
 
 
 @rows(
     Fault("flipped weight", MORE, AT + "/model.safetensors is damaged...", lambda w: flip(w.path(LAST) / MODEL)),
-    Fault(
-        "missing weights", MORE, "...{w}/" + LAST + "/model.safetensors...", lambda w: (w.path(LAST) / MODEL).unlink()
-    ),
+    Fault("missing weights", MORE, "..." + AT + "/model...", lambda w: (w.path(LAST) / MODEL).unlink()),
 )
 def test_resumed_from_the_checkpoint_before(fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]) -> None:
     world = trained
@@ -111,7 +103,7 @@ def test_resumed_from_the_checkpoint_before(fault: Fault, trained: World, capsys
 
 def cut_all(world: World) -> None:
     for path in world.folder.glob("run/checkpoints/*/state.json"):
-        cut(path)
+        halve(path)
 
 
 @rows(

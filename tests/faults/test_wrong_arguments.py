@@ -1,7 +1,5 @@
 """Arguments that are something else than a command takes: one line names the thing; nothing is written or lost."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,41 +1,23 @@
 """Records survive a round trip and refuse what they are not; outputs appear whole or not at all."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from tiny_data import made_up
 
 from llm2clip_plugin.contracts import TeacherIdentity, TowerCard, atomic_directory, atomic_file, sha256_weights
 from llm2clip_plugin.files import ContractError
 
 
 def card() -> TowerCard:
-    return TowerCard(
-        family="clip",
-        origin="a/b",
-        hidden_size=32,
-        num_layers=2,
-        patch_size=14,
-        image_size=56,
-        has_cls=True,
-        weights_sha256="0" * 64,
-    )
+    sizes = {"hidden_size": 32, "num_layers": 2, "patch_size": 14, "image_size": 56}
+    return TowerCard(family="clip", origin="a/b", has_cls=True, weights_sha256="0" * 64, **sizes)
 
 
 def teacher(llm: str = "x/y", prompt: str = "") -> TeacherIdentity:
-    return TeacherIdentity(
-        llm=llm,
-        revision="",
-        weights_sha256="1" * 64,
-        adapter_sha256="",
-        attention="bidirectional",
-        pooling="mean",
-        layer=-1,
-        prompt=prompt,
-        chat_template="",
-        max_tokens=512,
-        width=64,
-    )
+    return dataclasses.replace(made_up(), llm=llm, prompt=prompt)
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,6 @@ def test_arrows_cycles_and_words(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, check=True)
     found = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:])
-    assert {
-        name: found[name] for name in ("files", "lines", "arrows up", "files in import cycles", "words of docs")
-    } == {
-        "files": "8",
-        "lines": "9",
-        "arrows up": "3",  # train -> stages, llava_integration -> data, data -> llava_integration
-        "files in import cycles": "4",
-        "words of docs": "3",
-    }
+    assert [found[name] for name in ("files", "lines", "files in import cycles", "words of docs")] == list("8943")
+    assert found["arrows up"] == "3"  # train -> stages, llava_integration -> data, data -> llava_integration
     assert found["files that train-tower imports"] == "4" and found["longest function"] == "2 (cli.main)"

@@ -37,9 +37,8 @@ def test_a_silent_hub_is_told_within_the_timeout(tmp_path: Path):
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "LLM2CLIP_TIMEOUT": "0.2"}
         started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", ASK], env={**os.environ, **hub}, capture_output=True, text=True, timeout=240
-        )
+        place = {"env": {**os.environ, **hub}, "timeout": 240}
+        done = subprocess.run([sys.executable, "-c", ASK], **place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert len(said) == 4

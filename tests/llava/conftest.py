@@ -3,7 +3,6 @@
 Those marked ``both_stacks`` run in the training environment, too, where LLaVA runs on today's libraries.
 """
 
-import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "serve")]
 
 if find_spec("llava") is None:
     collect_ignore_glob = ["*test_*.py"]  # in folders below, too

@@ -1,14 +1,11 @@
 """A tiny LLaVA world: a Llama of two layers with its tokenizer, towers, pictures, conversations; and LLaVA's stages."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
 import random
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -22,39 +19,22 @@ import transformers
 from forked import Module
 from forked_python import programs
 from PIL import Image
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
 from llm2clip_plugin.console import numbers
+from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower
 
 TODAY = numbers(transformers.__version__) >= (5,)  # LLaVA runs in the training environment, with today's libraries
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (250, 250, 250)}
-SHAPES = {"width": 32, "layers": 3, "heads": 4, "image": 28, "patch": 14}  # 2 x 2 patches
+WIDTH = 32
+SHAPES = {"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}  # 2 x 2 patches
 STEPS = 3
 PIECES = 600  # of the tokenizer
 # As in Vicuna's repository; written by hand, because each version of transformers saves another set of files
-TOKENIZER = {
-    "tokenizer_class": "LlamaTokenizer",
-    "legacy": True,
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "clean_up_tokenization_spaces": False,
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "pad_token": None,
-    "sp_model_kwargs": {},
-}
+TOKENIZER = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
+TOKENIZER |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+TOKENIZER |= {"clean_up_tokenization_spaces": False, "sp_model_kwargs": {}}
 # What a rank on a CPU says, once in some dozens, when its work is done and the interpreter ends: LLaVA leaves the
 # process group open, and a C++ thread that is there still aborts the process. Such a run is done again, once.
 ABORT_AT_EXIT = "terminate called without an active exception"
@@ -81,40 +61,20 @@ class World:
 
     def environment(self, **more: str) -> dict[str, str]:
         """For LLaVA's processes: CUDA calls harmless, no network, no registry of the user."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("LLM2CLIP_")}
-        return {
-            **kept,
-            "PYTHONPATH": str(Path(__file__).parent / "on_cpu"),
-            "LLM2CLIP_HOME": str(self.root / "llm2clip-home"),
-            "HF_HUB_OFFLINE": "1",
-            **ACCELERATOR,
-            # Of this environment alone: two environments that share the folder build it anew at each turn.
-            "TORCH_EXTENSIONS_DIR": os.environ.get(
-                "TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch-extensions")
-            ),
-            "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "TOKENIZERS_PARALLELISM": "false",
-            "WANDB_MODE": "disabled",
-            **more,
-        }
+        # Of this environment alone: two environments that share the folder build it anew at each turn.
+        ours = {"TORCH_EXTENSIONS_DIR": os.path.join(sys.prefix, "torch-extensions")}
+        ours |= {key: value for key, value in os.environ.items() if not key.startswith("LLM2CLIP_")} | ACCELERATOR
+        ours |= {"PYTHONPATH": str(Path(__file__).parent / "on_cpu"), "LLM2CLIP_HOME": str(self.root / "llm2clip-home")}
+        ours |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        return {**ours, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", **more}
 
     def run(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
         """Run a command of this environment in a folder of its own; returns stdout and stderr together."""
-        here = self.root / "here"
-        here.mkdir(exist_ok=True)
+        (here := self.root / "here").mkdir(exist_ok=True)
+        command, place = [str(word) for word in words], {"env": self.environment(**environment), "cwd": here}
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         for _ in range(2):
-            done = subprocess.run(
-                [str(word) for word in words],
-                env=self.environment(**environment),
-                cwd=here,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=1200,
-                check=False,
-            )
+            done = subprocess.run(command, **place, **streams, text=True, timeout=1200, check=False)
             if fails or done.returncode == 0 or ABORT_AT_EXIT not in done.stdout:
                 break
         assert (done.returncode != 0) == fails, done.stdout
@@ -165,8 +125,7 @@ class World:
 
     def train(self, words: list[str], variables: dict[str, str], ranks: int = 0) -> None:
         """``python -m llava.train.train WORDS``, by each of the ranks, forked from a process that has its libraries."""
-        here = self.root / "here"
-        here.mkdir(exist_ok=True)
+        (here := self.root / "here").mkdir(exist_ok=True)
         os.environ.update(ACCELERATOR)  # read when DeepSpeed is imported
         for _ in range(2):
             common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -200,9 +159,8 @@ class World:
 
     def projector(self) -> Path:
         """A projector's weights as LLaVA's pretrain stage writes them, the same at every call."""
-        width = SHAPES["width"]
         torch.manual_seed(2)  # seeds 0 to 3 were tried: with 2, the margins of `checkpoint`'s answers are largest
-        layers = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width))
+        layers = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.GELU(), torch.nn.Linear(WIDTH, WIDTH))
         path = self.root / "mm_projector.bin"
         torch.save({f"model.mm_projector.{name}": tensor for name, tensor in layers.state_dict().items()}, path)
         return path
@@ -245,15 +203,9 @@ def pope_folder(folder: Path) -> Path:
 
 def model_arguments(tower: str) -> SimpleNamespace:
     """What LLaVA's training passes to ``initialize_vision_modules``."""
-    return SimpleNamespace(
-        vision_tower=tower,
-        mm_vision_select_layer=-2,
-        mm_vision_select_feature="patch",
-        pretrain_mm_mlp_adapter=None,
-        mm_patch_merge_type="flat",
-        mm_projector_type="linear",
-        tune_mm_mlp_adapter=False,
-    )
+    select = {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat"}
+    projector = {"mm_projector_type": "linear", "pretrain_mm_mlp_adapter": None, "tune_mm_mlp_adapter": False}
+    return SimpleNamespace(vision_tower=tower, **select, **projector)
 
 
 def untrained(world: World, tower: str, folder: Path) -> Path:
@@ -273,28 +225,21 @@ def on_cpu() -> None:
         runpy.run_path(str(folder / "sitecustomize.py"))["complete"](torch)
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def places(root: Path, towers: tuple[str, ...]) -> World:
+    """Where everything will lie."""
+    data = {f"{stage}_data": root / f"{stage}.json" for stage in ("pretrain", "finetune")}
+    data |= {"images": root / "images", "questions": root / "questions.jsonl"}
+    return World(root=root, llm=root / "tiny-vicuna", towers={one: root / "towers" / one for one in towers}, **data)
 
 
-def make_world(root: Path, heads: int = SHAPES["heads"]) -> World:
+def make_world(root: Path, heads: int = 4) -> World:
     """Everything, in a few seconds. ``heads``: of the language model, whose heads are 32 / heads wide."""
-    world = World(
-        root=root,
-        llm=root / "tiny-vicuna",
-        images=root / "images",
-        pretrain_data=root / "pretrain.json",
-        finetune_data=root / "finetune.json",
-        questions=root / "questions.jsonl",
-        towers={name: root / "towers" / name for name in ("clip", "other", "wide", "siglip", "dinov2", "eva02")},
-    )
-    names = make_images(world.images)
-    make_data(world, names)
+    world = places(root, ("clip", "other", "wide", "siglip", "dinov2", "eva02"))
+    make_data(world, make_images(world.images))
     make_llm(world, heads)
-    make_towers(world.towers)
+    for seed, (name, directory) in enumerate(world.towers.items()):
+        torch.manual_seed(seed)
+        export_tower(make_tower(name), directory, origin=f"made for tests: {name}")
     return world
 
 
@@ -321,13 +266,8 @@ def make_data(world: World, names: list[str]) -> None:
         told = {"from": "gpt", "value": f"a {colour} picture"}
         pretrain.append({"id": str(number), "image": name, "conversations": [asked, told]})
         question = "Which colour is the picture?" if number % 2 else "Tell me the colour of it, in one short word."
-        finetune.append(
-            {
-                "id": str(number),
-                "image": name,
-                "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": colour}],
-            }
-        )
+        talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": colour}]
+        finetune.append({"id": str(number), "image": name, "conversations": talk})
         if number % 4 == 0:
             talk = [{"from": "human", "value": "Say a colour."}, {"from": "gpt", "value": colour}]
             finetune.append({"id": f"text-{number}", "conversations": talk})
@@ -346,53 +286,27 @@ def make_llm(world: World, heads: int) -> None:
     words = (world.pretrain_data.read_text() + world.finetune_data.read_text() + license_text).split()
     text = world.root / "text.txt"
     text.write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(2000)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(world.root / "pieces"),
-        vocab_size=PIECES,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=1.0,
-        minloglevel=2,
-    )
+    options = {"vocab_size": PIECES, "model_type": "bpe", "byte_fallback": True, "character_coverage": 1.0}
+    options |= {"model_prefix": str(world.root / "pieces"), "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(input=str(text), **options)
     world.llm.mkdir()
     (world.root / "pieces.model").rename(world.llm / "tokenizer.model")
     (world.llm / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=PIECES,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(world.llm, safe_serialization=True)
-
-
-def make_towers(towers: dict[str, Path]) -> None:
-    """Tower directories: two CLIPs of one shape, a wider one, a SigLIP (no class token), a DINOv2, an EVA02."""
-    for seed, (name, directory) in enumerate(towers.items()):
-        torch.manual_seed(seed)
-        export_tower(make_tower(name), directory, origin=f"made for tests: {name}")
+    sizes = {"vocab_size": PIECES, "max_position_embeddings": 512, "initializer_range": 0.1, "pad_token_id": 0}
+    sizes |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": heads}
+    config = transformers.LlamaConfig(**sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(world.llm, safe_serialization=True)
 
 
 def make_tower(name: str) -> torch.nn.Module:
-    """A random vision model."""
-    width = 48 if name == "wide" else SHAPES["width"]
-    common = {
-        "hidden_size": width,
-        "num_hidden_layers": SHAPES["layers"],
-        "num_attention_heads": SHAPES["heads"],
-        "image_size": SHAPES["image"],
-        "patch_size": SHAPES["patch"],
-    }
-    if name == "siglip":
-        return SiglipVisionModel(SiglipVisionConfig(intermediate_size=64, **common)).eval()
-    if name == "eva02":
-        return Eva02VisionModel(Eva02Config(intermediate_size=64, **common)).eval()
+    """A random vision model; "other" is a CLIP of the same shape, "wide" a wider one; SigLIP has no class token."""
+    common = {"hidden_size": 48 if name == "wide" else WIDTH, **SHAPES}
     if name == "dinov2":
-        return Dinov2Model(Dinov2Config(mlp_ratio=2, **common)).eval()
-    return CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, hidden_act="quick_gelu", **common)).eval()
+        return transformers.Dinov2Model(transformers.Dinov2Config(mlp_ratio=2, **common)).eval()
+    common["intermediate_size"] = 64
+    if name == "siglip":
+        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**common)).eval()
+    if name == "eva02":
+        return Eva02VisionModel(Eva02Config(**common)).eval()
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(hidden_act="quick_gelu", **common)).eval()

@@ -1,7 +1,5 @@
 """Folders for the quickstart's tests: caches of random embeddings, and the records of trainings."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The LLaVA miniature: both sides are started alike but for the tower; its data; the scores of open answers."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -85,14 +83,9 @@ def points(made: ScoreFile) -> list[float]:
 
 
 def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None:
-    made = miniature.by_keyword(
-        [
-            row("1", "A cat with a hat", "black cat", "feline"),
-            row("2", "the Feline.", "lion", "feline", "king"),
-            row("3", "with the", "man with the hat"),
-            row("4", "", "T-Rex", "dinosaur"),
-        ]
-    )
+    seen = [row("1", "A cat with a hat", "black cat", "feline"), row("2", "the Feline.", "lion", "feline", "king")]
+    seen += [row("3", "with the", "man with the hat"), row("4", "", "T-Rex", "dinosaur")]
+    made = miniature.by_keyword(seen)
     # of the pictures of the three others, "cat hat" has the hat of 3, "feline" that of 1
     assert points(made) == [pytest.approx(100 * 2 / 3), pytest.approx(100 * 2 / 3), 0, 0]
     assert made.metrics["pictures_exchanged"] == pytest.approx(100 / 6)

@@ -1,7 +1,5 @@
 """The quickstart's models: built once, and the DINOv2 equals its ONNX file."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import models

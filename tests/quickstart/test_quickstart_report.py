@@ -1,7 +1,5 @@
 """The quickstart's report over real directories: tiny towers, random embeddings, a subset of the built-in set."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

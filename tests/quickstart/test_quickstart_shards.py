@@ -1,7 +1,5 @@
 """The quickstart's data folders: subsets keep styles together, the control gives no concept its own picture."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 from collections import defaultdict

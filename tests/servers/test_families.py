@@ -1,7 +1,6 @@
 """vLLM's engine on towers of every family that tests of the server leave out: the tokens are transformers' own."""
 
-from __future__ import annotations
-
+import itertools
 import json
 import os
 import subprocess
@@ -20,8 +19,9 @@ from llava_integration.serve.build import register
 from llava_integration.serve.export import Export, export
 from llm2clip_plugin.cli import main as llm2clip
 
-TRAINED = ("trained-clip", "trained-eva02")  # of vlm build, and saved again by transformers
-STOCK = ("metaclip2", "trained-clip")  # vLLM opens them without our plugin
+TOWERS, LLMS = ("clip", "siglip", "dinov3", "eva02", "pe_core"), ("smollm2", "qwen3", "gemma3")
+TRAINED = tuple(map("+".join, itertools.product(TOWERS, LLMS)))  # of vlm build, and saved again by transformers
+STOCK = ("metaclip2", *TRAINED[: 2 * len(LLMS)])  # vLLM opens them without our plugin
 FAMILIES = (*TRAINED, "openvision", "aimv2", "aimv2_native", "dinov3", "radio", "pe_core", "metaclip2")
 COLORS = ("red", "blue")
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<user>{{ m['role'] }}
@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, made = tmp_path_factory.mktemp("families"), {}
     one_head = {"num_attention_heads": 1, "num_key_value_heads": 1}  # vLLM's attention on a CPU needs 32 or wider
     for family in TRAINED:
-        made[family] = trained(root / family, family.removeprefix("trained-"))
+        made[family] = trained(root / family, *family.split("+"), steps=1)
     for family in FAMILIES[len(TRAINED) :]:
         checkpoint = full(root / f"llava-{family}", tower_directory(family), **one_head)
         made[family] = root / f"hf-{family}"
@@ -48,12 +48,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def trained(folder: Path, tower: str) -> Path:
+def trained(folder: Path, tower: str, llm: str = "qwen3", *, steps: int = 40) -> Path:
     """A model of ``vlm build`` that has learned to answer with a color, saved by transformers' Trainer."""
-    llm, built = save_tiny_llm(folder.with_suffix(".llm"), "qwen3", width=128), folder.with_suffix(".built")
+    tiny, built = save_tiny_llm(folder.with_suffix(".llm"), llm, width=128), folder.with_suffix(".built")
     (folder.parent / "chat.jinja").write_text(TEMPLATE)
-    words = ["--tower", str(tower_directory(tower)), "--llm", str(llm), "--output", str(built)]
-    assert llm2clip(["vlm", "build", *words, "--chat-template", str(folder.parent / "chat.jinja")]) == 0
+    words = ["--tower", str(tower_directory(tower)), "--llm", str(tiny), "--output", str(built)]
+    words += [] if llm == "smollm2" else ["--chat-template", str(folder.parent / "chat.jinja")]
+    assert llm2clip(["vlm", "build", *words]) == 0
     register()
     processor, model = AutoProcessor.from_pretrained(built), LlavaForConditionalGeneration.from_pretrained(built)
     options, rows = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}, []
@@ -65,7 +66,7 @@ def trained(folder: Path, tower: str) -> Path:
         labels = torch.cat((torch.full((asked,), -100), row["input_ids"][asked:]))
         rows.append({**row, "labels": labels})
     settings = TrainingArguments(
-        str(folder), max_steps=40, learning_rate=3e-3, per_device_train_batch_size=1, use_cpu=True, report_to=[],
+        str(folder), max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=1, use_cpu=True, report_to=[],
         remove_unused_columns=False, disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model, settings, train_dataset=rows, processing_class=processor)
@@ -81,12 +82,10 @@ def served(models: dict[str, Path]) -> dict[str, dict]:
     root = models[FAMILIES[0]].parent
     for stock in (True, False):
         names = [str(folder) for family, folder in models.items() if (family in STOCK) == stock]
-        plugins = {"VLLM_PLUGINS": ""} if stock else {}
+        place = {**os.environ, **ENGINE, **QUIET, **({"VLLM_PLUGINS": ""} if stock else {})}
         output = root / f"answers-{stock}.json"
         words = [sys.executable, Path(__file__).with_name("greedy.py"), root / "noise.png", QUESTION, output, *names]
-        done = subprocess.run(
-            words, env={**os.environ, **ENGINE, **QUIET, **plugins}, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(words, env=place, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-6000:]
         answers |= json.loads(output.read_text())
     return {family: answers[str(folder)] for family, folder in models.items()}
@@ -99,13 +98,8 @@ def test_tokens_are_those_of_transformers(models: dict[str, Path], served: dict[
     processor = AutoProcessor.from_pretrained(models[family])
     model = LlavaForConditionalGeneration.from_pretrained(models[family], dtype=torch.float32).eval()
     content = [{"type": "image", "path": str(models[family].parent / "noise.png")}, {"type": "text", "text": QUESTION}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
     forced = {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "eos_token_id": None, "do_sample": False}
     told = model.generate(**inputs, **forced, output_logits=True, return_dict_in_generate=True)
     tokens = told.sequences[0, inputs["input_ids"].shape[1] :]

@@ -1,7 +1,5 @@
 """A model of ``vlm build`` before and after training, served by vLLM, scored and compared."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

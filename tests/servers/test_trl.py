@@ -1,7 +1,5 @@
 """TRL's SFTTrainer on an exported model: the code of docs/serving.md, run as printed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,11 +1,8 @@
 """``vllm serve`` of exported models: the greedy answers over OpenAI's API are those of LLaVA's own code."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from llava_integration.answer import command as evaluate
+from llm2clip_plugin.train.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 LLAVA_PYTHON = os.environ.get("LLAVA_PYTHON", str(ROOT / ".venv-llava" / "bin" / "python"))
@@ -35,12 +33,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     script = Path(__file__).with_name("make_served_models.py")
     subprocess.run([LLAVA_PYTHON, script, folder, request.param], check=True, timeout=1200)
     return folder / f"hf-{request.param}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """The code of docs/serving.md, and a folder with what it names."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

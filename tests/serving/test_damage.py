@@ -1,7 +1,5 @@
 """Damaged checkpoints at ``llava export``: one line each, and nothing is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -73,10 +71,7 @@ SETTINGS: dict[str, tuple[Damage, str]] = {
 ADAPTERS: dict[str, tuple[Damage, str]] = {
     "no projector": (lambda folder: (folder / "non_lora_trainables.bin").unlink(), "no non_lora_trainables.bin"),
     "cut": (lambda folder: (folder / LORA).write_bytes((folder / LORA).read_bytes()[:-9]), "not a complete"),
-    "block lost": (
-        weights(lambda s: {n: v for n, v in s.items() if "s.1." not in n}, LORA),
-        "3 target_modules have no",
-    ),
+    "block lost": (weights(lambda s: {n: v for n, v in s.items() if "s.1." not in n}, LORA), "3 target_modules"),
     "nan": (weights(nan, LORA), "up_proj.weight is nan"),
     "another rank": (settings(ADAPTER, r=8), "rank 4, expected"),
 }

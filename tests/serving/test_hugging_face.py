@@ -1,7 +1,5 @@
 """An exported model in transformers' own programs: the code of docs/serving.md, run as printed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -63,7 +61,7 @@ def test_trainer(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(code.replace("num_train_epochs=1", "max_steps=4").replace("2e-5", "3e-3"), names)
     losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    batch = names["collate"](json.loads(Path("llava_v1_5_mix665k.json").read_text()))
+    batch = names["trainer"].data_collator(json.loads(Path("llava_v1_5_mix665k.json").read_text()))
     decode = names["processor"].tokenizer.decode
     learned = [decode(row[row != -100]) for row in batch["labels"]]
     assert [text.split() for text in learned] == [["red</s>", "yes</s>"], ["blue</s>", "yes</s>"], ["Hello</s>"]]

@@ -1,7 +1,5 @@
 """A vision-language model of any tower and any LLM: equal to its parts, trained by transformers' Trainer, reloaded."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -18,15 +16,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from serve_checkpoints import tower_directory
+from tiny_clip import TINY
 from tiny_llm import save_tiny_llm, tiny_tokenizer
 from tokenizers import processors
-from transformers import (
-    AutoModelForCausalLM,
-    AutoProcessor,
-    LlavaForConditionalGeneration,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from llava_integration.serve import trainers
 from llava_integration.serve.build import ExportedTower, register
@@ -39,7 +32,7 @@ from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import load_tower, resize_tower, timm_tower
 
 TOWERS = ("clip", "siglip", "dinov3", "eva02", "pe_core")  # pe_core: timm's
-LLMS = ("llama", "qwen3", "gemma3")
+LLMS = ("smollm2", "qwen3", "gemma3")
 MADE = tempfile.TemporaryDirectory(prefix="towers-")  # removed when the process ends
 BOS = 1
 ASKED = [{"type": "image", "image": picture()}, {"type": "text", "text": "Which color?"}]
@@ -48,7 +41,7 @@ ASKED = [{"type": "image", "image": picture()}, {"type": "text", "text": "Which 
 @pytest.fixture(scope="module")
 def llms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("llms")
-    for name in (*LLMS, "qwen2", "mistral", "phi3", "gemma2"):
+    for name in (*LLMS, "llama", "qwen2", "mistral", "phi3", "gemma2"):
         save_tiny_llm(root / name, name)
     return root
 
@@ -58,14 +51,7 @@ def place(name: str) -> Path:
     """The folder of a tower of that name."""
     made = Path(MADE.name) / name
     if name == "naflex":
-        config = transformers.Siglip2VisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_patches=16,
-            patch_size=7,
-        )
+        config = transformers.Siglip2VisionConfig(**TINY, num_patches=16, patch_size=7)
         transformers.Siglip2VisionModel(config).save_pretrained(made / "published")
         import_tower(made / "published", made / "imported")
         return made / "imported"
@@ -183,7 +169,7 @@ def test_the_tower_in_llavas_own_model(name: str, layer: int) -> None:
     assert tower.requires_grad_(True).train().vision_tower.training
 
 
-@pytest.mark.parametrize("llm", ["qwen2", "mistral", "phi3"])
+@pytest.mark.parametrize("llm", ["llama", "qwen2", "mistral", "phi3"])
 def test_other_llms(llms: Path, tmp_path: Path, llm: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The command compares the folder with its parts."""
     build("clip", llms / llm, tmp_path / "vlm")
@@ -252,14 +238,9 @@ def test_one_bos_whichever_way(llms: Path, tmp_path: Path, change: Any) -> None:
     processor = AutoProcessor.from_pretrained(build("clip", llm, tmp_path / "vlm", "--no-compare"))
     chat = [{"role": "user", "content": ASKED}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    ways = [
-        processor(images=picture(), text=text)["input_ids"][0],
-        processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"][
-            0
-        ],
-        processor.tokenizer(text, add_special_tokens=False)["input_ids"],
-        processor.tokenizer(text)["input_ids"],
-    ]
+    whole = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ways = [processor(images=picture(), text=text)["input_ids"][0], whole["input_ids"][0]]
+    ways += [processor.tokenizer(text, **more)["input_ids"] for more in ({"add_special_tokens": False}, {})]
     assert [ids.count(BOS) for ids in ways] == [1] * 4 and {ids[0] for ids in ways} == {BOS}
     assert ways[0] == ways[1] and ways[2] == ways[3]
 
@@ -362,15 +343,8 @@ def test_what_does_not_fit_is_one_line(
         sizes: dict[str, Any] = {"vocab_size": 400, "n_embd": 32, "n_layer": 1, "n_head": 2}
         AutoModelForCausalLM.from_config(transformers.GPT2Config(**sizes)).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
-    words = [
-        "--tower",
-        str(place(tower) if tower == "clip" else tower),
-        "--llm",
-        str(folder),
-        "--output",
-        str(tmp_path / "out"),
-        *more,
-    ]
+    eye = str(place(tower) if tower == "clip" else tower)
+    words = ["--tower", eye, "--llm", str(folder), "--output", str(tmp_path / "out"), *more]
     capsys.readouterr()
     assert llm2clip(["vlm", "build", *words]) == 2
     said = capsys.readouterr().err
@@ -380,9 +354,8 @@ def test_what_does_not_fit_is_one_line(
 
 def test_a_tower_that_transformers_saved_has_the_names_that_servers_know(llms: Path, tmp_path: Path) -> None:
     """transformers 5 saves CLIP's tower without ``vision_model.``, which vLLM then does not find."""
-    shutil.copytree(
-        tower_directory("clip"), tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors", "llm2clip*")
-    )
+    other = shutil.ignore_patterns("*.safetensors", "llm2clip*")
+    shutil.copytree(tower_directory("clip"), tmp_path / "clip", ignore=other)
     config = transformers.CLIPVisionConfig.from_pretrained(tower_directory("clip"))
     transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
     assert "embeddings.class_embedding" in load_file(tmp_path / "clip" / "model.safetensors")

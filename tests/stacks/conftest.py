@@ -1,11 +1,6 @@
 """Tests with packages that people train and evaluate with, each in its environment: ``scripts/test.sh --stacks``."""
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
-
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "llava"), str(TESTS / "llava" / "serve")]
 
 NEEDS = {  # one of them
     "test_logs.py": ("lmms_eval",),

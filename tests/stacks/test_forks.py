@@ -64,17 +64,9 @@ def train(world: World, package: str, paths: list[str], tower: str, kind: str, o
         --attn_implementation eager --deepspeed {world.zero_config(2)} {options}""".split()
     common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common["PYTHONPATH"] = os.pathsep.join([str(world.root), *paths, *sys.path])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *words],
-            env=world.environment(RANK=str(rank), LOCAL_RANK=str(rank), **common),
-            cwd=world.root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
+    places = [world.environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(RANKS)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [subprocess.Popen([sys.executable, *words], env=place, cwd=world.root, **streams) for place in places]
     told = [rank.communicate(timeout=1800)[0] for rank in ranks]
     assert not any(rank.returncode for rank in ranks), told[0][-3000:] + told[1][-3000:]
     return losses(output)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,16 +21,11 @@ RIGHT = {"weak": 50, "strong": 80}  # percent of the questions that a model answ
 def questions(tmp_path_factory) -> Path:
     """Two questions about each image; of three, one is answered by "yes"."""
     path = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    rows = [
-        {
-            "question_id": f"q{n}",
-            "image_id": f"image{n // 2}",
-            "question": f"Is {n} divisible by three?",
-            "answer": "no" if n % 3 else "yes",
-            "category": "odd" if n % 2 else "even",
-        }
-        for n in range(QUESTIONS)
-    ]
+    rows = []
+    for n in range(QUESTIONS):
+        about = {"image_id": f"image{n // 2}", "category": "odd" if n % 2 else "even"}
+        asked = {"question": f"Is {n} divisible by three?", "answer": "no" if n % 3 else "yes"}
+        rows.append({"question_id": f"q{n}", **asked, **about})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -81,17 +75,10 @@ def test_lm_evaluation_harness(questions, tmp_path):
 
         loglikelihood_rolling = loglikelihood
 
-    task = {
-        "task": "toy",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(questions)}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n"]},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }
+    task = {"task": "toy", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(questions)}}}
+    task |= {"test_split": "test", "output_type": "generate_until", "generation_kwargs": {"until": ["\n"]}}
+    task |= {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+    task["metric_list"] = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
     for name in RIGHT:
         results = simple_evaluate(Model(name), tasks=[task], task_manager=TaskManager(), log_samples=True)
         samples = results.pop("samples")
@@ -119,12 +106,10 @@ def test_inspect_ai(questions, tmp_path):
         async def generate(self, input, tools, tool_choice, config):
             return ModelOutput.from_content(self.model_name, answer(self.model_name, rows[input[-1].text]))
 
-    samples = [
-        Sample(
-            id=row["question_id"], input=row["question"], target=row["answer"], metadata={"image_id": row["image_id"]}
-        )
-        for row in rows.values()
-    ]
+    samples = []
+    for row in rows.values():
+        about = {"id": row["question_id"], "metadata": {"image_id": row["image_id"]}}
+        samples.append(Sample(input=row["question"], target=row["answer"], **about))
     for name, form in zip(RIGHT, ("eval", "json"), strict=True):
         task = Task(name="toy", dataset=samples, solver=generate(), scorer=match())
         eval(task, model=f"toy/{name}", log_dir=str(tmp_path / name), log_format=form, display="none")
@@ -159,13 +144,13 @@ def test_lmms_eval(questions, tmp_path):
 
 def tiny_llava(folder: Path, seed: int) -> Path:
     """A random CLIP and a random Llama as one vision-language model."""
+    from tiny_clip import TINY
     from tiny_llm import save_tiny_llm
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     from llm2clip_plugin.cli import main as llm2clip
 
-    sizes: Any = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=28, patch_size=14)).save_pretrained(folder / "tower")
+    CLIPVisionModel(CLIPVisionConfig(**TINY, image_size=28, patch_size=14)).save_pretrained(folder / "tower")
     statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_processor_type": "CLIPImageProcessor"}
     sizes = {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}}
     (folder / "tower" / "preprocessor_config.json").write_text(json.dumps({**statistics, **sizes}))

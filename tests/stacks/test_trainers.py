@@ -1,7 +1,5 @@
 """docs/vlm.md, run as printed: a model of ``vlm build`` trained in two stages by the package of this environment."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -48,9 +46,8 @@ def blocks(language: str) -> list[str]:
 
 def run(*words: str) -> None:
     folders = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    done = subprocess.run(
-        words, env={**os.environ, "PATH": ":".join(folders)}, capture_output=True, text=True, check=False
-    )
+    place = {**os.environ, "PATH": ":".join(folders)}
+    done = subprocess.run(words, env=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

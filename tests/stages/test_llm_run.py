@@ -30,7 +30,7 @@ SAME = 2e-5
 
 def write_captions(path: Path, count: int = 48) -> Path:
     """Names of one to three words and long captions that hold them."""
-    names = [f"{WORDS[i % 16]} {WORDS[i * 7 % 16]} {i % 12}" for i in range(count)]
+    names = [f"{WORDS[i % 16]} {WORDS[i * 7 % 16]} {i % 12 % 8}" for i in range(count)]
     long = [" ".join([*WORDS[: i % 16], name]) for i, name in enumerate(names)]
     pairs = enumerate(zip(names, long, strict=True))
     rows = [{"id": f"k{i}", "image": "x.png", "caption": one, "long_caption": other} for i, (one, other) in pairs]

@@ -3,10 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_python import programs
 from safetensors.torch import load_file, save_file
 from tiny_data import make_all
 from tower_runs import ROOT, environment, options, wait_for
@@ -19,14 +19,14 @@ JOB = ROOT / "scripts/slurm/torchrun.sbatch"
 
 def submit(folder: Path, srun: str, *words: str, script: Path = JOB, **variables: str) -> subprocess.Popen[str]:
     """The batch script in ``folder``, as Slurm starts it on a node; ``srun``: what its stand-in does."""
-    programs = folder / "bin"
-    programs.mkdir(exist_ok=True)
-    (programs / "srun").write_text(f"#!/bin/sh\n{srun}\n")
-    (programs / "scontrol").write_text(f'#!/bin/sh\necho localhost\necho "$@" >> {folder}/scontrol\n')
-    for program in programs.iterdir():
+    stubs = folder / "bin"
+    stubs.mkdir(exist_ok=True)
+    (stubs / "srun").write_text(f"#!/bin/sh\n{srun}\n")
+    (stubs / "scontrol").write_text(f'#!/bin/sh\necho localhost\necho "$@" >> {folder}/scontrol\n')
+    for program in stubs.iterdir():
         program.chmod(0o755)
     slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost", "GPUS": "1"}
-    place = environment(**slurm, PATH=f"{programs}:{os.environ['PATH']}", PYTHON=sys.executable, **variables)
+    place = environment(**slurm, PATH=f"{stubs}:{os.environ['PATH']}", PYTHON=str(programs() / "python"), **variables)
     log = (folder / "log").open("w")
     return subprocess.Popen(["bash", str(script), *words], cwd=folder, env=place, stdout=log, stderr=log, text=True)
 

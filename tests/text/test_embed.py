@@ -102,11 +102,8 @@ def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: 
 def test_command_embeds_reports_and_verifies(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    rows = [
-        {"id": "long", "image": "0.png", "caption": "boat " * 10_000},
-        {"id": "empty", "image": "1.png", "caption": "  "},
-        {"id": "plain", "image": "2.png", "caption": "a boat"},
-    ]
+    texts = {"long": "boat " * 10_000, "empty": "  ", "plain": "a boat"}
+    rows = [{"id": name, "image": f"{name}.png", "caption": text} for name, text in texts.items()]
     (data / "pairs.jsonl").write_text("\n".join([*map(json.dumps, rows), "{no JSON"]))
     command = ["embed", str(data / "pairs.jsonl"), "--llm", str(llama), "--max-tokens", "32", "--dtype", "int8"]
     assert main(command) == 0

@@ -14,14 +14,8 @@ from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import check_attention, set_attention, set_kernels
 
-CAPTIONS = [
-    "a red bicycle",
-    "two dogs run over the wet grass while the cat sleeps in a box, and a man reads a newspaper at the window of a hut",
-    "ein Hund",
-    "x",
-    "the lake",
-    "猫が箱の中で眠る",
-]
+LONG = "two dogs run over the wet grass while a cat sleeps in a box, and a man reads a newspaper at the window of a hut"
+CAPTIONS = ["a red bicycle", LONG, "ein Hund", "x", "the lake", "猫が箱の中で眠る"]
 # float32, other order of the same sums: a few units in the last place of 32 numbers, through two blocks
 TOLERANCE = 1e-5
 
@@ -127,16 +121,9 @@ def test_long_caption_is_cut_and_counted(llama: Path) -> None:
 
 def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: Path, tmp_path: Path) -> None:
     base = encoder(llama).identity()
-    changes = [
-        {"attention": "causal"},
-        {"pooling": "last"},
-        {"layer": 1},
-        {"prompt": "Query: "},
-        {"chat_template": "user"},
-        {"max_tokens": 64},
-        {"include_bos": False},
-    ]
-    prints = {encoder(llama, **change).identity().fingerprint for change in changes}
+    changes = {"attention": "causal", "pooling": "last", "layer": 1, "prompt": "Query: ", "chat_template": "user"}
+    changes |= {"max_tokens": 64, "include_bos": False}
+    prints = {encoder(llama, **{name: value}).identity().fingerprint for name, value in changes.items()}
     prints |= {base.fingerprint, encoder(make_llm(tmp_path / "other", "llama", seed=1)).identity().fingerprint}
     prints.add(encoder(make_llm(tmp_path / "eos", "llama", eos=True)).identity().fingerprint)
     assert len(prints) == len(changes) + 3

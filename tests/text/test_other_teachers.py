@@ -1,17 +1,15 @@
 """Teachers made elsewhere: LLM2Vec checkpoints and adapters, LLM2CLIP's released LLMs."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from text_helpers import write_moved
+from tiny_clip import TINY
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, T5Config
 
 from llm2clip_plugin.contracts import EncoderCard
@@ -92,13 +90,7 @@ def test_sentence_transformers_is_not_read_by_default(llama: Path, tmp_path: Pat
 
 
 def test_what_is_no_decoder_is_refused(llama: Path, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-    }
-    BertModel(BertConfig(vocab_size=400, **sizes)).save_pretrained(tmp_path)
+    BertModel(BertConfig(vocab_size=400, **TINY)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a BertModel; expected a decoder LLM"):
         CaptionEncoder(EncoderConfig(llm=str(tmp_path)), "cpu")

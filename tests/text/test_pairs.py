@@ -17,19 +17,12 @@ NAMES = ["cat", "dog", "boat", "tree", "house", "lake", "wall", "bike"]
 
 def write_captions(folder: Path, count: int = 32) -> Path:
     """Images with a name, a long caption, a list of keywords, and a family of four."""
-    rows = [
-        {
-            "id": f"k{i}",
-            "image": f"{i}.png",
-            "family": f"f{i // 4}",
-            "captions": [
-                {"text": f"{NAMES[i % 8]} {i}", "kind": "short"},
-                {"text": f"a picture of a {NAMES[i % 8]} number {i}", "kind": "long"},
-                {"text": f"one{i}, two{i}, three{i}, four{i}, five{i}", "kind": "keywords"},
-            ],
-        }
-        for i in range(count)
-    ]
+    rows = []
+    for i in range(count):
+        texts = {"short": f"{NAMES[i % 8]} {i}", "long": f"a picture of a {NAMES[i % 8]} number {i}"}
+        texts["keywords"] = f"one{i}, two{i}, three{i}, four{i}, five{i}"
+        captions = [{"text": text, "kind": kind} for kind, text in texts.items()]
+        rows.append({"id": f"k{i}", "image": f"{i}.png", "family": f"f{i // 4}", "captions": captions})
     path = folder / "caps.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -117,10 +110,8 @@ def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(tmp_pat
             negatives.add(number)
     assert negatives == set(range(8))
     assert batches(config).batch(8)["pairs"] == batches(config).batch(8)["pairs"]
-    rows = [
-        {"id": f"k{i}", "image": "x.png", "captions": [{"text": f"{i} {n}", "kind": "long"} for n in range(4)]}
-        for i in range(3)
-    ]
+    captions = [[{"text": f"{i} {n}", "kind": "long"} for n in range(4)] for i in range(3)]
+    rows = [{"id": f"k{i}", "image": "x.png", "captions": four} for i, four in enumerate(captions)]
     (tmp_path / "four.jsonl").write_text("\n".join(map(json.dumps, rows)))  # of which two are no pair's own texts
     four = PairsConfig(data=(str(tmp_path / "four.jsonl"),), pair_kinds=("long:same",), random_negatives=True)
     pairs = [pair for step in range(20) for pair in batches(four, size=3).batch(3 * step)["pairs"]]

@@ -40,8 +40,7 @@ def world(llama, tmp_path_factory):
     cache = EmbeddingCache.open(folder / "cache")
     torch.manual_seed(0)
     dual = DualEncoder(
-        load_tower(make_tower(folder / "start")),
-        DualConfig(projection_dim=16, llm_width=cache.width, adapter_blocks=1),
+        load_tower(make_tower(folder / "start")), DualConfig(projection_dim=16, llm_width=cache.width, adapter_blocks=1)
     )
     export_tower(dual, folder / "tower", origin=str(folder / "start"), teacher=dataclasses.asdict(cache.teacher))
     return folder

@@ -1,12 +1,11 @@
 """The same numbers on a GPU (scripts/check_gpu.sh) as on a CPU in float64; without a GPU, on a CPU in float32."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_clip import TINY
 from tiny_llm import save_tiny_llm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -23,8 +22,7 @@ pytestmark = pytest.mark.gpu
 
 def test_pixels_loss_and_gradients_are_those_of_float64() -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    tower = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=16, attn_implementation="sdpa", **sizes))
+    tower = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=16, attn_implementation="sdpa", **TINY))
     dual = DualEncoder(tower, DualConfig(projection_dim=16, llm_width=24))
     pixels = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
     embeddings = torch.randn(6, 24)

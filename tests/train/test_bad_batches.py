@@ -1,7 +1,5 @@
 """Batches with a non-finite loss or gradient: left out alike on all ranks and after a resume, or the end of the run."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator
@@ -42,13 +40,8 @@ def train(rank: int, world: int, run: Path, way: dict[str, Any], *, allowed: int
         state = run_loop(parts_of(run, engine, state, stream, references={AVERAGES: average}, train=settings, **more))
     except NonFiniteLossError as error:
         return {"error": str(error), "status": error.status}
-    return {
-        "bad": state.bad_batches,
-        "samples": state.samples,
-        "updates": engine.updates,
-        "weights": engine.weights(on_host),
-        "average": average.values(on_host),
-    }
+    ended = {"bad": state.bad_batches, "samples": state.samples, "updates": engine.updates}
+    return {**ended, "weights": engine.weights(on_host)}
 
 
 def left_out(rank: int, world: int, folder: str) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,5 @@
 """Checkpoints: a run goes on bit by bit, or under another ZeRO stage, precision and number of ranks."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

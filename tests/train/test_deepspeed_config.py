@@ -1,7 +1,5 @@
 """DeepSpeed's JSON with the run's values, contradictions, schedules."""
 
-from __future__ import annotations
-
 import json
 import socket
 from itertools import pairwise
@@ -30,18 +28,14 @@ def completed(user: dict[str, Any], *, world: int = 2, **train: Any) -> dict[str
     return complete(user, TrainConfig(**settings), OPTIM, world=world, hidden_size=1024)
 
 
+BATCH = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
 LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {  # the layout of LLaVA's scripts/zero3_offload.json
-    "fp16": {"enabled": "auto", "loss_scale": 0},
-    "bf16": {"enabled": "auto"},
-    "train_micro_batch_size_per_gpu": "auto",
-    "train_batch_size": "auto",
-    "gradient_accumulation_steps": "auto",
+    **{"fp16": {"enabled": "auto", "loss_scale": 0}, "bf16": {"enabled": "auto"}, **dict.fromkeys(BATCH, "auto")},
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
     "zero_optimization": {
         "stage": 3,
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
-        "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": "auto",
+        **dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), "auto"),
         "stage3_param_persistence_threshold": "auto",
         "gather_16bit_weights_on_model_save": True,
     },

@@ -1,7 +1,5 @@
 """ProCLIP on a tiny CLIP: the text adapter learns the CLIP's text space, then contrast with self-distillation."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The losses against golden D (1, 2, 4 ranks), against the naive formula, and with excluded pairs."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Each term of the loss against its naive form over ranks, and the weights of a sum."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -73,6 +71,11 @@ def naive_terms(x: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
     }
 
 
+def features_of(x: dict[str, Tensor], log_scale: Tensor, hashes: Any = None, ids: Any = None) -> Any:
+    pairs = {"anchor_bD": x["anchor"], "positive_bkD": x["positive"]}
+    return Features(**pairs, log_scale=log_scale, bias=torch.zeros(1), caption_hashes=hashes, image_ids=ids)
+
+
 def terms_on_ranks(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     """Each term's loss and gradients on this rank's rows."""
     results = {}
@@ -80,18 +83,10 @@ def terms_on_ranks(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     for name in TERMS:
         x = {key: value[mine].clone().requires_grad_() for key, value in given().items()}
         log_scale = torch.tensor([SCALE]).log().requires_grad_()
-        features = Features(
-            anchor_bD=x["anchor"],
-            positive_bkD=x["positive"],
-            log_scale=log_scale,
-            bias=torch.zeros(1),
-            caption_hashes=HASHES[:, mine],
-            image_ids=IDS[mine],
-            reference_bD=x["reference"].detach(),
-            patches_bTH=x["patches"],
-            reference_patches_bTH=x["reference_patches"].detach(),
-            patch_features_bTD=x["patch_features"],
-        )
+        patches = {"patches_bTH": x["patches"], "reference_patches_bTH": x["reference_patches"].detach()}
+        patches["patch_features_bTD"] = x["patch_features"]
+        features = features_of(x, log_scale, HASHES[:, mine], IDS[mine])
+        features = dataclasses.replace(features, reference_bD=x["reference"].detach(), **patches)
         loss = weighted_terms(LossConfig(terms=(f"{name}=1",), block=5))[name](features)
         loss.backward()
         grads = {key: torch.zeros_like(value) if value.grad is None else value.grad for key, value in x.items()}
@@ -158,15 +153,7 @@ def test_distill_means_the_same_for_any_batch_and_is_proclips_sum():
     semantic, structural = (x["anchor"] - x["reference"]).square().sum(), F.smooth_l1_loss(own, theirs, reduction="sum")
     # what both sums come to in a batch of 512 of the same pairs
     published = lam * (semantic * 512 / n + structural * (512 * 511) / (n * (n - 1)))
-    features = Features(
-        anchor_bD=x["anchor"],
-        positive_bkD=x["positive"],
-        log_scale=torch.zeros(1),
-        bias=torch.zeros(1),
-        caption_hashes=None,
-        image_ids=None,
-        reference_bD=x["reference"],
-    )
+    features = dataclasses.replace(features_of(x, torch.zeros(1)), reference_bD=x["reference"])
     ours = weighted_terms(LossConfig(terms=("distill=0.2048",)))["distill"](features)
     assert float(ours) == pytest.approx(float(published), rel=1e-4)
     with pytest.raises(ValueError, match="distill has no reference to compare with"):

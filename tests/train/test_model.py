@@ -1,7 +1,5 @@
 """The model that trains: parameter groups, freezing, options of the tower, the fit of the heads, memory."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import signal
@@ -161,13 +159,8 @@ def test_a_stopped_fit_goes_on_to_the_same_heads(tiny: Path, tmp_path: Path, mon
 def test_heads_draw_captions_by_their_shares():
     """Three images with one, three and two captions; the second one's last has half of its chance."""
     shares = torch.tensor([1.0, 0.25, 0.25, 0.5, 0.5, 0.5], dtype=torch.float64)
-    features = FrozenFeatures(
-        pooled_IP=torch.empty(3, 1),
-        embedding_MW=torch.empty(6, 1),
-        caption_hashes_M=torch.arange(6),
-        count_I=torch.tensor([1, 3, 2]),
-        share_M=shares,
-    )
+    nothing = {"pooled_IP": torch.empty(3, 1), "embedding_MW": torch.empty(6, 1), "caption_hashes_M": torch.arange(6)}
+    features = FrozenFeatures(count_I=torch.tensor([1, 3, 2]), share_M=shares, **nothing)
     chosen = torch.tensor([0, 1, 1, 1, 1, 2, 2, 0, 2])
     draws = torch.tensor([0.99, 0.0, 0.3, 0.5, 0.99, 0.49, 0.51, 0.0, 1.0])
     assert heads._draw_captions(features, chosen, draws).tolist() == [0, 1, 2, 3, 3, 4, 5, 0, 5]

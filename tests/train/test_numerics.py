@@ -1,7 +1,5 @@
 """What stays fp32 under bf16 and fp16: the logit scale in the loss, and the moving averages of the weights."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -95,16 +93,10 @@ def average(rank: int, world: int) -> dict[str, dict[str, Any]]:
         with engine.gathered(list(dual.parameters())):
             still = sum(int((p == before[n]).sum()) for n, p in dual.named_parameters())
         size = sum(value.numel() for value in before.values())
-        results[name] = {
-            "initial": initial,
-            "masters": masters,
-            "mean": mean.values(on_host),
-            "reference": reference.values(on_host),
-            "shown": {n: p.float() for n, p in frozen.named_parameters()},
-            "after": engine.weights(on_host),
-            "still": still / size,
-            "held": sum(shard.numel() for shard in mean.averages) / size,
-        }
+        found = {"initial": initial, "masters": masters, "after": engine.weights(on_host), "still": still / size}
+        found |= {"mean": mean.values(on_host), "reference": reference.values(on_host)}
+        found["shown"] = {n: p.float() for n, p in frozen.named_parameters()}
+        results[name] = {**found, "held": sum(shard.numel() for shard in mean.averages) / size}
     return results
 
 

@@ -1,20 +1,22 @@
 """The terms that read patches, over real towers: any ranks, micro-batches, ZeRO stage and family are one run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.checkpoint import on_host
 from llm2clip_plugin.train.engine import Reference, frozen_copy
+from llm2clip_plugin.train.losses.base import Features
+from llm2clip_plugin.train.losses.patches import PatchCaptions, PatchReference
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
+from llm2clip_plugin.vision.families import families
 
 STEPS = 4
 TERMS = ("infonce", "patch_reference=2", "patch_captions=0.5")
@@ -28,9 +30,19 @@ def tiny_dual(family: str, pool: str = "pooled") -> DualEncoder:
         "clip": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(intermediate_size=64, **SIZES)),
         "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(intermediate_size=64, **SIZES)),
         "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(mlp_ratio=2, **SIZES)),
+        "naflex": lambda: families()["naflex"].vision_class()(
+            families()["naflex"].vision_class().config_class(intermediate_size=64, num_patches=4, **SIZES)
+        ),
         "eva02": lambda: Eva02VisionModel(Eva02Config(intermediate_size=48, **SIZES)),
     }
     return DualEncoder(towers[family](), DualConfig(projection_dim=8, llm_width=12, pool=pool)).train()
+
+
+def batch_of(dual: DualEncoder, step: int, rank: int, world: int) -> dict[str, Any]:
+    """NaFlex: images of several aspects, with 1 to 4 of the 4 patches."""
+    batch = tiny_batch(step, rank=rank, world=world)
+    shapes = torch.tensor([(2, 2), (1, 3), (2, 1), (1, 1), (1, 4)])[batch["image_ids"] % 5]
+    return batch | ({"spatial_shapes": shapes} if dual.family.native else {})
 
 
 def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -44,7 +56,7 @@ def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, d
         frozen = frozen_copy(dual)
         engine = tiny_engine(world=world, dual=dual, **way)  # pyright: ignore[reportArgumentType]
         step = tiny_step(engine, terms=TERMS, reference=Reference(engine, 1.0, module=frozen))
-        values = [step(tiny_batch(i, rank=rank, world=world))[1] for i in range(STEPS)]
+        values = [step(batch_of(dual, i, rank, world))[1] for i in range(STEPS)]
         results[name] = {"values": values, "moments": engine.moments(on_host)}
     return results
 
@@ -54,13 +66,14 @@ ONE = {
     "clip cached": {"stage": 0, "micro": 8, "checkpointing": True},
     "clip zero3": {"stage": 3, "micro": 8},
 }
-for family, pool in (("siglip", "pooled"), ("dinov2", "cls_mean"), ("eva02", "mean")):
+for family, pool in (("siglip", "pooled"), ("dinov2", "cls_mean"), ("eva02", "mean"), ("naflex", "mean")):
     ONE[family] = {"stage": 0, "family": family, "pool": pool}
     ONE[f"{family} cached"] = {**ONE[family], "micro": 8, "checkpointing": True}
 TWO = {
     "clip zero0": {"stage": 0, "micro": 16},
     "clip zero2": {"stage": 2, "micro": 4, "checkpointing": True},
     "clip zero3": {"stage": 3, "micro": 8},
+    "naflex zero3": {"stage": 3, "micro": 4, "checkpointing": True, "family": "naflex", "pool": "mean"},
     "eva02 zero1": {"stage": 1, "micro": 16, "family": "eva02", "pool": "mean"},
 }
 
@@ -84,7 +97,9 @@ def same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(actual["moments"][key], moment, atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["clip cached", "clip zero3", "siglip cached", "dinov2 cached", "eva02 cached"])
+@pytest.mark.parametrize(
+    "name", ["clip cached", "clip zero3", "siglip cached", "dinov2 cached", "eva02 cached", "naflex cached"]
+)
 def test_micro_batches_and_checkpointing_are_one_run(one: dict[str, Any], name: str):
     same(one[name], one[name.split()[0]])
 
@@ -94,8 +109,29 @@ def test_two_ranks_are_one(one: dict[str, Any], two: dict[str, Any], name: str):
     same(two[name], one[name.split()[0]])
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2", "eva02"])
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2", "eva02", "naflex"])
 def test_patches_leave_the_reference_and_learn_captions(one: dict[str, Any], family: str):
     first, *_, last = one[family]["values"]
     assert abs(first["loss_patch_reference"]) < 1e-5 < 1e-3 < last["loss_patch_reference"]
     assert last["loss_patch_captions"] < first["loss_patch_captions"]
+
+
+@pytest.mark.parametrize("term", [PatchReference(), PatchCaptions()])
+def test_only_the_patches_that_an_image_has_count(term: Any):
+    """With 4 of 6 patches the loss and its gradients are those without the other 2, whatever their values."""
+    torch.manual_seed(0)
+    sides = F.normalize(torch.randn(2, 5, 8), dim=-1)
+    names = ("patches_bTH", "reference_patches_bTH", "patch_features_bTD")
+    whole = {name: torch.randn(5, 6, 8).requires_grad_() for name in names}
+    common = {"anchor_bD": sides[0], "positive_bkD": sides[1, :, None], "log_scale": torch.zeros(1)}
+    common |= {"bias": torch.zeros(1), "caption_hashes": None, "image_ids": None}
+    masked = Features(**common, **whole, spatial_shapes=torch.tensor([[2, 2]] * 5))
+    cut = {name: value.detach()[:, :4].clone().requires_grad_() for name, value in whole.items()}
+    losses = [term(features) for features in (masked, Features(**common, **cut))]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    read = names[2] if term.reads == "patch_features" else names[0]
+    for loss in losses:
+        loss.backward()
+    grad = whole[read].grad
+    assert grad is not None and not grad[:, 4:].any()
+    torch.testing.assert_close(grad[:, :4], cut[read].grad)

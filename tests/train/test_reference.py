@@ -1,7 +1,5 @@
 """The frozen tower that loss terms compare with: under every ZeRO stage, over ranks and micro-batches, resumed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

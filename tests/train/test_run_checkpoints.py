@@ -1,7 +1,5 @@
 """A run's checkpoints: their files, going back, and one run at a time in a folder."""
 
-from __future__ import annotations
-
 import gc
 import json
 import shutil
@@ -29,14 +27,9 @@ def saved(run: Path, *steps: int, keep: int = 0) -> Checkpoints:
 
 
 def test_tensors_are_safetensors_and_return_without_a_map(tmp_path: Path):
-    tensors = {
-        "half": torch.randn(3, 5).bfloat16(),
-        "flag": torch.tensor(True),
-        "none": torch.empty(0, 4),
-        "bytes": torch.arange(7, dtype=torch.uint8),
-        "strided": torch.randn(4, 6).T,
-        "count": torch.tensor([1 << 40]),
-    }
+    tensors = {"half": torch.randn(3, 5).bfloat16(), "flag": torch.tensor(True), "none": torch.empty(0, 4)}
+    tensors |= {"bytes": torch.arange(7, dtype=torch.uint8), "strided": torch.randn(4, 6).T}
+    tensors["count"] = torch.tensor([1 << 40])
     path = tmp_path / "x.safetensors"
     write_tensors(path, tensors)
     values = dict(TensorFile(path))
@@ -55,9 +48,9 @@ def flip(path: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "a flipped bit of the weights": lambda path: flip(path / "model.safetensors"),
-    "a flipped bit of the moments": lambda path: flip(path / "optimizer.safetensors"),
-    "a flipped bit of the averages": lambda path: flip(path / "ema.safetensors"),
+    "weights": lambda path: flip(path / "model.safetensors"),
+    "moments": lambda path: flip(path / "optimizer.safetensors"),
+    "averages": lambda path: flip(path / "ema.safetensors"),
     "a cut state.json": lambda path: (path / "state.json").write_text('{"kind": "llm2clip-tr'),
     "no state.json": lambda path: (path / "state.json").unlink(),
     "a cut model": lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:9]),

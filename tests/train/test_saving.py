@@ -1,7 +1,5 @@
 """Checkpoints in the background: killed while they are written, on a full disk, before the evaluation."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Iterator
@@ -140,14 +138,8 @@ def train_on_a_full_disk(rank: int, world: int, disk: str) -> dict[str, Any]:
                 fill(Path(disk))
             yield tiny_batch(i, rank=rank, world=world)
 
-    parts = parts_of(
-        run,
-        tiny_engine(stage=1, micro=16, world=world),
-        new_state(),
-        batches(),
-        checkpoints=checkpoints,
-        total_steps=12,
-    )
+    engine, more = tiny_engine(stage=1, micro=16, world=world), {"checkpoints": checkpoints, "total_steps": 12}
+    parts = parts_of(run, engine, new_state(), batches(), **more)
     try:
         run_loop(parts)
     except (OSError, ValueError) as error:

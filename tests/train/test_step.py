@@ -1,7 +1,5 @@
 """The step under DeepSpeed: any ZeRO stage, precision, number of ranks and of micro-batches gives the same run."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -28,12 +26,7 @@ def train(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
         loss, _ = step(tiny_batch(i, rank=rank, world=world, captions=captions))
         losses.append(loss)
         norms.append(engine.grad_norm)
-    return {
-        "losses": losses,
-        "norms": norms,
-        "weights": engine.weights(on_host),
-        "moments": engine.moments(on_host),
-    }
+    return {"losses": losses, "norms": norms, "weights": engine.weights(on_host), "moments": engine.moments(on_host)}
 
 
 def train_all(rank: int, world: int, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

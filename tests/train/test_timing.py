@@ -1,7 +1,5 @@
 """Time of a step by phase."""
 
-from __future__ import annotations
-
 import json
 import socket
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Shared by the tests of train/: several ranks in one call, and a tiny dual encoder."""
 
-from __future__ import annotations
-
 import math
 import os
 import pickle
@@ -63,14 +61,8 @@ class TinyDual(nn.Module):
 
     def __init__(self, *, dropout: float = 0.0, noise: float = 0.0, bias: bool = False) -> None:
         super().__init__()
-        self.tower = nn.Sequential(
-            nn.Conv2d(3, 16, 4, stride=4),
-            nn.Flatten(),
-            nn.LayerNorm(64),
-            nn.Linear(64, 32),
-            nn.GELU(),
-            nn.Linear(32, 32),
-        )
+        layers = [nn.Conv2d(3, 16, 4, stride=4), nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 32), nn.GELU()]
+        self.tower = nn.Sequential(*layers, nn.Linear(32, 32))
         self.dropout = nn.Dropout(dropout)
         self.visual_projection = nn.Linear(32, 8, bias=False)
         self.text_adapter = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 8))
@@ -171,15 +163,9 @@ def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool
 def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> Any:
     """What run_loop needs for 8 steps, with a save after each of them."""
 
-    defaults = {
-        "step": tiny_step(engine),
-        "checkpoints": Checkpoints(run, keep=2),
-        "evaluate": None,
-        "train": TrainConfig(global_batch=32, save_steps=1, **more.pop("train", {})),
-        "optim": OptimConfig(lr=0.01, schedule="cosine"),
-        "total_steps": 8,
-        "stop": StopRequest(),
-    }
+    train = TrainConfig(global_batch=32, save_steps=1, **more.pop("train", {}))
+    defaults = {"step": tiny_step(engine), "train": train, "optim": OptimConfig(lr=0.01, schedule="cosine")}
+    defaults |= {"checkpoints": Checkpoints(run, keep=2), "evaluate": None, "total_steps": 8, "stop": StopRequest()}
     return LoopParts(engine=engine, state=state, batches=batches, run_folder=run, **(defaults | more))
 
 

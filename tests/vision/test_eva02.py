@@ -56,16 +56,8 @@ def test_224_to_336(tmp_path):
 
 
 def tiny_config(**changes) -> Eva02Config:
-    fields = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 85,
-        "image_size": 28,
-        "patch_size": 7,
-        "rope_pretrained_grid": 4,
-    }
-    return Eva02Config(**{**fields, **changes})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 85}
+    return Eva02Config(**{**sizes, "image_size": 28, "patch_size": 7, "rope_pretrained_grid": 4, **changes})
 
 
 VARIANTS = {
@@ -93,9 +85,8 @@ def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(variant, t
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trains_twenty_steps_and_comes_back(variant, tmp_path):
-    dual = DualEncoder(
-        Eva02VisionModel(tiny_config(**VARIANTS[variant])), DualConfig(projection_dim=16, llm_width=12)
-    ).train()
+    tower = Eva02VisionModel(tiny_config(**VARIANTS[variant]))
+    dual = DualEncoder(tower, DualConfig(projection_dim=16, llm_width=12)).train()
     dual.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     losses, pixels = train_twenty_steps(dual, lr=3e-3), torch.randn(2, 3, 28, 28)
     assert losses[-1] < 0.5 * losses[0]

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_data import made_up
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.contracts import TeacherIdentity, TowerCard, sha256_weights
+from llm2clip_plugin.contracts import TowerCard, sha256_weights
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision import DualConfig, export
 from llm2clip_plugin.vision.directory import check_card
@@ -53,18 +54,8 @@ def test_a_clip_tower_opens_with_plain_transformers(tmp_path):
 def test_dual_encoder_comes_back(name, tmp_path):
     dual = tiny_dual(name).eval()
     dual.logit_scale.data.fill_(math.log(20))
-    same = dict.fromkeys(("revision", "weights_sha256", "adapter_sha256", "prompt", "chat_template"), "")
-    teacher = TeacherIdentity(
-        llm="some/llm", attention="causal", pooling="mean", layer=-1, max_tokens=8, width=12, **same
-    )
-    card = export_tower(
-        dual,
-        tmp_path / "tower",
-        origin="a/b",
-        teacher=dataclasses.asdict(teacher),
-        training={"steps": 3},
-        metrics={"i2t_r1": 0.5},
-    )
+    told = {"teacher": dataclasses.asdict(made_up("some/llm")), "training": {"steps": 3}, "metrics": {"i2t_r1": 0.5}}
+    card = export_tower(dual, tmp_path / "tower", origin="a/b", **told)
     assert card == TowerCard.read(tmp_path / "tower" / "llm2clip.json")
     layers = len(probe_features(dual.tower)) - 3
     assert (card.num_layers, card.projection_dim, card.teacher["llm"]) == (layers, 8, "some/llm")

@@ -24,23 +24,9 @@ from .conftest import largest_difference, read, train_twenty_steps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "towers_of_today"
 TOLERANCE = 2e-5  # another version of torch or transformers, eager or fused attention
-FAMILIES = {  # name of the checkpoint -> family
-    "aimv2": "aimv2",
-    "aimv2_native": "aimv2",
-    "aimv2_lit": "aimv2",
-    "dinov3": "dinov3",
-    "metaclip2": "metaclip2",
-    "radio": "radio",
-    "pe_core": "timm",
-    "openvision": "openvision",
-}
-POOLS = {
-    "aimv2": "mean",
-    "dinov3": "cls_mean",
-    "metaclip2": "mean",
-    "radio": "cls_mean",
-    "pe_core": "mean",
-}  # the others: pooled
+FAMILIES = {"aimv2_native": "aimv2", "aimv2_lit": "aimv2", "pe_core": "timm"}  # of a checkpoint; others are named so
+FAMILIES |= {name: name for name in ("aimv2", "dinov3", "metaclip2", "radio", "openvision")}
+POOLS = {"aimv2": "mean", "dinov3": "cls_mean", "metaclip2": "mean", "radio": "cls_mean", "pe_core": "mean"}
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 MEANS = {"aimv2": CLIP_MEAN, "dinov3": [0.485, 0.456, 0.406], "metaclip2": CLIP_MEAN, "radio": [0.0, 0.0, 0.0]}
 MEANS |= {"timm": [0.5, 0.5, 0.5], "openvision": [0.485, 0.456, 0.406]}

@@ -19,6 +19,7 @@ from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import LossConfig, TermWeight, from_named_args, parse_terms
 from llm2clip_plugin.train.distributed import ALONE, Group, gather_rows, rank, sum_own_rows
 from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.dual import patch_mask
 
 EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
 BLOCK_LOGITS_CPU = 1 << 22  # 16 MiB of fp32: about what stays in cache
@@ -39,9 +40,14 @@ class Features:
     patches_bTH: Tensor | None = None  # of the tower's hidden state ``layer``, float32; None if no term reads them
     reference_patches_bTH: Tensor | None = None  # the frozen tower's, no gradient
     patch_features_bTD: Tensor | None = None  # patches in the space of the anchors, L2-normalized; None likewise
+    spatial_shapes: Tensor | None = None  # (b, 2) rows and columns of patches of images that keep their aspect
     progress: float = 1.0  # fraction of the run's steps that are done
     block: int = 0  # rows of the logits held at once; 0 chooses by device
     group: Group = None  # the ranks that hold the batch, b rows on each
+
+    def patch_mask(self, patches: int) -> Tensor | None:
+        """(b, T) bool: which of the T patches an image has; None where each has all."""
+        return None if self.spatial_shapes is None else patch_mask(self.spatial_shapes, patches)
 
     @property
     def of_batch(self) -> dict[str, Any]:

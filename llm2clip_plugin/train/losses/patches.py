@@ -38,8 +38,8 @@ class PatchCaptions(LossTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class PatchReference(LossTerm):
-    """``--loss.terms infonce=1 patch_reference=WEIGHT``: loss = 1/(b T) sum_it (1 - cos(p_it, r_it)), over the patches
-    of all images, p the tower's, r those of its frozen tower (``--distill.reference``; ``start``: the tower as it was).
+    """``--loss.terms infonce=1 patch_reference=WEIGHT``: loss = 1/b sum_i 1/T sum_t (1 - cos(p_it, r_it)), over the T
+    patches of an image, p the tower's, r its frozen tower's (``--distill.reference``; ``start``: the tower as it was).
 
     A mean over images, so a weight means the same for any batch, ranks and micro-batches. With gradient caching a rank
     holds the patches of its part of the batch, 3 T H fp32 numbers an image.
@@ -54,16 +54,20 @@ class PatchReference(LossTerm):
         patches_bTH, reference_bTH = features.patches_bTH, features.reference_patches_bTH
         if patches_bTH is None or reference_bTH is None:
             raise ValueError("loss term patch_reference has nothing to compare with: this step has no frozen tower")
-        return (1 - F.cosine_similarity(patches_bTH, reference_bTH, dim=-1)).mean()
+        distance_bT = 1 - F.cosine_similarity(patches_bTH, reference_bTH, dim=-1)
+        mask_bT = features.patch_mask(distance_bT.shape[1])
+        if mask_bT is None:
+            return distance_bT.mean()
+        return ((distance_bT * mask_bT).sum(1) / mask_bT.sum(1)).mean()
 
 
 TERM = [PatchCaptions, PatchReference]
 
 
-def _logits(patch_RTD: Tensor, caption_ND: Tensor, scale: Tensor, temperature: float) -> Tensor:
+def _logits(patch_RTD: Tensor, caption_ND: Tensor, scale: Tensor, temperature: float, mask_RT: Tensor | None) -> Tensor:
     """(R, N) l_ij of R images."""
     cosine_RNT = caption_ND @ patch_RTD.mT
-    weight_RNT = (cosine_RNT / temperature).softmax(-1)
+    weight_RNT = (cosine_RNT / temperature + (0 if mask_RT is None else EXCLUDED * ~mask_RT[:, None])).softmax(-1)
     return scale * (weight_RNT * cosine_RNT).sum(-1) / (weight_RNT @ patch_RTD).norm(dim=-1).clamp(min=1e-6)
 
 
@@ -75,7 +79,10 @@ def _loss_and_gradients(
     blocks = PairBlocks(caption_bD, caption_bD, ids_jb, features.block, group)
     blocks.block = features.block or max(1, blocks.block // sum(patch_bTD.shape[1:]))  # also holds v_ij
     whole_bTD, *others = (x.detach().float() for x in (patch_bTD, blocks.positive_ND, scale))
-    logits_bN = torch.cat([_logits(whole_bTD[rows], others[0], others[1], temperature) for rows in blocks])
+    mask_bT = features.patch_mask(patch_bTD.shape[1])
+    rows_and_masks = [(rows, None if mask_bT is None else mask_bT[rows]) for rows in blocks]
+    given = others[0], others[1], temperature
+    logits_bN = torch.cat([_logits(whole_bTD[rows], *given, mask) for rows, mask in rows_and_masks])
     every = slice(0, blocks.rows)
     if (excluded_bN := blocks.excluded(every)) is not None:
         logits_bN.masked_fill_(excluded_bN, EXCLUDED)
@@ -84,10 +91,10 @@ def _loss_and_gradients(
     slope_bN = ((logits_bN - row_b[:, None]).exp() + (logits_bN - column_N).exp()) * (0.5 / blocks.rows)
     blocks.diagonal(every, slope_bN).sub_(1 / blocks.rows)
     patch_grads, sums = [], [torch.zeros_like(x) for x in others]
-    for rows in blocks:
+    for rows, mask in rows_and_masks:
         leaves = [x.requires_grad_() for x in (whole_bTD[rows].clone(), *others)]
         with torch.enable_grad():
-            logits_RN = _logits(leaves[0], leaves[1], leaves[2], temperature)
+            logits_RN = _logits(leaves[0], leaves[1], leaves[2], temperature, mask)
         patch_grad, *parts = torch.autograd.grad(logits_RN, leaves, slope_bN[rows])
         patch_grads.append(patch_grad)
         sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)]

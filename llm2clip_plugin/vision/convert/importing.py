@@ -12,6 +12,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import tempfile
 import warnings
@@ -115,6 +116,8 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
         raise ValueError(f"{path}: {told}; a Hugging Face model needs its config.json, next to it or as --config")
     stated = normalization(section(config, "preprocess_cfg")) if "model_cfg" in config else own_preprocessor(path)
     parsed.preprocessor = stated
+    if "num_patches" in parsed.config and (most := stated.get("max_num_patches")):  # NaFlex: patches of an image
+        parsed.config["image_size"] = math.isqrt(int(most)) * parsed.config["patch_size"]
     _check_text_side(parsed, given)
     if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
         told = f"{len(unused)} of {len(parsed.state)} tensors do not belong to a {parsed.layout} model: {unused[:10]}"
@@ -200,7 +203,7 @@ def convert(
     directory = fetch_directory(source)
     model, write = export.load_model(directory), {"clip": write_clip, "onnx": write_onnx}[format_name]
     with atomic_directory(output, replace=replace) as temporary:
-        write(model.eval(), temporary, preprocessor_config(directory))
+        write(model.eval(), temporary, preprocessor_config(directory, square=True))
     return Path(output)
 
 

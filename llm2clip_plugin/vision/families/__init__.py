@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from llm2clip_plugin.files import discover, errors_about
-from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json
+from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json, section
 
 Tower: TypeAlias = Any  # a Hugging Face vision model (nn.Module); the fields of its `config` differ by family
 
@@ -49,6 +49,8 @@ class Family:
     image_text_tensors: tuple[str, ...] = ()  # tensors that every image-text model of the family has
     mean: tuple[float, float, float] = OPENAI_MEAN  # for preprocessing, if the source doesn't specify it
     std: tuple[float, float, float] = OPENAI_STD
+    resample: int = 3  # PIL's filter, likewise; bicubic
+    native: bool = False  # an image keeps its aspect: the tower takes its patches and ``spatial_shapes``
     needs: str = ""  # requirement beyond the package's own, for the model card
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name or Hub id -> config.json, for --dry-run
 
@@ -63,11 +65,11 @@ def in_module(module: str, name: str) -> Callable[[], Any]:
     return lambda: getattr(importlib.import_module(module), name)
 
 
-def wrapped(name: str, *, of: str, title: str, since: str) -> Callable[[], Any]:
+def wrapped(name: str, *, of: str, title: str, since: str, config: str = "") -> Callable[[], Any]:
     """A function that returns class ``name`` of ``vision/wrapped.py`` as ``transformers.OF``, its base.
 
-    It has the base's name and configuration, as transformers translates the Hub's tensor names for its own classes
-    alone. Raises ValueError in versions of transformers before ``since``.
+    It has the base's name and configuration (or the class ``config``, of the base's type), as transformers translates
+    the Hub's tensor names for its own classes alone. Raises ValueError in versions of transformers before ``since``.
     """
 
     @functools.lru_cache(maxsize=1)
@@ -76,7 +78,8 @@ def wrapped(name: str, *, of: str, title: str, since: str) -> Callable[[], Any]:
         if (base := getattr(transformers, of, None)) is None:
             raise ValueError(f"{title} requires transformers {since} or newer; {transformers.__version__} is installed")
         model = in_module("llm2clip_plugin.vision.wrapped", name)()
-        own = {"config_class": base.config_class, "is_custom_code": classmethod(lambda cls: False)}
+        settings = in_module("llm2clip_plugin.vision.wrapped", config)() if config else base.config_class
+        own = {"config_class": settings, "is_custom_code": classmethod(lambda cls: False)}
         return type(of, (model,), own)
 
     return made
@@ -105,7 +108,9 @@ def read_config(directory: Path) -> tuple[Family, Any]:
     file = directory / CONFIG_FILE
     body = read_json(file)
     kind = str(body.get("model_type", "timm" if "architecture" in body else None))
-    if kind == "timm" or kind.startswith("siglip2"):  # the latter NaFlex, or a SigLIP by another name
+    fields = section(body, "vision_config") or body
+    is_fixed = kind.startswith("siglip2") and "image_size" in fields and "num_patches" not in fields  # not NaFlex
+    if kind == "timm" or is_fixed:
         raise ValueError(f"{file} describes a {kind} model; run `llm2clip import {directory} --output DIR` first")
     family = family_of_type(kind, where=str(file))
     with errors_about(file, fix="copy or export the tower again"):

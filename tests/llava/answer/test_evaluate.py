@@ -9,7 +9,6 @@ import pytest
 
 from llava_integration.answer import command as evaluate
 from llava_integration.answer import questions
-from llava_integration.answer import questions as answers
 from llm2clip_plugin.files import ContractError
 
 
@@ -59,9 +58,7 @@ def test_same_answers_as_llavas_own_program(theirs, run, tmp_path):
     run(tmp_path / "answers.jsonl")
     for ours, own in zip(read(tmp_path / "answers.jsonl"), read(theirs), strict=True):
         assert set(ours) == set(own)
-        assert {key: ours[key] for key in ours if key != "answer_id"} == {
-            key: own[key] for key in own if key != "answer_id"
-        }
+        assert {**ours, "answer_id": ""} == {**own, "answer_id": ""}
 
 
 @pytest.mark.both_stacks
@@ -92,7 +89,7 @@ def test_anyres_answers_as_llavas_own_program(world, run, tmp_path):
 
 def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, checkpoint):
     output = tmp_path / "answers.jsonl"
-    book = answers.AnswersFile.write
+    book = questions.AnswersFile.write
     calls = []
 
     def killed(self, found):
@@ -101,13 +98,15 @@ def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, che
         calls.append(len(found))
         book(self, found)
 
-    monkeypatch.setattr(answers.AnswersFile, "write", killed)
+    monkeypatch.setattr(questions.AnswersFile, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main([str(word) for word in words(world, checkpoint, output, "--batch-size", "2")])
     assert not output.exists()
     (torn,) = (output.with_name("answers.jsonl.partial")).glob("*.jsonl")
     torn.write_text(torn.read_text()[:-30])  # the last line was on its way to the disk
-    monkeypatch.setattr(answers.AnswersFile, "write", lambda self, found: (calls.append(len(found)), book(self, found)))
+    monkeypatch.setattr(
+        questions.AnswersFile, "write", lambda self, found: (calls.append(len(found)), book(self, found))
+    )
     calls.clear()
     run(output, "--batch-size", "2")
     assert sum(calls) == 12 - 5
@@ -152,15 +151,9 @@ def test_chunks_are_llavas(world):
 def test_science_questions_with_and_without_image(world, run, tmp_path, checkpoint):
     """ScienceQA's file: text-only questions share a run with pictured ones, as in LLaVA's model_vqa_science."""
     name = next(world.images.iterdir()).name
-    rows = [
-        {
-            "id": "7",
-            "image": name,
-            "conversations": [{"from": "human", "value": "<image>\nWhich colour?\nA. red\nB. no"}],
-        },
-        {"id": "8", "conversations": [{"from": "human", "value": "Say a colour."}]},
-        {"id": "9", "conversations": [{"from": "human", "value": "Say a longer colour, if you please."}]},
-    ]
+    said = ("<image>\nWhich colour?\nA. red\nB. no", "Say a colour.", "Say a longer colour, if you please.")
+    rows = [{"id": str(7 + n), "conversations": [{"from": "human", "value": text}]} for n, text in enumerate(said)]
+    rows[0]["image"] = name
     file = tmp_path / "science.json"
     file.write_text(json.dumps(rows))
     options = ("--question-file", file, "--single-pred-prompt", "--dtype", "float32")
@@ -181,13 +174,8 @@ def test_table_questions_rotate(world, run, tmp_path):
     options = ("--question-file", file, "--all-rounds", "--single-pred-prompt", "--lang", "cn", "--batch-size", "4")
     run(tmp_path / "answers.jsonl", *options)
     rows = read(tmp_path / "answers.jsonl")
-    assert [(row["question_id"], row["round_id"], row["option_char"]) for row in rows] == [
-        (3, 0, ["A", "B", "C"]),
-        (3, 1, ["B", "C", "A"]),
-        (3, 2, ["C", "A", "B"]),
-        (4, 0, ["A", "B"]),
-        (4, 1, ["B", "A"]),
-    ]
+    rounds = [(row["question_id"], row["round_id"], "".join(row["option_char"])) for row in rows]
+    assert rounds == [(3, 0, "ABC"), (3, 1, "BCA"), (3, 2, "CAB"), (4, 0, "AB"), (4, 1, "BA")]
     assert rows[1]["prompt"] == "Which?\nA. blue\nB. green\nC. red" and rows[1]["options"] == ["blue", "green", "red"]
     assert rows[4]["prompt"] == "Look.\nIs it?\nA. no\nB. yes"
     asked = questions.read_questions(file, directly=True, all_rounds=True, lang="cn")

@@ -45,13 +45,9 @@ def root(tmp_path):
     (root / "gqa" / "data" / "testdev_balanced_questions.json").write_text(json.dumps(some))
     for row in gqa[:9]:
         picture(root / "gqa" / "data" / "images" / row["image"])
-    asked = [
-        {"question_id": n, "image": f"VizWiz_test_{n}.jpg", "text": "What is it?", "category": "default"}
-        for n in range(3)
-    ]
-    write_lines(root / "vizwiz" / "llava_test.jsonl", asked)
-    for number in range(3):
-        picture(root / "vizwiz" / "test" / f"VizWiz_test_{number}.jpg")
+    images = [picture(root / "vizwiz" / "test" / f"VizWiz_test_{number}.jpg").name for number in range(3)]
+    asked = {"text": "What is it?", "category": "default"}
+    write_lines(root / "vizwiz/llava_test.jsonl", [{"question_id": n, "image": images[n], **asked} for n in range(3)])
     (root / "scienceqa").mkdir()
     return root
 

@@ -33,13 +33,7 @@ def test_switched_off(monkeypatch):
 
 def test_each_completion_runs_once_and_at_its_moment(monkeypatch):
     ran = []
-
-    def late(module):
-        ran.append(("late", module.__name__))
-
-    def early(module):
-        ran.append(("early", module.__name__))
-
+    late, early = (lambda module, name=name: ran.append((name, module.__name__)) for name in ("late", "early"))
     members = [member("llava.train.train", late), member("llava.train.train", early, when="before")]
     monkeypatch.setattr(runner, "needed", lambda: members)
     monkeypatch.setattr(runner, "done", [])
@@ -59,12 +53,11 @@ import {imported}
 """
 
 
+TRAINER = "llava.train.llava_trainer"
+
+
 @pytest.mark.parametrize(
-    "module, when, imported",
-    [
-        ("llava.model.llava_arch", "after", "llava"),
-        ("llava.train.llava_trainer", "before", "llava.train.llava_trainer"),
-    ],
+    "module, when, imported", [("llava.model.llava_arch", "after", "llava"), (TRAINER, "before", TRAINER)]
 )
 def test_a_completion_that_fails_names_itself(world, module, when, imported):
     """Also in ``llava.model``, which swallows the error that names it."""

@@ -12,10 +12,9 @@ pytestmark = pytest.mark.both_stacks
 
 def translated(monkeypatch, local_rank=None, **options):
     """The options after translation; ``local_rank``: what the launcher sets, as it does for the program too."""
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     if local_rank is None:
-        monkeypatch.delenv("LOCAL_RANK", raising=False)
-    else:
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.delenv("LOCAL_RANK")
     given = {"warmup_ratio": None, "warmup_steps": 0, "evaluation_strategy": None, "eval_strategy": "no"}
     made = SimpleNamespace(**{**given, "local_rank": -1, **options})
     translate(made)
@@ -29,11 +28,8 @@ def test_the_warm_up_is_as_long_as_in_4_37(monkeypatch, ratio, steps):
     assert as_5_reads_it == math.ceil(steps * ratio)
 
 
-def test_a_number_of_steps_takes_precedence(monkeypatch):
-    assert translated(monkeypatch, warmup_ratio=0.03, warmup_steps=20).warmup_steps == 20
-
-
 def test_the_rest_is_as_4_37_sets_it(monkeypatch):
+    assert translated(monkeypatch, warmup_ratio=0.03, warmup_steps=20).warmup_steps == 20
     made = translated(monkeypatch, evaluation_strategy="steps")
     assert (made.eval_strategy, made.local_rank) == ("steps", 0)
     assert translated(monkeypatch, local_rank=3).local_rank == 3  # torchrun passes no --local_rank

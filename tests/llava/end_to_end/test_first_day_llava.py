@@ -10,10 +10,7 @@ import pytest
 from llava_world import TODAY, pope_folder
 from printed_page import ROOT, blocks, run_block
 
-pytestmark = [
-    pytest.mark.both_stacks,
-    pytest.mark.skipif(not TODAY, reason="the page installs today's libraries"),
-]
+pytestmark = [pytest.mark.both_stacks, pytest.mark.skipif(not TODAY, reason="the page installs today's libraries")]
 PAGE = ROOT / "docs" / "first-day.md"
 SMALL = {"GPUS": "1", "MICRO_BATCH": "6", "GLOBAL_BATCH": "12"}  # options of the scripts, in little
 

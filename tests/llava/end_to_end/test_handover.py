@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig,
                           SiglipVisionModel)
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from vision.conftest import train_twenty_steps
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower
 common = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=42, patch_size=14)
@@ -41,16 +42,7 @@ for seed, (name, make) in enumerate(made.items()):
     torch.manual_seed(seed)
     tower = make()
     dual = DualEncoder(tower, DualConfig(projection_dim=16, llm_width=12)).train()
-    images, embeddings = torch.randn(8, 3, 42, 42), torch.randn(8, 12)
-    optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=2e-3)
-    losses = []
-    for _ in range(20):
-        image, text, *_ = dual(images, embeddings)
-        loss = torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(8))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_twenty_steps(dual)
     assert losses[-1] < 0.5 * losses[0], (name, losses)
     folder = Path(sys.argv[1]) / name
     export_tower(dual.eval(), folder, origin="made for tests")
@@ -67,10 +59,9 @@ def exported(tmp_path_factory):
     if not TRAIN_PYTHON.exists():
         pytest.skip(f"no training environment at {TRAIN_PYTHON}; scripts/test.sh makes it")
     folder = tmp_path_factory.mktemp("exported")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [str(TRAIN_PYTHON), "-c", EXPORT, str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [str(TRAIN_PYTHON), "-c", EXPORT, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.strip().splitlines()[-1].split(".")[0]) >= 5
     return folder

@@ -53,46 +53,26 @@ def weights(folder):
     return found
 
 
-def test_every_stage_trains(trained):
-    folders, losses = trained
-    for kind, values in losses.items():
-        assert len(values) == 3 and all(0 < value < 20 for value in values), (kind, values)
-    assert (folders["pretrain"] / "mm_projector.bin").is_file() and (folders["lora"] / "adapter_config.json").is_file()
-
-
 def test_the_checkpoint_remembers_its_tower(world, trained):
     card = TowerCard.read(world.towers["clip"] / TowerCard.FILE)
     for folder in trained[0].values():
         config = json.loads((folder / "config.json").read_text())
         assert config["mm_vision_tower"] == "llm2clip"
-        assert config["llm2clip_tower"] == {
-            "weights_sha256": card.weights_sha256,
-            "origin": str(world.towers["clip"].resolve()),
-            "name": "llm2clip",
-            "family": "clip",
-            "image_size": 28,
-            "mm_hidden_size": 32,
-        }
-
-
-def test_lora_leaves_the_tower_alone(trained):
+        known = {"weights_sha256": card.weights_sha256, "origin": str(world.towers["clip"].resolve())}
+        known |= {"name": "llm2clip", "family": "clip", "image_size": 28, "mm_hidden_size": 32}
+        assert config["llm2clip_tower"] == known
     adapter = weights(trained[0]["lora"])
     assert adapter and not any("vision_tower" in name for name in adapter)
 
 
 def test_a_process_that_imports_only_llava_loads_and_answers(world, trained):
     folders, _ = trained
-    checkpoints = [
-        (str(folders["finetune"]), None),
-        (str(folders["lora"]), str(world.llm)),
-        (str(folders["pretrain"]), str(world.llm)),
-    ]
+    bases = {"finetune": None, "lora": str(world.llm), "pretrain": str(world.llm)}
+    checkpoints = [(str(folders[kind]), base) for kind, base in bases.items()]
     image = next(world.images.iterdir())
     told = world.forked("-c", GENERATE, image, json.dumps(checkpoints), LLM2CLIP_TOWER=str(world.towers["clip"]))
     rows = [json.loads(line) for line in told.splitlines() if line.startswith('["llava')]
-    assert [row[:3] for row in rows] == [
-        [folders[kind].name, "LLM2CLIPVisionTower", "llm2clip"] for kind in ("finetune", "lora", "pretrain")
-    ]
+    assert [row[:3] for row in rows] == [[folders[kind].name, "LLM2CLIPVisionTower", "llm2clip"] for kind in bases]
     assert all(row[3][0] == 1 and 1 <= row[3][1] <= 5 for row in rows)  # a start token and four more at most
 
 

@@ -58,17 +58,10 @@ def rows(world) -> dict[str, dict]:
 def mistral(world) -> Path:
     """A Mistral of two layers with the tokenizer of the world's Llama: grouped queries, no bias."""
     folder = world.root / "tiny-mistral"
-    config = transformers.MistralConfig(
-        vocab_size=600,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        sliding_window=None,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
     torch.manual_seed(0)
+    config = transformers.MistralConfig(vocab_size=600, **sizes, **heads)
     transformers.MistralForCausalLM(config).save_pretrained(folder, safe_serialization=True)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (folder / name).write_bytes((world.llm / name).read_bytes())
@@ -117,15 +110,8 @@ def test_what_each_stage_saves(world, trained):
 def test_forms_of_the_same_training_agree(world, trained):
     """Losses of three steps, in bf16 (8 bits of mantissa, values near 6.6) and from one projector."""
     expected = losses(world, "finetune")
-    for name in (
-        "checkpointing",
-        "workers",
-        "llavas-own-tower",
-        "zero2",
-        "zero3",
-        "zero3-offload",
-        *(["train_mem"] if TODAY else []),
-    ):
+    same = "checkpointing workers llavas-own-tower zero2 zero3 zero3-offload".split()
+    for name in [*same, "train_mem"] if TODAY else same:
         assert losses(world, name) == pytest.approx(expected, abs=0.05), name
     assert losses(world, "zero3-lora") == pytest.approx(losses(world, "lora"), abs=0.05)
     assert losses(world, "unfrozen")[0] == expected[0] and losses(world, "unfrozen")[2] != expected[2]

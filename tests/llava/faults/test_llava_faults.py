@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from faults import Fault, World, copied, flip, meet, rows
+from faults import Fault, World, copied, flip, halve, meet, rows
 from llava_world import untrained
 
 pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.both_stacks]
@@ -42,20 +42,13 @@ def answering(world: World, words: str = "") -> list[str]:
     return command.replace("{w}", str(world.folder)).split()
 
 
-def halved(world):
-    path = world.path(f"{LLAVA}/model.safetensors")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+TENSORS = "model.safetensors"
 
 
 @rows(
-    Fault(
-        "flipped byte in the tower",
-        "",
-        "{w}/towers/mine/model.safetensors has SHA-256 ..., but llm2clip.json records ...",
-        lambda w: flip(w.path(f"{TOWER}/model.safetensors")),
-    ),
+    Fault("flipped byte of a tower", "", "{w}/towers/...SHA-256 ...", lambda w: flip(w.path(TOWER) / TENSORS)),
     Fault("no checkpoint", "--model-path {w}/llava-2", "--model-path {w}/llava-2 is neither a folder nor a Hub id..."),
-    Fault("half-copied weights", "", "{w}/llava-1/model.safetensors...", halved),
+    Fault("half-copied weights", "", "{w}/llava-1/model.safetensors...", lambda w: halve(w.path(LLAVA) / TENSORS)),
     Fault("unknown conversation", "--conv-mode vicuna", "unknown --conv-mode 'vicuna'..."),
 )
 def test_checkpoint_and_tower(fault, planted, capsys):
@@ -73,15 +66,9 @@ ROW = '{"question_id": 1, "text": "What?", "image": "%s"}\n'
 
 
 @rows(
-    questions("no such image", ROW % "nowhere.png", "question 1: cannot read {w}/images/nowhere.png: ..."),
-    questions(
-        "a text that is none",
-        '{"question_id": 1, "text": 5}\n',
-        "{w}/questions.jsonl, line 1 cannot be used (TypeError: ...); expected an object with ...",
-    ),
-    questions(
-        "an image elsewhere", ROW % "../questions.jsonl", "question 1: image '../questions.jsonl' is outside ..."
-    ),
+    questions("no such image", ROW % "nowhere.png", "question 1: ...{w}/images/nowhere.png: ..."),
+    questions("a text that is none", '{"question_id": 1, "text": 5}\n', "{w}/questions.jsonl, line 1 ..."),
+    questions("an image elsewhere", ROW % "../questions.jsonl", "question 1: image '../questions.jsonl' ..."),
 )
 def test_questions(fault, planted, capsys):
     meet(fault, planted, answering(planted, fault.words), capsys)

@@ -5,6 +5,7 @@
 
 import importlib.util
 import sys
+from itertools import groupby
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,10 +24,8 @@ def tokenizer():
     newline = next(iter(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\n")))[0]
     vocabulary = {letter: number for number, letter in enumerate([*alphabet, newline * 2])}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[(newline, newline)]))
-    made.pre_tokenizer, made.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        decoders.ByteLevel(),
-    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
     made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|endoftext|>", eos_token="<|im_end|>")
 
@@ -46,28 +45,20 @@ def learned(made, tokenizer):
     """The texts of the runs of labels that are learned."""
     ids, labels = made["input_ids"][0].tolist(), made["labels"][0].tolist()
     assert len(ids) == len(labels) and all(label in (IGNORED, one) for label, one in zip(labels, ids, strict=True))
-    runs, open_run = [], False
-    for label in labels:
-        if label == IGNORED:
-            open_run = False
-        else:
-            runs[-1:] = [[*runs[-1], label]] if open_run else [*runs[-1:], [label]]
-            open_run = True
-    return [tokenizer.decode(run) for run in runs]
+    runs = groupby(labels, lambda label: label != IGNORED)
+    return [tokenizer.decode(list(run)) for is_learned, run in runs if is_learned]
 
 
-@pytest.mark.parametrize(
-    "texts, answers",
-    [
-        (("<image>\nWhat?", "a red hat"), ["a red hat<|im_end|>"]),
-        (("<image>\nWhat?", "a hat", "And now?", "two"), ["a hat<|im_end|>", "two<|im_end|>"]),
-        (("Say it.", "blue"), ["blue<|im_end|>"]),
-        (("<image>\nWhat?", "\nnext line"), ["\n\nnext line<|im_end|>"]),  # the prompt's last newline joins it
-    ],
-)
-def test_answers_are_learned_to_their_end(template, tokenizer, texts, answers):
+TALKS = [("<image>\nWhat?", "a red hat"), ("<image>\nWhat?", "a hat", "And now?", "two"), ("Say it.", "blue")]
+
+
+@pytest.mark.parametrize("texts", [*TALKS, ("<image>\nWhat?", "\nnext line")])
+def test_answers_are_learned_to_their_end(template, tokenizer, texts):
     made = chatml.preprocess([talk(*texts)], tokenizer, has_image="<image>" in texts[0])
-    assert learned(made, tokenizer) == answers
+    answers = [f"{text}<|im_end|>" for text in texts[1::2]]
+    assert learned(made, tokenizer) == [
+        "\n" * text.startswith("\n") + text for text in answers
+    ]  # the prompt's joins it
     assert made["input_ids"][0].tolist().count(IMAGE) == texts[0].count("<image>")
 
 
@@ -87,6 +78,5 @@ def test_the_ids_are_those_of_llava(template, tokenizer):
     turns = talk("<image>\nWhat?", "a hat", "And now?", "two")
     own = train.preprocess_mpt([turns], tokenizer, has_image=True)
     assert set(own["labels"][0].tolist()) == {IGNORED}
-    assert (
-        chatml.preprocess([turns], tokenizer, has_image=True)["input_ids"][0].tolist() == own["input_ids"][0].tolist()
-    )
+    ours = chatml.preprocess([turns], tokenizer, has_image=True)
+    assert ours["input_ids"][0].tolist() == own["input_ids"][0].tolist()

@@ -16,24 +16,15 @@ import llava_integration
 from llava_integration import boot
 from llava_integration.checkpoints import is_unfrozen
 
-KNOWS = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
-
 
 def test_a_process_that_imports_only_llava_knows_the_tower(world):
-    assert world.python("-c", KNOWS).strip().endswith("True")
-
-
-def test_switched_off(world):
-    assert world.forked("-c", KNOWS, LLM2CLIP_LLAVA_HOOK="0").strip().endswith("False")
-
-
-def test_all_three_places_are_completed(world):
     code = (
         "import llava.model.builder as m, llava.model.llava_arch as a, llava.model.multimodal_encoder.builder as b;"
         "print([hasattr(f, '__wrapped__') for f in (m.load_pretrained_model, b.build_vision_tower,"
         " a.LlavaMetaModel.initialize_vision_modules, a.build_vision_tower)])"
     )
-    assert "[True, True, True, True]" in world.forked("-c", code)
+    assert "[True, True, True, True]" in world.python("-c", code)
+    assert "[False, False, False, False]" in world.forked("-c", code, LLM2CLIP_LLAVA_HOOK="0")
 
 
 def test_modules_loaded_before_the_hook_are_rebound(world):
@@ -66,14 +57,17 @@ def test_start_up_imports_nothing(world):
 
 @pytest.mark.parametrize("target", ["module", "script"])
 def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
+    """A module sees the hook, which is enough; a script also imports LLaVA."""
+    finders = "import sys; print([type(finder).__name__ for finder in sys.meta_path])"
+    knows = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
     script = tmp_path / "only_llava.py"
-    script.write_text(f"import sys\n{KNOWS}\nprint(__name__, sys.argv[1:])\n")
+    script.write_text(f"import sys\n{knows if target == 'script' else finders}\nprint(__name__, sys.argv[1:])\n")
     paths = [str(tmp_path), str(Path(llava_integration.__file__).parents[1]), sysconfig.get_paths()["purelib"]]
     words = ["-S", "-m", "llava_integration.boot", "--local_rank=1"]
     words += ["only_llava" if target == "module" else str(script), "--bf16", "True"]
-    told = world.python(*words, PYTHONPATH=":".join(paths)).strip().splitlines()
-    assert told[-2:] == ["True", "__main__ ['--local_rank=1', '--bf16', 'True']"]
-    finders = "import sys; print([type(finder).__name__ for finder in sys.meta_path])"
+    *_, seen, told = world.python(*words, PYTHONPATH=":".join(paths)).strip().splitlines()
+    assert seen == "True" if target == "script" else boot.WATCHER in seen
+    assert told == "__main__ ['--local_rank=1', '--bf16', 'True']"
     assert boot.WATCHER in world.python("-c", finders)
     assert boot.WATCHER not in world.python("-S", "-c", finders, PYTHONPATH=":".join(paths))
 
@@ -119,14 +113,8 @@ def test_a_fork_with_towers_of_its_own_is_left_alone(world, tmp_path):
     assert world.forked("-c", code).strip() == "True ('LanguageBind', 'no')"
 
 
-@pytest.mark.parametrize(
-    ("settings", "trained"),
-    [
-        ({}, False),
-        ({"unfreeze_mm_vision_tower": True}, True),
-        ({"mm_tunable_parts": "mm_mlp_adapter,mm_language_model"}, False),
-        ({"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"}, True),
-    ],
-)
-def test_which_settings_train_the_tower(settings, trained):
-    assert is_unfrozen(settings) == is_unfrozen(SimpleNamespace(**settings)) == trained
+def test_which_settings_train_the_tower():
+    frozen = ({}, {"mm_tunable_parts": "mm_mlp_adapter,mm_language_model"})
+    trained = ({"unfreeze_mm_vision_tower": True}, {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"})
+    for settings in (*frozen, *trained):
+        assert is_unfrozen(settings) == is_unfrozen(SimpleNamespace(**settings)) == (settings in trained)

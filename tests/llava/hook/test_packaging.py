@@ -33,9 +33,8 @@ class Scratch:
 
     def run(self, *words: str | Path) -> str:
         """Run its Python and return what it prints."""
-        done = subprocess.run(
-            [str(self.python), *map(str, words)], capture_output=True, text=True, cwd=self.python.parent, check=False
-        )
+        command = [str(self.python), *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=self.python.parent, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -70,11 +69,8 @@ def test_wheel_is_pure_python_and_holds_the_hook(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "llm2clip_llava.pth" in names and "llava_integration/boot.py" in names
     assert {f"llava_integration/compare/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
-        "llava_integration",
-        "llm2clip_plugin",
-        "llm2clip_llava.pth",
-    }
+    ours = {"llava_integration", "llm2clip_plugin", "llm2clip_llava.pth"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == ours
 
 
 def test_installing_it_moves_nothing(scratch, wheel, tmp_path):
@@ -87,9 +83,7 @@ def test_installing_it_moves_nothing(scratch, wheel, tmp_path):
     assert not scratch.knows()
     scratch.pip("install", "--no-deps", wheel)
     after = scratch.pip("freeze").splitlines()
-    assert [line for line in after if not line.startswith("llm2clip-plugin")] == before and len(after) == len(
-        before
-    ) + 1
+    assert [line for line in after if not line.startswith("llm2clip-plugin")] == before != after
     assert scratch.knows()
     assert "llm2clip use" in scratch.run("-m", "llm2clip_plugin.cli", "use", "--help")
     scratch.pip("uninstall", "-y", "llm2clip-plugin")

@@ -10,8 +10,6 @@ The test compares both with what it sees in its own process.
 # LLaVA is not installed where types are checked.
 # pyright: reportMissingImports=false
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
@@ -22,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import llava_world
 import parity_world
 import torch
 import transformers
@@ -35,24 +34,9 @@ TALKS = {
     "awkward": ["<image>\n</s> What?", "A </s> b", " ", "\tc"],
     "text": ["Say a colour.", "blue"],
 }
-TEXTS = [
-    "",
-    " ",
-    "hello",
-    " hello",
-    "a </s> b",
-    "x</s>USER: y</s>",
-    "a  b   c",
-    "\n\nx\n",
-    "[INST] hi [/INST] é😀",
-    "▁u",
-    "<s>x",
-]
-KINDS = {  # what is trained: options on top of llava_world's
-    "pretrain": [],
-    "finetune": ["--max_steps", "6"],
-    "lora": [],
-}
+TEXTS = ["", " ", "hello", " hello", "a </s> b", "x</s>USER: y</s>", "a  b   c", "\n\nx\n"]
+TEXTS += ["[INST] hi [/INST] é😀", "▁u", "<s>x"]
+KINDS = {"pretrain": [], "finetune": ["--max_steps", "6"], "lora": []}  # options on top of llava_world's
 
 
 def tokens(root: Path) -> dict[str, Any]:
@@ -167,16 +151,9 @@ class Tokens:
         self.seen: list[list[int]] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Tokens of one step."""
         self.seen.append(value.flatten().tolist())
 
-    def end(self) -> None:
-        """Nothing follows."""
-
-    @property
-    def generated(self) -> list[int]:
-        """Without the prompt, which comes first."""
-        return [token for step in self.seen[1:] for token in step]
+    def end(self) -> None: ...
 
 
 def with_and_without_cache(root: Path, name: str) -> tuple[list[int], list[int], list[int]]:
@@ -196,7 +173,7 @@ def with_and_without_cache(root: Path, name: str) -> tuple[list[int], list[int],
             logits = model(row, **options, use_cache=False).logits[0, -1]
             logits[model.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens does
             again.append(int(logits.argmax()))
-    return output[0, -8:].tolist(), again, streamer.generated
+    return output[0, -8:].tolist(), again, [token for step in streamer.seen[1:] for token in step]
 
 
 def train(world: Any, kind: str, output: Path, *options: str) -> dict[str, Any]:
@@ -244,12 +221,8 @@ def opened(world: Any, folder: Path) -> dict[str, Any]:
         for name, tensor in model.state_dict().items()
     }
     ids = tokenizer(TEXTS[5]).input_ids
-    return {"answer": output.tolist(), "weights": sums, "ids": ids, "theta": rope_theta(model.config)}
-
-
-def rope_theta(config: Any) -> float:
-    """The base of the rotary positions."""
-    return getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
+    theta = getattr(model.config, "rope_theta", None) or model.config.rope_parameters["rope_theta"]
+    return {"answer": output.tolist(), "weights": sums, "ids": ids, "theta": theta}
 
 
 def write_checkpoints(world: Any, folder: Path) -> None:
@@ -279,7 +252,7 @@ def main(arguments: list[str]) -> None:
     """See the top of this file."""
     if arguments:
         root, mine, theirs = map(Path, arguments)
-        world = parity_world.places(root)
+        world = llava_world.places(root, ("clip",))
         write_checkpoints(world, mine)
         facts: dict[str, Any] = {str(made): opened(world, made) for made in (*mine.iterdir(), *theirs.iterdir())}
         print(json.dumps({**facts, "today": TODAY}))

@@ -3,8 +3,6 @@
 ``tokenizer.model`` was trained once by sentencepiece as Llama's is (identity normalization, spaces kept).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -22,34 +20,16 @@ PIECES = 400
 COMMON = {**LLM, "vocab_size": PIECES, "max_position_embeddings": 1024, "torch_dtype": "float32"}
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llava-llama": {"model_type": "llava_llama", "image_aspect_ratio": "pad"},
-    "llava-mistral-anyres": {
-        "model_type": "llava_mistral",
-        "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
-        "mm_patch_merge_type": "spatial_unpad",
-        "sliding_window": None,
-    },
+    "llava-mistral-anyres": {"model_type": "llava_mistral", "image_aspect_ratio": "anyres", "sliding_window": None}
+    | {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]], "mm_patch_merge_type": "spatial_unpad"},
     "llava-s2": {"model_type": "llava_llama", "image_aspect_ratio": "pad", "s2": True, "s2_scales": "28,56"},
 }
 CLASSES = {"llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM"}
 
 
-def places(root: Path) -> llava_world.World:
-    """Where everything lies."""
-    return llava_world.World(
-        root=root,
-        llm=root / "tiny-vicuna",
-        images=root / "images",
-        pretrain_data=root / "pretrain.json",
-        finetune_data=root / "finetune.json",
-        questions=root / "questions.jsonl",
-        towers={"clip": root / "towers" / "clip"},
-    )
-
-
 def make_parity_world(root: Path) -> llava_world.World:
     """Pictures, conversations, a tower, a language model, a projector, and a LLaVA of each of CHECKPOINTS."""
-    world = places(root)
+    world = llava_world.places(root, ("clip",))
     towers = world.towers
     root.mkdir(parents=True, exist_ok=True)
     llava_world.make_data(world, llava_world.make_images(world.images))

@@ -33,13 +33,8 @@ def test_token_ids_and_label_masks(tmp_path):
     assert [name for name, fact in GOLDEN["tokens"].items() if here[name] != fact] == []
     assert set(here) == set(GOLDEN["tokens"])
     learned = {name for name, fact in here.items() if isinstance(fact[-1], list) and fact[-1]}
-    assert {
-        "True v1 rounds",
-        "False v1 rounds",
-        "True llava_llama_2 rounds",
-        "True v0 rounds",
-        "True plain image",
-    } <= learned
+    rounds = {f"{name} rounds" for name in ("True v1", "False v1", "True llava_llama_2", "True v0")}
+    assert {"True plain image", *rounds} <= learned
 
 
 @pytest.mark.parametrize("name", parity_world.CHECKPOINTS)
@@ -80,12 +75,8 @@ def test_checkpoints_open_in_the_other_environment(world, tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     parity_facts.write_checkpoints(world, ours)
     command = [str(OTHER), parity_facts.__file__, str(world.root), str(theirs), str(ours)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": ":".join(str(ROOT / "tests" / name) for name in (".", "llava", "llava/serve")),
-        "PYTHONWARNINGS": "ignore",
-    }
+    path = ":".join(str(ROOT / "tests" / name) for name in (".", "llava", "llava/serve"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     there = json.loads(done.stdout.splitlines()[-1])

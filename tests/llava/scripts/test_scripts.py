@@ -72,28 +72,17 @@ def test_slurm(world, tmp_path):
     (programs / "srun").write_text('#!/bin/sh\necho srun "$@"\n')
     for program in programs.iterdir():
         program.chmod(0o755)
-    job = {
-        "PATH": f"{programs}:/usr/bin:/bin",
-        "SLURM_JOB_ID": "123",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "node-[7-8]",
-        "SLURM_GPUS_ON_NODE": "4",
-        "PYTHON": sys.executable,
-        "LLM2CLIP_TOWER": str(world.towers["clip"]),
-    }
-    here = SCRIPTS.parent
+    job = {"ID": "123", "NUM_NODES": "2", "NODELIST": "node-[7-8]"}
+    job = {f"SLURM_JOB_{name}": value for name, value in job.items()} | {"SLURM_GPUS_ON_NODE": "4"}
+    job |= {"PATH": f"{programs}:/usr/bin:/bin", "PYTHON": sys.executable, "LLM2CLIP_TOWER": str(world.towers["clip"])}
 
     def submitted(*words):
-        environment = world.environment(**job)
-        return subprocess.run(["bash", *map(str, words)], cwd=here, env=environment, capture_output=True, text=True)
+        place = {"cwd": SCRIPTS.parent, "env": world.environment(**job)}
+        return subprocess.run(["bash", *map(str, words)], **place, capture_output=True, text=True)
 
     done = submitted("scripts/slurm/llava.sbatch", "pretrain", *given(world, tmp_path, "pretrain"))
-    for part in (
-        "--nnodes 2",
-        "--nproc_per_node 4",
-        "--rdzv_endpoint node-7:20123",
-        "--gradient_accumulation_steps 1 ",
-    ):
+    nodes = ("--nnodes 2", "--nproc_per_node 4", "--rdzv_endpoint node-7:20123")
+    for part in (*nodes, "--gradient_accumulation_steps 1 "):
         assert part in done.stdout, done.stdout + done.stderr
     done = submitted("scripts/slurm/evaluate.sbatch", "--batch-size", "4")
     assert done.stdout.strip() == f"srun {sys.executable} -m llm2clip_plugin.cli llava evaluate --batch-size 4"
@@ -122,9 +111,8 @@ def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava
     words = options(world, tmp_path, stage, gpus, per_device, *words, more=more, name=name)
     told = script(world, f"llava/{stage}.sh", *words, REPORT_TO="none", PYTHONPATH="", PYTHON=str(python))
     _, result, following, *lines = told.splitlines()  # the command is first
-    assert str(tmp_path / name) in result and following.startswith(
-        ("next: scripts/llava/f", "next: llm2clip bench-mllm")
-    )
+    assert str(tmp_path / name) in result
+    assert following.startswith(("next: scripts/llava/f", "next: llm2clip bench-mllm"))
     assert [line for line in lines if any(word in line for word in FOREIGN)] == []
     return losses(tmp_path / name)
 
@@ -141,14 +129,8 @@ def one_batch(world, tmp_path):
 def test_pretraining_accumulates_over_ranks_as_one_rank_takes_the_batch(world, tmp_path):
     """2 ranks x 4 samples x 2 micro-batches under ZeRO-2 give the losses of 1 rank x 16, up to bf16."""
     words = ["--data", one_batch(world, tmp_path)]
-    more = [
-        "--pretrain_mm_mlp_adapter",
-        world.projector(),
-        "--learning_rate",
-        "2e-2",
-        "--lr_scheduler_type",
-        "constant",
-    ]
+    more = ["--pretrain_mm_mlp_adapter", world.projector()]
+    more += "--learning_rate 2e-2 --lr_scheduler_type constant".split()
     dry = options(world, tmp_path, "pretrain", 1, 16, *words, "--dry-run", more=more, name="one")
     command = shlex.split(script(world, "llava/pretrain.sh", *dry, REPORT_TO="none"))
     start = next(place for place, word in enumerate(command) if "/llava/train/train" in word)

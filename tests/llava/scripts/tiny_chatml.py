@@ -3,8 +3,6 @@
 And some questions about a square, as the easy-vqa package has them.
 """
 
-from __future__ import annotations
-
 import json
 from importlib.util import find_spec
 from pathlib import Path

@@ -27,36 +27,14 @@ IMPORTED = tempfile.TemporaryDirectory(prefix="towers-")  # removed when the pro
 IS_NEW = numbers(transformers.__version__) >= (5,)
 TODAY = ("metaclip2", "openvision", *(("aimv2", "dinov3", "radio", "pe_core") if IS_NEW else ()))  # that run here
 WIDTH, MLP, LAYERS, TOKENS = 32, 64, 2, 600
-LLM = {
-    "architectures": ["LlamaForCausalLM"],
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": WIDTH,
-    "initializer_range": 0.1,
-    "intermediate_size": MLP,
-    "max_position_embeddings": 512,
-    "model_type": "llama",
-    "num_attention_heads": 4,
-    "num_hidden_layers": LAYERS,
-    "num_key_value_heads": 4,
-    "pad_token_id": 0,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": TOKENS,
-}
-
-SEES = {  # of LLaVA's settings, those that all checkpoints have
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_use_im_patch_token": False,
-    "mm_use_im_start_end": False,
-    "mm_vision_select_feature": "patch",
-    "mm_vision_select_layer": -2,
-    "use_mm_proj": True,
-}
+LLM = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": MLP}
+LLM |= {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": TOKENS}
+LLM |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 512}
+LLM |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1, "pretraining_tp": 1}
+LLM |= {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+# of LLaVA's settings, those that all checkpoints have
+SEES = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2}
+SEES |= {"mm_use_im_patch_token": False, "mm_use_im_start_end": False, "use_mm_proj": True}
 TOKENIZER = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
 TOKENIZER |= {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
 

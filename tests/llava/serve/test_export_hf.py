@@ -7,19 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import serve_checkpoints
 import torch
 from llava.conversation import conv_templates
 from safetensors.torch import load_file, save_file
-from serve_checkpoints import (
-    IS_NEW,
-    TODAY,
-    base_model,
-    full,
-    language_weights,
-    lora,
-    projector_weights,
-    tower_directory,
-)
+from serve_checkpoints import TODAY, base_model, full, language_weights, lora, projector_weights, tower_directory
 from transformers import LlavaForConditionalGeneration
 
 from llava_integration.serve.build import register
@@ -109,7 +101,8 @@ for folder in sys.argv[1:]:
         folder = tmp_path / f"hf_{tower}"
         export(Export.of(made("full", tower, tmp_path / tower)), folder)
         config = json.loads((folder / "config.json").read_text())
-        size, count = config["vision_config"]["image_size"], config["image_seq_length"] if IS_NEW else 1
+        size = config["vision_config"]["image_size"]
+        count = config["image_seq_length"] if serve_checkpoints.IS_NEW else 1
         inputs = {"input_ids": torch.tensor([[1, 300, *[600] * count, 301]])}
         inputs |= {"pixel_values": torch.rand(1, 3, size, size), "attention_mask": torch.ones(1, count + 3).long()}
         torch.save(inputs, folder / "inputs.pt")
@@ -168,20 +161,14 @@ def refused(capsys, *words):
 
 def test_another_conversation_is_refused(exported, tmp_path, capsys):
     out = tmp_path / "hf"
-    assert "was trained with the conversation 'v1'" in refused(
-        capsys, exported[0], "--conv-mode", "chatml_direct", "--output", out
-    )
-    assert "unknown conversation 'vicuna'; known: " in refused(
-        capsys, exported[0], "--conv-mode", "vicuna", "--output", out
-    )
-    assert "is a Hugging Face model already" in refused(capsys, exported[1], "--output", out)
+    assert "'v1'" in refused(capsys, exported[0], "--conv-mode", "chatml_direct", "--output", out)
+    assert "'vicuna'; known: " in refused(capsys, exported[0], "--conv-mode", "vicuna", "--output", out)
+    assert str(exported[1]) in refused(capsys, exported[1], "--output", out)
 
 
 def test_a_difference_is_refused(exported, tmp_path, home, monkeypatch, capsys):
     """A model that computes something else never gets its name."""
     checkpoint = shutil.copytree(exported[0], tmp_path / "llava-tiny")
-    monkeypatch.setattr(
-        "llava_integration.serve.build.PROJECTOR",
-        {"mm_projector.0": "multi_modal_projector.linear_2", "mm_projector.2": "multi_modal_projector.linear_1"},
-    )
+    swapped = {f"mm_projector.{place}": f"multi_modal_projector.linear_{2 - place // 2}" for place in (0, 2)}
+    monkeypatch.setattr("llava_integration.serve.build.PROJECTOR", swapped)
     assert "differs from LLaVA's own code" in refused(capsys, checkpoint, "--output", tmp_path / "hf")

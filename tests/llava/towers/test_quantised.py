@@ -31,9 +31,8 @@ def load(checkpoint, monkeypatch):
                 import bitsandbytes  # noqa: F401 - looks for a GPU when it is imported
 
                 patched.setattr(torch.cuda, "is_available", lambda: True)
-            return load_pretrained_model(
-                str(checkpoint), None, checkpoint.name, device="cpu", device_map="cpu", **options
-            )
+            place = {"device": "cpu", "device_map": "cpu"}
+            return load_pretrained_model(str(checkpoint), None, checkpoint.name, **place, **options)
 
     return load
 
@@ -51,9 +50,7 @@ def test_the_tower_is_left_as_it_is(load, option, kind):
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)).half()
     assert torch.equal(tower(pixels), whole.get_vision_tower()(pixels))
     for module in model.modules():
-        if (
-            type(module).__name__ == "Linear4bit"
-        ):  # its CPU kernel wants a width of 64 at least, and the tiny model has 32
+        if type(module).__name__ == "Linear4bit":  # its CPU kernel wants a width of 64, and the tiny model has 32
             module.support_avx512bf16_for_cpu = False
     ids = torch.tensor([[tokenizer.bos_token_id, -200, *tokenizer("Which colour?").input_ids[1:]]])
     output = model.generate(ids, images=pixels[:1], image_sizes=[(28, 28)], do_sample=False, max_new_tokens=4)

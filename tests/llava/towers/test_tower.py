@@ -1,5 +1,6 @@
 """The surface of a tower, for every backbone, against LLaVA's own CLIPVisionTower and the plain Hugging Face model."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -10,9 +11,12 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava_world import HALF_ON_CPU
 from PIL import Image
+from safetensors.torch import save_file
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from llava_integration.tower import MultiscaleVisionTower, device_of_map
-from llm2clip_plugin.vision.towers import load_tower
+from llm2clip_plugin.contracts import TowerCard, sha256_weights
+from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
 pytestmark = pytest.mark.usefixtures("home")
 BACKBONES = ("clip", "siglip", "dinov2", "eva02")
@@ -52,6 +56,35 @@ def test_images_are_prepared_as_by_llavas_own_tower(world):
     image = Image.open(next(world.images.iterdir()))
     for config in (SimpleNamespace(image_aspect_ratio="pad"), SimpleNamespace()):
         assert torch.equal(process_images([image], ours, config), process_images([image], theirs, config))
+
+
+@pytest.mark.parametrize("side", [16, 24])
+def test_naflex_reads_squares(tmp_path, side):
+    """In LLaVA's environment it is a SigLIP: its patches a convolution, its positions those of the square."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"patch_size": 4, "image_size": 16}
+    siglip = SiglipVisionModel(SiglipVisionConfig(**sizes, hidden_act="gelu_pytorch_tanh")).eval()
+    state = {name: value for name, value in siglip.state_dict().items() if not name.endswith("position_ids")}
+    name = "vision_model.embeddings.patch_embedding.weight"
+    state[name] = state[name].permute(0, 2, 3, 1).flatten(1)
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    config = {**sizes, "model_type": "siglip2_vision_model", "num_patches": 16, "image_size": side}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(tmp_path)))
+    card = {"family": "naflex", "has_cls": False, "num_layers": 2, "hidden_size": 32, "patch_size": 4}
+    hashed = sha256_weights(tmp_path / "model.safetensors")
+    TowerCard(**card, image_size=side, origin="here", weights_sha256=hashed).write(tmp_path / TowerCard.FILE)
+    tower = build_vision_tower(arguments(f"llm2clip:{tmp_path}"))
+    assert tower.num_patches == (side // 4) ** 2
+    image = process_images(
+        [Image.new("RGB", (40, 30))], tower.image_processor, SimpleNamespace(image_aspect_ratio="pad")
+    )
+    assert image.shape == (1, 3, side, side) and tower(image).shape == (1, tower.num_patches, 32)
+    if side == 16:
+        images = pixels(size=16)
+        assert torch.allclose(tower(images), siglip(images, output_hidden_states=True).hidden_states[-2], atol=1e-6)
+    with pytest.raises(ValueError, match="transformers"):
+        tower.vision_tower(pixels(size=side), spatial_shapes=torch.tensor([[2, 3]]))
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

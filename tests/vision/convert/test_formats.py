@@ -71,8 +71,7 @@ def test_onnx_at_another_batch_size(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"pool": "mean"}, {"projection_norm": True}, {"projection_bias": True}, {"projection": "none"}],
+    "options", [{"pool": "mean"}, {"projection_norm": True}, {"projection_bias": True}, {"projection": "none"}]
 )
 def test_what_a_format_cannot_hold_is_refused(options, tmp_path):
     tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision")

@@ -39,37 +39,6 @@ def test_files_carry_the_names_that_4_37_2_wrote(name, tmp_path):
     assert name in WHOLE_MODELS or written.keys() == original.keys()
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_siglip2_naflex_at_the_square_of_its_positions(whole, tmp_path):
-    """It computes what transformers' own does with the patches of that square."""
-    transformers = pytest.importorskip("transformers", minversion="5.0")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.Siglip2VisionConfig(**sizes, num_patches=16, patch_size=4)
-    original = transformers.Siglip2VisionModel(config)
-    if whole:
-        text = {**sizes, "vocab_size": 50, "projection_size": 32}
-        parts = {"text_config": text, "vision_config": config.to_dict()}
-        whole_model = transformers.Siglip2Model(transformers.Siglip2Config(**parts))
-        original = whole_model.vision_model
-        whole_model.save_pretrained(tmp_path / "naflex")
-    else:
-        original.save_pretrained(tmp_path / "naflex")
-    with pytest.raises(ValueError, match=r"siglip2.* model; run `llm2clip import"):
-        load_tower(tmp_path / "naflex")
-    card, _ = import_tower(tmp_path / "naflex", tmp_path / "tower")
-    assert (card.family, card.image_size, card.num_patches) == ("siglip", 16, 16)
-    images = torch.rand(2, 3, 16, 16)
-    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(2, 16, 48)
-    with torch.no_grad():
-        found = load_tower(tmp_path / "tower")(pixel_values=images, output_hidden_states=True)
-        inputs = {"pixel_attention_mask": torch.ones(2, 16).int(), "spatial_shapes": torch.tensor([[4, 4]] * 2)}
-        expected = original.eval()(pixel_values=patches, output_hidden_states=True, **inputs)
-    assert largest_difference(found.last_hidden_state, expected.last_hidden_state) < TOLERANCE
-    assert largest_difference(found.pooler_output, expected.pooler_output) < TOLERANCE
-    for state, wanted in zip(found.hidden_states, expected.hidden_states, strict=True):
-        assert largest_difference(state, wanted) < TOLERANCE
-
-
 def test_a_tower_in_shards(tmp_path):
     source = TRANSFORMERS_TOWERS / "siglip_vision"
     state = list(read(source, "model.safetensors").items())

@@ -23,9 +23,8 @@ def test_import_export_import_is_identical(name, tmp_path):
     first = TowerCard.read(tmp_path / "one" / "llm2clip.json")
     for again in ("two", "three"):
         assert TowerCard.read(tmp_path / again / "llm2clip.json") == first
-        assert (tmp_path / again / "model.safetensors").read_bytes() == (
-            tmp_path / "one" / "model.safetensors"
-        ).read_bytes()
+        one, other = (tmp_path / folder / "model.safetensors" for folder in ("one", again))
+        assert other.read_bytes() == one.read_bytes()
 
 
 def test_preprocessor_of_the_source_survives(tmp_path):

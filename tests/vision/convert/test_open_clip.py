@@ -30,9 +30,8 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
 
 def save_as_on_the_hub(model, fields, folder) -> None:
     folder.mkdir()
-    save_file(
-        {k: v.contiguous().clone() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors"
-    )
+    state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
     config = {"model_cfg": fields, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
 
@@ -64,14 +63,14 @@ def test_clip_without_its_activation_is_refused(open_clip, tmp_path):
 PE = {"mlp_ratio": 1.5, "attn_pool_num_heads": 2, "attn_pool_mlp_ratio": 1.5, "ref_feat_shape": [4, 4]}
 
 
-@pytest.mark.parametrize(
-    "name, pool, more, head",
-    [
-        ("vit_base_patch16_siglip_224", "map", {}, ""),
-        ("eva02_base_patch16_clip_224", "token", {}, "visual.head.proj."),
-        ("vit_pe_core_base_patch16_224", "map", PE, "visual.trunk.head."),
-    ],
-)
+TRUNKS = [
+    ("vit_base_patch16_siglip_224", "map", {}, ""),
+    ("eva02_base_patch16_clip_224", "token", {}, "visual.head.proj."),
+]
+TRUNKS += [("vit_pe_core_base_patch16_224", "map", PE, "visual.trunk.head.")]
+
+
+@pytest.mark.parametrize("name, pool, more, head", TRUNKS)
 def test_towers_that_openclip_takes_from_timm(name, pool, more, head, tmp_path):
     timm = pytest.importorskip("timm", minversion="1.0")
     sizes = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 4, **more}

@@ -5,7 +5,6 @@ Hugging Face's: a vision model, an image-text model, or a release with a text ad
 """
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +23,6 @@ NOT_ARGUMENTS = ("num_classes", "in_chans", "img_size")  # of model_args, read e
 def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     """A checkpoint whose config.json has the ``model_type`` of a family."""
     family = family_in(state, config)
-    if family.name == "siglip":
-        state, config = at_fixed_size(state, config)
     anchor = f"{family.file_prefix}embeddings."
     outer = min((key[: key.index(anchor)] for key in state if anchor in key and "text_model." not in key), default="")
     if family.file_prefix and "embeddings.patch_embedding.weight" in state and not any(anchor in key for key in state):
@@ -74,25 +71,10 @@ def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
     parts = [config, section(config, "vision_config")]
     types = [str(part["model_type"]) for part in parts if "model_type" in part]
     if any(name.startswith("siglip2") for name in types):
-        return families()["siglip"]
+        weights = (state[key] for key in state if key.endswith("embeddings.patch_embedding.weight"))
+        return families()["naflex" if any(weight.dim() == 2 for weight in weights) else "siglip"]
     known = {kind for family in families().values() for kind in family.model_types}
     return family_of_type(next((name for name in types if name in known), types[0]), where="config.json")
-
-
-def at_fixed_size(state: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """SigLIP 2 NaFlex at the square of its position table, where it is a SigLIP; anything else as it is.
-
-    Its linear layer over the pixels of a patch (rows, columns, channels) is a convolution.
-    """
-    name = next((key for key in state if key.endswith("vision_model.embeddings.patch_embedding.weight")), "")
-    name = name or "embeddings.patch_embedding.weight"
-    if name not in state or state[name].dim() != 2:
-        return state, config
-    fields = dict(section(config, "vision_config") or config)
-    patches, side = fields.pop("num_patches", 256), fields.get("patch_size", 16)  # transformers' defaults
-    fields |= {"image_size": math.isqrt(patches) * side, "patch_size": side}
-    weight = state[name].unflatten(1, (side, side, -1)).permute(0, 3, 1, 2).contiguous()
-    return {**state, name: weight}, {**config, "vision_config": fields} if "vision_config" in config else fields
 
 
 def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:

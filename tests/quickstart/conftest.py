@@ -1,6 +1,0 @@
-"""The quickstart's modules lie beside its scripts, not in a package."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "quickstart"))

@@ -1,0 +1,133 @@
+"""SigLIP 2 NaFlex: images in their own aspect, imported, trained over ranks and micro-batches, exported, evaluated."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import make_cache, write_tar
+from tower_runs import finish, losses, options, start
+
+from llm2clip_plugin import load_tower
+from llm2clip_plugin.cli import main as llm2clip
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.data.images import ImageConfig, Normalize, as_square, evaluation_pixels
+from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.evaluate.opening import encode_images, open_tower
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.towers import preprocessor_config
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+ASPECTS = [(30, 20), (37, 60), (20, 20), (100, 9)]  # width, height in pixels
+TOLERANCE = 1e-5
+
+
+def image(seed: int, size: tuple[int, int]) -> bytes:
+    body = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), np.uint8)).save(body, "PNG")
+    return body.getvalue()
+
+
+def prepared(data: bytes, images: ImageConfig) -> dict[str, torch.Tensor]:
+    square, shape = as_square(evaluation_pixels(data, images), images)
+    return {"pixel_values": Normalize(images)(torch.from_numpy(square)[None]), "spatial_shapes": torch.tensor([shape])}
+
+
+def publish(folder: Path, *, whole: bool = False) -> Any:
+    """Random weights in the Hub's layout, 4 x 4 positions, at most 36 patches of 4 pixels; the vision model."""
+    torch.manual_seed(0)
+    config = transformers.Siglip2VisionConfig(**SIZES, num_patches=16, patch_size=4)
+    model: Any = transformers.Siglip2VisionModel(config)
+    published = model
+    if whole:
+        text = {**SIZES, "vocab_size": 50, "projection_size": 32}
+        published = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=config))
+        model = published.vision_model
+    published.save_pretrained(folder)
+    settings = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 4, "max_num_patches": 36, "resample": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tower, and images of several aspects with their cache."""
+    folder = tmp_path_factory.mktemp("naflex")
+    publish(folder / "published")
+    import_tower(folder / "published", folder / "tower")
+    members: list[tuple[str, bytes]] = []
+    for number in range(24):
+        members.append((f"{number:03d}.png", image(number, ASPECTS[number % 4])))
+        members.append((f"{number:03d}.json", json.dumps({"caption": f"number {number}"}).encode()))
+    write_tar(folder / "data" / "00000.tar", members)
+    make_cache(folder / "data")
+    return folder
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_features_are_transformers_own(tmp_path: Path, whole: bool):
+    """With its own processor, which the tower's directory configures, and with images prepared here."""
+    original = publish(tmp_path / "published", whole=whole)
+    assert load_tower(tmp_path / "published").config.image_size == 16
+    card, _ = import_tower(tmp_path / "published", tmp_path / "tower")
+    assert (card.family, card.image_size, card.num_patches) == ("naflex", 24, 36)
+    for image_size in (24, 32):
+        tower = load_tower(tmp_path / "tower", image_size=image_size)
+        settings = preprocessor_config(tower)
+        assert settings["max_num_patches"] == (image_size // 4) ** 2
+        images, processor = ImageConfig.from_preprocessor(settings), transformers.Siglip2ImageProcessorPil(**settings)
+        dual = DualEncoder(tower, DualConfig(projection="none", projection_dim=32, pool="mean"))
+        for seed, size in enumerate(ASPECTS):
+            data = image(seed, size)
+            theirs = processor(Image.open(io.BytesIO(data)), return_tensors="pt")
+            own = prepared(data, images)
+            with torch.no_grad():
+                pairs = ((original, theirs), (tower, theirs), (tower, own))
+                expected, *found = (model(**inputs, output_hidden_states=True) for model, inputs in pairs)
+                means = dual.pool(**own), dual.pool(theirs["pixel_values"], theirs["spatial_shapes"])
+            count = int(own["spatial_shapes"].prod())
+            states = [*expected.hidden_states, expected.last_hidden_state]
+            for output in found:
+                for state, wanted in zip([*output.hidden_states, output.last_hidden_state], states, strict=True):
+                    torch.testing.assert_close(state[:, :count], wanted[:, :count], atol=TOLERANCE, rtol=0)
+                torch.testing.assert_close(output.pooler_output, expected.pooler_output, atol=TOLERANCE, rtol=0)
+            for mean in means:
+                torch.testing.assert_close(mean, states[-1][:, :count].mean(1), atol=TOLERANCE, rtol=0)
+
+
+def test_a_square_of_pixels_is_a_square_image(tiny: Path):
+    tower, pixels, shapes = load_tower(tiny / "tower"), torch.rand(2, 3, 24, 24), torch.tensor([[6, 6]] * 2)
+    one, other = tower(pixel_values=pixels), tower(pixel_values=pixels, spatial_shapes=shapes)
+    torch.testing.assert_close(one.pooler_output, other.pooler_output)
+    with pytest.raises(ValueError, match="images have"):
+        tower(pixel_values=pixels[..., 4:, 4:])
+    with pytest.raises(ValueError, match="spatial_shapes"):
+        tower(pixel_values=torch.rand(2, 36, 48))
+
+
+def test_training_over_ranks_and_micro_batches_is_one_run(tiny: Path, tmp_path: Path):
+    """Two ranks with micro-batches have the losses of one without; patch terms, heads, evaluation, export work."""
+    more = ["--tower.image-size", "32", "--max_steps", "3", "--train.eval-steps", "3", "--dual.pool", "mean"]
+    more += ["--loss.terms", "infonce=1", "patch_captions=0.5", "patch_reference=1", "--validation", str(tiny / "data")]
+    plans = {"one": (1, "16"), "two": (2, "4")}
+    for name, (world, micro) in plans.items():
+        assert finish(start(options(tiny, tmp_path / name, *more, "--train.micro-batch", micro), world)) == [0] * world
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
+    exported = tmp_path / "one" / "tower"
+    card = TowerCard.read(exported / TowerCard.FILE)
+    assert (card.family, card.num_patches, card.training["resized_from"]) == ("naflex", 64, 24)
+    assert llm2clip(["evaluate", str(exported), str(tiny / "data"), "--json", str(tmp_path / "scores.json")]) == 0
+    tower, source = open_tower(f"{exported}", "cpu", EncoderConfig()), open_source(SourceConfig(path=f"{tiny}/data"))
+    encoded = encode_images(tower.dual.encode_image, source, tower.images, tower.device)
+    own = tower.dual.encode_image(**prepared(image(5, ASPECTS[1]), tower.images))
+    torch.testing.assert_close(encoded.vectors[0][5], own[0].detach())
