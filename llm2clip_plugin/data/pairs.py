@@ -307,7 +307,8 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch of its parts, in order."""
     if len(parts) == 1:
         return parts[0]
-    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    names = dict.fromkeys(name for part in parts for name in part)  # parts without images lack some
+    columns = {name: [part[name] for part in parts if name in part] for name in names}
     return {
         name: torch.cat(values) if isinstance(values[0], torch.Tensor) else [item for value in values for item in value]
         for name, values in columns.items()
