@@ -233,7 +233,7 @@ def plan_engine(
     """Steps of the run, and the configuration that DeepSpeed gets.
 
     ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that the ranks can't share
-    equally, or a DeepSpeed JSON that contradicts the run.
+    equally, or a DeepSpeed JSON that contradicts the run, and for torch_compile with ZeRO-3.
     """
     where, steps = config.deepspeed or "the run", config.train.steps(samples)
     deepspeed = complete(
@@ -247,6 +247,8 @@ def plan_engine(
     )
     if unresolved := sorted(name for name, value in flat(deepspeed) if value == "auto"):
         raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
+    if config.train.torch_compile and zero_stage(deepspeed) == 3:  # whose hooks split every block
+        raise ValueError(f"{where}: --torch-compile does not work with ZeRO-3; use scripts/zero2.json")
     check_deepspeed(deepspeed, where)
     return steps, deepspeed
 

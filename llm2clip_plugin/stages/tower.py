@@ -46,6 +46,7 @@ from llm2clip_plugin.train.model import (
     StepMemory,
     activation_bytes,
     build_dual,
+    compile_blocks,
     enable_gradient_checkpointing,
     shape_dual,
     trained_parameters,
@@ -54,7 +55,7 @@ from llm2clip_plugin.train.model import (
 from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.towers import preprocessor_config, use_fastest_attention
+from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_fastest_attention
 
 
 def main(argv: list[str]) -> int:
@@ -111,10 +112,10 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     frozen = frozen_copy(dual) if needs_reference(config.loss) else None
     for model in filter(None, (dual, frozen)):
         use_fastest_attention(model.tower, device, bf16=config.train.precision == "bf16")
+        if config.train.torch_compile:
+            compile_blocks(tower_blocks(model.tower), dynamic=False)
     if recomputes(config, run.deepspeed, device):
         enable_gradient_checkpointing(dual.tower)
-    if config.train.torch_compile:
-        dual.tower.compile()
     engine = run.make_engine(dual, trained, resumed)
     if evaluate and rank() == 0 and {"wandb", "tensorboard"} & run.deepspeed.keys():
         evaluate.show = engine.pictures.update
