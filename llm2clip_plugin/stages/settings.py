@@ -20,7 +20,7 @@ from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 # Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
 # learns.
 IGNORED_ON_RESUME = """
-output_dir resume allow_changed dry_run deepspeed evaluation plan tower.architecture
+output_dir resume allow_changed dry_run deepspeed evaluation benchmarks plan tower.architecture
 data.cache data.validation data.validation_cache data.clip_cache
 data.read.cache_folder data.read.cache_gb data.read.index_folder
 loss.block contrast.length_groups
