@@ -213,6 +213,13 @@ def test_evaluation_in_processes_has_the_same_bits_and_errors_and_leaves_none(tm
     assert not multiprocessing.active_children()
 
 
+def test_a_part_without_a_readable_image_leaves_the_others_their_shapes(tmp_path: Path) -> None:
+    source, images = broken_source(tmp_path, 16), ImageConfig(size=16, fit="native", patch=4)
+    for indices in ([16] * 16 + [*range(16)], [*range(16)] + [16] * 16):
+        (batch,) = EvalPairs(source, None, images, batch=32, indices=indices, workers=2)
+        assert batch["spatial_shapes"].shape == (16, 2)
+
+
 WAIT = 120  # seconds that a few kB may take on a busy machine
 
 
