@@ -254,6 +254,7 @@ PROGRESS = "progress"  # a checkpoint, or a shard of embed, is complete
 FINAL = "final"  # the exit status of an error that a rerun would meet again
 
 HEADLINE = ("i2t_r1", "t2i_r1")  # of a tower's scores: recall over all captions
+OF_BENCHMARK = (*HEADLINE, "mean", "acc1")  # of a benchmark NAME: NAME/mean ...
 
 
 def tell_job(name: str, text: str = "") -> None:
@@ -264,9 +265,9 @@ def tell_job(name: str, text: str = "") -> None:
 
 
 def headline(scores: Iterable[str]) -> list[str]:
-    """The names of the scores to show: those of all captions, all names where there are none (stage 1)."""
+    """The names of the scores to show: of all captions, and of benchmarks; all where there are none (stage 1)."""
     names = list(scores)
-    return [name for name in names if name in HEADLINE] or names
+    return [n for n in names if n in HEADLINE or (":" not in n and n.rpartition("/")[2] in OF_BENCHMARK)] or names
 
 
 def started_by(command: str, words: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """``llm2clip status``: where a run or a cache stands, from the files in its folder alone."""
 
 import json
+import math
 import socket
 import time
 from collections import deque
@@ -9,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from llm2clip_plugin import files
@@ -74,6 +76,7 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
     if metrics.step:
         parts.append(f"last line {ago((folder / files.METRICS).stat().st_mtime)}")
     yield "progress", ", ".join(parts)
+    yield "loader", metrics.loader()
     scores = dict(sorted(metrics.scores.items()))
     before = scores.pop(0, {}) or {name: record.before[name] for name in files.headline(record.before)}
     for name in next(reversed(scores.values()), before):
@@ -110,6 +113,8 @@ class Metrics:
     samples: int = 0
     loss: float | None = None
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RATE_LINES))  # of the last steps
+    # images/s of a loader process, and of steps that wait for no data, of the last lines
+    loading: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RATE_LINES))
     scores: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> headline scores; 0: before training
     ended: dict[str, Any] | None = None  # the event after which no step followed
     save_failed: dict[str, Any] | None = None  # the event after which no checkpoint was complete
@@ -125,9 +130,19 @@ class Metrics:
         elif event is None and "loss" in line:
             self.step, self.samples, self.loss, self.ended = step, int(line["samples"]), float(line["loss"]), None
             self.seconds.extend([float(line["step_seconds"])] if "step_seconds" in line else [])
+            if one := line.get("loader_images_per_second"):
+                self.loading.append((float(one), line["samples_per_second"] / max(1 - line["wait_share"], 1e-3)))
         elif event is None:
             scores = {name: float(value) for name, value in line.items() if name not in ("step", "samples")}
             self.scores[step] = {name: scores[name] for name in files.headline(scores)}
+
+    def loader(self) -> str:
+        """How many loader processes the steps need, over all ranks; "" if no line says."""
+        if not self.loading:
+            return ""
+        one, needed = (median(column) for column in zip(*self.loading, strict=True))
+        rates = f"a process delivers {one:,.1f} images/s, the steps take {needed:,.1f}"
+        return f"{rates}: --workers, over all ranks, {math.ceil(needed / one)}"
 
 
 def read_metrics(path: Path) -> Metrics:

@@ -23,7 +23,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, NamedTuple
@@ -192,7 +192,7 @@ def markdown(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def table(claims: Mapping[str, Any]) -> list[str]:
-    """Both pages' table of towers and teachers: a row per claim, the headline's first."""
+    """The table of towers and teachers: a row per claim, the headline's first."""
     head = "mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | p (Holm)"
     rows = []
     for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
@@ -204,7 +204,7 @@ def table(claims: Mapping[str, Any]) -> list[str]:
 
 
 def llava_table(claims: Mapping[str, Any]) -> list[str]:
-    """Both pages' table of the LLaVA miniatures: a row per claim."""
+    """The table of the LLaVA miniatures: a row per claim."""
     head = "language model: questions | trainings a side | tower before stage 2 | after | difference | p (Holm)"
     rows = []
     for name, claim in claims.items():
@@ -222,12 +222,21 @@ def llava_table(claims: Mapping[str, Any]) -> list[str]:
     return markdown(f"{head} | random embeddings; after minus it | raw LLM; after minus it", rows)
 
 
-def record(path: Path, claims: Mapping[str, Any], begin: str, table: Sequence[str]) -> None:
-    """Write the claims, and the table between the markers of both pages."""
+def main_claims(claims: Mapping[str, Any]) -> dict[str, Any]:
+    """README's: of towers and teachers the headline, of LLaVA what has controls of as many trainings."""
+    return {
+        name: claim
+        for name, claim in claims.items()
+        if claim.get("headline") or any(isinstance(control, dict) for control in claim.get("controls", {}).values())
+    }
+
+
+def record(path: Path, claims: Mapping[str, Any], begin: str, made: Callable[[Mapping[str, Any]], list[str]]) -> None:
+    """Write the claims, and between the markers of both pages their table."""
     texts = {path: json.dumps(claims, indent=1, ensure_ascii=False) + "\n"}
-    for page in (README, BENCHMARKS):
+    for page, stated in ((README, main_claims(claims)), (BENCHMARKS, claims)):
         before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
-        texts[page] = "\n".join([before + begin, *table, rest[rest.index(END) :]])
+        texts[page] = "\n".join([before + begin, *made(stated), rest[rest.index(END) :]])
     for written, text in texts.items():
         with atomic_file(written) as partial:
             partial.write_text(text, encoding="utf-8")
@@ -244,13 +253,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.record in ("all", "towers"):
         claims = measured(args.folder)
-        record(CLAIMS, claims, BEGIN, table(claims))
+        record(CLAIMS, claims, BEGIN, table)
     if args.record in ("all", "llava"):
         if not (claims := measured_llava(args.folder)):
             raise FileNotFoundError(f"{args.folder} has no LLaVA; run scripts/quickstart.sh without --no-llava")
         models = set(map(part_of, claims))
         claims |= {name: claim for name, claim in read_json(CLAIMS_LLAVA).items() if part_of(name) not in models}
-        record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, llava_table(claims))
+        record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, llava_table)
     if args.record:
         return 0
     found, missing = check_all(args.folder)

@@ -52,8 +52,8 @@ class PairLoader:
     A batch: pixels (b, S, S, 3) uint8, for images.Normalize; spatial_shapes (b, 2) int64 if native (images.as_square);
     embeddings (b, W) float32 (absent without caches), caption_hashes and image_ids (b,) int64, captions and keys lists
     of b texts (with k captions an image, embeddings (b, k, W), caption_hashes (b, k), captions the first), position:
-    pairs consumed after this batch, retries: reads that this rank has repeated so far. With ``workers`` the next batch
-    is put together in a thread while the caller uses this one.
+    pairs consumed after this batch, retries: reads that this rank has repeated so far, images_per_second: that one
+    process reads. With ``workers`` the next batch is put together in a thread while the caller uses this one.
     Iterating raises ValueError when more than ``max_broken`` of this rank's samples are broken.
     """
 
@@ -72,6 +72,7 @@ class PairLoader:
     rows: int = field(default=0, init=False)  # loaded
     substituted: int = field(default=0, init=False)  # of these, rows that replace a broken sample
     retries: int = field(default=0, init=False)  # reads of data that were repeated after a transient error
+    reading: float = field(default=0.0, init=False)  # seconds that all processes together took for the rows
     broken: dict[tuple[str, str], str] = field(default_factory=dict, init=False)  # (shard, key) -> reason
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -100,8 +101,10 @@ class PairLoader:
             for number, batch in enumerate(batches, start=1):
                 self._count(len(batch["keys"]), batch.pop("broken"))
                 self.retries += sum(batch.pop("retries"))
+                self.reading += sum(batch.pop("seconds"))
                 position = self.position + number * self.local_batch * self.world
-                yield {**batch, "position": position, "retries": self.retries}
+                rate = self.rows / self.reading
+                yield {**batch, "position": position, "retries": self.retries, "images_per_second": rate}
 
     def _draws(self, part: int) -> Iterator[list[Draw]]:
         """Endless draws of this rank, in parts of a batch: each belongs to one batch."""

@@ -8,6 +8,7 @@ them too.
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
@@ -159,15 +160,18 @@ def collate(rows: list[Row]) -> dict[str, Any]:
 
 
 class CollatedDataset(Dataset):
-    """Batches of what ``read`` gives, with a ValueError or OSError in place of one; LLM2CLIP_TRACEBACK=1: to torch.
-    For a DataLoader whose ``collate_fn`` is ``as_it_is``; ``raised`` raises the errors."""
+    """Batches of what ``read`` gives, with the ``seconds`` that took; a ValueError or OSError in place of one, with
+    LLM2CLIP_TRACEBACK=1 to torch. For a DataLoader whose ``collate_fn`` is ``as_it_is``; ``raised`` raises the errors.
+    """
 
-    def __init__(self, read: Callable[[Any], Any], collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, read: Callable[[Any], Any], collate: Callable[[list[Any]], dict[str, Any]]) -> None:
         self.read, self.collate = read, collate
 
     def __getitems__(self, indices: Sequence[Any]) -> Any:
+        started = time.perf_counter()
         try:
-            return self.collate([self.read(index) for index in indices])
+            batch = self.collate([self.read(index) for index in indices])
+            return batch | {"seconds": [time.perf_counter() - started]}
         except (ValueError, OSError) as error:
             if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
                 raise
@@ -254,6 +258,7 @@ class EvalPairs:
         for some in self._batches:
             batch = joined(list(islice(parts, -(-len(some) // plan.part))))
             self.broken += batch.pop("broken")
+            del batch["seconds"]
             if batch["keys"]:
                 yield batch
 
@@ -298,7 +303,8 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch of its parts, in order."""
     if len(parts) == 1:
         return parts[0]
-    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    names = dict.fromkeys(name for part in parts for name in part)  # parts without images lack some
+    columns = {name: [part[name] for part in parts if name in part] for name in names}
     return {
         name: torch.cat(values) if isinstance(values[0], torch.Tensor) else [item for value in values for item in value]
         for name, values in columns.items()

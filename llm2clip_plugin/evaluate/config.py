@@ -31,6 +31,19 @@ class RetrievalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchmarksConfig:
+    """Benchmarks that are measured at every evaluation of a training run."""
+
+    suites: tuple[str, ...] = ()  # retrieval suites by name (flickr30k, coco, sugarcrepe ...), paper, or all
+    root: str = ""  # folder of the suites' folders
+    zeroshot: str = ""  # labeled images to classify by class names: a folder per class, or tars with .cls members
+
+    def __post_init__(self) -> None:
+        if self.suites and not self.root:
+            raise ValueError("--evaluate-suites needs the folder that has the suites' folders: set --suites-root DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaptionSetConfig:
     """Which captions retrieve which."""
 

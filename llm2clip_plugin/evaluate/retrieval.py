@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -187,6 +187,7 @@ class EmbeddedPairs:
     keys: list[str]  # N
     meta: list[dict[str, Any]]  # N: the JSON of each sample
     broken: list[BrokenSample]  # samples left out
+    numbers: list[int] = field(default_factory=list)  # N: of the images in the source
 
     def meta_values(self, field: str) -> list[str]:
         """The value of a field of each image's JSON as text (N); ValueError names an image without it."""
@@ -236,6 +237,7 @@ def embed_pairs(
         keys=found.keys,
         meta=found.meta,
         broken=found.broken,
+        numbers=found.numbers,
     )
 
 

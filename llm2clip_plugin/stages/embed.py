@@ -84,6 +84,8 @@ def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
     source = open_source(config.source)
     check_fields(source, needed=True)
     encoder = open_encoder(config.encoder)
+    if config.torch_compile:
+        encoder.compile()
     folder = Path(config.cache) if config.cache else default_cache_folder(source.path, encoder.identity().fingerprint)
     return source, encoder, folder
 

@@ -89,6 +89,8 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(resumed.weights[name])
+    if config.train.torch_compile:
+        encoder.compile()
     on_first_rank(lambda: check_finite(module, config.encoder.llm if resumed is None else resumed.path))
     engine = run.make_engine(module, trained_parameters(module, config), resumed, keep_frozen=False)
     start = run.start_state(resumed)
@@ -114,6 +116,8 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[int, d
     total_steps, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
         raise ValueError("ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
+    if config.train.torch_compile and config.encoder.load_in_4bit and config.train.gradient_checkpointing:
+        raise ValueError("--torch-compile cannot trace --load-in-4bit with --gradient-checkpointing; omit one of them")
     if not config.train.has_steps:
         raise ValueError("num_train_epochs and max_steps are both 0: nothing to train")
     if config.start_adapters and (config.encoder.adapter or config.encoder.load_in_4bit or config.lora.dora):

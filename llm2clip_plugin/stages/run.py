@@ -22,9 +22,10 @@ from llm2clip_plugin.data import EVALUATION_MB, LoadPlan, plan_loading, row_byte
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import Source, SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
-from llm2clip_plugin.files import headline
+from llm2clip_plugin.files import METRICS, headline
 from llm2clip_plugin.stages.settings import FinetuneConfig, flat, refuse_changes, within
 from llm2clip_plugin.stages.tower_config import RunConfig
+from llm2clip_plugin.status import read_metrics
 from llm2clip_plugin.text.teacher import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.config import TrainConfig
@@ -50,7 +51,7 @@ from llm2clip_plugin.vision.export import library_versions
 # load, which follows a host's cores.
 PLACES = """
 output_dir resume deepspeed plan tower.path encoder.llm encoder.adapter start_adapters train.dataloader_num_workers
-data.path data.cache data.validation data.validation_cache data.clip_cache
+data.path data.cache data.validation data.validation_cache data.clip_cache benchmarks.root benchmarks.zeroshot
 data.read.images data.read.cache_folder data.read.cache_gb data.read.index_folder
 pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb pairs.read.index_folder
 """.split()
@@ -183,8 +184,11 @@ class TrainingRun:
         self.record(state)
         if state.step < self.total_steps:
             raise StoppedError(f"stopped at step {state.step} of {self.total_steps}; exit status {StoppedError.status}")
-        if rank() == 0 and (line := before_and_after(state.before, state.metrics)):
-            print(line)
+        if rank() == 0:
+            if needed := read_metrics(self.folder / METRICS).loader():
+                print(f"loader: {needed}")
+            if line := before_and_after(state.before, state.metrics):
+                print(line)
         return state
 
     def record(self, state: TrainState) -> None:
@@ -229,7 +233,7 @@ def plan_engine(
     """Steps of the run, and the configuration that DeepSpeed gets.
 
     ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that the ranks can't share
-    equally, or a DeepSpeed JSON that contradicts the run.
+    equally, or a DeepSpeed JSON that contradicts the run, and for torch_compile with ZeRO-3.
     """
     where, steps = config.deepspeed or "the run", config.train.steps(samples)
     deepspeed = complete(
@@ -243,6 +247,8 @@ def plan_engine(
     )
     if unresolved := sorted(name for name, value in flat(deepspeed) if value == "auto"):
         raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
+    if config.train.torch_compile and zero_stage(deepspeed) == 3:  # whose hooks split every block
+        raise ValueError(f"{where}: --torch-compile does not work with ZeRO-3; use scripts/zero2.json")
     check_deepspeed(deepspeed, where)
     return steps, deepspeed
 

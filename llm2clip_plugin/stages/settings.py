@@ -20,7 +20,7 @@ from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 # Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
 # learns.
 IGNORED_ON_RESUME = """
-output_dir resume allow_changed dry_run deepspeed evaluation plan tower.architecture
+output_dir resume allow_changed dry_run deepspeed evaluation benchmarks plan tower.architecture
 data.cache data.validation data.validation_cache data.clip_cache
 data.read.cache_folder data.read.cache_gb data.read.index_folder
 loss.block contrast.length_groups
@@ -206,6 +206,7 @@ class EmbedConfig:
     cache: str = ""  # folder of the cache; "": embeddings-<fingerprint> in the data's folder
     dtype: Literal["float16", "int8"] = "float16"  # storage; int8: with a scale for each row, half the size
     tokens_per_batch: int = 0  # tokens of a batch, padding included; 0: chosen by device
+    torch_compile: bool = False  # torch.compile the LLM's blocks; the first batches wait for it, up to a minute
     dry_run: bool = False  # print the number of captions and the size of the cache, then exit
     overwrite: bool = False  # replace cached captions that the data, as it is read now, does not have
     verify: bool = False  # write nothing: read the full cache, compare it with the data, embed a sample again
@@ -338,7 +339,7 @@ FINETUNE_LLM = Command(
         "llama-1b"
     },
     # the first is read by the tower's training alone, as are the others; an adapter has one learning rate
-    hidden="pairs.read.shuffle_window train.max_broken train.torch_compile train.dataloader_prefetch_mb "
+    hidden="pairs.read.shuffle_window train.max_broken train.dataloader_prefetch_mb "
     "train.ema_decay optim.layer_decay optim.full_lr optim.head_lr",
     replaces=REPLACES,
     needs={

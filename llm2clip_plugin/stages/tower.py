@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -25,8 +25,8 @@ from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
+from llm2clip_plugin.evaluate.during import Benchmark, Evaluation, embed_benchmarks, open_benchmarks
 from llm2clip_plugin.evaluate.opening import check_measurable
-from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
 from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import TrainingRun, load_plans, open_caches, plan_engine, training_ranks
@@ -40,13 +40,13 @@ from llm2clip_plugin.train.engine import Engine, Reference, frozen_copy
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, load_clip_heads
-from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.base import check_patch_layers, needs_reference, patch_layers, weighted_terms
 from llm2clip_plugin.train.model import (
     DTYPES,
     StepMemory,
     activation_bytes,
     build_dual,
+    compile_blocks,
     enable_gradient_checkpointing,
     shape_dual,
     trained_parameters,
@@ -55,7 +55,7 @@ from llm2clip_plugin.train.model import (
 from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.towers import preprocessor_config, use_fastest_attention
+from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_fastest_attention
 
 
 def main(argv: list[str]) -> int:
@@ -82,6 +82,10 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
         with locked(Path(config.output_dir)):
             with phase("checking the data"):
                 on_first_rank(lambda: check_data(config, data))
+            with phase("embedding the benchmarks' texts"):
+                data = dataclasses.replace(
+                    data, benchmark_caches=embed_benchmarks(data.benchmarks, data.caches[0].teacher)
+                )
             # what its data decides: the order of reading, which a checkpoint records, and embeddings' width
             samples_of_shard = mean(shard.size for source in data.sources for shard in source.shards)
             batch_shards = config.train.global_batch / samples_of_shard
@@ -108,11 +112,13 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     frozen = frozen_copy(dual) if needs_reference(config.loss) else None
     for model in filter(None, (dual, frozen)):
         use_fastest_attention(model.tower, device, bf16=config.train.precision == "bf16")
+        if config.train.torch_compile:
+            compile_blocks(tower_blocks(model.tower), dynamic=False)
     if recomputes(config, run.deepspeed, device):
         enable_gradient_checkpointing(dual.tower)
-    if config.train.torch_compile:
-        dual.tower.compile()
     engine = run.make_engine(dual, trained, resumed)
+    if evaluate and rank() == 0 and {"wandb", "tensorboard"} & run.deepspeed.keys():
+        evaluate.show = engine.pictures.update
     references = make_references(config, engine, frozen, resumed)
     start = run.start_state(resumed)
     step = TowerStep(
@@ -240,13 +246,12 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
     )
 
 
-def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluate | None:
-    """Recall on the held-out split, by all ranks together; None without a split."""
+def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluation | None:
+    """What the run measures, by all ranks together; None without anything to measure."""
     source, cache = data.validation, data.validation_cache
-    if source is None or cache is None:
-        return None
-    measure = partial(evaluate_retrieval, dual, source, cache, images, config.evaluated, all_ranks=True, quiet=True)
-    return lambda: measure().metrics()
+    held_out = None if source is None or cache is None else (source, cache)
+    benchmarks = list(zip(data.benchmarks, data.benchmark_caches, strict=True))
+    return Evaluation(dual, images, config.evaluated, held_out, benchmarks) if config.evaluates else None
 
 
 @dataclass(frozen=True)
@@ -258,6 +263,8 @@ class Data:
     validation: Source | None
     validation_cache: EmbeddingCache | None
     clip_caches: list[EmbeddingCache]  # with heads.target clip_text: a CLIP's text features of each source's captions
+    benchmarks: list[Benchmark] = field(default_factory=list)
+    benchmark_caches: list[EmbeddingCache] = field(default_factory=list)  # empty until they are embedded
 
     @property
     def samples(self) -> int:
@@ -273,6 +280,7 @@ class Data:
         if self.validation is not None and self.validation_cache is not None:
             own["validation"] = source_digest(self.validation)
             own["validation, its cache"] = cache_digest(self.validation_cache)
+        own |= {f"of {benchmark.name}": source_digest(benchmark.texts) for benchmark in self.benchmarks}
         return own
 
 
@@ -297,7 +305,7 @@ def open_data(config: RunConfig) -> Data:
                 f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide; expected the "
                 f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
             )
-    return Data(sources, caches, validation, validation_cache, clip_caches)
+    return Data(sources, caches, validation, validation_cache, clip_caches, open_benchmarks(config.benchmarks))
 
 
 def check_data(config: RunConfig, data: Data) -> None:

@@ -12,7 +12,7 @@ import llm2clip_plugin
 from llm2clip_plugin.data import cores
 from llm2clip_plugin.data.samples import AugmentConfig, parse_weights
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
-from llm2clip_plugin.evaluate.config import RetrievalConfig
+from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
 from llm2clip_plugin.files import from_plain, read_json_value
 from llm2clip_plugin.options import Command, unknown
 from llm2clip_plugin.stages.settings import NEEDS, REPLACES, TEACHERS, PlanConfig, TrainingConfig
@@ -94,7 +94,13 @@ class RunConfig(TrainingConfig):
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: RetrievalConfig = field(default_factory=RetrievalConfig)
+    benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether evaluations have anything to measure."""
+        return bool(self.data.validation or self.benchmarks.suites or self.benchmarks.zeroshot)
 
     @property
     def trains_at_lr(self) -> bool:
@@ -357,6 +363,9 @@ TRAIN_TOWER = Command(
         "distill": "distill.",
         "dual": "dual.",
         "data.augment": "augment.",
+        "benchmarks.suites": "evaluate-suites",
+        "benchmarks.root": "suites-root",
+        "benchmarks.zeroshot": "evaluate-zeroshot",
         "plan.images": "assumed-samples",
     },
     extras={
@@ -368,8 +377,8 @@ TRAIN_TOWER = Command(
     replaces=REPLACES,
     needs={
         **NEEDS,
-        "train.eval_steps": "data.validation",
-        "evaluation": "data.validation",
+        **dict.fromkeys(("train.eval_steps", "evaluation"), "evaluates: without --validation or --evaluate-suites"),
+        "benchmarks.root": "benchmarks.suites",
         "data.validation_cache": "data.validation",
         "heads": "heads.steps",
         "tower.lora_alpha": "tower.lora_rank",

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ from llm2clip_plugin.text.config import (
     effective,
 )
 from llm2clip_plugin.train.distributed import choose_device
+from llm2clip_plugin.train.model import compile_blocks
 from llm2clip_plugin.vision.directory import fetch_directory
 
 # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
@@ -43,6 +45,8 @@ class TextEncoder(ABC):
     config: EncoderConfig  # the effective settings
     width: int  # W
     count_truncated: int = 0  # captions truncated to ``max_tokens`` so far
+    model: Any
+    is_compiled = False
 
     def __init__(self, config: EncoderConfig, device: torch.device | str | None) -> None:
         self.device = choose_device(str(device or ""))
@@ -61,9 +65,20 @@ class TextEncoder(ABC):
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
         """(B, W) float32 on the CPU: embeddings of rows of token ids, as one batch."""
 
+    def compile(self) -> None:
+        """``torch.compile`` the model's blocks, for batches of any size; ValueError if it has none of transformers'."""
+        from transformers.modeling_layers import GradientCheckpointingLayer  # not in LLaVA's transformers
+
+        blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not blocks:
+            raise ValueError(f"{self.config.llm} has no blocks of transformers' to compile; omit --torch-compile")
+        compile_blocks(blocks, dynamic=True)
+        self.is_compiled = True
+
     def padded_length(self, ids: Sequence[int]) -> int:
-        """Tokens that a row takes at least."""
-        return len(ids)
+        """Tokens that a row takes at least. Compiled, a multiple of 8, the last one padding: without any, transformers
+        leaves the attention mask out, which would be another graph."""
+        return (len(ids) // 8 + 1) * 8 if self.is_compiled else len(ids)
 
     def encode(
         self,
@@ -152,7 +167,7 @@ class CaptionEncoder(TextEncoder):
 
         The tokens of the frame's head are not pooled, except BOS with ``include_bos``.
         """
-        shape = (len(rows), max(map(len, rows)))
+        shape = (len(rows), max(map(self.padded_length, rows)))
         input_ids = torch.full(shape, self.tokenizer.pad_token_id or 0)  # padding is masked
         attention_mask, position_ids = torch.zeros(2, *shape, dtype=torch.int64)
         pool_mask = torch.zeros(shape, dtype=torch.bool)

@@ -103,7 +103,7 @@ class ClipTextEncoder(TextEncoder):
         return [list(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]] if captions else []
 
     def padded_length(self, ids: Sequence[int]) -> int:
-        return self.context if self.pads_to_context else len(ids)
+        return self.context if self.pads_to_context else min(super().padded_length(ids), self.context)
 
     @torch.no_grad()
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
+import numpy
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -134,6 +135,9 @@ class Engine:
         self.device_engine: Any = device_engine  # its optimizer is one of a dozen classes
         # DeepSpeed would also write the learning rate, by samples since the last start
         self._monitor, self.device_engine.monitor = self.device_engine.monitor, SimpleNamespace(enabled=False)
+        # DeepSpeed would call W&B for each value
+        self._wandb, self._monitor.wandb_monitor = self._monitor.wandb_monitor, None
+        self.pictures: dict[str, tuple[Any, str]] = {}  # with their texts, for the monitors' next values
         self.device_engine.allreduce_gradients = timed("communication")(self.device_engine.allreduce_gradients)
         if isinstance(optimizer, FlatAdamW):
             optimizer.parts = self._parts(rates)
@@ -222,9 +226,22 @@ class Engine:
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier, enabled=self.stage == 3)
 
     def report(self, values: dict[str, float], samples: int) -> None:
-        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0."""
-        if self._monitor.enabled:
-            self._monitor.write_events([(label, value, samples) for label, value in values.items()])
+        """Send labeled values and ``pictures`` to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0; to W&B in
+        one call."""
+        if not self._monitor.enabled:
+            return
+        if self._wandb is not None:
+            import wandb
+
+            shown = {name: wandb.Image(picture, caption=text) for name, (picture, text) in self.pictures.items()}
+            self._wandb.log({**values, **shown}, step=samples)
+        if self._monitor.tb_monitor is not None:
+            for name, (picture, text) in self.pictures.items():
+                writer = self._monitor.tb_monitor.summary_writer
+                writer.add_image(name, numpy.asarray(picture), samples, dataformats="HWC")
+                writer.add_text(name, text, samples)
+        self._monitor.write_events([(label, value, samples) for label, value in values.items()])
+        self.pictures.clear()
 
     def weights(self, copy: Copy | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""

@@ -150,6 +150,8 @@ def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[
     values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
     if parts.train.precision == "fp16":
         values["skipped"] = engine.skipped
+    if "images_per_second" in batch:
+        values["loader_images_per_second"] = batch["images_per_second"]
     if batch.get("retries"):
         values["data_retries"] = batch["retries"]
     return state, seconds, values

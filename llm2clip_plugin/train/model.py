@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,23 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5 renames the method, 4.37 has this name alone
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+# dropout draws what it draws in eager mode: both passes of gradient caching must draw the same
+COMPILER: dict[str, Any] = {"backend": "inductor", "options": {"fallback_random": True}}
+
+
+def compile_blocks(blocks: Iterable[nn.Module], *, dynamic: bool) -> None:
+    """``torch.compile`` the forward pass of each block, in place. Equal blocks share a graph, made by the first call.
+
+    Block by block, so that a backward pass hands over gradients as it goes, which ZeRO sends meanwhile, and so that
+    hooks and gradient checkpointing stay around a block. dynamic: batch and length change between calls.
+    """
+    from torch.fx.experimental import _config as shapes  # not in LLaVA's torch
+
+    shapes.use_duck_shape = False  # two sizes of the first batch may be equal by chance
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=dynamic, **COMPILER)
 
 
 def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]:

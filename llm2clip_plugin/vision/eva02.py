@@ -107,20 +107,47 @@ def rotate(x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor, turns_TC: Tensor | No
     """Rotate pairs of adjacent channels (a, b) by their angle: (a cos - b sin, b cos + a sin).
 
     ``sin_TE`` is negated in the even channels. Before the heads are transposed the memory is contiguous, which halves
-    the cost. In fp32, with ``turns_TC`` (see ``complex_turns``), a pair is a complex number, rotated by one product;
-    half precision, compilers and ONNX don't support complex numbers.
+    the cost. With ``turns_TC`` (see ``complex_turns``) a pair is a complex number, rotated by one product. Compilers
+    and ONNX, which don't support complex numbers, see the plain formula.
     """
-    pairs = rearrange(x_BTNE, "... (e two) -> ... e two", two=2)
-    if turns_TC is not None and x_BTNE.dtype == torch.float32:
-        return torch.view_as_real(torch.view_as_complex(pairs) * turns_TC[:, None]).flatten(-2)
-    swapped = rearrange(torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1), "... e two -> ... (e two)")
-    return torch.addcmul(x_BTNE * cos_TE[:, None], swapped, sin_TE[:, None])
+    if _is_traced():
+        pairs = rearrange(x_BTNE, "... (e two) -> ... e two", two=2)
+        swapped = rearrange(torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1), "... e two -> ... (e two)")
+        return torch.addcmul(x_BTNE * cos_TE[:, None], swapped, sin_TE[:, None])
+    if turns_TC is None:
+        return _Rotation.apply(x_BTNE, cos_TE, sin_TE)
+    pairs = rearrange(x_BTNE.float(), "... (e two) -> ... e two", two=2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns_TC[:, None]).flatten(-2).to(x_BTNE.dtype)
 
 
-def complex_turns(cos_TE: Tensor, sin_TE: Tensor) -> Tensor | None:
-    """``cos + i sin`` for each pair, (T, E/2), complex64; None where complex numbers are not supported."""
-    is_traced = _is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-    if cos_TE.dtype != torch.float32 or cos_TE.device.type not in ("cpu", "cuda") or is_traced:
+class _Rotation(torch.autograd.Function):
+    """``rotate`` in place on the even and the odd channels of one product, without a swapped copy; the gradient is
+    rotated back. On a CPU, which reads every other value slowly, complex numbers are faster in half precision, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TE, sin_TE)
+        y_BTNE = x_BTNE * cos_TE[:, None]
+        x, y, sin = (each.unflatten(-1, (-1, 2)) for each in (x_BTNE, y_BTNE, sin_TE[:, None]))
+        y[..., 0].addcmul_(x[..., 1], sin[..., 0])
+        y[..., 1].addcmul_(x[..., 0], sin[..., 1])
+        return y_BTNE
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos_TE, sin_TE = ctx.saved_tensors
+        return _Rotation.apply(grad, cos_TE, -sin_TE), None, None
+
+
+def _is_traced() -> bool:
+    return _is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
+def complex_turns(cos_TE: Tensor, sin_TE: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``cos + i sin`` for each pair of float32 tables, (T, E/2), complex64; None where something else is faster for
+    states of ``dtype``, or complex numbers are not supported."""
+    on = cos_TE.device.type
+    if _is_traced() or dtype == torch.float64 or not (on == "cpu" or (on == "cuda" and dtype == torch.float32)):
         return None
     return torch.complex(cos_TE[:, 0::2], sin_TE[:, 1::2])
 
@@ -174,36 +201,64 @@ class Eva02Attention(nn.Module):
 
 
 class _GatedSiLU(torch.autograd.Function):
-    """``silu(gate) * up`` that saves only its two inputs; the backward pass recomputes the SiLU."""
+    """``silu(gate) * up`` of the first ``width`` channels, the others being 0; saves only its two inputs: the backward
+    pass recomputes the SiLU."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, width: int) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate[..., :width]).mul_(up[..., :width])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        if padding := gate.shape[-1] - grad.shape[-1]:
+            grad = F.pad(grad, (0, padding))
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad), None
+
+
+class PaddedLinear(nn.Linear):
+    """``nn.Linear`` that computes, if ``padded``, with widths that are multiples of 8: outputs beyond its own are 0.
+
+    It pads its weight at each call: what trains, is partitioned, averaged and saved has the width of the model.
+    """
+
+    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
+        rows, columns = -self.out_features % 8, -self.in_features % 8
+        if not padded or not rows + columns:
+            return super().forward(x)
+        weight, bias = F.pad(self.weight, (0, columns, 0, rows)), F.pad(self.bias, (0, rows))
+        return F.linear(F.pad(x, (0, columns)) if columns else x, weight, bias)
 
 
 class Eva02SwiGLU(nn.Module):
-    """``down(norm(silu(gate(x)) * up(x)))``."""
+    """``down(norm(silu(gate(x)) * up(x)))``.
+
+    On a GPU its products have a hidden width that is a multiple of 8, which the fast kernels of half precision need:
+    EVA02 L/14's is 2730.
+    """
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
-        width, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, hidden)
-        self.up_proj = nn.Linear(width, hidden)
-        self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
-        self.down_proj = nn.Linear(hidden, width)
+        width, self.hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = PaddedLinear(width, self.hidden)
+        self.up_proj = PaddedLinear(width, self.hidden)
+        self.norm = nn.LayerNorm(self.hidden, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+        self.down_proj = PaddedLinear(self.hidden, width)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
+        padded = {"padded": True} if self._pads(x_BTH) else {}
+        gate, up = self.gate_proj(x_BTH, **padded), self.up_proj(x_BTH, **padded)
         if torch.is_grad_enabled():
-            gated = _GatedSiLU.apply(self.gate_proj(x_BTH), self.up_proj(x_BTH))
+            gated = _GatedSiLU.apply(gate, up, self.hidden)
         else:
-            gated = F.silu(self.gate_proj(x_BTH)).mul_(self.up_proj(x_BTH))
-        return self.down_proj(self.norm(gated))
+            gated = F.silu(gate[..., : self.hidden]).mul_(up[..., : self.hidden])
+        return self.down_proj(self.norm(gated), **padded)
+
+    def _pads(self, like: Tensor) -> bool:
+        """Not if PEFT or bitsandbytes has replaced a layer, and not under a compiler, which pads by itself."""
+        own = all(type(layer) is PaddedLinear for layer in (self.gate_proj, self.up_proj, self.down_proj))
+        return like.is_cuda and own and not _is_traced()
 
 
 class Eva02Mlp(nn.Module):
@@ -300,9 +355,8 @@ class Eva02VisionModel(PreTrainedModel):
         )
         sin[:, 0::2] *= -1
         cos, sin = F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0), value=0.0)
-        cos, sin = cos.to(like.dtype), sin.to(like.dtype)
         # shared by all blocks, each of which would otherwise save another copy for backward
-        return cos, sin, complex_turns(cos, sin)
+        return cos.to(like.dtype), sin.to(like.dtype), complex_turns(cos, sin, like.dtype)
 
     def forward(
         self,

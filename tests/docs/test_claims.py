@@ -53,9 +53,9 @@ def stated_table(page: Path, begin: str = check_claims.BEGIN) -> list[str]:
 
 def test_pages_state_what_was_recorded() -> None:
     claims, of_llava = map(check_claims.read_json, (check_claims.CLAIMS, check_claims.CLAIMS_LLAVA))
-    for page in (check_claims.README, check_claims.BENCHMARKS):
-        assert stated_table(page) == check_claims.table(claims)
-        assert stated_table(page, check_claims.BEGIN_LLAVA) == check_claims.llava_table(of_llava)
+    for page, of_page in ((check_claims.README, check_claims.main_claims), (check_claims.BENCHMARKS, dict)):
+        assert stated_table(page) == check_claims.table(of_page(claims))
+        assert stated_table(page, check_claims.BEGIN_LLAVA) == check_claims.llava_table(of_page(of_llava))
     recorded = [(claims, check_claims.RAW_TUNED), (of_llava, check_claims.BEFORE_AFTER)]
     values = [claim[side] for known, sides in recorded for claim in known.values() for side in sides]
     assert all(len(one) >= 3 and all(map(math.isfinite, one)) for one in values)
@@ -109,7 +109,7 @@ def test_llavas_controls_are_recorded_and_what_was_not_run_stays(tmp_path, monke
         for control, side in check_claims.CONTROLS.items():
             assert claim["controls"][control]["values"] == stated[name][side][:2] == claim[side]
             assert claim["controls"][control]["difference"] == {"random": 1.25, "raw": -2.0}[control]
-    assert stated_table(check_claims.README, check_claims.BEGIN_LLAVA) == check_claims.llava_table(made)
+    assert stated_table(check_claims.BENCHMARKS, check_claims.BEGIN_LLAVA) == check_claims.llava_table(made)
     assert "; +1.2 [-1.8, +4.2], p .500 | " in check_claims.llava_table(made)[2]
 
 

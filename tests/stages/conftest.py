@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from compiled import graphs
 from tiny_data import make_all
 from tiny_llm import any_llm, llama, make_llm
 
-__all__ = ["any_llm", "llama", "make_llm"]
+__all__ = ["any_llm", "graphs", "llama", "make_llm"]
 
 
 @pytest.fixture(scope="module")

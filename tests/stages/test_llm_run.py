@@ -96,6 +96,13 @@ def test_how_a_batch_is_cut_changes_nothing(plain: Path, captions: Path, llama: 
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
 
 
+def test_compiled_it_has_the_same_losses(plain: Path, captions: Path, llama: Path, tmp_path: Path, graphs) -> None:
+    """With gradient caching and checkpointing; no graph is added after the first step, whatever the texts' lengths."""
+    tuned(captions, llama, tmp_path, "--torch-compile", "True", "--micro-batch", "4", "--gradient-checkpointing")
+    assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
+    assert len(graphs) == STEPS and 0 < graphs[0] == graphs[-1] <= 3
+
+
 def test_two_ranks_killed_and_resumed_with_one(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
     """ZeRO-2 on two ranks, SIGKILL after the first checkpoint, the rest on one rank with ZeRO-0: the same losses."""
     arguments = options(captions, llama, tmp_path, "--save-steps", "1")
@@ -289,6 +296,8 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_pa
     for more, said in (
         (("--targets", "query"), "['query']"),
         (zero3, "ZeRO-3"),
+        (("--torch-compile", "True", *zero3[1:]), "--torch-compile"),
+        (("--torch-compile", "True", "--load-in-4bit", "--gradient-checkpointing"), "--torch-compile"),
         (("--precision", "bf16"), "train.precision bf16"),
         (("--max-tokens", "36", "--pair-kinds", "long:short"), "max_tokens 36"),
         (("--fields", "label=short"), "'label'"),

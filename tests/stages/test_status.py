@@ -107,6 +107,16 @@ def test_running_here_and_elsewhere(folder: Path):
     )
 
 
+def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path):
+    assert "images/s" in rows(folder)["loader"]  # of a real run
+    for step in range(3, 43):  # 150 images/s, half of the time waiting for data: 300 without
+        values = {"samples_per_second": 150, "wait_share": 0.5, "loader_images_per_second": 110}
+        add(folder, step=step, samples=16 * step, loss=1.0, **values)
+    assert (
+        "110.0 images/s" in rows(folder)["loader"] and "300.0: --workers, over all ranks, 3" in rows(folder)["loader"]
+    )
+
+
 def test_restarts_are_one_run_of_wandb(tiny: Path, tmp_path: Path):
     base, more = words(tiny, tmp_path / "run"), ("--report_to", "wandb", "--no-eval-on-start", "--max-steps")
     with mock.patch.dict(os.environ, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true"):

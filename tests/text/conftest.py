@@ -1,5 +1,6 @@
 """Tiny LLMs as fixtures."""
 
+from compiled import graphs
 from tiny_llm import any_llm, llama, make_llm
 
-__all__ = ["any_llm", "llama", "make_llm"]
+__all__ = ["any_llm", "graphs", "llama", "make_llm"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_clip import save_tiny_clip
 from tiny_llm import tiny_tokenizer
+from torch._dynamo.utils import counters
 
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.teacher import ClipTextEncoder, clip_folder
@@ -21,8 +22,8 @@ def encoder(folder: Path, **options: Any) -> ClipTextEncoder:
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_features_of_hugging_face_models_are_theirs(tmp_path: Path, kind: str):
-    """Each caption alone, as the model's own processor tokenizes it; fp32 with padding: 1e-5."""
+def test_features_of_hugging_face_models_are_theirs(tmp_path: Path, kind: str, graphs: list[int]):
+    """Each caption alone, as the model's own processor tokenizes it, and compiled; fp32 with padding: 1e-5."""
     model = save_tiny_clip(tmp_path / kind, kind)
     ours = encoder(tmp_path / kind)
     features = ours.encode(TEXTS)
@@ -36,8 +37,11 @@ def test_features_of_hugging_face_models_are_theirs(tmp_path: Path, kind: str):
             output = model.get_text_features(input_ids=ids)
         expected = output if isinstance(output, torch.Tensor) else output.pooler_output
         torch.testing.assert_close(feature, expected[0], atol=1e-5, rtol=1e-4)
+    ours.compile()
+    torch.testing.assert_close(ours.encode(TEXTS), features, atol=1e-5, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
     assert ours.width == features.shape[1] == (24 if kind == "clip" else 32)
-    assert ours.identity().fingerprint != ours.identity().weights_sha256 and ours.count_truncated == 1
+    assert ours.identity().fingerprint != ours.identity().weights_sha256 and ours.count_truncated == 2
     assert (features[0] - features[2]).norm() > 0.1
     (tmp_path / kind / "tokenizer.json").unlink()  # transformers would make a tokenizer that knows no word
     with pytest.raises(ValueError, match="has no tokenizer; copy"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from forked import Command, run_command
 from tiny_data import write_tar
+from torch._dynamo.utils import counters
 from tower_runs import ROOT, environment, finish, start
 
 from llm2clip_plugin.cli import main
@@ -16,6 +17,8 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import Shard, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.stages.embed import open_all
+from llm2clip_plugin.stages.settings import EMBED
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import embed_source, shards_of_rank
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -51,6 +54,22 @@ def test_cache_holds_what_the_encoder_gives(teacher: CaptionEncoder, tmp_path: P
         alone = torch.cat([teacher.encode([caption.text]) for caption in captions])
         stored = cache.rows(*source.locate(number), captions)
         assert torch.nn.functional.cosine_similarity(stored, alone).min() > 0.99999  # float16's 11 bits
+
+
+def test_compiled_it_embeds_the_same(llama: Path, tmp_path: Path, graphs: list[int]) -> None:
+    """Batches of any length and size are one graph; a batch of one caption is another."""
+    source = open_source(write_tars(tmp_path / "data", 2, 12))
+    found = []
+    for more in ((), ("--torch-compile",)):
+        config = EMBED.parse([source.path, "--llm", str(llama), "--compute-dtype", "float32", *more])
+        encoder = open_all(config)[1]
+        texts = [caption.text for number in range(24) for caption in source.captions(number)[1]]
+        found.append(encoder.encode(texts, tokens_per_batch=200))
+    graphs_of_all = counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert 0 < graphs_of_all <= 2
+    encoder.encode(["two dogs", *texts], tokens_per_batch=300)
+    assert counters["stats"]["unique_graphs"] == graphs_of_all
 
 
 def test_ranks_share_the_shards_and_the_last_writes_the_manifest(teacher: CaptionEncoder, tmp_path: Path) -> None:

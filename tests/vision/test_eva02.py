@@ -8,9 +8,17 @@ from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel, _GatedSiLU, complex_turns, rope_tables, rotate
+from llm2clip_plugin.vision.eva02 import (
+    Eva02Config,
+    Eva02SwiGLU,
+    Eva02VisionModel,
+    _GatedSiLU,
+    complex_turns,
+    rope_tables,
+    rotate,
+)
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.towers import tower_blocks
+from llm2clip_plugin.vision.towers import add_lora, tower_blocks
 
 from .conftest import REFERENCE, golden_config, largest_difference, read, train_twenty_steps
 
@@ -100,18 +108,46 @@ def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
     cos, sin = rope_tables(grid=4, pretrained_grid=7, head_width=8)
     sin[:, 0::2] *= -1
     x = torch.randn(2, 16, 3, 8, requires_grad=True)
-    y = x.detach().double().requires_grad_()  # float64 takes the way of compilers and half precisions
-    turns = complex_turns(cos, sin)
-    assert turns is not None and turns.is_complex() and complex_turns(cos.bfloat16(), sin.bfloat16()) is None
+    y = x.detach().double().requires_grad_()  # float64 takes the way of half precisions on a GPU
+    turns = complex_turns(cos, sin, torch.bfloat16)
+    assert turns is not None and turns.is_complex() and complex_turns(cos, sin, torch.float64) is None
     turned, expected = rotate(x, cos, sin, turns), rotate(y, cos.double(), sin.double())
+    half = rotate(x.detach().bfloat16(), cos, sin, turns)
+    assert half.dtype == torch.bfloat16 and largest_difference(half, expected) < 2e-2
     assert largest_difference(turned, expected) < 1e-6
     weight = torch.randn_like(turned)
     (turned * weight).sum().backward()
     (expected * weight).sum().backward()
     assert largest_difference(x.grad, y.grad) < 1e-6
+    plain = torch.jit.trace(lambda z: rotate(z, cos.double(), sin.double()), y.detach())(y.detach())  # as ONNX has it
+    assert largest_difference(plain, expected) < 1e-12
+    assert torch.autograd.gradcheck(rotate, (y[:1, :, :1], cos.double(), sin.double()))
 
 
 def test_the_gated_silu_has_the_gradients_of_its_formula():
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(_GatedSiLU.apply, (gate, up))
-    assert torch.equal(_GatedSiLU.apply(gate, up), torch.nn.functional.silu(gate) * up)
+    for width in (5, 4):
+        assert torch.autograd.gradcheck(_GatedSiLU.apply, (gate, up, width))
+        assert torch.equal(_GatedSiLU.apply(gate, up, width), F.silu(gate[:, :width]) * up[:, :width])
+
+
+def test_a_padded_hidden_width_changes_neither_outputs_nor_gradients_nor_files(monkeypatch):
+    """As on a GPU; a LoRA on the layers turns it off."""
+    tower, pixels, found = Eva02VisionModel(tiny_config()).double(), torch.randn(2, 3, 28, 28).double(), []
+    for padded in (False, True):
+        monkeypatch.setattr(Eva02SwiGLU, "_pads", lambda *_, padded=padded: padded)
+        with torch.no_grad():
+            frozen = tower(pixels).last_hidden_state
+        output = tower(pixels).last_hidden_state
+        tower.zero_grad()
+        output[..., 0].sum().backward()
+        found.append({"frozen": frozen, "trained": output, **{n: p.grad.clone() for n, p in tower.named_parameters()}})
+    for name, value in found[0].items():
+        assert largest_difference(value, found[1][name]) < 1e-9, name
+    assert tower.state_dict()["blocks.0.mlp.gate_proj.weight"].shape == (85, 32)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    mlp = tower.blocks[0].mlp
+    assert mlp._pads(pixels)
+    add_lora(tower, rank=2, alpha=4)
+    assert not tower.blocks[0].mlp._pads(pixels)

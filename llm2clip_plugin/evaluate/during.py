@@ -1,0 +1,154 @@
+"""What a training run measures: its held-out split, and benchmarks; and the pictures that W&B and TensorBoard show.
+
+Shapes: M captions, Q queries.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.samples import BrokenSample
+from llm2clip_plugin.data.sources import Source
+from llm2clip_plugin.evaluate import classification as classes
+from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.opening import ALL
+from llm2clip_plugin.evaluate.retrieval import RetrievalReport, embed_pairs, evaluate_retrieval
+from llm2clip_plugin.evaluate.suites import Suite, select_suites
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.embed import default_cache_folder, embed_source
+from llm2clip_plugin.text.teacher import encoder_config, open_encoder
+from llm2clip_plugin.train.distributed import on_first_rank
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.towers import eval_mode
+
+SHOWN = 4  # images of a grid
+SIDE, LINE, LINES = 224, 36, 6  # pixels of an image in a grid; letters of a line below it, lines of a caption
+
+Picture = tuple[Image.Image, str]  # and its text
+
+
+class Benchmark(NamedTuple):
+    """``measure(dual, cache of the texts, images=, batch=, workers=)``: by every rank, which all get the scores."""
+
+    name: str
+    texts: Source  # whose captions the teacher embeds
+    measure: Callable[..., ScoreFile]
+
+
+def open_benchmarks(config: BenchmarksConfig) -> list[Benchmark]:
+    """The benchmarks by name. Raises FileNotFoundError with a line for each missing file, ValueError for others."""
+    root, suites = Path(config.root), select_suites(",".join(config.suites))
+    if missing := [line for suite in suites for line in suite.missing(root)]:
+        raise FileNotFoundError("\n".join(missing))
+    found = [Benchmark(s.name, source, partial(_suite, s, source)) for s in suites for source in [s.open(root)]]
+    if data := config.zeroshot:
+        labeled = classes.open_labeled_images(data)
+        names = classes.read_class_names("", data, labeled.classes)
+        prompts = classes.prompt_source(names, classes.read_templates("", data), data)
+        found.append(Benchmark("zeroshot", prompts, partial(_zeroshot, labeled, names, prompts)))
+    return found
+
+
+def _suite(suite: Suite, source: Source, dual: DualEncoder, cache: EmbeddingCache, **how: Any) -> ScoreFile:
+    config = RetrievalConfig(batch=how["batch"], workers=how["workers"])
+    pairs = embed_pairs(dual, source, cache, how["images"], config, all_ranks=True, quiet=True)
+    return suite.measure(pairs, config, all_ranks=True, device=next(dual.parameters()).device)
+
+
+def _zeroshot(
+    labeled: classes.LabeledImages, names: list[str], prompts: Any, dual: DualEncoder, cache: EmbeddingCache, **how: Any
+) -> ScoreFile:
+    how |= {"config": how.pop("images"), "device": next(dual.parameters()).device, "all_ranks": True, "quiet": True}
+    with eval_mode(dual) as encoders, torch.no_grad():
+        class_CD = classes.class_vectors(encoders, prompts, cache, all_ranks=True)
+        features = classes.image_features(encoders.encode_image, labeled, **how)
+    return classes.classification_scores(features, class_CD, names)
+
+
+def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) -> list[EmbeddingCache]:
+    """The cache of each benchmark's texts, in its folder; every rank must call this.
+
+    Rank 0 embeds what no cache has. Raises FileNotFoundError, ValueError or ContractError if the teacher is not where
+    the training's cache says.
+    """
+    folders = [default_cache_folder(benchmark.texts.path, teacher.fingerprint) for benchmark in benchmarks]
+
+    def opened(benchmark: Benchmark, folder: Path) -> EmbeddingCache:
+        cache = EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint)
+        cache.check(benchmark.texts)
+        return cache
+
+    def embed() -> None:
+        encoder = None
+        for benchmark, folder in zip(benchmarks, folders, strict=True):
+            try:
+                opened(benchmark, folder)
+            except (FileNotFoundError, ContractError):  # not there, or not complete
+                print(f"embedding the texts of {benchmark.name} once, with {teacher.llm}", flush=True)
+                encoder = encoder or open_encoder(encoder_config(teacher, EncoderConfig()))
+                embed_source(benchmark.texts, encoder, folder)
+
+    on_first_rank(embed)
+    return list(map(opened, benchmarks, folders))
+
+
+@dataclass
+class Evaluation:
+    """Recall on the held-out split, and each benchmark's scores as NAME/SCORE, at each call by all ranks together."""
+
+    dual: DualEncoder
+    images: ImageConfig
+    config: RetrievalConfig
+    held_out: tuple[Source, EmbeddingCache] | None
+    benchmarks: Sequence[tuple[Benchmark, EmbeddingCache]]
+    show: Callable[[dict[str, Picture]], None] | None = None  # of a rank that shows pictures
+
+    def __call__(self) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        if self.held_out is not None:
+            report = evaluate_retrieval(self.dual, *self.held_out, self.images, self.config, all_ranks=True, quiet=True)
+            if self.show is not None:
+                self.show(draw_retrievals(report, self.held_out[0]))
+            scores |= report.metrics()
+        how = {"images": self.images, "batch": self.config.batch, "workers": self.config.workers or 0}
+        for benchmark, cache in self.benchmarks:
+            metrics = benchmark.measure(self.dual, cache, **how).metrics
+            scores |= {f"{benchmark.name}/{name}": value for name, value in metrics.items() if "/" not in name}
+        return scores
+
+
+def draw_retrievals(report: RetrievalReport, source: Source) -> dict[str, Picture]:
+    """``eval/best`` and ``eval/worst``: grids of the images whose caption is ranked first, or last, each with its first
+    caption and the nearest of all; images of equal rank by the cosine of the two."""
+    pairs, (ranks, index_Q) = report.pairs, report.parts[ALL].sides["i2t"]
+    own_Q = torch.searchsorted(pairs.owner_M, index_Q)
+    cosine_Q = (pairs.image_ND[index_Q] * pairs.text_MD[own_Q]).sum(1)
+    columns = (ranks.higher_Q, -cosine_Q, index_Q, own_Q)
+    order = sorted(zip(*(column.tolist() for column in columns), strict=True))
+    grids = {}
+    for name, some in (("best", order[:SHOWN]), ("worst", order[: SHOWN - 1 : -1][:SHOWN])):
+        grid, texts = Image.new("RGB", (SIDE * len(some), 2 * SIDE), "white"), []
+        for left, (higher, _, image, own) in zip(range(0, grid.width, SIDE), some, strict=True):
+            first = pairs.captions[int((pairs.text_MD @ pairs.image_ND[image]).argmax())].text
+            texts.append(f"place {higher + 1}: {pairs.captions[own].text}\nfirst: {first}")
+            with suppress(BrokenSample), Image.open(BytesIO(source[pairs.numbers[image]].read_image())) as picture:
+                grid.paste(ImageOps.contain(picture.convert("RGB"), (SIDE, SIDE)), (left, 0))
+            lines = [line for part in texts[-1].split("\n") for line in textwrap.wrap(part, LINE)[:LINES]]
+            ImageDraw.Draw(grid).multiline_text((left + 4, SIDE + 4), "\n".join(lines), "black")
+        if some:
+            grids[f"eval/{name}"] = grid, "\n".join(texts)
+    return grids

@@ -1,0 +1,27 @@
+"""torch.compile without code generation, and how many graphs it has made after each step of a run."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from llm2clip_plugin.train import model
+from llm2clip_plugin.train.step import ContrastiveStep
+
+__all__ = ["graphs"]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Compiled graphs after each training step so far: a list that grows."""
+    torch._dynamo.reset()
+    counters.clear()
+    found, step = list[int](), ContrastiveStep.__call__
+
+    def counted(self, batch):
+        values = step(self, batch)
+        found.append(counters["stats"]["unique_graphs"])
+        return values
+
+    monkeypatch.setattr(model, "COMPILER", {"backend": "aot_eager"})
+    monkeypatch.setattr(ContrastiveStep, "__call__", counted)
+    return found

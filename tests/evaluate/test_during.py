@@ -1,0 +1,132 @@
+"""What a run measures at every evaluation, on two ranks: suites, zero-shot, and the pictures that W&B and TensorBoard
+show."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluate_world import square, write_llm
+from test_suites import NAMES, write_suites
+from tiny_data import make_shards, make_tower
+from tower_runs import finish, lines, start
+
+from llm2clip_plugin.cli import run
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.status import run_rows
+
+HEADS = ("--heads.steps", "2", "--heads.batch-size", "16")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llm, tower, data with the LLM's cache, suites, classes."""
+    folder = tmp_path_factory.mktemp("during")
+    write_llm(folder / "llm")
+    make_tower(folder / "tower")
+    make_shards(folder / "data")
+    write_suites(folder / "suites")
+    for number, name in enumerate(NAMES):
+        (folder / "classes" / name).mkdir(parents=True)
+        (folder / "classes" / name / "0.png").write_bytes(square(name, 10 * number))
+    assert run("embed", [str(folder / "data"), "--llm", str(folder / "llm")]) == 0
+    return folder
+
+
+def words(world: Path, output: Path, *more: str) -> list[str]:
+    data = str(world / "data")
+    return [
+        *(data, "--tower", str(world / "tower"), "--validation", data, "--precision", "fp32", "--global-batch", "16"),
+        *("--workers", "0", "--max-steps", "4", "--eval-steps", "2", "--output", str(output), *HEADS, *more),
+    ]
+
+
+def test_suites_and_pictures_at_every_evaluation(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    suites = ("--evaluate-suites", "flickr30k", "sugarcrepe", "--suites-root", str(world / "suites"))
+    output, zeroshot = tmp_path / "run", ("--evaluate-zeroshot", str(world / "classes"))
+    argv = words(world, output, *suites, *zeroshot, "--report_to", "tensorboard", "wandb")
+    ranks = start(argv, 2)
+    assert finish(ranks) == [0, 0], ranks[0].output[-3000:]
+    assert f"embedding the texts of sugarcrepe once, with {world / 'llm'}" in ranks[0].output
+    names = ("i2t_r1", "flickr30k/t2i_r5", "sugarcrepe/swap_att", "sugarcrepe/mean", "zeroshot/acc1")
+    evaluations = [line for line in lines(output) if names[0] in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
+    assert all(0 <= line[name] <= 1 for line in evaluations for name in names)
+    shown = dict(run_rows(output))
+    assert {"i2t_r1", "flickr30k/i2t_r1", "sugarcrepe/mean", "zeroshot/acc1"} <= set(shown)
+    # the commands give the exported tower the same scores, with the texts that the run has embedded
+    assert (
+        run(
+            "evaluate",
+            [str(output / "tower"), str(world / "suites"), "--suite", "flickr30k", "--output", str(tmp_path)],
+        )
+        == 0
+    )
+    assert (
+        run("evaluate zeroshot", [str(output / "tower"), str(world / "classes"), "--output", str(tmp_path / "zero")])
+        == 0
+    )
+    for name, path in (("flickr30k", "flickr30k.scores.json"), ("zeroshot", "zero")):
+        for metric, value in ScoreFile.read(tmp_path / path).metrics.items():
+            assert evaluations[-1][f"{name}/{metric}"] == pytest.approx(value, abs=1e-6), (name, metric)
+    check_tensorboard(output)
+    check_wandb(tmp_path)
+
+
+def check_tensorboard(output: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "monitor" / "run"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/flickr30k/i2t_r1")] == [0, 32, 64]
+    for name in ("eval/best", "eval/worst"):
+        assert [(image.step, image.width, image.height) for image in events.Images(name)] == [
+            (step, 4 * 224, 2 * 224) for step in (0, 32, 64)
+        ]
+
+
+def check_wandb(folder: Path) -> None:
+    """A record a step, and the pictures with their texts."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    history = []
+    for record in records(path.read_bytes()):
+        if record.HasField("history"):
+            of_step = {(item.key or "/".join(item.nested_key)): item.value_json for item in record.history.item}
+            history.append({name: json.loads(value) for name, value in of_step.items()})
+    assert [items["_step"] for items in history] == [0, 16, 32, 48, 64]
+    for items in history[::2]:
+        assert items["eval/best/width"] == 4 * 224 and "place 1: " in items["eval/best/caption"]
+        assert {"eval/worst/path", "eval/i2t_r1", "eval/sugarcrepe/mean"} <= items.keys()
+    assert "train/loss" in history[1] and "eval/best/path" not in history[1]
+
+
+def records(data: bytes) -> Iterator[Any]:
+    """Of W&B's file, in LevelDB's format: blocks of 32 KiB; a record's parts have a checksum, a length and a type."""
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - generated
+
+    place, body = 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        body += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(body)
+            body = b""
+
+
+def test_a_suite_without_files_is_named_before_the_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for more, named in (
+        (("--evaluate-suites", "coco", "--suites-root", str(tmp_path)), f"{tmp_path}/coco/dataset_coco.json"),
+        (("--evaluate-suites", "coco"), "--suites-root"),
+        (("--evaluate-suites", "cocoa", "--suites-root", str(tmp_path)), "cocoa"),
+    ):
+        assert run("train-tower", words(world, tmp_path / "run", *more)) == 2
+        assert named in capsys.readouterr().err
+    assert not (tmp_path / "run/metrics.jsonl").exists()
