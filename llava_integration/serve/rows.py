@@ -1,6 +1,7 @@
 """LLaVA's JSON as batches of transformers' Trainer, with the processor of an exported or built model."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ class LlavaRows:
     images: str | Path  # the folder of the rows' images
 
     def chat(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """Messages of a row, the image before the first question."""
-        messages = []
-        for turn in row["conversations"]:
+        """Messages of a row, the image before the first question; an answer before that is left out, as in LLaVA."""
+        messages, turns = [], row["conversations"]
+        for turn in turns[turns[0]["from"] != "human" :]:
             text = {"type": "text", "text": turn["value"].replace("<image>", "").strip()}
             messages.append({"role": "user" if turn["from"] == "human" else "assistant", "content": [text]})
         if "image" in row:
@@ -31,13 +32,22 @@ class LlavaRows:
         return self.processor.apply_chat_template(chats, **options)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A batch; labels are -100 except for the answers and the tokens that end them."""
+        """A batch; labels are -100 except for the answers and the tokens that end them. Raises ValueError for a chat
+        template that writes otherwise what is before an answer once that is there."""
         chats = [self.chat(row) for row in rows]
         batch = self.encode(chats)
         labels = torch.full_like(batch["input_ids"], -100)
-        for number, turns in enumerate(chats):
-            for turn in range(1, len(turns), 2):
-                start = self.encode([turns[:turn]], add_generation_prompt=True)["input_ids"].shape[1]
-                end = self.encode([turns[: turn + 1]])["input_ids"].shape[1]
-                labels[number, start:end] = batch["input_ids"][number, start:end]
+        for number, (turns, row) in enumerate(zip(chats, batch["input_ids"].tolist(), strict=True)):
+            for turn in (turn for turn, message in enumerate(turns) if message["role"] == "assistant"):
+                asked = self.encode([turns[:turn]], add_generation_prompt=True)["input_ids"][0].tolist()
+                start = len(asked)
+                if row[:start] != asked:
+                    tail = self.processor.decode(asked[-8:])
+                    told = f"the chat template writes {tail!r} before an answer alone"
+                    raise ValueError(f"{told}; build the model with another (--chat-template FILE)")
+                said = self.encode([turns[: turn + 1]])["input_ids"][0].tolist()[start:]
+                # a last answer may have more: an empty thought before it (Qwen 3), a token behind it (Phi 3)
+                pairs = [zip(said[skipped:], row[start:], strict=False) for skipped in range(len(said) or 1)]
+                length = max(len([*takewhile(lambda pair: pair[0] == pair[1], each)]) for each in pairs)
+                labels[number, start : start + length] = batch["input_ids"][number, start : start + length]
         return {**batch, "labels": labels}

@@ -147,18 +147,13 @@ def collate(rows: list[Row]) -> dict[str, Any]:
     }
     if rows[0].pixels is not None:
         batch["pixels"] = torch.from_numpy(np.stack([row.pixels for row in rows if row.pixels is not None]))
-        batch |= shapes_of(rows)
+        if shapes := [row.shape for row in rows if row.shape is not None]:
+            batch["spatial_shapes"] = torch.tensor(shapes)  # (b, 2)
     for name in ("embeddings", "targets"):
         values = [value for row in rows if (value := getattr(row, name)) is not None]
         if values:
             batch[name] = torch.stack(values)[:, 0] if one else torch.stack(values)
     return batch
-
-
-def shapes_of(rows: Sequence[Row]) -> dict[str, Any]:
-    """spatial_shapes (b, 2) int64 of images that keep their aspect; nothing of others."""
-    shapes = [row.shape for row in rows if row.shape is not None]
-    return {"spatial_shapes": torch.tensor(shapes)} if shapes else {}
 
 
 # Errors of loader processes as they were raised: torch would put the process's traceback in front of the message.
@@ -289,7 +284,6 @@ class EvalPairs:
         pixels = np.stack(all_pixels) if all_pixels else np.zeros((0, side, side, 3), np.uint8)
         batch: dict[str, Any] = {
             "pixels": torch.from_numpy(pixels),
-            **shapes_of(good),
             "image_ids": torch.tensor([item.image_id for item in good], dtype=torch.int64),
             "owners": torch.tensor([item.image_id for item in good for _ in item.captions], dtype=torch.int64),
             "captions": [caption for item in good for caption in item.captions],
@@ -297,6 +291,8 @@ class EvalPairs:
             "meta": [item.meta for item in good],
             "broken": [item for item in items if isinstance(item, BrokenSample)],
         }
+        if self.images.fit == "native":
+            batch["spatial_shapes"] = torch.tensor([item.shape for item in good], dtype=torch.int64).reshape(-1, 2)
         embeddings = [item.embeddings for item in good if item.embeddings is not None]
         if self.cache is not None:
             batch["embeddings"] = torch.cat([torch.empty(0, self.cache.width), *embeddings])

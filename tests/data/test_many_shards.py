@@ -113,8 +113,8 @@ def test_a_later_start_reads_no_captions(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Source, "record", refuse)
     monkeypatch.setattr(TarSource, "record", refuse)
     monkeypatch.setattr(tars, "index_tar", refuse)
-    opened, open_shard = set(), EmbeddingCache.shard
-    monkeypatch.setattr(EmbeddingCache, "shard", lambda cache, name: opened.add(name) or open_shard(cache, name))
+    opened, open_shard = set(), EmbeddingCache._open_shard
+    monkeypatch.setattr(EmbeddingCache, "_open_shard", lambda cache, name: opened.add(name) or open_shard(cache, name))
     again = open_source(SourceConfig(path=str(tmp_path)))
     assert again.shards == source.shards
     EmbeddingCache.open(tmp_path / "cache").check(again)

@@ -219,7 +219,7 @@ def test_qlora_on_a_cpu_end_to_end(captions: Path, llama40: Path, tmp_path: Path
     assert main([*command, "--load-in-4bit", "--compute-dtype", "float32", "--json", str(tmp_path / "s.json")]) == 0
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["metrics"]["short->long/cra"] == pytest.approx(scores["short->long"], abs=1e-6)
-    assert len(found["items"]) == found["counts"]["short->long"] > 40  # equal pairs of texts count once
+    assert len(found["items"]) == found["counts"]["short->long"] == 30  # of 45, those with equal texts once
 
 
 @pytest.mark.parametrize("more", [(), ("--no-symmetric",)], ids=["both directions", "one direction"])

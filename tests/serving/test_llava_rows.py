@@ -1,0 +1,53 @@
+"""What is learned of LLaVA's JSON, whatever a chat template writes around the last answer."""
+
+from itertools import groupby
+from typing import Any
+
+import pytest
+import torch
+from tiny_llm import CHATML, chatml_tokenizer
+
+from llava_integration.serve.rows import LlavaRows
+
+SAID = ("human", "What color?"), ("gpt", "red"), ("human", "Which shape?"), ("gpt", "a square")
+THOUGHT = "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"  # Qwen 3
+TEMPLATES = {
+    "alike": CHATML,
+    "thought": CHATML.replace("'\\n' + m", "'\\n' }}" + THOUGHT + "{{ m"),
+    "end": CHATML + "{% if not add_generation_prompt %}<eos>{% endif %}",  # Phi 3
+}
+ENDS = {"thought": "<think>\n\n</think>\n\na square<|im_end|>\n", "end": "a square<|im_end|>\n<eos>"}
+
+
+class TextProcessor:
+    """Of texts alone, with the arguments of transformers' processors."""
+
+    def __init__(self, template: str) -> None:
+        self.tokenizer = chatml_tokenizer()
+        self.tokenizer.chat_template = template
+        self.decode = self.tokenizer.decode
+
+    def apply_chat_template(self, chats: list[Any], *, processor_kwargs: dict[str, Any], **options: Any) -> Any:
+        flat = [[{**message, "content": message["content"][-1]["text"]} for message in chat] for chat in chats]
+        return self.tokenizer.apply_chat_template(flat, **processor_kwargs, **options)
+
+
+def learned(template: str, *said: tuple[str, str]) -> list[str]:
+    """The stretches of a row, padded next to a longer one, that have labels."""
+    rows = [{"conversations": [{"from": who, "value": text} for who, text in turns]} for turns in (said, 3 * SAID)]
+    batch = LlavaRows(TextProcessor(template), "")(rows)
+    assert torch.equal(batch["labels"].clamp_min(0), batch["input_ids"] * (batch["labels"] >= 0))
+    tokenizer, labels = chatml_tokenizer(), batch["labels"][0].tolist()
+    stretches = [[*ids] for is_learned, ids in groupby(labels, lambda label: label >= 0) if is_learned]
+    return [str(tokenizer.decode(ids)) for ids in stretches]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_alone_are_learned(name: str) -> None:
+    expected = ["red<|im_end|>\n", ENDS.get(name, "a square<|im_end|>\n")]
+    assert learned(TEMPLATES[name], *SAID) == learned(TEMPLATES[name], ("gpt", "Hello"), *SAID) == expected
+
+
+def test_a_template_that_begins_an_answer_otherwise_is_refused() -> None:
+    with pytest.raises(ValueError, match="--chat-template"):
+        learned(CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"), *SAID)
