@@ -112,6 +112,12 @@ def plan_loading(*, rows: int, micro_batch: int, workers: int, row_bytes: int, p
     return LoadPlan(part=part, prefetch=prefetch, workers=workers, row_bytes=row_bytes)
 
 
+def plan_evaluation(batch: int, workers: int, side: int, width: int) -> LoadPlan:
+    """Of an evaluation, or of the heads' fit: batches of images of ``side`` pixels and embeddings of ``width``."""
+    sizes = {"rows": batch, "micro_batch": batch, "row_bytes": row_bytes(side, width)}
+    return plan_loading(**sizes, workers=workers, prefetch_mb=EVALUATION_MB)
+
+
 def lacks_shared_memory(plans: Sequence[LoadPlan], ranks: int, folder: str = SHARED_MEMORY) -> str:
     """Why ``ranks`` ranks on this machine can't load as planned, each with all of ``plans``; "" if they can."""
     need = ranks * sum(plan.shared_bytes for plan in plans)

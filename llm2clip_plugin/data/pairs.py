@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip_plugin.data import EVALUATION_MB, SMALL_PART, plan_loading, row_bytes
+from llm2clip_plugin.data import SMALL_PART, plan_evaluation, row_bytes
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, as_square, evaluation_pixels, training_pixels
 from llm2clip_plugin.data.remote import shuffle_window, take_retries
@@ -236,18 +236,11 @@ class EvalPairs:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.broken = []
         workers = min(self.workers, -(-sum(map(len, self._batches)) // SMALL_PART))
-        width = 0 if self.cache is None else self.cache.width
-        plan = plan_loading(
-            rows=self.batch,
-            micro_batch=self.batch,
-            workers=workers,
-            row_bytes=row_bytes(self.images.size, width),
-            prefetch_mb=EVALUATION_MB,
-        )
+        plan = plan_evaluation(self.batch, workers, self.images.size, 0 if self.cache is None else self.cache.width)
         loader = DataLoader(
             CollatedDataset(self._read, self._collate),
             batch_sampler=[
-                some[at : at + plan.part] for some in self._batches for at in range(0, len(some), plan.part)
+                rows[at : at + plan.part] for rows in self._batches for at in range(0, len(rows), plan.part)
             ],
             num_workers=workers,
             collate_fn=as_it_is,
@@ -303,8 +296,7 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch of its parts, in order."""
     if len(parts) == 1:
         return parts[0]
-    names = dict.fromkeys(name for part in parts for name in part)  # parts without images lack some
-    columns = {name: [part[name] for part in parts if name in part] for name in names}
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
     return {
         name: torch.cat(values) if isinstance(values[0], torch.Tensor) else [item for value in values for item in value]
         for name, values in columns.items()

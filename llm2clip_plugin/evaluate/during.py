@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from PIL import Image, ImageDraw, ImageOps
 from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.samples import BrokenSample
+from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, load, open_header
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate import classification as classes
 from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
@@ -47,6 +46,7 @@ class Benchmark(NamedTuple):
     name: str
     texts: Source  # whose captions the teacher embeds
     measure: Callable[..., ScoreFile]
+    cache: EmbeddingCache | None = None  # of the texts, once they are embedded
 
 
 def open_benchmarks(config: BenchmarksConfig) -> list[Benchmark]:
@@ -79,34 +79,34 @@ def _zeroshot(
     return classes.classification_scores(features, class_CD, names)
 
 
-def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) -> list[EmbeddingCache]:
-    """The cache of each benchmark's texts, in its folder; every rank must call this.
+def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) -> list[Benchmark]:
+    """The benchmarks with the caches of their texts, in their folders; every rank must call this.
 
     Rank 0 embeds what no cache has. Raises FileNotFoundError, ValueError or ContractError if the teacher is not where
     the training's cache says.
     """
-    folders = [default_cache_folder(benchmark.texts.path, teacher.fingerprint) for benchmark in benchmarks]
 
-    def opened(benchmark: Benchmark, folder: Path) -> EmbeddingCache:
+    def opened(benchmark: Benchmark) -> Benchmark:
+        folder = default_cache_folder(benchmark.texts.path, teacher.fingerprint)
         cache = EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint)
         cache.check(benchmark.texts)
-        return cache
+        return benchmark._replace(cache=cache)
 
     def embed() -> None:
         encoder = None
-        for benchmark, folder in zip(benchmarks, folders, strict=True):
+        for benchmark in benchmarks:
             try:
-                opened(benchmark, folder)
+                opened(benchmark)
             except (FileNotFoundError, ContractError):  # not there, or not complete
                 print(f"embedding the texts of {benchmark.name} once, with {teacher.llm}", flush=True)
                 encoder = encoder or open_encoder(encoder_config(teacher, EncoderConfig()))
                 if (now := encoder.identity()).fingerprint != teacher.fingerprint:
                     changed = f"{differences(vars(teacher), now)}; restore it there"
                     raise ContractError(f"{teacher.llm} is not the LLM of the training's cache: {changed}") from None
-                embed_source(benchmark.texts, encoder, folder)
+                embed_source(benchmark.texts, encoder, default_cache_folder(benchmark.texts.path, now.fingerprint))
 
     on_first_rank(embed)
-    return list(map(opened, benchmarks, folders))
+    return list(map(opened, benchmarks))
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Evaluation:
     images: ImageConfig
     config: RetrievalConfig
     held_out: tuple[Source, EmbeddingCache] | None
-    benchmarks: Sequence[tuple[Benchmark, EmbeddingCache]]
+    benchmarks: Sequence[Benchmark]
     show: Callable[[dict[str, Picture]], None] | None = None  # of a rank that shows pictures
 
     def __call__(self) -> dict[str, float]:
@@ -133,8 +133,8 @@ class Evaluation:
                 self.show(draw_retrievals(report, self.held_out[0]))
             scores |= report.metrics()
         how = {"images": self.images, "batch": self.config.batch, "workers": self.config.workers or 0}
-        for benchmark, cache in self.benchmarks:
-            metrics = benchmark.measure(self.dual, cache, **how).metrics
+        for benchmark in self.benchmarks:
+            metrics = benchmark.measure(self.dual, benchmark.cache, **how).metrics
             scores |= {f"{benchmark.name}/{name}": value for name, value in metrics.items() if "/" not in name}
         return scores
 
@@ -153,8 +153,9 @@ def draw_retrievals(report: RetrievalReport, source: Source) -> dict[str, Pictur
         for left, (higher, _, image, own) in zip(range(0, grid.width, SIDE), some, strict=True):
             first = pairs.captions[int((pairs.text_MD @ pairs.image_ND[image]).argmax())].text
             texts.append(f"place {higher + 1}: {pairs.captions[own].text}\nfirst: {first}")
-            with suppress(BrokenSample), Image.open(BytesIO(source[pairs.numbers[image]].read_image())) as picture:
-                grid.paste(ImageOps.contain(picture.convert("RGB"), (SIDE, SIDE)), (left, 0))
+            with suppress(BrokenSample, BrokenImage):
+                picture = load(open_header(source[pairs.numbers[image]].read_image()))
+                grid.paste(ImageOps.contain(picture, (SIDE, SIDE)), (left, 0))
             lines = [line for part in texts[-1].split("\n") for line in textwrap.wrap(part, LINE)[:LINES]]
             ImageDraw.Draw(grid).multiline_text((left + 4, SIDE + 4), "\n".join(lines), "black")
         if some:

@@ -18,7 +18,7 @@ from torch import nn
 import llm2clip_plugin
 from llm2clip_plugin.console import each_in_phase, loaded, phase
 from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
-from llm2clip_plugin.data import EVALUATION_MB, LoadPlan, plan_loading, row_bytes
+from llm2clip_plugin.data import LoadPlan, plan_evaluation, plan_loading, row_bytes
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import Source, SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
@@ -298,14 +298,8 @@ def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[Loa
         row_bytes=row_bytes(side, width * config.data.captions_per_image),
         prefetch_mb=config.train.dataloader_prefetch_mb,
     )
-    batch = max(config.evaluation.batch, BLOCK_IMAGES)
-    evaluation = plan_loading(
-        rows=batch,
-        micro_batch=batch,
-        workers=max(config.evaluated.workers or 0, train.workers if config.heads.steps else 0),
-        row_bytes=row_bytes(side, width),
-        prefetch_mb=EVALUATION_MB,
-    )
+    workers = max(config.evaluated.workers or 0, train.workers if config.heads.steps else 0)
+    evaluation = plan_evaluation(max(config.evaluation.batch, BLOCK_IMAGES), workers, side, width)
     return [train, evaluation] if config.evaluates or config.heads.steps else [train]
 
 

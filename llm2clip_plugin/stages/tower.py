@@ -83,9 +83,7 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             with phase("checking the data"):
                 on_first_rank(lambda: check_data(config, data))
             with phase("embedding the benchmarks' texts"):
-                data = dataclasses.replace(
-                    data, benchmark_caches=embed_benchmarks(data.benchmarks, data.caches[0].teacher)
-                )
+                benchmarks = embed_benchmarks(data.benchmarks, data.caches[0].teacher)
             # what its data decides: the order of reading, which a checkpoint records, and embeddings' width
             samples_of_shard = mean(shard.size for source in data.sources for shard in source.shards)
             batch_shards = config.train.global_batch / samples_of_shard
@@ -94,7 +92,7 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             config = dataclasses.replace(config, data=read, dual=with_llm_width(config.dual, data.caches[0].width))
             for source, decided in zip(data.sources, config.data.sources, strict=True):
                 source.config = decided
-            return _train(config, data, device, stop, command or {})
+            return _train(config, dataclasses.replace(data, benchmarks=benchmarks), device, stop, command or {})
 
 
 def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]) -> Path:
@@ -250,8 +248,7 @@ def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunCo
     """What the run measures, by all ranks together; None without anything to measure."""
     source, cache = data.validation, data.validation_cache
     held_out = None if source is None or cache is None else (source, cache)
-    benchmarks = list(zip(data.benchmarks, data.benchmark_caches, strict=True))
-    return Evaluation(dual, images, config.evaluated, held_out, benchmarks) if config.evaluates else None
+    return Evaluation(dual, images, config.evaluated, held_out, data.benchmarks) if config.evaluates else None
 
 
 @dataclass(frozen=True)
@@ -264,7 +261,6 @@ class Data:
     validation_cache: EmbeddingCache | None
     clip_caches: list[EmbeddingCache]  # with heads.target clip_text: a CLIP's text features of each source's captions
     benchmarks: list[Benchmark] = field(default_factory=list)
-    benchmark_caches: list[EmbeddingCache] = field(default_factory=list)  # empty until they are embedded
 
     @property
     def samples(self) -> int:

@@ -162,6 +162,6 @@ def test_evaluations_leave_compiling_to_the_training():
         return ScoreFile(benchmark="", metrics={"mean": float(double(torch.ones(1)))}, items=[])
 
     nothing: Any = None
-    run_of = [(Benchmark("one", nothing, measure), nothing)]
-    assert Evaluation(nothing, nothing, RetrievalConfig(), nothing, run_of)() == {"one/mean": 2.0}
+    one = Benchmark("one", nothing, measure)
+    assert Evaluation(nothing, nothing, RetrievalConfig(), nothing, [one])() == {"one/mean": 2.0}
     assert not graphs and double(torch.ones(1)) == 2.0 and graphs
