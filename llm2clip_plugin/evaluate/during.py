@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources import Source
@@ -100,6 +100,9 @@ def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) 
             except (FileNotFoundError, ContractError):  # not there, or not complete
                 print(f"embedding the texts of {benchmark.name} once, with {teacher.llm}", flush=True)
                 encoder = encoder or open_encoder(encoder_config(teacher, EncoderConfig()))
+                if (now := encoder.identity()).fingerprint != teacher.fingerprint:
+                    changed = f"{differences(vars(teacher), now)}; restore it there"
+                    raise ContractError(f"{teacher.llm} is not the LLM of the training's cache: {changed}") from None
                 embed_source(benchmark.texts, encoder, folder)
 
     on_first_rank(embed)
@@ -118,6 +121,11 @@ class Evaluation:
     show: Callable[[dict[str, Picture]], None] | None = None  # of a rank that shows pictures
 
     def __call__(self) -> dict[str, float]:
+        # a graph for each suite's last batch would exhaust what torch.compile makes, and training would get none
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return self._scores()
+
+    def _scores(self) -> dict[str, float]:
         scores: dict[str, float] = {}
         if self.held_out is not None:
             report = evaluate_retrieval(self.dual, *self.held_out, self.images, self.config, all_ranks=True, quiet=True)

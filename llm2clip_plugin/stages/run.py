@@ -306,7 +306,7 @@ def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[Loa
         row_bytes=row_bytes(side, width),
         prefetch_mb=EVALUATION_MB,
     )
-    return [train, evaluation] if config.data.validation or config.heads.steps else [train]
+    return [train, evaluation] if config.evaluates or config.heads.steps else [train]
 
 
 def versions() -> dict[str, str]:

@@ -28,6 +28,8 @@ from llm2clip_plugin.train.config import (
 from llm2clip_plugin.vision import FORMATS, LOG_SCALE, DualConfig
 
 MAX_CAPTIONS = 64  # of an image in a step
+EVALUATED = ("train.eval_steps", "evaluation.batch", "evaluation.workers")
+HELD_OUT = tuple(f"evaluation.{name}" for name in ("kinds", "languages", "group", "cluster", "ks", "limit"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +379,8 @@ TRAIN_TOWER = Command(
     replaces=REPLACES,
     needs={
         **NEEDS,
-        **dict.fromkeys(("train.eval_steps", "evaluation"), "evaluates: without --validation or --evaluate-suites"),
+        **dict.fromkeys(EVALUATED, "evaluates: without --validation or --evaluate-suites"),
+        **dict.fromkeys(HELD_OUT, "data.validation"),  # suites have their own
         "benchmarks.root": "benchmarks.suites",
         "data.validation_cache": "data.validation",
         "heads": "heads.steps",

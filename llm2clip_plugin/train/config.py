@@ -136,7 +136,7 @@ class TrainConfig:
     seed: int = 0  # of the data's order, augmentation, noise, initial heads
     # recompute the tower's blocks in the backward pass: less memory, slower; auto: where a GPU would not hold them
     gradient_checkpointing: bool | Literal["auto"] = False
-    # torch.compile the blocks of the tower or LLM; the first step and the first evaluation wait for it, up to a minute
+    # torch.compile the blocks of the tower or LLM; the first step waits for it, up to a minute
     torch_compile: bool = False
     ema_decay: float = 0.0  # exponential moving average of the weights, also exported; 0: none
     save_steps: int = 0  # steps between checkpoints; 0: only by time

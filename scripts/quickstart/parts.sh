@@ -71,4 +71,5 @@ controls() { # controls SEED: towers against the raw LLM as it comes, and agains
     [ -d "$OUT/towers/plain-seed$1" ] || embed plain "{test,train,validation}"
     watched plain "$1" plain
     watched random "$1" random
+    [[ $teachers = *raw* || -z $LLAVA ]] || { embed raw "{test,train}"; watched raw "$1" raw; } # LLaVA of a smoke run
 }

@@ -1,13 +1,17 @@
 """What a run measures at every evaluation, on two ranks: suites, zero-shot, and the pictures that W&B and TensorBoard
 show."""
 
+import dataclasses
 import json
+import re
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from evaluate_world import square, write_llm
 from test_suites import NAMES, write_suites
 from tiny_data import make_shards, make_tower
@@ -15,6 +19,11 @@ from tower_runs import finish, lines, start
 
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.evaluate.config import RetrievalConfig
+from llm2clip_plugin.evaluate.during import Benchmark, Evaluation, embed_benchmarks
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.status import run_rows
 
 HEADS = ("--heads.steps", "2", "--heads.batch-size", "16")
@@ -130,3 +139,29 @@ def test_a_suite_without_files_is_named_before_the_run(world: Path, tmp_path: Pa
         assert run("train-tower", words(world, tmp_path / "run", *more)) == 2
         assert named in capsys.readouterr().err
     assert not (tmp_path / "run/metrics.jsonl").exists()
+    of_held_out = ("--evaluate-zeroshot", str(world / "classes"), "--evaluation.limit", "2", "--output", str(tmp_path))
+    assert run("train-tower", [str(world / "data"), "--tower", str(world / "tower"), *of_held_out]) == 2
+    assert "--evaluation.limit" in capsys.readouterr().err
+
+
+def test_texts_are_not_embedded_by_another_llm(world: Path, tmp_path: Path):
+    teacher = EmbeddingCache.open(next((world / "data").glob("embeddings-*"))).teacher
+    shutil.copytree(world / "data", tmp_path / "data", ignore=shutil.ignore_patterns("embeddings-*"))
+    nothing: Any = None
+    benchmark = Benchmark("one", open_source(SourceConfig(path=str(tmp_path / "data"))), nothing)
+    with pytest.raises(ContractError, match=re.escape(teacher.llm)):
+        embed_benchmarks([benchmark], dataclasses.replace(teacher, weights_sha256="0" * 64))
+    assert not list((tmp_path / "data").glob("embeddings-*"))
+
+
+def test_evaluations_leave_compiling_to_the_training():
+    graphs: list[int] = []
+    double = torch.compile(lambda x: 2 * x, backend=lambda module, inputs: graphs.append(1) or module.forward)
+
+    def measure(*args: Any, **how: Any) -> ScoreFile:
+        return ScoreFile(benchmark="", metrics={"mean": float(double(torch.ones(1)))}, items=[])
+
+    nothing: Any = None
+    run_of = [(Benchmark("one", nothing, measure), nothing)]
+    assert Evaluation(nothing, nothing, RetrievalConfig(), nothing, run_of)() == {"one/mean": 2.0}
+    assert not graphs and double(torch.ones(1)) == 2.0 and graphs

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = """
 set -euo pipefail
 DATA=data OUT=$PWD/out LLM=llm TOWER=tower DTYPE=bfloat16 PRESET=default TUNE_STEPS=12 TUNE_BATCH=64 STEPS=50 LAYER=16
-HEAD_STEPS=9 SIZE=56 FREEZE=0 PRECISION=bf16 PAIR= HALF=1 teachers="raw tuned"
+HEAD_STEPS=9 SIZE=56 FREEZE=0 PRECISION=bf16 PAIR= HALF=1 LLAVA= teachers="raw tuned"
 . "$PARTS"
 say() { :; }
 shown() { printf '%s\\n' "$*"; }
@@ -104,6 +104,10 @@ def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tm
     for command, name in ((plain, "plain"), (random, "random")):
         own = " ".join(command).replace(f"{name}-seed3", "raw-seed3").replace(f"cache/{name}", "cache/raw")
         assert own == raw and f"cache/{name}" in " ".join(command)
+    # a smoke run has a tower of the raw LLM for LLaVA alone, which compares with it
+    assert " ".join(started(tmp_path, "teachers=tuned LLAVA=yes; controls 4")[-1]) == raw.replace(
+        "seed3", "seed4"
+    ).replace("--seed 3", "--seed 4")
 
 
 def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path) -> None:
