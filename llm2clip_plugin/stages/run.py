@@ -336,15 +336,30 @@ def describe_run(
     sizes = {flag: sum(item.parameter.numel() for item in trained if item.decay is flag) for flag in (True, False)}
     rates = sorted({item.lr for item in trained})
     course = f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)} rates)" if len(rates) > 1 else f"{rates[0]:.3g}"
+    zero, sent = deepspeed["zero_optimization"], ""
+    if zero["stage"] == 2 or (zero["stage"] == 1 and zero.get("overlap_comm") and accumulation == 1):
+        buckets = filled_buckets([item.parameter.numel() for item in trained], zero["reduce_bucket_size"])
+        sent = f", sent about {buckets} times during the backward pass"
     return (
         f"steps: {steps} of {train.global_batch} pairs, {steps * train.global_batch / samples:.2f} epochs of "
         f"{samples:,} samples\nranks: {world} x {accumulation} micro-batches of {micro_batch}\n"
         f"schedule: {optim.schedule}, {optim.warmup(steps)} steps of warm-up, gradient clipping "
         f"{optim.max_grad_norm:g}\nprecision: {train.precision}, gradients reduced in "
-        f"{deepspeed.get('communication_data_type', train.precision)}; ZeRO-{zero_stage(deepspeed)}\n"
+        f"{deepspeed.get('communication_data_type', train.precision)}{sent}; ZeRO-{zero_stage(deepspeed)}\n"
         f"trainable parameters: {sum(sizes.values()):,}; weight decay {optim.weight_decay:g} on {sizes[True]:,}, "
         f"none on {sizes[False]:,}; peak learning rates {course}"
     )
+
+
+def filled_buckets(sizes: Sequence[int], elements: float) -> int:
+    """How often a bucket of so many elements is sent because the next parameter's gradient does not fit; ``sizes`` in
+    the order of the forward pass. The last bucket is sent after the backward pass."""
+    count = filled = 0
+    for size in reversed(sizes):
+        if filled + size > elements:
+            count, filled = count + 1, 0
+        filled += size
+    return count
 
 
 def rank_gib(memory: StepMemory, zero: dict[str, Any], train: TrainConfig, world: int, micro_batch: int) -> float:

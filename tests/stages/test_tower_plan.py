@@ -75,6 +75,7 @@ def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest
         # 1e-5 x 0.85^25: embeddings, 24 blocks, top
         assert "peak learning rates 1.72e-07 to 1e-05 (26 rates)" in told
         assert [row[-1] for row in rows] == ["on", "on", "off"]
+        assert "sent about 13 times during the backward pass; ZeRO-1" in told
     for _, share, micro, *stages in rows:
         assert int(share) % int(micro) == 0 and float(stages[1]) <= 72  # nine tenths of 80 GiB
         assert float(stages[0]) == float(stages[1]) >= float(stages[2])  # bf16 under stage 0 runs as stage 1
