@@ -121,21 +121,19 @@ class Evaluation:
     show: Callable[[dict[str, Picture]], None] | None = None  # of a rank that shows pictures
 
     def __call__(self) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        how = {"images": self.images, "batch": self.config.batch, "workers": self.config.workers or 0}
         # a graph for each suite's last batch would exhaust what torch.compile makes, and training would get none
         with torch.compiler.set_stance("eager_on_recompile"):
-            return self._scores()
-
-    def _scores(self) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        if self.held_out is not None:
-            report = evaluate_retrieval(self.dual, *self.held_out, self.images, self.config, all_ranks=True, quiet=True)
-            if self.show is not None:
-                self.show(draw_retrievals(report, self.held_out[0]))
-            scores |= report.metrics()
-        how = {"images": self.images, "batch": self.config.batch, "workers": self.config.workers or 0}
-        for benchmark in self.benchmarks:
-            metrics = benchmark.measure(self.dual, benchmark.cache, **how).metrics
-            scores |= {f"{benchmark.name}/{name}": value for name, value in metrics.items() if "/" not in name}
+            if self.held_out is not None:
+                options = {"all_ranks": True, "quiet": True}
+                report = evaluate_retrieval(self.dual, *self.held_out, self.images, self.config, **options)
+                if self.show is not None:
+                    self.show(draw_retrievals(report, self.held_out[0]))
+                scores |= report.metrics()
+            for benchmark in self.benchmarks:
+                metrics = benchmark.measure(self.dual, benchmark.cache, **how).metrics
+                scores |= {f"{benchmark.name}/{name}": value for name, value in metrics.items() if "/" not in name}
         return scores
 
 
