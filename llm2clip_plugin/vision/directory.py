@@ -35,7 +35,7 @@ CONFIG_FILE = "config.json"
 
 def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = None, also: tuple[str, ...] = ()) -> Path:
     """A local directory for a path or a Hub id (``owner/name``), downloaded if necessary. Raises FileNotFoundError.
-    ``also``: patterns of files that are downloaded beside configurations and weights."""
+    ``also``: patterns of further files to download, with the configurations and weights."""
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
         return path

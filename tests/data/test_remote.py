@@ -125,7 +125,7 @@ def status(code: int, **headers: str) -> Failure:
 
 def test_overload_is_retried_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture, pauses: list[float]) -> None:
     errors = [status(503), status(503), status(429, Retry_After="70"), status(429, Retry_After="70"), status(500)]
-    server = failing({"/a.tar": BODY}, errors)  # the size is asked for by HEAD and, after a failure, by GET
+    server = failing({"/a.tar": BODY}, errors)  # HEAD tells the size; after a failure, GET does
     with serving(server) as address, caplog.at_level(logging.WARNING):
         assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
     assert take_retries() == len(pauses) >= 2 and take_retries() == 0 and 70.0 in pauses
