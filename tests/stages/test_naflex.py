@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_data import make_cache, write_tar
+from tiny_data import encoded, make_cache, write_tar
 from tower_runs import finish, losses, options, start
 
 from llm2clip_plugin import load_tower
@@ -33,9 +33,8 @@ TOLERANCE = 1e-5
 
 
 def image(seed: int, size: tuple[int, int]) -> bytes:
-    body = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), np.uint8)).save(body, "PNG")
-    return body.getvalue()
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), np.uint8)
+    return encoded(Image.fromarray(pixels), "PNG")
 
 
 def prepared(data: bytes, images: ImageConfig) -> dict[str, torch.Tensor]:
