@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from models import folder_of, make_llava_llm
-from shards import EMOJI, Sample, read_tar
+from inputs import EMOJI, Sample, folder_of, make_llava_llm, read_tar
 
 from llava_integration.benchmarks.answers import read_jsonl
 from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file

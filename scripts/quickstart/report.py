@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from shards import RANDOM
+from inputs import RANDOM
 
 from llava_integration.benchmarks.benchmark import mean_statistic
 from llava_integration.compare.statistics import compare, holm, pair

@@ -4,9 +4,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import inputs
 import pytest
 import report
-import shards
 import torch
 from quickstart_folders import IDENTITY, write_adapter, write_cache, write_run
 
@@ -90,10 +90,10 @@ def test_the_control_sees_exchanged_pictures(tmp_path) -> None:
 
 def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tmp_path) -> None:
     made, embed, plain, random = started(tmp_path, "controls 3")
-    assert made[1:4] == ["scripts/quickstart/shards.py", "random", "data/all"]
+    assert made[1:4] == ["scripts/quickstart/inputs.py", "random", "data/all"]
     assert not {"--attention", "--pooling", "--adapter", "--post-file"} & set(embed)
     fit, read = started(tmp_path, "embed raw train")
-    assert fit[1:3] == ["scripts/quickstart/shards.py", "components"] and "--adapter" not in read
+    assert fit[1:3] == ["scripts/quickstart/inputs.py", "components"] and "--adapter" not in read
     tuned = started(tmp_path, "tune 3")[0]
     for command in (fit, read, tuned):  # stage 1 fine-tunes the reading that it is compared with
         assert (value(command, "--attention"), value(command, "--pooling")) == ("causal", "last")
@@ -112,7 +112,7 @@ def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tm
 
 def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path) -> None:
     for seed in (0, 0, 1):
-        shards.write_random(data / "all", data / "cache" / "tuned-seed0", tmp_path / f"random{seed}", seed)
+        inputs.write_random(data / "all", data / "cache" / "tuned-seed0", tmp_path / f"random{seed}", seed)
     caches = {name: EmbeddingCache.open(tmp_path / f"random{name}") for name in (0, 1)}
     source = open_source(SourceConfig(path=str(data / "all")))
     row_of: dict[str, torch.Tensor] = {}
@@ -126,7 +126,7 @@ def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path)
     assert value_NW.mean().abs() < 0.1 and 0.9 < value_NW.std() < 1.1
     cosine_NN = torch.corrcoef(value_NW)
     assert (cosine_NN - torch.eye(len(cosine_NN))).abs().max() < 1
-    assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (shards.RANDOM, "")
+    assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (inputs.RANDOM, "")
     assert caches[0].fingerprint != caches[1].fingerprint
     with pytest.raises(ContractError, match=r"with \{'random': True"):
         report.check_cache(data, "raw", caches[0])
@@ -139,7 +139,7 @@ def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path)
 def data(tmp_path_factory) -> Path:
     """Data with the caches of the LLM as it is and of one adapter."""
     folder = tmp_path_factory.mktemp("quickstart-parts")
-    shards.prepare(folder, (3, 3, 3), ("de",))
+    inputs.prepare(folder, (3, 3, 3), ("de",))
     write_cache(folder / "all", folder / "cache" / "raw")
     write_cache(folder / "all", folder / "cache" / "tuned-seed0", write_adapter(folder))
     return folder

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 
+import inputs
 import numpy as np
 import pytest
 import report
-import shards
 import torch
 from quickstart_folders import IDENTITY, WIDTH, write_cache, write_run
 from transformers import Dinov2Config, Dinov2Model
@@ -29,7 +29,7 @@ LONG = "test families, long captions"
 def folder(tmp_path_factory):
     """data/, and towers: two seeds of "raw" and a control, none of them trained."""
     folder = tmp_path_factory.mktemp("quickstart-report")
-    shards.prepare(folder / "data", (5, 4, CONCEPTS))
+    inputs.prepare(folder / "data", (5, 4, CONCEPTS))
     write_cache(folder / "data" / "all", folder / "data" / "cache" / "raw")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
