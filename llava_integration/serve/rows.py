@@ -31,6 +31,14 @@ class LlavaRows:
         options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": padded}
         return self.processor.apply_chat_template(chats, **options)
 
+    def tokens(self, chat: list[Any], row: list[int], **options: Any) -> list[int]:
+        """Token ids of a chat, without reading its image again, whose tokens are those of ``row``, the whole."""
+        text = self.processor.apply_chat_template([chat], tokenize=False, **options)[0]
+        tokenizer, image = self.processor.tokenizer, getattr(self.processor, "image_token_id", -1)
+        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # as transformers' processors ask
+        ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
+        return [token for one in ids for token in [one] * (row.count(image) if one == image else 1)]
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch; labels are -100 except for the answers and the tokens that end them. Raises ValueError for a chat
         template that writes otherwise what is before an answer once that is there."""
@@ -39,13 +47,13 @@ class LlavaRows:
         labels = torch.full_like(batch["input_ids"], -100)
         for number, (turns, row) in enumerate(zip(chats, batch["input_ids"].tolist(), strict=True)):
             for turn in (turn for turn, message in enumerate(turns) if message["role"] == "assistant"):
-                asked = self.encode([turns[:turn]], add_generation_prompt=True)["input_ids"][0].tolist()
+                asked = self.tokens(turns[:turn], row, add_generation_prompt=True)
                 start = len(asked)
                 if row[:start] != asked:
                     tail = self.processor.decode(asked[-8:])
                     told = f"the chat template writes {tail!r} before an answer alone"
                     raise ValueError(f"{told}; build the model with another (--chat-template FILE)")
-                said = self.encode([turns[: turn + 1]])["input_ids"][0].tolist()[start:]
+                said = self.tokens(turns[: turn + 1], row)[start:]
                 # a last answer may have more: an empty thought before it (Qwen 3), a token behind it (Phi 3)
                 pairs = [zip(said[skipped:], row[start:], strict=False) for skipped in range(len(said) or 1)]
                 length = max(len([*takewhile(lambda pair: pair[0] == pair[1], each)]) for each in pairs)

@@ -28,7 +28,7 @@ from llm2clip_plugin.evaluate.retrieval import RetrievalReport, embed_pairs, eva
 from llm2clip_plugin.evaluate.suites import Suite, select_suites
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.embed import default_cache_folder, embed_source
+from llm2clip_plugin.text.embed import benchmark_cache_folder, embed_source
 from llm2clip_plugin.text.teacher import encoder_config, open_encoder
 from llm2clip_plugin.train.distributed import on_first_rank
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -87,7 +87,7 @@ def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) 
     """
 
     def opened(benchmark: Benchmark) -> Benchmark:
-        folder = default_cache_folder(benchmark.texts.path, teacher.fingerprint)
+        folder = benchmark_cache_folder(benchmark.texts.path, teacher.fingerprint)
         cache = EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint)
         cache.check(benchmark.texts)
         return benchmark._replace(cache=cache)
@@ -103,7 +103,7 @@ def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) 
                 if (now := encoder.identity()).fingerprint != teacher.fingerprint:
                     changed = f"{differences(vars(teacher), now)}; restore it there"
                     raise ContractError(f"{teacher.llm} is not the LLM of the training's cache: {changed}") from None
-                embed_source(benchmark.texts, encoder, default_cache_folder(benchmark.texts.path, now.fingerprint))
+                embed_source(benchmark.texts, encoder, benchmark_cache_folder(benchmark.texts.path, now.fingerprint))
 
     on_first_rank(embed)
     return list(map(opened, benchmarks))

@@ -27,7 +27,7 @@ from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import ContractError, printable
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.embed import default_cache_folder, embed_source
+from llm2clip_plugin.text.embed import benchmark_cache_folder, embed_source
 from llm2clip_plugin.text.teacher import TeacherLLM, load_dual_encoder
 from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, on_first_rank, rank, world_size
 from llm2clip_plugin.train.guard import watched_group
@@ -155,7 +155,7 @@ class OpenedTower:
         """
         teacher = self.teacher
         known = teacher.identity or (None if directory and not teacher.config.llm else teacher.encoder.identity())
-        folder = Path(directory or default_cache_folder(source.path, teacher.fingerprint))
+        folder = Path(directory or benchmark_cache_folder(source.path, teacher.fingerprint))
         if known is not None and (folder / CacheManifest.FILE).is_file():
             theirs = CacheManifest.read(folder / CacheManifest.FILE)
             if theirs.fingerprint != known.fingerprint:

@@ -4,6 +4,7 @@ Ranks share the shards and communicate only through the file system: each writes
 all of them written writes the manifest. A killed run resumes: shards that are complete are skipped.
 """
 
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,8 @@ from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import CacheManifest
 from llm2clip_plugin.data import cache as caches
 from llm2clip_plugin.data import map_in_order
-from llm2clip_plugin.data.remote import is_url
+from llm2clip_plugin.data.index import SideFolder
+from llm2clip_plugin.data.remote import default_download_folder, is_url
 from llm2clip_plugin.data.samples import caption_hash
 from llm2clip_plugin.data.sources import Shard, Source
 from llm2clip_plugin.data.sources.tars import data_folder
@@ -63,6 +65,14 @@ def default_cache_folder(source_path: str, fingerprint: str) -> Path:
     if is_url(source_path):
         raise ValueError(f"{source_path} is not a local folder; set --cache DIR")
     return data_folder(source_path) / f"embeddings-{fingerprint[:12]}"
+
+
+def benchmark_cache_folder(source_path: str, fingerprint: str) -> Path:
+    """``default_cache_folder``; of data in a read-only folder that has none, one beside the folder of downloads."""
+    folder = default_cache_folder(source_path, fingerprint)
+    if folder.exists() or os.access(folder.parent, os.W_OK):
+        return folder
+    return SideFolder.of(str(folder.parent), default_download_folder()).spare / folder.name
 
 
 def shards_of_rank(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:

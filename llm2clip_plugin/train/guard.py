@@ -49,6 +49,7 @@ NAMED = 4  # late ranks that name themselves
 GRACE = 10.0  # seconds in which a rank may end by itself after another has failed
 TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
 SLOWEST_LOOK = 5.0  # seconds between looks, at most
+LEFT = -(1 << 40)  # added to the beats of a rank that leaves
 WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # files whose frames wait for other ranks
 WAITING_FUNCTIONS = ("_poll",)  # of this package, which do so, too
 SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
@@ -89,6 +90,7 @@ class Watch(AbstractContextManager[None]):
         self.interval = max(0.2, min(SLOWEST_LOOK, straggler_seconds / 5 or SLOWEST_LOOK))
         self.failure = ""  # of another rank, as it published it
         self._told = ""  # the lateness that was reported last
+        self._beats: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new
         self._main = threading.get_ident()
         self._stopped = threading.Event()
 
@@ -99,6 +101,7 @@ class Watch(AbstractContextManager[None]):
         store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
         self.store = dist.PrefixStore(f"llm2clip/watch/{broadcast_object(os.urandom(6).hex())}", store)
         self.store.set_timeout(timedelta(seconds=30))
+        self.store.set(f"name/{rank()}", f"{socket.gethostname()}, pid {os.getpid()}")
         threading.Thread(target=self._watch, daemon=True).start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
@@ -127,6 +130,8 @@ class Watch(AbstractContextManager[None]):
         gone = math.inf  # since when the store has refused connections
         while not self.failure and not self._stopped.wait(self.interval):
             try:
+                self.store.add(f"beat/{rank()}", 1)
+                self._name_silent()
                 self._name_if_late()
                 self._read_failure()
                 gone = math.inf
@@ -136,10 +141,26 @@ class Watch(AbstractContextManager[None]):
                     self.failure = "the process that holds the ranks' store (rank 0, or torchrun on its host) has ended"
             except dist.DistStoreError:  # it is slow, or its process is stopped
                 continue
+        with suppress(Exception):
+            self.store.add(f"beat/{rank()}", LEFT)
         if self.failure and not self._stopped.is_set():
             if rank() == 0:
                 print(f"\n{self.failure}; ending all ranks", file=sys.stderr, flush=True)
             _end_within_grace()
+
+    def _name_silent(self) -> None:
+        """Name ranks whose watch has stopped, so that they cannot name themselves: rank 0 all others, rank 1 rank 0."""
+        watched = {0: range(1, world_size()), 1: range(1)}.get(rank(), ()) if self.straggler_seconds else ()
+        for other in watched:
+            beat, now = self.store.add(f"beat/{other}", 0), time.monotonic()
+            last, since = self._beats.get(other, (-1, now))
+            if beat != last:
+                self._beats[other] = beat, now
+            elif beat >= 0 and now - since > self.straggler_seconds:
+                self._beats[other] = beat, math.inf  # said once, until it is back
+                who = f"rank {other} ({self.store.get(f'name/{other}').decode()})"
+                what = "its process is stopped or starved, or its host is gone"
+                print(f"\nsilent: nothing from {who} for {now - since:.0f} s: {what}", file=sys.stderr, flush=True)
 
     def _name_if_late(self) -> None:
         """Say where this rank is if it runs, but makes no progress and waits for nobody; again whenever its lateness

@@ -3,6 +3,7 @@ show."""
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import struct
@@ -144,13 +145,18 @@ def test_a_suite_without_files_is_named_before_the_run(world: Path, tmp_path: Pa
     assert "--evaluation.limit" in capsys.readouterr().err
 
 
-def test_texts_are_not_embedded_by_another_llm(world: Path, tmp_path: Path):
+def test_whose_texts_are_embedded_where(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not by another LLM than the training's; those in a read-only folder elsewhere."""
     teacher = EmbeddingCache.open(next((world / "data").glob("embeddings-*"))).teacher
     shutil.copytree(world / "data", tmp_path / "data", ignore=shutil.ignore_patterns("embeddings-*"))
     nothing: Any = None
     benchmark = Benchmark("one", open_source(SourceConfig(path=str(tmp_path / "data"))), nothing)
     with pytest.raises(ContractError, match=re.escape(teacher.llm)):
         embed_benchmarks([benchmark], dataclasses.replace(teacher, weights_sha256="0" * 64))
+    monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "downloads"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "data")  # root may write anywhere
+    (found,) = embed_benchmarks([benchmark], teacher)
+    assert found.cache is not None and found.cache.directory.is_relative_to(tmp_path / "downloads")
     assert not list((tmp_path / "data").glob("embeddings-*"))
 
 

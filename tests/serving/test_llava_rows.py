@@ -27,9 +27,9 @@ class TextProcessor:
         self.tokenizer.chat_template = template
         self.decode = self.tokenizer.decode
 
-    def apply_chat_template(self, chats: list[Any], *, processor_kwargs: dict[str, Any], **options: Any) -> Any:
+    def apply_chat_template(self, chats: list[Any], *, processor_kwargs: Any = (), **options: Any) -> Any:
         flat = [[{**message, "content": message["content"][-1]["text"]} for message in chat] for chat in chats]
-        return self.tokenizer.apply_chat_template(flat, **processor_kwargs, **options)
+        return self.tokenizer.apply_chat_template(flat, **dict(processor_kwargs), **options)
 
 
 def learned(template: str, *said: tuple[str, str]) -> list[str]:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditiona
 from llava_integration.serve import trainers
 from llava_integration.serve.build import ExportedTower, register
 from llava_integration.serve.export import test_image as picture
+from llava_integration.serve.rows import LlavaRows
 from llava_integration.tower import LLM2CLIPVisionTower
 from llava_integration.towers import TowerLocation
 from llm2clip_plugin.cli import main as llm2clip
@@ -187,6 +188,10 @@ def test_tiles(llms: Path, tmp_path: Path, tower: str, arch: str) -> None:
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     batches = [processor.apply_chat_template([{"role": "user", "content": ASKED}], **options)]
     assert (batches[0]["input_ids"] == config["image_token_index"]).sum() > 2 * config["image_seq_length"]
+    said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]
+    picture().save(tmp_path / "wide.png")
+    trained = LlavaRows(processor, tmp_path)([{"image": "wide.png", "conversations": said}])["labels"][0]
+    assert processor.decode(trained[trained >= 0]).endswith("a<end>")
     if arch == "llava_onevision":
         size = config["vision_config"]["image_size"]
         frames = torch.randint(255, (3, 3, 40, 50), dtype=torch.uint8)

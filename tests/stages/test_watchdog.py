@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -28,19 +29,20 @@ def loss(self, encoded, batch, *references):
     return make_loss(self, encoded, batch, *references)
 
 TowerStep._loss = loss
+print(f"process of rank {os.environ['RANK']}: {os.getpid()}\\n", end="", flush=True)
 leave(run("train-tower", sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
 def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Path) -> None:
-    """torchrun --max-restarts: rank 1 raises, all end, the run resumes. Then rank 0 is stopped until rank 1 has ended,
-    after the timeout: all end for good."""
+    """torchrun --max-restarts: rank 1 raises, all end, the run resumes. Rank 1 is stopped until rank 0 says so, then
+    rank 0 until rank 1 has ended, after the timeout: all end for good."""
     output, log, script = tmp_path / "run", tmp_path / "log", tmp_path / "faults.py"
     script.write_text(FAULTS)
     launcher = [str(programs() / "python"), "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}", "--max_restarts", "1"]
-    more = ("--train.straggler-seconds", "2", "--train.ddp-timeout", "10", "--heads.steps", "1", "--max_steps", "4000")
+    more = ("--train.straggler-seconds", "2", "--train.ddp-timeout", "15", "--heads.steps", "1", "--max_steps", "4000")
     command = [*launcher, str(script), *options(tiny, output, *more)]
     streams = {"stdout": log.open("w"), "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, cwd=ROOT, env=environment(**OWN_STORE), **streams)
@@ -52,6 +54,10 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Pat
         wait_for(lambda: len(losses(output)) > 8 or process.poll() is not None)
         assert f"rank 1 on {os.uname().nodename} failed in phase forward and backward of step 5: Runtime" in said()
         rank = psutil.Process(json.loads((output / "run.lock").read_text())["pid"])
+        other = psutil.Process(int(re.findall(r"process of rank 1: (\d+)", said())[-1]))
+        other.suspend()
+        wait_for(lambda: f"silent: nothing from rank 1 ({os.uname().nodename}, pid {other.pid}) for" in said())
+        other.resume()
         closed = said().count("closing signal SIGTERM")
         rank.suspend()
         wait_for(lambda: said().count("closing signal SIGTERM") > closed)  # rank 1 has ended
