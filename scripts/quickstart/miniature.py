@@ -246,8 +246,7 @@ def record(kind: str, rows: list[Row], scores: list[float], metrics: dict[str, f
     return ScoreFile(benchmark=f"miniature: {kind}", metrics=metrics, items=items, counts=counts, notes=[note])
 
 
-def main() -> None:
-    """Run one of the two parts."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("prepare", "score"))
     parser.add_argument("names", nargs="*", help="names of the answer files, for score")
@@ -258,27 +257,23 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="an LLM that scores open answers")
     parser.add_argument("--adapter", type=Path, help="adapter of the teacher")
     args = parser.parse_args()
-    if args.part == "prepare":
-        make_data(args.output / "data", args.concepts, in_words=args.llm != "tiny", split=args.held_out)
-        make_llava_llm(args.llm, args.output)
-    teacher = None
-    if args.teacher:
-        from llm2clip_plugin.text.config import EncoderConfig
-        from llm2clip_plugin.text.encoder import CaptionEncoder
-
-        teacher = CaptionEncoder(EncoderConfig(llm=str(args.teacher), adapter=str(args.adapter or "")))
-    note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
-    if args.llm != "tiny":
-        model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
-        note = f"a miniature: the language model is {model}, finetuned for minutes"
-    for name in args.names:
-        if name.startswith("after"):
-            refuse_other_stages(args.output, name)
-        score(args.output, name, note, teacher)
-
-
-if __name__ == "__main__":
     try:
-        main()
+        if args.part == "prepare":
+            make_data(args.output / "data", args.concepts, in_words=args.llm != "tiny", split=args.held_out)
+            make_llava_llm(args.llm, args.output)
+        teacher = None
+        if args.teacher:
+            from llm2clip_plugin.text.config import EncoderConfig
+            from llm2clip_plugin.text.encoder import CaptionEncoder
+
+            teacher = CaptionEncoder(EncoderConfig(llm=str(args.teacher), adapter=str(args.adapter or "")))
+        note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
+        if args.llm != "tiny":
+            model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
+            note = f"a miniature: the language model is {model}, finetuned for minutes"
+        for name in args.names:
+            if name.startswith("after"):
+                refuse_other_stages(args.output, name)
+            score(args.output, name, note, teacher)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

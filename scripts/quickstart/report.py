@@ -373,28 +373,22 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     return [retrieval_table(towers), *tables, *sentences], failures(towers, claims)
 
 
-def main() -> None:
-    """Parse the command line and write the report."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
     parser.add_argument("--teachers", action="store_true", help="only print the table that needs no tower")
     parser.add_argument("--must-learn", action="store_true", help="fail if a tower is no better than the control")
     options = parser.parse_args()
-    if options.teachers:
-        captions = open_sets(options.data / "all")["test"][0]
-        teachers = measure_teachers(captions, open_caches(options.data))
-        if claims := make_claims(pair_tests("teacher", teachers)):
-            print("\n" + claims_table(claims))
-        return
-    told, failed = make_report(options.data, options.output)
-    print("", *told, sep="\n")
-    if options.must_learn and failed:
-        raise ValueError("nothing was learned: " + "; ".join(failed))
-
-
-if __name__ == "__main__":
     try:
-        main()
+        if options.teachers:
+            captions = open_sets(options.data / "all")["test"][0]
+            claims = make_claims(pair_tests("teacher", measure_teachers(captions, open_caches(options.data))))
+            told, failed = [claims_table(claims)] if claims else [], []
+        else:
+            told, failed = make_report(options.data, options.output)
+        print("", *told, sep="\n")
+        if options.must_learn and failed:
+            raise ValueError("nothing was learned: " + "; ".join(failed))
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
