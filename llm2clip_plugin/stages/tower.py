@@ -280,7 +280,7 @@ def open_data(config: RunConfig) -> Data:
     check_fields(*sources)
     caches = open_caches(sources, data.cache)
     measured = None
-    if config.evaluates:  # evaluation, with the LLM that embeds its texts, is imported by such runs alone
+    if config.evaluates:
         from llm2clip_plugin.evaluate.during import Measured, open_benchmarks
 
         held_out = [open_source(data.held_out)] if data.held_out is not None else []
