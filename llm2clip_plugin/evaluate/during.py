@@ -5,9 +5,8 @@ Shapes: M captions, Q queries.
 
 from __future__ import annotations
 
-import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +17,13 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity
-from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, differences, source_digest
+from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, load, open_header
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate import classification as classes
 from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
-from llm2clip_plugin.evaluate.opening import ALL, check_measurable
+from llm2clip_plugin.evaluate.opening import ALL
 from llm2clip_plugin.evaluate.retrieval import RetrievalReport, embed_pairs, evaluate_retrieval
 from llm2clip_plugin.evaluate.suites import Suite, select_suites
 from llm2clip_plugin.files import ContractError
@@ -108,46 +107,6 @@ def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) 
 
     on_first_rank(embed)
     return list(map(opened, benchmarks))
-
-
-@dataclass
-class Measured:
-    """What a run evaluates on."""
-
-    held_out: tuple[Source, EmbeddingCache] | None
-    benchmarks: list[Benchmark]
-
-    def check(self, config: RetrievalConfig, trained: Iterable[tuple[Source, EmbeddingCache]]) -> None:
-        """ValueError for a held-out split that cannot be measured so; warn if it has shards that are ``trained``."""
-        if self.held_out is None:
-            return
-        check_measurable(self.held_out[0], config, option="--evaluation.")
-        own, *others = (
-            {cache.manifest.shards[shard.name]["rows_sha256"] for shard in source.shards}
-            for source, cache in (self.held_out, *trained)
-        )
-        if own & set().union(*others):
-            print(
-                f"warning: --validation {self.held_out[0].path} has shards of the training data, so its scores say "
-                "nothing about new images; hold some out with `llm2clip data split`",
-                file=sys.stderr,
-            )
-
-    def embed(self, teacher: TeacherIdentity) -> None:
-        """As ``embed_benchmarks``."""
-        self.benchmarks = embed_benchmarks(self.benchmarks, teacher)
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """What is compared between ranks."""
-        own = {f"of {benchmark.name}": source_digest(benchmark.texts) for benchmark in self.benchmarks}
-        if self.held_out is not None:
-            source, cache = self.held_out
-            own |= {"validation": source_digest(source), "validation, its cache": cache_digest(cache)}
-        return own
-
-    def evaluation(self, dual: DualEncoder, images: ImageConfig, config: RetrievalConfig) -> Evaluation:
-        return Evaluation(dual, images, config, self.held_out, self.benchmarks)
 
 
 @dataclass

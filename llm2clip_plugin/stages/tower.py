@@ -6,11 +6,11 @@ import dataclasses
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
+from llm2clip_plugin.evaluate.during import Benchmark, Evaluation, embed_benchmarks, open_benchmarks
+from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
 from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import TrainingRun, load_plans, open_caches, plan_engine, training_ranks
@@ -55,9 +57,6 @@ from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_fastest_attention
 
-if TYPE_CHECKING:
-    from llm2clip_plugin.evaluate.during import Measured
-
 
 def main(argv: list[str]) -> int:
     """Print the plan or train; exit status 0."""
@@ -83,9 +82,8 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
         with locked(Path(config.output_dir)):
             with phase("checking the data"):
                 on_first_rank(lambda: check_data(config, data))
-            if data.measured is not None:
-                with phase("embedding the benchmarks' texts"):
-                    data.measured.embed(data.caches[0].teacher)
+            with phase("embedding the benchmarks' texts"):
+                benchmarks = embed_benchmarks(data.benchmarks, data.caches[0].teacher)
             # what its data decides: the order of reading, which a checkpoint records, and embeddings' width
             samples_of_shard = mean(shard.size for source in data.sources for shard in source.shards)
             batch_shards = config.train.global_batch / samples_of_shard
@@ -94,7 +92,7 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             config = dataclasses.replace(config, data=read, dual=with_llm_width(config.dual, data.caches[0].width))
             for source, decided in zip(data.sources, config.data.sources, strict=True):
                 source.config = decided
-            return _train(config, data, device, stop, command or {})
+            return _train(config, dataclasses.replace(data, benchmarks=benchmarks), device, stop, command or {})
 
 
 def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]) -> Path:
@@ -105,7 +103,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
     on_first_rank(lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path))
-    evaluate = data.measured.evaluation(dual, images, config.evaluated) if data.measured is not None else None
+    evaluate = evaluation(dual, data, images, config)
     has_heads = bool(config.heads.steps or config.tower.keep_heads)  # random ones have no scores to compare with
     curve = fit(run, dual, data, images, stop) if resumed is None and config.heads.steps else []
     # before the engine, which partitions the weights under ZeRO-3
@@ -246,14 +244,23 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
     )
 
 
+def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluation | None:
+    """What the run measures, by all ranks together; None without anything to measure."""
+    source, cache = data.validation, data.validation_cache
+    held_out = None if source is None or cache is None else (source, cache)
+    return Evaluation(dual, images, config.evaluated, held_out, data.benchmarks) if config.evaluates else None
+
+
 @dataclass(frozen=True)
 class Data:
     """Opened sources with their caches, checked against each other."""
 
     sources: list[Source]
     caches: list[EmbeddingCache]
+    validation: Source | None
+    validation_cache: EmbeddingCache | None
     clip_caches: list[EmbeddingCache]  # with heads.target clip_text: a CLIP's text features of each source's captions
-    measured: Measured | None  # what the run evaluates on
+    benchmarks: list[Benchmark] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
@@ -266,12 +273,16 @@ class Data:
         own = {str(number): source_digest(source) for number, source in enumerate(self.sources, 1)}
         own |= {f"{number}, its cache": cache_digest(cache) for number, cache in enumerate(self.caches, 1)}
         own |= {f"{number}, its CLIP cache": cache_digest(cache) for number, cache in enumerate(self.clip_caches, 1)}
-        return own | (self.measured.digests if self.measured is not None else {})
+        if self.validation is not None and self.validation_cache is not None:
+            own["validation"] = source_digest(self.validation)
+            own["validation, its cache"] = cache_digest(self.validation_cache)
+        own |= {f"of {benchmark.name}": source_digest(benchmark.texts) for benchmark in self.benchmarks}
+        return own
 
 
 def open_data(config: RunConfig) -> Data:
     """Open every source and cache; ContractError if caches have different teachers, or one doesn't fit its data."""
-    data = config.data
+    data, held_out, validation_cache = config.data, config.data.held_out, None
     caches_of = (*(data.cache or ("",) * len(data.path)), data.validation_cache)
     for path, cache in zip((*data.path, data.validation), caches_of, strict=True):
         if is_url(path) and not cache:  # before anything is downloaded
@@ -279,14 +290,9 @@ def open_data(config: RunConfig) -> Data:
     sources = [open_source(source) for source in data.sources]
     check_fields(*sources)
     caches = open_caches(sources, data.cache)
-    measured = None
-    if config.evaluates:
-        from llm2clip_plugin.evaluate.during import Measured, open_benchmarks
-
-        held_out = [open_source(data.held_out)] if data.held_out is not None else []
-        of_split = open_caches(held_out, (data.validation_cache,) * len(held_out), caches[0].teacher)
-        split = next(zip(held_out, of_split, strict=True), None)
-        measured = Measured(split, open_benchmarks(config.benchmarks))
+    validation = None if held_out is None else open_source(held_out)
+    if validation is not None:
+        (validation_cache,) = open_caches([validation], (data.validation_cache,), caches[0].teacher)
     of_clip = config.heads.target == "clip_text"
     clip_caches = open_caches(sources, data.clip_cache, of_clip=True) if of_clip else []
     for cache in clip_caches:
@@ -295,7 +301,7 @@ def open_data(config: RunConfig) -> Data:
                 f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide; expected the "
                 f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
             )
-    return Data(sources, caches, clip_caches, measured)
+    return Data(sources, caches, validation, validation_cache, clip_caches, open_benchmarks(config.benchmarks))
 
 
 def check_data(config: RunConfig, data: Data) -> None:
@@ -313,8 +319,19 @@ def check_data(config: RunConfig, data: Data) -> None:
             "--no-one-source-per-batch"
         )
     check_kinds(data.sources, config.data.kind_weights)
-    if data.measured is not None:
-        data.measured.check(config.evaluation, zip(data.sources, data.caches, strict=True))
+    if data.validation is None or data.validation_cache is None:
+        return
+    check_measurable(data.validation, config.evaluation, option="--evaluation.")
+    held_out, *trained = (
+        {cache.manifest.shards[shard.name]["rows_sha256"] for shard in source.shards}
+        for source, cache in zip([data.validation, *data.sources], [data.validation_cache, *data.caches], strict=True)
+    )
+    if held_out & set().union(*trained):
+        print(
+            f"warning: --validation {data.validation.path} has shards of the training data, so its scores say nothing "
+            "about new images; hold some out with `llm2clip data split`",
+            file=sys.stderr,
+        )
 
 
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
