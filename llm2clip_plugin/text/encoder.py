@@ -172,7 +172,8 @@ class CaptionEncoder(TextEncoder):
         input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in rows])
         start_B1, stop_B1 = (torch.tensor([[len(x)] for x in some]) for some in ([f.head for f in frames], rows))
         place_T = torch.arange(longest)
-        has_token, pool_mask = place_T < stop_B1, (place_T >= start_B1) & (place_T < stop_B1)
+        has_token = place_T < stop_B1
+        pool_mask = has_token & (place_T >= start_B1)
         if self.config.include_bos:
             pool_mask[:, 0] |= torch.tensor([frame.has_bos for frame in frames])
         tensors = input_ids, has_token.long(), place_T * has_token, pool_mask
