@@ -31,10 +31,8 @@ Run = tuple[float, Any]  # seconds of a call, and its result
 
 
 def parse(doc: str | None, rounds: int = 5, **options: tuple[Any, ...]) -> argparse.Namespace:
-    """The command line of a benchmark; ``doc``: its description.
-
-    ``options``: name -> default, help, then the choices if it has any; a list as default takes several values.
-    """
+    """The command line of a benchmark; ``doc``: its description. ``options``: name -> default, help, then the choices
+    if it has any; a list as default takes several values."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     timing = {"rounds": (rounds, "timed runs of each way")} if rounds else {}
     for name, (default, text, *choices) in {**timing, **options}.items():
@@ -44,22 +42,19 @@ def parse(doc: str | None, rounds: int = 5, **options: tuple[Any, ...]) -> argpa
     return parser.parse_args()
 
 
-def processor_time() -> float:
-    """Seconds of this process, and of its child processes that have ended."""
+def seconds() -> float:
+    """Wall time when the GPU has finished. Without a GPU: processor time of this process and of its children that have
+    ended, which other programs hardly disturb."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def timed(work: Work) -> Run:
-    """Call ``work`` and wait until the GPU has finished.
-
-    Seconds are wall time if there is a GPU, else processor time, which other programs hardly disturb.
-    """
-    on_gpu = torch.cuda.is_available()
-    clock = time.perf_counter if on_gpu else processor_time
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    wait()
-    start, result, _ = clock(), work(), wait()
-    return clock() - start, result
+    """Call ``work``."""
+    start, result = seconds(), work()
+    return seconds() - start, result
 
 
 def alternate(ways: Mapping[str, Work], rounds: int) -> dict[str, list[Run]]:
@@ -99,18 +94,16 @@ def _measure(prepare: Callable[[argparse.Namespace], Work], args: argparse.Names
 def print_table(
     about: str, runs: Mapping[str, Sequence[Run]], *, amount: float, unit: str, **columns: Mapping[str, str]
 ) -> None:
-    """Markdown: ``amount`` of ``unit`` per second of each way, and its speed against the first, round by round.
-
-    Ratios: median [lowest, highest]. ``columns``: title -> way -> cell, in addition.
-    """
+    """Markdown: ``amount`` of ``unit`` per second of each way, and its speed against the first, round by round: median
+    [lowest, highest]. ``columns``: title -> way -> cell, in addition."""
     gpu, base = torch.cuda.is_available(), next(iter(runs.values()))
     device = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
     print(f"\n{about}; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     heads = ["way", f"{unit} / s ({'GPU' if gpu else 'CPU'})", "ratio", *columns]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name, of_way in runs.items():
-        ratios = [first / seconds for (first, _), (seconds, _) in zip(base, of_way, strict=True)]
-        speed = f"{amount / median(seconds for seconds, _ in of_way):,.4g}"
+        ratios = [first / own for (first, _), (own, _) in zip(base, of_way, strict=True)]
+        speed = f"{amount / median(own for own, _ in of_way):,.4g}"
         spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         print(f"| {' | '.join([name, speed, spread, *(cells[name] for cells in columns.values())])} |", flush=True)
 

@@ -63,10 +63,8 @@ def their_epoch(dual: DualEncoder, folder: Path, embeddings: dict[str, Tensor], 
 
 
 def webdataset_loader(tar: Path, embeddings: dict[str, Tensor], args: Namespace, *, named: bool) -> Any:
-    """The stages of open_clip's ``get_wds_dataset``, whose own reader of tars fails with webdataset 1.0.
-
-    named: whether batches are dictionaries, as version 4 wants them, or pairs.
-    """
+    """The stages of open_clip's ``get_wds_dataset``, whose own reader of tars fails with webdataset 1.0. named: whether
+    batches are dictionaries, as version 4 wants them, or pairs."""
     import webdataset
     from open_clip import image_transform
 

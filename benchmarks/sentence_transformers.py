@@ -5,7 +5,9 @@
 Stage 1: CachedMultipleNegativesRankingLoss in both directions on a mean-pooled causal LLM with LoRA, and the step of
 ``llm2clip finetune-llm``. Both tokenize in the step, cache gradients over micro-batches of one size, and begin with
 equal adapters, so that their second losses must agree; memory is that of a step above the model's, in a new process.
-Embedding: both ``encode``, which sort by length, on the texts of that batch.
+Embedding: both ``encode`` with their defaults, on the distinct short and long English captions of ``--concepts`` emoji
+drawn at random, by the same tokens: without a prompt, mean-pooled, as stage 1 here; and as the quickstart reads them,
+the last token after PromptEOL's prompt.
 """
 
 import random
@@ -14,9 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cosine_similarity
 
 from benchmarks.common import alternate, alternate_processes, parse, print_table
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.stages.llm import trained_module
 from llm2clip_plugin.stages.settings import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
@@ -28,6 +32,9 @@ from llm2clip_plugin.train.engine import Engine, start_ranks
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}  # LoraSettings' defaults
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in the evening rain".split()
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the loss; bfloat16 has three digits, and the scale is 50
+EMOJI = "llm2clip_plugin/data/emoji/train-noto.tar"
+PROMPT_EOL = 'This sentence: "{caption}" means in one word: "'  # Jiang et al. 2023, arXiv 2307.16645
+READINGS = {"no prompt": {"pooling": "mean"}, "PromptEOL": {"pooling": "last", "chat_template": PROMPT_EOL}}
 CONTRAST, OPTIM = ContrastConfig(mask_same=False), OptimConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
 
 
@@ -41,23 +48,53 @@ def make_pairs(count: int) -> list[Pair]:
     return pairs
 
 
-def their_model(args: Namespace, *, lora: bool) -> Any:
-    """The mean-pooled causal LLM."""
+def emoji_captions(count: int) -> list[str]:
+    """Short and long English captions of emoji, without repetitions."""
+    source = open_source(SourceConfig(path=EMOJI))
+    drawn = random.Random(0).sample(range(len(source)), min(count, len(source)))
+    captions = [caption for number in drawn for caption in source.captions(number)[1]]
+    return list(dict.fromkeys(c.text for c in captions if c.language == "en" and c.kind in ("short", "long")))
+
+
+def their_model(args: Namespace, *, lora: bool, pooling: str = "mean") -> Any:
+    """The causal LLM, its mean or last token pooled."""
     from peft import LoraConfig, get_peft_model
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     transformer: Any = Transformer(args.llm, model_kwargs={"dtype": getattr(torch, args.dtype)})
-    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+    how: Any = {"pooling_mode": {"mean": "mean", "last": "lasttoken"}[pooling]}
+    pooled = Pooling(transformer.get_embedding_dimension(), **how)
     torch.manual_seed(0)
     if lora:
         transformer.model = get_peft_model(transformer.model, LoraConfig(**LORA))
-    return SentenceTransformer(modules=[transformer, pooling])
+    return SentenceTransformer(modules=[transformer, pooled])
 
 
-def our_config(args: Namespace) -> EncoderConfig:
+def our_config(args: Namespace, **reading: Any) -> EncoderConfig:
     """Attention and pooling as of ``their_model``."""
-    return EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal", pooling="mean")
+    return EncoderConfig(**{"llm": args.llm, "compute_dtype": args.dtype, "attention": "causal", **reading})
+
+
+def compare_embedding(args: Namespace, texts: list[str], about: str, reading: dict[str, str]) -> None:
+    """Time both ``encode``, and print the table. Their tokenizer puts the tokens of our frame around a text."""
+    encoder = CaptionEncoder(our_config(args, **reading))
+    model = their_model(args, lora=False, pooling=encoder.config.pooling)
+    frame = {name: list(ids) for name, ids in (("head", encoder.frame.head), ("tail", encoder.frame.tail)) if ids}
+    names = {name: model.tokenizer.convert_ids_to_tokens(ids) for name, ids in frame.items()}
+    special: Any = [{"id": name, "ids": ids, "tokens": names[name]} for name, ids in frame.items()]
+    single = [name for name in ("head", "$A", "tail") if name in (*frame, "$A")]
+    around = TemplateProcessing(single=single, special_tokens=special)
+    model.tokenizer.backend_tokenizer.post_processor = around
+    rows, theirs = encoder.tokenize(texts), model.tokenizer(texts)["input_ids"]
+    if rows != theirs:
+        raise SystemExit("sentence-transformers has other tokens")
+    ways = {"sentence-transformers": lambda: model.encode(texts, convert_to_tensor=True).cpu().float()}
+    runs = alternate(ways | {"llm2clip": lambda: encoder.encode(texts)}, args.rounds)
+    cosine = cosine_similarity(*(of_way[-1][1] for of_way in runs.values())).min()
+    tokens = sum(map(len, rows)) / len(rows)
+    title = f"embedding, {about}, {args.dtype}, {tokens:.1f} tokens a caption, smallest cosine {cosine:.6f}"
+    print_table(title, runs, amount=len(texts), unit="captions")
 
 
 def their_step(args: Namespace) -> Callable[[], float]:
@@ -106,10 +143,8 @@ def our_step(args: Namespace) -> Callable[[], float]:
     return step
 
 
-if __name__ == "__main__":
-    llm = ("quickstart-output/models/gemma-3-270m", "its folder; default: the quickstart's")
-    sizes: dict[str, Any] = {"batch": (64, "pairs a step"), "micro": (16, "pairs a micro-batch")}
-    args = parse(__doc__, llm=llm, **sizes, dtype=("float32", "of the LLM", *TOLERANCE))
+def compare_steps(args: Namespace) -> None:
+    """Memory and time of a step of stage 1, and whether both compute the same."""
     makers = {"sentence-transformers": their_step, "llm2clip": our_step}
     _, memory = alternate_processes(makers, args, rounds=1)
     steps = {way: make(args) for way, make in makers.items()}
@@ -118,9 +153,14 @@ if __name__ == "__main__":
         raise SystemExit(f"the losses of the second step differ: {second}, {other}")
     about = f"stage 1, {args.dtype}, {args.batch} in {args.micro}s, losses {second:.6f}, {other:.6f}"
     print_table(about, alternate(steps, args.rounds), amount=args.batch, unit="pairs", **{"MiB of a step": memory})
-    texts = [text for pair in make_pairs(args.batch) for text in (pair.query, pair.positive)]
-    model, encoder = their_model(args, lora=False), CaptionEncoder(our_config(args))
-    ways = {"sentence-transformers": lambda: model.encode(texts, convert_to_tensor=True).cpu().float()}
-    runs = alternate(ways | {"llm2clip": lambda: encoder.encode(texts)}, args.rounds)
-    cosine = cosine_similarity(*(of_way[-1][1] for of_way in runs.values())).min()
-    print_table(f"embedding, {args.dtype}, smallest cosine {cosine:.6f}", runs, amount=len(texts), unit="captions")
+
+
+if __name__ == "__main__":
+    llm = ("quickstart-output/models/gemma-3-270m", "its folder; default: the quickstart's")
+    sizes: dict[str, Any] = {"batch": (64, "pairs a step"), "micro": (16, "pairs a micro-batch")}
+    sizes |= {"concepts": (500, "emoji whose captions are embedded"), "part": ("all", "", "all", "stage1", "embed")}
+    args = parse(__doc__, llm=llm, **sizes, dtype=("float32", "of the LLM", *TOLERANCE))
+    if args.part != "embed":
+        compare_steps(args)
+    for about, reading in READINGS.items() if args.part != "stage1" else ():
+        compare_embedding(args, emoji_captions(args.concepts), about, reading)

@@ -401,7 +401,7 @@ def changed_options(config: Any, names: Iterable[str]) -> list[str]:
 DATA, LLM, ADAPTER = "data", "LLM", "adapter"
 INPUTS = {  # field -> what is there
     **dict.fromkeys(("path", "source.path", "data.path", "data.validation", "data", "train", "test"), DATA),
-    **dict.fromkeys(("pairs.data", "measure.captions", "evaluation.captions", "post_data"), DATA),
+    **dict.fromkeys(("pairs.data", "measure.captions", "evaluation.captions"), DATA),
     **dict.fromkeys(("encoder.llm", "teacher.llm", "llm", "tokenizer"), LLM),
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), ADAPTER),
 }

@@ -29,7 +29,7 @@ from statistics import fmean, variance
 from typing import Any, NamedTuple
 
 from llm2clip_plugin.bootstrap import estimate, fraction, p_value, spread, t_quantile
-from llm2clip_plugin.contracts import ScoreFile, atomic_file
+from llm2clip_plugin.contracts import ScoreFile, write_text
 from llm2clip_plugin.files import read_json_value as read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,13 +233,10 @@ def main_claims(claims: Mapping[str, Any]) -> dict[str, Any]:
 
 def record(path: Path, claims: Mapping[str, Any], begin: str, made: Callable[[Mapping[str, Any]], list[str]]) -> None:
     """Write the claims, and between the markers of both pages their table."""
-    texts = {path: json.dumps(claims, indent=1, ensure_ascii=False) + "\n"}
     for page, stated in ((README, main_claims(claims)), (BENCHMARKS, claims)):
         before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
-        texts[page] = "\n".join([before + begin, *made(stated), rest[rest.index(END) :]])
-    for written, text in texts.items():
-        with atomic_file(written) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(page, "\n".join([before + begin, *made(stated), rest[rest.index(END) :]]))
+    write_text(path, json.dumps(claims, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {len(claims)} claims to {path.name} and the pages")
 
 
@@ -252,8 +249,7 @@ def main() -> int:
     parser.add_argument("--record", nargs="?", const="all", choices=choices, help="write the numbers instead")
     args = parser.parse_args()
     if args.record in ("all", "towers"):
-        claims = measured(args.folder)
-        record(CLAIMS, claims, BEGIN, table)
+        record(CLAIMS, measured(args.folder), BEGIN, table)
     if args.record in ("all", "llava"):
         if not (claims := measured_llava(args.folder)):
             raise FileNotFoundError(f"{args.folder} has no LLaVA; run scripts/quickstart.sh without --no-llava")

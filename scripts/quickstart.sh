@@ -47,7 +47,7 @@ if command -v flock >/dev/null; then # also held by background jobs of a run tha
     flock -n 9 || fail "another quickstart is running in $WORK; wait until it ends"
 fi
 say "models"
-python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE"
+python scripts/quickstart/inputs.py models --output "$WORK/models" --image-size "$SIZE"
 IFS=$'\t' read -r LLM TOWER RANKS DTYPE < <(
     python -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
 PRECISION=fp32 PAIR=
@@ -84,7 +84,7 @@ launch() { # launch SCRIPT...: under the launcher, one rank per GPU or core
 
 say "data"
 # shellcheck disable=SC2086 # options on purpose
-python scripts/quickstart/shards.py make --output "$DATA" $SUBSET
+python scripts/quickstart/inputs.py data --output "$DATA" $SUBSET
 llm2clip data check "$DATA/all" >"$DATA/check.txt"
 head -5 "$DATA/check.txt"
 
@@ -124,14 +124,12 @@ if [[ -z $NO_LLAVA && (-z $SMOKE || -n $LLAVA) ]]; then
     miniature() { # miniature BEFORE AFTER FOLDER [OPTION...]
         env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$1" --after "$2" --output "$OUT/$3" \
             "${options[@]}" "${@:4}"
-        echo "Comparison of the two: $OUT/$3/compare/compare.html" >&2
     }
     miniature "$TOWER" "$OUT/towers/tuned-seed{seed}" "$llava"
     if [ -n "$CONTROLS" ]; then
         say "LLaVA with the towers of the controls, random and raw, each compared with ours"
         mkdir -p "$OUT/$llava-controls"
-        [ -d "$OUT/$llava-controls/llm" ] || # the same language model, which knows words
-            ln -sfn "../$llava"/{data,llm,words} "$OUT/$llava-controls"
+        [ -d "$OUT/$llava-controls/llm" ] || ln -sfn "../$llava"/{data,llm,words} "$OUT/$llava-controls" # which knows words
         miniature "$OUT/towers/"{random,raw}"-seed{seed}" "$llava-controls" --names random raw
         for control in random:before raw:after; do
             llm2clip compare "$OUT/$llava-controls/scores/${control#*:}" "$OUT/$llava/scores/after" \

@@ -29,8 +29,7 @@ case "${1:-}" in
         exit ;;
 esac
 train_environment .venv train,dev
-# What the quickstart installs, before anything runs: tests would find a package that the smoke run has half installed.
-quickstart_packages
+quickstart_packages # before anything runs: tests would find a package that the smoke run has half installed
 extensions_of .venv
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
 llava_environment .venv-llava & LLAVA_ENVIRONMENT=$!
@@ -41,8 +40,7 @@ check() { # check COMMAND...: goes on if it fails; the script fails at its end
     echo "== $((SECONDS - start)) s: $*"
 }
 
-# Programs of the system that some tests need; without them, those tests are skipped.
-installs() { # COMMAND PACKAGE...: installs the packages, if the command is missing and this is root
+installs() { # COMMAND PACKAGE...: installs what some tests need, and are skipped without, if it is missing and this is root
     command -v "$1" >/dev/null && return
     [ "$(id -u)" = 0 ] || return
     apt-get install -y -qq "${@:2}" >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq "${@:2}" >/dev/null; }

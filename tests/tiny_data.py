@@ -48,6 +48,12 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], tar_format: int 
     return path
 
 
+def encoded(image: Image.Image, kind: str = "JPEG", **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def make_shards(folder: Path) -> Path:
     """Pictures of a coloured half with a number of dark rows, each with a short and a long caption."""
     names = list(COLOURS)
@@ -58,11 +64,12 @@ def make_shards(folder: Path) -> Path:
             pixels = np.full((24, 24, 3), 255, np.uint8)
             pixels[:, 12:] = COLOURS[colour]
             pixels[: 2 * rows] //= 2
-            body = io.BytesIO()
-            Image.fromarray(pixels).save(body, "PNG")
             caption = {"caption": f"{colour} {rows}", "long_caption": f"a {colour} half, {rows} dark rows"}
             key = f"{shard}-{number:03d}"
-            members += [(f"{key}.png", body.getvalue()), (f"{key}.json", json.dumps(caption).encode())]
+            members += [
+                (f"{key}.png", encoded(Image.fromarray(pixels), "PNG")),
+                (f"{key}.json", json.dumps(caption).encode()),
+            ]
         write_tar(folder / f"{shard:05d}.tar", members)
     return folder
 

@@ -234,7 +234,7 @@ class ExportedTower:
             new = {prefix + n.removeprefix(prefix): t for n, t in new.items()}
             refuse_rest(set(new) - set(own), self.directory)
             own |= new
-        if self.family.native:
+        if self.family.name == "naflex":
             size, side, width = (self.config[name] for name in ("image_size", "patch_size", "hidden_size"))
             grid = size // side
             shapes = {"patch_embedding": (width, 3, side, side), "position_embedding": (grid**2, width)}

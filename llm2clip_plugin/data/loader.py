@@ -22,14 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llm2clip_plugin.data import PREFETCH_MB, plan_loading
-from llm2clip_plugin.data.pairs import (
-    CollatedDataset,
-    PairDataset,
-    as_it_is,
-    collate,
-    leave_signals_to_the_run,
-    raised,
-)
+from llm2clip_plugin.data.pairs import CollatedDataset, PairDataset, as_it_is, collate, leave_signals_to_the_run, raised
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sampler import Draw
 from llm2clip_plugin.data.samples import BrokenSample

@@ -36,14 +36,7 @@ from llm2clip_plugin.train.guard import Watch, readable_checkpoint, refuse_disag
 from llm2clip_plugin.train.heads import BLOCK_IMAGES
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
-from llm2clip_plugin.train.optim import (
-    REDUCTION,
-    Trained,
-    complete,
-    parameter_groups,
-    read_deepspeed_json,
-    zero_stage,
-)
+from llm2clip_plugin.train.optim import REDUCTION, Trained, complete, parameter_groups, read_deepspeed_json, zero_stage
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions
 

@@ -192,11 +192,7 @@ def frozen_features(
     columns = zip(*(merged[place] for place in sorted(merged)), strict=True)
     pooled, embedding, ids, counts, shares = (torch.cat(column) for column in columns)
     return FrozenFeatures(
-        pooled_IP=pooled,
-        embedding_MW=embedding,
-        caption_hashes_M=ids,
-        count_I=counts,
-        share_M=shares,
+        pooled_IP=pooled, embedding_MW=embedding, caption_hashes_M=ids, count_I=counts, share_M=shares
     )
 
 

@@ -155,8 +155,10 @@ def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid:
 def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """DINOv2 would interpolate its positions silently, and differently in each version of transformers."""
     pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-    if pixels.dim() != 3 or not family_of(tower).native:  # else patches
+    if pixels.dim() != 3 or not getattr(tower.config, "keeps_aspect", False):  # else patches
         check_pixels(pixels, tower.config.image_size)
+    elif "spatial_shapes" not in kwargs:
+        raise ValueError(f"patches {tuple(pixels.shape)} require spatial_shapes=..., as of the same processor")
 
 
 def check_size(config: Any, image_size: int) -> None:
@@ -197,7 +199,7 @@ def preprocessor_config(source: Tower | str | os.PathLike[str], *, square: bool 
         "resample": own.get("resample", family.resample),
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
-        **(of_patches if family.native and not square else {}),
+        **(of_patches if getattr(config, "keeps_aspect", False) and not square else {}),
     }
 
 
@@ -406,4 +408,5 @@ def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitC
         image_std=list(model.pretrained_cfg["std"]),
         resample=RESAMPLE.get(model.pretrained_cfg["interpolation"]),
         timm_args=dict(arguments),
+        keeps_aspect=table < 0,
     )

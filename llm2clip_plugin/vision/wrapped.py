@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -182,6 +183,8 @@ else:
         """``image_size``: side in pixels of the square of as many patches as an image may have; by default its
         position table's, ``num_patches``."""
 
+        keeps_aspect = True
+
         def __post_init__(self, **kwargs: Any) -> None:
             super().__post_init__(**kwargs)
             self.image_size = getattr(self, "image_size", 0) or math.isqrt(self.num_patches) * self.patch_size
@@ -215,10 +218,6 @@ else:
                 side = self.config.patch_size
                 patches = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, 3, g, P, g, P)
                 pixel_values = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-            elif spatial_shapes is None:
-                raise ValueError(
-                    f"patches {tuple(pixel_values.shape)} require spatial_shapes, as of the same processor"
-                )
             if spatial_shapes is not None and pixel_attention_mask is None:
                 positions = torch.arange(pixel_values.shape[1], device=pixel_values.device)
                 pixel_attention_mask = (positions < spatial_shapes.prod(1, keepdim=True)).int()
@@ -270,7 +269,7 @@ if hasattr(transformers, "RadioModel"):
 # arguments of timm's models that a configuration may set; others could name files, code or pretrained weights
 ARGUMENTS = (
     *("patch_size", "embed_dim", "depth", "num_heads", "reg_tokens", "mlp_ratio", "init_values", "ref_feat_shape"),
-    *("class_token", "no_embed_class", "qkv_bias", "pre_norm", "final_norm", "fc_norm"),
+    *("class_token", "no_embed_class", "qkv_bias", "pre_norm", "final_norm", "fc_norm", "pos_embed_grid_size"),
     *("global_pool", "attn_pool_num_heads", "attn_pool_mlp_ratio"),
 )
 
@@ -318,6 +317,7 @@ class TimmVitConfig(PretrainedConfig):
         image_std: list[float] | None = None,
         resample: int | None = None,  # PIL's filter
         timm_args: dict[str, Any] | None = None,
+        keeps_aspect: bool = False,  # takes images in their own aspect, too: Qwen3-VL's
         **kwargs,  # Hugging Face's own fields of config.json
     ) -> None:
         self.timm_name = timm_name
@@ -331,6 +331,7 @@ class TimmVitConfig(PretrainedConfig):
         self.image_std = image_std
         self.resample = resample
         self.timm_args = dict(timm_args or {})
+        self.keeps_aspect = keeps_aspect
         super().__init__(**kwargs)
 
 
@@ -371,9 +372,11 @@ class TimmTower(PreTrainedModel):
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        spatial_shapes: Tensor | None = None,
         **_: Any,  # of the language model's, which transformers 5 passes to the tower too
     ) -> Any:
-        """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states on request."""
+        """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states on request.
+        If it ``keeps_aspect``, also pixels or patches (B, N, 3 P P) with ``spatial_shapes`` (B, 2): see NaflexTower."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] = []
@@ -383,18 +386,41 @@ class TimmTower(PreTrainedModel):
             handles = [block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])) for block in blocks]
             handles.append(blocks[-1].register_forward_hook(lambda _, __, output: states.append(output)))
         try:
-            tokens = self.model.forward_features(pixel_values.to(self.dtype))
+            tokens, pooled = self._features(pixel_values.to(self.dtype), spatial_shapes)
         finally:
             for handle in handles:
                 handle.remove()
-        skip, is_grid = self.config.prefix_tokens, tokens.dim() == 4  # Qwen3-VL's: (B, rows, columns, H)
-        tokens = tokens.flatten(1, 2) if is_grid else tokens
+        skip = self.config.prefix_tokens
         output = BaseModelOutputWithPooling(
             last_hidden_state=tokens[:, skip:],
-            pooler_output=tokens.mean(1) if is_grid else self.model.forward_head(tokens, pre_logits=True),
+            pooler_output=pooled,
             hidden_states=tuple(state[:, skip:] for state in states) if output_hidden_states else None,
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _features(self, pixels: Tensor, spatial_shapes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, H) after the last norm, and what pools them (B, H); see ``forward``.
+        Padded and masked, not grouped by grid: under ZeRO-3 all ranks must run a block equally often."""
+        model, side, pad = self.model, self.config.patch_size, nn.functional.pad
+        if spatial_shapes is None:
+            tokens = model.forward_features(pixels)
+            if tokens.dim() == 3:
+                return tokens, model.forward_head(tokens, pre_logits=True)
+            return tokens.flatten(1, 2), tokens.mean((1, 2))  # Qwen3-VL's: (B, rows, columns, H)
+        if pixels.dim() == 3:  # as images of one column of patches
+            pixels = pixels.unflatten(2, (side, side, 3)).permute(0, 4, 1, 2, 3).flatten(2, 3)
+        patches = model.patch_embed(pixels).flatten(1, 2)
+        mask = torch.arange(patches.shape[1], device=patches.device) < spatial_shapes.prod(1, keepdim=True)  # (B, N)
+        placed = []  # each image's patches with timm's positions and rotation, then zeros
+        for image, (rows, columns) in zip(patches, spatial_shapes.tolist(), strict=True):
+            count, width = rows * columns, image.shape[1]
+            parts = model._pos_embed(image[:count].view(1, rows, columns, width))
+            placed.append([pad(part.view(count, -1), (0, 0, 0, len(image) - count)) for part in parts])
+        tokens, rotations = map(torch.stack, zip(*placed, strict=True))
+        for block in model.blocks:
+            call = partial(checkpoint, block, use_reentrant=False) if model.grad_checkpointing else block
+            tokens = call(tokens, rope=rotations[:, None], attn_mask=mask[:, None, None])
+        return tokens, (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 AutoConfig.register(TimmVitConfig.model_type, TimmVitConfig, exist_ok=True)

@@ -6,14 +6,11 @@ INSTALL='pip install "llm2clip-plugin[train]" && pip install --no-deps llava-tor
 
 has_llava() { "$1" -c 'from importlib.util import find_spec as f; exit(not all(map(f, ("torch", "llava", "llava_integration"))))' 2>/dev/null; }
 
-# choose_python: sets PYTHON, if it is not set, to the first that has LLaVA: the active environment, the training
-# environment of this repository, LLaVA's own.
-choose_python() {
-    [ -z "${PYTHON:-}" ] || return 0
-    for PYTHON in python "$HERE/../../.venv/bin/python" "$HERE/../../.venv-llava/bin/python"; do
-        if command -v "$PYTHON" >/dev/null && has_llava "$PYTHON"; then return 0; fi
-    done
-    fail "no Python with LLaVA found; activate an environment that has it, or set PYTHON; to install it: $INSTALL"
+choose_python() { # sets PYTHON, unless it is set, to the first that has LLaVA: the active environment, .venv, .venv-llava
+    local known=("${PYTHON:-python}")
+    [ -n "${PYTHON:-}" ] || known+=("$HERE/../../.venv/bin/python" "$HERE/../../.venv-llava/bin/python")
+    for PYTHON in "${known[@]}"; do has_llava "$PYTHON" && return; done
+    fail "no torch, LLaVA or llm2clip-plugin in ${known[*]}; choose another with PYTHON; to install them: $INSTALL"
 }
 
 # stage NEEDED ZERO BATCH MICRO [DATA] OPTION...: reads the options, whose defaults are a ZeRO stage and samples in all and a GPU, and
@@ -34,8 +31,6 @@ stage() {
     local inspected world words=("$(basename "$0" .sh)" --model "$MODEL" --data "$DATA" --image-folder "$IMAGE_FOLDER" --tower "$TOWER" --output "$OUTPUT")
     [ -z "${PROJECTOR:-}" ] || words+=(--projector "$PROJECTOR")
     [ -z "$DEEPSPEED" ] || [ -e "$DEEPSPEED" ] || fail "$DEEPSPEED does not exist"
-    has_llava "$PYTHON" ||
-        fail "$PYTHON has no torch, LLaVA or llm2clip-plugin; choose another with PYTHON; to install them: $INSTALL"
     inspected=$("$PYTHON" -m llava_integration.preflight "${words[@]}" -- "${EXTRA[@]}") || exit 2
     { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
     SCRIPT=$LLAVA/train/$SCRIPT

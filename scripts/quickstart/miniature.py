@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from models import folder_of, make_llava_llm
-from shards import EMOJI, Sample, read_tar
+from inputs import EMOJI, Sample, folder_of, make_llava_llm, read_tar
 
 from llava_integration.benchmarks.answers import read_jsonl
 from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file
@@ -52,9 +51,7 @@ def emoji(split: str) -> list[Sample]:
 
 def easy_vqa(split: str, count: int, pictures: int | None = None) -> Iterator[tuple[str, Path, str, str]]:
     """(id, picture, question, answer) of ``count`` questions in a fixed random selection, half of them yes or no.
-
-    ``pictures``: about so many pictures, instead of any.
-    """
+    ``pictures``: about so many pictures, instead of any."""
     folder = folder_of("easy_vqa") / "data" / split
     questions = json.loads((folder / "questions.json").read_text())
     draw, shown = random.Random(0), sorted({image for _, _, image in questions})
@@ -91,10 +88,8 @@ def conversations(questions: list[Row]) -> list[Row]:
 
 
 def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> None:
-    """Write everything that the stages read, atomically; the held-out emoji are those of ``split``.
-
-    ``in_words``: for a larger model, whose step costs by its tokens. Emoji are named, too, and the questions about a
-    picture are one conversation.
+    """Write everything that the stages read, atomically; the held-out emoji are those of ``split``. ``in_words``: for a
+    larger model, whose step costs by its tokens. Emoji are named, too, and a picture's questions are one conversation.
     """
     pictures = emoji("train")
     names = sorted({about["concept"] for _, _, about in pictures})
@@ -105,9 +100,7 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
     with atomic_directory(output, replace=True) as temporary:
         images = temporary / "images"
         images.mkdir()
-        for key, png, about in pictures:
-            if about["concept"] not in chosen:
-                continue
+        for key, png, about in (sample for sample in pictures if sample[2]["concept"] in chosen):
             (images / f"{key}.png").write_bytes(png)
             own, picture = about["english"], f"{key}.png"
             if about["style"] == "noto":  # the text does not depend on the style
@@ -124,9 +117,8 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
             if number % 10 == 0:  # the words of the questions and answers, without the pictures
                 text.append(talk(f"{key}-text", question, answer))
         held_out = hold_out(images, split, in_words=in_words, smoke=fraction < 0.5)
-        (temporary / "questions.jsonl").write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
-        )
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in held_out]
+        (temporary / "questions.jsonl").write_text("".join(lines))
         finetune = conversations(questions) if in_words else questions
         for name, rows in (("text", text), ("captions", captions), ("finetune", finetune)):
             (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
@@ -171,10 +163,8 @@ def refuse_other_stages(output: Path, after: str) -> None:
 
 
 def score(output: Path, name: str, note: str, teacher: Any) -> None:
-    """Write a file for each kind of question to ``DIR/scores/NAME``, and print a line of each.
-
-    ``side-seedN`` goes to ``DIR/scores/side/seedN``: ``llm2clip compare`` takes the files below ``side`` for its runs.
-    """
+    """Write a file for each kind of question to ``DIR/scores/NAME``, and print a line of each. ``side-seedN`` goes to
+    ``DIR/scores/side/seedN``: ``llm2clip compare`` takes the files below ``side`` for its runs."""
     path = output / "data" / "questions.jsonl"
     answer_to = {row["question_id"]: row["text"].strip() for row in read_jsonl(output / f"{name}.answers.jsonl")}
     of_kind: dict[str, list[Row]] = {}
@@ -234,10 +224,8 @@ def by_similarity(rows: list[Row], teacher: Any) -> ScoreFile:
 
 
 def against_exchanged(metric: str, kind: str, rows: list[Row], scores: Any) -> ScoreFile:
-    """``scores``: answers x pictures. An answer scores the points that its own picture is above those of other emoji.
-
-    So a model that always says the same scores 0, however often it happens to be right.
-    """
+    """``scores``: answers x pictures. An answer scores the points that its own picture is above those of other
+    emoji, so that a model which always says the same scores 0, however often it happens to be right."""
     point_NN, cluster_N = 100 * np.array(scores, dtype=np.float64), np.array([row["cluster"] for row in rows])
     other_NN = cluster_N[:, None] != cluster_N
     own_N, exchanged_N = point_NN.diagonal(), (point_NN * other_NN).sum(1) / np.maximum(1, other_NN.sum(1))
@@ -258,8 +246,7 @@ def record(kind: str, rows: list[Row], scores: list[float], metrics: dict[str, f
     return ScoreFile(benchmark=f"miniature: {kind}", metrics=metrics, items=items, counts=counts, notes=[note])
 
 
-def main() -> None:
-    """Run one of the two parts."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("prepare", "score"))
     parser.add_argument("names", nargs="*", help="names of the answer files, for score")
@@ -270,27 +257,23 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="an LLM that scores open answers")
     parser.add_argument("--adapter", type=Path, help="adapter of the teacher")
     args = parser.parse_args()
-    if args.part == "prepare":
-        make_data(args.output / "data", args.concepts, in_words=args.llm != "tiny", split=args.held_out)
-        make_llava_llm(args.llm, args.output)
-    teacher = None
-    if args.teacher:
-        from llm2clip_plugin.text.config import EncoderConfig
-        from llm2clip_plugin.text.encoder import CaptionEncoder
-
-        teacher = CaptionEncoder(EncoderConfig(llm=str(args.teacher), adapter=str(args.adapter or "")))
-    note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
-    if args.llm != "tiny":
-        model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
-        note = f"a miniature: the language model is {model}, finetuned for minutes"
-    for name in args.names:
-        if name.startswith("after"):
-            refuse_other_stages(args.output, name)
-        score(args.output, name, note, teacher)
-
-
-if __name__ == "__main__":
     try:
-        main()
+        if args.part == "prepare":
+            make_data(args.output / "data", args.concepts, in_words=args.llm != "tiny", split=args.held_out)
+            make_llava_llm(args.llm, args.output)
+        teacher = None
+        if args.teacher:
+            from llm2clip_plugin.text.config import EncoderConfig
+            from llm2clip_plugin.text.encoder import CaptionEncoder
+
+            teacher = CaptionEncoder(EncoderConfig(llm=str(args.teacher), adapter=str(args.adapter or "")))
+        note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
+        if args.llm != "tiny":
+            model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
+            note = f"a miniature: the language model is {model}, finetuned for minutes"
+        for name in args.names:
+            if name.startswith("after"):
+                refuse_other_stages(args.output, name)
+            score(args.output, name, note, teacher)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -13,7 +13,7 @@ embed() { # embed CACHE SPLITS: the captions of DATA/all/SPLITS-*.tar, with the 
         plain) ;; # the control "plain": as the LLM comes, the mean over its last hidden state
         *) reading=(--adapter "$DATA/llm/${1#tuned-}/adapter") ;;
     esac
-    [[ $1 != raw || -d $DATA/reading ]] || python scripts/quickstart/shards.py components llm2clip_plugin/data/emoji/train-noto.tar \
+    [[ $1 != raw || -d $DATA/reading ]] || python scripts/quickstart/inputs.py components llm2clip_plugin/data/emoji/train-noto.tar \
         --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --folder "$DATA/reading"
     say "captions through the LLM: $1, $2"
     llm2clip embed "$shards" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
@@ -67,7 +67,7 @@ towers() { # towers SEED: of both teachers
 }
 controls() { # controls SEED: towers against the raw LLM as it comes, and against random embeddings of the same captions
     [ -d "$DATA/cache/random" ] ||
-        python scripts/quickstart/shards.py random "$DATA/all" --cache "$DATA/cache/tuned-seed0" --output "$DATA/cache/random"
+        python scripts/quickstart/inputs.py random "$DATA/all" --cache "$DATA/cache/tuned-seed0" --output "$DATA/cache/random"
     [ -d "$OUT/towers/plain-seed$1" ] || embed plain "{test,train,validation}"
     watched plain "$1" plain
     watched random "$1" random

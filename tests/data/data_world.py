@@ -1,6 +1,5 @@
 """Small data sets for the tests of this folder: photo-like images, tars with any members, a server that drops."""
 
-import io
 import json
 import threading
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from chat_server import Failure
 from PIL import Image
-from tiny_data import made_up, write_tar
+from tiny_data import encoded, made_up, write_tar
 
 from llm2clip_plugin.contracts import TeacherIdentity
 
@@ -45,12 +44,6 @@ def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
     radius = min(size) / 4
     pixels[(x - size[0] / 2) ** 2 + (y - size[1] / 2) ** 2 < radius**2] = rng.integers(0, 255, 3)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def jpeg(seed: int, size: tuple[int, int] = (64, 48)) -> bytes:

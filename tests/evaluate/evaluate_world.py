@@ -1,13 +1,12 @@
 """A small world on disk: coloured squares with captions, a tiny exported tower."""
 
-import io
 import json
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tiny_clip import VISION
-from tiny_data import WIDTH, made_up
+from tiny_data import WIDTH, encoded, made_up
 from tiny_llm import save_tiny_llm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -23,9 +22,7 @@ GERMAN = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß"}
 
 def square(colour, shade):
     image = Image.new("RGB", (32, 32), tuple(max(0, value - shade) for value in COLOURS[colour]))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    return encoded(image, "PNG")
 
 
 def write_data(folder: Path, shades=(0, 20, 40)) -> Path:

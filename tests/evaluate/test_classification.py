@@ -1,8 +1,6 @@
 """Zero-shot classification, kNN and linear probe, from each layout of labelled images."""
 
-import io
 import math
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from evaluate_world import COLOURS, square, tiny_dual, write_data, write_llm_and_tower, write_tower
 from tiny_clip import save_tiny_clip
-from tiny_data import WIDTH
+from tiny_data import WIDTH, write_tar
 from transformers import AutoTokenizer
 
 from llm2clip_plugin.cli import main as cli
@@ -33,14 +31,12 @@ def write_folders(folder, shades=(0, 20, 40)):
 
 
 def write_tars(folder):
-    (folder / "test").mkdir(parents=True)
-    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
-        for number, colour in enumerate(COLOURS):
-            for shade in (0, 30):
-                for ending, data in (("png", square(colour, shade)), ("cls", str(number).encode())):
-                    info = tarfile.TarInfo(f"s{number}{shade}.{ending}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+    members = []
+    for number, colour in enumerate(COLOURS):
+        for shade in (0, 30):
+            name = f"s{number}{shade}"
+            members += [(f"{name}.png", square(colour, shade)), (f"{name}.cls", str(number).encode())]
+    write_tar(folder / "test" / "0.tar", members)
     (folder / "classnames.txt").write_text("\n".join(COLOURS) + "\n")
     (folder / "zeroshot_classification_templates.txt").write_text("a {c} thing.\nall of it is {c}\n")
     return folder / "test"

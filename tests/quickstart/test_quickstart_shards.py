@@ -4,8 +4,8 @@ import hashlib
 import importlib.util
 from collections import defaultdict
 
+import inputs
 import pytest
-import shards
 
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 
@@ -13,7 +13,7 @@ from llm2clip_plugin.data.sources import SourceConfig, open_source
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("quickstart-data")
-    shards.prepare(output, (30, 10, 12), ("de", "zh"))
+    inputs.prepare(output, (30, 10, 12), ("de", "zh"))
     return output
 
 

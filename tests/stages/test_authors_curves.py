@@ -1,16 +1,14 @@
 """Stage 2's paper recipes against twenty steps of the authors' own code (golden/authors)."""
 
 import dataclasses
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_data import make_cache
+from tiny_data import encoded, make_cache, write_tar
 from tower_runs import ROOT, finish, lines, start
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -31,16 +29,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = len(inputs["pixels"])
     order = [draw.index for draw in Mixture([[rows]], [1.0], 0).batch_indices(0, rows)]
     folder = tmp_path_factory.mktemp("authors") / "data"
-    folder.mkdir()
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for index in range(rows):
-            row, body = order.index(index), io.BytesIO()
-            Image.fromarray(inputs["pixels"][row].numpy()).save(body, "PNG")
-            caption = json.dumps({"caption": f"caption {row}"}).encode()
-            for suffix, content in (("png", body.getvalue()), ("json", caption)):
-                member = tarfile.TarInfo(f"{index:03d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    members: list[tuple[str, bytes]] = []
+    for index in range(rows):
+        row = order.index(index)
+        caption = json.dumps({"caption": f"caption {row}"}).encode()
+        png = encoded(Image.fromarray(inputs["pixels"][row].numpy()), "PNG")
+        members += [(f"{index:03d}.png", png), (f"{index:03d}.json", caption)]
+    write_tar(folder / "00000.tar", members)
     make_cache(folder, embed=lambda text: inputs["embeddings"][int(text.split()[1])].float())
     return folder
 

@@ -1,4 +1,4 @@
-"""SigLIP 2 NaFlex: images in their own aspect, imported, trained over ranks and micro-batches, exported, evaluated."""
+"""SigLIP 2 NaFlex and Qwen3-VL's tower: images in their own aspect, imported, trained, exported, evaluated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_data import make_cache, write_tar
+from tiny_data import encoded, make_cache, write_tar
 from tower_runs import finish, losses, options, start
 
 from llm2clip_plugin import load_tower
@@ -33,9 +33,8 @@ TOLERANCE = 1e-5
 
 
 def image(seed: int, size: tuple[int, int]) -> bytes:
-    body = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), np.uint8)).save(body, "PNG")
-    return body.getvalue()
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), np.uint8)
+    return encoded(Image.fromarray(pixels), "PNG")
 
 
 def prepared(data: bytes, images: ImageConfig) -> dict[str, torch.Tensor]:
@@ -59,11 +58,22 @@ def publish(folder: Path, *, whole: bool = False) -> Any:
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def publish_qwen(folder: Path) -> Any:
+    """As above, a whole Qwen3-VL with 6 x 6 positions; its vision model."""
+    torch.manual_seed(0)
+    vision = {**SIZES, "patch_size": 4, "num_position_embeddings": 36, "out_hidden_size": 32}
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50}
+    config = transformers.Qwen3VLConfig(vision_config=vision, text_config=text)
+    model: Any = transformers.Qwen3VLForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    return model.model.visual.eval()
+
+
+@pytest.fixture(scope="module", params=[publish, publish_qwen])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tower, and images of several aspects with their cache."""
     folder = tmp_path_factory.mktemp("naflex")
-    publish(folder / "published")
+    request.param(folder / "published")
     import_tower(folder / "published", folder / "tower")
     members: list[tuple[str, bytes]] = []
     for number in range(24):
@@ -94,21 +104,38 @@ def test_features_are_transformers_own(tmp_path: Path, whole: bool):
             with torch.no_grad():
                 pairs = ((original, theirs), (tower, theirs), (tower, own))
                 expected, *found = (model(**inputs, output_hidden_states=True) for model, inputs in pairs)
-                means = dual.pool(**own), dual.pool(theirs["pixel_values"], theirs["spatial_shapes"])
             count = int(own["spatial_shapes"].prod())
             states = [*expected.hidden_states, expected.last_hidden_state]
             for output in found:
                 for state, wanted in zip([*output.hidden_states, output.last_hidden_state], states, strict=True):
                     torch.testing.assert_close(state[:, :count], wanted[:, :count], atol=TOLERANCE, rtol=0)
                 torch.testing.assert_close(output.pooler_output, expected.pooler_output, atol=TOLERANCE, rtol=0)
-            for mean in means:
+            for mean in (dual.pool(**own), dual.pool(theirs["pixel_values"], theirs["spatial_shapes"])):
                 torch.testing.assert_close(mean, states[-1][:, :count].mean(1), atol=TOLERANCE, rtol=0)
+
+
+def test_states_are_qwens_own(tmp_path: Path):
+    """Whose patches come in blocks of 2 x 2, (channels, 2 equal frames, rows, columns), without padding."""
+    original = publish_qwen(tmp_path / "published")
+    with pytest.raises(ValueError, match="llm2clip import"):
+        load_tower(tmp_path / "published")
+    import_tower(tmp_path / "published", tmp_path / "tower")
+    patches, shapes = torch.rand(4, 36, 4, 4, 3), torch.tensor([[4, 8], [6, 4], [6, 6], [2, 16]])
+    inputs = {"pixel_values": patches.flatten(2), "spatial_shapes": shapes, "output_hidden_states": True}
+    found = load_tower(tmp_path / "tower")(**inputs)
+    for n, (rows, columns) in enumerate(shapes.tolist()):
+        order = torch.arange(rows * columns).view(rows // 2, 2, columns // 2, 2).transpose(1, 2).flatten()
+        theirs = patches[n, order].permute(0, 3, 1, 2).unsqueeze(2).repeat(1, 1, 2, 1, 1).flatten(1)
+        expected = original(theirs, torch.tensor([[1, rows, columns]]), output_hidden_states=True)
+        wanted = torch.stack(expected.hidden_states)
+        torch.testing.assert_close(torch.stack(found.hidden_states)[:, n, order], wanted, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(found.pooler_output[n], wanted[-1].mean(0), atol=TOLERANCE, rtol=0)
 
 
 def test_a_square_of_pixels_is_a_square_image(tiny: Path):
     tower, pixels, shapes = load_tower(tiny / "tower"), torch.rand(2, 3, 24, 24), torch.tensor([[6, 6]] * 2)
     one, other = tower(pixel_values=pixels), tower(pixel_values=pixels, spatial_shapes=shapes)
-    torch.testing.assert_close(one.pooler_output, other.pooler_output)
+    torch.testing.assert_close(one.to_tuple(), other.to_tuple(), atol=TOLERANCE, rtol=0)
     with pytest.raises(ValueError, match="images have"):
         tower(pixel_values=pixels[..., 4:, 4:])
     with pytest.raises(ValueError, match="spatial_shapes"):
@@ -119,13 +146,12 @@ def test_training_over_ranks_and_micro_batches_is_one_run(tiny: Path, tmp_path: 
     """Two ranks with micro-batches have the losses of one without; patch terms, heads, evaluation, export work."""
     more = ["--tower.image-size", "32", "--max_steps", "3", "--train.eval-steps", "3", "--dual.pool", "mean"]
     more += ["--loss.terms", "infonce=1", "patch_captions=0.5", "patch_reference=1", "--validation", str(tiny / "data")]
-    plans = {"one": (1, "16"), "two": (2, "4")}
-    for name, (world, micro) in plans.items():
+    for name, world, micro in (("one", 1, "16"), ("two", 2, "4")):
         assert finish(start(options(tiny, tmp_path / name, *more, "--train.micro-batch", micro), world)) == [0] * world
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
     exported = tmp_path / "one" / "tower"
     card = TowerCard.read(exported / TowerCard.FILE)
-    assert (card.family, card.num_patches, card.training["resized_from"]) == ("naflex", 64, 24)
+    assert (card.num_patches, card.training["resized_from"]) == (64, 24)
     assert llm2clip(["evaluate", str(exported), str(tiny / "data"), "--json", str(tmp_path / "scores.json")]) == 0
     tower, source = open_tower(f"{exported}", "cpu", EncoderConfig()), open_source(SourceConfig(path=f"{tiny}/data"))
     encoded = encode_images(tower.dual.encode_image, source, tower.images, tower.device)

@@ -50,7 +50,6 @@ class Family:
     mean: tuple[float, float, float] = OPENAI_MEAN  # for preprocessing, if the source doesn't specify it
     std: tuple[float, float, float] = OPENAI_STD
     resample: int = 3  # PIL's filter, likewise; bicubic
-    native: bool = False  # an image keeps its aspect: the tower takes its patches and ``spatial_shapes``
     needs: str = ""  # requirement beyond the package's own, for the model card
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name or Hub id -> config.json, for --dry-run
 
@@ -110,7 +109,7 @@ def read_config(directory: Path) -> tuple[Family, Any]:
     kind = str(body.get("model_type", "timm" if "architecture" in body else None))
     fields = section(body, "vision_config") or body
     is_fixed = kind.startswith("siglip2") and "image_size" in fields and "num_patches" not in fields  # not NaFlex
-    if kind == "timm" or is_fixed:
+    if kind.startswith(("timm", "qwen3_")) or is_fixed:
         raise ValueError(f"{file} describes a {kind} model; run `llm2clip import {directory} --output DIR` first")
     family = family_of_type(kind, where=str(file))
     with errors_about(file, fix="copy or export the tower again"):

