@@ -208,7 +208,6 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
                 way = dataclasses.replace(encoder.config, layer=layer, pooling=pooling)
                 rows = {row.name: row.cra for row in scores if row.name in shown}
                 found.append(Reading(way, components, rows, post))
-        del encoder  # before the next LLM is loaded
     return sorted(found, key=lambda reading: -reading.score)
 
 
