@@ -5,8 +5,9 @@ Shapes: M captions, Q queries.
 
 from __future__ import annotations
 
+import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +18,13 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity
-from llm2clip_plugin.data.cache import EmbeddingCache, differences
+from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, differences, source_digest
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, load, open_header
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate import classification as classes
 from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
-from llm2clip_plugin.evaluate.opening import ALL
+from llm2clip_plugin.evaluate.opening import ALL, check_measurable
 from llm2clip_plugin.evaluate.retrieval import RetrievalReport, embed_pairs, evaluate_retrieval
 from llm2clip_plugin.evaluate.suites import Suite, select_suites
 from llm2clip_plugin.files import ContractError
@@ -80,11 +81,8 @@ def _zeroshot(
 
 
 def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) -> list[Benchmark]:
-    """The benchmarks with the caches of their texts, in their folders; every rank must call this.
-
-    Rank 0 embeds what no cache has. Raises FileNotFoundError, ValueError or ContractError if the teacher is not where
-    the training's cache says.
-    """
+    """The benchmarks with the caches of their texts; every rank must call this, rank 0 embeds what no cache has. Raises
+    FileNotFoundError, ValueError or ContractError if the teacher is not where the training's cache says."""
 
     def opened(benchmark: Benchmark) -> Benchmark:
         folder = benchmark_cache_folder(benchmark.texts.path, teacher.fingerprint)
@@ -113,26 +111,50 @@ def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) 
 class Evaluation:
     """Recall on the held-out split, and each benchmark's scores as NAME/SCORE, at each call by all ranks together."""
 
-    dual: DualEncoder
-    images: ImageConfig
     config: RetrievalConfig
     held_out: tuple[Source, EmbeddingCache] | None
     benchmarks: Sequence[Benchmark]
     show: Callable[[dict[str, Picture]], None] | None = None  # of a rank that shows pictures
 
-    def __call__(self) -> dict[str, float]:
+    def check(self, trained: Iterable[tuple[Source, EmbeddingCache]]) -> None:
+        """ValueError for a held-out split that cannot be measured so; warn if it has shards that are ``trained``."""
+        if self.held_out is None:
+            return
+        check_measurable(self.held_out[0], self.config, option="--evaluation.")
+        own, *others = (
+            {cache.manifest.shards[shard.name]["rows_sha256"] for shard in source.shards}
+            for source, cache in (self.held_out, *trained)
+        )
+        if own & set().union(*others):
+            seen = f"--validation {self.held_out[0].path} has shards of the training data"
+            fix = "its scores say nothing about new images; hold some out with `llm2clip data split`"
+            print(f"warning: {seen}, so {fix}", file=sys.stderr)
+
+    def embed(self, teacher: TeacherIdentity) -> None:
+        self.benchmarks = embed_benchmarks(self.benchmarks, teacher)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What is compared between ranks."""
+        own = {f"of {benchmark.name}": source_digest(benchmark.texts) for benchmark in self.benchmarks}
+        if self.held_out is not None:
+            source, cache = self.held_out
+            own |= {"validation": source_digest(source), "validation, its cache": cache_digest(cache)}
+        return own
+
+    def __call__(self, dual: DualEncoder, images: ImageConfig) -> dict[str, float]:
         scores: dict[str, float] = {}
-        how = {"images": self.images, "batch": self.config.batch, "workers": self.config.workers or 0}
+        how = {"images": images, "batch": self.config.batch, "workers": self.config.workers or 0}
         # a graph for each suite's last batch would exhaust what torch.compile makes, and training would get none
         with torch.compiler.set_stance("eager_on_recompile"):
             if self.held_out is not None:
                 options = {"all_ranks": True, "quiet": True}
-                report = evaluate_retrieval(self.dual, *self.held_out, self.images, self.config, **options)
+                report = evaluate_retrieval(dual, *self.held_out, images, self.config, **options)
                 if self.show is not None:
                     self.show(draw_retrievals(report, self.held_out[0]))
                 scores |= report.metrics()
             for benchmark in self.benchmarks:
-                metrics = benchmark.measure(self.dual, benchmark.cache, **how).metrics
+                metrics = benchmark.measure(dual, benchmark.cache, **how).metrics
                 scores |= {f"{benchmark.name}/{name}": value for name, value in metrics.items() if "/" not in name}
         return scores
 

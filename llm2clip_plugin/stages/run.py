@@ -26,7 +26,7 @@ from llm2clip_plugin.files import METRICS, headline
 from llm2clip_plugin.stages.settings import FinetuneConfig, flat, refuse_changes, within
 from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.status import read_metrics
-from llm2clip_plugin.text.teacher import embed_command
+from llm2clip_plugin.text.config import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.config import TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32

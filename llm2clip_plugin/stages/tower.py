@@ -6,11 +6,11 @@ import dataclasses
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
-from llm2clip_plugin.evaluate.during import Benchmark, Evaluation, embed_benchmarks, open_benchmarks
-from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
 from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import TrainingRun, load_plans, open_caches, plan_engine, training_ranks
@@ -57,6 +55,9 @@ from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_fastest_attention
 
+if TYPE_CHECKING:
+    from llm2clip_plugin.evaluate.during import Evaluation
+
 
 def main(argv: list[str]) -> int:
     """Print the plan or train; exit status 0."""
@@ -82,8 +83,9 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
         with locked(Path(config.output_dir)):
             with phase("checking the data"):
                 on_first_rank(lambda: check_data(config, data))
-            with phase("embedding the benchmarks' texts"):
-                benchmarks = embed_benchmarks(data.benchmarks, data.caches[0].teacher)
+            if data.measured is not None:
+                with phase("embedding the benchmarks' texts"):
+                    data.measured.embed(data.caches[0].teacher)
             # what its data decides: the order of reading, which a checkpoint records, and embeddings' width
             samples_of_shard = mean(shard.size for source in data.sources for shard in source.shards)
             batch_shards = config.train.global_batch / samples_of_shard
@@ -92,7 +94,7 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             config = dataclasses.replace(config, data=read, dual=with_llm_width(config.dual, data.caches[0].width))
             for source, decided in zip(data.sources, config.data.sources, strict=True):
                 source.config = decided
-            return _train(config, dataclasses.replace(data, benchmarks=benchmarks), device, stop, command or {})
+            return _train(config, data, device, stop, command or {})
 
 
 def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]) -> Path:
@@ -103,7 +105,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
     on_first_rank(lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path))
-    evaluate = evaluation(dual, data, images, config)
+    evaluate = partial(data.measured, dual, images) if data.measured is not None else None
     has_heads = bool(config.heads.steps or config.tower.keep_heads)  # random ones have no scores to compare with
     curve = fit(run, dual, data, images, stop) if resumed is None and config.heads.steps else []
     # before the engine, which partitions the weights under ZeRO-3
@@ -115,8 +117,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if recomputes(config, run.deepspeed, device):
         enable_gradient_checkpointing(dual.tower)
     engine = run.make_engine(dual, trained, resumed)
-    if evaluate and rank() == 0 and {"wandb", "tensorboard"} & run.deepspeed.keys():
-        evaluate.show = engine.pictures.update
+    if data.measured and rank() == 0 and {"wandb", "tensorboard"} & run.deepspeed.keys():
+        data.measured.show = engine.pictures.update
     references = make_references(config, engine, frozen, resumed)
     start = run.start_state(resumed)
     step = TowerStep(
@@ -244,23 +246,14 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
     )
 
 
-def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluation | None:
-    """What the run measures, by all ranks together; None without anything to measure."""
-    source, cache = data.validation, data.validation_cache
-    held_out = None if source is None or cache is None else (source, cache)
-    return Evaluation(dual, images, config.evaluated, held_out, data.benchmarks) if config.evaluates else None
-
-
 @dataclass(frozen=True)
 class Data:
     """Opened sources with their caches, checked against each other."""
 
     sources: list[Source]
     caches: list[EmbeddingCache]
-    validation: Source | None
-    validation_cache: EmbeddingCache | None
     clip_caches: list[EmbeddingCache]  # with heads.target clip_text: a CLIP's text features of each source's captions
-    benchmarks: list[Benchmark] = field(default_factory=list)
+    measured: Evaluation | None
 
     @property
     def samples(self) -> int:
@@ -273,16 +266,12 @@ class Data:
         own = {str(number): source_digest(source) for number, source in enumerate(self.sources, 1)}
         own |= {f"{number}, its cache": cache_digest(cache) for number, cache in enumerate(self.caches, 1)}
         own |= {f"{number}, its CLIP cache": cache_digest(cache) for number, cache in enumerate(self.clip_caches, 1)}
-        if self.validation is not None and self.validation_cache is not None:
-            own["validation"] = source_digest(self.validation)
-            own["validation, its cache"] = cache_digest(self.validation_cache)
-        own |= {f"of {benchmark.name}": source_digest(benchmark.texts) for benchmark in self.benchmarks}
-        return own
+        return own | (self.measured.digests if self.measured is not None else {})
 
 
 def open_data(config: RunConfig) -> Data:
     """Open every source and cache; ContractError if caches have different teachers, or one doesn't fit its data."""
-    data, held_out, validation_cache = config.data, config.data.held_out, None
+    data = config.data
     caches_of = (*(data.cache or ("",) * len(data.path)), data.validation_cache)
     for path, cache in zip((*data.path, data.validation), caches_of, strict=True):
         if is_url(path) and not cache:  # before anything is downloaded
@@ -290,9 +279,14 @@ def open_data(config: RunConfig) -> Data:
     sources = [open_source(source) for source in data.sources]
     check_fields(*sources)
     caches = open_caches(sources, data.cache)
-    validation = None if held_out is None else open_source(held_out)
-    if validation is not None:
-        (validation_cache,) = open_caches([validation], (data.validation_cache,), caches[0].teacher)
+    measured = None
+    if config.evaluates:  # evaluation, with the LLM that embeds its texts, is imported by such runs alone
+        from llm2clip_plugin.evaluate.during import Evaluation, open_benchmarks
+
+        held_out = [open_source(data.held_out)] if data.held_out is not None else []
+        of_split = open_caches(held_out, (data.validation_cache,) * len(held_out), caches[0].teacher)
+        split = (held_out[0], of_split[0]) if held_out else None
+        measured = Evaluation(config.evaluated, split, open_benchmarks(config.benchmarks))
     of_clip = config.heads.target == "clip_text"
     clip_caches = open_caches(sources, data.clip_cache, of_clip=True) if of_clip else []
     for cache in clip_caches:
@@ -301,7 +295,7 @@ def open_data(config: RunConfig) -> Data:
                 f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide; expected the "
                 f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
             )
-    return Data(sources, caches, validation, validation_cache, clip_caches, open_benchmarks(config.benchmarks))
+    return Data(sources, caches, clip_caches, measured)
 
 
 def check_data(config: RunConfig, data: Data) -> None:
@@ -319,19 +313,8 @@ def check_data(config: RunConfig, data: Data) -> None:
             "--no-one-source-per-batch"
         )
     check_kinds(data.sources, config.data.kind_weights)
-    if data.validation is None or data.validation_cache is None:
-        return
-    check_measurable(data.validation, config.evaluation, option="--evaluation.")
-    held_out, *trained = (
-        {cache.manifest.shards[shard.name]["rows_sha256"] for shard in source.shards}
-        for source, cache in zip([data.validation, *data.sources], [data.validation_cache, *data.caches], strict=True)
-    )
-    if held_out & set().union(*trained):
-        print(
-            f"warning: --validation {data.validation.path} has shards of the training data, so its scores say nothing "
-            "about new images; hold some out with `llm2clip data split`",
-            file=sys.stderr,
-        )
+    if data.measured is not None:
+        data.measured.check(zip(data.sources, data.caches, strict=True))
 
 
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown

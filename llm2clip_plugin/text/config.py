@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.contracts import EncoderCard
+from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity
 from llm2clip_plugin.data.sources import ReadConfig
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.options import Command, unknown
+from llm2clip_plugin.options import Command, command, unknown
 
 ALL_LINEAR = "all-linear"
 
@@ -241,3 +241,11 @@ EXPORT_LLM = Command(
     settings=ExportConfig,
     everyday="llm adapter preset output overwrite",
 )
+
+
+def embed_command(path: str, identity: TeacherIdentity | None) -> str:
+    """The command that creates the cache of ``path`` with a teacher, as far as one is known."""
+    words = ["embed", path, "--llm", "PATH_OR_HUB_ID" if identity is None else identity.llm]
+    if identity is not None and identity.adapter_sha256:
+        words += ["--adapter", identity.adapter or "ADAPTER_FOLDER"]
+    return command(*words)

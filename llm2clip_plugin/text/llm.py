@@ -304,7 +304,7 @@ def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
     CPUs differ by a factor of ten in bfloat16, in either direction, and their CPU flags do not show which.
     """
     if device.type != "cpu":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     rates: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.randn(256, width, dtype=dtype), torch.randn(width, width, dtype=dtype)

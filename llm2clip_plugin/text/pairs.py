@@ -362,8 +362,9 @@ class CaptionStep(ContrastiveStep):
         for part in equal_parts(order, self.config.length_groups):
             group = self.encoder.collate([rows[index] for index in part], [frames[index] for index in part])
             tensors += vars(group).values()
+        place_R = torch.tensor(order).argsort().to(self.encoder.device)  # a copy waits for what the GPU has begun
         sorted_RW, log_scale = self.engine(*tensors)
-        features_RW = sorted_RW[torch.argsort(torch.tensor(order, device=sorted_RW.device))]
+        features_RW = sorted_RW[place_R]
         size = len(queries)
         query_mW = features_RW[:size]
         positive_mkW = features_RW[size:].unflatten(0, (-1, size)).transpose(0, 1)

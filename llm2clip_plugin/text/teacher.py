@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoTokenizer
 from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard, files_sha256, sha256_text
 from llm2clip_plugin.data.cache import differences
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.options import command
 from llm2clip_plugin.text.adapter import local_folder
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
@@ -222,11 +221,3 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
         load_in_4bit=identity.quantization == "nf4",
         **{name: getattr(identity, name) for name in IDENTITY_SETTINGS},
     )
-
-
-def embed_command(path: str, identity: TeacherIdentity | None) -> str:
-    """The command that creates the cache of ``path`` with a teacher, as far as one is known."""
-    words = ["embed", path, "--llm", "PATH_OR_HUB_ID" if identity is None else identity.llm]
-    if identity is not None and identity.adapter_sha256:
-        words += ["--adapter", identity.adapter or "ADAPTER_FOLDER"]
-    return command(*words)

@@ -278,7 +278,7 @@ def _continued(
     model: DualEncoder, optimizer: torch.optim.Optimizer, unfinished: Path | None, fit_of: str
 ) -> tuple[int, list[FitLine]]:
     """Steps done and curve of the same fit that was stopped, whose state is read; of a new one otherwise."""
-    saved = torch.load(unfinished, weights_only=True) if unfinished is not None and unfinished.is_file() else {}
+    saved = torch.load(unfinished, "cpu", weights_only=True) if unfinished is not None and unfinished.is_file() else {}
     if saved.get("fit_of") != fit_of:
         return 0, []
     optimizer.load_state_dict(saved["optimizer"])

@@ -250,7 +250,8 @@ def complete(
         of_files = {"output_path": str(run / "monitor"), "job_name": run.name}
         own = {"project": "llm2clip", "group": run.name} if monitor == "wandb" else of_files
         config.setdefault(MONITORS[monitor], {"enabled": True, **own})
-    config.setdefault("steps_per_print", 1 << 31)  # the run has its own progress bar
+    config.setdefault("steps_per_print", 1 << 31)  # the run has its own progress bar, and its own clock:
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # this one waits for the GPU at every micro-batch
     return config
 
 

@@ -231,8 +231,9 @@ def tower_embeddings_parameters(tower: Tower) -> list[nn.Parameter]:
 
 
 def final_norm(tower: Tower) -> nn.Module:
-    """The norm after the last block."""
-    return tower.get_submodule(core_prefix(tower) + family_of(tower).final_norm)
+    """The norm after the last block; the identity of a family without one."""
+    name = family_of(tower).final_norm
+    return tower.get_submodule(core_prefix(tower) + name) if name else nn.Identity()
 
 
 def use_fastest_attention(tower: Tower, device: torch.device, *, bf16: bool) -> None:

@@ -169,5 +169,5 @@ def test_evaluations_leave_compiling_to_the_training():
 
     nothing: Any = None
     one = Benchmark("one", nothing, measure)
-    assert Evaluation(nothing, nothing, RetrievalConfig(), nothing, [one])() == {"one/mean": 2.0}
+    assert Evaluation(RetrievalConfig(), nothing, [one])(nothing, nothing) == {"one/mean": 2.0}
     assert not graphs and double(torch.ones(1)) == 2.0 and graphs

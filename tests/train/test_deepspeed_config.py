@@ -50,7 +50,9 @@ def test_auto_values_are_filled():
     zero = config["zero_optimization"]
     assert zero["reduce_bucket_size"] == 1024**2 and zero["stage3_param_persistence_threshold"] == 10240
     assert "optimizer" not in config and config["zero_force_ds_cpu_optimizer"] is False
-    assert "auto" not in json.dumps(config)
+    assert (
+        "auto" not in json.dumps(config) and not config["timers"]["throughput"]["enabled"]
+    )  # it would wait for the GPU
     assert LLAVA_ZERO3_OFFLOAD["train_batch_size"] == "auto"  # the user's own is left alone
 
 

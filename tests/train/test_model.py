@@ -148,6 +148,7 @@ def test_a_stopped_fit_goes_on_to_the_same_heads(tiny: Path, tmp_path: Path, mon
             yield batch
 
     monkeypatch.setattr(heads, "image_batches", stopped_at_2)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as written on a GPU
     with pytest.raises(StoppedError, match="step 2 of 5"):
         fit(0, 1, str(tiny), 5, stop=stop, unfinished=unfinished)
     resumed = fit(0, 1, str(tiny), 5, unfinished=unfinished)
