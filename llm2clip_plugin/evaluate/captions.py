@@ -182,8 +182,7 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
         raise ValueError("--search needs training captions for its post-processing; set --fit-on DATA")
     sets, fitted = caption_sets(config.measure), first_captions(config.reading.fit_on, FIT_CAPTIONS)
     texts = list(dict.fromkeys(text for pairs in sets.values() for _, *both in pairs for text in both))
-    shown = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES]
-    found = []
+    shown, found = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES], list[Reading]()
     encodings, card = [config.encoder], find_card(config.encoder.adapter or config.encoder.llm)
     if card is None:  # it was not fine-tuned to be read in one way; for each of these settings it is loaded anew
         encodings = [
@@ -208,6 +207,7 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
                 way = dataclasses.replace(encoder.config, layer=layer, pooling=pooling)
                 rows = {row.name: row.cra for row in scores if row.name in shown}
                 found.append(Reading(way, components, rows, post))
+        del encoder  # before the next one is loaded
     return sorted(found, key=lambda reading: -reading.score)
 
 
