@@ -1,9 +1,9 @@
-"""On how many nodes a shard of remote data is read, simulated: no file is read.
+"""Which shards each node reads, simulated for remote data: no file is read.
 
     python -m benchmarks.reading --shards 6000 --steps 1000
 
-Shards of 10,000 samples less those that img2dataset could not fetch (5 to 15 %). A node has 8 ranks. 1 is the least; if
-each node read everything, it would be the number of nodes.
+Shards of 10,000 samples less those that img2dataset could not fetch (5 to 15 %). A node has 8 ranks. "Reads of a shard"
+is over all nodes: 1 is the least, and as many as nodes is what each node reading everything would cost.
 """
 
 import numpy as np
@@ -11,14 +11,26 @@ import numpy as np
 from benchmarks.common import parse
 from llm2clip_plugin.data.sampler import Mixture
 
+HEADS = "window | ranks | shards that a node reads | reads of a shard | shards in a batch | batches between neighbors"
 
-def reads(sizes: list[int], window: int, nodes: int, steps: int, batch: int) -> float:
-    """The mean over the shards that the first ``steps`` global batches touch."""
-    mixture, stops, read = Mixture([sizes], [1.0], 0, [window]), np.cumsum(sizes), np.zeros((nodes, len(sizes)), bool)
-    for step, node in np.ndindex(steps, nodes):
-        samples = [draw.index for draw in mixture.rank_draws(step * batch, node, batch // nodes, nodes)]
-        read[node, np.searchsorted(stops, samples, side="right")] = True
-    return read.sum() / read.any(0).sum()
+
+def row(sizes: list[int], window: int, ranks: int, steps: int, batch: int) -> str:
+    """The first ``steps`` global batches, read by ``ranks``."""
+    mixture, stops, nodes = Mixture([sizes], [1.0], 0, [window]), np.cumsum(sizes), max(1, ranks // 8)
+    read = np.zeros((nodes, len(sizes)), bool)
+    step_of, in_batch = np.full(stops[-1], -1), []
+    for step in range(steps):
+        shards = np.zeros(len(sizes), bool)
+        for node in range(nodes):
+            samples = [draw.index for draw in mixture.rank_draws(step * batch, node, batch // nodes, nodes)]
+            assert (step_of[samples] == -1).all()  # no sample twice
+            step_of[samples] = step
+            own = np.searchsorted(stops, samples, side="right")
+            read[node, own] = shards[own] = True
+        in_batch.append(shards.sum())
+    distance = np.median(np.abs(np.diff(step_of))[(step_of[1:] >= 0) & (step_of[:-1] >= 0)])
+    means = [f"{read.sum(1).mean():.0f}", f"{read.sum() / read.any(0).sum():.2f}", f"{np.mean(in_batch):.0f}"]
+    return f"| {' | '.join([str(window), str(ranks), *means, f'{distance:.0f}'])} |"
 
 
 if __name__ == "__main__":
@@ -26,8 +38,7 @@ if __name__ == "__main__":
     windows = ([16, 64], "shards that are shuffled together")
     args = parse(__doc__, rounds=0, **counts, global_batch=(4096, "pairs"), windows=windows)
     sizes = np.random.default_rng(0).integers(8500, 9500, args.shards).tolist()
-    print("| window | ranks | reads of a shard |\n|---|---|---|")
+    print(f"| {HEADS} |\n{'|---' * 6}|")
     for window in args.windows:
-        for nodes in (1, 8):
-            count = reads(sizes, window, nodes, args.steps, args.global_batch)
-            print(f"| {window} | {8 * nodes} | {count:.2f} |", flush=True)
+        for ranks in (1, 8, 64):
+            print(row(sizes, window, ranks, args.steps, args.global_batch), flush=True)
