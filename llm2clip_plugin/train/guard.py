@@ -62,8 +62,7 @@ Facts = Mapping[str, str]  # what is compared -> this rank's value
 
 @contextmanager
 def watched_group() -> Iterator[tuple[int, int]]:
-    """(rank, world size) of the launcher's processes, which form a group and watch each other inside the block; (0, 1)
-    of one process."""
+    """(rank, world size) of the launcher's processes, which watch each other in the block; (0, 1) of one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
         return
@@ -76,8 +75,7 @@ def watched_group() -> Iterator[tuple[int, int]]:
 
 
 class Watch(AbstractContextManager[None]):
-    """A thread of a rank, which ends with it, while its main thread is inside of the block; of several ranks, each must
-    enter it.
+    """A thread of a rank, which ends with it, while its main thread is inside of the block; each rank must enter it.
 
     It names this rank if it makes no progress, and reads the errors of the others from the process group's store. An
     exception that leaves the block ends all ranks, on NCCL, too, where they wait in a kernel that no exception and no
@@ -92,6 +90,7 @@ class Watch(AbstractContextManager[None]):
         self._told = ""  # the lateness that was reported last
         self._beats: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new
         self._main = threading.get_ident()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._stopped = threading.Event()
 
     def __enter__(self) -> None:
@@ -102,10 +101,12 @@ class Watch(AbstractContextManager[None]):
         self.store = dist.PrefixStore(f"llm2clip/watch/{broadcast_object(os.urandom(6).hex())}", store)
         self.store.set_timeout(timedelta(seconds=30))
         self.store.set(f"name/{rank()}", f"{socket.gethostname()}, pid {os.getpid()}")
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
         self._stopped.set()
+        if self._thread.is_alive():  # a process that ends while it writes leaves half a record in a FileStore
+            self._thread.join(GRACE)
         if error is None or isinstance(error, StoppedError) or world_size() == 1:
             return
         _end_within_grace()
@@ -158,9 +159,8 @@ class Watch(AbstractContextManager[None]):
                 self._beats[other] = beat, now
             elif beat >= 0 and now - since > self.straggler_seconds:
                 self._beats[other] = beat, math.inf  # said once, until it is back
-                who = f"rank {other} ({self.store.get(f'name/{other}').decode()})"
-                what = "its process is stopped or starved, or its host is gone"
-                print(f"\nsilent: nothing from {who} for {now - since:.0f} s: {what}", file=sys.stderr, flush=True)
+                who = f"rank {other} ({self.store.get(f'name/{other}').decode()}) for {now - since:.0f} s"
+                print(f"\nsilent: {who}: it is stopped or starved, or its host is gone", file=sys.stderr, flush=True)
 
     def _name_if_late(self) -> None:
         """Say where this rank is if it runs, but makes no progress and waits for nobody; again whenever its lateness
