@@ -68,7 +68,7 @@ def default_cache_folder(source_path: str, fingerprint: str) -> Path:
 
 
 def benchmark_cache_folder(source_path: str, fingerprint: str) -> Path:
-    """``default_cache_folder``; of data in a read-only folder that has none, one beside the folder of downloads."""
+    """``default_cache_folder``, or a folder beside the downloads if the data's is read-only and has no cache yet."""
     folder = default_cache_folder(source_path, fingerprint)
     if folder.exists() or os.access(folder.parent, os.W_OK):
         return folder

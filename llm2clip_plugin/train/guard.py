@@ -151,8 +151,7 @@ class Watch(AbstractContextManager[None]):
 
     def _name_silent(self) -> None:
         """Name ranks whose watch has stopped, so that they cannot name themselves: rank 0 all others, rank 1 rank 0."""
-        watched = {0: range(1, world_size()), 1: range(1)}.get(rank(), ()) if self.straggler_seconds else ()
-        for other in watched:
+        for other in {0: range(1, world_size()), 1: range(1)}.get(rank(), ()) if self.straggler_seconds else ():
             beat, now = self.store.add(f"beat/{other}", 0), time.monotonic()
             last, since = self._beats.get(other, (-1, now))
             if beat != last:

@@ -69,13 +69,8 @@ def test_suites_and_pictures_at_every_evaluation(world: Path, tmp_path: Path, mo
     shown = dict(run_rows(output))
     assert {"i2t_r1", "flickr30k/i2t_r1", "sugarcrepe/mean", "zeroshot/acc1"} <= set(shown)
     # the commands give the exported tower the same scores, with the texts that the run has embedded
-    assert (
-        run(
-            "evaluate",
-            [str(output / "tower"), str(world / "suites"), "--suite", "flickr30k", "--output", str(tmp_path)],
-        )
-        == 0
-    )
+    suite = [str(output / "tower"), str(world / "suites"), "--suite", "flickr30k", "--output", str(tmp_path)]
+    assert run("evaluate", suite) == 0
     assert (
         run("evaluate zeroshot", [str(output / "tower"), str(world / "classes"), "--output", str(tmp_path / "zero")])
         == 0

@@ -23,6 +23,7 @@ from llm2clip_plugin.evaluate.opening import encode_images, open_tower
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.convert.layouts.hub import parse_qwen
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config
 
@@ -119,6 +120,8 @@ def test_states_are_qwens_own(tmp_path: Path):
     original = publish_qwen(tmp_path / "published")
     with pytest.raises(ValueError, match="llm2clip import"):
         load_tower(tmp_path / "published")
+    with pytest.raises(ValueError, match="patch_embed"):  # of a damaged file
+        parse_qwen({}, {})
     import_tower(tmp_path / "published", tmp_path / "tower")
     patches, shapes = torch.rand(4, 36, 4, 4, 3), torch.tensor([[4, 8], [6, 4], [6, 6], [2, 16]])
     inputs = {"pixel_values": patches.flatten(2), "spatial_shapes": shapes, "output_hidden_states": True}

@@ -36,8 +36,8 @@ leave(run("train-tower", sys.argv[1:]))
 
 @pytest.mark.slow
 def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Path) -> None:
-    """torchrun --max-restarts: rank 1 raises, all end, the run resumes. Rank 1 is stopped until rank 0 says so, then
-    rank 0 until rank 1 has ended, after the timeout: all end for good."""
+    """torchrun --max-restarts: rank 1 raises, all end, the run resumes. Rank 1 is suspended until rank 0 reports it,
+    then rank 0 until rank 1 ends after the timeout: all end for good."""
     output, log, script = tmp_path / "run", tmp_path / "log", tmp_path / "faults.py"
     script.write_text(FAULTS)
     launcher = [str(programs() / "python"), "-m", "torch.distributed.run", "--nproc_per_node", "2"]

@@ -97,8 +97,9 @@ def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCh
 
 
 def parse_qwen(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
-    """timm's model of the tower, at the size of its position table. Both frames of a patch (H, 3, 2, P, P) are the
-    same image, so their weights add up. ValueError without ``num_heads``, which no tensor tells."""
+    """timm's model of the tower, at the size of its position table. Both frames of a patch (H, 3, 2, P, P) are one
+    image: their weights add up. ValueError without ``num_heads``, ContractError without tensors that tell sizes."""
+    require(state, f"{QWEN}patch_embed.proj.weight", f"{QWEN}blocks.0.mlp.linear_fc1.bias")
     if not (heads := section(config, "vision_config").get("num_heads")):
         raise ValueError("Qwen3-VL's tower needs vision_config.num_heads; pass the model's config.json as --config")
     used = {name for name in state if name.startswith(QWEN) and "merger" not in name}
