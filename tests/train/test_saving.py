@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from small_disk import fill, mounted
 from tower_runs import lines, losses, wait_for
-from train_helpers import new_state, newest, parts_of, run_ranks, start_ranks, tiny_batch, tiny_engine
+from train_helpers import join_group, new_state, newest, parts_of, run_ranks, start_ranks, tiny_batch, tiny_engine
 
 from llm2clip_plugin.train import checkpoint
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, load
@@ -164,9 +163,7 @@ def test_a_full_disk_ends_no_training_before_the_last_save(small_disk: Path):
 
 def wait_for_rank_0(rank: int, world: int, folder: str) -> list[str]:
     """Rank 0 works longer than the process group's timeout; then it fails."""
-    dist.destroy_process_group()
-    store = f"file://{folder}/again"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=2))
+    join_group(rank, world, f"file://{folder}/again", timeout=timedelta(seconds=2))
 
     def work() -> str:
         time.sleep(4)  # of this test, not of the machine: twice the timeout
@@ -188,8 +185,7 @@ def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group(tmp_path: Path)
 
 def hang(rank: int, world: int, port: int) -> str:
     """A collective of rank 1 fails; rank 0 is in none, and would wait for ever."""
-    dist.destroy_process_group()
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    join_group(rank, world, f"tcp://127.0.0.1:{port}")
     watch, deadline = Watch(1.0), time.monotonic() + 9
     with suppress(RuntimeError), watch:
         if rank == 1:

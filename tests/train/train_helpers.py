@@ -49,11 +49,19 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
         OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world)
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    join_group(rank, world, f"file://{folder}/store")
     result = function(rank, world, *args)
     (Path(folder) / f"{rank}.pkl").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
     os._exit(0)  # see llm2clip_plugin.cli
+
+
+def join_group(rank: int, world: int, store: str, **more: Any) -> None:
+    """Start or replace the process group; returns when all are in it, because one that leaves before looks crashed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, **more)
+    dist.barrier()
 
 
 class TinyDual(nn.Module):
@@ -123,7 +131,6 @@ def tiny_engine(
     zero: Mapping[str, Any] | None = None,
 ) -> Any:
     """An engine over a TinyDual with a learning rate for each of the tower's layers, and the heads'."""
-
     torch.manual_seed(0)
     module = dual or TinyDual()
     if weights:
@@ -153,7 +160,6 @@ def tiny_engine(
 
 def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool = False, reference: Any = None) -> Any:
     """The step over a tiny engine."""
-
     config = LossConfig(terms=terms)
     options = {"total_samples": 128, "reference": reference, "patch_layers": patch_layers(config)}
     # pixels are floats already
@@ -162,7 +168,6 @@ def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool
 
 def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> Any:
     """What run_loop needs for 8 steps, with a save after each of them."""
-
     train = TrainConfig(global_batch=32, save_steps=1, **more.pop("train", {}))
     defaults = {"step": tiny_step(engine), "train": train, "optim": OptimConfig(lr=0.01, schedule="cosine")}
     defaults |= {"checkpoints": Checkpoints(run, keep=2), "evaluate": None, "total_steps": 8, "stop": StopRequest()}
@@ -182,7 +187,6 @@ def newest(run: Path, world: int = 1, **way: Any) -> tuple[Any, Any, Reference]:
 
 
 def new_state(step: int = 0) -> Any:
-
     return TrainState(step=step, samples=32 * step, config={"a": (1, 0.1)}, config_hash="", seed=5)
 
 
@@ -200,7 +204,6 @@ def trainable_names(model: nn.Module) -> list[str]:
 
 def save_now(run: Path, state: Any, engine: Any, references: Mapping[str, Any] | None = None, keep: int = 1) -> Path:
     """Write a checkpoint to its end."""
-
     with Saver(Checkpoints(run, keep=keep), engine, references) as saver:
         saver.save(state)
         saver.finish()
