@@ -27,8 +27,7 @@ from llm2clip_plugin.evaluate.config import EVALUATE_PROBE, EVALUATE_ZEROSHOT, P
 from llm2clip_plugin.evaluate.retrieval import Dual, encode_texts, rank_both
 from llm2clip_plugin.files import errors_about
 from llm2clip_plugin.train.distributed import choose_device
-from llm2clip_plugin.vision import DualConfig
-from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory, has_card
+from llm2clip_plugin.vision.directory import WEIGHTS_FILE, DualConfig, fetch_directory, has_card
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config

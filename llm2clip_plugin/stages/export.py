@@ -5,9 +5,9 @@ from typing import Any
 
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.stages.tower_config import EXPORT
 from llm2clip_plugin.stages.tower_export import export_run
 from llm2clip_plugin.text.adapter import adapter_sha256
+from llm2clip_plugin.vision.convert import EXPORT
 from llm2clip_plugin.vision.convert.importing import convert
 from llm2clip_plugin.vision.directory import fetch_directory, located
 from llm2clip_plugin.vision.export import check_repository, push_to_hub, reexport, summary
