@@ -56,7 +56,7 @@ from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_fastest_attention
 
 if TYPE_CHECKING:
-    from llm2clip_plugin.evaluate.during import Evaluation
+    from llm2clip_plugin.evaluate.benchmarks import Evaluation
 
 
 def main(argv: list[str]) -> int:
@@ -281,7 +281,7 @@ def open_data(config: RunConfig) -> Data:
     caches = open_caches(sources, data.cache)
     measured = None
     if config.evaluates:  # evaluation, with the LLM that embeds its texts, is imported by such runs alone
-        from llm2clip_plugin.evaluate.during import Evaluation, open_benchmarks
+        from llm2clip_plugin.evaluate.benchmarks import Evaluation, open_benchmarks
 
         held_out = [open_source(data.held_out)] if data.held_out is not None else []
         of_split = open_caches(held_out, (data.validation_cache,) * len(held_out), caches[0].teacher)

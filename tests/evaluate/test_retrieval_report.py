@@ -19,8 +19,14 @@ from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.commands import intervals
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.opening import InMemorySource, Row, check_measurable
-from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, evaluate_retrieval, recall, report_retrieval
+from llm2clip_plugin.evaluate.retrieval import (
+    EmbeddedPairs,
+    check_measurable,
+    evaluate_retrieval,
+    recall,
+    report_retrieval,
+)
+from llm2clip_plugin.evaluate.suites import InMemorySource, Row
 
 IMAGES = ImageConfig(size=32)
 
