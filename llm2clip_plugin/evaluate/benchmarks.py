@@ -42,8 +42,7 @@ from llm2clip_plugin.evaluate.retrieval import (
 from llm2clip_plugin.evaluate.suites import IMAGE_ENDINGS, InMemorySource, Row, Suite, image_files, select_suites
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.embed import benchmark_cache_folder, embed_source
-from llm2clip_plugin.text.teacher import encoder_config, open_encoder
+from llm2clip_plugin.text.teacher import benchmark_cache_folder, embed_source, encoder_config, open_encoder
 from llm2clip_plugin.train.distributed import on_first_rank
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import eval_mode

@@ -30,8 +30,7 @@ from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, check_measu
 from llm2clip_plugin.evaluate.suites import Suite, select_suites, suites
 from llm2clip_plugin.files import ContractError, printable
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.embed import benchmark_cache_folder, embed_source
-from llm2clip_plugin.text.teacher import TeacherLLM, load_dual_encoder
+from llm2clip_plugin.text.teacher import TeacherLLM, benchmark_cache_folder, embed_source, load_dual_encoder
 from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, on_first_rank, rank, world_size
 from llm2clip_plugin.train.guard import watched_group
 from llm2clip_plugin.vision.directory import fetch_directory

@@ -17,7 +17,7 @@ from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.samples import BrokenSample, Caption
 from llm2clip_plugin.data.sources import SourceConfig, formats, open_source
-from llm2clip_plugin.text.embed import embed_source
+from llm2clip_plugin.text.teacher import embed_source
 
 
 def config(path: object, **settings: object) -> SourceConfig:
