@@ -26,15 +26,16 @@ from PIL import Image
 
 from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import atomic_directory, canonical_json, size_text
-from llm2clip_plugin.data import cores, parallel
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
     BrokenImage,
     BrokenSample,
+    cores,
     has_transparency,
     load,
     open_header,
+    parallel,
     parse_fields,
     read_captions,
     select_captions,

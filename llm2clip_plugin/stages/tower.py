@@ -17,13 +17,12 @@ from torch import Tensor
 
 from llm2clip_plugin.console import loaded, phase
 from llm2clip_plugin.contracts import PROJECTED
-from llm2clip_plugin.data import lacks_shared_memory
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.pairs import PairDataset, PairLoader
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
+from llm2clip_plugin.data.samples import lacks_shared_memory
 from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
 from llm2clip_plugin.stages import run as plans

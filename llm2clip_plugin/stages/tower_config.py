@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import llm2clip_plugin
-from llm2clip_plugin.data import cores
-from llm2clip_plugin.data.samples import AugmentConfig, parse_weights
+from llm2clip_plugin.data.samples import AugmentConfig, cores, parse_weights
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
 from llm2clip_plugin.files import from_plain, read_json_value

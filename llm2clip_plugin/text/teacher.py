@@ -27,10 +27,9 @@ from transformers import AutoConfig, AutoTokenizer
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import PROJECTED, CacheManifest, TeacherIdentity, TowerCard, files_sha256, sha256_text
 from llm2clip_plugin.data import cache as caches
-from llm2clip_plugin.data import map_in_order
 from llm2clip_plugin.data.index import SideFolder
 from llm2clip_plugin.data.remote import default_download_folder, is_url
-from llm2clip_plugin.data.samples import caption_hash
+from llm2clip_plugin.data.samples import caption_hash, map_in_order
 from llm2clip_plugin.data.sources import Shard, Source
 from llm2clip_plugin.data.sources.tars import data_folder
 from llm2clip_plugin.files import ContractError

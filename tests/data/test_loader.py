@@ -16,12 +16,17 @@ import torch
 from data_world import TEACHER, DroppingServer, img2dataset_members, jpeg, serving, write_shards, write_tar
 from tiny_data import make_cache
 
-from llm2clip_plugin.data import PREFETCH_MB, lacks_shared_memory, plan_loading, row_bytes
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import SOURCE_BITS, EvalPairs, PairDataset
-from llm2clip_plugin.data.samples import AugmentConfig, caption_hash
+from llm2clip_plugin.data.pairs import SOURCE_BITS, EvalPairs, PairDataset, PairLoader
+from llm2clip_plugin.data.samples import (
+    PREFETCH_MB,
+    AugmentConfig,
+    caption_hash,
+    lacks_shared_memory,
+    plan_loading,
+    row_bytes,
+)
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.console import track
-from llm2clip_plugin.data import cores, map_in_order, parallel
 from llm2clip_plugin.data.index import IndexFile, ShardRows, SideFolder, Table, open_index, stamp_of, stamps_of
 from llm2clip_plugin.data.remote import (
     Downloads,
@@ -34,7 +33,7 @@ from llm2clip_plugin.data.remote import (
     list_urls,
     retried,
 )
-from llm2clip_plugin.data.samples import BrokenSample, Sample
+from llm2clip_plugin.data.samples import BrokenSample, Sample, cores, map_in_order, parallel
 from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, how_to_make_tars, parse_object, shards_of
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
