@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "data check": ("data.check:main", "read a data set once; report its contents and problems"),
     "data split": ("data.make:main_split", "hold out a part of a data set for validation"),
     "finetune-llm": ("stages.llm:main", "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)"),
-    "export-llm": ("text.encoder:main", "export a fine-tuned LLM: its adapter merged into the weights"),
+    "export-llm": ("stages.export:main_llm", "export a fine-tuned LLM: its adapter merged into the weights"),
     "embed": ("stages.embed:main", "stage 1.5: cache the caption embeddings of the teacher LLM"),
     "train-tower": ("stages.tower:main", "stage 2: train a vision tower against the cache"),
     "status": ("status:main", "where a run or cache stands: progress, scores, checkpoints, how to resume"),

@@ -33,9 +33,8 @@ from llm2clip_plugin.data.samples import caption_hash, map_in_order
 from llm2clip_plugin.data.sources import Shard, Source
 from llm2clip_plugin.data.sources.tars import data_folder
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.adapter import local_folder
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
-from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute
+from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute, local_folder
 from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole
 from llm2clip_plugin.vision.directory import is_local, read_json, weight_files
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual
