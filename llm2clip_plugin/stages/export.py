@@ -1,4 +1,4 @@
-"""``llm2clip export``: a training run as a tower directory, or one in another format; ``export-llm``: a fine-tuned LLM."""
+"""``llm2clip export``: a training run as a tower directory, or one in another format. ``export-llm``."""
 
 import dataclasses
 from pathlib import Path
