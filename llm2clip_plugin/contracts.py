@@ -20,18 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, TypeVar
 
-from llm2clip_plugin.files import (
-    FAILED,
-    SAVE_FAILED,
-    SAVED,
-    STOPPED,
-    ContractError,
-    from_plain,
-    headline,
-    read_header,
-    read_json_value,
-    typed,
-)
+from llm2clip_plugin import files
+from llm2clip_plugin.files import ContractError, from_plain, read_header, read_json_value, typed
 
 RATE_LINES = 20  # last lines of steps in metrics.jsonl that rates are the means of
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -394,10 +384,10 @@ class Metrics:
     def add(self, line: dict[str, Any]) -> None:
         """Raises ValueError, KeyError or TypeError for a line of another kind."""
         step, event = int(line["step"]), line.get("event")
-        if event in (STOPPED, FAILED):
+        if event in (files.STOPPED, files.FAILED):
             self.ended = line
-        elif event in (SAVE_FAILED, SAVED):
-            self.save_failed = line if event == SAVE_FAILED else None
+        elif event in (files.SAVE_FAILED, files.SAVED):
+            self.save_failed = line if event == files.SAVE_FAILED else None
         elif event is None and "loss" in line:
             self.step, self.samples, self.loss, self.ended = step, int(line["samples"]), float(line["loss"]), None
             self.seconds.extend([float(line["step_seconds"])] if "step_seconds" in line else [])
@@ -405,7 +395,7 @@ class Metrics:
                 self.loading.append((float(one), line["samples_per_second"] / max(1 - line["wait_share"], 1e-3)))
         elif event is None:
             scores = {name: float(value) for name, value in line.items() if name not in ("step", "samples")}
-            self.scores[step] = {name: scores[name] for name in headline(scores)}
+            self.scores[step] = {name: scores[name] for name in files.headline(scores)}
 
     def loader(self) -> str:
         """How many loader processes the steps need, over all ranks; "" if no line says."""

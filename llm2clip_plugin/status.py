@@ -9,17 +9,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from llm2clip_plugin import files
-from llm2clip_plugin.contracts import (
-    CacheManifest,
-    EmbedRecord,
-    EncoderCard,
-    Metrics,
-    RunRecord,
-    TowerCard,
-    read_metrics,
-    shard_file,
-)
+from llm2clip_plugin import contracts, files
+from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, EncoderCard, RunRecord, TowerCard, shard_file
 from llm2clip_plugin.options import Command, command
 
 RESULTS = {"tower": TowerCard.FILE, "tower-ema": TowerCard.FILE, "adapter": EncoderCard.FILE}  # folder -> its card
@@ -67,7 +58,7 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
     damaged or missing."""
     problems: list[str] = []
     record = _read(RunRecord, folder, problems) or RunRecord(config={}, config_hash="")
-    metrics = read_metrics(folder / files.METRICS)
+    metrics = contracts.read_metrics(folder / files.METRICS)
     step, total, samples = max(metrics.step, record.step), record.total_steps, max(metrics.samples, record.samples)
     state, reason = run_state(folder, record, metrics, step)
     yield str(folder), state + (f": {reason}" if reason else "")
@@ -109,7 +100,7 @@ def ago(seconds_since_epoch: float) -> str:
     return f"{timedelta(seconds=round(time.time() - seconds_since_epoch))} ago"
 
 
-def run_state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tuple[str, str]:
+def run_state(folder: Path, record: RunRecord, metrics: contracts.Metrics, step: int) -> tuple[str, str]:
     """Finished, running, running on another host, stopped, failed or ended early; and why."""
     with suppress(OSError, ValueError, KeyError, TypeError):  # no lock, or a damaged one
         holder = json.loads((folder / files.LOCK).read_text(encoding="utf-8"))

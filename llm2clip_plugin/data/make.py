@@ -40,9 +40,9 @@ from llm2clip_plugin.data.samples import (
     read_captions,
     select_captions,
 )
-from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, check_fields, open_source
+from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, check_fields, open_source, split_name
 from llm2clip_plugin.data.sources.rows import RowSource
-from llm2clip_plugin.data.sources.tars import TarSource, split_name
+from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.options import Command, command
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, as_square, evaluation_pixels, training_pixels
-from llm2clip_plugin.data.remote import is_url, shuffle_window, take_retries
+from llm2clip_plugin.data.remote import shuffle_window, take_retries
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, sample_rng
 from llm2clip_plugin.data.samples import (
     PREFETCH_MB,
@@ -44,7 +44,6 @@ from llm2clip_plugin.data.samples import (
     select_captions,
 )
 from llm2clip_plugin.data.sources import Source
-from llm2clip_plugin.data.sources.tars import TarSource
 
 SUBSTITUTES = 20  # samples tried in place of a broken one
 GRACE = 60  # seconds that a loader process outlives SIGTERM
@@ -394,9 +393,7 @@ class PairLoader:
         mixture, position = self.dataset.mixture(), self.position
         node, rank_of_node = divmod(self.rank, self.world // self.nodes)
         sources = enumerate(self.dataset.sources) if rank_of_node == 0 else ()
-        remote = {
-            n: one for n, one in sources if mixture.windows[n] and isinstance(one, TarSource) and is_url(one.path)
-        }
+        remote = {n: one for n, one in sources if mixture.windows[n] and one.downloads_shards}
         fetched: dict[int, list[int]] = {}  # source -> shards of its next window
         while True:
             for number, source in remote.items():
@@ -488,7 +485,7 @@ def made_ahead(items: Iterator[Batch], closed: threading.Event, *, device: int |
             thread.join(SHUTDOWN)  # unless it hangs in a read
 
 
-def download_ahead(source: TarSource, window: list[int], following: list[int]) -> None:
+def download_ahead(source: Source, window: list[int], following: list[int]) -> None:
     """Download the next window of shards in a thread, while one is read.
 
     If both don't fit into ``cache_gb`` that would evict what is being read: a warning is logged instead.

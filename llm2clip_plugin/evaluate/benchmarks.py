@@ -24,8 +24,7 @@ from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity, canonical_json
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, differences, source_digest
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption, load, open_header
-from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
-from llm2clip_plugin.data.sources.tars import scan_tar, split_name
+from llm2clip_plugin.data.sources import Source, SourceConfig, open_source, scan_tar, split_name
 from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import (
     ALL,

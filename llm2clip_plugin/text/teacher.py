@@ -27,11 +27,9 @@ from transformers import AutoConfig, AutoTokenizer
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import PROJECTED, CacheManifest, TeacherIdentity, TowerCard, files_sha256, sha256_text
 from llm2clip_plugin.data import cache as caches
-from llm2clip_plugin.data.index import SideFolder
-from llm2clip_plugin.data.remote import default_download_folder, is_url
+from llm2clip_plugin.data.remote import SideFolder, default_download_folder, is_url
 from llm2clip_plugin.data.samples import caption_hash, map_in_order
-from llm2clip_plugin.data.sources import Shard, Source
-from llm2clip_plugin.data.sources.tars import data_folder
+from llm2clip_plugin.data.sources import Shard, Source, data_folder
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute, local_folder
