@@ -1,4 +1,4 @@
-"""Files at URLs (by fsspec) and on disks that fail for a while: listed, copied, read, and retried. Derived files.
+"""Files at URLs (by fsspec) and on disks that fail for a while: listed, copied, read, retried. Where derived files are.
 
 An error is transient if the same read may succeed later: an input/output error, a stale handle of NFS, a timeout, a
 broken connection, HTTP 5xx, 408, 425 and 429. A missing file, a denied access and a full disk are not.

@@ -1,6 +1,6 @@
 """Image-text retrieval over embeddings: recall@k in both directions, with any number of captions per image.
 
-Shapes: N images, M captions, D projection dimension, Q queries of one direction.
+Shapes: N images, B of a batch, S pixels a side, M captions, D projection dimension, Q queries of one direction.
 
 ``i2t``: an image is the query and the captions are ranked, a hit if any correct caption is in the top k (other code
 calls this text retrieval). ``t2i``: a caption is the query and the images are ranked (image retrieval).

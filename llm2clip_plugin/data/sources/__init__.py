@@ -1,4 +1,4 @@
-"""What a source offers: samples by number; and how one is opened. Each format is one file of this folder."""
+"""What a source offers: samples by number; how one is opened; its paths. Each format is one file of this folder."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def how_to_make_tars(path: str) -> str:
     return f"make some of pictures or a table: {command('data', 'make', path, '--output', 'DIR')}"
 
 
-# Paths of data, and tars, which other readers take apart, too.
+# Paths of data, and the members of tars, of captioned and of labeled images alike.
 
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples of it
 
