@@ -2,7 +2,7 @@
 
 The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or None`` in a module of its
 own. ValueError (wrong input) and OSError (files, permissions, disk space, connections) end as one ``error:`` line and
-exit status 2; train/errors.py lists all statuses. What is raised on every rank alike (a non-finite loss, ranks that
+exit status 2; console.py lists all statuses. What is raised on every rank alike (a non-finite loss, ranks that
 disagree) is printed by rank 0 alone, the loss of another rank by each that is left.
 """
 
@@ -13,7 +13,7 @@ import sys
 import traceback
 
 from llm2clip_plugin import console
-from llm2clip_plugin.train.errors import FINAL_STATUSES, FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
+from llm2clip_plugin.console import FINAL_STATUSES, FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from llm2clip_plugin.console import phase
+from llm2clip_plugin.console import phase, stop_requests
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.data.cache import short_digest
 from llm2clip_plugin.data.sampler import epoch_draws
@@ -53,7 +53,6 @@ from llm2clip_plugin.text.pairs import (
 )
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
-from llm2clip_plugin.train.errors import stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.model import DTYPES, StepMemory, activation_bytes, enable_gradient_checkpointing

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import llm2clip_plugin
-from llm2clip_plugin.console import each_in_phase, loaded, phase
+from llm2clip_plugin.console import StoppedError, StopRequest, each_in_phase, loaded, phase
 from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity, read_metrics
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import LoadPlan, plan_evaluation, plan_loading, row_bytes
@@ -29,7 +29,6 @@ from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, T
 from llm2clip_plugin.train.config import TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32
 from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
-from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.guard import Watch, readable_checkpoint, refuse_disagreement, shared_folder
 from llm2clip_plugin.train.heads import BLOCK_IMAGES
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.console import loaded, phase
+from llm2clip_plugin.console import StopRequest, loaded, phase, stop_requests
 from llm2clip_plugin.contracts import PROJECTED
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
@@ -34,7 +34,6 @@ from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Loaded, load_weight
 from llm2clip_plugin.train.config import local_world_size
 from llm2clip_plugin.train.distributed import choose_device, on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine, Reference, frozen_copy
-from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, load_clip_heads
 from llm2clip_plugin.train.losses.base import check_patch_layers, needs_reference, patch_layers, weighted_terms

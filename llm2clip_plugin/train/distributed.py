@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from llm2clip_plugin.console import FirstRankError
 from llm2clip_plugin.train.config import Tf32
-from llm2clip_plugin.train.errors import FirstRankError
 
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, mpirun, mpiexec
 MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a line

@@ -24,6 +24,14 @@ import torch.distributed as dist
 from torch import nn
 
 import llm2clip_plugin.console as phases
+from llm2clip_plugin.console import (
+    DisagreementError,
+    FirstRankError,
+    RankFailedError,
+    SameOnAllRanksError,
+    StoppedError,
+    lost_rank,
+)
 from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.files import LOCK
 from llm2clip_plugin.train.config import DDP_TIMEOUT, STRAGGLER_SECONDS
@@ -35,14 +43,6 @@ from llm2clip_plugin.train.distributed import (
     on_first_rank,
     rank,
     world_size,
-)
-from llm2clip_plugin.train.errors import (
-    DisagreementError,
-    FirstRankError,
-    RankFailedError,
-    SameOnAllRanksError,
-    StoppedError,
-    lost_rank,
 )
 
 NAMED = 4  # late ranks that name themselves

@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.console import progress_bar, track
+from llm2clip_plugin.console import StoppedError, StopRequest, progress_bar, track
 from llm2clip_plugin.contracts import atomic_file, canonical_json
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize
@@ -37,7 +37,6 @@ from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_sha
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig
 from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_first, on_first_rank, rank, world_size
-from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.losses.base import Features, heads_terms
 from llm2clip_plugin.train.losses.distill import Distill
 from llm2clip_plugin.train.optim import AdamW, Trained, is_vector, lr_factor, parameter_groups, set_lr

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from llm2clip_plugin.console import NonFiniteLossError, StopRequest
 from llm2clip_plugin.files import HEADS
 from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, sum_over_ranks, timed, world_size
 from llm2clip_plugin.train.engine import Engine, Reference
-from llm2clip_plugin.train.errors import NonFiniteLossError, StopRequest
 from llm2clip_plugin.train.optim import lr_factor, set_lr
 from llm2clip_plugin.train.reports import Reports, peak_memory
 from llm2clip_plugin.train.step import Batch, first_samples

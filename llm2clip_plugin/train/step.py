@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llm2clip_plugin.console import NonFiniteLossError
 from llm2clip_plugin.train.distributed import gather_objects, rank, sum_over_ranks, timed, world_size
 from llm2clip_plugin.train.engine import Engine, Reference
-from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.losses.base import Features, Terms
 
 MAX_LOG_SCALE = math.log(100)  # upper bound of the logit scale, as in CLIP

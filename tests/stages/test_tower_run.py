@@ -19,12 +19,12 @@ from small_disk import mounted
 from tower_runs import ROOT, STEPS, environment, finish, killed_at, lines, losses, options, ranks_of, start, wait_for
 
 from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.console import StoppedError
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.stages.tower import train_tower
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.distributed import free_port
-from llm2clip_plugin.train.errors import StoppedError
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from train_helpers import allow_fp16, new_state, newest, parts_of, run_ranks, tiny_batch, tiny_engine, tiny_step
 
+from llm2clip_plugin.console import NonFiniteLossError
 from llm2clip_plugin.files import LEFT_OUT
 from llm2clip_plugin.train.checkpoint import AVERAGES, on_host
-from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.loop import run_loop
 
 STEPS, BAD = 8, 7  # the seventh batch has a NaN on the last rank

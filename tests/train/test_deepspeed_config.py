@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from llm2clip_plugin.console import lost_rank
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import set_single_process_environment, set_tf32
 from llm2clip_plugin.train.engine import check_deepspeed
-from llm2clip_plugin.train.errors import lost_rank
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
 from llm2clip_plugin.train.optim import chosen_optimizer, complete, lr_factor, read_deepspeed_json
 from llm2clip_plugin.vision.directory import DualConfig

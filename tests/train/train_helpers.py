@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from forked import context
 from torch import Tensor, nn
 
+from llm2clip_plugin.console import StopRequest
 from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState, load
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.engine import Engine, Reference
-from llm2clip_plugin.train.errors import StopRequest
 from llm2clip_plugin.train.loop import LoopParts
 from llm2clip_plugin.train.losses.base import patch_layers, weighted_terms
 from llm2clip_plugin.train.optim import Trained, complete, is_vector, parameter_groups
