@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, TypeVar
 
-from llm2clip_plugin import files
+import llm2clip_plugin.files as files
 from llm2clip_plugin.files import ContractError, from_plain, read_header, read_json_value, typed
 
 RATE_LINES = 20  # last lines of steps in metrics.jsonl that rates are the means of
