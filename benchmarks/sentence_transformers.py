@@ -80,11 +80,10 @@ def compare_embedding(args: Namespace, texts: list[str], about: str, reading: di
     """Time both ``encode``, and print the table. Their tokenizer puts the tokens of our frame around a text."""
     encoder = CaptionEncoder(our_config(args, **reading))
     model = their_model(args, lora=False, pooling=encoder.config.pooling)
-    frame = {name: list(ids) for name, ids in (("head", encoder.frame.head), ("tail", encoder.frame.tail)) if ids}
-    names = {name: model.tokenizer.convert_ids_to_tokens(ids) for name, ids in frame.items()}
-    special: Any = [{"id": name, "ids": ids, "tokens": names[name]} for name, ids in frame.items()]
-    single = [name for name in ("head", "$A", "tail") if name in (*frame, "$A")]
-    around = TemplateProcessing(single=single, special_tokens=special)
+    frame = {"head": [*encoder.frame.head], "tail": [*encoder.frame.tail]}
+    tokens_of = model.tokenizer.convert_ids_to_tokens
+    special: Any = [{"id": name, "ids": ids, "tokens": tokens_of(ids)} for name, ids in frame.items()]
+    around = TemplateProcessing(single="head $A tail", special_tokens=special)
     model.tokenizer.backend_tokenizer.post_processor = around
     rows, theirs = encoder.tokenize(texts), model.tokenizer(texts)["input_ids"]
     if rows != theirs:

@@ -23,7 +23,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, NamedTuple
@@ -31,6 +31,10 @@ from typing import Any, NamedTuple
 from llm2clip_plugin.bootstrap import estimate, fraction, p_value, spread, t_quantile
 from llm2clip_plugin.contracts import ScoreFile, write_text
 from llm2clip_plugin.files import read_json_value as read_json
+from llm2clip_plugin.vision.export import markdown_table
+
+sys.path.append(str(Path(__file__).with_name("quickstart")))
+from report import claims_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS, CLAIMS_LLAVA = ROOT / "docs" / "claims.json", ROOT / "docs" / "claims_llava.json"
@@ -179,33 +183,24 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
         rows = []
         for one in checked:
             cells = map(fraction if one.below_only else shown, (one.stated, one.now, one.most))
-            rows.append([one.name, *cells, "as stated" if one.same else "**moved**"])
-        print(*markdown("number | stated | now | may differ by | result", rows), "", sep="\n")
+            rows.append((one.name, *cells, "as stated" if one.same else "**moved**"))
+        print(markdown_table(("number", "stated", "now", "may differ by", "result"), rows))
         found += checked
     return found, [name for stated, new, *_ in runs for name in stated if name not in new]
 
 
-def markdown(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    rule = "|---" * len(head.split(" | ")) + "|"
-    return [f"| {head} |", rule, *(f"| {' | '.join(cells)} |" for cells in rows)]
-
-
-def table(claims: Mapping[str, Any]) -> list[str]:
-    """The table of towers and teachers: a row per claim, the headline's first."""
-    head = "mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | p (Holm)"
+def table(claims: Mapping[str, Any]) -> str:
+    """The table of towers and teachers, as the quickstart prints it."""
     rows = []
-    for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
-        strong, alone = "**" * claim["headline"], f"{claim['seeds_significant']} of {len(claim['tuned'])}"
-        cells = [name, spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}"]
-        p = p_value(claim["p_adjusted"]) + ", not significant" * (not claim["significant"])
-        rows.append([*cells, estimate(claim["difference"], claim["interval"]), p, alone, fraction(claim["chance"])])
-    return markdown(f"{head} | alone | chance", rows)
+    for name, claim in claims.items():
+        seeds = [dict(zip(RAW_TUNED, pair, strict=True)) for pair in zip(claim["raw"], claim["tuned"], strict=True)]
+        rows.append({**claim, "name": name, "by_seed": dict(enumerate(seeds))})
+    return claims_table(rows)
 
 
-def llava_table(claims: Mapping[str, Any]) -> list[str]:
+def llava_table(claims: Mapping[str, Any]) -> str:
     """The table of the LLaVA miniatures: a row per claim."""
-    head = "language model: questions | trainings a side | tower before stage 2 | after | difference | p (Holm)"
+    head = ("language model: questions", "trainings a side", "tower before stage 2", "after", "difference", "p (Holm)")
     rows = []
     for name, claim in claims.items():
         before, after = (spread(claim[side], PERCENT) for side in BEFORE_AFTER)
@@ -218,8 +213,8 @@ def llava_table(claims: Mapping[str, Any]) -> list[str]:
                 difference = estimate(control["difference"], control["interval"], POINTS)
                 control = f"{spread(control['values'], PERCENT)}; {difference}, p {p_value(control['p_adjusted'])}"
             cells.append(control)
-        rows.append(cells)
-    return markdown(f"{head} | random embeddings; after minus it | raw LLM; after minus it", rows)
+        rows.append(tuple(cells))
+    return markdown_table((*head, "random embeddings; after minus it", "raw LLM; after minus it"), rows)
 
 
 def main_claims(claims: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,11 +226,11 @@ def main_claims(claims: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def record(path: Path, claims: Mapping[str, Any], begin: str, made: Callable[[Mapping[str, Any]], list[str]]) -> None:
+def record(path: Path, claims: Mapping[str, Any], begin: str, made: Callable[[Mapping[str, Any]], str]) -> None:
     """Write the claims, and between the markers of both pages their table."""
     for page, stated in ((README, main_claims(claims)), (BENCHMARKS, claims)):
         before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
-        write_text(page, "\n".join([before + begin, *made(stated), rest[rest.index(END) :]]))
+        write_text(page, f"{before}{begin}\n{made(stated)}{rest[rest.index(END) :]}")
     write_text(path, json.dumps(claims, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {len(claims)} claims to {path.name} and the pages")
 

@@ -10,10 +10,11 @@ it.
 
 import ast
 import sys
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from statistics import median
+
+import networkx
 
 PACKAGE, LLAVA = "llm2clip_plugin", "llava_integration"
 ROOMS = (("data", "vision"), ("train",), ("text",), ("evaluate",), ("stages",), ("cli", "doctor", "pipeline"))
@@ -37,7 +38,7 @@ def numbers(root: Path) -> dict[str, str]:
         trees[name], lines[name] = ast.parse(text), text.count("\n")
     if not trees:
         sys.exit(f"error: {root} is no checkout: it has no {PACKAGE}")
-    graph = {name: {*imported(tree, trees)} - {name} for name, tree in trees.items()}
+    graph = networkx.DiGraph({name: {*imported(tree, trees)} - {name} for name, tree in trees.items()})
     functions, imports = list[tuple[int, str]](), 0
     for name, tree in trees.items():
         for node in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):
@@ -45,7 +46,8 @@ def numbers(root: Path) -> dict[str, str]:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 functions.append((size, f"{name.rpartition('.')[2]}.{node.name}"))
             imports += size * isinstance(node, (ast.Import, ast.ImportFrom))
-    importers = Counter(other for targets in graph.values() for other in targets)
+    graph.add_node(TRAIN_TOWER)  # which an old checkout lacks
+    cycles = [one for one in networkx.strongly_connected_components(graph) if len(one) > 1]
     total, longest = sum(lines.values()), max(lines, key=lines.__getitem__)
     found = {
         "files": len(lines),
@@ -56,10 +58,10 @@ def numbers(root: Path) -> dict[str, str]:
         "longest function": "{} ({})".format(*max(functions)),
         "import lines": f"{imports / total:.1%}",
         "files under 40 lines": sum(of_file < 40 for of_file in lines.values()),
-        "files with one importer": sum(times == 1 for times in importers.values()),
-        "files in import cycles": sum(name in reached(graph, graph[name]) for name in graph),
-        "arrows up": sum(goes_up(name, other) for name, targets in graph.items() for other in targets),
-        "files that train-tower imports": len(reached(graph, graph.keys() & {TRAIN_TOWER})),
+        "files with one importer": sum(times == 1 for _, times in graph.in_degree),
+        "files in import cycles": sum(map(len, cycles)),
+        "arrows up": sum(goes_up(*arrow) for arrow in graph.edges),
+        "files that train-tower imports": len(networkx.descendants(graph, TRAIN_TOWER)) + 1,
         "lines of scripts/ and benchmarks/": count(*SCRIPTS),
         "lines of tests": count("tests/**/*.py"),
         "words of docs": sum(len(text.split()) for text in texts("*.md", "docs/**/*.md").values()),
@@ -75,16 +77,6 @@ def imported(tree: ast.Module, known: Collection[str]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 yield from [one for one in (f"{node.module}.{alias.name}", node.module) if one in known][:1]
-
-
-def reached(graph: Mapping[str, set[str]], starts: Iterable[str]) -> set[str]:
-    """The starts and what they import, directly or not."""
-    found, left = set[str](), [*starts]
-    while left:
-        if (name := left.pop()) not in found:
-            found.add(name)
-            left += graph[name]
-    return found
 
 
 def goes_up(name: str, other: str) -> bool:

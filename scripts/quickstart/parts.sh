@@ -14,7 +14,7 @@ embed() { # embed CACHE SPLITS: the captions of DATA/all/SPLITS-*.tar, with the 
         *) reading=(--adapter "$DATA/llm/${1#tuned-}/adapter") ;;
     esac
     [[ $1 != raw || -d $DATA/reading ]] || python scripts/quickstart/inputs.py components llm2clip_plugin/data/emoji/train-noto.tar \
-        --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --folder "$DATA/reading"
+        --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --output "$DATA/reading"
     say "captions through the LLM: $1, $2"
     llm2clip embed "$shards" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
 }
