@@ -64,7 +64,6 @@ def bare_adam(dual: DualEncoder) -> torch.optim.Optimizer:
 
 
 def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *, bf16: bool) -> Callable[[], float]:
-    """The bare loop's step."""
     normalize, optimizer = Normalize(ImageConfig(), device), bare_adam(dual)
 
     def step() -> float:
@@ -89,9 +88,8 @@ def our_step(
     config = complete({"zero_optimization": {"stage": stage}}, train, OPTIM, world=world, hidden_size=hidden_size)
     zero = config["zero_optimization"]
     zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
-    engine, terms = Engine(dual, groups, OPTIM, config), weighted_terms(LossConfig())
-    normalize = Normalize(ImageConfig(), engine.device)
-    return TowerStep(engine, terms, seed=0, text_noise=False, normalize=normalize)
+    engine, more = Engine(dual, groups, OPTIM, config), {"seed": 0, "text_noise": False}
+    return TowerStep(engine, weighted_terms(LossConfig()), normalize=Normalize(ImageConfig(), engine.device), **more)
 
 
 def write_training_data(folder: Path, count: int) -> dict[str, Tensor]:

@@ -28,6 +28,8 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from llm2clip_plugin.bootstrap import estimate, fraction, p_value, spread, t_quantile
 from llm2clip_plugin.contracts import ScoreFile, write_text
 from llm2clip_plugin.files import read_json_value as read_json
@@ -121,12 +123,9 @@ def part_of(name: str) -> str:
 
 def gains(stated: Mapping[str, Any], values: Mapping[str, Values], sides: Sides) -> list[float]:
     """For each seed, which fraction of the differences in ``stated`` its values have."""
-    whole, by_claim = 0.0, []
-    for name, claim in stated.items():
-        weight = claim["difference"] / ((claim["interval"][1] - claim["interval"][0]) / 2) ** 2
-        whole += weight * fmean(differences(claim, sides))
-        by_claim.append([weight * one for one in differences(values[name], sides)])
-    return [sum(of_seed) / whole for of_seed in zip(*by_claim, strict=True)]
+    weight_K = [claim["difference"] / np.ptp(claim["interval"]) ** 2 for claim in stated.values()]
+    stated_KS, new_KS = (np.array([differences(of[name], sides) for name in stated]) for of in (stated, values))
+    return (weight_K @ new_KS / (weight_K @ stated_KS).mean()).tolist()
 
 
 class Checked(NamedTuple):
@@ -177,10 +176,9 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
             print(f"Not rerun: LLaVA with a language model of {model} ({folder / name} does not exist).\n")
     claims = [name for stated, *_ in runs for name in stated]
     levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
-    found: list[Checked] = []
+    found = list[Checked]()
     for stated, new, sides, shown in runs:
-        checked = check(stated, new, sides, **levels)
-        rows = []
+        rows, checked = [], check(stated, new, sides, **levels)
         for one in checked:
             cells = map(fraction if one.below_only else shown, (one.stated, one.now, one.most))
             rows.append((one.name, *cells, "as stated" if one.same else "**moved**"))
@@ -236,7 +234,6 @@ def record(path: Path, claims: Mapping[str, Any], begin: str, made: Callable[[Ma
 
 
 def main() -> int:
-    """Check or record."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="a quickstart's results, e.g. quickstart-output/default")
@@ -255,8 +252,8 @@ def main() -> int:
         return 0
     found, missing = check_all(args.folder)
     moved = [one.name for one in found if not one.same]
-    told = [f"{len(moved)} of {len(found)} numbers moved{': ' if moved else ''}{', '.join(moved)}"]
-    print(*(f"missing: {name}" for name in missing), *told, sep="\n", file=sys.stderr)
+    told = f"{len(moved)} of {len(found)} numbers moved{': ' if moved else ''}{', '.join(moved)}"
+    print(*(f"missing: {name}" for name in missing), told, sep="\n", file=sys.stderr)
     return int(bool(moved or missing))
 
 
