@@ -25,7 +25,7 @@ from llm2clip_plugin.train.losses.base import weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
 from llm2clip_plugin.train.optim import complete, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 
 TOWERS = {"tiny": (32, 2, 2, 64), "vit-s": (384, 12, 6, 1536), "vit-b": (768, 12, 12, 3072)}

@@ -8,17 +8,22 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, ClassVar, TypeVar
 
+import llm2clip_plugin.files as files
 from llm2clip_plugin.files import ContractError, from_plain, read_header, read_json_value, typed
 
+RATE_LINES = 20  # last lines of steps in metrics.jsonl that rates are the means of
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -359,6 +364,59 @@ class RunRecord(VersionedRecord):
     command: dict[str, Any] = field(default_factory=dict)  # how it was started last: files.started_by
     versions: dict[str, str] = field(default_factory=dict)
     wandb: str = ""  # id of the run in Weights & Biases
+
+
+@dataclass(kw_only=True)
+class Metrics:
+    """A summary of metrics.jsonl."""
+
+    step: int = 0  # the last one with a line
+    samples: int = 0
+    loss: float | None = None
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RATE_LINES))  # of the last steps
+    # images/s of a loader process, and of steps that wait for no data, of the last lines
+    loading: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RATE_LINES))
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> headline scores; 0: before training
+    ended: dict[str, Any] | None = None  # the event after which no step followed
+    save_failed: dict[str, Any] | None = None  # the event after which no checkpoint was complete
+    unreadable: int = 0  # lines
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Raises ValueError, KeyError or TypeError for a line of another kind."""
+        step, event = int(line["step"]), line.get("event")
+        if event in (files.STOPPED, files.FAILED):
+            self.ended = line
+        elif event in (files.SAVE_FAILED, files.SAVED):
+            self.save_failed = line if event == files.SAVE_FAILED else None
+        elif event is None and "loss" in line:
+            self.step, self.samples, self.loss, self.ended = step, int(line["samples"]), float(line["loss"]), None
+            self.seconds.extend([float(line["step_seconds"])] if "step_seconds" in line else [])
+            if one := line.get("loader_images_per_second"):
+                self.loading.append((float(one), line["samples_per_second"] / max(1 - line["wait_share"], 1e-3)))
+        elif event is None:
+            scores = {name: float(value) for name, value in line.items() if name not in ("step", "samples")}
+            self.scores[step] = {name: scores[name] for name in files.headline(scores)}
+
+    def loader(self) -> str:
+        """How many loader processes the steps need, over all ranks; "" if no line says."""
+        if not self.loading:
+            return ""
+        one, needed = (median(column) for column in zip(*self.loading, strict=True))
+        rates = f"a process delivers {one:,.1f} images/s, the steps take {needed:,.1f}"
+        return f"{rates}: --workers, over all ranks, {math.ceil(needed / one)}"
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read the file line by line; lines that are damaged, or cut short by a kill, are counted."""
+    metrics = Metrics()
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                try:
+                    metrics.add(json.loads(text))
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    metrics.unreadable += 1
+    return metrics
 
 
 @dataclass(frozen=True, kw_only=True)

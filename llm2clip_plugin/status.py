@@ -1,23 +1,18 @@
 """``llm2clip status``: where a run or a cache stands, from the files in its folder alone."""
 
 import json
-import math
 import socket
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-from llm2clip_plugin import files
+from llm2clip_plugin import contracts, files
 from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, EncoderCard, RunRecord, TowerCard, shard_file
 from llm2clip_plugin.options import Command, command
 
-RATE_LINES = 20  # last lines of steps that the rate is the mean of
 RESULTS = {"tower": TowerCard.FILE, "tower-ema": TowerCard.FILE, "adapter": EncoderCard.FILE}  # folder -> its card
 FINISHED, RUNNING, ELSEWHERE = "finished", "running", "running on another host"  # states without a way to go on
 
@@ -63,7 +58,7 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
     damaged or missing."""
     problems: list[str] = []
     record = _read(RunRecord, folder, problems) or RunRecord(config={}, config_hash="")
-    metrics = read_metrics(folder / files.METRICS)
+    metrics = contracts.read_metrics(folder / files.METRICS)
     step, total, samples = max(metrics.step, record.step), record.total_steps, max(metrics.samples, record.samples)
     state, reason = run_state(folder, record, metrics, step)
     yield str(folder), state + (f": {reason}" if reason else "")
@@ -105,60 +100,7 @@ def ago(seconds_since_epoch: float) -> str:
     return f"{timedelta(seconds=round(time.time() - seconds_since_epoch))} ago"
 
 
-@dataclass(kw_only=True)
-class Metrics:
-    """A summary of metrics.jsonl."""
-
-    step: int = 0  # the last one with a line
-    samples: int = 0
-    loss: float | None = None
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RATE_LINES))  # of the last steps
-    # images/s of a loader process, and of steps that wait for no data, of the last lines
-    loading: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RATE_LINES))
-    scores: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> headline scores; 0: before training
-    ended: dict[str, Any] | None = None  # the event after which no step followed
-    save_failed: dict[str, Any] | None = None  # the event after which no checkpoint was complete
-    unreadable: int = 0  # lines
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Raises ValueError, KeyError or TypeError for a line of another kind."""
-        step, event = int(line["step"]), line.get("event")
-        if event in (files.STOPPED, files.FAILED):
-            self.ended = line
-        elif event in (files.SAVE_FAILED, files.SAVED):
-            self.save_failed = line if event == files.SAVE_FAILED else None
-        elif event is None and "loss" in line:
-            self.step, self.samples, self.loss, self.ended = step, int(line["samples"]), float(line["loss"]), None
-            self.seconds.extend([float(line["step_seconds"])] if "step_seconds" in line else [])
-            if one := line.get("loader_images_per_second"):
-                self.loading.append((float(one), line["samples_per_second"] / max(1 - line["wait_share"], 1e-3)))
-        elif event is None:
-            scores = {name: float(value) for name, value in line.items() if name not in ("step", "samples")}
-            self.scores[step] = {name: scores[name] for name in files.headline(scores)}
-
-    def loader(self) -> str:
-        """How many loader processes the steps need, over all ranks; "" if no line says."""
-        if not self.loading:
-            return ""
-        one, needed = (median(column) for column in zip(*self.loading, strict=True))
-        rates = f"a process delivers {one:,.1f} images/s, the steps take {needed:,.1f}"
-        return f"{rates}: --workers, over all ranks, {math.ceil(needed / one)}"
-
-
-def read_metrics(path: Path) -> Metrics:
-    """Read the file line by line; lines that are damaged, or cut short by a kill, are counted."""
-    metrics = Metrics()
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    metrics.add(json.loads(text))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    metrics.unreadable += 1
-    return metrics
-
-
-def run_state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tuple[str, str]:
+def run_state(folder: Path, record: RunRecord, metrics: contracts.Metrics, step: int) -> tuple[str, str]:
     """Finished, running, running on another host, stopped, failed or ended early; and why."""
     with suppress(OSError, ValueError, KeyError, TypeError):  # no lock, or a damaged one
         holder = json.loads((folder / files.LOCK).read_text(encoding="utf-8"))

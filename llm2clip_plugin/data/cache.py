@@ -52,10 +52,8 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     shard_file,
 )
-from llm2clip_plugin.data import cores, parallel
-from llm2clip_plugin.data.index import stamps_of
-from llm2clip_plugin.data.remote import RetryingFile
-from llm2clip_plugin.data.samples import Caption, caption_hash, hash_hex
+from llm2clip_plugin.data.remote import RetryingFile, stamps_of
+from llm2clip_plugin.data.samples import Caption, caption_hash, cores, hash_hex, parallel
 from llm2clip_plugin.data.sources import Shard, Source
 from llm2clip_plugin.files import PROGRESS, ContractError, errors_about, parse_header, tell_job
 from llm2clip_plugin.options import unknown

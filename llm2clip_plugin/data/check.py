@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.console import progress_bar
-from llm2clip_plugin.data import cores, parallel
 from llm2clip_plugin.data.samples import (
     BrokenImage,
     BrokenSample,
     Caption,
     Sample,
     caption_hash,
+    cores,
     has_transparency,
     load,
     open_header,
+    parallel,
     select_captions,
     words_of,
 )

@@ -11,108 +11,22 @@ The last two columns are start and size of the sample's text. One descriptor and
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import logging
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
-from llm2clip_plugin.data.remote import RetryingFile, is_url
+from llm2clip_plugin.contracts import canonical_json, sha256_text
+from llm2clip_plugin.data.remote import RetryingFile, SideFolder, Stamp
 
 log = logging.getLogger(__name__)
 
 FORMAT = {"kind": "llm2clip-source-index", "format_version": 2}
 HEAD_BYTES = 256
-FOLDER = ".llm2clip"
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # of the file system of a folder
-
-Stamp = tuple[int, int]  # size in bytes and modification time in ns of the file that was indexed
-
-
-@dataclass(frozen=True)
-class SideFolder:
-    """Where files derived from the data of one folder or URL are."""
-
-    main: Path
-    spare: Path  # used if ``main`` can't be written
-
-    @classmethod
-    def of(cls, place: str, spare_folder: Path) -> SideFolder:
-        """For data in the local folder, or below the URL, ``place``."""
-        name = place if is_url(place) else os.path.abspath(place)
-        spare = spare_folder / f"kept-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-        return cls(spare if is_url(place) else Path(place) / FOLDER, spare)
-
-    def paths(self, name: str) -> tuple[Path, Path]:
-        """Where a file may be."""
-        return self.main / name, self.spare / name
-
-    def write(self, name: str, write: Callable[[Path], object]) -> Path:
-        """Call ``write`` with a temporary path and rename it to ``name``; returns where. Raises OSError."""
-        main, spare = self.paths(name)
-        try:
-            with atomic_file(main) as temporary:
-                write(temporary)
-            return main
-        except OSError as error:
-            if error.errno not in READ_ONLY:
-                raise
-        with atomic_file(spare) as temporary:
-            write(temporary)
-        return spare
-
-    @contextmanager
-    def lock(self, doing: str) -> Iterator[None]:
-        """Hold the folder's lock, so that one process does ``doing`` and the others find it done.
-        Without a folder that can be written, or a file system with locks, nobody waits."""
-        from filelock import FileLock, Timeout
-
-        for path in self.paths("lock"):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(path)
-                lock.acquire(timeout=0)
-            except Timeout:
-                if os.environ.get("LOCAL_RANK", "0") == "0":
-                    print(f"waiting for another process to {doing} ({path})", file=sys.stderr)
-                lock.acquire(poll_interval=0.2)
-            except (OSError, NotImplementedError):
-                continue
-            try:
-                yield
-            finally:
-                lock.release()
-            return
-        yield
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The entries of a JSON file in both places; {} for a damaged one."""
-        entries: dict[str, Any] = {}
-        for path in self.paths(name):
-            try:
-                entries |= json.loads(path.read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, TypeError) as error:
-                log.warning("cannot read %s (%s); its contents are computed again", path, error)
-        return entries
-
-    def add_json(self, name: str, entries: dict[str, Any]) -> None:
-        """Add or replace entries of a JSON file. The caller holds the lock."""
-        text = canonical_json({**self.read_json(name), **entries})
-        try:
-            self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
-        except OSError as error:
-            log.warning("cannot write %s (%s); the next start computes it again", self.main / name, error)
 
 
 @dataclass
@@ -245,22 +159,3 @@ def _readable(folder: SideFolder, name: str, columns: int, *, warn: bool = False
             if warn:
                 log.warning("%s; the index is built again", error)
     return [index for index in found if index.columns == columns]
-
-
-def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:
-    """Size and time of each file, None for a missing one; folders are listed, which network disks answer at once."""
-    stamps: dict[str, Stamp | None] = dict.fromkeys(paths)
-    for folder in {os.path.dirname(path) for path in paths}:
-        try:
-            with os.scandir(folder or ".") as entries:
-                found = [(os.path.join(folder, entry.name), entry) for entry in entries]
-                stamps |= {path: stamp_of(entry) for path, entry in found if path in stamps}
-        except FileNotFoundError:
-            continue
-    return [stamps[path] for path in paths]
-
-
-def stamp_of(file: Path | os.DirEntry[str]) -> Stamp:
-    """Size and time of a file. Raises FileNotFoundError."""
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns

@@ -26,22 +26,23 @@ from PIL import Image
 
 from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import atomic_directory, canonical_json, size_text
-from llm2clip_plugin.data import cores, parallel
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
     BrokenImage,
     BrokenSample,
+    cores,
     has_transparency,
     load,
     open_header,
+    parallel,
     parse_fields,
     read_captions,
     select_captions,
 )
-from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, check_fields, open_source
+from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, check_fields, open_source, split_name
 from llm2clip_plugin.data.sources.rows import RowSource
-from llm2clip_plugin.data.sources.tars import TarSource, split_name
+from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.options import Command, command
 

@@ -21,8 +21,8 @@ from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.samples import Caption, select_captions
 from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.evaluate.commands import print_table, write_scores
 from llm2clip_plugin.evaluate.config import EVALUATE_CAPTIONS, CaptionSetConfig, EvaluateCaptionsConfig
-from llm2clip_plugin.evaluate.opening import print_table, write_scores
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
 from llm2clip_plugin.options import command
 from llm2clip_plugin.text.config import ATTENTIONS, POOLINGS, EncoderConfig, find_card

@@ -1,22 +1,41 @@
-"""``llm2clip evaluate``: retrieval recall of a tower on data whose captions are cached, or on benchmarks by name."""
+"""``llm2clip evaluate``: retrieval recall of a tower on data whose captions are cached, or on benchmarks by name.
+
+And what the commands that measure share: the tower and its teacher, ranks, output.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+
+from llm2clip_plugin import __version__
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.sources import check_fields, open_source
-from llm2clip_plugin.evaluate import opening
+from llm2clip_plugin.console import phase
+from llm2clip_plugin.contracts import CacheManifest, ScoreFile
+from llm2clip_plugin.data.cache import EmbeddingCache, differences
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig
-from llm2clip_plugin.evaluate.retrieval import RetrievalReport, embed_pairs, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, check_measurable, embed_pairs, evaluate_retrieval
 from llm2clip_plugin.evaluate.suites import Suite, select_suites, suites
-from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
+from llm2clip_plugin.files import ContractError, printable
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.teacher import TeacherLLM, benchmark_cache_folder, embed_source, load_dual_encoder
+from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, on_first_rank, rank, world_size
+from llm2clip_plugin.train.guard import watched_group
+from llm2clip_plugin.vision.directory import fetch_directory
+from llm2clip_plugin.vision.dual import LoadedDualEncoder
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 FIRST = "i2t_r1", "t2i_r1"  # what the paper reports
 
@@ -32,26 +51,26 @@ def main(argv: list[str]) -> int:
         facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
         return dataclasses.replace(
             report.scores(),
-            benchmark=f"retrieval:{opening.dataset_name(config.data.path)}",
+            benchmark=f"retrieval:{dataset_name(config.data.path)}",
             model=config.tower,
-            provenance=opening.provenance(tower.dual, **facts),
+            provenance=provenance(tower.dual, **facts),
         )
 
     def report(scores: ScoreFile) -> None:
         clusters = len({item["cluster"] for item in scores.items})
         caption = f"i2t: image to text; ties count half; [95 % interval] over {clusters} clusters"
-        opening.print_scores(f"{config.tower} on {config.data.path}", scores, intervals(scores), caption)
-        opening.write_scores(scores, config.json)
+        print_scores(f"{config.tower} on {config.data.path}", scores, intervals(scores), caption)
+        write_scores(scores, config.json)
 
-    return opening.on_all_ranks(measure, report)
+    return on_all_ranks(measure, report)
 
 
-def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[opening.OpenedTower, RetrievalReport]:
+def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
     """Open the tower, the data and the cache, embed captions that it lacks, and measure."""
     source = open_source(config.data)
     check_fields(source)
-    on_first_rank(lambda: opening.check_measurable(source, config.retrieval))
-    tower = opening.open_tower(config.tower, config.device, config.teacher)
+    on_first_rank(lambda: check_measurable(source, config.retrieval))
+    tower = open_tower(config.tower, config.device, config.teacher)
     cache = tower.cache(source, config.cache, all_ranks=all_ranks)
     return tower, evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
 
@@ -61,7 +80,7 @@ def intervals(scores: ScoreFile) -> dict[str, Interval]:
     queries: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for item in scores.items:
         k = next(key for key in item if key.startswith("r"))
-        prefix = "" if item["part"] == opening.ALL else f"{item['part']}/"
+        prefix = "" if item["part"] == ALL else f"{item['part']}/"
         queries[f"{prefix}{item['side']}_{k}"].append(item)
     return {
         name: bootstrap_mean([item["score"] for item in some], [item["cluster"] for item in some])
@@ -84,16 +103,16 @@ def main_suites(config: EvaluateConfig) -> int:
             if any(suite.name in results for suite in columns):
                 print_paper_table(title, columns, config.tower, results)
         for name, scores in results.items():
-            opening.print_scores(name, scores, {})
+            print_scores(name, scores, {})
         for line in missing:
             print(f"skipped {line}", file=sys.stderr)
 
-    return opening.on_all_ranks(partial(measure_suites, config, ready), report)
+    return on_all_ranks(partial(measure_suites, config, ready), report)
 
 
 def measure_suites(config: EvaluateConfig, ready: list[Suite], all_ranks: bool) -> dict[str, ScoreFile]:
     """The score file of each suite: read if its provenance is the same, else measured and written by rank 0."""
-    tower, root = opening.open_tower(config.tower, config.device, config.teacher), Path(config.data.path)
+    tower, root = open_tower(config.tower, config.device, config.teacher), Path(config.data.path)
     output = Path(config.json or root / f"scores-{tower.dual.card.weights_sha256[:12]}")
     settings = dataclasses.asdict(config.retrieval) | {"batch": 0, "workers": 0}
     settings = json.loads(json.dumps(settings))  # tuples are lists in the file
@@ -103,7 +122,7 @@ def measure_suites(config: EvaluateConfig, ready: list[Suite], all_ranks: bool) 
         cache = tower.cache(source, all_ranks=all_ranks)
         captions = cache.manifest.shards[suite.name]["rows_sha256"]
         facts = {"teacher": cache.fingerprint, "captions_sha256": captions, "settings": settings}
-        origin = opening.provenance(tower.dual, **facts)  # everything that decides the scores but the image files
+        origin = provenance(tower.dual, **facts)  # everything that decides the scores but the image files
         path = output / f"{suite.name}.scores.json"
         if not config.overwrite and path.is_file() and (before := ScoreFile.read(path)).provenance == origin:
             results[suite.name] = before
@@ -128,17 +147,134 @@ def print_paper_table(title: str, columns: Sequence[Suite], model: str, results:
     for suite in columns:
         for tower, scores in suite.paper.items():
             rows[f"{tower} (paper, {suite.paper_source})"][suite.name] = _pair(*scores)
-    ours, half = rows[f"{opening.dataset_name(model)} (measured)"], rows["95 % interval, ±"]
+    ours, half = rows[f"{dataset_name(model)} (measured)"], rows["95 % interval, ±"]
     for suite in columns:
         if (scores := results.get(suite.name)) is None:
             ours[suite.name] = "not measured"
             continue
         ours[suite.name] = _pair(*(100 * scores.metrics[name] for name in FIRST))
-        if f"{opening.ALL}/{FIRST[0]}" not in scores.metrics:  # a mean over languages has none
+        if f"{ALL}/{FIRST[0]}" not in scores.metrics:  # a mean over languages has none
             found = intervals(scores)
             half[suite.name] = _pair(*(50 * (found[name].high - found[name].low) for name in FIRST))
-    opening.print_table(title, rows, "R@1 image->text / text->image, percent; the paper's rows are single runs")
+    print_table(title, rows, "R@1 image->text / text->image, percent; the paper's rows are single runs")
 
 
 def _pair(i2t: float, t2i: float) -> str:
     return f"{i2t:.1f} / {t2i:.1f}"
+
+
+# What the commands that measure share.
+
+Result = TypeVar("Result")
+
+NOTES_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedTower:
+    """A dual encoder on its device, how its images are preprocessed, and the LLM that its card names."""
+
+    dual: LoadedDualEncoder
+    images: ImageConfig
+    device: torch.device
+    teacher: TeacherLLM
+
+    def cache(self, source: Source, directory: str | Path = "", *, all_ranks: bool = False) -> EmbeddingCache:
+        """The cache of ``source``: opened if it is complete, otherwise embedded now, by all ranks together.
+
+        ``directory``: by default ``embeddings-<fingerprint>`` in the source's folder. A complete one is taken as it is
+        if the card names no teacher. Raises ContractError if the LLM is not the tower's teacher or the directory
+        belongs to another one; FileNotFoundError without the LLM.
+        """
+        teacher = self.teacher
+        known = teacher.identity or (None if directory and not teacher.config.llm else teacher.encoder.identity())
+        folder = Path(directory or benchmark_cache_folder(source.path, teacher.fingerprint))
+        if known is not None and (folder / CacheManifest.FILE).is_file():
+            theirs = CacheManifest.read(folder / CacheManifest.FILE)
+            if theirs.fingerprint != known.fingerprint:
+                raise ContractError(
+                    f"the cache {folder} was not created with the tower's teacher: "
+                    f"{differences(theirs.teacher, known)}; choose another --cache"
+                )
+
+        def opened() -> EmbeddingCache:
+            cache = EmbeddingCache.open(folder, expect_width=teacher.llm_width or None)
+            cache.check(source)
+            return cache
+
+        def is_complete() -> bool:
+            with suppress(FileNotFoundError, ContractError):  # embedding redoes what is incomplete
+                return opened() is not None
+            return False
+
+        if not on_first_rank(is_complete):
+            number, ranks = rank(group_of(all_ranks)), world_size(group_of(all_ranks))
+            embed_source(source, teacher.encoder, folder, rank=number, world=ranks, quiet=number != 0)
+            gather_objects(None, group_of(all_ranks))  # all have embedded
+        return opened()
+
+
+def open_tower(tower: str, device: str, llm: EncoderConfig) -> OpenedTower:
+    """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator, if there is one.
+
+    ``llm``: the teacher, if it is not where the card says. Raises ValueError for a tower alone.
+    """
+    directory, chosen = fetch_directory(tower), choose_device(device)
+    images, dual = ImageConfig.from_preprocessor(preprocessor_config(directory)), load_dual_encoder(directory)
+    return OpenedTower(dual=dual.to(chosen), images=images, device=chosen, teacher=TeacherLLM(dual.card, llm, chosen))
+
+
+def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], None]) -> int:
+    """``measure(all_ranks)`` on every rank of the launcher, then ``report`` on rank 0; the exit status."""
+    with watched_group() as (rank, world), phase("evaluation"):
+        result = measure(world > 1)
+        if rank == 0:
+            report(result)
+    return 0
+
+
+def provenance(dual: LoadedDualEncoder | None = None, **values: Any) -> dict[str, Any]:
+    """``values``, the hashes of a dual encoder's weights, and the versions of what measured."""
+    if dual is not None:
+        card, training = dual.card, dual.card.training
+        precision = {"precision": training["precision"]} if "precision" in training else {}
+        values = {"weights_sha256": card.weights_sha256, "adapter_sha256": card.adapter_sha256} | precision | values
+    return values | {"versions": {"llm2clip-plugin": __version__, "torch": torch.__version__}}
+
+
+def dataset_name(path: str) -> str:
+    """The last part of a path or URL."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def write_scores(scores: ScoreFile, path: str) -> None:
+    """Write a score file and print its path; nothing for path ""."""
+    if path:
+        print(f"wrote {scores.write(path)}")
+
+
+def print_table(title: str, rows: Mapping[str, Mapping[str, str]], caption: str) -> None:
+    """Named rows, and one column for each key of theirs."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [["", *columns], *([name, *(row.get(column, "") for column in columns)] for name, row in rows.items())]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for name, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
+    print(caption)
+
+
+def print_scores(title: str, scores: ScoreFile, found: Mapping[str, Interval], caption: str = "") -> None:
+    """Every metric in percent, with its interval in ``found``: one row per part, one column per metric; and notes."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, value in scores.metrics.items():
+        part, _, metric = name.rpartition("/")
+        shown = f" [{100 * found[name].low:.1f}, {100 * found[name].high:.1f}]" if name in found else ""
+        rows.setdefault(part, {})[metric] = f"{100 * value:.1f}{shown}"
+    first = "headline" if ALL in rows else ALL
+    counts = ", ".join(f"{number} {name}" for name, number in scores.counts.items())
+    caption = "; ".join(filter(None, ["percent", counts, caption]))
+    print_table(title, {part or first: row for part, row in rows.items()}, caption)
+    for note in scores.notes[:NOTES_SHOWN]:
+        print(printable(note))

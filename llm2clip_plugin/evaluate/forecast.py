@@ -24,12 +24,14 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, select_captions
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
-from llm2clip_plugin.evaluate import opening
+from llm2clip_plugin.evaluate import commands
 from llm2clip_plugin.evaluate.classification import weights_hash
 from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval import check_measurable, encode_images, json_field
+from llm2clip_plugin.evaluate.suites import InMemorySource, Row
 from llm2clip_plugin.text.config import EncoderConfig, find_card
-from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.teacher import default_cache_folder, embed_source
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.families import family_of
@@ -40,7 +42,7 @@ NEIGHBORS = 0.1  # of the images; RAVEL: 100 of 1,000
 FOLDS = 5
 PENALTIES = tuple(10.0**power for power in range(-3, 4))  # of the probe, relative to the mean squared singular value
 
-Captions = tuple[dict[int, opening.Row], Tensor, dict[str, Any]]  # of `read_captions`
+Captions = tuple[dict[int, Row], Tensor, dict[str, Any]]  # of `read_captions`
 
 
 def main(argv: list[str]) -> int:
@@ -49,26 +51,26 @@ def main(argv: list[str]) -> int:
     source = open_source(config.data)
     check_fields(source)
     selected = RetrievalConfig(kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster)
-    opening.check_measurable(source, selected)
+    check_measurable(source, selected)
     captions = read_captions(config, source)
     records = [forecast(tower, config, source, captions) for tower in config.towers]
     print_measures(config, records)
     for number, record in enumerate(records if config.json else [], 1):
         path = Path(config.json)
-        opening.write_scores(record, str(path.with_stem(f"{path.stem}-{number}") if len(records) > 1 else path))
+        commands.write_scores(record, str(path.with_stem(f"{path.stem}-{number}") if len(records) > 1 else path))
     return 0
 
 
 def read_captions(config: ForecastConfig, source: Source) -> Captions:
     """Up to ``limit`` images with captions, evenly spaced, by their numbers; the mean of each one's embedded captions,
     cached, float32 on the CPU; the LLM's TeacherIdentity."""
-    count, rows = min(config.limit, len(source)), dict[int, opening.Row]()
+    count, rows = min(config.limit, len(source)), dict[int, Row]()
     for number in (place * len(source) // count for place in range(count)):
         with suppress(BrokenSample):
             sample = source[number]
             if used := select_captions(sample.captions, config.data.kinds, config.data.languages):
-                cluster = opening.json_field(sample.meta, config.cluster, sample.key) if config.cluster else sample.key
-                rows[number] = opening.Row(sample.key, None, used, {"cluster": str(cluster)})
+                cluster = json_field(sample.meta, config.cluster, sample.key) if config.cluster else sample.key
+                rows[number] = Row(sample.key, None, used, {"cluster": str(cluster)})
     folds([row.meta["cluster"] for row in rows.values()])  # enough of them, before the work
     encoding = config.encoder
     if find_card(encoding.adapter or encoding.llm):  # a fine-tuned LLM is read as its card says
@@ -80,7 +82,7 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
     if not config.cache and Path(source.path) == DRAWINGS:  # the package's folder may be read-only
         folder = default_download_folder().parent / folder.name
     texts = [[row.key, *(caption.text for caption in row.captions)] for row in rows.values()]
-    captions = opening.InMemorySource(f"forecast-{sha256_text(canonical_json(texts))[:12]}", folder, [*rows.values()])
+    captions = InMemorySource(f"forecast-{sha256_text(canonical_json(texts))[:12]}", folder, [*rows.values()])
     embed_source(captions, encoder, folder)
     cache = EmbeddingCache.open(folder, expect_fingerprint=identity.fingerprint)
     embedded = (cache.rows(captions.name, place, row.captions, key=row.key) for place, row in enumerate(captions.rows))
@@ -104,7 +106,7 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captions: Capti
         return on_grid(states[layer][:, first:].float())
 
     options = {"batch": config.batch, "workers": config.workers, "indices": list(rows)}
-    encoded = opening.encode_images(encode, source, images, device, label=opening.dataset_name(tower), **options)
+    encoded = encode_images(encode, source, images, device, label=commands.dataset_name(tower), **options)
     patch_NPH = encoded.joined().to(device)
     readable = torch.isin(torch.tensor([*rows]), torch.tensor(encoded.numbers))
     text_NW, clusters = text_NW[readable], [rows[number].meta["cluster"] for number in encoded.numbers]
@@ -119,12 +121,12 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captions: Capti
         for place, (key, cluster) in enumerate(zip(encoded.keys, clusters, strict=True))
     ]
     return ScoreFile(
-        benchmark=f"forecast:{opening.dataset_name(config.data.path)}",
+        benchmark=f"forecast:{commands.dataset_name(config.data.path)}",
         metrics={name: float(value_N.mean()) for name, value_N in values.items()},
         items=items,
         counts={"images": len(items), "left_out": len(encoded.broken)},
         model=tower,
-        provenance=opening.provenance(weights_sha256=weights_hash(directory), llm=llm, select_layer=layer),
+        provenance=commands.provenance(weights_sha256=weights_hash(directory), llm=llm, select_layer=layer),
         notes=[f"left out: {error}" for error in encoded.broken],
     )
 
@@ -149,9 +151,9 @@ def print_measures(config: ForecastConfig, records: Sequence[ScoreFile]) -> None
                 one = interval(record, name, records[0])
                 word = "higher" if one.low > 0 else "lower" if one.high < 0 else "cannot tell"
                 less[name] = f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}] {word}"
-    count, llm = records[0].counts["images"], opening.dataset_name(config.encoder.llm)
-    title = f"forecast for {llm} on {count} images of {opening.dataset_name(config.data.path)}"
-    opening.print_table(title, rows, "95 % intervals over images or --cluster; chance: neighbors .1, CKA and probe 0")
+    count, llm = records[0].counts["images"], commands.dataset_name(config.encoder.llm)
+    title = f"forecast for {llm} on {count} images of {commands.dataset_name(config.data.path)}"
+    commands.print_table(title, rows, "95 % intervals over images or --cluster; chance: neighbors .1, CKA and probe 0")
 
 
 def interval(record: ScoreFile, name: str, base: ScoreFile | None = None) -> Interval:

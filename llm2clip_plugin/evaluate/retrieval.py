@@ -1,6 +1,6 @@
 """Image-text retrieval over embeddings: recall@k in both directions, with any number of captions per image.
 
-Shapes: N images, M captions, D projection dimension, Q queries of one direction.
+Shapes: N images, B of a batch, S pixels a side, M captions, D projection dimension, Q queries of one direction.
 
 ``i2t``: an image is the query and the captions are ranked, a hit if any correct caption is in the top k (other code
 calls this text retrieval). ``t2i``: a caption is the query and the images are ranked (image retrieval).
@@ -9,25 +9,29 @@ calls this text retrieval). ``t2i``: a caption is the query and the images are r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.data.pairs import EvalPairs
 from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.config import KS, RetrievalConfig
-from llm2clip_plugin.evaluate.opening import ALL, encode_images, json_field
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, sum_over_ranks, world_size
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
 from llm2clip_plugin.vision.towers import eval_mode
 
+ALL = "all"  # the part with every caption
+LOOKED_AT = 2048  # samples whose JSON is read before a run, evenly spaced: what fewer lack is found later
 BLOCK = 1 << 24  # scores computed at once: 64 MiB
 TEXT_BATCH = 512  # captions in one call of the text adapter
 
@@ -174,6 +178,60 @@ def retrieve(
     i2t, t2i = rank_both(image_ND, text_MD, *labels, all_ranks=all_ranks)
     image_index = torch.nonzero(i2t.correct_equal_Q).flatten()
     return Retrieval({"i2t": (i2t.select(image_index), image_index), "t2i": (t2i, caption_index)})
+
+
+class EncodedImages(NamedTuple):
+    """The readable images in order, and the others."""
+
+    numbers: list[int]  # in the source
+    keys: list[str]
+    meta: list[dict[str, Any]]  # the JSON of each sample
+    vectors: list[Tensor]  # (b, D) of each batch, float32, on the CPU
+    broken: list[BrokenSample]
+
+    def joined(self) -> Tensor:
+        """(N, D): all vectors; raises ValueError if there are none."""
+        if not self.numbers:
+            raise ValueError(f"no usable images: {(self.broken or ['the data is empty'])[0]}")
+        return torch.cat(self.vectors)
+
+
+@torch.no_grad()
+def encode_images(
+    encode: Callable[..., Tensor],
+    source: Source,
+    images: ImageConfig,
+    device: torch.device,
+    *,
+    all_ranks: bool = False,
+    quiet: bool = False,
+    label: str = "images",
+    **options: Any,
+) -> EncodedImages:
+    """A source's images, also those without captions, through ``encode``, (B, 3, S, S) on ``device`` -> (B, D) or more;
+    of images that keep their aspect it gets the spatial_shapes (B, 2), too.
+
+    ``options``: batch, workers, and which samples: see `EvalPairs`. ``all_ranks``: every rank of the default process
+    group calls this, encodes a part, and gets all.
+    """
+    group, normalize = group_of(all_ranks), Normalize(images, device)
+    options = {"batch": 64, "kinds": None, "rank": rank(group), "world": world_size(group), **options}
+    batches = EvalPairs(source, None, images, **options)
+    # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
+    calls = max(gather_objects(len(batches), group))
+    own, remaining, show = EncodedImages([], [], [], [], []), iter(batches), not quiet and rank(group) == 0
+    for _ in track(range(calls), total=calls, label=label, unit="batches", show=show):
+        loaded = next(remaining, None)
+        if loaded is None:
+            encode(normalize(torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)))
+            continue
+        own.vectors.append(encode(normalize(loaded["pixels"]), *normalize.shapes(loaded)).float().cpu())
+        own.numbers.extend(loaded["image_ids"].tolist())
+        own.keys.extend(loaded["keys"])
+        own.meta.extend(loaded["meta"])
+    own.broken.extend(batches.broken)
+    ranks = gather_objects(own, group)
+    return EncodedImages(*([item for part in parts for item in part] for parts in zip(*ranks, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,3 +405,28 @@ def report_retrieval(
         cluster_N=pairs.meta_values(cluster) if cluster else list(pairs.keys),
         counts={"images": len(pairs.keys), "captions": int(used_M.sum()), "left_out": len(pairs.broken)},
     )
+
+
+def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = "") -> Any:
+    """A field of the JSON of the sample ``key``. ValueError with the known ones, after ``before``, if it has none."""
+    if name in meta:
+        return meta[name]
+    known = ", ".join(sorted(meta)) or "none"
+    raise ValueError(f"{before}sample {key!r} has no field {name!r} in its JSON; known: {known}")
+
+
+def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:
+    """ValueError for kinds and languages without a caption, a field that a sample lacks; ``option``: their prefix."""
+    images, captions = min(config.limit or len(source), len(source)), set[Caption]()
+    for number in range(0, images, max(1, images // LOOKED_AT)):
+        with suppress(BrokenSample):
+            sample = source[number]
+            captions.update(sample.captions)
+            for setting, name in (("group", config.group), ("cluster", config.cluster)):
+                if name:
+                    json_field(sample.meta, name, sample.key, before=f"{option}{setting} {name}: {source.path}: ")
+    if not select_captions(list(captions), config.kinds, config.languages):
+        known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions})) or "none"
+        kinds, languages = (" ".join(names) or "(any)" for names in (config.kinds, config.languages))
+        wanted = f"{option}kinds {kinds} and {option}languages {languages}"
+        raise ValueError(f"no caption of {source.path} has {wanted}; known: {known}")

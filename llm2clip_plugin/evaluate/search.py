@@ -24,8 +24,10 @@ from llm2clip_plugin.data.cache import source_digest
 from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources import Source, open_source
-from llm2clip_plugin.evaluate import opening
+from llm2clip_plugin.evaluate import commands
 from llm2clip_plugin.evaluate.config import SEARCH, SearchConfig
+from llm2clip_plugin.evaluate.retrieval import encode_images
+from llm2clip_plugin.evaluate.suites import InMemorySource, Row, image_files
 from llm2clip_plugin.files import errors_about, printable
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
@@ -37,7 +39,7 @@ Hits = list[list[tuple[int, float]]]  # of each text (number in the source, cosi
 def main(argv: list[str]) -> int:
     """``llm2clip search TOWER DATA TEXT [TEXT ...]``."""
     config = SEARCH.parse(argv)
-    return opening.on_all_ranks(partial(search, config), lambda result: report(config, *result))
+    return commands.on_all_ranks(partial(search, config), lambda result: report(config, *result))
 
 
 def search(config: SearchConfig, all_ranks: bool) -> tuple[Source, list[BrokenSample], Hits]:
@@ -46,7 +48,7 @@ def search(config: SearchConfig, all_ranks: bool) -> tuple[Source, list[BrokenSa
     The texts are embedded first, so that a teacher that is not at hand is an error before the work on the images.
     """
     source = folder_of_images(config.data.path) or open_source(config.data)
-    tower = opening.open_tower(config.tower, config.device, config.teacher)
+    tower = commands.open_tower(config.tower, config.device, config.teacher)
     with torch.no_grad():
         text_QD = on_first_rank(lambda: tower.dual.encode_text(tower.teacher.encoder.encode(config.text)).cpu())
     parts, broken = embed_images(config, tower, source, all_ranks)
@@ -67,10 +69,10 @@ def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample],
                 picture = thumbnail(record.read_image()) if config.output else None
             results[text].append({"key": record.key, "score": score, "picture": picture})
     print()
-    for error in broken[: opening.NOTES_SHOWN]:
+    for error in broken[: commands.NOTES_SHOWN]:
         print(printable(f"left out: {error}"))
     if config.output:
-        title = f"{opening.dataset_name(config.tower)}: {opening.dataset_name(config.data.path)}"
+        title = f"{commands.dataset_name(config.tower)}: {commands.dataset_name(config.data.path)}"
         intro = f"The nearest of {len(source):,} images, with their cosine similarity to the text."
         template = Path(__file__).with_name("search_page.html")
         with atomic_file(config.output) as temporary:
@@ -80,7 +82,7 @@ def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample],
 
 
 def embed_images(
-    config: SearchConfig, tower: opening.OpenedTower, source: Source, all_ranks: bool
+    config: SearchConfig, tower: commands.OpenedTower, source: Source, all_ranks: bool
 ) -> tuple[list[Path], list[BrokenSample]]:
     """Embed the parts of ``source`` that are not there yet, written by rank 0; all parts, and the images left out."""
     card, stamps = tower.dual.card, [str(stamp) for stamp in source.stamps]
@@ -93,7 +95,7 @@ def embed_images(
     options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
     for part in on_first_rank(lambda: [number for number, path in enumerate(parts) if not path.is_file()]):
         options["indices"] = range(part * PART, min((part + 1) * PART, len(source)))
-        found = opening.encode_images(tower.dual.encode_image, source, tower.images, tower.device, **options)
+        found = encode_images(tower.dual.encode_image, source, tower.images, tower.device, **options)
         broken += found.broken
         if rank(group_of(all_ranks)) == 0:
             vectors = [torch.empty(0, card.projection_dim), *found.vectors]
@@ -121,12 +123,12 @@ def nearest(parts: Sequence[Path], text_QD: Tensor, count: int) -> Hits:
     return [list(zip(*of_text, strict=True)) for of_text in zip(number_Qk.tolist(), score_Qk.tolist(), strict=True)]
 
 
-def folder_of_images(path: str) -> opening.InMemorySource | None:
+def folder_of_images(path: str) -> InMemorySource | None:
     """A folder of image files, at any depth, as a source without captions; None if ``path`` is not one."""
     root = Path(path)
-    if not root.is_dir() or any(root.glob("*.tar")) or not (files := opening.image_files(root)):
+    if not root.is_dir() or any(root.glob("*.tar")) or not (files := image_files(root)):
         return None
     stamps = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = f"{root.resolve().name}-{sha256_text(canonical_json(stamps))[:12]}"
-    rows = [opening.Row(stamp[0], file) for stamp, file in zip(stamps, files, strict=True)]
-    return opening.InMemorySource(name, root, rows)
+    rows = [Row(stamp[0], file) for stamp, file in zip(stamps, files, strict=True)]
+    return InMemorySource(name, root, rows)

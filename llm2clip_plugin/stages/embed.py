@@ -16,10 +16,9 @@ from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages.settings import EMBED, EmbedConfig, rank_and_world
 from llm2clip_plugin.text.config import effective
-from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
 from llm2clip_plugin.text.encoder import TextEncoder
 from llm2clip_plugin.text.llm import llm_config
-from llm2clip_plugin.text.teacher import open_encoder
+from llm2clip_plugin.text.teacher import default_cache_folder, embed_source, open_encoder, verify
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
 

@@ -1,13 +1,19 @@
-"""``llm2clip export``: a training run as a tower directory, or a tower directory in another format."""
+"""``llm2clip export``: a training run as a tower directory, or one in another format. ``export-llm``."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.contracts import RunRecord, TowerCard
+import torch
+from transformers import AutoTokenizer
+
+from llm2clip_plugin.contracts import EncoderCard, RunRecord, TowerCard, atomic_directory
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.stages.tower_config import EXPORT
 from llm2clip_plugin.stages.tower_export import export_run
-from llm2clip_plugin.text.adapter import adapter_sha256
+from llm2clip_plugin.text.config import CARD_SETTINGS, EXPORT_LLM, EncoderConfig, ExportConfig
+from llm2clip_plugin.text.encoder import CaptionEncoder, adapter_sha256, attach_adapter, merge
+from llm2clip_plugin.text.llm import keep_layers, load_backbone
+from llm2clip_plugin.vision.convert import EXPORT
 from llm2clip_plugin.vision.convert.importing import convert
 from llm2clip_plugin.vision.directory import fetch_directory, located
 from llm2clip_plugin.vision.export import check_repository, push_to_hub, reexport, summary
@@ -54,3 +60,55 @@ def teacher_adapter(teacher: dict[str, Any]) -> Path:
         both = f"SHA-256 {actual[:12]}, but the tower was trained with {teacher['adapter_sha256'][:12]}"
         raise ContractError(f"--with-adapter: {folder} has {both}; restore that adapter there")
     return folder
+
+
+# ``llm2clip export-llm``: a fine-tuned LLM as a folder of its own.
+
+SAMPLE_CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # compared before and after
+TOLERANCE = 1e-4  # of an embedding's norm: the same float32 weights, summed in another order once
+
+
+def main_llm(argv: list[str]) -> int:
+    print(f"wrote {export_llm(EXPORT_LLM.parse(argv))}; verified by reloading")
+    return 0
+
+
+def export_llm(config: ExportConfig) -> Path:
+    """Write merged weights, tokenizer and card, reload and compare embeddings before the folder is moved to its place.
+
+    Raises ValueError for 4-bit weights, ContractError if the reloaded embeddings differ.
+    """
+    if config.encoder.load_in_4bit:
+        raise ValueError("an adapter cannot be merged into 4-bit weights; omit --load-in-4bit")
+    encoder = CaptionEncoder(dataclasses.replace(config.encoder, compute_dtype="float32"), "cpu")
+    with atomic_directory(config.output, replace=config.overwrite) as temporary:
+        write_merged(encoder, temporary)
+        reloaded = CaptionEncoder(EncoderConfig(llm=str(temporary), compute_dtype="float32"), "cpu")
+        before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, reloaded))
+        worst = float(((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max())
+        if not worst < TOLERANCE:
+            raise ContractError(f"{config.output}: reloaded embeddings differ by {worst:.2g} of their norm")
+    return Path(config.output)
+
+
+def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
+    """Write merged weights of all blocks, those above the pooled layer included, with tokenizer and card."""
+    config = encoder.config
+    model = load_backbone(encoder.folder, dataclasses.replace(config, layer=-1), torch.float32, encoder.device)
+    if config.adapter:  # it may cover only the blocks up to the pooled layer
+        blocks, norm, depth = model.get_submodule("layers"), model.get_submodule("norm"), model.config.num_hidden_layers
+        keep_layers(model, config.layer)
+        model = merge(attach_adapter(model, fetch_directory(config.adapter)))
+        lower = list(model.get_submodule("layers"))  # type: ignore[call-overload]
+        model.set_submodule("layers", torch.nn.ModuleList([*lower, *list(blocks)[len(lower) :]]))  # type: ignore[call-overload]
+        model.set_submodule("norm", norm)
+        model.config.num_hidden_layers = depth
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder.folder).save_pretrained(folder)
+    EncoderCard(
+        base=config.llm,
+        base_sha256="",  # the folder itself holds the weights
+        **{name: vars(config)[name] for name in CARD_SETTINGS},
+        post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
+        training={"adapter_sha256": encoder.identity().adapter_sha256},
+    ).write(folder / EncoderCard.FILE)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig
 
 from llm2clip_plugin.console import phase
 from llm2clip_plugin.contracts import EncoderCard
@@ -21,10 +23,23 @@ from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import FINETUNE_LLM, FinetuneConfig, plan_or_train, rank_and_world
-from llm2clip_plugin.text import adapter as adapters
-from llm2clip_plugin.text.config import CARD_SETTINGS, effective
-from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import CaptionModel, LlmShape, llm_config, shape_llm
+from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, LoraSettings, effective
+from llm2clip_plugin.text.encoder import (
+    CaptionEncoder,
+    adapter_sha256,
+    add_lora,
+    autocast_adapter,
+    merge_adapters,
+    save_adapter,
+)
+from llm2clip_plugin.text.llm import (
+    CaptionModel,
+    keep_layers,
+    llm_config,
+    refuse_length_dependent_rope,
+    set_attention,
+    set_kernels,
+)
 from llm2clip_plugin.text.pairs import (
     CaptionStep,
     PairBatches,
@@ -41,7 +56,7 @@ from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
-from llm2clip_plugin.train.model import StepMemory, activation_bytes, enable_gradient_checkpointing
+from llm2clip_plugin.train.model import DTYPES, StepMemory, activation_bytes, enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import Trained, chosen_optimizer, is_vector, zero_stage
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.export import library_versions
@@ -66,7 +81,7 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
         data = Data(config, rank(), world_size())
     total_steps, deepspeed = plan_stage(config, data.samples, world_size())
     folders = map(fetch_directory, config.start_adapters)
-    starts = {f"start adapter {number}": adapters.adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
+    starts = {f"start adapter {number}": adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
     run = TrainingRun(
         config=config,
         run_settings={**dataclasses.asdict(config), "samples": data.samples},
@@ -175,11 +190,11 @@ def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModul
     """The encoder's LLM with an adapter, which alone trains."""
     if not config.encoder.adapter:
         starts = [*map(fetch_directory, config.start_adapters)]
-        llm = adapters.merge_adapters(encoder.model.llm, starts)  # type: ignore[arg-type]
+        llm = merge_adapters(encoder.model.llm, starts)  # type: ignore[arg-type]
         torch.manual_seed(config.train.seed)
-        encoder.model.llm = adapters.add_lora(llm, config.lora, base=config.encoder.llm)
+        encoder.model.llm = add_lora(llm, config.lora, base=config.encoder.llm)
     if config.train.precision == "fp32":  # otherwise DeepSpeed converts the adapter
-        encoder.model.autocast = adapters.autocast_adapter(encoder.model.llm, encoder.dtype)
+        encoder.model.autocast = autocast_adapter(encoder.model.llm, encoder.dtype)
     if config.train.gradient_checkpointing:
         enable_gradient_checkpointing(encoder.model.llm)
     return PairModule(encoder.model, config.contrast).train()
@@ -215,7 +230,7 @@ def write_adapter(run: TrainingRun, encoder: CaptionEncoder, config: FinetuneCon
     prefix = "model.llm."
     trained = {n.removeprefix(prefix): t for n, t in load(last, moments=False).weights.items() if n.startswith(prefix)}
     card, starts = card_of(encoder, config, state), [*map(fetch_directory, config.start_adapters)]
-    adapters.save_adapter(encoder.model.llm, trained, card, run.folder / "adapter", starts=starts, replace=True)
+    save_adapter(encoder.model.llm, trained, card, run.folder / "adapter", starts=starts, replace=True)
 
 
 def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) -> EncoderCard:
@@ -303,7 +318,7 @@ def step_memory(
 def texts_bytes(config: FinetuneConfig, shape: LlmShape, tokens: int) -> float:
     """Activations of TEXTS texts of ``tokens`` tokens, in the step's groups."""
     model = CaptionModel(shape.llm, config.encoder.pooling)
-    model.autocast = adapters.autocast_adapter(shape.llm, shape.dtype)
+    model.autocast = autocast_adapter(shape.llm, shape.dtype)
     module = PairModule(model, config.contrast).train()
     if config.train.gradient_checkpointing:
         enable_gradient_checkpointing(shape.llm)
@@ -316,3 +331,67 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, tokens: int) -> float:
         return tensors
 
     return activation_bytes(module, make_inputs, lambda *inputs: module(*inputs)[0].sum())
+
+
+# The LLM's shape, for plans.
+
+# bytes of a value in bitsandbytes' NF4 with double quantization: half a byte, a byte of scale for 64 values, 4 bytes of
+# a scale's scale for 256 x 64 (Dettmers et al. 2023, arXiv 2305.14314)
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (256 * 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmShape:
+    """An LLM with its adapter on the meta device, and its size."""
+
+    llm: nn.Module  # only the adapter trains
+    kind: str  # transformers' model_type
+    blocks: int
+    width: int
+    parameters: int  # of the LLM, with its embeddings, without its language-model head
+    dtype: torch.dtype  # of computation
+    frozen_bytes: float
+    adapted: tuple[str, ...]  # names of the layers with LoRA
+
+
+def shape_llm(
+    settings: PretrainedConfig, config: EncoderConfig, lora: LoraSettings, precision: str, *, last_blocks: int = 0
+) -> LlmShape:
+    """The LLM up to the pooled layer with its adapter, reduced to its last ``last_blocks`` blocks if that is not 0.
+
+    Raises ValueError for a model that isn't a decoder, and for a layer or LoRA target that it doesn't have.
+    """
+    settings = copy.deepcopy(settings)
+    text = settings.get_text_config()
+    refuse_length_dependent_rope(text, config.max_tokens)
+    set_attention(settings, config.attention)
+    # "auto" is bfloat16 on GPUs; precision is the adapter's, and bf16 and fp16 are the LLM's too
+    compute = "bfloat16" if config.compute_dtype == "auto" else config.compute_dtype
+    dtype = getattr(torch, compute) if precision == "fp32" else DTYPES[precision]
+    with torch.device("meta"):
+        llm = AutoModel.from_config(settings, dtype=dtype)
+        llm = llm if text is settings else llm.language_model
+        keep_layers(llm, config.layer)
+        set_kernels(llm, config.attention)
+        blocks = llm.get_submodule("layers")
+        assert isinstance(blocks, nn.ModuleList)
+        depth = len(blocks)
+        if last_blocks:
+            del blocks[: max(0, depth - last_blocks)]
+        llm.requires_grad_(False)
+        parameters = sum(p.numel() for p in llm.parameters())
+        linear = sum(p.weight.numel() for p in llm.modules() if isinstance(p, nn.Linear))
+        quantized = linear if config.load_in_4bit else 0
+        wrapped = add_lora(llm, lora, base=config.llm)
+    wrapped = wrapped if precision == "fp32" else wrapped.to(dtype)
+    adapted = {n.partition(".lora_")[0].rpartition(".")[2] for n, p in wrapped.named_parameters() if p.requires_grad}
+    return LlmShape(
+        llm=wrapped,
+        kind=text.model_type,
+        blocks=depth,
+        width=text.hidden_size,
+        parameters=parameters,
+        dtype=dtype,
+        frozen_bytes=(parameters - quantized) * dtype.itemsize + quantized * NF4_BYTES,
+        adapted=tuple(sorted(adapted)),
+    )

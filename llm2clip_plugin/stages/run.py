@@ -17,15 +17,13 @@ from torch import nn
 
 import llm2clip_plugin
 from llm2clip_plugin.console import each_in_phase, loaded, phase
-from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
-from llm2clip_plugin.data import LoadPlan, plan_evaluation, plan_loading, row_bytes
+from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity, read_metrics
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.sources import Source, SourceConfig
-from llm2clip_plugin.data.sources.tars import data_folder
+from llm2clip_plugin.data.samples import LoadPlan, plan_evaluation, plan_loading, row_bytes
+from llm2clip_plugin.data.sources import Source, SourceConfig, data_folder
 from llm2clip_plugin.files import METRICS, headline
 from llm2clip_plugin.stages.settings import FinetuneConfig, flat, refuse_changes, within
 from llm2clip_plugin.stages.tower_config import RunConfig
-from llm2clip_plugin.status import read_metrics
 from llm2clip_plugin.text.config import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.config import TrainConfig

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from llm2clip_plugin.console import loaded, phase
 from llm2clip_plugin.contracts import PROJECTED
-from llm2clip_plugin.data import lacks_shared_memory
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.pairs import PairDataset, PairLoader
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
+from llm2clip_plugin.data.samples import lacks_shared_memory
 from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
 from llm2clip_plugin.stages import run as plans
@@ -56,7 +55,7 @@ from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_fastest_attention
 
 if TYPE_CHECKING:
-    from llm2clip_plugin.evaluate.during import Evaluation
+    from llm2clip_plugin.evaluate.benchmarks import Evaluation
 
 
 def main(argv: list[str]) -> int:
@@ -281,7 +280,7 @@ def open_data(config: RunConfig) -> Data:
     caches = open_caches(sources, data.cache)
     measured = None
     if config.evaluates:  # evaluation, with the LLM that embeds its texts, is imported by such runs alone
-        from llm2clip_plugin.evaluate.during import Evaluation, open_benchmarks
+        from llm2clip_plugin.evaluate.benchmarks import Evaluation, open_benchmarks
 
         held_out = [open_source(data.held_out)] if data.held_out is not None else []
         of_split = open_caches(held_out, (data.validation_cache,) * len(held_out), caches[0].teacher)

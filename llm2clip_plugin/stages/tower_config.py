@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import llm2clip_plugin
-from llm2clip_plugin.data import cores
-from llm2clip_plugin.data.samples import AugmentConfig, parse_weights
+from llm2clip_plugin.data.samples import AugmentConfig, cores, parse_weights
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
 from llm2clip_plugin.files import from_plain, read_json_value
@@ -25,7 +24,7 @@ from llm2clip_plugin.train.config import (
     TrainConfig,
     local_world_size,
 )
-from llm2clip_plugin.vision import FORMATS, LOG_SCALE, DualConfig
+from llm2clip_plugin.vision.directory import LOG_SCALE, DualConfig
 
 MAX_CAPTIONS = 64  # of an image in a step
 EVALUATED = ("train.eval_steps", "evaluation.batch", "evaluation.workers")
@@ -388,34 +387,4 @@ TRAIN_TOWER = Command(
         "tower.architecture": "not tower.path",
         "optim.lr": "trains_at_lr: with --freeze, which trains the heads alone, at --head-lr",
     },
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerExportConfig:
-    """A run or a tower directory to export."""
-
-    source: str  # folder of a training run, tower directory, or Hub id
-    output: str  # directory to write
-    format: str = "tower"  # tower: a tower directory; or another format
-    with_adapter: bool = False  # copy the teacher LLM's adapter, so that the directory embeds texts with the base LLM
-    checkpoint: str = ""  # a run's checkpoint to export; "": the newest
-    ema: bool = False  # export a run's moving average instead of its weights
-    push: str | None = None  # OWNER/NAME: also upload the tower directory to the Hub
-    public: bool = False  # make the uploaded repository public
-    overwrite: bool = False  # replace an existing directory
-
-    def __post_init__(self) -> None:
-        if self.format not in (known := ("tower", *FORMATS)):
-            raise ValueError(unknown("--format", self.format, known))
-
-
-EXPORT = Command(
-    name="export",
-    example="llm2clip export runs/l14-336 --output towers/l14-336",
-    about="Write a run as a tower directory, or a tower directory in another format: "
-    + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
-    + ".",
-    settings=TowerExportConfig,
-    arguments="source",
 )

@@ -5,7 +5,6 @@ Shape letters: B captions of a batch, T tokens of its longest, H hidden width, W
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, P
 
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import check_hub_answers, errors_about
-from llm2clip_plugin.text.adapter import add_lora
-from llm2clip_plugin.text.config import CAPTION, EncoderConfig, LoraSettings
-from llm2clip_plugin.train.model import DTYPES
+from llm2clip_plugin.text.config import CAPTION, EncoderConfig
 
 PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # its token ids identify a tokenizer
 TEMPLATE_DATE = "26 Jul 2024"  # Llama 3's template contains the date; an embedding must not depend on the day
@@ -317,11 +314,8 @@ def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
     return max(rates, key=lambda dtype: rates[dtype])
 
 
-# The LLM's shape from its config.json alone, for plans.
+# The LLM's config.json alone, for plans.
 
-# bytes of a value in bitsandbytes' NF4 with double quantization: half a byte, a byte of scale for 64 values, 4 bytes of
-# a scale's scale for 256 x 64 (Dettmers et al. 2023, arXiv 2305.14314)
-NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (256 * 64)
 LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
 SHAPES: dict[str, dict[str, Any]] = {  # gated on the Hub: their config.json needs a login
     "meta-llama/Llama-3.2-1B-Instruct": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192},
@@ -343,60 +337,3 @@ def llm_config(config: EncoderConfig) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"no config.json for LLM {config.llm!r}, local or on the Hub: {reason}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlmShape:
-    """An LLM with its adapter on the meta device, and its size."""
-
-    llm: nn.Module  # only the adapter trains
-    kind: str  # transformers' model_type
-    blocks: int
-    width: int
-    parameters: int  # of the LLM, with its embeddings, without its language-model head
-    dtype: torch.dtype  # of computation
-    frozen_bytes: float
-    adapted: tuple[str, ...]  # names of the layers with LoRA
-
-
-def shape_llm(
-    settings: PretrainedConfig, config: EncoderConfig, lora: LoraSettings, precision: str, *, last_blocks: int = 0
-) -> LlmShape:
-    """The LLM up to the pooled layer with its adapter, reduced to its last ``last_blocks`` blocks if that is not 0.
-
-    Raises ValueError for a model that isn't a decoder, and for a layer or LoRA target that it doesn't have.
-    """
-    settings = copy.deepcopy(settings)
-    text = settings.get_text_config()
-    refuse_length_dependent_rope(text, config.max_tokens)
-    set_attention(settings, config.attention)
-    # "auto" is bfloat16 on GPUs; precision is the adapter's, and bf16 and fp16 are the LLM's too
-    compute = "bfloat16" if config.compute_dtype == "auto" else config.compute_dtype
-    dtype = getattr(torch, compute) if precision == "fp32" else DTYPES[precision]
-    with torch.device("meta"):
-        llm = AutoModel.from_config(settings, dtype=dtype)
-        llm = llm if text is settings else llm.language_model
-        keep_layers(llm, config.layer)
-        set_kernels(llm, config.attention)
-        blocks = llm.get_submodule("layers")
-        assert isinstance(blocks, nn.ModuleList)
-        depth = len(blocks)
-        if last_blocks:
-            del blocks[: max(0, depth - last_blocks)]
-        llm.requires_grad_(False)
-        parameters = sum(p.numel() for p in llm.parameters())
-        linear = sum(p.weight.numel() for p in llm.modules() if isinstance(p, nn.Linear))
-        quantized = linear if config.load_in_4bit else 0
-        wrapped = add_lora(llm, lora, base=config.llm)
-    wrapped = wrapped if precision == "fp32" else wrapped.to(dtype)
-    adapted = {n.partition(".lora_")[0].rpartition(".")[2] for n, p in wrapped.named_parameters() if p.requires_grad}
-    return LlmShape(
-        llm=wrapped,
-        kind=text.model_type,
-        blocks=depth,
-        width=text.hidden_size,
-        parameters=parameters,
-        dtype=dtype,
-        frozen_bytes=(parameters - quantized) * dtype.itemsize + quantized * NF4_BYTES,
-        adapted=tuple(sorted(adapted)),
-    )

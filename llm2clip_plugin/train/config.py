@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from llm2clip_plugin.data import PREFETCH_MB
+from llm2clip_plugin.data.samples import PREFETCH_MB
 from llm2clip_plugin.files import from_plain
 from llm2clip_plugin.options import unknown
 

@@ -32,8 +32,7 @@ from llm2clip_plugin.console import progress_bar, track
 from llm2clip_plugin.contracts import atomic_file, canonical_json
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import EvalPairs, PairDataset
+from llm2clip_plugin.data.pairs import EvalPairs, PairDataset, PairLoader
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_shares
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig
@@ -43,7 +42,7 @@ from llm2clip_plugin.train.losses.base import Features, heads_terms
 from llm2clip_plugin.train.losses.distill import Distill
 from llm2clip_plugin.train.optim import AdamW, Trained, is_vector, lr_factor, parameter_groups, set_lr
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
 from llm2clip_plugin.train.optim import Trained, is_vector, offloads_optimizer
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, load_heads
 from llm2clip_plugin.vision.towers import (
     add_lora,

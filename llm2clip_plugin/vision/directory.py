@@ -1,4 +1,4 @@
-"""A tower directory on disk: its files, where to get one, its hashes, the places that its card names.
+"""A tower directory: the settings of its dual encoder, its files, where to get one, its hashes, the places in its card.
 
 And the tensors of any checkpoint, read without running code; torch is imported when they are.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,30 @@ WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "text_adapter.safetensors"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 CONFIG_FILE = "config.json"
+
+LOG_SCALE = math.log(1 / 0.07)  # where CLIP's own training starts (arXiv 2103.00020, section 2.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualConfig:
+    """How image features and LLM embeddings are mapped to one space."""
+
+    projection_dim: int = 1280  # width of the space that images and captions share
+    llm_width: int = 0  # width of an LLM embedding; 0: no text adapter, only a projection
+    pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (concatenated)
+    # linear | mlp (LIFT's: two linear layers, GELU between) | none (the pooled feature; projection_dim is its width)
+    projection: str = "linear"
+    projection_norm: bool = False  # a LayerNorm before the projection
+    projection_bias: bool = False  # a bias in the linear projection, initially 0
+    projection_init_std: float | None = None  # std of the projection's initial weights; None: width ** -0.5
+    adapter: str = "mlp"  # text adapter: mlp (the paper's) | linear | none (projection_dim is then llm_width)
+    adapter_blocks: int = 4  # residual MLP blocks
+    adapter_expansion: int = 2  # hidden width of a block, in multiples of llm_width
+    normalise_input: bool = True  # L2-normalize LLM embeddings first
+    input_scale: str = "unit"  # unit | sqrt_width: factor on the normalized embedding
+    input_noise: float = 0.0  # standard deviation of Gaussian noise on the scaled embedding, in training only
+    logit_scale_init: float | None = None  # natural log of the initial scale; None: the tower's own, else log(1 / 0.07)
+    logit_bias_init: float | None = None  # initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)
 
 
 def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = None, also: tuple[str, ...] = ()) -> Path:

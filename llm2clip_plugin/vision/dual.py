@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError, from_plain, load_tensors
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.vision import LOG_SCALE, DualConfig
-from llm2clip_plugin.vision.directory import ADAPTER_FILE, check_hash, fetch_directory, located
+from llm2clip_plugin.vision.directory import ADAPTER_FILE, LOG_SCALE, DualConfig, check_hash, fetch_directory, located
 from llm2clip_plugin.vision.families import Tower, family_of
 from llm2clip_plugin.vision.towers import final_norm, load_tower, parameters_in
 

@@ -77,13 +77,6 @@ class Eva02Config(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-def check_pixels(pixel_values: Tensor, image_size: int) -> None:
-    """ValueError unless images (B, 3, S, S) have the size in pixels that the positions are for."""
-    if pixel_values.shape[-2:] != (image_size, image_size):
-        sizes = f"{tuple(pixel_values.shape[-2:])} pixels, but the tower expects {image_size} x {image_size}"
-        raise ValueError(f"images have {sizes}; interpolate its positions with load_tower(..., image_size=N)")
-
-
 def rope_tables(
     *, grid: int, pretrained_grid: int, head_width: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
@@ -164,7 +157,8 @@ class Eva02Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, width, config.patch_size, config.patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        check_pixels(pixel_values, self.image_size)
+        if pixel_values.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(f"images are {tuple(pixel_values.shape[-2:])} pixels, expected {self.image_size} squared")
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         patches_BTH = rearrange(self.patch_embedding(pixel_values), "b c h w -> b (h w) c")
         cls_B1H = self.cls_token.expand(patches_BTH.shape[0], -1, -1)

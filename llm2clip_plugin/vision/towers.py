@@ -32,9 +32,7 @@ from llm2clip_plugin.vision.directory import (
     read_tensors,
     weight_files,
 )
-from llm2clip_plugin.vision.eva02 import check_pixels
-from llm2clip_plugin.vision.families import RESAMPLE, Tower, families, family_of, read_config
-from llm2clip_plugin.vision.wrapped import TimmTower, TimmVitConfig, make_timm
+from llm2clip_plugin.vision.families import Tower, families, family_of, read_config
 
 TIMM_PREFIX = "timm:"
 
@@ -154,11 +152,13 @@ def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid:
 
 def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """DINOv2 would interpolate its positions silently, and differently in each version of transformers."""
-    pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-    if pixels.dim() != 3 or not getattr(tower.config, "keeps_aspect", False):  # else patches
-        check_pixels(pixels, tower.config.image_size)
-    elif "spatial_shapes" not in kwargs:
-        raise ValueError(f"patches {tuple(pixels.shape)} require spatial_shapes=..., as of the same processor")
+    pixels, side = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0], tower.config.image_size
+    if pixels.dim() == 3 and getattr(tower.config, "keeps_aspect", False):  # patches
+        if "spatial_shapes" not in kwargs:
+            raise ValueError(f"patches {tuple(pixels.shape)} require spatial_shapes=..., as of the same processor")
+    elif pixels.shape[-2:] != (side, side):
+        sizes = f"{tuple(pixels.shape[-2:])} pixels, but the tower expects {side} x {side}"
+        raise ValueError(f"images have {sizes}; interpolate its positions with load_tower(..., image_size=N)")
 
 
 def check_size(config: Any, image_size: int) -> None:
@@ -378,35 +378,6 @@ def merged(model: nn.Module) -> nn.Module:
 # Any timm vision transformer as a tower: ``load_tower("timm:vit_base_patch16_224")``. Needs timm 1.0 or newer.
 
 
-def timm_tower(name: str, *, pretrained: bool = True, arguments: Mapping[str, Any] | None = None) -> Any:
+def timm_tower(name: str, *, pretrained: bool = True, arguments: Mapping[str, Any] | None = None) -> Tower:
     """A tower from a timm name, at its native size; ValueError unless it is a plain vision transformer."""
-    model = make_timm(name, None, pretrained=pretrained, arguments=arguments)
-    tower = TimmTower(timm_config(model, name, arguments or {}))
-    tower.model.load_state_dict(model.state_dict())
-    return tower.eval()
-
-
-def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitConfig:
-    """The configuration of a timm model: one list of blocks, square patches, a square grid; else ValueError."""
-    parts = dict(model.named_children())
-    if not {"patch_embed", "blocks"} <= set(parts) or not hasattr(model, "num_prefix_tokens"):
-        raise ValueError(f"timm:{name} is not a plain vision transformer with patch_embed, blocks, num_prefix_tokens")
-    (height, width), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
-    if height != width or rows != columns:
-        raise ValueError(f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be square")
-    table = model.pos_embed.shape[1] - rows * columns if isinstance(model.pos_embed, nn.Parameter) else 0
-    table = -1 if hasattr(model, "pos_embed_grid_size") else table
-    return TimmVitConfig(
-        timm_name=name,
-        image_size=rows * height,
-        patch_size=height,
-        hidden_size=model.num_features,
-        num_hidden_layers=len(model.blocks),
-        prefix_tokens=model.num_prefix_tokens,
-        position_class_rows=table,
-        image_mean=list(model.pretrained_cfg["mean"]),
-        image_std=list(model.pretrained_cfg["std"]),
-        resample=RESAMPLE.get(model.pretrained_cfg["interpolation"]),
-        timm_args=dict(arguments),
-        keeps_aspect=table < 0,
-    )
+    return families()["timm"].vision_class().from_timm(name, pretrained=pretrained, arguments=arguments or {}).eval()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, PretrainedConfig, PreTrainedModel
@@ -335,6 +336,33 @@ class TimmVitConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
+def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitConfig:
+    """The configuration of a timm model: one list of blocks, square patches, a square grid; else ValueError."""
+    parts = dict(model.named_children())
+    if not {"patch_embed", "blocks"} <= set(parts) or not hasattr(model, "num_prefix_tokens"):
+        raise ValueError(f"timm:{name} is not a plain vision transformer with patch_embed, blocks, num_prefix_tokens")
+    (height, width), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
+    if height != width or rows != columns:
+        raise ValueError(f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be square")
+    table = model.pos_embed.shape[1] - rows * columns if isinstance(model.pos_embed, nn.Parameter) else 0
+    table = -1 if hasattr(model, "pos_embed_grid_size") else table
+    filters = {name.lower(): int(number) for name, number in Image.Resampling.__members__.items()}
+    return TimmVitConfig(
+        timm_name=name,
+        image_size=rows * height,
+        patch_size=height,
+        hidden_size=model.num_features,
+        num_hidden_layers=len(model.blocks),
+        prefix_tokens=model.num_prefix_tokens,
+        position_class_rows=table,
+        image_mean=list(model.pretrained_cfg["mean"]),
+        image_std=list(model.pretrained_cfg["std"]),
+        resample=filters.get(model.pretrained_cfg["interpolation"]),
+        timm_args=dict(arguments),
+        keeps_aspect=table < 0,
+    )
+
+
 class TimmTower(PreTrainedModel):
     """A timm vision transformer with the states and outputs of a Hugging Face vision model."""
 
@@ -348,6 +376,14 @@ class TimmTower(PreTrainedModel):
         self.model: Any = make_timm(config.timm_name, config.image_size, pretrained=False, arguments=config.timm_args)
         self.is_built_without_memory = any(parameter.is_meta for parameter in self.model.parameters())
         self.post_init()
+
+    @classmethod
+    def from_timm(cls, name: str, *, pretrained: bool, arguments: Mapping[str, Any]) -> "TimmTower":
+        """The tower that ``make_timm`` makes, with its weights; raises as ``timm_config``."""
+        model = make_timm(name, None, pretrained=pretrained, arguments=arguments)
+        tower = cls(timm_config(model, name, arguments))
+        tower.model.load_state_dict(model.state_dict())
+        return tower
 
     def _init_weights(self, module: nn.Module) -> None:
         """timm initializes its own weights. Its tables of rotary positions are in no file, and transformers builds

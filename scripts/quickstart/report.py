@@ -42,7 +42,7 @@ from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.adapter import adapter_sha256
+from llm2clip_plugin.text.encoder import adapter_sha256
 from llm2clip_plugin.vision.export import markdown_table
 from llm2clip_plugin.vision.towers import preprocessor_config
 

@@ -16,12 +16,11 @@ import torch
 from data_world import TEACHER, DroppingServer, img2dataset_members, jpeg, serving, write_shards, write_tar
 from tiny_data import make_cache
 
-from llm2clip_plugin.data import PREFETCH_MB, lacks_shared_memory, plan_loading, row_bytes
+from llm2clip_plugin.data import samples
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import SOURCE_BITS, EvalPairs, PairDataset
-from llm2clip_plugin.data.samples import AugmentConfig, caption_hash
+from llm2clip_plugin.data.pairs import SOURCE_BITS, EvalPairs, PairDataset, PairLoader
+from llm2clip_plugin.data.samples import PREFETCH_MB, AugmentConfig, caption_hash, plan_loading, row_bytes
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 
@@ -271,8 +270,8 @@ def test_too_little_shared_memory_is_told(tmp_path: Path) -> None:
     plan = plan_loading(rows=512, micro_batch=512, workers=8, row_bytes=L14_336, prefetch_mb=PREFETCH_MB)
     free = shutil.disk_usage(tmp_path).free
     fits, too_many = 1, free // plan.shared_bytes + 2
-    assert not lacks_shared_memory([plan], fits, str(tmp_path))
-    assert f"need {too_many * plan.shared_bytes:,}" in lacks_shared_memory([plan], too_many, str(tmp_path))
+    assert not samples.lacks_shared_memory([plan], fits, str(tmp_path))
+    assert f"need {too_many * plan.shared_bytes:,}" in samples.lacks_shared_memory([plan], too_many, str(tmp_path))
     none = dataclasses.replace(plan, workers=0)
-    assert not lacks_shared_memory([none], too_many, str(tmp_path))
-    assert not lacks_shared_memory([plan], too_many, str(tmp_path / "absent"))  # not Linux: nothing to compare with
+    assert not samples.lacks_shared_memory([none], too_many, str(tmp_path))
+    assert not samples.lacks_shared_memory([plan], too_many, str(tmp_path / "absent"))  # not Linux

@@ -22,14 +22,13 @@ from llm2clip_plugin.data import cache as cache_module
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.check import CheckConfig, check_data
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairLoader
-from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.pairs import PairDataset, PairLoader
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source, tars
 from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.config import PairsConfig
-from llm2clip_plugin.text.embed import embed_source
 from llm2clip_plugin.text.pairs import open_pairs, survey
+from llm2clip_plugin.text.teacher import embed_source
 
 PIXELS = jpeg(0, (16, 16))
 
@@ -190,7 +189,7 @@ def test_processes_that_start_at_once_share_the_work(tmp_path: Path) -> None:
 def test_the_processes_of_a_killed_reader_end(tmp_path: Path) -> None:
     program = """
 import os, sys, time
-from llm2clip_plugin.data import parallel
+from llm2clip_plugin.data.samples import parallel
 
 def work(number):
     with open(f"{sys.argv[1]}/{os.getpid()}", "w"):

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from data_world import jpeg, write_shards, write_tar
 
-from llm2clip_plugin.data import index as index_module
+from llm2clip_plugin.data import remote
 from llm2clip_plugin.data.samples import BrokenSample
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources import BrokenShard, SourceConfig, open_source, scan_tar
 from llm2clip_plugin.data.sources import tars as tars_module
-from llm2clip_plugin.data.sources.tars import BrokenShard, index_tar, scan_tar
+from llm2clip_plugin.data.sources.tars import index_tar
 
 LONG = "folder/" * 20 + "a" * 120  # past ustar's 100 and 155 characters
 NAMES = ["a.txt", "folder/b.jpg", "ünïcode.json", "folder/" * 14 + "in-the-prefix.txt", LONG + ".txt"]
@@ -128,14 +128,14 @@ def test_in_a_read_only_folder_the_index_goes_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexed: list[str]
 ) -> None:
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "spare"))
-    data, write = write_shards(tmp_path / "data", [2]), index_module.atomic_file
+    data, write = write_shards(tmp_path / "data", [2]), remote.atomic_file
 
     def refuse(target: Path):  # as a read-only folder does; modes don't stop a test that runs as root
         if target.is_relative_to(data):
             raise OSError(30, "Read-only file system", str(target))
         return write(target)
 
-    monkeypatch.setattr(index_module, "atomic_file", refuse)
+    monkeypatch.setattr(remote, "atomic_file", refuse)
     for _ in range(2):
         assert len(open_source(SourceConfig(path=str(data)))) == 2
     assert indexed == ["00000.tar"] and len(list((tmp_path / "spare").glob("*/shards-*.index"))) == 1

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import ImageConfig, Normalize, evaluation_pixels
-from llm2clip_plugin.evaluate import classification as zeroshot
+from llm2clip_plugin.evaluate import benchmarks as zeroshot
+from llm2clip_plugin.evaluate import classification as probes
 from llm2clip_plugin.vision.towers import preprocessor_config
 
 IMAGES = ImageConfig(size=32)
@@ -165,8 +166,8 @@ def test_knn_equals_a_plain_loop():
         for i in nearest:
             votes[int(train.label_N[i])] += math.exp(similarity[i] / 0.07)
         expected.append(votes.index(max(votes)))
-    assert zeroshot.knn(train, test, 7).tolist() == expected
-    assert len(zeroshot.knn(train, test, 1000)) == 33
+    assert probes.knn(train, test, 7).tolist() == expected
+    assert len(probes.knn(train, test, 1000)) == 33
 
 
 def test_the_linear_probe_is_at_the_optimum_and_generalizes():
@@ -174,15 +175,15 @@ def test_the_linear_probe_is_at_the_optimum_and_generalizes():
     label = torch.randint(0, 3, (300,), generator=generator)
     centre = torch.randn(3, 10, generator=generator)
     feature = centre[label] + torch.randn(300, 10, generator=generator)
-    weight = zeroshot.fit_logistic(feature, label, 3, 0.01).requires_grad_()
+    weight = probes.fit_logistic(feature, label, 3, 0.01).requires_grad_()
     padded = F.pad(feature, (0, 1), value=1.0)
     (F.cross_entropy(padded @ weight, label) + 0.005 * weight[:-1].square().sum()).backward()
     assert float(weight.grad.abs().max()) < 1e-4
-    told = zeroshot.linear_probe(features(100 + 1000 * feature[:200], label[:200]), 100 + 1000 * feature[200:])
-    bayes = zeroshot.predict(weight.detach(), feature[200:])
+    told = probes.linear_probe(features(100 + 1000 * feature[:200], label[:200]), 100 + 1000 * feature[200:])
+    bayes = probes.predict(weight.detach(), feature[200:])
     assert float((told == label[200:]).float().mean()) >= float((bayes == label[200:]).float().mean()) - 0.05
     shuffled = label[torch.randperm(300, generator=generator)]
-    blind = zeroshot.linear_probe(features(feature[:200], shuffled[:200]), feature[200:])
+    blind = probes.linear_probe(features(feature[:200], shuffled[:200]), feature[200:])
     assert float((blind == shuffled[200:]).float().mean()) < 0.5
 
 

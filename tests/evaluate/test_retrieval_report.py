@@ -17,10 +17,11 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize, evaluation_pixels
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.evaluate import retrieval
 from llm2clip_plugin.evaluate.commands import intervals
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.opening import InMemorySource, Row, check_measurable
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, evaluate_retrieval, recall, report_retrieval
+from llm2clip_plugin.evaluate.suites import InMemorySource, Row
 
 IMAGES = ImageConfig(size=32)
 
@@ -116,11 +117,11 @@ def test_during_training_the_model_comes_back_as_it_was(opened):
 def test_kinds_and_fields_are_checked_before_the_work():
     rows = [Row(key, None, (Caption("x", "short"),), meta) for key, meta in (("a", {"g": 1}), ("b", {}))]
     source = InMemorySource("two", Path(), rows)
-    check_measurable(source, RetrievalConfig(kinds=("short",), group="g", limit=1))
+    retrieval.check_measurable(source, RetrievalConfig(kinds=("short",), group="g", limit=1))
     with pytest.raises(ValueError, match=r"--group g: .*sample 'b' has no field 'g'"):
-        check_measurable(source, RetrievalConfig(group="g"))
+        retrieval.check_measurable(source, RetrievalConfig(group="g"))
     with pytest.raises(ValueError, match=r"--kinds lng and --languages \(any\); known: short:en"):
-        check_measurable(source, RetrievalConfig(kinds=("lng",)))
+        retrieval.check_measurable(source, RetrievalConfig(kinds=("lng",)))
 
 
 def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, capsys):

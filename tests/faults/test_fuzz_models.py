@@ -15,10 +15,9 @@ from llava_integration.tower import LLM2CLIPVisionTower
 from llava_integration.towers import TowerLocation
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.adapter import add_lora, save_adapter, weights_sha256
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
-from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.text.encoder import CaptionEncoder, add_lora, save_adapter, weights_sha256
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import preprocessor_config

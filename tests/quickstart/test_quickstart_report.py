@@ -15,7 +15,7 @@ from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, evaluate_retrieval, rank_both, report_retrieval
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config

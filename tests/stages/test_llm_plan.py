@@ -13,11 +13,11 @@ from tensor_memory import peak_bytes
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from llm2clip_plugin.cli import run
-from llm2clip_plugin.stages.llm import step_memory, trained_module
+from llm2clip_plugin.stages.llm import shape_llm, step_memory, trained_module
 from llm2clip_plugin.stages.settings import LLM_RECIPES, FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import llm_config, shape_llm
+from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.text.pairs import equal_parts
 
 PARAMETERS = {  # published, less the 8B's head of 128,256 x 4096 (the 1B's is its table of embeddings)

@@ -19,11 +19,12 @@ from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.data.images import ImageConfig, Normalize, as_square, evaluation_pixels
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.evaluate.opening import encode_images, open_tower
+from llm2clip_plugin.evaluate.commands import open_tower
+from llm2clip_plugin.evaluate.retrieval import encode_images
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.convert.layouts.hub import parse_qwen
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config
 

@@ -12,7 +12,7 @@ from llm2clip_plugin.stages.settings import TEACHERS
 from llm2clip_plugin.stages.tower_config import RECIPES, recipe
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
 from llm2clip_plugin.train.model import build_dual, shape_dual, trained_parameters
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.towers import new_tower
 
 AFTER = [name for name in RECIPES if name.startswith(("proclip", "lift"))]  # methods that came after the paper's

@@ -9,8 +9,9 @@ from text_helpers import write_moved
 from transformers import AutoModel, AutoTokenizer
 
 from llm2clip_plugin.cli import main
+from llm2clip_plugin.stages.export import export_llm
 from llm2clip_plugin.text.config import EncoderConfig, ExportConfig
-from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, export_llm, remove_components
+from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, remove_components
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain", "x", "猫"]
 

@@ -14,7 +14,7 @@ from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 
 pytestmark = pytest.mark.gpu

@@ -15,7 +15,7 @@ from llm2clip_plugin.train.engine import check_deepspeed
 from llm2clip_plugin.train.errors import lost_rank
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
 from llm2clip_plugin.train.optim import chosen_optimizer, complete, lr_factor, read_deepspeed_json
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

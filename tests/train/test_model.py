@@ -29,8 +29,8 @@ from llm2clip_plugin.train.model import (
     with_llm_width,
 )
 from llm2clip_plugin.train.optim import parameter_groups, set_lr
-from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import heads_state
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_quick_gelu

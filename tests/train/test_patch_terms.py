@@ -13,7 +13,7 @@ from llm2clip_plugin.train.engine import Reference, frozen_copy
 from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.train.losses.patches import PatchCaptions, PatchReference
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.families import families

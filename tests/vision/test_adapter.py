@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import TextAdapter
 
 from .conftest import REFERENCE, golden_config, largest_difference, read

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import final_norm, load_tower

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import (
     Eva02Config,

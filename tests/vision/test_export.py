@@ -12,8 +12,8 @@ from tiny_data import made_up
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import TowerCard, sha256_weights
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision import DualConfig, export
-from llm2clip_plugin.vision.directory import check_card
+from llm2clip_plugin.vision import export
+from llm2clip_plugin.vision.directory import DualConfig, check_card
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import compare_features, export_tower, probe_features
 from llm2clip_plugin.vision.towers import load_tower

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower, probe_features

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import preprocessor_config, resize_tower, tower_blocks, tower_embeddings_parameters

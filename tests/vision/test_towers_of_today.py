@@ -13,12 +13,13 @@ import torch
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision import DualConfig
 from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.families import families
-from llm2clip_plugin.vision.towers import make_timm, preprocessor_config, tower_blocks, tower_embeddings_parameters
+from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, tower_embeddings_parameters
+from llm2clip_plugin.vision.wrapped import make_timm
 
 from .conftest import largest_difference, read, train_twenty_steps
 

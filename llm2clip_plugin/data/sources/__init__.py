@@ -1,9 +1,12 @@
-"""What a source offers: samples by number; and how one is opened. Each format is one file of this folder."""
+"""What a source offers: samples by number; how one is opened; its paths. Each format is one file of this folder."""
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
 import os
+import tarfile
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,16 +14,21 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.data.remote import Downloads, default_download_folder
+from llm2clip_plugin.data.remote import (
+    Downloads,
+    Result,
+    SideFolder,
+    Stamp,
+    default_download_folder,
+    expand_braces,
+    is_url,
+)
 from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Caption, Sample, parse_fields, read_captions
 from llm2clip_plugin.files import discover
 from llm2clip_plugin.options import command, unknown
-
-if TYPE_CHECKING:  # index imports numpy, and --help of every command this module
-    from llm2clip_plugin.data.index import SideFolder, Stamp
 
 PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur
 KIND_PROBES = 64  # samples in which kinds of captions are looked for
@@ -109,6 +117,7 @@ class Source(ABC):
 
     side_folder: SideFolder | None = None  # of digests of the captions; None: they are computed at every start
     stamps: Sequence[Stamp] = ()  # of each shard's file, if ``side_folder`` is set
+    downloads_shards = False  # whether ``use_shard`` downloads
 
     def __init__(self, config: SourceConfig, shards: tuple[Shard, ...]) -> None:
         self.config = config
@@ -128,6 +137,10 @@ class Source(ABC):
             return self.record(number).key
         except BrokenSample as error:
             return error.key
+
+    def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
+        """``action`` on the local file of a shard, downloaded if it is at a URL; of sources whose shards are files."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0
@@ -276,3 +289,63 @@ def _probe(source: Source, count: int, broken: list[BrokenSample] | None = None)
 def how_to_make_tars(path: str) -> str:
     """What to do with pictures or a table."""
     return f"make some of pictures or a table: {command('data', 'make', path, '--output', 'DIR')}"
+
+
+# Paths of data, and the members of tars, of captioned and of labeled images alike.
+
+BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples of it
+
+
+def data_folder(path: str) -> Path:
+    """The local folder of the data at ``path``, which shard names are relative to and caches are kept in.
+    For braces and wildcards that match several folders it is their longest common one. Raises ValueError for a URL."""
+    if is_url(path):
+        raise ValueError(f"{path} is not a local folder")
+    return Path(path if os.path.isdir(path) else common_folder(expand(path)) or path[: path.startswith("/")])
+
+
+def expand(pattern: str) -> list[str]:
+    """Local paths that match braces and wildcards; a pattern without a match is returned unchanged."""
+    return [
+        path
+        for one in expand_braces(pattern)
+        for path in (glob.has_magic(one) and sorted(glob.glob(one, recursive=True))) or [one]
+    ]
+
+
+def common_folder(files: Sequence[str]) -> str:
+    """The longest folder that all ``files`` are below; "" if they share none."""
+    folders = [file.rpartition("/")[0].split("/") for file in files]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "/".join(parts[0] for parts in same)
+
+
+class BrokenShard(ValueError):  # noqa: N818
+    """A tar that can't be read to its end: which one, and why."""
+
+
+def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular files of an uncompressed tar. Raises BrokenShard for another file, a damaged header, a
+    truncated member, or no end-of-archive marker (of a writer that was killed), which tarfile does not miss."""
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
+            for member in tar:
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{member.name!r} has a size of {member.size}")
+                if member.isreg():
+                    yield member
+            file.seek(tar.offset)
+            end = file.read(BLOCK)
+            if len(end) < BLOCK or any(end):
+                raise tarfile.ReadError(f"no end-of-archive marker or member at byte {tar.offset}")
+            if tar.offset == 0 and file.seek(0, os.SEEK_END) > tarfile.RECORDSIZE:  # of a tar without members
+                raise tarfile.ReadError("it begins with zeros")
+    except (tarfile.TarError, ValueError) as error:
+        raise BrokenShard(f"{path}: no tar, compressed, truncated or damaged: {error}; write it again") from error
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and lower-case extension, split as WebDataset does: at the first dot after the last slash."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_plugin.data.index import IndexFile, ShardRows, SideFolder, open_index, stamp_of
-from llm2clip_plugin.data.remote import RetryingFile, has_suffix, is_url, retried
+from llm2clip_plugin.data.index import IndexFile, ShardRows, open_index
+from llm2clip_plugin.data.remote import RetryingFile, SideFolder, has_suffix, is_url, retried, stamp_of
 from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
 from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, parse_object, shards_of
 from llm2clip_plugin.files import refuse_encoding

@@ -6,13 +6,11 @@ as a path.
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import itertools
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -22,35 +20,44 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.console import track
-from llm2clip_plugin.data import cores, map_in_order, parallel
-from llm2clip_plugin.data.index import IndexFile, ShardRows, SideFolder, Table, open_index, stamp_of, stamps_of
+from llm2clip_plugin.data.index import IndexFile, ShardRows, Table, open_index
 from llm2clip_plugin.data.remote import (
     Downloads,
     Result,
     RetryingFile,
-    expand_braces,
+    SideFolder,
     has_suffix,
     is_url,
     list_urls,
     retried,
+    stamp_of,
+    stamps_of,
 )
-from llm2clip_plugin.data.samples import BrokenSample, Sample
-from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, how_to_make_tars, parse_object, shards_of
+from llm2clip_plugin.data.samples import BrokenSample, Sample, cores, map_in_order, parallel
+from llm2clip_plugin.data.sources import (
+    BLOCK,
+    BrokenShard,
+    Source,
+    SourceConfig,
+    SourceFormat,
+    common_folder,
+    expand,
+    how_to_make_tars,
+    parse_object,
+    scan_tar,
+    shards_of,
+    split_name,
+)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 COLUMNS = 7  # byte and size of the image; sizes of key, .txt and .json; start and size of these in the index's text
 CRC = 4  # bytes, after the text of each sample
 ABSENT = -1  # offset or size of a part that the sample does not have
-BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples of it
 OPEN_FILES = 256  # tars held open by one process
 DOWNLOADS_AT_ONCE = 4
 FEW = 16  # tars that are indexed in this process, without a pool
 
 OpenedTars = tuple[list[str], SideFolder, IndexFile]  # paths or URLs, and the index of all, in the same order
-
-
-class BrokenShard(ValueError):  # noqa: N818
-    """A tar that can't be read to its end: which one, and why."""
 
 
 class TarSource(Source):
@@ -61,7 +68,7 @@ class TarSource(Source):
     ) -> None:
         # of a shard's number; the last used stay open
         self._file = lru_cache(OPEN_FILES)(lambda shard: RetryingFile(self._tars[shard], partial(self._open, shard)))
-        self._downloads = config.downloads
+        self._downloads, self.downloads_shards = config.downloads, is_url(config.path)
         self._opened = opened or open_tars(config, self._downloads, broken_shards)
         self._tars, self.side_folder, self._index = self._opened
         table = self._index.table
@@ -198,56 +205,12 @@ def list_tars(path: str) -> tuple[str, dict[str, str]]:
     elif os.path.isdir(path):
         tars = sorted(str(file) for file in Path(path).rglob("*.tar") if not file.name.startswith("."))
     else:
-        tars = _expand(path)
+        tars = expand(path)
     if not tars:
         raise FileNotFoundError(f"no .tar files in {path}; {how_to_make_tars(path)}")
-    base = path if os.path.isdir(path) else _common_folder(tars)
+    base = path if os.path.isdir(path) else common_folder(tars)
     names = [tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".") for tar in tars]
     return base, {name.removesuffix(".tar"): tar for name, tar in zip(names, tars, strict=True)}
-
-
-def data_folder(path: str) -> Path:
-    """The local folder of the data at ``path``, which shard names are relative to and caches are kept in.
-    For braces and wildcards that match several folders it is their longest common one. Raises ValueError for a URL."""
-    if is_url(path):
-        raise ValueError(f"{path} is not a local folder")
-    return Path(path if os.path.isdir(path) else _common_folder(_expand(path)) or path[: path.startswith("/")])
-
-
-def _expand(pattern: str) -> list[str]:
-    """Local paths that match braces and wildcards; a pattern without a match is returned unchanged."""
-    return [
-        path
-        for one in expand_braces(pattern)
-        for path in (glob.has_magic(one) and sorted(glob.glob(one, recursive=True))) or [one]
-    ]
-
-
-def _common_folder(files: Sequence[str]) -> str:
-    """The longest folder that all ``files`` are below; "" if they share none."""
-    folders = [file.rpartition("/")[0].split("/") for file in files]
-    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
-    return "/".join(parts[0] for parts in same)
-
-
-def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of an uncompressed tar. Raises BrokenShard for another file, a damaged header, a
-    truncated member, or no end-of-archive marker (of a writer that was killed), which tarfile does not miss."""
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
-            for member in tar:
-                if member.size < 0:
-                    raise tarfile.ReadError(f"{member.name!r} has a size of {member.size}")
-                if member.isreg():
-                    yield member
-            file.seek(tar.offset)
-            end = file.read(BLOCK)
-            if len(end) < BLOCK or any(end):
-                raise tarfile.ReadError(f"no end-of-archive marker or member at byte {tar.offset}")
-            if tar.offset == 0 and file.seek(0, os.SEEK_END) > tarfile.RECORDSIZE:  # of a tar without members
-                raise tarfile.ReadError("it begins with zeros")
-    except (tarfile.TarError, ValueError) as error:
-        raise BrokenShard(f"{path}: no tar, compressed, truncated or damaged: {error}; write it again") from error
 
 
 def index_tar(path: Path) -> ShardRows:
@@ -298,13 +261,6 @@ def is_header_of(header: bytes, key: str, size: int) -> bool:
         return False
     same_key = not key.isascii() or len(key) >= 80 or split_name(member.name)[0] == key
     return member.size in (size, 0) and same_key  # 0: pax records may hold the size
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and lower-case extension, split as WebDataset does: at the first dot after the last slash."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
 
 
 SOURCE = SourceFormat(

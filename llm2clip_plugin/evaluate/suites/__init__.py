@@ -6,19 +6,62 @@ A file defines ``SUITE``, a suite or a list of them; a new file in this folder a
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample
+from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.opening import InMemorySource, Row
 from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, report_retrieval
 from llm2clip_plugin.files import discover, errors_about
 from llm2clip_plugin.files import read_json_value as read_json  # noqa: F401 - for the suites
 from llm2clip_plugin.options import unknown
+
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image and its captions."""
+
+    key: str
+    image: Path | Callable[[], bytes] | None  # None: captions only
+    captions: tuple[Caption, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class InMemorySource(Source):
+    """One shard of rows, called ``name``. Captions are kept as they are: a benchmark counts a duplicate twice."""
+
+    def __init__(self, name: str, folder: Path, rows: Sequence[Row]) -> None:
+        if not rows:
+            raise ValueError(f"{name}: no images found in {folder}")
+        self.rows = list(rows)
+        super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
+        self.name = name
+
+    def record(self, number: int) -> Sample:
+        self.place(number)
+        row = self.rows[number]
+        return Sample(row.key, {}, row.meta, partial(self._read_image, row))
+
+    def __getitem__(self, number: int) -> Sample:
+        return replace(self.record(number), captions=self.rows[number].captions)
+
+    def _read_image(self, row: Row) -> bytes:
+        try:
+            return row.image() if callable(row.image) else Path(row.image or "").read_bytes()
+        except OSError as error:
+            raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error.strerror}") from error
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder, at any depth, in the order of their paths."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS)
 
 
 def recall(pairs: EmbeddedPairs, config: RetrievalConfig, **options: Any) -> ScoreFile:

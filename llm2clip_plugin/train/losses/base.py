@@ -18,7 +18,7 @@ from llm2clip_plugin.files import discover
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import LossConfig, TermWeight, from_named_args, parse_terms
 from llm2clip_plugin.train.distributed import ALONE, Group, gather_rows, rank, sum_own_rows
-from llm2clip_plugin.vision import DualConfig
+from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import patch_mask
 
 EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf

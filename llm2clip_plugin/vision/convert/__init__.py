@@ -1,1 +1,60 @@
-"""Vision checkpoints become tower directories, and towers other formats."""
+"""Vision checkpoints become tower directories, and towers other formats. Here: the options of both commands."""
+
+from dataclasses import dataclass
+
+from llm2clip_plugin.options import Command, unknown
+
+FORMATS = {  # of llm2clip export
+    "clip": "transformers' CLIPVisionModelWithProjection",
+    "onnx": "image encoder for ONNX Runtime",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """A vision checkpoint to import."""
+
+    source: str  # directory, Hub id, timm:NAME, or file (.safetensors, .pt, .pth, .bin)
+    output: str  # tower directory to write
+    config: str | None = None  # config.json for a source without one; its fields override an existing one's
+    image_size: int | None = None  # interpolate the positions to this size in pixels
+    overwrite: bool = False  # replace an existing directory
+
+
+IMPORT = Command(
+    name="import",
+    example="llm2clip import openai/clip-vit-large-patch14-336 --output towers/clip-l14-336",
+    about="Convert a vision checkpoint into a tower directory.",
+    settings=ImportConfig,
+    arguments="source",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerExportConfig:
+    """A run or a tower directory to export."""
+
+    source: str  # folder of a training run, tower directory, or Hub id
+    output: str  # directory to write
+    format: str = "tower"  # tower: a tower directory; or another format
+    with_adapter: bool = False  # copy the teacher LLM's adapter, so that the directory embeds texts with the base LLM
+    checkpoint: str = ""  # a run's checkpoint to export; "": the newest
+    ema: bool = False  # export a run's moving average instead of its weights
+    push: str | None = None  # OWNER/NAME: also upload the tower directory to the Hub
+    public: bool = False  # make the uploaded repository public
+    overwrite: bool = False  # replace an existing directory
+
+    def __post_init__(self) -> None:
+        if self.format not in (known := ("tower", *FORMATS)):
+            raise ValueError(unknown("--format", self.format, known))
+
+
+EXPORT = Command(
+    name="export",
+    example="llm2clip export runs/l14-336 --output towers/l14-336",
+    about="Write a run as a tower directory, or a tower directory in another format: "
+    + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    + ".",
+    settings=TowerExportConfig,
+    arguments="source",
+)

@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import TowerCard, atomic_directory, naming_full_disk
 from llm2clip_plugin.files import ContractError, load_tensors
-from llm2clip_plugin.vision import IMPORT, DualConfig, export
+from llm2clip_plugin.vision import export
+from llm2clip_plugin.vision.convert import IMPORT
 from llm2clip_plugin.vision.convert.layouts import ParsedCheckpoint, layouts, lift_model_cfg, normalization
 from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
 from llm2clip_plugin.vision.directory import (
     PREPROCESSOR_FILE,
     WEIGHTS_FILE,
+    DualConfig,
     fetch_directory,
     own_preprocessor,
     read_json,

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.files import ContractError, discover
-from llm2clip_plugin.vision import DualConfig
-from llm2clip_plugin.vision.directory import section
+from llm2clip_plugin.vision.directory import DualConfig, section
 from llm2clip_plugin.vision.families import RESAMPLE
 
 IN_THE_LOOP = "text.text_proj.text_adaptor."  # the reference's names if its text tower contains the LLM too

@@ -15,7 +15,7 @@ from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert.layouts import OWN_TEXT, Layout, ParsedCheckpoint, depth, normalization, require
 from llm2clip_plugin.vision.directory import section
 from llm2clip_plugin.vision.families import Family, families, family_of_type
-from llm2clip_plugin.vision.towers import make_timm, timm_config
+from llm2clip_plugin.vision.wrapped import make_timm, timm_config
 
 CLASSIFIER = ("head.", "fc.", "merger.")  # of timm's models; the last is Qwen3-VL's projector
 QWEN = "model.visual."  # where the tower of Qwen3-VL or Qwen3.5 is
