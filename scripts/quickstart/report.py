@@ -295,7 +295,8 @@ def claims_table(claims: Sequence[Claim], base: str = "raw") -> str:
     head, rows = (TEACHERS[base], TEACHERS["tuned"], "difference", "p (Holm)", "alone", "chance"), []
     for one in claims:
         raw, tuned = (spread([seed[side] for seed in one["by_seed"].values()]) for side in ("raw", "tuned"))
-        strong, alone = "**" * (one["name"] in HEADLINE), f"{one['seeds_significant']} of {len(one['by_seed'])}"
+        strong = "**" * (one["significant"] and one["name"] in HEADLINE)
+        alone = f"{one['seeds_significant']} of {len(one['by_seed'])}"
         p = p_value(one["p_adjusted"]) + ", not significant" * (not one["significant"])
         cells = (raw, f"{strong}{tuned}{strong}", estimate(one["difference"], one["interval"]), p, alone)
         rows.append((one["name"], *cells, fraction(one["chance"])))
