@@ -46,7 +46,7 @@ from llm2clip_plugin.train.optim import (
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the import below
 
 ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # else a warning: it is "untested"
-WAITS_FOR_EVERY_GATHER = Version("0.19.8")  # gloo finishes several gathers in any order
+OLDEST_DEEPSPEED = Version("0.19.8")  # leaves out all non-finite updates; waits for gathers that gloo ends in any order
 EXCHANGED = 1 << 24  # values, or rows, of a master that are exchanged at once: 64 MiB of a flat one
 Copy = Callable[..., Tensor]  # of (name, value, dtype or that of the value): checkpoint.on_host on rank 0
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -110,8 +110,8 @@ class Engine:
         frozen; not so for an LLM, whose weights are in its own files."""
         self.stage, self.module, self.keep_frozen = zero_stage(config), module, keep_frozen
         on_gpu, offloads = torch.cuda.is_available(), offloads_optimizer(config)
-        if self.stage == 3 and not on_gpu and Version(deepspeed.__version__) < WAITS_FOR_EVERY_GATHER:
-            raise ValueError("ZeRO-3 on CPUs would compute with weights that have not arrived; use deepspeed>=0.19.8")
+        if self.stage and Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
+            raise ValueError(f"deepspeed {deepspeed.__version__} may update with NaN; use {OLDEST_DEEPSPEED} or newer")
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
         self.optimizer = chosen_optimizer(optim)
@@ -141,11 +141,12 @@ class Engine:
         self.device_engine.allreduce_gradients = timed("communication")(self.device_engine.allreduce_gradients)
         if isinstance(optimizer, FlatAdamW):
             optimizer.parts = self._parts(rates)
+            if getattr(device_engine.optimizer, "compute_grad_norm", False):  # which is not finite if a gradient is not
+                self.device_engine.optimizer.check_overflow = lambda **_: None  # the same, by another collective
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self._local_norm: float | None = None
-        self._left_out = 0  # updates of ZeRO-0 whose gradient was not finite
+        self.grad_norm: float | None = None  # global, of the last step, before clipping; None if DeepSpeed reports none
         if self._scaler is not None:
             self._scaler.raise_error_at_min_scale = False  # the loop ends the run, and names the samples
         if any(p.dtype != torch.float32 for _, p in self.trained):
@@ -168,26 +169,27 @@ class Engine:
         """To be called after each micro-batch; the last call of a step updates the parameters."""
         if self.stage == 0 and self.device_engine.is_gradient_accumulation_boundary():
             grads = [p.grad for _, p in self.trained if p.grad is not None]
-            norms = [torch.linalg.vector_norm(grad) for grad in grads]
-            self._local_norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-            if not math.isfinite(self._local_norm):  # DeepSpeed leaves such an update out from ZeRO-1 on
-                self._left_out += 1
+            self.grad_norm = float(nn.utils.get_total_norm(grads))
+            if not math.isfinite(self.grad_norm):  # DeepSpeed leaves such an update out from ZeRO-1 on
+                self.device_engine.skipped_steps += 1
                 for _, parameter in self.trained:
                     parameter.grad = None
-            elif 0 < self._clip < self._local_norm:
-                torch._foreach_mul_(grads, self._clip / self._local_norm)
+            elif 0 < self._clip < self.grad_norm:
+                torch._foreach_mul_(grads, self._clip / self.grad_norm)
         self.device_engine.step()
 
-    @property
-    def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradient before clipping; None if DeepSpeed does not report it."""
-        norm = self._local_norm if self._local_norm is not None else self.device_engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def read(self, numbers: Tensor) -> list[float]:
+        """(n,) numbers of the last step on the host, which waits for the device, and ``grad_norm`` with them."""
+        norm = self.device_engine.get_global_grad_norm() if self.stage else self.grad_norm
+        if norm is None:
+            return numbers.tolist()
+        *values, self.grad_norm = torch.cat([numbers, torch.as_tensor(norm).to(numbers).reshape(1)]).tolist()
+        return values
 
     @property
     def skipped(self) -> int:
         """Updates left out so far because their gradient was not finite."""
-        return int(self.device_engine.skipped_steps) + self._left_out
+        return int(self.device_engine.skipped_steps)
 
     @property
     def can_lower_loss_scale(self) -> bool:

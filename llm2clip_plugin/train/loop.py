@@ -17,7 +17,7 @@ from llm2clip_plugin.train.engine import Engine, Reference
 from llm2clip_plugin.train.errors import NonFiniteLossError, StopRequest
 from llm2clip_plugin.train.optim import lr_factor, set_lr
 from llm2clip_plugin.train.reports import Reports, peak_memory
-from llm2clip_plugin.train.step import Batch, first_samples
+from llm2clip_plugin.train.step import Batch
 
 StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
 Evaluate = Callable[[], dict[str, float]]
@@ -127,7 +127,9 @@ def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[
     set_lr(engine.groups, factor)
     bad: list[dict[str, Any]] = []
     try:
-        values = _update(parts, batch)
+        loss, values = parts.step(batch)
+        values = {"loss": loss, **values, "grad_norm": engine.grad_norm}
+        values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     except NonFiniteLossError as error:
         if len(state.bad_batches) >= parts.train.skip_bad_batches:
             raise
@@ -155,24 +157,6 @@ def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[
     if batch.get("retries"):
         values["data_retries"] = batch["retries"]
     return state, seconds, values
-
-
-def _update(parts: LoopParts, batch: Batch) -> dict[str, float]:
-    """The step's finite values. Raises NonFiniteLossError if the update was left out, unless fp16 has lowered its loss
-    scale for it."""
-    engine = parts.engine
-    skipped, lowers = engine.skipped, engine.can_lower_loss_scale
-    loss, values = parts.step(batch)
-    norm = engine.grad_norm
-    values = {"loss": loss, **values} | ({} if norm is None else {"grad_norm": norm})
-    left_out = engine.skipped > skipped or (norm is not None and not 0 <= norm < math.inf)
-    if left_out and not lowers:
-        raise NonFiniteLossError(
-            f"the gradient is not finite (loss {loss:.4g}) in the batch that ends at sample {batch['position']}; it "
-            f"starts with {first_samples(batch)}",
-            "lower the learning rate, use fp32, or leave such batches out with --skip-bad-batches",
-        )
-    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _any_rank(parts: LoopParts, *flags: bool) -> list[bool]:

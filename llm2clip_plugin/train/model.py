@@ -123,10 +123,9 @@ def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        lr = config.head_lr or config.lr
         if name.startswith("tower."):
             lr = config.lr * config.layer_decay ** (top - depth.get(id(parameter), top))
-        else:
-            lr = config.head_lr or config.lr
         table = id(parameter) in embeddings and parameter.ndim != 4 and "patch_embed" not in name  # NaFlex's is linear
         decay = not is_vector(parameter) and not table
         trained.append(Trained(name=name, parameter=parameter, lr=lr, decay=decay))

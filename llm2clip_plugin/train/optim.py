@@ -280,6 +280,8 @@ def _set_run_values(config: dict[str, Any], train: TrainConfig, optim: OptimConf
     for kind in ("bf16", "fp16"):
         if kind in config or train.precision == kind:
             rows.append((f"{kind}.enabled", train.precision == kind, "--precision"))
+    if train.precision == "bf16":  # DeepSpeed leaves out an update whose gradient is not finite
+        rows.append(("bf16.check_grad_overflow", True, "--skip-bad-batches"))
     conflicts = []
     for path, value, option in rows:
         section, _, name = path.rpartition(".")

@@ -85,7 +85,7 @@ class ContrastiveStep(ABC):
     def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
         """Update the parameters; returns the loss of the global batch and values to report.
 
-        Raises NonFiniteLossError on every rank, before the backward pass, where fp16 can't lower its loss scale.
+        Raises NonFiniteLossError on every rank, none of which has updated, where fp16 can't lower its loss scale.
         """
         batch = self._on_device(batch)
         rows = len(batch["keys"])  # of this rank
@@ -93,17 +93,22 @@ class ContrastiveStep(ABC):
         micro_batches = [
             {**self._rows(batch, slice(start, start + size)), "first": first + start} for start in range(0, rows, size)
         ]
+        skipped, lowers = self.engine.skipped, self.engine.can_lower_loss_scale
         if len(micro_batches) == 1:
             reference = self._reference(micro_batches[0])
-            loss, values = self._loss(self._encode(micro_batches[0]), batch, *reference)
+            loss, numbers, finite_b = self._loss(self._encode(micro_batches[0]), batch, *reference)
             self.engine.backward(loss)
             self.engine.step()
         else:
-            values = self._cached_step(batch, micro_batches)
+            numbers, finite_b = self._cached_step(batch, micro_batches)
+        loss, *means, scale = self.engine.read(numbers)
+        values = {f"loss_{name}": mean for name, mean in zip(self.terms, means, strict=True)}
+        if not lowers and (self.engine.skipped > skipped or not math.isfinite(loss + (self.engine.grad_norm or 0))):
+            raise _non_finite({"loss": loss, **values}, finite_b, batch)
         self._after_update()
-        return values.pop("loss"), values
+        return loss, values | {"logit_scale": scale}
 
-    def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> dict[str, float]:
+    def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
         """Features without a graph, the gradient of the loss for each, and a second pass that propagates it."""
         references = map(_joined, zip(*(self._reference(micro) for micro in micro_batches), strict=True))
         with torch.no_grad():
@@ -111,7 +116,7 @@ class ContrastiveStep(ABC):
         columns = zip(Encoded._fields, zip(*parts, strict=True), strict=True)
         joined = {name: column[0].clone() if name in SCALARS else _joined(column) for name, column in columns}
         leaves = {name: leaf.requires_grad_() for name, leaf in joined.items() if leaf is not None}
-        loss, values = self._loss(Encoded(**leaves), batch, *references)
+        loss, numbers, finite_b = self._loss(Encoded(**leaves), batch, *references)
         with timed("backward"):
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         grads = dict(zip(leaves, found, strict=True))
@@ -125,7 +130,7 @@ class ContrastiveStep(ABC):
             ]
             self.engine.backward(torch.stack(products).sum())
             self.engine.step()
-        return values
+        return numbers, finite_b
 
     def _encode(self, micro: Batch) -> Encoded:
         """Forward pass of one micro-batch, with the same random draws each time."""
@@ -147,8 +152,9 @@ class ContrastiveStep(ABC):
 
     def _loss(
         self, encoded: Encoded, batch: Batch, reference_bD: Tensor | None, reference_patches_bTH: Tensor | None
-    ) -> tuple[Tensor, dict[str, float]]:
-        """This rank's sum of weighted terms, and the means of all terms over ranks."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's sum of weighted terms; its mean over ranks, those of all terms, and the logit scale; which pairs
+        (b,) have finite features."""
         before = batch["position"] - len(batch["keys"]) * world_size()
         features = Features(
             anchor_bD=encoded.anchor_mD,
@@ -166,16 +172,12 @@ class ContrastiveStep(ABC):
         )
         losses = {name: term(features) for name, term in self.terms.items()}
         loss = torch.stack(list(losses.values())).sum()
-        # a non-finite value on one rank makes the sum over ranks non-finite, so every rank stops
         sums = sum_over_ranks(torch.stack([loss.detach(), *(one.detach() for one in losses.values())]))
-        scale = encoded.log_scale.detach().exp().to(sums)
-        *means, scale = torch.cat([sums / world_size(), scale]).tolist()  # read at once
-        values = dict(zip(("loss", *(f"loss_{name}" for name in losses)), means, strict=True))
-        if not math.isfinite(values["loss"]):
-            if not self.engine.can_lower_loss_scale:
-                raise _non_finite(values, encoded, batch)
-            loss = loss * math.nan  # DeepSpeed finds it in the gradient: no update, a smaller loss scale
-        return loss, values | {"logit_scale": scale}
+        numbers = torch.cat([sums / world_size(), encoded.log_scale.detach().exp().to(sums)])
+        finite_b = encoded.anchor_mD.isfinite().all(1) & encoded.positive_mkD.isfinite().flatten(1).all(1)
+        # a non-finite value on one rank makes the gradients of all NaN, for which the engine makes no update: reading
+        # it here would make the host wait for the device before the backward pass
+        return loss * torch.where(sums[0].isfinite(), 1.0, math.nan), numbers, finite_b
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -184,27 +186,28 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(rows) if rows else None
 
 
-def first_samples(batch: Batch) -> str:
-    """The keys with which each rank's part of a batch starts; every rank must call this."""
-    return _by_rank(gather_objects(batch["keys"][:NAMED_KEYS]))
+def _by_rank(keys: list[str]) -> str:
+    """The first keys of each rank; every rank must call this."""
+    ranks = enumerate(gather_objects(keys[:NAMED_KEYS]))
+    return "; ".join(f"rank {r}: {', '.join(names)}" for r, names in ranks if names)
 
 
-def _by_rank(keys: list[list[str]]) -> str:
-    return "; ".join(f"rank {r}: {', '.join(names)}" for r, names in enumerate(keys) if names)
-
-
-def _non_finite(values: dict[str, float], encoded: Encoded, batch: Batch) -> NonFiniteLossError:
+def _non_finite(values: dict[str, float], finite_b: Tensor, batch: Batch) -> NonFiniteLossError:
     """Names the samples with non-finite features on every rank, or the first samples of the batch if there are none."""
-    finite_b = torch.isfinite(encoded.anchor_mD).all(1) & torch.isfinite(encoded.positive_mkD).flatten(1).all(1)
+    where, first = f"in the batch that ends at sample {batch['position']}", _by_rank(batch["keys"])
+    if math.isfinite(values["loss"]):
+        return NonFiniteLossError(
+            f"the gradient is not finite (loss {values['loss']:.4g}) {where}; it starts with {first}",
+            "lower the learning rate, use fp32, or leave such batches out with --skip-bad-batches",
+        )
     bad = [key for key, finite in zip(batch["keys"], finite_b.tolist(), strict=True) if not finite]
-    ranks = gather_objects(bad)
-    if count := sum(map(len, ranks)):
-        samples = f"{count} samples have non-finite features: {_by_rank([keys[:NAMED_KEYS] for keys in ranks])}"
+    if named := _by_rank(bad):
+        samples = f"{sum(gather_objects(len(bad)))} samples have non-finite features: {named}"
     else:
-        samples = f"all features are finite; the batch starts with {first_samples(batch)}"
+        samples = f"all features are finite; the batch starts with {first}"
     terms = ", ".join(f"{name} {value}" for name, value in values.items())
     return NonFiniteLossError(
-        f"the loss is not finite in the batch that ends at sample {batch['position']} ({terms}). {samples}",
+        f"the loss is not finite {where} ({terms}). {samples}",
         "lower the learning rate, check these samples (a cache: `llm2clip embed --verify`), or leave such batches out "
         "with --skip-bad-batches",
     )

@@ -46,7 +46,7 @@ def test_auto_values_are_filled():
     config = completed(LLAVA_ZERO3_OFFLOAD)
     assert config["train_batch_size"] == 512 and config["train_micro_batch_size_per_gpu"] == 64
     assert config["gradient_accumulation_steps"] == 4 and config["gradient_clipping"] == 5.0
-    assert config["bf16"] == {"enabled": True} and config["fp16"]["enabled"] is False
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True} and config["fp16"]["enabled"] is False
     zero = config["zero_optimization"]
     assert zero["reduce_bucket_size"] == 1024**2 and zero["stage3_param_persistence_threshold"] == 10240
     assert "optimizer" not in config and config["zero_force_ds_cpu_optimizer"] is False
@@ -63,6 +63,7 @@ def test_auto_values_are_filled():
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001.*--lr"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps.*--warmup-steps"),
         ({"optimizer": {"type": "Lamb"}}, "Lamb.*--optimizer"),
+        ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow"),
         ({"zero_optimisation": {"stage": 2}}, "zero_optimization"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "use the device cpu"),
     ],

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm2clip_plugin.files import discover
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import LossConfig, TermWeight, from_named_args, parse_terms
-from llm2clip_plugin.train.distributed import ALONE, Group, gather_rows, rank, sum_own_rows
+from llm2clip_plugin.train.distributed import ALONE, Group, gather_together, rank, sum_own_rows
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import patch_mask
 
@@ -94,12 +94,13 @@ class PairBlocks:
     def __init__(self, anchor_bD: Tensor, positive_bD: Tensor, ids_jb: Tensor | None, block: int, group: Group) -> None:
         if anchor_bD.shape != positive_bD.shape or anchor_bD.ndim != 2:
             raise ValueError(f"anchors {anchor_bD.shape} and positives {positive_bD.shape} must have one shape (b, D)")
-        self.anchor_bD, self.positive_ND = anchor_bD.detach(), gather_rows(positive_bD, group)
+        sent = [positive_bD] if ids_jb is None else [positive_bD, ids_jb.T]
+        self.positive_ND, *ids_Nj = gather_together(*sent, group=group)
+        self.anchor_bD, self.ids_jb = anchor_bD.detach(), ids_jb
+        self.ids_jN = ids_Nj[0].T.contiguous() if ids_Nj else None
         self.group: Group = group
         self.rows, self.columns = len(anchor_bD), len(self.positive_ND)
         self.first = rank(group) * self.rows  # column of row 0's own positive
-        self.ids_jb = ids_jb
-        self.ids_jN = None if ids_jb is None else gather_rows(ids_jb.T.contiguous(), group).T.contiguous()
         budget = BLOCK_LOGITS_CPU if anchor_bD.device.type == "cpu" else BLOCK_LOGITS_GPU
         self.block = block or max(16, budget // self.columns)
 
