@@ -51,7 +51,6 @@ def seconds() -> float:
 
 
 def timed(work: Work) -> Run:
-    """Call ``work``."""
     start, result = seconds(), work()
     return seconds() - start, result
 

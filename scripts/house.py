@@ -4,20 +4,22 @@
     scripts/house.py [CHECKOUT [OTHER]]
 
 Counts the Python files of the two packages, where nothing else is said. An arrow up is an import of a room from one
-that lies below it; LLaVA's package may import the lowest floor and vision alone, and only stages and commands import
+below it or beside it; LLaVA's package may import the lowest floors and vision alone, and only stages and doctor import
 it.
 """
 
 import ast
 import sys
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from statistics import median
 
+import networkx
+
 PACKAGE, LLAVA = "llm2clip_plugin", "llava_integration"
-ROOMS = (("data", "vision"), ("train",), ("text",), ("evaluate",), ("stages",), ("cli", "doctor", "pipeline"))
-FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS, 1) for room in rooms}  # all others: 0
+ROOMS = "bootstrap console files|contracts options|status|data vision|train|text|evaluate|stages|cli doctor pipeline"
+FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS.split("|")) for room in rooms.split()}
+FOR_LLAVA, OF_LLAVA = (0, 1, 2), (f"{PACKAGE}.stages", f"{PACKAGE}.doctor")  # floors, besides vision; who may import it
 SCRIPTS = ("scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py")
 TRAIN_TOWER = f"{PACKAGE}.stages.tower"
 
@@ -37,7 +39,7 @@ def numbers(root: Path) -> dict[str, str]:
         trees[name], lines[name] = ast.parse(text), text.count("\n")
     if not trees:
         sys.exit(f"error: {root} is no checkout: it has no {PACKAGE}")
-    graph = {name: {*imported(tree, trees)} - {name} for name, tree in trees.items()}
+    graph = networkx.DiGraph({name: {*imported(tree, trees)} - {name} for name, tree in trees.items()})
     functions, imports = list[tuple[int, str]](), 0
     for name, tree in trees.items():
         for node in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):
@@ -45,7 +47,9 @@ def numbers(root: Path) -> dict[str, str]:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 functions.append((size, f"{name.rpartition('.')[2]}.{node.name}"))
             imports += size * isinstance(node, (ast.Import, ast.ImportFrom))
-    importers = Counter(other for targets in graph.values() for other in targets)
+    graph.add_node(TRAIN_TOWER)  # which an old checkout lacks
+    cycles = [name for one in networkx.strongly_connected_components(graph) if len(one) > 1 for name in sorted(one)]
+    up = [f"{name} -> {other}" for name, other in graph.edges if goes_up(name, other)]
     total, longest = sum(lines.values()), max(lines, key=lines.__getitem__)
     found = {
         "files": len(lines),
@@ -56,10 +60,10 @@ def numbers(root: Path) -> dict[str, str]:
         "longest function": "{} ({})".format(*max(functions)),
         "import lines": f"{imports / total:.1%}",
         "files under 40 lines": sum(of_file < 40 for of_file in lines.values()),
-        "files with one importer": sum(times == 1 for times in importers.values()),
-        "files in import cycles": sum(name in reached(graph, graph[name]) for name in graph),
-        "arrows up": sum(goes_up(name, other) for name, targets in graph.items() for other in targets),
-        "files that train-tower imports": len(reached(graph, graph.keys() & {TRAIN_TOWER})),
+        "files with one importer": sum(times == 1 for _, times in graph.in_degree),
+        "files in import cycles": ", ".join([str(len(cycles)), *cycles]),
+        "arrows up": ", ".join([str(len(up)), *up]),
+        "files that train-tower imports": len(networkx.descendants(graph, TRAIN_TOWER)) + 1,
         "lines of scripts/ and benchmarks/": count(*SCRIPTS),
         "lines of tests": count("tests/**/*.py"),
         "words of docs": sum(len(text.split()) for text in texts("*.md", "docs/**/*.md").values()),
@@ -77,22 +81,14 @@ def imported(tree: ast.Module, known: Collection[str]) -> Iterator[str]:
                 yield from [one for one in (f"{node.module}.{alias.name}", node.module) if one in known][:1]
 
 
-def reached(graph: Mapping[str, set[str]], starts: Iterable[str]) -> set[str]:
-    """The starts and what they import, directly or not."""
-    found, left = set[str](), [*starts]
-    while left:
-        if (name := left.pop()) not in found:
-            found.add(name)
-            left += graph[name]
-    return found
-
-
 def goes_up(name: str, other: str) -> bool:
     """Whether an import goes against the order of the rooms. The package's own __init__ is free: it imports late."""
-    own, others = (FLOORS.get(".".join(one.split(".")[:2]), 0) for one in (name, other))
+    room, others = (".".join(one.split(".")[:2]) for one in (name, other))
     if name.startswith(LLAVA):
-        return others > 0 and not other.startswith(f"{PACKAGE}.vision")
-    return name != PACKAGE and (others > own or (other.startswith(LLAVA) and own < len(ROOMS) - 1))
+        return not others.startswith((LLAVA, f"{PACKAGE}.vision")) and FLOORS.get(others, 0) not in FOR_LLAVA
+    if other.startswith(LLAVA):
+        return room not in OF_LLAVA
+    return name != PACKAGE and room != others and FLOORS.get(others, 0) >= FLOORS.get(room, 0)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ WORKERS=(-n 2 --dist loadfile --no-loadscope-reorder) # one thread each; a file'
 case "${1:-}" in
     --servers)
         llava_environment .venv-llava # trains and exports the models that are served
-        listed_environment SERVERS .venv-servers
+        listed_environment servers .venv-servers
         extensions_of .venv-llava
         shift
         exec .venv-servers/bin/python -m pytest "${@:-tests/servers}" ;;
     --stacks)
         extensions_of .venv-llava
         for name in stacks trl swift llamafactory forks; do
-            listed_environment "${name^^}" ".venv-$name"
+            listed_environment "$name" ".venv-$name"
             case "$name" in stacks) tests=logs ;; forks) tests=forks ;; *) tests=trainers ;; esac
             ".venv-$name/bin/python" -m pytest "tests/stacks/test_$tests.py" "${@:2}" || [ $? = 5 ] # -k chooses none of these
         done

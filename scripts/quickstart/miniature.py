@@ -9,9 +9,8 @@ of them yes or no); a language model other than tiny is also asked for the name 
 the test families and easy-vqa's test pictures are held out; --held-out validation: emoji of the validation families
 alone, to choose settings on.
 
-Closed questions are right or wrong. An open answer is scored twice: whether it has a word of the emoji's name or
-keywords, and by the cosine of answer and name in the embeddings of a teacher. What is compared is how many points that
-is above the same answer against the pictures of all other emoji: what comes from the picture.
+An open answer is scored twice: whether it has a word of the emoji's name or keywords, and by the cosine of answer and
+name in the embeddings of a teacher.
 """
 
 import argparse
@@ -33,7 +32,8 @@ from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file
 
 GROUP, NAME = "Which group does the emoji belong to?", "What does the emoji show?"
 SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
-YES_NO = ("yes", "no")
+YES_NO, SHAPES = ("yes", "no"), ("circle", "rectangle", "triangle")
+CATEGORIES = dict.fromkeys(YES_NO, "yes or no") | dict.fromkeys(SHAPES, "shape")  # others: colour
 TURNS = 4  # of a conversation, at most
 CLOSED, OPEN = ("emoji group", "easy-vqa"), "emoji name"
 EMPTY = frozenset("a an and at by for from in into it of off on or over the to up with without".split())
@@ -78,12 +78,10 @@ def conversations(questions: list[Row]) -> list[Row]:
     for row in questions:
         of_picture.setdefault(row["image"], []).append(row)
     made = []
-    for rows in of_picture.values():
-        for start in range(0, len(rows), TURNS):
-            some = rows[start : start + TURNS]
-            first, *later = (turn for row in some for turn in row["conversations"])
-            turns = [{**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in later]
-            made.append({**some[0], "conversations": [first, *turns]})
+    for some in (rows[n : n + TURNS] for rows in of_picture.values() for n in range(0, len(rows), TURNS)):
+        first, *later = (turn for row in some for turn in row["conversations"])
+        turns = [{**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in later]
+        made.append({**some[0], "conversations": [first, *turns]})
     return made
 
 
@@ -116,9 +114,9 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
             questions.append(talk(key, question, answer, f"train-{path.name}"))
             if number % 10 == 0:  # the words of the questions and answers, without the pictures
                 text.append(talk(f"{key}-text", question, answer))
-        held_out = hold_out(images, split, in_words=in_words, smoke=fraction < 0.5)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in held_out]
-        (temporary / "questions.jsonl").write_text("".join(lines))
+        with (temporary / "questions.jsonl").open("w") as file:
+            for row in hold_out(images, split, in_words=in_words, smoke=fraction < 0.5):
+                print(json.dumps(row, ensure_ascii=False), file=file)
         finetune = conversations(questions) if in_words else questions
         for name, rows in (("text", text), ("captions", captions), ("finetune", finetune)):
             (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
@@ -144,9 +142,7 @@ def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterat
     for key, path, question, answer in easy_vqa("test", SHAPES_TEST // 10 if smoke else SHAPES_TEST):
         (images / f"test-{path.name}").write_bytes(path.read_bytes())
         row = {"question_id": key, "image": f"test-{path.name}", "text": question, "truth": answer}
-        of_shape = "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
-        category = "yes or no" if answer in YES_NO else of_shape
-        yield {**row, "kind": CLOSED[1], "cluster": path.name, "category": category}
+        yield {**row, "kind": CLOSED[1], "cluster": path.name, "category": CATEGORIES.get(answer, "colour")}
 
 
 def refuse_other_stages(output: Path, after: str) -> None:
@@ -225,7 +221,7 @@ def by_similarity(rows: list[Row], teacher: Any) -> ScoreFile:
 
 def against_exchanged(metric: str, kind: str, rows: list[Row], scores: Any) -> ScoreFile:
     """``scores``: answers x pictures. An answer scores the points that its own picture is above those of other
-    emoji, so that a model which always says the same scores 0, however often it happens to be right."""
+    emoji: what comes from the picture. A model which always says the same scores 0, however often it is right."""
     point_NN, cluster_N = 100 * np.array(scores, dtype=np.float64), np.array([row["cluster"] for row in rows])
     other_NN = cluster_N[:, None] != cluster_N
     own_N, exchanged_N = point_NN.diagonal(), (point_NN * other_NN).sum(1) / np.maximum(1, other_NN.sum(1))
@@ -263,14 +259,13 @@ if __name__ == "__main__":
             make_llava_llm(args.llm, args.output)
         teacher = None
         if args.teacher:
-            from llm2clip_plugin.text.config import EncoderConfig
-            from llm2clip_plugin.text.encoder import CaptionEncoder
+            from llm2clip_plugin.text.encoder import CaptionEncoder, EncoderConfig
 
             teacher = CaptionEncoder(EncoderConfig(llm=str(args.teacher), adapter=str(args.adapter or "")))
-        note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
-        if args.llm != "tiny":
-            model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
-            note = f"a miniature: the language model is {model}, finetuned for minutes"
+        model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
+        note = f"a miniature: the language model is {model}, finetuned for minutes"
+        if args.llm == "tiny":
+            note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
         for name in args.names:
             if name.startswith("after"):
                 refuse_other_stages(args.output, name)

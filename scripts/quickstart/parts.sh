@@ -14,7 +14,7 @@ embed() { # embed CACHE SPLITS: the captions of DATA/all/SPLITS-*.tar, with the 
         *) reading=(--adapter "$DATA/llm/${1#tuned-}/adapter") ;;
     esac
     [[ $1 != raw || -d $DATA/reading ]] || python scripts/quickstart/inputs.py components llm2clip_plugin/data/emoji/train-noto.tar \
-        --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --folder "$DATA/reading"
+        --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --output "$DATA/reading"
     say "captions through the LLM: $1, $2"
     llm2clip embed "$shards" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
 }
@@ -38,38 +38,37 @@ tune() { # tune SEED: train an adapter
         ${validation[@]+"${validation[@]}"}
 }
 
-train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/NAME-seedSEED
-    local name=$1-seed$2 start="launch scripts/train_tower.py"
+train() { # train NAME SEED CACHE [OPTION...]: a tower into $OUT/towers/NAME-seedSEED; but for a smoke run, and the control,
+    local name=$1-seed$2 start="launch scripts/train_tower.py" shards=all validation=() # evaluated on validation images in one style
     [ "$1" != shuffled ] && [ -z "$PAIR" ] || start="llm2clip train-tower" # one process
     [ -d "$OUT/towers/$name" ] && return
     say "stage 2: training tower $name"
+    if [ "$1" = shuffled ]; then
+        shards=shuffled
+    elif [ "$PRESET" != smoke ]; then
+        validation=(--validation "$DATA/all/validation-noto.tar" --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 2))")
+    fi
     # shellcheck disable=SC2086 # words on purpose
     $start --recipe quickstart --deepspeed scripts/zero1.json --output "$OUT/runs/$name" \
-        --data "$4" --cache "$DATA/cache/$3" --kinds short long \
+        --data "$DATA/$shards/train-*.tar" --cache "$DATA/cache/$3" --kinds short long \
         --tower "$TOWER" --image-size "$SIZE" --freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --max-steps "$STEPS" \
-        --precision "$PRECISION" --seed "$2" "${@:5}"
+        --precision "$PRECISION" --seed "$2" ${validation[@]+"${validation[@]}"} "${@:4}"
     mkdir -p "$OUT/towers" && mv "$OUT/runs/$name/tower" "$OUT/towers/$name" # a run ends by exporting its tower
 }
 control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
-    train shuffled 0 tuned-seed0 "$DATA/shuffled/train-*.tar" --freeze-first-blocks 0 --freeze --max-steps 1
-}
-watched() { # watched NAME SEED CACHE: train a tower, and (but for a smoke run) evaluate it on validation images in one style
-    local validation=()
-    [ "$PRESET" = smoke ] || validation=(--validation "$DATA/all/validation-noto.tar"
-        --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 2))")
-    train "$1" "$2" "$3" "$DATA/all/train-*.tar" ${validation[@]+"${validation[@]}"}
+    train shuffled 0 tuned-seed0 --freeze-first-blocks 0 --freeze --max-steps 1
 }
 towers() { # towers SEED: of both teachers
     local raw=()
-    [ -z "$PAIR" ] || raw=(meanwhile "raw-seed$1") # the other is watched
-    [[ $teachers != *raw* ]] || ${raw[@]+"${raw[@]}"} watched raw "$1" raw
-    [[ $teachers != *tuned* ]] || watched tuned "$1" "tuned-seed$1"
+    [ -z "$PAIR" ] || raw=(meanwhile "raw-seed$1") # the other is in the foreground
+    [[ $teachers != *raw* ]] || ${raw[@]+"${raw[@]}"} train raw "$1" raw
+    [[ $teachers != *tuned* ]] || train tuned "$1" "tuned-seed$1"
 }
 controls() { # controls SEED: towers against the raw LLM as it comes, and against random embeddings of the same captions
     [ -d "$DATA/cache/random" ] ||
         python scripts/quickstart/inputs.py random "$DATA/all" --cache "$DATA/cache/tuned-seed0" --output "$DATA/cache/random"
     [ -d "$OUT/towers/plain-seed$1" ] || embed plain "{test,train,validation}"
-    watched plain "$1" plain
-    watched random "$1" random
-    [[ $teachers = *raw* || -z $LLAVA ]] || { embed raw "{test,train}"; watched raw "$1" raw; } # LLaVA of a smoke run
+    train plain "$1" plain
+    train random "$1" random
+    [[ $teachers = *raw* || -z $LLAVA ]] || { embed raw "{test,train}"; train raw "$1" raw; } # LLaVA of a smoke run
 }

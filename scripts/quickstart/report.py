@@ -43,6 +43,7 @@ from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.encoder import adapter_sha256
+from llm2clip_plugin.vision.export import markdown_table
 from llm2clip_plugin.vision.towers import preprocessor_config
 
 SETS = {"test": ("noto", "twemoji", "fluent"), "unseen style": ("openmoji",)}  # name -> styles
@@ -72,6 +73,11 @@ TEACHERS = {  # part of a folder's name -> what the tables call it
     "shuffled": "control: wrong pictures",
 }
 LEVEL = 0.05  # of the test, after Holm's adjustment
+LEGEND = """Mean reciprocal rank of the right answer: 1 if it is always first, .5 if always second; equal scores are in
+random order. Training saw no drawing of these families. Galleries are of one style each. ±: standard deviation over
+trainings. Difference: the same queries on both sides, 95 % interval over families and, if there are several, trainings.
+p: paired test, adjusted for all rows of its table (Holm); alone: significant trainings, each by itself.
+"""
 AGAIN = "delete it and rerun scripts/quickstart.sh"
 
 
@@ -133,11 +139,11 @@ def make_claims(tests: Tests) -> list[Claim]:
     if not seeds:
         return []
     total = _compare(tests, seeds)
-    each = [_compare(tests, [seed]) for seed in seeds] if len(seeds) > 1 else [total]
+    each = {str(seed): _compare(tests, [seed]) for seed in seeds}
     claims = []
     for place, (name, (base, new)) in enumerate(tests.items()):
         change = np.sign([new[s].scores - base[s].scores for s in seeds])
-        by_seed = {str(seed): own[place] for seed, own in zip(seeds, each, strict=True)}
+        by_seed = {seed: of_seed[place] for seed, of_seed in each.items()}
         claims.append(
             {"name": name, "chance": base[seeds[0]].chance, "queries": change.shape[1]}
             # fractions of the queries, over all seeds, with a higher and a lower score
@@ -284,27 +290,17 @@ def check_run(tower: Path) -> dict[str, Any]:
     return {name: data[name] for name in ("path", "cache", "validation")}
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], below: str) -> str:
-    """Markdown; the first column names the row."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + f"\n\n{below}\n"
-
-
 def claims_table(claims: Sequence[Claim], base: str = "raw") -> str:
     """A row per claim; those that are not significant say so. ``base``: of TEACHERS."""
-    count, rows = len(claims[0]["by_seed"]), []
+    head, rows = (TEACHERS[base], TEACHERS["tuned"], "difference", "p (Holm)", "alone", "chance"), []
     for one in claims:
-        sides = [fraction(one[side]) for side in ("raw", "tuned", "chance")]
+        raw, tuned = (spread([seed[side] for seed in one["by_seed"].values()]) for side in ("raw", "tuned"))
+        strong = "**" * (one["significant"] and one["name"] in HEADLINE)
+        alone = f"{one['seeds_significant']} of {len(one['by_seed'])}"
         p = p_value(one["p_adjusted"]) + ", not significant" * (not one["significant"])
-        alone = f"{one['seeds_significant']} of {count}"
-        rows.append([one["name"], *sides, estimate(one["difference"], one["interval"]), p, alone])
-    below = (
-        "Mean reciprocal rank of the right answer: 1 if it is always first, .5 if always second. Difference: the same "
-        f"queries on both sides, 95 % interval over families{' and seeds' * (count > 1)} ({count} "
-        f"training{'s' * (count > 1)} a side); p of a paired test, adjusted for all {len(claims)} rows (Holm); alone: "
-        "significant trainings, each by itself."
-    )
-    head = ["mean reciprocal rank", TEACHERS[base], TEACHERS["tuned"], "chance", "difference", "p", "alone"]
-    return table(head, rows, below)
+        cells = (raw, f"{strong}{tuned}{strong}", estimate(one["difference"], one["interval"]), p, alone)
+        rows.append((one["name"], *cells, fraction(one["chance"])))
+    return markdown_table(("mean reciprocal rank, test families", *head), rows)
 
 
 def retrieval_table(towers: Mapping[str, Rows]) -> str:
@@ -312,13 +308,9 @@ def retrieval_table(towers: Mapping[str, Rows]) -> str:
     groups, rows = by_name(towers), []
     for name, first in next(iter(towers.values())).items():
         cells = [spread([float(one[name].scores.mean()) for one in seeds.values()]) for seeds in groups.values()]
-        rows.append([name, *cells, fraction(first.chance)])
+        rows.append((name, *cells, fraction(first.chance)))
     heads = [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
-    below = (
-        "Mean reciprocal rank in galleries of one style each. Training saw no drawing of these families. ± is the "
-        "standard deviation over seeds; equal scores are in random order."
-    )
-    return table(["tower", *heads, "chance"], rows, below)
+    return markdown_table(("mean reciprocal rank, tower", *heads, "chance"), rows)
 
 
 def sentence(one: Claim) -> str:
@@ -368,9 +360,8 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     record = {"sentences": sentences, "headline": headline, "others": claims[len(headline) :]}  # significant or not
     record |= {"over_plain": over_plain, "towers": means, "inputs": inputs}
     write_text(output / "headline.json", json.dumps(record, indent=2))
-    tables = [claims_table(over_plain, "plain")] if over_plain else []
-    tables += [claims_table(claims)] if claims else []
-    return [retrieval_table(towers), *tables, *sentences], failures(towers, claims)
+    tables = [claims_table(rows, base) for rows, base in ((over_plain, "plain"), (claims, "raw")) if rows]
+    return [retrieval_table(towers), *tables, LEGEND, *sentences], failures(towers, claims)
 
 
 if __name__ == "__main__":
@@ -384,7 +375,7 @@ if __name__ == "__main__":
         if options.teachers:
             captions = open_sets(options.data / "all")["test"][0]
             claims = make_claims(pair_tests("teacher", measure_teachers(captions, open_caches(options.data))))
-            told, failed = [claims_table(claims)] if claims else [], []
+            told, failed = [claims_table(claims), LEGEND] if claims else [], []
         else:
             told, failed = make_report(options.data, options.output)
         print("", *told, sep="\n")

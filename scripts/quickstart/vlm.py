@@ -14,10 +14,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainingArguments
 
+from llava_integration.benchmarks.answers import read_jsonl
 from llava_integration.serve.build import register
 from llava_integration.serve.rows import LlavaRows
 from llm2clip_plugin.cli import main as llm2clip
-from llm2clip_plugin.contracts import atomic_directory, atomic_file
+from llm2clip_plugin.contracts import atomic_directory, write_text
 
 LLM, PROJECTOR = r".*language_model\.layers.*_proj", "multi_modal_projector"
 LORA = LoraConfig(r=64, lora_alpha=128, target_modules=LLM, modules_to_save=[PROJECTOR])
@@ -47,14 +48,14 @@ def answer(folder: Path, questions: Path, output: Path) -> None:
     """Greedy answers, 64 at a time."""
     rows = LlavaRows(AutoProcessor.from_pretrained(folder), questions.parent / "images")
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    asked = [json.loads(line) for line in questions.read_text().splitlines()]
-    with atomic_file(output) as temporary, temporary.open("w") as file:
-        for some in (asked[start : start + 64] for start in range(0, len(asked), 64)):
-            chats = [rows.chat({**row, "conversations": [{"from": "human", "value": row["text"]}]}) for row in some]
-            inputs = rows.encode(chats, side="left", add_generation_prompt=True).to(torch.bfloat16)
-            ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            for row, text in zip(some, rows.processor.batch_decode(ids, skip_special_tokens=True), strict=True):
-                file.write(json.dumps({"question_id": row["question_id"], "text": text}) + "\n")
+    answers, asked = "", read_jsonl(questions)
+    for some in (asked[start : start + 64] for start in range(0, len(asked), 64)):
+        chats = [rows.chat({**row, "conversations": [{"from": "human", "value": row["text"]}]}) for row in some]
+        inputs = rows.encode(chats, side="left", add_generation_prompt=True).to(torch.bfloat16)
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        for row, text in zip(some, rows.processor.batch_decode(ids, skip_special_tokens=True), strict=True):
+            answers += json.dumps({"question_id": row["question_id"], "text": text}) + "\n"
+    write_text(output, answers)
 
 
 def main() -> None:

@@ -45,10 +45,10 @@ def checked(folder: Path, made: dict) -> tuple[list[str], list[str]]:
     return [one.name for one in found if not one.same], missing
 
 
-def stated_table(page: Path, begin: str = check_claims.BEGIN) -> list[str]:
-    """The lines between a page's markers."""
+def stated_table(page: Path, begin: str = check_claims.BEGIN) -> str:
+    """The text between a page's markers."""
     after = page.read_text(encoding="utf-8").split(begin + "\n", 1)[1]
-    return after[: after.index(check_claims.END)].strip().splitlines()
+    return after[: after.index(check_claims.END)]
 
 
 def test_pages_state_what_was_recorded() -> None:
@@ -110,7 +110,7 @@ def test_llavas_controls_are_recorded_and_what_was_not_run_stays(tmp_path, monke
             assert claim["controls"][control]["values"] == stated[name][side][:2] == claim[side]
             assert claim["controls"][control]["difference"] == {"random": 1.25, "raw": -2.0}[control]
     assert stated_table(check_claims.BENCHMARKS, check_claims.BEGIN_LLAVA) == check_claims.llava_table(made)
-    assert "; +1.2 [-1.8, +4.2], p .500 | " in check_claims.llava_table(made)[2]
+    assert "; +1.2 [-1.8, +4.2], p .500 | " in check_claims.llava_table(made).splitlines()[2]
 
 
 @pytest.mark.usefixtures("ten_trainings")

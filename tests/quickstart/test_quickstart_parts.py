@@ -99,8 +99,8 @@ def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tm
         assert (value(command, "--attention"), value(command, "--pooling")) == ("causal", "last")
         assert "one word" in " ".join(command)
     assert value(read, "--layer") == value(fit, "--layer") == "16"
-    assert value(read, "--post-file") == f"{value(fit, '--folder')}/llm2clip_post.safetensors"
-    raw = " ".join(started(tmp_path, "watched raw 3 raw")[0])
+    assert value(read, "--post-file") == f"{value(fit, '--output')}/llm2clip_post.safetensors"
+    raw = " ".join(started(tmp_path, "train raw 3 raw")[0])
     for command, name in ((plain, "plain"), (random, "random")):
         own = " ".join(command).replace(f"{name}-seed3", "raw-seed3").replace(f"cache/{name}", "cache/raw")
         assert own == raw and f"cache/{name}" in " ".join(command)
