@@ -130,7 +130,7 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.llm = llm
         self.pooling = pooling
-        self.autocast: torch.dtype | None = None  # of products in the LLM, see text.adapter.autocast_adapter
+        self.autocast: torch.dtype | None = None  # of products in the LLM, see text.encoder.autocast_adapter
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """(B, W) float32 embeddings, not normalized."""

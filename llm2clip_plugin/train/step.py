@@ -31,7 +31,7 @@ from llm2clip_plugin.train.losses.base import Features, Terms
 MAX_LOG_SCALE = math.log(100)  # upper bound of the logit scale, as in CLIP
 NAMED_KEYS = 8  # keys per rank that an error lists
 
-Batch = dict[str, Any]  # as data.loader and text.pair_batches yield it
+Batch = dict[str, Any]  # as data.pairs and text.pairs yield it
 
 
 class Encoded(NamedTuple):
