@@ -282,6 +282,8 @@ def _set_run_values(config: dict[str, Any], train: TrainConfig, optim: OptimConf
             rows.append((f"{kind}.enabled", train.precision == kind, "--precision"))
     if train.precision == "bf16":  # DeepSpeed leaves out an update whose gradient is not finite
         rows.append(("bf16.check_grad_overflow", True, "--skip-bad-batches"))
+    elif train.precision == "fp32" and "compute_grad_norm" in config.get("zero_optimization", {}):  # its only check
+        rows.append(("zero_optimization.compute_grad_norm", True, "--skip-bad-batches"))
     conflicts = []
     for path, value, option in rows:
         section, _, name = path.rpartition(".")

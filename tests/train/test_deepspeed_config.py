@@ -73,6 +73,13 @@ def test_contradictions_are_refused(user: dict[str, Any], named: str):
         completed(user)
 
 
+def test_fp32_keeps_its_one_check_for_non_finite_gradients():
+    user = {"zero_optimization": {"stage": 1, "compute_grad_norm": False}}
+    assert not completed(user)["zero_optimization"]["compute_grad_norm"]  # bf16 has another
+    with pytest.raises(ValueError, match="compute_grad_norm"):
+        completed(user, precision="fp32")
+
+
 @pytest.mark.parametrize("user", [{"zero_optimization": {"stage": 7}}, {"sparse_gradients": True}])
 def test_what_deepspeed_refuses_is_refused_before_a_model_is_loaded(user: dict[str, Any]):
     with pytest.raises(ValueError, match=r"mine\.json: DeepSpeed refuses it"):
