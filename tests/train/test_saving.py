@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from small_disk import fill, mounted
 from tower_runs import lines, losses, wait_for
 from train_helpers import join_group, new_state, newest, parts_of, run_ranks, start_ranks, tiny_batch, tiny_engine
@@ -154,9 +155,9 @@ def test_a_full_disk_ends_no_training_before_the_last_save(small_disk: Path):
     assert "checkpoint failed" in events and events.count("checkpoint") >= 2
 
 
-def wait_for_rank_0(rank: int, world: int, folder: str) -> list[str]:
+def wait_for_rank_0(rank: int, world: int) -> list[str]:
     """Rank 0 works longer than the process group's timeout; then it fails."""
-    join_group(rank, world, f"file://{folder}/again", timeout=timedelta(seconds=2))
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
 
     def work() -> str:
         time.sleep(4)  # of this test, not of the machine: twice the timeout
@@ -170,8 +171,8 @@ def wait_for_rank_0(rank: int, world: int, folder: str) -> list[str]:
     return told
 
 
-def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group(tmp_path: Path):
-    first, second = run_ranks(wait_for_rank_0, 2, str(tmp_path))
+def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group():
+    first, second = run_ranks(wait_for_rank_0, 2)
     assert first[0] == second[0] == "of rank 0" and first[2] == second[2]
     assert (first[1], second[1]) == ("FileNotFoundError", "FirstRankError")
 

@@ -56,11 +56,11 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
     os._exit(0)  # see llm2clip_plugin.cli
 
 
-def join_group(rank: int, world: int, store: str, **more: Any) -> None:
+def join_group(rank: int, world: int, store: str) -> None:
     """Start or replace the process group; returns when all are in it, because one that leaves before looks crashed."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, **more)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     dist.barrier()
 
 
