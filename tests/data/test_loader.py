@@ -122,7 +122,7 @@ def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) ->
     assert found == expected
     del stream
     for process in loaders:
-        process.join(timeout=10)
+        process.join(timeout=60)
     assert not any(process.is_alive() for process in loaders)
 
 

@@ -180,7 +180,7 @@ def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group():
 def hang(rank: int, world: int, port: int) -> str:
     """A collective of rank 1 fails; rank 0 is in none, and would wait for ever."""
     join_group(rank, world, f"tcp://127.0.0.1:{port}")
-    watch, deadline = Watch(1.0), time.monotonic() + 9
+    watch, deadline = Watch(1.0), time.monotonic() + 60
     with suppress(RuntimeError), watch:
         if rank == 1:
             raise RuntimeError("gloo/transport: Timed out")
