@@ -3,9 +3,9 @@
 
     scripts/house.py [CHECKOUT [OTHER]]
 
-Counts the Python files of the two packages, where nothing else is said. An arrow up is an import of a room from one
-below it or beside it; LLaVA's package may import the lowest floors and vision alone, and only stages and doctor import
-it.
+Counts the Python files of the two packages, where nothing else is said. An arrow up is an import from a room on the
+same floor or a higher one. llava_integration may import only the three lowest floors and vision; only stages and doctor
+may import it.
 """
 
 import ast
@@ -17,7 +17,7 @@ from statistics import median
 import networkx
 
 PACKAGE, LLAVA = "llm2clip_plugin", "llava_integration"
-ROOMS = "bootstrap console files|contracts options|status|data vision|train|text|evaluate|stages|cli doctor pipeline"
+ROOMS = "bootstrap console files|contracts options|status|data vision|train|text|evaluate|stages|cli doctor"
 FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS.split("|")) for room in rooms.split()}
 FOR_LLAVA, OF_LLAVA = (0, 1, 2), (f"{PACKAGE}.stages", f"{PACKAGE}.doctor")  # floors, besides vision; who may import it
 SCRIPTS = ("scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py")

@@ -449,8 +449,8 @@ def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Genera
 def made_ahead(items: Iterator[Batch], closed: threading.Event, *, device: int | None) -> Generator[Batch, None, None]:
     """Items of an iterator, the next one made in a thread while the caller uses the last one.
 
-    An exception of the iterator is raised in its place. closed: set at the end; ``items`` should end soon after.
-    device: the GPU that memory is pinned for.
+    An exception in ``items`` is raised where its item would have come. closed: set when the caller is done; ``items``
+    must then end. device: the GPU that memory is pinned for.
     """
     ready: queue.SimpleQueue[tuple[Batch, BaseException | None]] = queue.SimpleQueue()
     wanted = threading.Semaphore(1)
