@@ -176,14 +176,15 @@ class Row:
         return "better" if self.result.difference > 0 else "worse"
 
     def power_line(self) -> str:
-        """The difference that this many questions can detect."""
+        """The difference that this many questions, and runs, can detect."""
         start, unit = f"{self.questions} questions on {self.images} images", "points" if self.unit == "%" else self.unit
         if not self.result.detectable:
             return f"{start}; both sides have the same score on each"
         line = f"{start}: a difference of {self.result.detectable:.2f} {unit} is detectable with 80 % power"
         size = abs(self.result.difference)
         times = (self.result.detectable / size) ** 2 if size else 0.0
-        return f"{line}; detecting {size:.2f} needs {times:.1f} times the questions" if 1 < times < 100 else line
+        more = "the questions and runs" if max(self.runs) > 1 else "the questions"  # neither alone: runs vary, too
+        return f"{line}; detecting {size:.2f} needs {times:.1f} times {more}" if 1 < times < 100 else line
 
 
 @dataclass(frozen=True, kw_only=True)
