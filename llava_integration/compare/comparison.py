@@ -37,8 +37,8 @@ class Run(Log):
     @property
     def statistic(self) -> Statistic:
         """The headline number as a function of sums over the questions."""
-        if self.rule:
-            return self.rule.statistic(self.items)
+        if rule := self.rule or benchmarks().get(self.aggregate):
+            return rule.statistic(self.items)
         if self.aggregate == "MME":
             return paired_accuracy(self.items, sorted(set(self.groups)))
         if self.aggregate == BY_PART:
@@ -115,7 +115,7 @@ def run_of(path: Path, record: Log) -> Run:
     if rule and (lacking := [name for name in rule.item_fields if any(name not in item for item in items)]):
         own, notes = None, [f"items have no {', '.join(lacking)}; mean score instead of {rule.headline}", *notes]
     scores = [float(item["score"]) for item in items]
-    unit = own.unit if own else {"MME": "points", "CIDEr": "CIDEr"}.get(record.aggregate, "")
+    unit = own.unit if own else {"MME": "points", "CIDEr": "CIDEr", "pope": "F1"}.get(record.aggregate, "")
     run = Run(
         **{**vars(record), "notes": notes},
         ids=ids,
