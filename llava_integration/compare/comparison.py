@@ -37,8 +37,8 @@ class Run(Log):
     @property
     def statistic(self) -> Statistic:
         """The headline number as a function of sums over the questions."""
-        if self.rule:
-            return self.rule.statistic(self.items)
+        if rule := self.rule or benchmarks().get(self.aggregate):
+            return rule.statistic(self.items)
         if self.aggregate == "MME":
             return paired_accuracy(self.items, sorted(set(self.groups)))
         if self.aggregate == BY_PART:
@@ -115,7 +115,7 @@ def run_of(path: Path, record: Log) -> Run:
     if rule and (lacking := [name for name in rule.item_fields if any(name not in item for item in items)]):
         own, notes = None, [f"items have no {', '.join(lacking)}; mean score instead of {rule.headline}", *notes]
     scores = [float(item["score"]) for item in items]
-    unit = own.unit if own else {"MME": "points", "CIDEr": "CIDEr"}.get(record.aggregate, "")
+    unit = own.unit if own else {"MME": "points", "CIDEr": "CIDEr", "pope": "F1"}.get(record.aggregate, "")
     run = Run(
         **{**vars(record), "notes": notes},
         ids=ids,
@@ -176,14 +176,15 @@ class Row:
         return "better" if self.result.difference > 0 else "worse"
 
     def power_line(self) -> str:
-        """The difference that this many questions can detect."""
+        """The difference that this many questions, and runs, can detect."""
         start, unit = f"{self.questions} questions on {self.images} images", "points" if self.unit == "%" else self.unit
         if not self.result.detectable:
             return f"{start}; both sides have the same score on each"
         line = f"{start}: a difference of {self.result.detectable:.2f} {unit} is detectable with 80 % power"
         size = abs(self.result.difference)
         times = (self.result.detectable / size) ** 2 if size else 0.0
-        return f"{line}; detecting {size:.2f} needs {times:.1f} times the questions" if 1 < times < 100 else line
+        more = "the questions and runs" if max(self.runs) > 1 else "the questions"  # neither alone: runs vary, too
+        return f"{line}; detecting {size:.2f} needs {times:.1f} times {more}" if 1 < times < 100 else line
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ import numpy as np
 from llava_integration.benchmarks.benchmark import Statistic
 from llm2clip_plugin.bootstrap import (
     BLOCK,
-    NORMAL,
     cluster_codes,
     cluster_sums,
     expansion,
@@ -161,7 +160,7 @@ def compare(paired: Paired, *, resamples: int = 10_000, level: float = 0.95, see
         standard_error=error,
         p=p,
         test=test,
-        detectable=(NORMAL.inv_cdf(0.5 + level / 2) + NORMAL.inv_cdf(0.8)) * error,
+        detectable=(t_quantile(0.5 + level / 2, freedom) + t_quantile(0.8, freedom)) * error,
         spread_base=spreads[0],
         spread_new=spreads[1],
     )

@@ -41,9 +41,7 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         if self.size < 1 or (self.resize and self.resize < self.size):
-            raise ValueError(
-                f"image size {self.size} and resize {self.resize}: size must be at least 1 and at most resize (if set)"
-            )
+            raise ValueError(f"image size {self.size}, resize {self.resize}: expected 1 <= size <= resize (or 0)")
         if self.fit not in FITS:
             raise ValueError(unknown("fit", self.fit, FITS))
         if self.resample not in RESAMPLE:
@@ -65,9 +63,9 @@ class ImageConfig:
 
         Raises ValueError for settings that this class does not support.
         """
-        native, patch = "max_num_patches" in values, int(values.get("patch_size", 16))
-        if native:
-            side = math.isqrt(int(values["max_num_patches"])) * patch
+        most, patch = int(values.get("max_num_patches") or 0), int(values.get("patch_size", 16))
+        if native := most > 0:
+            side = math.isqrt(most) * patch
             values = {**values, "size": {"height": side, "width": side}, "do_center_crop": False}
         crop = bool(values.get("do_center_crop", values.get("crop_size") is not None))
         edge, height, width = _sides(values.get("size"), "size")
@@ -78,6 +76,8 @@ class ImageConfig:
             problem = "do_resize false or do_pad true, so its images have no fixed size"
         elif not math.isclose(float(values.get("rescale_factor", 1 / 255)), 1 / 255, rel_tol=1e-6):
             problem = f"rescale_factor {values['rescale_factor']}; expected 1/255"
+        elif native and most * patch**2 != height**2:
+            problem = f"max_num_patches {most}; expected a square such as {math.isqrt(most) ** 2}"
         elif height != width or crop_height != crop_width:
             problem = f"size {height} x {width} and crop_size {crop_height} x {crop_width}; expected a square"
         elif edge and not crop:

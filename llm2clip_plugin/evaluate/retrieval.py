@@ -32,7 +32,7 @@ from llm2clip_plugin.vision.towers import eval_mode
 
 ALL = "all"  # the part with every caption
 LOOKED_AT = 2048  # samples whose JSON is read before a run, evenly spaced: what fewer lack is found later
-BLOCK = 1 << 24  # scores computed at once: 64 MiB
+BLOCK = 1 << 22  # scores computed at once: 16 MiB
 TEXT_BATCH = 512  # captions in one call of the text adapter
 
 Dual: TypeAlias = DualEncoder | LoadedDualEncoder
@@ -101,19 +101,26 @@ def rank_both(
 
 def _rank(query_QD: Tensor, label_Q: Tensor, item_ID: Tensor, label_I: Tensor, group: Group) -> QueryRanks:
     """The ranks of one direction."""
+    label_I, order_I = label_I.sort()  # a query's correct items are neighbors
+    item_ID = item_ID[order_I]
     # identical items get one score, and tie exactly, whatever the matrix product does at its edges
     item_UD, distinct_I = torch.unique(item_ID, dim=0, return_inverse=True)
+    if len(item_UD) == len(item_ID):
+        item_UD, distinct_I = item_ID, slice(None)
+    first_Q, end_Q = (torch.searchsorted(label_I, label_Q, right=right) for right in (False, True))
     counts_3Q = torch.zeros(3, len(query_QD), dtype=torch.int64, device=query_QD.device)
     step = max(1, BLOCK // len(item_ID))
     for start in range(rank(group) * step, len(query_QD), world_size(group) * step):
         some = slice(start, start + step)
         score_qI = (query_QD[some] @ item_UD.T)[:, distinct_I]
-        correct_qI = label_Q[some, None] == label_I
-        best_q1 = score_qI.masked_fill(~correct_qI, -torch.inf).amax(1, keepdim=True)
-        equal_qI = score_qI == best_q1
+        first_q1, end_q1 = first_Q[some, None], end_Q[some, None]
+        place_qC = first_q1 + torch.arange(max(1, int((end_q1 - first_q1).max())), device=first_q1.device)
+        inside_qC = place_qC < end_q1
+        correct_qC = score_qI.gather(1, place_qC.clamp(max=len(item_ID) - 1)).masked_fill(~inside_qC, -torch.inf)
+        best_q1 = correct_qC.amax(1, keepdim=True)
         counts_3Q[0, some] = (score_qI > best_q1).sum(1, dtype=torch.int32)
-        counts_3Q[1, some] = (equal_qI & ~correct_qI).sum(1, dtype=torch.int32)
-        counts_3Q[2, some] = (equal_qI & correct_qI).sum(1, dtype=torch.int32)
+        counts_3Q[2, some] = ((correct_qC == best_q1) & inside_qC).sum(1)
+        counts_3Q[1, some] = (score_qI == best_q1).sum(1, dtype=torch.int32) - counts_3Q[2, some]
     higher_Q, wrong_equal_Q, correct_equal_Q = sum_over_ranks(counts_3Q, group).cpu()
     return QueryRanks(higher_Q=higher_Q, wrong_equal_Q=wrong_equal_Q, correct_equal_Q=correct_equal_Q)
 

@@ -109,6 +109,7 @@ def test_preprocessors_that_are_not_understood_are_refused() -> None:
     for says, values in {
         "no center crop": {"size": {"shortest_edge": 224}, "do_center_crop": False},
         "expected a square": {"size": {"height": 224, "width": 200}},
+        "max_num_patches": {"patch_size": 16, "max_num_patches": 200},
         "longest_edge": {"size": {"longest_edge": 224}},
         "rescale_factor": {"size": 224, "rescale_factor": 1 / 127.5},
         "do_resize": {"size": 224, "crop_size": 224, "do_resize": False},

@@ -44,8 +44,8 @@ def prepared(data: bytes, images: ImageConfig) -> dict[str, torch.Tensor]:
     return {"pixel_values": Normalize(images)(torch.from_numpy(square)[None]), "spatial_shapes": torch.tensor([shape])}
 
 
-def publish(folder: Path, *, whole: bool = False) -> Any:
-    """Random weights in the Hub's layout, 4 x 4 positions, at most 36 patches of 4 pixels; the vision model."""
+def publish(folder: Path, *, whole: bool = False, patches: int = 36) -> Any:
+    """Random weights in the Hub's layout, 4 x 4 positions, at most ``patches`` of 4 pixels; the vision model."""
     torch.manual_seed(0)
     config = transformers.Siglip2VisionConfig(**SIZES, num_patches=16, patch_size=4)
     model: Any = transformers.Siglip2VisionModel(config)
@@ -55,8 +55,8 @@ def publish(folder: Path, *, whole: bool = False) -> Any:
         published = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=config))
         model = published.vision_model
     published.save_pretrained(folder)
-    settings = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 4, "max_num_patches": 36, "resample": 2}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    settings = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 4, "resample": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"max_num_patches": patches}))
     return model.eval()
 
 
@@ -114,6 +114,14 @@ def test_features_are_transformers_own(tmp_path: Path, whole: bool):
                 torch.testing.assert_close(output.pooler_output, expected.pooler_output, atol=TOLERANCE, rtol=0)
             for mean in (dual.pool(**own), dual.pool(theirs["pixel_values"], theirs["spatial_shapes"])):
                 torch.testing.assert_close(mean, states[-1][:, :count].mean(1), atol=TOLERANCE, rtol=0)
+
+
+def test_patches_that_are_no_square_need_a_size(tmp_path: Path):
+    publish(tmp_path / "published", patches=40)
+    with pytest.raises(ValueError, match="--image-size"):
+        import_tower(tmp_path / "published", tmp_path / "tower")
+    card, _ = import_tower(tmp_path / "published", tmp_path / "tower", image_size=24)
+    assert (card.image_size, card.num_patches, card.training.get("resized_from")) == (24, 36, None)
 
 
 def test_states_are_qwens_own(tmp_path: Path):

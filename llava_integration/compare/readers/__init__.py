@@ -29,7 +29,7 @@ csv.field_size_limit(2**24)
 class Log(ScoreFile):
     """The scores of one task, scorer or run, and how its number is made of them."""
 
-    aggregate: str = ""  # MME | CIDEr | BY_PART | "": the headline of the benchmark's rule, else the mean
+    aggregate: str = ""  # MME | CIDEr | BY_PART | name of a rule | "": the headline of the benchmark's, else the mean
     printed: float | None = None  # the number that the evaluator printed; a comparison says where its own differs
     # of the group whose tasks have one number: name, metric, printed number, aggregate, run
     group: tuple[Any, ...] = ()

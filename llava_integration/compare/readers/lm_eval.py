@@ -9,7 +9,7 @@ whether the answer is right.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -207,7 +207,9 @@ def _pope(lines: Lines, summary: Summary, metric: str) -> Log:
         said, true = value["prediction"], value["ground_truth"]
         item = {**item_of(line, line, value["score"]), "category": "", "truth": true, "parsed": said}
         items.append({**item, "label": true, "missing": said not in ("yes", "no")})
-    return summary.log(metric, items, "pope", notes=[PROMPTS])
+    is_part = summary.task.endswith(("_adv", "_pop", "_random"))  # not runs of one benchmark
+    name = f"{summary.task} F1" if is_part else "pope"
+    return summary.log(metric, items, name, aggregate="pope", notes=[PROMPTS])
 
 
 def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
@@ -219,12 +221,14 @@ def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
         item = groups.setdefault(group, {"id": group, "score": 1, "cluster": f"group {group}"})
         choices = choices_of({name: str(cell) for name, cell in value.items()})
         item["score"] *= int(letter_of(str(value["prediction"]), choices) == value["answer"])
-        if value["index"] == group:
+        if value["index"] == group and choices and value["answer"] in tuple("ABCDE"):
             item |= {"truth": value["answer"], "category": value["category"]}
-    items = [item for item in groups.values() if "truth" in item]
-    benchmark = "mmbench_cn" if summary.task.startswith("mmbench_cn") else "mmbench"
+    if not (items := [item for item in groups.values() if "truth" in item]):
+        return summary.log("", [], unknown=f"{lines[0][0]}: {summary.task} has no options, or answers of its server's")
+    task = summary.task.removesuffix("_static")  # others, as mmbench_en_dev_lite, are not its runs
+    name = {"mmbench_en_dev": "mmbench", "mmbench_cn_dev": "mmbench_cn"}.get(task, f"{task} circular")
     printed = summary.printed("gpt_eval_score")
-    return summary.log(metric, items, benchmark, printed=printed and printed / 100, notes=[PROMPTS])
+    return summary.log(metric, items, name, printed=printed and printed / 100, notes=[PROMPTS])
 
 
 def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
@@ -233,11 +237,8 @@ def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
     for where, line in lines:
         value = fields(line.get(metric), "pair_index is_correct", where)
         pairs.setdefault(str(value["pair_index"]), []).append(value["is_correct"])
-    items = [
-        {"id": pair, "cluster": f"pair {pair}", "score": int(all(both))}
-        for pair, both in pairs.items()
-        if len(both) == 2
-    ]
+    complete = {pair: int(all(both)) for pair, both in pairs.items() if len(both) == 2}
+    items = [{"id": pair, "cluster": f"pair {pair}", "score": score} for pair, score in complete.items()]
     return summary.log(metric, items)
 
 
@@ -261,11 +262,7 @@ def _cider(lines: Lines, summary: Summary, metric: str) -> Log:
 
 
 # what the name of a metric ends in: the log made of it
-COMPOSITES: dict[str, Callable[[Lines, Summary, str], Log]] = {
-    "pope_f1_score": _pope,
-    "mmvp_pair_accuracy": _pairs,
-    "CIDEr": _cider,
-}
+COMPOSITES = {"pope_f1_score": _pope, "mmvp_pair_accuracy": _pairs, "CIDEr": _cider}
 
 
 def fields(value: Any, names: str, where: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def import_tower(
         place = path if path.is_file() else fetch_directory(source)
         if place.is_dir() and (place / TowerCard.FILE).is_file():
             return export.reexport(place, output, image_size=image_size, replace=replace), ["a tower directory"]
-        parsed = parse_checkpoint(place, None if config is None else read_json(Path(config)))
+        parsed = parse_checkpoint(place, None if config is None else read_json(Path(config)), image_size)
         with naming_full_disk(output):
             model = build_model(parsed, str(source), temporary=Path(output).resolve().parent, image_size=image_size)
         imported_as, report = parsed.layout, parsed.report()
@@ -93,17 +93,16 @@ def import_tower(
     return card, report
 
 
-def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoint:
+def parse_checkpoint(path: Path, given: dict[str, Any] | None, image_size: int | None = None) -> ParsedCheckpoint:
     """Parse a checkpoint file or folder. ``given``, the object of --config, overrides the folder's configuration file,
-    or replaces it if it has a ``model_type``.
-    Raises ValueError (unknown layout or architecture), ContractError (a missing, misshapen or unknown tensor)."""
+    or replaces it if it has a ``model_type``. Raises ValueError (unknown layout or architecture; NaFlex's most patches
+    are no square, and no ``image_size``), ContractError (a missing, misshapen or unknown tensor)."""
     state: dict[str, Tensor] = {}
     for file in [path] if path.is_file() else weight_files(path):
         state |= read_tensors(file)
     given = lift_model_cfg(given or {})
-    names = ["config.json"]
-    if any(key.startswith("visual.") for key in state):  # its folder may hold Hugging Face's configuration, too
-        names.insert(0, "open_clip_config.json")
+    visual = any(key.startswith("visual.") for key in state)  # its folder may hold Hugging Face's configuration, too
+    names = [*["open_clip_config.json"] * visual, "config.json"]
     own = next((read_json(path / name) for name in names if (path / name).is_file()), {})
     config = given if "model_type" in given else merge(lift_model_cfg(own), given)
     layout = next((layout for layout in layouts().values() if layout.matches(state)), None)
@@ -119,8 +118,11 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
         raise ValueError(f"{path}: {told}; a Hugging Face model needs its config.json, next to it or as --config")
     stated = normalization(section(config, "preprocess_cfg")) if "model_cfg" in config else own_preprocessor(path)
     parsed.preprocessor = stated
-    if "num_patches" in parsed.config and (most := stated.get("max_num_patches")):  # NaFlex: patches of an image
-        parsed.config["image_size"] = math.isqrt(int(most)) * parsed.config["patch_size"]
+    if "num_patches" in parsed.config and (most := int(stated.get("max_num_patches") or 0)):  # of a NaFlex image
+        parsed.config["image_size"] = (side := math.isqrt(most)) * parsed.config["patch_size"]
+        if side**2 != most and image_size is None:
+            fix = f"set --image-size, such as {parsed.config['image_size']} px for {side**2} patches"
+            raise ValueError(f"{path / PREPROCESSOR_FILE}: max_num_patches {most} is not a square; {fix}")
     _check_text_side(parsed, given)
     if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
         told = f"{len(unused)} of {len(parsed.state)} tensors do not belong to a {parsed.layout} model: {unused[:10]}"
@@ -140,10 +142,8 @@ def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
     adapter = parsed.adapter
     if parsed.logit_scale is None and parsed.is_image_text:
         if not isinstance(start := given.get("logit_scale_init_value"), int | float):
-            start_at = (
-                'pass --config with its logarithm at the start, such as CLIP\'s {"logit_scale_init_value": 2.6592}'
-            )
-            raise ContractError(f"the checkpoint is missing logit_scale; if it never had one, {start_at}")
+            fix = 'pass --config with its initial logarithm, such as {"logit_scale_init_value": 2.6592}, CLIP\'s'
+            raise ContractError(f"the checkpoint is missing logit_scale; if it never had one, {fix}")
         parsed.logit_scale = torch.tensor(float(start))
     if adapter and "projection.bias" not in adapter.names and section(given, "text_cfg").get("proj_bias", True):
         bias = adapter.names["projection.weight"].replace("weight", "bias")
