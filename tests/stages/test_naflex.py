@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_data import encoded, make_cache, write_tar
+from torch.utils._python_dispatch import TorchDispatchMode
 from tower_runs import finish, losses, options, start
 
 from llm2clip_plugin import load_tower
@@ -152,6 +153,20 @@ def test_a_square_of_pixels_is_a_square_image(tiny: Path):
         tower(pixel_values=pixels[..., 4:, 4:])
     with pytest.raises(ValueError, match="spatial_shapes"):
         tower(pixel_values=torch.rand(2, 36, 48))
+
+
+class HostReads(TorchDispatchMode):
+    """Fails where the host would wait for the value of a GPU's tensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def test_the_host_does_not_wait_for_the_shapes(tiny: Path):
+    tower, shapes = load_tower(tiny / "tower"), torch.tensor([[4, 8], [6, 6]])
+    with HostReads():
+        tower(pixel_values=torch.rand(2, 3, 24, 24), spatial_shapes=shapes)
 
 
 def test_training_over_ranks_and_micro_batches_is_one_run(tiny: Path, tmp_path: Path):
