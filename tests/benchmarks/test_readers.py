@@ -11,10 +11,12 @@ from golden_mllm import MODELS, ROOT, answers, expected
 from llava_integration.benchmarks import bench
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.bench import score_answers
+from llava_integration.checkpoints import sample_sha256
 from llava_integration.compare.command import main
 from llava_integration.compare.comparison import load_side
 from llava_integration.compare.readers import read_logs
 from llava_integration.compare.readers.lm_eval import cider, tokens
+from llm2clip_plugin.contracts import write_text
 from llm2clip_plugin.files import ContractError
 
 LOGS = Path(__file__).parent / "logs"  # of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks
@@ -97,13 +99,18 @@ def test_older_lmms_evals(version):
 
 def test_bench_mllm_does_not_run_a_task_again(tmp_path):
     """A log that is there is read as `compare` reads it."""
-    options = ["--model-path", "org/llava", "--output", str(tmp_path), "--engine", "lmms-eval", "--tasks", "gqa"]
-    folder = tmp_path / "lmms_eval" / "gqa"
+    model, folder, record = tmp_path / "llava", tmp_path / "lmms_eval" / "gqa", tmp_path / "logs" / "gqa.model"
+    options = ["--model-path", str(model), "--output", str(tmp_path), "--engine", "lmms-eval", "--tasks", "gqa"]
     (log,) = (ROOT / "lmms_eval" / "synthetic__model-b").glob("*_gqa.jsonl")
     folder.mkdir(parents=True)
     (folder / log.name).write_bytes(log.read_bytes())
     outcome = bench.run_lmms_eval("gqa", bench.COMMAND.parse(options))
     assert (outcome.status, outcome.value) == ("scored", pytest.approx(76.875)), outcome.detail
+    write_text(model / "model.safetensors", "weights")
+    write_text(record, f"{model} {sample_sha256(model)}")
+    write_text(model / "model.safetensors", "of another training in this folder")
+    with pytest.raises(ContractError, match="--overwrite"):
+        bench.run_lmms_eval("gqa", bench.COMMAND.parse(options))
     with pytest.raises(ValueError, match="llm2clip compare"):
         read_answers(log)
 
