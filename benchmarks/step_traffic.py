@@ -1,6 +1,8 @@
-"""What a training step sends and waits for, counted by torch.profiler on CPU ranks of this machine.
+"""What a step of the training loop sends and waits for, its vote on stopping included, counted by torch.profiler.
 
     OMP_NUM_THREADS=1 python -m benchmarks.step_traffic --stages 1 2
+
+Each rank has a GPU, or, on a machine with fewer, all run on the CPU.
 
 A narrow tower with the blocks of an L/14 and the paper's layer decay; DeepSpeed's buckets shrink as the tower does.
 Flushes are collectives that start inside of the backward pass. Host reads make the host wait for a GPU; those of the
@@ -11,8 +13,10 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -21,6 +25,7 @@ from benchmarks.common import parse
 from benchmarks.step import TOWERS, make_batch, make_dual, our_step
 from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.train.engine import start_ranks
+from llm2clip_plugin.train.loop import _any_rank
 
 L_PARAMETERS = 3.04e8  # of a ViT-L/14
 BATCH, STEPS = 2, 3  # pairs of a rank; steps before the one that is counted, whose losses are printed, too
@@ -39,9 +44,11 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     shrunk = sum(p.numel() for p in dual.parameters()) / L_PARAMETERS
     step, batch = our_step(dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=shrunk), make_batch(BATCH)
     losses = [step(batch)[0] for _ in range(STEPS)]
+    loop: Any = SimpleNamespace(engine=step.engine)
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         losses.append(step(batch)[0])
         assert step.engine.grad_norm is not None  # the loop reports it
+        _any_rank(loop, False, False, False)  # whether to stop, whether to save
     if rank == 0:
         found = Counter(kinds(trace.events()))
         counts = [stage, len(step.engine.groups), *(found[kind] for kind in ("collective", "flush", "read"))]
@@ -66,6 +73,8 @@ if __name__ == "__main__":
     stages, precision = ([1, 2], "of ZeRO", 0, 1, 2, 3), ("bf16", "of the step", "fp32", "bf16")
     counts = {"blocks": (24, "of the tower"), "ranks": (2, "processes")}
     args = parse(__doc__, rounds=0, stages=stages, precision=precision, **counts)
+    if torch.cuda.device_count() < args.ranks:
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")  # of the ranks
     print(f"| {HEADS} |\n{'|---' * 6}|")
     for stage in args.stages:
         mp.spawn(count, (args, stage, free_port()), nprocs=args.ranks)

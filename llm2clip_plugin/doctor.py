@@ -79,8 +79,10 @@ def check_accelerator() -> Iterator[Finding]:
         yield finding("accelerator", "torch is not installed", "pip install torch", state="fail")
         return
     if torch.cuda.is_available():
+        from llm2clip_plugin.train.distributed import gpu_precision
+
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, bf16 {torch.cuda.is_bf16_supported()}"
+        found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, bf16 {gpu_precision() == 'bf16'}"
         yield finding("accelerator", found)
     else:
         found = f"none; everything runs on the CPU ({torch.get_num_threads()} threads)"
@@ -169,8 +171,6 @@ def main(argv: list[str]) -> int:
     findings = list(report())
     failed = [one.subject for one in findings if one.state == "fail"]
     for one in findings:
-        print(f"[{one.state:>4}] {one.subject}: {one.found}")
-        if one.fix:
-            print(f"       -> {one.fix}")
+        print(f"[{one.state:>4}] {one.subject}: {one.found}", *[f"       -> {one.fix}"] * bool(one.fix), sep="\n")
     print(f"{len(failed)} to fix: {', '.join(failed)}" if failed else "no problems found")
     return 1 if failed else 0

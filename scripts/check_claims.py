@@ -5,11 +5,10 @@
     scripts/check_claims.py quickstart-output/default --record          writes docs/claims*.json and the pages' tables
     scripts/check_claims.py quickstart-output/default --record llava    those of LLaVA alone; or towers
 
-``--record llava`` takes the LLaVAs that the folder has, with those of the controls (``quickstart.sh --controls``), and
-leaves the other language model's numbers as they are.
+``--record llava`` takes the LLaVAs and controls that the folder has, and leaves another language model's numbers.
 
-The files hold, for each claim, the value of every seed on either side. A method that is broken changes differences, so
-these are compared, in two ways, which fail for one correct rerun in a hundred and one in fourteen.
+The files hold, for each claim, the value of every seed on either side. A broken method changes differences, so these
+are compared, in two ways, which fail for one correct rerun in a hundred and one in fourteen.
 
 Numbers: the difference of the two sides and the level of the first, each against the prediction interval of the mean of
 so many more trainings, t * s * sqrt(1 / stated + 1 / new), s the pooled standard deviation over seeds (of the
@@ -93,8 +92,8 @@ def _compared(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _by_seed(folder: Path, benchmark: str) -> list[float]:
     """What each training reached, seed 0 first: accuracy, or points above exchanged pictures."""
-    others = sorted(folder.glob("seed*"), key=lambda path: int(path.name.removeprefix("seed")))
-    scores = [ScoreFile.read(path) for one in (folder, *others) for path in sorted(one.glob("*.scores.json"))]
+    paths = sorted(folder.rglob("*.scores.json"), key=lambda path: (path.parent != folder, len(path.parts[-2]), path))
+    scores = [ScoreFile.read(path) for path in paths]
     reached = [s.metrics.get("above", s.metrics.get("accuracy", math.nan)) for s in scores if s.benchmark == benchmark]
     return [round(value, 2) for value in reached]
 
@@ -135,56 +134,49 @@ class Checked(NamedTuple):
     stated: float
     now: float
     most: float  # that it may differ by
-    below_only: bool = False
-
-    @property
-    def same(self) -> bool:
-        """Whether it lies within its interval."""
-        off = self.now - self.stated
-        return (-off if self.below_only else abs(off)) <= self.most
+    same: bool  # within its interval
+    shown: Callable[[float], str] = fraction
 
 
 def check(
     stated: Mapping[str, Any], new: Mapping[str, Values], sides: Sides, *, numbers: int, parts: int
 ) -> list[Checked]:
     """Every difference, level and gain of the claims that both have; ``numbers`` and ``parts`` share their levels."""
-    found = []
+    found, shown = list[Checked](), fraction if sides == RAW_TUNED else PERCENT
     for name in filter(new.__contains__, stated):
         levels = stated[name][sides[0]], new[name][sides[0]]
         both = {"difference": [differences(claims[name], sides) for claims in (stated, new)], sides[0]: levels}
         for what, (before, after) in both.items():
-            most = reach(before, after, NUMBERS_LEVEL / numbers)
-            found.append(Checked(f"{name}; {what}", fmean(before), fmean(after), most))
+            old, now, most = fmean(before), fmean(after), reach(before, after, NUMBERS_LEVEL / numbers)
+            found.append(Checked(f"{name}; {what}", old, now, most, abs(now - old) <= most, shown))
     for part in dict.fromkeys(map(part_of, stated)):
         own = {name: claim for name, claim in stated.items() if part_of(name) == part and claim["significant"]}
         if own and own.keys() <= new.keys():
             before, after = gains(own, own, sides), gains(own, new, sides)
-            most = reach(before, after, GAINS_LEVEL / parts, sides=1)
-            found.append(Checked(f"{part}: fraction of the gains", 1.0, fmean(after), most, below_only=True))
+            now, most = fmean(after), reach(before, after, GAINS_LEVEL / parts, sides=1)
+            found.append(Checked(f"{part}: fraction of the gains", 1.0, now, most, 1.0 - now <= most))
     return found
 
 
 def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     """Print a table of towers and one of each LLaVA that was run; every number, and the names of missing claims."""
-    runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED, fraction)]
+    runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED)]
     stated_llava, new_llava = read_json(CLAIMS_LLAVA), measured_llava(folder)
     for name, model in LANGUAGE_MODELS.items():
         if (folder / name).is_dir():
             of_model = {claim: values for claim, values in stated_llava.items() if part_of(claim) == model}
-            runs.append((of_model, new_llava, BEFORE_AFTER, PERCENT))
+            runs.append((of_model, new_llava, BEFORE_AFTER))
         else:
             print(f"Not rerun: LLaVA with a language model of {model} ({folder / name} does not exist).\n")
     claims = [name for stated, *_ in runs for name in stated]
     levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
     found = list[Checked]()
-    for stated, new, sides, shown in runs:
-        rows, checked = [], check(stated, new, sides, **levels)
-        for one in checked:
-            cells = map(fraction if one.below_only else shown, (one.stated, one.now, one.most))
-            rows.append((one.name, *cells, "as stated" if one.same else "**moved**"))
+    for run in runs:
+        checked = check(*run, **levels)
+        rows = [(one.name, *map(one.shown, one[1:4]), "as stated" if one.same else "**moved**") for one in checked]
         print(markdown_table(("number", "stated", "now", "may differ by", "result"), rows))
         found += checked
-    return found, [name for stated, new, *_ in runs for name in stated if name not in new]
+    return found, [name for stated, new, _ in runs for name in stated if name not in new]
 
 
 def table(claims: Mapping[str, Any]) -> str:

@@ -7,9 +7,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.." && ROOT=$PWD
 . scripts/environments.sh
 case "${1:-}" in
-    "") LLAVA="--images 64 --dtype float16 --shape l14-336" STEP="--batch 128" LOSS="--pairs 32768" PAIRS="--batch 256 --micro 64" OPEN="" ;;
+    "") LLAVA="--images 64 --dtype float16 --shape l14-336" STEP="--batch 128" LOSS="--pairs 32768" PAIRS="--batch 256 --micro 64" OPEN="" TRAFFIC="" ;;
     --tiny) LLAVA="--images 1 --rounds 2 --shape tiny" STEP="--towers tiny --batch 4 --rounds 2" LOSS="--pairs 256 --rounds 1"
-        PAIRS="--batch 8 --micro 4 --rounds 1" OPEN="--tower tiny --batch 4 --steps 2 --rounds 1" ;;
+        PAIRS="--batch 8 --micro 4 --rounds 1" OPEN="--tower tiny --batch 4 --steps 2 --rounds 1" TRAFFIC="--blocks 2 --stages 1" ;;
     *) echo "error: unknown option $1; known: --tiny" >&2; exit 2 ;;
 esac
 train_environment .venv train,dev && extensions_of .venv || exit 1
@@ -31,6 +31,7 @@ run .venv/bin/python -m pytest -q -m gpu tests --ignore=tests/llava
         echo "skipped: benchmarks.sentence_transformers, which needs $GEMMA; scripts/quickstart.sh --smoke makes it"
     fi
     run .venv/bin/python -m benchmarks.open_clip $OPEN
+    run env OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.step_traffic $TRAFFIC
     [ ! -x .venv-llava/bin/python ] || run .venv-llava/bin/python -m benchmarks.llava $LLAVA
 }
 exit $failed

@@ -144,7 +144,7 @@ if [[ -z $SMOKE && ! $OUT/found.html -nt $OUT/towers/tuned-seed0 ]]; then
         --output "$OUT/found.html" >"$OUT/found.txt"
 fi
 say "headline"
-python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["sentences"], sep="\n")' "$OUT/headline.json"
+python -c 'import json, sys; print(json.load(open(sys.argv[1]))["table"])' "$OUT/headline.json"
 [ -n "$CONTROLS" ] || echo "LLaVA may gain as much from random embeddings (README.md); --controls measures that."
 say "done: tower $OUT/towers/tuned-seed0"
 [ -n "$SMOKE" ] || echo "What it finds, with pictures: $OUT/found.html" >&2

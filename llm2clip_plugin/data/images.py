@@ -41,9 +41,7 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         if self.size < 1 or (self.resize and self.resize < self.size):
-            raise ValueError(
-                f"image size {self.size} and resize {self.resize}: size must be at least 1 and at most resize (if set)"
-            )
+            raise ValueError(f"image size {self.size}, resize {self.resize}: expected 1 <= size <= resize (or 0)")
         if self.fit not in FITS:
             raise ValueError(unknown("fit", self.fit, FITS))
         if self.resample not in RESAMPLE:

@@ -89,9 +89,7 @@ def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionF
         name, equals, rest = text.partition("=")
         kind, _, own_language = rest.partition(":")
         if not (name and equals and kind):
-            raise ValueError(
-                f"invalid caption field {text!r}; expected NAME=KIND or NAME=KIND:LANGUAGE, as in txt=long"
-            )
+            raise ValueError(f"caption field {text!r} is not NAME=KIND or NAME=KIND:LANGUAGE, as in txt=long")
         if name in fields:
             raise ValueError(f"duplicate caption field {name!r} in {', '.join(specifications)}")
         fields[name] = CaptionField(name, kind, own_language or language)

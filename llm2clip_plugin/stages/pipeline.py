@@ -28,6 +28,7 @@ from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
 from llm2clip_plugin.stages.settings import RUN, PipelineConfig
+from llm2clip_plugin.train.distributed import gpu_precision
 
 SURVEYED = 1000  # samples that are read
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
@@ -82,9 +83,8 @@ def check_questions(config: PipelineConfig) -> None:
     from llava_integration.preflight import check_model
 
     if not PRETRAIN.is_file() or find_spec("llava") is None:
-        raise ValueError(
-            f"--questions needs LLaVA (pip install --no-deps llava-torch==1.2.2.post1) and a checkout with {PRETRAIN}"
-        )
+        llava = "LLaVA (pip install --no-deps llava-torch==1.2.2.post1)"
+        raise ValueError(f"--questions needs {llava} and a checkout with {PRETRAIN}")
     benchmark("questions").load(Path(config.questions))
     for problem in check_model(config.llava_llm):
         raise ValueError(problem.replace("--model", "--llava-llm"))
@@ -149,7 +149,7 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
     for side in ("train", "validation"):
         words = [data[side], *read, "--llm", config.llm, *(["--adapter", adapter] if adapter else [])]
         add(f"embed {side}", "embed", *words, result=Path(data[side]))
-    precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    precision = config.precision or (gpu_precision() if torch.cuda.is_available() else "fp32")
     towers = (("heads on the start tower", BEFORE, 0.0), ("stage 2", AFTER, config.num_train_epochs))
     for name, side, epochs in towers:
         words = [data["train"], "--validation", data["validation"], *read, "--tower", start, *batches]

@@ -161,7 +161,7 @@ class PipelineConfig(SourceConfig):
     num_train_epochs: float = 4.0  # passes over the data in stage 2
     global_batch: int = 0  # pairs per step of both stages; 0: 256, fewer for less than 4096 images
     micro_batch: int = 0  # pairs per forward pass on one GPU; 0: its share of the batch
-    precision: Literal["", "fp32", "bf16", "fp16"] = ""  # of stage 2; "": bf16 on GPUs, fp32 without
+    precision: Literal["", "fp32", "bf16", "fp16"] = ""  # of stage 2; "": bf16 on GPUs, fp16 before Ampere, else fp32
     tower_options: str = ""  # more options of train-tower, as one text: --tower-options="--freeze-first-blocks 8"
     num_gpus: int = 1  # processes of the training stages
     questions: str = ""  # .jsonl of image, question and answer: what a LLaVA of each tower, before and after, is asked

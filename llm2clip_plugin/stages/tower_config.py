@@ -52,9 +52,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name, values in (("cache", self.cache), ("clip_cache", self.clip_cache), ("weight", self.weight)):
             if values and len(values) != len(self.path):
-                raise ValueError(
-                    f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one each or none"
-                )
+                raise ValueError(f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one each")
         if not 1 <= self.captions_per_image <= MAX_CAPTIONS:
             raise ValueError(f"data.captions_per_image {self.captions_per_image} must be between 1 and {MAX_CAPTIONS}")
         weights, kinds = self.kind_weights, self.read.kinds

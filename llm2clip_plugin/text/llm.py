@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, P
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import check_hub_answers, errors_about
 from llm2clip_plugin.text.config import CAPTION, EncoderConfig
+from llm2clip_plugin.train.distributed import gpu_precision
 
 PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # its token ids identify a tokenizer
 TEMPLATE_DATE = "26 Jul 2024"  # Llama 3's template contains the date; an embedding must not depend on the day
@@ -301,7 +302,7 @@ def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
     CPUs differ by a factor of ten in bfloat16, in either direction, and their CPU flags do not show which.
     """
     if device.type != "cpu":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if gpu_precision() == "bf16" else torch.float16
     rates: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.randn(256, width, dtype=dtype), torch.randn(width, width, dtype=dtype)

@@ -64,6 +64,12 @@ def choose_device(name: str = "") -> torch.device:
         raise ValueError(f"--device {name} is not there; this machine has {known}") from error
 
 
+def gpu_precision() -> Literal["bf16", "fp16"]:
+    """bf16 if every GPU computes in it; fp16 before NVIDIA's Ampere (T4, V100), where torch emulates it slowly."""
+    devices = range(torch.cuda.device_count())
+    return "bf16" if all(torch.cuda.get_device_capability(device) >= (8, 0) for device in devices) else "fp16"
+
+
 def join_ranks(device: torch.device, timeout: float) -> None:
     """Start the process group. timeout: seconds after which a collective that a rank does not join fails."""
     if device.type == "cuda":

@@ -136,9 +136,8 @@ class ContrastiveStep(ABC):
         """Forward pass of one micro-batch, with the same random draws each time."""
         torch.manual_seed(position_seed(self.seed, micro["first"]))
         encoded = self._forward(micro)
-        return encoded._replace(
-            log_scale=self._exact("logit_scale", encoded.log_scale), bias=self._exact("logit_bias", encoded.bias)
-        )
+        scale, bias = self._exact("logit_scale", encoded.log_scale), self._exact("logit_bias", encoded.bias)
+        return encoded._replace(log_scale=scale, bias=bias)
 
     def _exact(self, name: str, rounded: Tensor) -> Tensor:
         """The fp32 value of a scalar parameter with the gradient of the module's ``rounded`` copy: in bf16, the logit
@@ -262,11 +261,15 @@ class TowerStep(ContrastiveStep):
         return self.reference.encode(pixel_values, self.patch_layers.get("patches"), **micro["shapes"])
 
     def _noise(self, micro: Batch) -> Tensor:
-        """Standard normal values like the embeddings; each row is a function of the seed and its sample's position."""
-        noise_mW, generator = torch.empty(micro["embeddings"].shape), torch.Generator()
-        for i, noise_W in enumerate(noise_mW):
-            noise_W.normal_(generator=generator.manual_seed(position_seed(self.seed + 1, micro["first"] + i)))
-        return noise_mW.to(micro["embeddings"].device)
+        """Standard normal values like the embeddings, drawn once for both passes; each row is a function of the seed
+        and its sample's position. Pinned, so that the next rows are drawn while the device computes."""
+        if "noise" not in micro:
+            like, generator = micro["embeddings"], torch.Generator()
+            noise_mW = torch.empty(like.shape, pin_memory=like.is_cuda)
+            for i, noise_W in enumerate(noise_mW):
+                noise_W.normal_(generator=generator.manual_seed(position_seed(self.seed + 1, micro["first"] + i)))
+            micro["noise"] = noise_mW.to(like.device, non_blocking=True)
+        return micro["noise"]
 
 
 def position_seed(seed: int, position: int) -> int:

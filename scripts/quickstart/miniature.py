@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
-"""Data and scores of the LLaVA miniature. Runs in an environment that has LLaVA.
+"""Data and scores of the LLaVA miniature, in an environment that has LLaVA; and a side of it trained without LLaVA.
 
-    miniature.py prepare --output DIR --llm NAME    pictures, texts, captions, questions; the language model
-    miniature.py score NAME... --output DIR         scores of DIR/NAME.answers.jsonl, for `llm2clip compare`
+    miniature.py prepare --output DIR --llm NAME            pictures, texts, captions, questions; the language model
+    miniature.py train NAME --tower TOWER --output DIR      a model of `llm2clip vlm build`, as miniature.sh's SmolLM2
+    miniature.py score NAME... --output DIR                 scores of DIR/NAME.answers.jsonl, for `llm2clip compare`
+
+A NAME is before or after; with -seedN, of another seed. ``train`` uses transformers' Trainer alone. It writes
+DIR/vlm-NAME/stage0 (built), stage1 (projector, captions), stage2 (projector and LoRA, conversations), and the answers.
 
 Questions are about the group of an emoji (nine answers) and, from easy-vqa, a colored shape (thirteen answers, half
 of them yes or no); a language model other than tiny is also asked for the name of an emoji, answered in words. Emoji of
@@ -25,10 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 from inputs import EMOJI, Sample, folder_of, make_llava_llm, read_tar
 
 from llava_integration.benchmarks.answers import read_jsonl
-from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file
+from llava_integration.serve.rows import LlavaRows
+from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file, write_text
 
 GROUP, NAME = "Which group does the emoji belong to?", "What does the emoji show?"
 SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
@@ -37,6 +44,8 @@ CATEGORIES = dict.fromkeys(YES_NO, "yes or no") | dict.fromkeys(SHAPES, "shape")
 TURNS = 4  # of a conversation, at most
 CLOSED, OPEN = ("emoji group", "easy-vqa"), "emoji name"
 EMPTY = frozenset("a an and at by for from in into it of off on or over the to up with without".split())
+STAGES = ("llava-{}-pretrain", "llava-{}", "llava-lora-{}", "vlm-{}/stage1", "vlm-{}/stage2")  # whose options are kept
+MODELS = {"tiny": "a language model of 2.5 million weights, trained from scratch", "smollm2": "SmolLM2-135M-Instruct"}
 OF_TOWER = ("--vision_tower", "--pretrain_mm_mlp_adapter")  # options that differ between the sides
 Row = dict[str, Any]  # a question; of held-out ones with its "answer"
 
@@ -145,13 +154,70 @@ def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterat
         yield {**row, "kind": CLOSED[1], "cluster": path.name, "category": CATEGORIES.get(answer, "colour")}
 
 
+def train_side(output: Path, name: str, tower: str, steps: tuple[int, int]) -> None:
+    """Build, train and answer; what is finished stays. ``steps``: on captions, on conversations."""
+    from llava_integration.serve.build import register
+    from llm2clip_plugin.cli import main as llm2clip
+
+    seed, data = name.partition("-seed")[2] or "0", output / "data"
+    built, *stages = (output / f"vlm-{name}" / f"stage{stage}" for stage in range(3))
+    words = ["--tower", tower, "--llm", str(output / "llm"), "--output", str(built), "--seed", seed]
+    if not built.exists() and (status := llm2clip(["vlm", "build", *words])):
+        sys.exit(status)
+    register()
+    source = built
+    for stage, file, batch, count in zip(stages, ("captions", "finetune"), (16, 8), steps, strict=True):
+        settings = {"max_steps": count, "per_device_train_batch_size": batch, "seed": int(seed)}
+        if not stage.exists():
+            train_stage(source, stage, data / f"{file}.json", lora=file == "finetune", **settings)
+        source = stage
+    if not (answers := output / f"{name}.answers.jsonl").exists():
+        answer(source, data / "questions.jsonl", answers)
+
+
+def train_stage(source: Path, output: Path, data: Path, *, lora: bool, **settings: Any) -> None:
+    """A stage: the projector alone, or with LoRA, which is merged into the LLM."""
+    from peft import LoraConfig, get_peft_model
+
+    rows = LlavaRows(transformers.AutoProcessor.from_pretrained(source), data.parent / "images")
+    model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    model.requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
+    torch.manual_seed(settings["seed"])
+    parts: Any = {"target_modules": r".*language_model\.layers.*_proj", "modules_to_save": ["multi_modal_projector"]}
+    trained: Any = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, **parts)) if lora else model
+    fixed: dict[str, Any] = {"learning_rate": 5e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "bf16": True}
+    fixed |= {"logging_steps": 10, "save_strategy": "no", "report_to": "none", "remove_unused_columns": False}
+    fixed["use_cpu"] = not torch.cuda.is_available()
+    with atomic_directory(output) as folder:
+        arguments = transformers.TrainingArguments(str(folder), **fixed, **settings)
+        trainer = transformers.Trainer(trained, arguments, rows, json.loads(data.read_text()))
+        trainer.train()
+        trainer.save_state()
+        (trained.merge_and_unload() if lora else model).save_pretrained(folder)
+        rows.processor.save_pretrained(folder)
+    output.with_suffix(".options").write_text("\n".join(map(str, settings.items())))  # compared with the other side's
+
+
+@torch.inference_mode()
+def answer(folder: Path, questions: Path, output: Path) -> None:
+    """Greedy answers, 64 at a time."""
+    rows = LlavaRows(transformers.AutoProcessor.from_pretrained(folder), questions.parent / "images")
+    model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    answers, asked = "", read_jsonl(questions)
+    for some in (asked[start : start + 64] for start in range(0, len(asked), 64)):
+        chats = [rows.chat({**row, "conversations": [{"from": "human", "value": row["text"]}]}) for row in some]
+        inputs = rows.encode(chats, side="left", add_generation_prompt=True).to(torch.bfloat16)
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        for row, text in zip(some, rows.processor.batch_decode(ids, skip_special_tokens=True), strict=True):
+            answers += json.dumps({"question_id": row["question_id"], "text": text}) + "\n"
+    write_text(output, answers)
+
+
 def refuse_other_stages(output: Path, after: str) -> None:
     """Raise ValueError if a stage of ``after`` or ``after-seedN`` had other options than before's, the tower aside."""
-    built = (output / f"vlm-{after}").exists()
-    for stage in ("vlm-{}/stage1", "vlm-{}/stage2") if built else ("llava-{}-pretrain", "llava-{}", "llava-lora-{}"):
-        files = [output / f"{stage.format(name)}.options" for name in (after.replace("after", "before", 1), after)]
-        if not files[1].exists() and stage in ("llava-{}", "llava-lora-{}"):
-            continue  # the other language model's
+    trained = [stage for stage in STAGES if (output / f"{stage.format(after)}.options").exists()]
+    for stage in trained or STAGES[:1]:
+        files = [output / f"{stage.format(name)}.options" for name in (after.replace("after", "before"), after)]
         sides = [path.read_text().splitlines() for path in files]
         base, new = ([w for o, w in zip(["", *side], side, strict=False) if o not in OF_TOWER] for side in sides)
         if base != new:
@@ -211,10 +277,8 @@ def by_keyword(rows: list[Row]) -> ScoreFile:
 
 def by_similarity(rows: list[Row], teacher: Any) -> ScoreFile:
     """The cosine of answer and name in the teacher's embeddings; 0 for an empty answer and for less."""
-    from torch.nn.functional import normalize
-
     texts = [row["answer"] or "?" for row in rows], [row["truth"] for row in rows]
-    answer_ND, name_ND = (normalize(teacher.encode(side), dim=-1) for side in texts)
+    answer_ND, name_ND = (torch.nn.functional.normalize(teacher.encode(side), dim=-1) for side in texts)
     cosine_NN = (answer_ND @ name_ND.T).clamp(min=0).numpy() * np.array([[row["answer"] != ""] for row in rows])
     return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, cosine_NN)
 
@@ -244,12 +308,14 @@ def record(kind: str, rows: list[Row], scores: list[float], metrics: dict[str, f
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("prepare", "score"))
-    parser.add_argument("names", nargs="*", help="names of the answer files, for score")
+    parser.add_argument("part", choices=("prepare", "train", "score"))
+    parser.add_argument("names", nargs="*", help="of the sides, for train and score")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--concepts", type=int, default=0, help="training emoji; 0: all 1,068")
     parser.add_argument("--llm", default="tiny", help="language model: tiny, smollm2 or a directory")
     parser.add_argument("--held-out", choices=("test", "validation"), default="test", help="families of the emoji")
+    parser.add_argument("--tower", help="directory of a tower, for train")
+    parser.add_argument("--steps", type=int, nargs=2, default=(120, 100), metavar="N", help="captions, conversations")
     parser.add_argument("--teacher", type=Path, help="an LLM that scores open answers")
     parser.add_argument("--adapter", type=Path, help="adapter of the teacher")
     args = parser.parse_args()
@@ -262,13 +328,12 @@ if __name__ == "__main__":
             from llm2clip_plugin.text.encoder import CaptionEncoder, EncoderConfig
 
             teacher = CaptionEncoder(EncoderConfig(llm=str(args.teacher), adapter=str(args.adapter or "")))
-        model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
-        note = f"a miniature: the language model is {model}, finetuned for minutes"
-        if args.llm == "tiny":
-            note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
         for name in args.names:
+            if args.part == "train":
+                train_side(args.output, name, args.tower, args.steps)
+                continue
             if name.startswith("after"):
                 refuse_other_stages(args.output, name)
-            score(args.output, name, note, teacher)
+            score(args.output, name, f"a miniature: {MODELS.get(args.llm, Path(args.llm).name)}", teacher)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

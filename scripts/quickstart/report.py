@@ -4,10 +4,9 @@
     report.py --data quickstart-output/data --output quickstart-output/default
     report.py --data quickstart-output/data --teachers     prints the table of the teachers alone
 
-Reads ``all/`` and the caches ``cache/raw/`` and ``cache/tuned-seed<n>/`` below ``--data``, and the towers
-``towers/<teacher>-seed<n>/`` below ``--output``; writes ``headline.json`` there and prints the tables, the headline
-last. A tower is measured with the cache of its name, and refused if its records name other shards, caches or adapters.
-Seeds that are not finished are left out. ``--must-learn``: exit status 1 if a tower is no better than the control.
+Reads ``all/`` and ``cache/`` below ``--data`` and ``towers/<teacher>-seed<n>/`` below ``--output``; writes
+``headline.json`` there. A tower is measured with the cache of its name, and refused if its records name other shards,
+caches or adapters. Seeds that are not finished are left out.
 
 Each style is a gallery of its own with one drawing, and one caption of each kind, per concept, so that chance is
 1 / concepts both ways. The measure is the mean reciprocal rank: every query counts by the rank of its right answer. The
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from inputs import RANDOM
+from scipy.stats import nhypergeom
 
 from llava_integration.benchmarks.benchmark import mean_statistic
 from llava_integration.compare.statistics import compare, holm, pair
@@ -92,18 +92,15 @@ class Measured(NamedTuple):
 Rows = dict[str, Measured]  # row of the tables -> its queries
 Seeds = Mapping[int, Measured]
 Tests = dict[str, tuple[Seeds, Seeds]]  # test -> base and new side
+Embeddings = dict[tuple[str, str], dict[str, torch.Tensor]]  # (kind, language) -> concept, each once -> (W,)
 Claim = dict[str, Any]  # one test of two teachers on the same queries, over all seeds and for each; as in headline.json
 
 
 def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
     """(Q,) 1 / rank of the best correct item: the expected value, as items of equal score are in random order."""
-    wrong, correct = ranks.wrong_equal_Q.double(), ranks.correct_equal_Q.double()
-    ahead, value = torch.ones_like(wrong), torch.zeros_like(wrong)  # ahead: the first j of the equals are all wrong
-    for j in range(int(wrong.max()) + 1):
-        still = ahead * (wrong - j).clamp(min=0) / (wrong + correct - j).clamp(min=1)
-        value += (ahead - still) / (ranks.higher_Q + 1 + j)
-        ahead = still
-    return value.numpy()
+    wrong_Q, correct_Q = ranks.wrong_equal_Q.numpy(), ranks.correct_equal_Q.numpy()
+    ahead_W1 = np.arange(wrong_Q.max() + 1)[:, None]  # of the best correct one, wrong ones of its score
+    return (nhypergeom.pmf(ahead_W1, wrong_Q + correct_Q, wrong_Q, 1) / (ranks.higher_Q.numpy() + 1 + ahead_W1)).sum(0)
 
 
 def measured(galleries: Sequence[tuple[QueryRanks, list[str], int]]) -> Measured:
@@ -138,9 +135,7 @@ def make_claims(tests: Tests) -> list[Claim]:
     seeds = sorted(set.intersection(*(set(side) for sides in tests.values() for side in sides))) if tests else []
     if not seeds:
         return []
-    total = _compare(tests, seeds)
-    each = {str(seed): _compare(tests, [seed]) for seed in seeds}
-    claims = []
+    total, each, claims = _compare(tests, seeds), {str(seed): _compare(tests, [seed]) for seed in seeds}, []
     for place, (name, (base, new)) in enumerate(tests.items()):
         change = np.sign([new[s].scores - base[s].scores for s in seeds])
         by_seed = {seed: of_seed[place] for seed, of_seed in each.items()}
@@ -203,9 +198,6 @@ def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> M
         pool = len(part.sides["t2i"][0]) if side == "i2t" else len(report.pairs.keys)
         galleries.append((ranks, [report.cluster_N[image] for image in images.tolist()], pool))
     return measured(galleries)
-
-
-Embeddings = dict[tuple[str, str], dict[str, torch.Tensor]]  # (kind, language) -> concept, each once -> (W,)
 
 
 def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
@@ -313,20 +305,6 @@ def retrieval_table(towers: Mapping[str, Rows]) -> str:
     return markdown_table(("mean reciprocal rank, tower", *heads, "chance"), rows)
 
 
-def sentence(one: Claim) -> str:
-    """A claim in words, with its interval and chance."""
-    p, count = one["p_adjusted"], len(one["by_seed"])
-    said = (
-        f"{one['name']}: mean reciprocal rank {fraction(one['tuned'])} with the fine-tuned LLM, {fraction(one['raw'])} "
-        f"with the raw LLM, read well, {fraction(one['chance'])} by chance; difference "
-        f"{estimate(one['difference'], one['interval'])}, p {'' if p < 0.001 else '= '}{p_value(p)}; better for "
-        f"{one['better']:.0%} of {one['queries']:,} queries, worse for {one['worse']:.0%}"
-    )
-    if count > 1:
-        said += f"; significant in {one['seeds_significant']} of {count} seeds"
-    return said + ("." if one["significant"] else ". This is NOT significant.")
-
-
 def failures(towers: Mapping[str, Rows], claims: Sequence[Claim]) -> list[str]:
     """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
     row = "test families, long captions, image → caption"
@@ -338,12 +316,12 @@ def failures(towers: Mapping[str, Rows], claims: Sequence[Claim]) -> list[str]:
         for name, value in mean.items()
         if name not in ("shuffled", "random") and value <= mean["shuffled"]
     ]
-    return failed + [sentence(one) for one in claims if one["name"] == HEADLINE[2] and one["difference"] <= 0]
+    return failed + [claims_table([one]) for one in claims if one["name"] == HEADLINE[2] and one["difference"] <= 0]
 
 
 def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
-    """Measure the towers below ``output``, and write ``headline.json`` there. Returns what is printed (tables, those of
-    claims last, and a sentence for each claim of the headline), and how a short run failed."""
+    """Measure the towers below ``output``, and write ``headline.json`` there. Returns the tables that are
+    printed, those of claims last, and how a short run failed."""
     caches, sets = open_caches(data), open_sets(data / "all")
     folders = sorted(path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS)
     if not folders:
@@ -355,13 +333,12 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     over = pair_tests("tower", towers, "plain")
     over_plain = make_claims(over | pair_tests("teacher", teachers, "plain") if over else {})
     headline = [one for one in claims if one["name"] in HEADLINE]
-    sentences = [sentence(one) for one in headline]
     means = {name: {row: float(one.scores.mean()) for row, one in of.items()} for name, of in towers.items()}
-    record = {"sentences": sentences, "headline": headline, "others": claims[len(headline) :]}  # significant or not
-    record |= {"over_plain": over_plain, "towers": means, "inputs": inputs}
+    record = {"headline": headline, "others": claims[len(headline) :], "over_plain": over_plain}  # significant or not
+    record |= {"table": claims_table(headline), "towers": means, "inputs": inputs}
     write_text(output / "headline.json", json.dumps(record, indent=2))
     tables = [claims_table(rows, base) for rows, base in ((over_plain, "plain"), (claims, "raw")) if rows]
-    return [retrieval_table(towers), *tables, LEGEND, *sentences], failures(towers, claims)
+    return [retrieval_table(towers), *tables, LEGEND], failures(towers, claims)
 
 
 if __name__ == "__main__":

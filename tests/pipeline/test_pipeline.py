@@ -9,13 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_data import make_shards, make_tower
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.console import attend
 from llm2clip_plugin.data.sources import Source, open_source
+from llm2clip_plugin.doctor import check_accelerator
 from llm2clip_plugin.stages.pipeline import Stage, complete, plan, survey
 from llm2clip_plugin.stages.settings import PipelineConfig
+from llm2clip_plugin.text.llm import fastest_dtype
+from llm2clip_plugin.train.model import DTYPES
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,18 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     two = plan(dataclasses.replace(config, num_gpus=2), source, found)
     assert [stage.ranks for stage in two] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 1]
     assert "--nproc_per_node=2" in two[2].argv and "torch.distributed.run" not in two[1].argv
+
+
+@pytest.mark.parametrize("second, dtype", [((7, 5), torch.float16), ((9, 0), torch.bfloat16)])
+def test_a_gpu_that_emulates_bfloat16_computes_in_float16(tiny: Path, monkeypatch, second: tuple[int, int], dtype):
+    """In stages 1.5 and 2, and in doctor's report, of an H100 with a T4 or with another one."""
+    gpus = {"is_available": lambda: True, "device_count": lambda: 2, "get_device_name": str}
+    for name, value in (gpus | {"get_device_capability": [(9, 0), second].__getitem__}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert fastest_dtype(torch.device("cuda")) is dtype
+    assert next(check_accelerator()).found.endswith(f"bf16 {dtype is torch.bfloat16}")
+    words = {word for stage in plan(*opened(tiny), "") for word in stage.words}
+    assert DTYPES[(words & {"bf16", "fp16"}).pop()] is dtype
 
 
 def test_a_stage_counts_while_it_and_all_before_it_are_as_they_were(tmp_path: Path):

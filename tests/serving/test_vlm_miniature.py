@@ -1,13 +1,11 @@
-"""The miniature through ``vlm build`` and transformers' Trainer: scripts/quickstart/vlm.py with tiny models."""
+"""The miniature through ``vlm build`` and transformers' Trainer: ``miniature.py train`` with tiny models."""
 
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import miniature
 import pytest
-import vlm
 from PIL import Image
 from safetensors.torch import load_file
 from serve_checkpoints import tower_directory
@@ -16,13 +14,11 @@ from tiny_llm import save_tiny_llm
 TURNS = (("human", "<image>\nWhich color?"), ("gpt", "red"), ("human", "Sure?"), ("gpt", "yes"))
 
 
-def test_two_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_sides(tmp_path: Path) -> None:
     """Stage 1 trains the projector, stage 2 the LLM, too; finished parts stay; sides trained otherwise are refused."""
 
-    def side(name: str, steps: str = "2") -> None:
-        words = [str(tower_directory("clip")), name, "--output", str(tmp_path), "--steps", steps, steps]
-        monkeypatch.setattr(sys, "argv", ["vlm.py", *words])
-        vlm.main()
+    def side(name: str, steps: int = 2) -> None:
+        miniature.train_side(tmp_path, name, str(tower_directory("clip")), (steps, steps))
 
     save_tiny_llm(tmp_path / "llm", "smollm2")
     (tmp_path / "data" / "images").mkdir(parents=True)
@@ -46,12 +42,12 @@ def test_two_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(answers.read_text())["question_id"] == "1"
 
     answers.write_text("kept")
-    side("before", "3")
+    side("before", 3)
     assert answers.read_text() == "kept"
     side("after")
     miniature.refuse_other_stages(tmp_path, "after")
     miniature.score(tmp_path, "after", "", None)
     side("before-seed1")
-    side("after-seed1", "3")
+    side("after-seed1", 3)
     with pytest.raises(ValueError, match="vlm-after-seed1"):
         miniature.refuse_other_stages(tmp_path, "after-seed1")

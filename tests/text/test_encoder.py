@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from llm2clip_plugin.stages.settings import FinetuneConfig
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import check_attention, fastest_dtype, set_attention, set_kernels
+from llm2clip_plugin.text.llm import check_attention, set_attention, set_kernels
 
 LONG = "two dogs run over the wet grass while a cat sleeps in a box, and a man reads a newspaper at the window of a hut"
 CAPTIONS = ["a red bicycle", LONG, "ein Hund", "x", "the lake", "猫が箱の中で眠る"]
@@ -227,8 +227,3 @@ def test_products_in_bfloat16_give_the_gradients_of_float32(llama: Path) -> None
 
 def test_dora_keeps_its_products(llama: Path) -> None:
     pass_through(llama, "bfloat16", autocast=True, dora=True)
-
-
-def test_a_gpu_that_emulates_bfloat16_computes_in_float16(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert fastest_dtype(torch.device("cuda")) is torch.float16

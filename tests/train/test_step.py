@@ -8,6 +8,7 @@ import torch
 from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.checkpoint import on_host
+from llm2clip_plugin.train.step import TowerStep
 
 STEPS = 4
 
@@ -136,6 +137,16 @@ def test_random_draws_belong_to_samples(one: dict[str, Any], two: list[dict[str,
     same(two[0]["dropout"], one["dropout"], 1e-5)
     assert one["noise"]["losses"][0] != pytest.approx(one["plain"]["losses"][0], abs=1e-3)
     assert one["dropout"]["losses"][0] != pytest.approx(one["noise"]["losses"][0], abs=1e-3)
+
+
+def test_noise_is_drawn_once_for_both_passes():
+    step = object.__new__(TowerStep)
+    step.seed = 5
+    noise, *alone = (
+        {"embeddings": torch.zeros(rows, 2, 8), "first": first} for rows, first in ((2, 7), (1, 7), (1, 8))
+    )
+    assert step._noise(noise) is step._noise(noise)
+    assert torch.equal(step._noise(noise), torch.cat([step._noise(micro) for micro in alone]))
 
 
 def clamp(rank: int, world: int) -> tuple[float, float]:

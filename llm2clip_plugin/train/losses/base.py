@@ -190,9 +190,7 @@ def check_terms(config: LossConfig, dual: DualConfig) -> None:
     """Raise ValueError if the terms and the dual encoder are incompatible."""
     bias = dual.logit_bias_init
     if any(term.uses_bias for _, term in chosen_terms(config)) != (bias is not None):
-        raise ValueError(
-            f"dual.logit_bias_init {bias}: sigmoid needs --dual.logit-bias-init (SigLIP: -10), others none"
-        )
+        raise ValueError(f"--dual.logit-bias-init is {bias}; sigmoid needs a number (SigLIP: -10), others none")
 
 
 def needs_reference(config: LossConfig) -> bool:
@@ -233,7 +231,6 @@ def _weighted(config: LossConfig, weight: TermWeight, term: LossTerm, group: Gro
     if not factor:
         return features.anchor_bD.new_zeros(())
     hashes = features.caption_hashes if config.mask_same_caption else None
-    image_ids = features.image_ids if config.mask_same_image else None
-    return factor * term(
-        dataclasses.replace(features, caption_hashes=hashes, image_ids=image_ids, block=config.block, group=group)
-    )
+    images = features.image_ids if config.mask_same_image else None
+    features = dataclasses.replace(features, caption_hashes=hashes, image_ids=images, block=config.block, group=group)
+    return factor * term(features)
