@@ -111,9 +111,10 @@ def test_a_new_tar_is_appended_to_the_index(tmp_path: Path) -> None:
     sizes, before = [], index.read_bytes()[256:end]
     for time in range(1, 9):
         assert open_source(SourceConfig(path=str(tmp_path))).record(80) == first.record(79)
-        assert time > 1 or index.read_bytes()[256:end] == before
         sizes.append(index.stat().st_size)
-        [os.utime(tar, ns=(time, time)) for tar in tmp_path.glob("*.tar")]
+        assert time > 1 or index.read_bytes()[256:end] == before
+        for tar in tmp_path.glob("*.tar"):
+            os.utime(tar, ns=(time, time))
     assert end < sizes[0] < max(sizes) < 4 * end
 
 
