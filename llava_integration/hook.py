@@ -58,24 +58,18 @@ def wrap_function(owner: Any, name: str, function: Function) -> None:
 
 
 def build_vision_tower(original: Function, vision_tower_cfg: Any, *arguments: Any, **options: Any) -> Any:
-    """Build the towers of this package; other names are left to ``original``."""
+    """The tower of this package that a configuration, or LLaVA's arguments, name; others are left to ``original``."""
+    from llava_integration.tower import LLM2CLIPVisionTower, MultiscaleVisionTower
+
     name: Any = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
     if not towers.is_ours(name):
         return original(vision_tower_cfg, *arguments, **options)
-    return build(name, vision_tower_cfg, **options)
-
-
-def build(name: str, config: Any, delay_load: bool = False) -> Any:
-    """The tower that ``name`` means for a model with ``config`` (LLaVA's configuration or model arguments).
-    Raises TowerNotFoundError, or ContractError for a tower other than the one that the checkpoint was trained with."""
-    from llava_integration.tower import LLM2CLIPVisionTower, MultiscaleVisionTower
-
-    settings_from_environment(config)
-    location = towers.find_tower(name, config)
-    tower_class = MultiscaleVisionTower if getattr(config, "s2", False) else LLM2CLIPVisionTower
-    tower = tower_class(name, location, config, delay_load=True)
-    check_projector(name, tower.hidden_size, config)
-    if not delay_load:
+    settings_from_environment(vision_tower_cfg)
+    location = towers.find_tower(name, vision_tower_cfg)
+    tower_class = MultiscaleVisionTower if getattr(vision_tower_cfg, "s2", False) else LLM2CLIPVisionTower
+    tower = tower_class(name, location, vision_tower_cfg, delay_load=True)
+    check_projector(name, tower.hidden_size, vision_tower_cfg)
+    if not options.get("delay_load"):
         tower.load_model()
     return tower
 
@@ -108,9 +102,13 @@ def settings_from_environment(config: Any) -> None:
         return
     if scales := os.environ.get("LLM2CLIP_S2_SCALES"):
         config.s2, config.s2_scales = True, scales
-    # Pretraining saves only the projector: an unfrozen tower's weights would be lost.
-    if os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1" and not getattr(config, "tune_mm_mlp_adapter", False):
+    if unfreezes(config):
         config.unfreeze_mm_vision_tower = True
+
+
+def unfreezes(config: Any) -> bool:
+    """Whether the environment says so; not in pretraining, which would save the projector alone."""
+    return os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1" and not getattr(config, "tune_mm_mlp_adapter", False)
 
 
 def initialize_vision_modules(original: Function, self: Any, model_args: Any, *arguments: Any, **options: Any) -> None:
@@ -123,6 +121,9 @@ def initialize_vision_modules(original: Function, self: Any, model_args: Any, *a
     for option in OWN_OPTIONS:  # from the base model's config.json
         if previous_tower is None and hasattr(self.config, option):
             setattr(model_args, option, getattr(self.config, option))
+    if previous_tower is not None and unfreezes(model_args):  # that of a LLaVA which is trained further
+        previous_tower.unfrozen = model_args.unfreeze_mm_vision_tower = True
+        previous_tower.requires_grad_()
     original(self, model_args, *arguments, **options)
     tower = self.get_vision_tower()
     record = towers.tower_record(tower.location, name, tower.hidden_size)

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from llava_integration.checkpoints import HUB_ID, checkpoint_config
+from llava_integration.checkpoints import HUB_ID, checkpoint_config, config_of
 from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory
 from llm2clip_plugin.files import ContractError, errors_about, hub_snapshot
 from llm2clip_plugin.options import Command, NoOptions, command
@@ -253,6 +253,15 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     again = f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
     fix = f"Copy that tower to this machine and run `llm2clip use PATH`, or run {again}"
     raise problem(f"{told}. Searched:{''.join(searched)}\n{fix}")
+
+
+def refuse_other_checkpoints(output: str, config: Any) -> None:
+    """Raise ContractError if LLaVA would resume in ``output`` what was trained with another tower, under its name."""
+    now = (getattr(config, KEY, None) or {}).get("weights_sha256")
+    for folder in Path(output).glob("checkpoint-*"):
+        if (was := (config_of(folder).get(KEY) or {}).get("weights_sha256", now)) != now:
+            told = f"{folder} was trained with the vision tower sha256 {was}, --vision_tower is now sha256 {now}"
+            raise ContractError(f"{told}; pass that tower, or choose another --output_dir")
 
 
 def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:

@@ -14,9 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from llava_integration.answer.questions import COMMAND, AnswerConfig, AnswersFile, Question, entry, read_questions
 from llava_integration.answer.served import Endpoint, ServedModel, answer_served
-from llava_integration.checkpoints import check_checkpoint
+from llava_integration.checkpoints import check_checkpoint, sample_sha256
 from llm2clip_plugin.console import quiet_llava_loading
 from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.options import unknown
@@ -65,14 +67,8 @@ class Answerer:
         """Batches of prepared questions, with images first; a batch never mixes questions with and without an image."""
         from torch.utils.data import DataLoader
 
-        collate = partial(
-            prepare,  # gets no weights, so that worker processes stay small
-            folder=self.options.image_folder,
-            conversation=self.conversation,
-            tokenizer=self.tokenizer,
-            image_processor=self.image_processor,
-            model_config=self.model.config,
-        )
+        parts = (self.options.image_folder, self.conversation, self.tokenizer, self.image_processor, self.model.config)
+        collate = partial(prepare, *parts)  # no weights, so that worker processes stay small
         chosen = [(index, questions[index]) for index in indices]
         for pictured in (True, False):
             group: Any = [pair for pair in chosen if bool(pair[1].image) == pictured]
@@ -92,30 +88,18 @@ class Answerer:
             same_shape = all(image.shape == images[0].shape for image in images)
             arguments["images"] = torch.stack(images) if same_shape else images
             arguments["image_sizes"] = [size for *_, size in batch]
-        options, pad_token_id = self.options, self.tokenizer.pad_token_id
-        arguments["do_sample"] = options.temperature > 0
+        options, pad, eos = self.options, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        arguments |= {"do_sample": options.temperature > 0, "num_beams": options.num_beams, "use_cache": True}
+        arguments |= {"max_new_tokens": options.max_new_tokens, "pad_token_id": eos if pad is None else pad}
         if options.temperature > 0:
             arguments |= {"temperature": options.temperature, "top_p": options.top_p}
         with torch.inference_mode():
-            output = self.model.generate(
-                ids.to(device),
-                num_beams=options.num_beams,
-                max_new_tokens=options.max_new_tokens,
-                use_cache=True,
-                pad_token_id=self.tokenizer.eos_token_id if pad_token_id is None else pad_token_id,
-                **arguments,
-            )
+            output = self.model.generate(ids.to(device), **arguments)
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
 def prepare(
-    questions: list[tuple[int, Question]],
-    *,
-    folder: str,
-    conversation: Any,
-    tokenizer: Any,
-    image_processor: Any,
-    model_config: Any,
+    folder: str, conversation: Any, tokenizer: Any, processor: Any, config: Any, questions: list[tuple[int, Question]]
 ) -> list[Prepared]:
     """Questions, each with its index, as the model reads them: the template ``conversation``, image token, question.
     ``folder``: of the images, whose pixels are (3, S, S), or (tiles, 3, S, S) for anyres."""
@@ -127,9 +111,9 @@ def prepare(
         text, pixels, size = question.text, None, (0, 0)
         if question.image:
             image = question.open_image(folder)
-            pixels, size = process_images([image], image_processor, model_config)[0], image.size
+            pixels, size = process_images([image], processor, config)[0], image.size
             token = DEFAULT_IMAGE_TOKEN
-            if getattr(model_config, "mm_use_im_start_end", False):
+            if getattr(config, "mm_use_im_start_end", False):
                 token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
             text = f"{token}\n{text}"
         turns = conversation.copy()
@@ -166,7 +150,7 @@ def main(argv: list[str]) -> int:
         served = endpoint.choose(options.served_model_name)
     settings = answer_settings(options, served)
     answers = AnswersFile(options.answers_file, settings, len(questions), overwrite=options.overwrite)
-    if answers.complete:
+    if answers.path.is_file():
         print(f"{answers.path} is complete: {len(questions)} answers")
         return 0
     done = answers.done()
@@ -175,7 +159,12 @@ def main(argv: list[str]) -> int:
     if indices and endpoint and served:
         refused = answer_served(endpoint, served.id, options, questions, indices, answers)
     elif indices:
-        answer_questions(options, questions, indices, answers)
+        answerer = Answerer(options)
+        with tqdm(total=len(indices), unit="question", mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
+            for batch in answerer.batches(questions, indices):
+                texts = zip([index for index, *_ in batch], answerer.generate(batch), strict=True)
+                answers.write({index: entry(questions[index], text, answerer.name) for index, text in texts})
+                bar.update(len(batch))
     missing = answers.finish()
     pending = ", other ranks are still running" if missing > len(refused) else ""
     print(f"{answers.path}: {len(questions) - missing} of {len(questions)} answers{pending}")
@@ -211,7 +200,7 @@ def chunk(questions: list[Question], chunks: int, index: int) -> list[Question]:
 
 
 def answer_settings(options: AnswerConfig, served: ServedModel | None) -> dict[str, Any]:
-    """Every setting that an answer depends on, with the hashes of the model's configuration and the question file.
+    """Every setting that an answer depends on, with hashes of the model and the question file.
     ``served``: the model behind ``--endpoint``, whose configuration the server knows."""
     names = "num_chunks chunk_idx temperature top_p max_new_tokens single_pred_prompt all_rounds lang".split()
     if served:
@@ -220,19 +209,6 @@ def answer_settings(options: AnswerConfig, served: ServedModel | None) -> dict[s
         names += "model_path model_base conv_mode num_beams dtype load_8bit load_4bit".split()
         config = Path(options.model_path) / "config.json"
         model = {"model_config_sha256": sha256_file(config) if config.is_file() else ""}
+        model["model_sample_sha256"] = sample_sha256(options.model_path)
     settings = {name: getattr(options, name) for name in names}
     return {**settings, **model, "question_file_sha256": sha256_file(options.question_file)}
-
-
-def answer_questions(
-    options: AnswerConfig, questions: list[Question], indices: list[int], answers: AnswersFile
-) -> None:
-    """Load the model and answer the questions of these indices, batch by batch."""
-    from tqdm import tqdm
-
-    answerer = Answerer(options)
-    with tqdm(total=len(indices), unit="question", mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
-        for batch in answerer.batches(questions, indices):
-            texts = zip([index for index, *_ in batch], answerer.generate(batch), strict=True)
-            answers.write({index: entry(questions[index], text, answerer.name) for index, text in texts})
-            bar.update(len(batch))

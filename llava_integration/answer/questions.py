@@ -27,6 +27,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from llava_integration.benchmarks.answers import json_lines
+from llava_integration.benchmarks.rules.mmbench import PANDAS_MISSING
 from llm2clip_plugin.contracts import naming_full_disk, write_text
 from llm2clip_plugin.files import ContractError, check_image_size, errors_about, read_json_value
 from llm2clip_plugin.options import Command
@@ -115,8 +116,8 @@ def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[
 
 
 def is_none(cell: str | None) -> bool:
-    """Whether a cell of MMBench's table is empty."""
-    return cell is None or cell.strip().lower() in ("", "nan", "none")
+    """Whether a cell of MMBench's table is empty, for pandas or for LLaVA's program."""
+    return cell is None or cell in PANDAS_MISSING or cell.lower() in ("nan", "none")
 
 
 # The answers file. Several ranks write it and a killed run resumes it: until all answers exist, ANSWERS.partial/ has a
@@ -163,19 +164,14 @@ class AnswersFile:
             shutil.rmtree(self.partial, ignore_errors=True)
         if saved.is_file():
             before = read_json_value(saved)
-            names = sorted({*before, *settings} - {*IGNORED_ON_RESUME})
-            changes = [(name, before.get(name), settings.get(name)) for name in names]
+            # an earlier release may have recorded less
+            changes = [(name, old, settings.get(name)) for name, old in before.items() if name not in IGNORED_ON_RESUME]
             if differ := ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changes if old != new):
                 raise ContractError(f"{path} was started with other settings ({differ}); {OTHER_FILE}")
         elif path.exists() or self.partial.exists():
             raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
         else:
             write_text(saved, json.dumps(settings, indent=2) + "\n")
-
-    @property
-    def complete(self) -> bool:
-        """Whether the answers file is written."""
-        return self.path.is_file()
 
     def done(self) -> dict[int, dict[str, Any]]:
         """The answers of all ranks and earlier runs; a line cut short by a kill is ignored."""
@@ -201,7 +197,7 @@ class AnswersFile:
         answers = {}
         with suppress(FileNotFoundError):  # another rank has merged and deleted them
             answers = self.done()
-        if self.complete:
+        if self.path.is_file():
             return 0
         if len(answers) < self.total:
             return self.total - len(answers)

@@ -22,13 +22,13 @@ from llava_integration.benchmarks.answers import Answers, read_answers, read_jso
 from llava_integration.benchmarks.benchmark import ALLOWED, Benchmark, first_file
 from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llava_integration.benchmarks.rules.judged import reviewed
-from llava_integration.checkpoints import check_checkpoint, config_of
+from llava_integration.checkpoints import check_checkpoint, config_of, sample_sha256
 from llava_integration.compare import report
 from llava_integration.compare.comparison import run_of
 from llava_integration.compare.readers import read_logs
 from llava_integration.compat.runner import installed_version
 from llm2clip_plugin.contracts import ScoreFile, sha256_file, write_text
-from llm2clip_plugin.files import errors_about, printable_lines, read_json_value
+from llm2clip_plugin.files import ContractError, errors_about, printable_lines, read_json_value
 from llm2clip_plugin.options import Command, command
 
 LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy")
@@ -242,16 +242,12 @@ def score_task(task: Task, args: BenchConfig) -> Outcome:
         return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
     model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
     record = score_answers(name, task.folder, answers, model=model)
-    record.provenance["question_file_sha256"] = sha256_file(task.question_file)
-    record.provenance["command"] = answered_by
+    record.provenance.update(question_file_sha256=sha256_file(task.question_file), command=answered_by)
     if args.model_path:
-        config = config_of(args.model_path)
-        record.provenance.update(
-            checkpoint=args.model_path,
-            llm=config.get("_name_or_path", ""),
-            tower=config.get("mm_vision_tower", ""),
-            tower_sha256=(config.get("llm2clip_tower") or {}).get("weights_sha256", ""),
-        )
+        config, own = config_of(args.model_path), record.provenance
+        own |= {"checkpoint": args.model_path, "llm": config.get("_name_or_path", "")}
+        own["tower"] = config.get("mm_vision_tower", "")
+        own["tower_sha256"] = (config.get("llm2clip_tower") or {}).get("weights_sha256", "")
     record.write(args.output / "scores" / f"{name}.scores.json")
     value = record.metrics[member.headline] * member.scale
     detail = f"{report.number(value, member.unit)} {member.unit}" + f" ({'; '.join(record.notes)})" * bool(record.notes)
@@ -373,12 +369,15 @@ TODAY = ("cv_bench", "mmvp", "blink", "realworldqa", "mmstar", "chartqa", "docvq
 def run_lmms_eval(task: str, args: BenchConfig) -> Outcome:
     """One task of lmms-eval, unless its logs are there: they are written at its very end. Read as `compare` reads them.
     It runs in ``args.data``, since Hugging Face's ``load_dataset("OWNER/NAME")`` takes a folder of that name first."""
-    folder = args.output / LOGS / task
+    folder, words, log = args.output / LOGS / task, lmms_eval_command(task, args), args.output / "logs" / f"{task}.log"
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
+    model, record = f"{args.model_path} {sample_sha256(args.model_path)}", log.with_name(f"{task}.model")
     if not read_logs(folder):
-        log = args.output / "logs" / f"{task}.log"
-        run_logged(lmms_eval_command(task, args), log, lambda: read_logs(folder), args.data)
+        write_text(record, model)
+        run_logged(words, log, lambda: read_logs(folder), args.data)
+    elif record.is_file() and (before := record.read_text()) != model:
+        raise ContractError(f"{folder} has logs of {before}, not of {model}; pass --overwrite or another --output")
     runs = [(run, run.statistic.full()) for run in (run_of(*log) for log in read_logs(folder))]
     told = [f"{run.title}: {report.number(value, run.unit)} {run.unit}" for run, value in runs]
     return Outcome(name=task, status="scored", value=runs[0][1], detail="; ".join(told))

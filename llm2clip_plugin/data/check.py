@@ -197,11 +197,10 @@ def _read_captions(
         yield caption_hash(caption.text), number, count(caption.text), caption_hash(text)
 
 
-def build_report(
-    config: CheckConfig, source: Source, broken_shards: dict[str, str], reading: Reading
-) -> dict[str, Any]:
-    """The report in plain JSON types."""
+def build_report(config: CheckConfig, source: Source, broken: dict[str, str], reading: Reading) -> dict[str, Any]:
+    """The report in plain JSON types; ``broken``: shards and why."""
     captions, samples = _joined(reading.caption_rows), _joined(reading.sample_rows)
+    keys = np.column_stack([samples[:, 0], np.arange(len(samples))])
     bad = len(reading.broken) + len(reading.without_captions)  # a sample is in at most one of the two lists
     fraction = bad / len(samples) if len(samples) else 1.0
 
@@ -220,16 +219,14 @@ def build_report(
         "duplicate_captions": _duplicates(captions[:, :2], config.show, text),
         "nested_captions": reading.counts["samples", "nested"],
         "unused_fields": reading.of("unused field"),
-        "duplicate_keys": _duplicates(
-            np.column_stack([samples[:, 0], np.arange(len(samples))]), config.show, lambda number, _: source.key(number)
-        ),
+        "duplicate_keys": _duplicates(keys, config.show, lambda number, _: source.key(number)),
         "images": _images(reading, samples[samples[:, 2] > 0]),
-        "broken_shards": [{"shard": name, "reason": reason} for name, reason in broken_shards.items()],
+        "broken_shards": [{"shard": name, "reason": reason} for name, reason in broken.items()],
         "broken": sorted(reading.broken, key=lambda one: one["reason"].startswith(NO_IMAGE)),  # missing images last
         "without_captions": reading.without_captions,
         "broken_share": fraction,
         "max_broken": config.max_broken,
-        "fit_for_training": not broken_shards and fraction <= config.max_broken,
+        "fit_for_training": not broken and fraction <= config.max_broken,
     }
 
 
@@ -313,11 +310,7 @@ def as_text(report: dict[str, Any], show: int) -> Iterator[str]:
         (len(report["broken"]), "broken samples", report["broken"]),
         (len(report["without_captions"]), "samples without a caption", report["without_captions"]),
         (report["empty_captions"], "empty captions", []),
-        (
-            texts["values"],
-            f"texts are captions of several samples, {texts['samples']:,} in all",
-            texts["most_frequent"],
-        ),
+        (texts["values"], f"texts are those of several samples, {texts['samples']:,} in all", texts["most_frequent"]),
         (keys["values"], f"keys are those of several samples, {keys['samples']:,} in all", keys["most_frequent"]),
         (images["exact_copies"], "images are exact copies of others", []),
         (images["transparent"], f"images are transparent: {white}", []),

@@ -7,16 +7,18 @@ table     JSON: names, stamps, samples, starts of the chunks, sizes of the texts
 ```
 
 The last two columns are start and size of the sample's text. One descriptor and no map serve any number of shards.
+Chunks of new shards and another table are appended, and then the head names that table: what was there stays in place.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -39,6 +41,11 @@ class Table:
     starts: list[int] = field(default_factory=list)  # byte of the shard's chunk
     text_bytes: list[int] = field(default_factory=list)
 
+    def add(self, *entry: Any) -> None:
+        """Add a shard."""
+        for values, value in zip(vars(self).values(), entry, strict=True):
+            values.append(value)
+
 
 @dataclass(frozen=True)
 class ShardRows:
@@ -50,11 +57,15 @@ class ShardRows:
     text: bytes
 
 
-def write_index(path: Path, shards: Iterator[ShardRows], columns: int) -> BaseException | None:
-    """Write an index, reading ``shards`` once; returns the error that ended them after the first one."""
-    table, failure = Table(), None
-    with open(path, "wb") as file:
-        file.write(b" " * HEAD_BYTES)
+Shards: TypeAlias = Iterator[ShardRows | int]  # rows, or the number of an unchanged shard in the index before
+
+
+def write_index(path: Path, shards: Shards, columns: int, old: IndexFile | None) -> BaseException | None:
+    """Write an index, reading ``shards`` once; returns the error that ended them after the first one.
+    ``old``: what numbers among them are of; extended if ``path`` is its own."""
+    table, failure, own = Table(), None, old if old and old.path == path else None
+    with open(path, "r+b" if own else "wb") as file:
+        file.seek(own.end if own else HEAD_BYTES)
         while True:
             try:
                 shard = next(shards, None)
@@ -64,14 +75,17 @@ def write_index(path: Path, shards: Iterator[ShardRows], columns: int) -> BaseEx
                 shard, failure = None, error
             if shard is None:
                 break
-            table.names.append(shard.name)
-            table.stamps.append(shard.stamp)
-            table.samples.append(len(shard.rows))
-            table.starts.append(file.tell())
-            table.text_bytes.append(len(shard.text))
-            file.write(shard.rows.astype("<i8").tobytes() + shard.text)
+            if own and isinstance(shard, int):
+                table.add(*(values[shard] for values in vars(own.table).values()))
+                continue
+            rows = old.shard(shard) if old and isinstance(shard, int) else shard
+            assert isinstance(rows, ShardRows)
+            table.add(rows.name, rows.stamp, len(rows.rows), file.tell(), len(rows.text))
+            file.write(rows.rows.astype("<i8").tobytes() + rows.text)
         start, text = file.tell(), canonical_json(asdict(table)).encode()
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
         head = {**FORMAT, "columns": columns, "table": [start, len(text)], "sha256": sha256_text(text.decode())}
         file.seek(0)
         file.write(canonical_json(head).encode().ljust(HEAD_BYTES - 1) + b"\n")
@@ -93,6 +107,7 @@ class IndexFile:
             if sha256_text(text) != head["sha256"]:
                 raise ValueError("its table has another SHA-256")
             self.columns: int = head["columns"]
+            self.end = start + size  # byte after the table
             self.table = Table(**json.loads(text))
             self.table.stamps = [(size, time) for size, time in self.table.stamps]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -100,6 +115,11 @@ class IndexFile:
 
     def __reduce__(self) -> tuple[type[IndexFile], tuple[Path]]:
         return IndexFile, (self.path,)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether less than half of the file is what its table names."""
+        return 2 * (8 * self.columns * sum(self.table.samples) + sum(self.table.text_bytes)) < self.end
 
     def row(self, shard: int, number: int) -> tuple[list[int], bytes]:
         """The columns of a sample of a shard, and its text. Raises ValueError for values that no file can have."""
@@ -128,21 +148,25 @@ def open_index(
     columns: int,
     *,
     is_current: Callable[[Table], bool],
-    build: Callable[[IndexFile | None], Iterator[ShardRows]],
+    build: Callable[[IndexFile | None], Shards],
     doing: str,
 ) -> IndexFile:
     """The index ``name`` of a folder, built by one of the processes that open it if it is not current.
-    build: the shards of a new index, given the one that is there."""
+    build: the shards of a new index, given the one that is there, which is extended unless no lock protects it or most
+    of it is of shards that are gone."""
     for index in _readable(folder, name, columns):
         if is_current(index.table):
             return index
-    with folder.lock(doing):
+    with folder.lock(doing) as locked_folder:
         found = _readable(folder, name, columns, warn=True)
         for index in found:
             if is_current(index.table):
                 return index  # another process has built it
         old, failures = found[0] if found else None, []
-        written = folder.write(name, lambda path: failures.append(write_index(path, build(old), columns)))
+        if old and old.path.parent == locked_folder and not old.is_sparse and os.access(old.path, os.W_OK):
+            failures, written = [write_index(old.path, build(old), columns, old)], old.path
+        else:
+            written = folder.write(name, lambda path: failures.append(write_index(path, build(old), columns, old)))
         if failures[-1]:  # what was read before stays for the next start
             raise failures[-1]
         return IndexFile(written)

@@ -250,9 +250,7 @@ class EvalPairs:
         plan = plan_evaluation(self.batch, workers, self.images.size, 0 if self.cache is None else self.cache.width)
         loader = DataLoader(
             CollatedDataset(self._read, self._collate),
-            batch_sampler=[
-                rows[at : at + plan.part] for rows in self._batches for at in range(0, len(rows), plan.part)
-            ],
+            batch_sampler=[rows[i : i + plan.part] for rows in self._batches for i in range(0, len(rows), plan.part)],
             num_workers=workers,
             collate_fn=as_it_is,
             prefetch_factor=plan.prefetch if workers else None,

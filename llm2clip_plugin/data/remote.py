@@ -385,9 +385,9 @@ class SideFolder:
         return spare
 
     @contextmanager
-    def lock(self, doing: str) -> Iterator[None]:
+    def lock(self, doing: str) -> Iterator[Path | None]:
         """Hold the folder's lock, so that one process does ``doing`` and the others find it done.
-        Without a folder that can be written, or a file system with locks, nobody waits."""
+        Without a folder that can be written, or a file system with locks, nobody waits. Yields the lock's folder."""
         from filelock import FileLock, Timeout
 
         for path in self.paths("lock"):
@@ -402,11 +402,11 @@ class SideFolder:
             except (OSError, NotImplementedError):
                 continue
             try:
-                yield
+                yield path.parent
             finally:
                 lock.release()
             return
-        yield
+        yield None
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The entries of a JSON file in both places; {} for a damaged one."""

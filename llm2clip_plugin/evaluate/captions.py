@@ -24,8 +24,8 @@ from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.commands import print_table, write_scores
 from llm2clip_plugin.evaluate.config import EVALUATE_CAPTIONS, CaptionSetConfig, EvaluateCaptionsConfig
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
-from llm2clip_plugin.options import command
-from llm2clip_plugin.text.config import ATTENTIONS, POOLINGS, EncoderConfig, find_card
+from llm2clip_plugin.options import changed_options, command
+from llm2clip_plugin.text.config import ATTENTIONS, IDENTITY_SETTINGS, POOLINGS, EncoderConfig, find_card
 from llm2clip_plugin.text.encoder import CPU_TOKENS, POST_FILE, CaptionEncoder, Post, first_captions, remove_components
 from llm2clip_plugin.text.llm import length_batches, pool
 
@@ -248,11 +248,9 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
         rows[way] = {name: f"{value:.3f}" for name, value in {"score": one.score, **one.rows}.items()}
     title = "attention, pooling, layer, components removed, template"
     print_table(title, rows, f"best of {len(readings)}, chosen on these captions; measure it on others:")
-    words = ["--llm", config.encoder.llm, *(["--adapter", config.encoder.adapter] if config.encoder.adapter else [])]
+    words = changed_options(config.encoder, ("llm", "revision", "adapter", "load_in_4bit"))
     if find_card(config.encoder.adapter or config.encoder.llm) is None:
-        for name in ("attention", "pooling", "layer", "chat_template"):
-            if (value := vars(best.way)[name]) != vars(EncoderConfig())[name]:
-                words += [f"--{name.replace('_', '-')}", str(value)]
+        words += changed_options(best.way, IDENTITY_SETTINGS)
     if best.post is not None:
         words += ["--post-file", str(Path(folder or "FOLDER") / POST_FILE)]
     print(command("embed", "DATA", *words))

@@ -86,7 +86,7 @@ class EvaluateCaptionsConfig:
 
 EVALUATE_CAPTIONS = Command(
     name="evaluate captions",
-    example="llm2clip evaluate captions /data/flickr30k --llm meta-llama/Llama-3.2-1B --adapter runs/llm/adapter",
+    example="llm2clip evaluate captions /data/coco --llm meta-llama/Llama-3.2-1B --retrieve short:short",
     about="Measure the caption retrieval accuracy of an LLM, fine-tuned or not: one caption of an image retrieves "
     "another, within and across languages. Images are not read.",
     settings=EvaluateCaptionsConfig,

@@ -98,9 +98,8 @@ def cache_plan(config: EmbedConfig) -> str:
     settings = llm_config(config.encoder)
     clip = hasattr(settings, "vision_config") and hasattr(settings, "projection_dim")
     if not clip:  # refuse what the run would
-        effective(
-            config.encoder, Path(config.encoder.llm), Path(adapter) if (adapter := config.encoder.adapter) else None
-        )
+        adapter = Path(config.encoder.adapter) if config.encoder.adapter else None
+        effective(config.encoder, Path(config.encoder.llm), adapter)
     width = int(settings.projection_dim if clip else settings.get_text_config().hidden_size)
     samples, key_bytes = len(source), 9  # as img2dataset's keys
     sizes = {dtype: shard_bytes(samples, rows, width, dtype, key_bytes=key_bytes) for dtype in CACHE_DTYPES}

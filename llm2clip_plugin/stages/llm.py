@@ -137,10 +137,8 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[int, d
     if config.start_adapters and (config.encoder.adapter or config.encoder.load_in_4bit or config.lora.dora):
         raise ValueError("start_adapters exclude --adapter, --load-in-4bit and --lora-dora")
     if config.train.precision != "fp32" and config.encoder.compute_dtype == "float32":
-        raise ValueError(
-            f"train.precision {config.train.precision} would convert the LLM's float32 weights; leave precision (the "
-            "adapter's) at fp32, and set --compute-dtype"
-        )
+        told = f"train.precision {config.train.precision} would convert the LLM's float32 weights"
+        raise ValueError(f"{told}; leave precision (the adapter's) at fp32, and set --compute-dtype")
     return total_steps, deepspeed
 
 
@@ -167,22 +165,23 @@ class Data:
 
 
 def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> None:
-    """Print how many of a survey's queries will be truncated to max_tokens, on rank 0.
+    """Print how many of a survey's queries and positives will be truncated to max_tokens, on rank 0.
 
-    Raises ValueError if there are any, unless ``cut_queries``: a query's end is its caption, which would be lost.
+    Raises ValueError for queries, unless ``cut_queries``: a query's end is its caption, which would be lost.
     """
     limit = encoder.config.max_tokens
     tokenizer = PairTokenizer(encoder.tokenizer, dataclasses.replace(encoder.config, max_tokens=sys.maxsize))
-    queries = tokenizer(result.pairs)["query"]
-    long = [(len(ids), pair.key) for ids, pair in zip(queries, result.pairs, strict=True) if len(ids) > limit]
-    if not long:
-        return
-    counted = f"{result.path}: {len(long)} of the first {len(queries)} queries are longer than max_tokens {limit}"
-    if not cut_queries:
-        length, key = max(long)
-        raise ValueError(f"{counted}, the longest {length} (sample {key!r}); raise --max-tokens, or set --cut-queries")
-    if rank() == 0:
-        print(f"{counted} and are truncated")
+    tokens = tokenizer(result.pairs)
+    for side, plural in (("query", "queries"), ("positive", "positives")):
+        long = [(len(ids), pair.key) for ids, pair in zip(tokens[side], result.pairs, strict=True) if len(ids) > limit]
+        told = (
+            f"{result.path}: {len(long)} of the first {len(result.pairs)} {plural} are longer than max_tokens {limit}"
+        )
+        if long and side == "query" and not cut_queries:
+            length, key = max(long)
+            raise ValueError(f"{told}, the longest {length} (sample {key!r}); raise --max-tokens, or set --cut-queries")
+        if long and rank() == 0:
+            print(f"{told} and are truncated")
 
 
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:
@@ -323,11 +322,9 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, tokens: int) -> float:
         enable_gradient_checkpointing(shape.llm)
 
     def make_inputs() -> list[Tensor]:
-        tensors: list[Tensor] = []
-        for group in equal_parts(range(TEXTS), config.contrast.length_groups):
-            ids = torch.zeros(len(group), tokens, dtype=torch.int64)
-            tensors += [ids, ids, ids, ids.bool()]  # ids, attention mask, positions, pooling mask
-        return tensors
+        parts = equal_parts(range(TEXTS), config.contrast.length_groups)
+        ids = (torch.zeros(len(part), tokens, dtype=torch.int64) for part in parts)
+        return [x for one in ids for x in (one, one, one, one.bool())]  # ids, attention mask, positions, pooling mask
 
     return activation_bytes(module, make_inputs, lambda *inputs: module(*inputs)[0].sum())
 

@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,10 @@ from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
 from llm2clip_plugin.stages.settings import RUN, PipelineConfig
+from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.encoder import adapter_sha256, fetch_directory
+from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.train.distributed import gpu_precision
 
 SURVEYED = 1000  # samples that are read
@@ -44,7 +49,7 @@ RECORD = "pipeline.json"  # in the output: stage -> its words and seconds, of th
 def main(argv: list[str]) -> int:
     """Run what is not complete yet; the exit status of the stage that failed, 128 + N after signal N, else 0."""
     config = RUN.parse(argv)
-    check_questions(config)
+    check_given(config)
     source, out = open_source(config), Path(config.output)
     pairs, why_not = survey(source)
     stages = plan(config, source, pairs)
@@ -53,8 +58,7 @@ def main(argv: list[str]) -> int:
     if why_not and config.stage1 and not config.adapter:
         print(f"note: stage 1 is left out: {why_not}")
     for number, stage in enumerate(stages, 1):
-        state = "complete" if stage.name in record else ""
-        print(f"{number:3} {state:>8}  {stage.name}: {shlex.join(stage.words)}")
+        print(f"{number:3} {'complete' * (stage.name in record):>8}  {stage.name}: {shlex.join(stage.words)}")
     todo = [stage for stage in stages if stage.name not in record]
     print(f"{len(todo)} of {len(stages)} stages to run")
     if config.dry_run:
@@ -75,8 +79,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def check_questions(config: PipelineConfig) -> None:
-    """Raise ValueError for what would stop LLaVA's stages, hours later."""
+def check_given(config: PipelineConfig) -> None:
+    """Raise FileNotFoundError or ValueError for what would stop a stage, hours later."""
+    llm_config(EncoderConfig(llm=config.llm))
+    if config.adapter:
+        adapter_sha256(fetch_directory(config.adapter))
     if not config.questions:
         return
     from llava_integration.benchmarks.rules import benchmark
@@ -134,13 +141,15 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
 
     def add(name: str, *words: object, result: Path, program: object = "llm2clip") -> None:
         ranks = config.num_gpus if words[0] in ON_ALL_GPUS else 1
+        if words[0] == "train-tower":
+            TRAIN_TOWER.parse([*map(str, words[1:])]).validate()  # --tower-options, before hours of work
         stages.append(Stage(name=name, words=tuple(map(str, (program, *words))), result=result, ranks=ranks))
 
+    if imported:
+        add("import the tower", "import", config.tower, "--output", start, result=Path(start))
     add("check the data", "data", "check", *given, result=Path())  # it writes nothing
     split = ["--output", out / "data", "--validation", f"{config.validation:g}", *changed_options(config, ("by",))]
     add("hold out validation", "data", "split", *given, *split, result=out / "data" / "split.json")
-    if imported:
-        add("import the tower", "import", config.tower, "--output", start, result=Path(start))
     if tunes:
         steps = max(1, train * (1 if train > 100 * batch else 4) // batch)
         words = ["--pair-kinds", pairs, *batches, "--max-steps", steps, "--warmup-steps", min(300, steps // 10)]
@@ -238,7 +247,6 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
     """Queries drawn from all validation captions, the same ones at every call: text and picture (a data URI), and by
     side the place of the right picture, and the first ones that are found, each with whether it is right."""
     first = pairs[BEFORE]
-    number = {source.key(place): place for place in range(len(source))}
     chosen = sorted(random.Random(0).sample(range(len(first.captions)), min(QUERIES, len(first.captions))))
     orders: dict[str, Any] = {}  # side -> (Q, N): the images for each of these captions, the most similar first
     for side, each in pairs.items():
@@ -246,10 +254,8 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
         orders[side] = (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)
 
     def picture(image: int) -> str | None:
-        try:
-            return thumbnail(source[number[first.keys[image]]].read_image())
-        except BrokenSample:
-            return None
+        with suppress(BrokenSample):
+            return thumbnail(source[first.numbers[image]].read_image())
 
     queries = []
     for row, caption in enumerate(chosen):

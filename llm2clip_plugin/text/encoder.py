@@ -31,13 +31,7 @@ from llm2clip_plugin.contracts import (
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.text import llm as llms
-from llm2clip_plugin.text.config import (
-    ALL_LINEAR,
-    IDENTITY_SETTINGS,
-    EncoderConfig,
-    LoraSettings,
-    effective,
-)
+from llm2clip_plugin.text.config import ALL_LINEAR, IDENTITY_SETTINGS, EncoderConfig, LoraSettings, effective
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.train.model import compile_blocks
 from llm2clip_plugin.vision.directory import fetch_directory, read_json

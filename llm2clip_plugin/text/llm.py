@@ -21,7 +21,8 @@ from llm2clip_plugin.text.config import CAPTION, EncoderConfig
 from llm2clip_plugin.train.distributed import gpu_precision
 
 PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # its token ids identify a tokenizer
-TEMPLATE_DATE = "26 Jul 2024"  # Llama 3's template contains the date; an embedding must not depend on the day
+DAY = "26 Jul 2024"  # of templates that contain the date, as Llama 3's; an embedding must not depend on the day
+TODAY = f"{{% macro strftime_now(form) %}}{DAY}{{% endmacro %}}"  # in place of transformers' function
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def literal_template(tokenizer, chat_template: str) -> str:
     if not tokenizer.chat_template:
         raise ValueError(f"{tokenizer.name_or_path} has no chat template; set one: '<|user|>{CAPTION}<|end|>'")
     turn = [{"role": "user", "content": CAPTION}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, date_string=TEMPLATE_DATE)
+    own = TODAY + tokenizer.get_chat_template()
+    text = tokenizer.apply_chat_template(turn, chat_template=own, tokenize=False, date_string=DAY)
     if text.count(CAPTION) != 1:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} changes or repeats the user's text: {text!r}")
     return text
@@ -65,7 +67,7 @@ def build_frame(tokenizer, template: str, prompt: str) -> Frame:
 
     Without a template these are the tokenizer's special tokens. A template replaces the special tokens at the end, and
     keeps those at the beginning unless it starts with them itself. Spaces at the end of the prompt are tokenized with
-    the caption, as in running text.
+    the caption, as in running text: without the one that a SentencePiece tokenizer puts before every text itself.
     """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -75,8 +77,9 @@ def build_frame(tokenizer, template: str, prompt: str) -> Frame:
     if template and begin and before.startswith(tokenizer.decode(begin)):
         begin = []  # the template contains them
     text = before + prompt
-    lead = text[len(text.rstrip(" ")) :]
-    head = begin + tokenizer(text[: len(text) - len(lead)], add_special_tokens=False)["input_ids"]
+    adds_space = tokenizer(text + "a", add_special_tokens=False)["input_ids"][-len(plain) :] == plain
+    lead = text[len(text.rstrip(" ")) + adds_space :]
+    head = begin + tokenizer(text.rstrip(" "), add_special_tokens=False)["input_ids"]
     tail = tokenizer(after, add_special_tokens=False)["input_ids"] if template else end
     has_bos = bool(head) and head[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     return Frame(tuple(head), tuple(tail), lead, has_bos)
@@ -111,11 +114,10 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
     Then a lack of memory shows at once, and the estimate of the time left is not too low.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    start = 0
-    while start < len(order):
-        count = max(1, tokens_per_batch // max(1, lengths[order[start]]))
-        yield order[start : start + count]
-        start += count
+    while order:
+        count = max(1, tokens_per_batch // max(1, lengths[order[0]]))
+        yield order[:count]
+        del order[:count]
 
 
 # The LLM, and its pooling.

@@ -421,7 +421,7 @@ def pair_loss(
     ids_kb, excluded_bN = stack_ids(caption_hashes, image_ids), None
     if ids_kb is not None:
         ids_kN = gather_rows(ids_kb.T.contiguous()).T
-        excluded_bN = (ids_kb[:, :, None] == ids_kN[:, None, :]).any(0)
+        excluded_bN = (ids_kb[:, None, :, None] == ids_kN[:, None]).flatten(0, 1).any(0)
         excluded_bN.diagonal(first)[:b].fill_(False)
         there_bM = there_bM.masked_fill(excluded_bN, EXCLUDED)
     if len(negative_nW):

@@ -107,9 +107,8 @@ def verify(path: Path, *, moments: bool = True) -> None:
     with ThreadPoolExecutor() as pool:
         for name, digest in zip(names, pool.map(lambda name: sha256_file(path / name), names), strict=True):
             if digest != files[name]:
-                raise ContractError(
-                    f"{path / name} is damaged: SHA-256 {digest[:12]}..., {TrainState.FILE} says {files[name][:12]}..."
-                )
+                expected = f"{TrainState.FILE} says {files[name][:12]}..."
+                raise ContractError(f"{path / name} is damaged: SHA-256 {digest[:12]}..., {expected}")
 
 
 def load(path: Path, *, moments: bool = True) -> Loaded:
@@ -223,9 +222,7 @@ class Checkpoints:
             return path
         if found := Checkpoints(path, keep=0)._newest_intact(moments):
             return found
-        raise FileNotFoundError(
-            f"{option} {resume}: no checkpoint found (no {TrainState.FILE}); this run has {self.names()}"
-        )
+        raise FileNotFoundError(f"{option} {resume}: no checkpoint found (no {TrainState.FILE}) among {self.names()}")
 
     def _newest_intact(self, moments: bool) -> Path | None:
         """The newest checkpoint that is verified, with a warning if a newer one is damaged; None if there is none."""
@@ -240,9 +237,7 @@ class Checkpoints:
                 print(f"warning: {'; '.join(damaged)}\nwarning: falling back to {path}", file=sys.stderr)
             return path
         if damaged:
-            raise ContractError(
-                f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}; choose another --output"
-            )
+            raise ContractError(f"no intact checkpoint in {self.folder}: {'; '.join(damaged)}; choose another --output")
         return None
 
     def move_aside(self, resumed: Path | None) -> str:

@@ -176,9 +176,7 @@ class TrainConfig:
             return local, micro, local // micro
         shares = f"{world} ranks" + (f" x train.micro_batch {micro}" if self.micro_batch else "")
         fits = max(unit, self.global_batch // unit * unit)
-        raise ValueError(
-            f"train.global_batch {self.global_batch} is not a multiple of {shares}; try --global-batch {fits}"
-        )
+        raise ValueError(f"global_batch {self.global_batch} is not a multiple of {shares}; try --global-batch {fits}")
 
     @property
     def has_steps(self) -> bool:

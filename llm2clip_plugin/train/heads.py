@@ -113,9 +113,8 @@ def fit_heads(
     curve, done = on_first_rank(fit)  # the others wait in no collective, whose timeout a long fit would exceed
     if done < config.steps:
         saved = f"saved in {unfinished}" if unfinished else "not saved"
-        raise StoppedError(
-            f"stopped at step {done} of {config.steps} of the heads' fit, {saved}; rerun the same command to resume"
-        )
+        stopped = f"stopped at step {done} of {config.steps} of the heads' fit, {saved}"
+        raise StoppedError(f"{stopped}; rerun the same command to resume")
     for _, parameter in head_parameters(model):
         if world_size() > 1:
             dist.broadcast(parameter.data, src=0)
@@ -188,10 +187,8 @@ def frozen_features(
         log.warning("fitting the heads without %d broken samples, the first: %s", len(left_out), left_out[0])
     merged = {place: columns for part, _ in parts for place, columns in part.items()}
     columns = zip(*(merged[place] for place in sorted(merged)), strict=True)
-    pooled, embedding, ids, counts, shares = (torch.cat(column) for column in columns)
-    return FrozenFeatures(
-        pooled_IP=pooled, embedding_MW=embedding, caption_hashes_M=ids, count_I=counts, share_M=shares
-    )
+    pooled, embedding, ids, counts, share = (torch.cat(column) for column in columns)
+    return FrozenFeatures(pooled_IP=pooled, embedding_MW=embedding, caption_hashes_M=ids, count_I=counts, share_M=share)
 
 
 def _encode(
@@ -311,13 +308,11 @@ def image_batches(model: DualEncoder, features: FrozenFeatures, size: int, seed:
         )
 
 
-def caption_batches(
-    model: DualEncoder, dataset: PairDataset, size: int, workers: int, start: int
-) -> Iterator[Features]:
+def caption_batches(model: DualEncoder, pairs: PairDataset, size: int, workers: int, start: int) -> Iterator[Features]:
     """Outputs of the text adapter, from batch ``start`` on: captions with CLIP's text features of them as the
     reference, in the order of a training's samples."""
     device = model.logit_scale.device
-    for batch in PairLoader(dataset, local_batch=size, workers=workers, position=start * size):
+    for batch in PairLoader(pairs, local_batch=size, workers=workers, position=start * size):
         target_BD = F.normalize(batch["targets"].to(device).float(), dim=-1)
         yield Features(
             anchor_bD=model.encode_text(batch["embeddings"].to(device)),

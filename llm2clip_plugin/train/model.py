@@ -68,9 +68,8 @@ def shape_dual(tower: TowerConfig, dual: DualConfig) -> DualEncoder:
     if not source:
         raise ValueError("no tower to plan for: set --tower, or set --architecture to a known architecture")
     with torch.device("meta"):
-        return _trainable(
-            DualEncoder(new_tower(source, image_size=tower.image_size or None, device="meta"), dual), tower
-        )
+        model = new_tower(source, image_size=tower.image_size or None, device="meta")
+        return _trainable(DualEncoder(model, dual), tower)
 
 
 def _trainable(model: DualEncoder, tower: TowerConfig) -> DualEncoder:

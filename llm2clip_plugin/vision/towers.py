@@ -81,9 +81,8 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
         for path in sorted(directory.glob("pytorch_model*.bin")):
             read_tensors(path)  # refuses a pickle that runs code, or is not safe to read
     check_hash(directory, WEIGHTS_FILE)
-    read = functools.partial(
-        family.vision_class().from_pretrained, directory, torch_dtype=dtype, output_loading_info=True
-    )
+    from_pretrained = family.vision_class().from_pretrained
+    read = functools.partial(from_pretrained, directory, torch_dtype=dtype, output_loading_info=True)
     with errors_about(f"the tower in {directory}", fix="copy or export it again"), quiet_transformers():
         try:
             tower, info = read()

@@ -275,9 +275,7 @@ ARGUMENTS = (
 )
 
 
-def make_timm(
-    name: str, image_size: int | None, *, pretrained: bool, arguments: Mapping[str, Any] | None = None
-) -> Any:
+def make_timm(name: str, size: int | None, *, pretrained: bool, arguments: Mapping[str, Any] | None = None) -> Any:
     """The timm model without its classifier; ValueError for an unknown name, with similar ones, or argument."""
     try:
         import timm
@@ -288,7 +286,7 @@ def make_timm(
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise ValueError(f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}")
-    settings: dict[str, Any] = dict(arguments or {}) | ({} if image_size is None else {"img_size": image_size})
+    settings: dict[str, Any] = dict(arguments or {}) | ({} if size is None else {"img_size": size})
     if unknown := sorted(set(settings) - {*ARGUMENTS, "img_size"}):
         raise ValueError(f"timm_args: {unknown[0]!r} cannot be set here; known: {', '.join(ARGUMENTS)}")
     try:

@@ -11,10 +11,12 @@ from golden_mllm import MODELS, ROOT, answers, expected
 from llava_integration.benchmarks import bench
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.bench import score_answers
+from llava_integration.checkpoints import sample_sha256
 from llava_integration.compare.command import main
 from llava_integration.compare.comparison import load_side
 from llava_integration.compare.readers import read_logs
-from llava_integration.compare.readers.lm_eval import cider, tokens
+from llava_integration.compare.readers.lm_eval import ALONE, cider, tokens
+from llm2clip_plugin.contracts import write_text
 from llm2clip_plugin.files import ContractError
 
 LOGS = Path(__file__).parent / "logs"  # of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks
@@ -50,13 +52,13 @@ def test_parts_of_pope_and_splits_of_mmbench_are_not_runs_of_one_benchmark(tmp_p
     """lmms-eval's pope_adv and pope_pop have the same document ids; nobody has the answers of mmbench_cn_test."""
     said = {"prediction": "yes", "ground_truth": "yes", "score": 1.0}
     asked = {"index": 0, "prediction": "A", "answer": "A", "category": "", "A": "x", "B": "y"}
-    values = {"pope_adv": said, "pope_pop": said, "mmbench_cn_dev": asked, "mmbench_cn_test": asked | {"answer": "nan"}}
-    for task, logged in values.items():
-        line = {"doc_id": 0, "pope_f1_score" if task.startswith("pope") else "submission": logged}
+    tasks = {"pope_adv": said, "pope_pop": said, "mmbench_cn_dev": asked, "mmbench_cn_test": asked | {"answer": "nan"}}
+    for task, logged in tasks.items():
+        line = {"doc_id": 0, "pope_f1_score" if logged is said else "submission": logged}
         (tmp_path / f"20250101_000000_samples_{task}.jsonl").write_text(json.dumps(line))
     side = load_side(tmp_path)
-    assert [value(side, name) for name in ("pope_adv F1", "pope_pop F1", "mmbench_cn")] == [100.0] * 3
-    assert len(side.runs) == 3 and "mmbench_cn_test" in side.notes[0]
+    assert {one: value(side, one) for one in side.runs} == {"mmbench_cn": 100, "pope_adv F1": 100, "pope_pop F1": 100}
+    assert "mmbench_cn_test" in side.notes[0]
 
 
 EXACT = ("gqa", "textvqa_val", "scienceqa_img", "vqav2_val")
@@ -97,13 +99,18 @@ def test_older_lmms_evals(version):
 
 def test_bench_mllm_does_not_run_a_task_again(tmp_path):
     """A log that is there is read as `compare` reads it."""
-    options = ["--model-path", "org/llava", "--output", str(tmp_path), "--engine", "lmms-eval", "--tasks", "gqa"]
-    folder = tmp_path / "lmms_eval" / "gqa"
+    model, folder, record = tmp_path / "llava", tmp_path / "lmms_eval" / "gqa", tmp_path / "logs" / "gqa.model"
+    options = ["--model-path", str(model), "--output", str(tmp_path), "--engine", "lmms-eval", "--tasks", "gqa"]
     (log,) = (ROOT / "lmms_eval" / "synthetic__model-b").glob("*_gqa.jsonl")
     folder.mkdir(parents=True)
     (folder / log.name).write_bytes(log.read_bytes())
     outcome = bench.run_lmms_eval("gqa", bench.COMMAND.parse(options))
     assert (outcome.status, outcome.value) == ("scored", pytest.approx(76.875)), outcome.detail
+    write_text(model / "model.safetensors", "weights")
+    write_text(record, f"{model} {sample_sha256(model)}")
+    write_text(model / "model.safetensors", "of another training in this folder")
+    with pytest.raises(ContractError, match="--overwrite"):
+        bench.run_lmms_eval("gqa", bench.COMMAND.parse(options))
     with pytest.raises(ValueError, match="llm2clip compare"):
         read_answers(log)
 
@@ -149,21 +156,15 @@ def test_inspect_ai(ending):
     assert len(run.ids) == 6 and run.clusters[0] == "im0"
 
 
+MEANS = """cv_bench cv_bench_acc, mmvp mmvp_pair_accuracy, blink blink_acc, realworldqa exact_match, mmstar average,
+    chartqa relaxed_overall, docvqa_val anls, mmmu_val mmmu_acc, coco2017_cap_val coco_CIDEr""".split(",")
 TODAY = {  # benchmark: (lmms-eval's task, its metric, filter; its unit in ours)
-    "cv_bench cv_bench_acc": ("cv_bench", "cv_bench_acc,none", 100),
-    "mmvp mmvp_pair_accuracy": ("mmvp", "mmvp_pair_accuracy,none", 100),
-    "blink blink_acc": ("blink", "blink_acc,none", 100),
-    "realworldqa exact_match": ("realworldqa", "exact_match,none", 100),
-    "mmstar average": ("mmstar", "average,none", 100),
-    "chartqa relaxed_overall": ("chartqa", "relaxed_overall,none", 100),
-    "docvqa_val anls": ("docvqa_val", "anls,none", 100),
+    **{name.strip(): (name.split()[0], f"{name.split()[1]},none", 100) for name in MEANS},
     "ai2d exact_match": ("ai2d", "exact_match,flexible-extract", 100),
-    "mmmu_val mmmu_acc": ("mmmu_val", "mmmu_acc,none", 100),
     "mme": ("mme", "mme_perception_score,none", 1),
     "MME cognition": ("mme", "mme_cognition_score,none", 1),
     "pope": ("pope", "pope_f1_score,none", 100),
     "mmbench": ("mmbench_en_dev_static", "gpt_eval_score,none", 1),
-    "coco2017_cap_val coco_CIDEr": ("coco2017_cap_val", "coco_CIDEr,none", 100),
 }
 
 
@@ -209,7 +210,7 @@ def test_vlmevalkits_own_tables():
         with (LOGS / "vlmevalkit" / "toy" / table).open() as file:
             printed = float(next(csv.DictReader(file))[column])
         assert value(side, benchmark) == pytest.approx(printed * 100 if benchmark in SHARES else printed), benchmark
-        assert not side.runs[benchmark][0].notes
+        assert side.runs[benchmark][0].notes == ([] if table.endswith("_score.csv") else [ALONE])
 
 
 CAPTIONS = {  # as Stanford's PTBTokenizer and pycocoevalcap make of it

@@ -2,6 +2,7 @@ import gzip
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_world import jpeg, write_shards, write_tar
@@ -100,6 +101,23 @@ def test_only_new_and_changed_tars_are_read_again(tmp_path: Path, indexed: list[
     third = open_source(SourceConfig(path=str(tmp_path)))
     assert indexed == ["00001.tar", "00002.tar"]
     assert [third.key(number) for number in range(6)] == [f"{number:09d}" for number in range(5)] + ["new"]
+
+
+def test_a_new_tar_is_appended_to_the_index(tmp_path: Path) -> None:
+    """What was indexed stays where it is, and is dropped once most of the index was replaced."""
+    write_shards(tmp_path, [40, 40])
+    first: Any = open_source(SourceConfig(path=str(tmp_path)))
+    (index,), end = (tmp_path / ".llm2clip").glob("shards-*.index"), first._index.end
+    before, most = index.read_bytes()[256:end], 0
+    write_tar(tmp_path / "00000-a.tar", [("new.jpg", jpeg(9))])
+    second = open_source(SourceConfig(path=str(tmp_path)))
+    assert index.read_bytes()[256:end] == before and first.record(79) == second.record(80)
+    for time in range(1, 9):
+        for tar in tmp_path.glob("*.tar"):
+            os.utime(tar, ns=(time, time))
+        assert open_source(SourceConfig(path=str(tmp_path))).record(80) == first.record(79)
+        most = max(most, index.stat().st_size)
+    assert end < most < 4 * end
 
 
 def test_many_tars_are_indexed_by_processes_and_errors_come_in_order(tmp_path: Path) -> None:

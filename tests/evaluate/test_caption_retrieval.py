@@ -131,7 +131,7 @@ def test_removed_components_are_the_largest_of_the_fit() -> None:
 def test_the_printed_command_embeds_so_and_the_fingerprint_knows(folder: Path, tmp_path: Path, capsys) -> None:
     words = ["evaluate", "captions", str(folder / "validation.jsonl"), "--llm", str(folder / "llm"), "--search"]
     words += ["--fit-on", str(folder / "train.jsonl"), "--folder", str(tmp_path / "found")]
-    assert main([*words, "--compute-dtype", "float32", "--components", "2", "--templates", ""]) == 0
+    assert main([*words, "--no-include-bos", "--compute-dtype", "float32", "--components", "2", "--templates", ""]) == 0
     said = capsys.readouterr().out.splitlines()
     title = next(place for place, line in enumerate(said) if line.startswith("attention, pooling, layer"))
     attention, pooling, layer = said[title + 2].split(", ")[:3]
@@ -143,6 +143,6 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(folder: Path, t
     assert main([*embed, "--cache", str(tmp_path / "cache"), "--compute-dtype", "float32"]) == 0
     teacher = CacheManifest.read(tmp_path / "cache" / CacheManifest.FILE).teacher
     assert (teacher["layer"], teacher["attention"], teacher["pooling"]) == (int(layer), attention, pooling)
-    assert len(teacher["post"]) == 64
+    assert len(teacher["post"]) == 64 and not teacher["include_bos"]
     plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu").identity()
     assert dataclasses.replace(plain, post=teacher["post"]).fingerprint != plain.fingerprint

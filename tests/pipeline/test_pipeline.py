@@ -16,7 +16,7 @@ from tiny_llm import save_tiny_llm
 from llm2clip_plugin.console import attend
 from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.doctor import check_accelerator
-from llm2clip_plugin.stages.pipeline import Stage, complete, plan, survey
+from llm2clip_plugin.stages.pipeline import Stage, check_given, complete, plan, survey
 from llm2clip_plugin.stages.settings import PipelineConfig
 from llm2clip_plugin.text.llm import fastest_dtype
 from llm2clip_plugin.train.model import DTYPES
@@ -62,10 +62,15 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     own = plan(dataclasses.replace(config, adapter="mine"), source, found)
     assert names(own) == [*ALL[:2], *ALL[3:]] and "mine" in own[2].words
     hub = plan(dataclasses.replace(config, tower="openai/clip-vit-base-patch16"), source, found)
-    assert names(hub)[2] == "import" and str(tiny / "out" / "start") in hub[6].words
+    assert names(hub)[0] == "import" and str(tiny / "out" / "start") in hub[6].words
     two = plan(dataclasses.replace(config, num_gpus=2), source, found)
     assert [stage.ranks for stage in two] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 1]
     assert "--nproc_per_node=2" in two[2].argv and "torch.distributed.run" not in two[1].argv
+    with pytest.raises(ValueError, match="--nonsense"):  # before the stages that come first, as all that follows
+        plan(dataclasses.replace(config, tower_options="--nonsense 3"), source, found)
+    for wrong in ({"llm": str(tiny / "none")}, {"adapter": str(tiny / "llm")}):
+        with pytest.raises(FileNotFoundError):
+            check_given(dataclasses.replace(config, **wrong))
 
 
 @pytest.mark.parametrize("second, dtype", [((7, 5), torch.float16), ((9, 0), torch.bfloat16)])

@@ -311,10 +311,10 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_pa
 
 
 def test_long_texts_are_counted_and_queries_cut_on_request(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
-    more = ("--max-tokens", "36", "--pair-kinds", "long:short", "--cut-queries", "--max-steps", "1")
+    more = ("--max-tokens", "36", "--pair-kinds", "long:short", "short:long", "--cut-queries", "--max-steps", "1")
     assert main(["finetune-llm", *options(captions, llama, tmp_path / "run", *more)]) == 0
-    found = re.search(r"(\d+) of the first (\d+) queries are longer than max_tokens 36", capsys.readouterr().out)
-    assert found and 0 < int(found[1]) < int(found[2])
+    found = re.findall(r"(\d+) of the first (\d+) (?:queries|positives) are longer", capsys.readouterr().out)
+    assert len(found) == 2 and all(0 < int(long) < int(all_) for long, all_ in found)
 
 
 def test_a_weight_that_is_not_finite_is_one_line(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from text_helpers import moved, write_moved
 from tiny_llm import HYBRIDS
+from tokenizers import normalizers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.stages.settings import FinetuneConfig
+from llm2clip_plugin.text import llm as llms
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import check_attention, set_attention, set_kernels
@@ -89,6 +91,12 @@ def test_chat_template_is_written_out(llama: Path) -> None:
     expected = own.tokenizer("<bos><user>\na boat<end>", add_special_tokens=False)["input_ids"]
     assert own.tokenize(["a boat"]) == literal.tokenize(["a boat"]) == [expected]
     assert own.identity().chat_template == "<bos><user>\n{caption}<end>"
+    own.tokenizer.chat_template = "{{ strftime_now('%d %B') }}<user>{{ messages[0]['content'] }}<end>"  # as SmolLM3's
+    assert llms.literal_template(own.tokenizer, "user") == "26 Jul 2024<user>{caption}<end>"
+    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # as Mistral's
+    own.tokenizer.backend_tokenizer.normalizer = spaces
+    frame = llms.build_frame(own.tokenizer, "", "Query: ")
+    assert llms.tokenize(own.tokenizer, [frame], ["a boat"], 64)[0] == [own.tokenizer("Query: a boat")["input_ids"]]
 
 
 def test_tokenizer_that_ends_with_eos_pools_it_last(make_llm, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_loss import naive
+from test_loss import contrastive_loss, naive
 from torch import Tensor
 from train_helpers import GOLDEN, run_ranks
 
@@ -143,6 +143,13 @@ def test_pairs_in_one_direction_are_the_authors_loss():
     for name in AUTHORS_TEXTS:
         grad = torch.cat([result[name] for result in ranks])
         torch.testing.assert_close(grad, golden[f"{name}_grad"], atol=1e-6, rtol=1e-5)
+
+
+def test_a_text_in_common_is_no_negative_whichever_side_it_is_on():
+    text_3D = F.normalize(torch.randn(3, 8), dim=1)  # of two pairs: the texts 0 and 1, 1 and 2
+    sides, scale, ids = (text_3D[:2], text_3D[1:]), torch.tensor([50.0]), torch.tensor([[1, 2], [0, 1]])
+    assert contrastive_loss(*sides, scale, caption_hashes=ids) == 0
+    assert pair_loss(*sides, text_3D[:0], scale, caption_hashes=ids) == 0
 
 
 def test_distill_means_the_same_for_any_batch_and_is_proclips_sum():

@@ -207,8 +207,7 @@ def _pope(lines: Lines, summary: Summary, metric: str) -> Log:
         said, true = value["prediction"], value["ground_truth"]
         item = {**item_of(line, line, value["score"]), "category": "", "truth": true, "parsed": said}
         items.append({**item, "label": true, "missing": said not in ("yes", "no")})
-    is_part = summary.task.endswith(("_adv", "_pop", "_random"))  # not runs of one benchmark
-    name = f"{summary.task} F1" if is_part else "pope"
+    name = f"{summary.task} F1" if summary.task.endswith(("_adv", "_pop", "_random")) else "pope"  # parts, not runs
     return summary.log(metric, items, name, aggregate="pope", notes=[PROMPTS])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.compare.readers import IMAGES, Log, Reader, columns, first_of, mme_logs, number, table
+from llava_integration.compare.readers.lm_eval import ALONE
 from llm2clip_plugin.files import ContractError, errors_about
 
 SCORES = ("hit", "score", "eval_score", "verifier_match")
@@ -69,7 +70,8 @@ def read(path: Path) -> Iterator[Log]:
         items = [{**one, "score": int(one["score"] and other["score"]), "truth": None} for one, other in both]
     overall = printed.get("Overall")
     overall = overall / 100 if overall is not None and column != "hit" else overall
-    yield Log(benchmark=kind or data, metrics={}, items=items, model=model, printed=overall)
+    notes = [] if {*IMAGES[:-1]} & {*names} else [ALONE]
+    yield Log(benchmark=kind or data, metrics={}, items=items, model=model, printed=overall, notes=notes)
 
 
 def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:

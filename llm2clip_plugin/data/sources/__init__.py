@@ -186,7 +186,7 @@ class Source(ABC):
             entries[name] = {"stamp": list(stamps[name]), "fits": [digest, *sorted(others - {digest})]}
         self.side_folder.add_json(self._digests(), entries)
 
-    def lock(self, doing: str) -> AbstractContextManager[None]:
+    def lock(self, doing: str) -> AbstractContextManager[Path | None]:
         """Held by one process while the others that start together wait."""
         return self.side_folder.lock(doing) if self.side_folder else nullcontext()
 

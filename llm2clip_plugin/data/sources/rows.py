@@ -163,9 +163,7 @@ class LlavaSource(RowSource):
         try:
             items = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is not valid JSON ({error}); with an object per line, rename it .jsonl"
-            ) from error
+            raise ValueError(f"{path} is not valid JSON ({error}); with an object a line, rename it .jsonl") from error
         if not isinstance(items, list):
             raise ValueError(f"{path} contains a {type(items).__name__}, expected LLaVA's list of conversations")
         return pack_rows((n, item) for n, item in enumerate(items) if not isinstance(item, dict) or item.get("image"))

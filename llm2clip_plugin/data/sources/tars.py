@@ -10,7 +10,7 @@ import hashlib
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.console import track
-from llm2clip_plugin.data.index import IndexFile, ShardRows, Table, open_index
+from llm2clip_plugin.data.index import IndexFile, ShardRows, Shards, Table, open_index
 from llm2clip_plugin.data.remote import (
     Downloads,
     Result,
@@ -162,10 +162,8 @@ def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict
     }
 
 
-def _build(
-    tars: dict[str, str], downloads: Downloads, broken: dict[str, str] | None, old: IndexFile | None
-) -> Iterator[ShardRows]:
-    """The rows of each tar, from ``old`` if it is unchanged."""
+def _build(tars: dict[str, str], downloads: Downloads, broken: dict[str, str] | None, old: IndexFile | None) -> Shards:
+    """The rows of each tar, or its number in ``old`` if it is unchanged."""
     known = _unchanged(old.table, tars, downloads) if old else {}
     todo = [tar for name, tar in tars.items() if name not in known]
     job = partial(_index, downloads)
@@ -175,9 +173,9 @@ def _build(
         else:
             results = parallel(job, todo, processes=cores() if len(todo) > FEW else 1)
         for name in track(tars, total=len(tars), label="index", unit="shards"):
-            result = old.shard(known[name]) if old and name in known else next(results)
-            if isinstance(result, ShardRows):
-                yield replace(result, name=name)
+            result = known[name] if name in known else next(results)
+            if not isinstance(result, Exception):
+                yield result if isinstance(result, int) else replace(result, name=name)
             elif broken is None:
                 raise result
             else:

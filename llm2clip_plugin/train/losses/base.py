@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import patch_mask
 
 EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
+ID_SPACE = 0x3C6EF372FE94F82B  # between ids of two kinds, which are hashes or small numbers; sums wrap around
 BLOCK_LOGITS_CPU = 1 << 22  # 16 MiB of fp32: about what stays in cache
 BLOCK_LOGITS_GPU = 1 << 27  # 512 MiB
 
@@ -76,8 +78,8 @@ class LossTerm(ABC):
 
 
 def stack_ids(*ids: Tensor | None) -> Tensor | None:
-    """(b,) or (j, b) int64 each -> (j, b) of those that are not None, or None."""
-    given = [item.reshape(-1, item.shape[-1]) for item in ids if item is not None]
+    """(b,) or (j, b) int64 each -> (j, b) of those that are not None, or None; ids of two arguments do not meet."""
+    given = [x.reshape(-1, x.shape[-1]) + kind * ID_SPACE for kind, x in enumerate(ids) if x is not None]
     return torch.cat(given) if given else None
 
 
@@ -106,8 +108,7 @@ class PairBlocks:
 
     def __iter__(self) -> Iterator[slice]:
         """The rows, a block at a time."""
-        for start in range(0, self.rows, self.block):
-            yield slice(start, min(start + self.block, self.rows))
+        return (slice(start, min(start + self.block, self.rows)) for start in range(0, self.rows, self.block))
 
     @property
     def own_columns(self) -> slice:
@@ -123,11 +124,11 @@ class PairBlocks:
         return matrix_RN.diagonal(self.first + rows.start)[: rows.stop - rows.start]
 
     def excluded(self, rows: slice) -> Tensor | None:
-        """(R, N) bool: off-diagonal pairs that share an id; None without ids."""
+        """(R, N) bool: off-diagonal pairs that share an id of any kind; None without ids."""
         if self.ids_jb is None or self.ids_jN is None:
             return None
-        same_RN = self.ids_jb[0, rows, None] == self.ids_jN[0]
-        for ids_b, ids_N in zip(self.ids_jb[1:], self.ids_jN[1:], strict=True):
+        same_RN = torch.zeros(rows.stop - rows.start, self.columns, dtype=torch.bool, device=self.ids_jN.device)
+        for ids_b, ids_N in product(self.ids_jb, self.ids_jN):  # one's first caption may be another's second
             same_RN |= ids_b[rows, None] == ids_N
         self.diagonal(rows, same_RN).fill_(False)
         return same_RN
@@ -190,9 +191,7 @@ def check_terms(config: LossConfig, dual: DualConfig) -> None:
     """Raise ValueError if the terms and the dual encoder are incompatible."""
     bias = dual.logit_bias_init
     if any(term.uses_bias for _, term in chosen_terms(config)) != (bias is not None):
-        raise ValueError(
-            f"dual.logit_bias_init {bias}: sigmoid needs --dual.logit-bias-init (SigLIP: -10), others none"
-        )
+        raise ValueError(f"--dual.logit-bias-init is {bias}; sigmoid needs a number (SigLIP: -10), others none")
 
 
 def needs_reference(config: LossConfig) -> bool:
@@ -233,7 +232,6 @@ def _weighted(config: LossConfig, weight: TermWeight, term: LossTerm, group: Gro
     if not factor:
         return features.anchor_bD.new_zeros(())
     hashes = features.caption_hashes if config.mask_same_caption else None
-    image_ids = features.image_ids if config.mask_same_image else None
-    return factor * term(
-        dataclasses.replace(features, caption_hashes=hashes, image_ids=image_ids, block=config.block, group=group)
-    )
+    images = features.image_ids if config.mask_same_image else None
+    features = dataclasses.replace(features, caption_hashes=hashes, image_ids=images, block=config.block, group=group)
+    return factor * term(features)

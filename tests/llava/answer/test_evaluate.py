@@ -9,6 +9,7 @@ import pytest
 
 from llava_integration.answer import command as evaluate
 from llava_integration.answer import questions
+from llava_integration.checkpoints import sample_sha256
 from llm2clip_plugin.files import ContractError
 
 
@@ -124,12 +125,13 @@ def test_two_processes_at_once(world, checkpoint, theirs, tmp_path):
     assert texts(output) == texts(theirs)
 
 
-def test_other_settings_are_not_mixed_in(run, tmp_path):
+def test_other_settings_are_not_mixed_in(run, tmp_path, checkpoint):
     output = tmp_path / "answers.jsonl"
     run(output)
     with pytest.raises(ContractError, match=r"max_new_tokens 12 -> 3"):
         run(output, "--max_new_tokens", "3")
     run(output, "--max_new_tokens", "3", "--overwrite")
+    assert json.loads(questions.settings_file(output).read_text())["model_sample_sha256"] == sample_sha256(checkpoint)
     (tmp_path / "foreign.jsonl").write_text("{}\n")
     with pytest.raises(ContractError, match="another program"):
         run(tmp_path / "foreign.jsonl")
@@ -170,7 +172,7 @@ def test_table_questions_rotate(world, run, tmp_path):
     image = base64.b64encode(next(world.images.iterdir()).read_bytes()).decode()
     file = tmp_path / "bench.tsv"
     head = "index\tquestion\thint\tA\tB\tC\tD\timage"
-    file.write_text(f"{head}\n3\tWhich?\tnan\tred\tblue\tgreen\t\t{image}\n4\tIs it?\tLook.\tyes\tno\t\t\t{image}\n")
+    file.write_text(f"{head}\n3\tWhich?\tNA\tred\tblue\tgreen\tN/A\t{image}\n4\tIs it?\tLook.\tyes\tno\t\t\t{image}\n")
     options = ("--question-file", file, "--all-rounds", "--single-pred-prompt", "--lang", "cn", "--batch-size", "4")
     run(tmp_path / "answers.jsonl", *options)
     rows = read(tmp_path / "answers.jsonl")

@@ -1,6 +1,7 @@
 """LLaVA's own stages with ``--vision_tower llm2clip``: training, loading, losses equal to its own tower's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,18 @@ def test_losses_and_weights_equal_llavas_own_tower(world, trained, tmp_path):
     assert len(ours) > 40 and all(torch.equal(tensor, own[name]) for name, tensor in ours.items())
 
 
+def test_a_trained_llava_is_trained_further(world, trained, tmp_path):
+    """With its tower, which the environment unfreezes; a training is resumed with its own tower alone."""
+    folder, further = trained[0]["finetune"], tmp_path / "llava-further"
+    chosen = {"LLM2CLIP_UNFREEZE_TOWER": "1", "LLM2CLIP_TOWER": str(world.towers["clip"])}
+    world.stage("finetune", "llm2clip", further, "--model_name_or_path", str(folder), **chosen)
+    name = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert not torch.equal(weights(further)[name], weights(folder)[name])
+    shutil.copytree(folder, tmp_path / "llava-other" / "checkpoint-3")
+    with pytest.raises(AssertionError, match="checkpoint-3 was trained with the vision tower"):
+        world.stage("finetune", f"llm2clip:{world.towers['other']}", tmp_path / "llava-other")
+
+
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
     """ZeRO-2, and ZeRO-3 under the launcher, by the script's path; the checkpoint holds the tower whole, and loads."""
@@ -134,8 +147,7 @@ def test_a_trained_tower_comes_back(world, tmp_path, kind, ranks):
     name = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
     assert not torch.equal(kept[name].float(), before[name].bfloat16().float()), "the tower did not train"
     code = (
-        "import sys, torch\n"
-        "from llava.model.builder import load_pretrained_model\n"
+        "import sys, torch\nfrom llava.model.builder import load_pretrained_model\n"
         "_, model, _, _ = load_pretrained_model(sys.argv[1], sys.argv[2] or None, sys.argv[3])\n"
         "torch.save({k: v.float() for k, v in model.get_vision_tower().state_dict().items()}, sys.argv[4])"
     )

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava_world import model_arguments, untrained
 
 from llava_integration import towers
-from llava_integration.hook import build
 from llava_integration.towers import TowerNotFoundError
 from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.contracts import TowerCard
@@ -118,9 +118,9 @@ def test_lora_and_projector_checkpoints_find_their_own_bundle(mine):
     config = SimpleNamespace(**json.loads((checkpoint / "config.json").read_text()))
     config._name_or_path = "the/base-model"
     with pytest.raises(TowerNotFoundError):
-        build(config.mm_vision_tower, config, delay_load=True)
+        build_vision_tower(config, delay_load=True)
     with towers.loading(str(checkpoint)):
-        tower = build(config.mm_vision_tower, config, delay_load=True)
+        tower = build_vision_tower(config, delay_load=True)
     assert tower.location.directory == checkpoint / "vision_tower"
 
 
