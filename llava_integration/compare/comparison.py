@@ -208,14 +208,12 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with the verdicts and power lines."""
-        rows = []
-        for row in self.rows:
-            body = asdict(row)
+        plain = asdict(self)
+        for row, body in zip(self.rows, plain["rows"], strict=True):
             result = body.pop("result")
             body |= {"base_score": result.pop("base"), "new_score": result.pop("new"), **result}
             body |= {"interval": [row.result.low, row.result.high], "verdict": row.verdict, "power": row.power_line()}
-            rows.append(body)
-        return {**asdict(self), "rows": rows}
+        return plain
 
 
 def build(
@@ -277,20 +275,21 @@ def in_one_unit(sides: Sequence[Side]) -> list[Side]:
 
 
 def warnings(sides: Sequence[Side]) -> Iterator[str]:
-    """Empty answers that are more than EMPTY of a side's, and sides in different precisions."""
+    """Empty answers that are more than EMPTY of a side's, and sides that answered in different precisions or ways."""
     for side in sides:
         for runs in side.runs.values():
             empty, total = (sum(run.counts.get(kind, 0) for run in runs) for kind in ("empty", "answered"))
             if empty > EMPTY * total:
                 yield f"{empty} of the {total} answers of {side.name} to {runs[0].title} are empty"
-    used = {
-        side.name: "/".join(sorted(values))
-        for side in sides
-        if (values := {str(run.provenance.get("precision", "")) for runs in side.runs.values() for run in runs} - {""})
-    }
-    if len(set(used.values())) > 1:
-        listed = ", ".join(f"{name} in {value}" for name, value in used.items())
-        yield f"the sides differ in their precision, which alone may move scores: {listed}"
+    about = {side.name: [run.provenance for of in side.runs.values() for run in of] for side in sides}
+    for setting in ("precision", "dtype", "load_8bit", "load_4bit", "conv_mode", "temperature", "num_beams"):
+        used: dict[str, str] = {}
+        for name, of in about.items():
+            parts = [one for p in of for one in (p, p.get("answer_settings")) if isinstance(one, dict)]
+            used[name] = "/".join(sorted({str(one[setting]) for one in parts if setting in one}))
+        if len({*used.values()} - {""}) > 1:
+            listed = ", ".join(f"{name}: {value}" for name, value in used.items() if value)
+            yield f"the sides differ in their {setting}, which alone may move scores: {listed}"
 
 
 def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level: float, seed: int) -> Row:

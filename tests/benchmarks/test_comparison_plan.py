@@ -49,18 +49,16 @@ def test_as_many_images_as_planned_detect_the_effect(pilot):
     effect = 7.0
     images = noise.images_needed(effect, runs)
     assert images is not None and noise.detectable(images, runs) <= effect < noise.detectable(images * 0.9, runs)
-    rng, found, errors, sizes = np.random.default_rng(runs), 0, [], []
+    rng, results = np.random.default_rng(runs), []
     for number in range(SIMULATIONS):
         base, new = experiment(rng, images, runs, effect)
         names = [str(place) for place in range(images)]
         paired = pair([mean_statistic(run) for run in base], [mean_statistic(run) for run in new], names)
-        result = compare(paired, resamples=200, seed=number)
-        errors.append(result.standard_error**2)
-        sizes.append(result.detectable)
-        found += result.p < 0.05
-    assert np.mean(errors) ** 0.5 == pytest.approx(noise.error(images, runs)[0], rel=0.15)
-    assert np.mean(sizes) == pytest.approx(effect, rel=0.1)  # Student's quantiles: three runs are few
-    assert 0.7 <= found / SIMULATIONS <= 0.95
+        results.append(compare(paired, resamples=200, seed=number))
+    error = np.mean([one.standard_error**2 for one in results]) ** 0.5
+    assert error == pytest.approx(noise.error(images, runs)[0], rel=0.15)
+    assert np.mean([one.detectable for one in results]) == pytest.approx(effect, rel=0.1)  # Student's: runs are few
+    assert 0.7 <= np.mean([one.p < 0.05 for one in results]) <= 0.95
 
 
 def test_what_no_number_reaches_and_what_one_side_knows(pilot):

@@ -125,11 +125,12 @@ def test_page_in_chromium(report, width):
 
 def test_what_makes_numbers_meaningless_comes_first(tmp_path, capsys):
     counts = [{"answered": 12, "empty": empty} for empty in (0, 7)]
-    provenance = [{"precision": precision} for precision in ("fp32", "bf16")]
+    told = enumerate(("fp32", "bf16"))
+    provenance = [{"precision": precision, "answer_settings": {"temperature": n}} for n, precision in told]
     items = [{"id": n, "score": n % 2, "cluster": str(n)} for n in range(12)]
     compare(write_sides(tmp_path, lambda place: items, counts=counts, provenance=provenance))
-    first, second, *_ = capsys.readouterr().out.splitlines()
-    assert "7 of the 12 answers of new" in first and "old in fp32, new in bf16" in second
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert "7 of the 12 answers of new" in first and "old: fp32, new: bf16" in rest[0] and "temperature" in rest[1]
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert text.index("7 of the 12 answers") < text.index('class="verdict"')
 

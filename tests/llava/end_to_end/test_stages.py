@@ -147,8 +147,7 @@ def test_a_trained_tower_comes_back(world, tmp_path, kind, ranks):
     name = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
     assert not torch.equal(kept[name].float(), before[name].bfloat16().float()), "the tower did not train"
     code = (
-        "import sys, torch\n"
-        "from llava.model.builder import load_pretrained_model\n"
+        "import sys, torch\nfrom llava.model.builder import load_pretrained_model\n"
         "_, model, _, _ = load_pretrained_model(sys.argv[1], sys.argv[2] or None, sys.argv[3])\n"
         "torch.save({k: v.float() for k, v in model.get_vision_tower().state_dict().items()}, sys.argv[4])"
     )
