@@ -388,21 +388,21 @@ class PairLoader:
 
     def _draws(self, part: int) -> Iterator[list[Draw]]:
         """Endless draws of this rank, in parts of a batch: each belongs to one batch."""
-        mixture, position = self.dataset.mixture(), self.position
+        mixture, position, batch = self.dataset.mixture(), self.position, self.local_batch * self.world
         node, rank_of_node = divmod(self.rank, self.world // self.nodes)
         sources = enumerate(self.dataset.sources) if rank_of_node == 0 else ()
         remote = {n: one for n, one in sources if mixture.windows[n] and one.downloads_shards}
         fetched: dict[int, list[int]] = {}  # source -> shards of its next window
         while True:
             for number, source in remote.items():
-                window, following = mixture.window_shards(number, position, node, self.nodes)
+                window, following = mixture.window_shards(number, position, node, self.nodes, batch)
                 if fetched.get(number) != following:
                     fetched[number] = following
                     download_ahead(source, window, following)
             draws = mixture.rank_draws(position, self.rank, self.local_batch, self.world)
             for start in range(0, self.local_batch, part):
                 yield draws[start : start + part]
-            position += self.local_batch * self.world
+            position += batch
 
     def _count(self, rows: int, broken: list[tuple[BrokenSample, ...]]) -> None:
         self.rows += rows

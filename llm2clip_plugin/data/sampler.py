@@ -280,22 +280,25 @@ class Mixture:
         rows = np.argsort(lanes, kind="stable")[rank * local : (rank + 1) * local]
         return self._draws(labels[rows], places[rows])
 
-    def window_shards(self, source: int, position: int, node: int = 0, nodes: int = 1) -> tuple[list[int], list[int]]:
-        """A node's shards of a source's window that the draws from ``position`` on read, and of the window after it."""
+    def window_shards(self, source: int, start: int, node: int, nodes: int, batch: int) -> tuple[list[int], list[int]]:
+        """A node's shards of a source's window that the draws from ``start`` on read, and of the window after it;
+        all if a global ``batch`` has fewer rows of the source than there are lanes."""
         if len(self.draws) == 1:
-            drawn = position
+            drawn = start
         elif self._batches is None:
-            epoch, offset = divmod(position, self.epoch_length)
+            epoch, offset = divmod(start, self.epoch_length)
             drawn = epoch * self.draws[source] + int(self._source_order(epoch).counts(offset)[source])
         else:
-            step, offset = divmod(position, self._batches.batch)
+            step, offset = divmod(start, self._batches.batch)
             current, before = self._batches(step)
             drawn = before[source] * self._batches.batch + (offset if current == source else 0)
         number, place = divmod(drawn, self.lengths[source])
         order = self._pass_order(source, number)
         window = int(np.searchsorted(order.group_stops, place, side="right"))
         following = [*order.groups, self._pass_order(source, number + 1).groups[0]][window + 1]
-        more = int(len(self.draws) > 1 and self._batches is None)  # how many rows a source has in a batch varies
+        is_mixed = len(self.draws) > 1 and self._batches is None  # how many rows a source has in a batch varies
+        rows = batch * self.draws[source] // self.epoch_length if is_mixed else batch
+        more = LANES if rows < LANES else int(is_mixed)
         return order.share(order.groups[window], node, nodes, more), order.share(following, node, nodes, more)
 
     def _draws(self, labels: np.ndarray, places: np.ndarray) -> list[Draw]:

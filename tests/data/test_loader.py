@@ -183,9 +183,8 @@ def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset)
     owners = torch.cat([batch["owners"] for batch in found]).tolist()
     texts = [caption.text for batch in found for caption in batch["captions"]]
     assert owners == [number for number in range(13) for _ in range(2)]
-    assert torch.equal(
-        torch.cat([batch["embeddings"] for batch in found]), torch.stack([embedding_of(t) for t in texts])
-    )
+    expected = torch.stack([embedding_of(text) for text in texts])
+    assert torch.equal(torch.cat([batch["embeddings"] for batch in found]), expected)
     assert found[0]["meta"][2]["url"] == "https://host/2.jpg"
     ranks = [list(EvalPairs(source, cache, IMAGES, batch=5, rank=rank, world=3, workers=1)) for rank in range(3)]
     assert torch.equal(
@@ -242,7 +241,7 @@ def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers
         for copy in copies:
             copy.unlink()  # the indexes stay
         dataset = PairDataset([source], [None], ImageConfig(size=8), seed=0)
-        order = [dataset.mixture().window_shards(0, 8 * window)[0][0] for window in range(4)]
+        order = [dataset.mixture().window_shards(0, 8 * window, 0, 1, 8)[0][0] for window in range(4)]
         stream = iter(PairLoader(dataset, local_batch=1, workers=workers, prefetch_mb=0.001))
         keys = [next(stream)["keys"][0]]
         wait_for(lambda: copies[order[0]].exists() and copies[order[1]].exists())

@@ -119,17 +119,17 @@ def test_each_node_reads_its_share_of_remote_shards(nodes: int, reads: float) ->
         assert sum(map(len, read)) <= reads * shards
         for node in range(nodes) if reads == 1 else ():  # what it downloads ahead is what it reads
             starts = range(number * 64_000, (number + 1) * 64_000, 16_000)
-            ahead = (mixture.window_shards(0, start, node, nodes)[0] for start in starts)
+            ahead = (mixture.window_shards(0, start, node, nodes, batch)[0] for start in starts)
             assert set().union(*ahead) == read[node]
 
 
-@pytest.mark.parametrize("nodes", [3, 8])
-def test_nodes_download_ahead_what_they_read_of_mixed_sources(nodes: int) -> None:
+@pytest.mark.parametrize(("nodes", "batch"), [(3, 6144), (8, 6144), (2, 8), (2, 64)])
+def test_nodes_download_ahead_what_they_read_of_mixed_sources(nodes: int, batch: int) -> None:
     mixture = Mixture([(1000,) * 70, (900,) * 60], (1, 0.5), 0, (64, 64))
-    for position in range(0, 17 * 6144, 6144):  # also past the end of an epoch
+    for position in range(0, 17 * batch, batch):  # of 6144 also past the end of an epoch
         for node in range(nodes):
-            draws = mixture.rank_draws(position, node, 6144 // nodes, nodes)
-            ahead = [{*now, *later} for now, later in (mixture.window_shards(n, position, node, nodes) for n in (0, 1))]
+            draws = mixture.rank_draws(position, node, batch // nodes, nodes)
+            ahead = [set().union(*mixture.window_shards(n, position, node, nodes, batch)) for n in (0, 1)]
             assert all(draw.index // (1000, 900)[draw.source] in ahead[draw.source] for draw in draws)
 
 
