@@ -93,10 +93,8 @@ def main(argv: list[str]) -> int:
     """Exit status 1 if training on this data would stop, else 0."""
     config = COMMAND.parse(argv)
     report = check_data(config)
-    if config.json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(map(printable, as_text(report, config.show))))
+    shown = "\n".join(map(printable, as_text(report, config.show)))
+    print(json.dumps(report, indent=2, ensure_ascii=False) if config.json else shown)
     return 0 if report["fit_for_training"] else 1
 
 

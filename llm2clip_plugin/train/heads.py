@@ -93,20 +93,18 @@ def fit_heads(
     ``stop`` asks for it; the fit's state is then in the file ``unfinished``, from which the next call continues.
     """
     model.to(device)
-    products, weights = torch.autocast(device.type, torch.bfloat16, enabled=bf16), caption_weights or {}
+    products, shares = torch.autocast(device.type, torch.bfloat16, enabled=bf16), caption_weights or {}
     features: FrozenFeatures | None = None
     if config.target == "images":
         with products:
-            features = frozen_features(
-                model, sources, caches, images, config.max_images, device, weights, stop, workers
-            )
+            features = frozen_features(model, sources, caches, images, config.max_images, device, shares, stop, workers)
 
     def fit() -> tuple[list[FitLine], int]:
         if features is not None:
             samples = len(features.count_I)
             batches = partial(image_batches, model, features, min(config.batch, samples), seed)
         else:
-            dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=weights, targets=clip_caches)
+            dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=shares, targets=clip_caches)
             samples, batches = len(dataset), partial(caption_batches, model, dataset, config.batch, workers)
         return _fit(model, samples, batches, products, config, loss, seed, logging_steps, stop, unfinished)
 

@@ -59,9 +59,7 @@ def test_a_failed_job_comes_back_with_progress_alone(tmp_path: Path, srun: str, 
 
 
 @pytest.mark.parametrize(("left", "comes_back", "status"), [(MADE, True, 75), ("true", False, 1)])
-def test_a_job_at_its_time_limit_comes_back_with_progress_alone(
-    tmp_path: Path, left: str, comes_back: bool, status: int
-):
+def test_a_job_at_its_limit_comes_back_with_progress_alone(tmp_path: Path, left: str, comes_back: bool, status: int):
     stub = f"trap '{left}; exit 1' USR1; touch {tmp_path}/ready; while :; do sleep .1; done"
     job = submit(tmp_path, stub)
     wait_for((tmp_path / "ready").exists)

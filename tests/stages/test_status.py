@@ -102,9 +102,8 @@ def test_running_here_and_elsewhere(folder: Path):
     (folder / "run.lock").write_text(json.dumps(lock | {"started": 1.0}))  # its number was given to another process
     assert rows(folder)["state"].startswith("ended early")
     (folder / "run.lock").write_text(json.dumps(lock | {"host": "node-7"}))
-    assert (
-        rows(folder)["state"].startswith("running on another host: ") and "node-7, or killed" in rows(folder)["state"]
-    )
+    assert rows(folder)["state"].startswith("running on another host: ")
+    assert "node-7, or killed" in rows(folder)["state"]
 
 
 def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path):
@@ -112,9 +111,7 @@ def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path):
     for step in range(3, 43):  # 150 images/s, half of the time waiting for data: 300 without
         values = {"samples_per_second": 150, "wait_share": 0.5, "loader_images_per_second": 110}
         add(folder, step=step, samples=16 * step, loss=1.0, **values)
-    assert (
-        "110.0 images/s" in rows(folder)["loader"] and "300.0: --workers, over all ranks, 3" in rows(folder)["loader"]
-    )
+    assert "110.0 images/s" in (loader := rows(folder)["loader"]) and "300.0: --workers, over all ranks, 3" in loader
 
 
 def test_restarts_are_one_run_of_wandb(tiny: Path, tmp_path: Path):

@@ -63,9 +63,8 @@ def fit_lines(run: Path) -> list[dict[str, Any]]:
 
 def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_path: Path):
     """Rank 0 fits; the projection and the scale stay the CLIP's, and stage 2 starts from there."""
-    tower = train_tower(
-        TRAIN_TOWER.parse(options(clip, tmp_path / "run", "--max-steps", "0", "--num-train-epochs", "0"))
-    )
+    words = options(clip, tmp_path / "run", "--max-steps", "0", "--num-train-epochs", "0")
+    tower = train_tower(TRAIN_TOWER.parse(words))
     fit = fit_lines(tmp_path / "run")
     assert fit[0]["heads_cosine"] < 0.5 and fit[-1]["heads_loss"] < 0.5 * fit[0]["heads_loss"]
     assert fit[-1]["heads_lr"] < 0.01 * fit[0]["heads_lr"] == pytest.approx(1e-4)
