@@ -188,9 +188,7 @@ def test_what_else_is_refused(make_llm, llama: Path, tmp_path: Path) -> None:
 FOUR = ["two dogs run over the wet grass", "a red bicycle leans against a brick wall", "a boat", "the lake"]
 
 
-def pass_through(
-    llm: Path, dtype: str, *, autocast: bool, dora: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+def pass_through(llm: Path, dtype: str, *, autocast: bool, dora: bool = False) -> tuple[torch.Tensor, ...]:
     """Embeddings, all gradients of the adapter, and the bytes that the forward pass kept for them."""
     encoding = EncoderConfig(llm=str(llm), compute_dtype=dtype)
     config = FinetuneConfig(encoder=encoding, lora=LoraSettings(r=4, dropout=0.0, dora=dora))
