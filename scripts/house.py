@@ -12,7 +12,6 @@ import ast
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from statistics import median
 
 import networkx
 
@@ -50,9 +49,7 @@ def numbers(root: Path) -> dict[str, str]:
     found = {
         "files": len(lines),
         "lines": sum(lines.values()),
-        "lines of a file, median": f"{median(lines.values()):.0f}",
         "longest file": f"{lines[longest]} ({longest.partition('.')[2]})",
-        "lines of a function, median": f"{median(lengths for lengths, _ in functions):.0f}",
         "longest function": "{} ({})".format(*max(functions)),
         "files in import cycles": ", ".join([str(len(cycles)), *cycles]),
         "arrows up": ", ".join([str(len(up)), *up]),

@@ -42,7 +42,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progr
 quickstart_packages
 
 mkdir -p "$WORK"
-if command -v flock >/dev/null; then # also held by background jobs of a run that has ended
+if command -v flock >/dev/null; then
     exec 9>"$WORK/.lock"
     flock -n 9 || fail "another quickstart is running in $WORK; wait until it ends"
 fi
@@ -50,32 +50,18 @@ say "models"
 python scripts/quickstart/inputs.py models --output "$WORK/models" --image-size "$SIZE"
 IFS=$'\t' read -r LLM TOWER RANKS DTYPE < <(
     python -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
-PRECISION=fp32 PAIR=
+PRECISION=fp32 CORES=$(env -u OMP_NUM_THREADS nproc)
 case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision if it is faster
-CORES=$(env -u OMP_NUM_THREADS nproc)
-HALF=$((CORES > 1 ? CORES / 2 : 1)) # threads of one of two jobs that run side by side
 case "$PRESET-$RANKS" in long-* | default-[1-9]*) LLAVA_LLM=${LLAVA_LLM:-smollm2} ;; esac # where it is trained in minutes, or time is given
 LLAVA_LLM=${LLAVA_LLM:-tiny}
 if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
     export DS_ACCELERATOR=cpu
     RANKS=$((CORES > 1 ? 2 : 1))
-    [ -n "$SMOKE" ] || PAIR=yes # two towers side by side, one process each: start-up leaves no core idle
 fi
 while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # both batches must be divisible by the ranks
-LAYER=16 # that the raw LLM is read at
-OUT=$WORK/$PRESET DATA=$WORK/data
+OUT=$WORK/$PRESET DATA=$WORK/data LAYER=16 # that the raw LLM is read at
 [ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET
 mkdir -p "$OUT"
-
-# A short run is mostly start-up, which leaves a core idle, so work that only the report needs runs in the background.
-declare -A logs=() # of each job
-meanwhile() { "${@:2}" >"$OUT/$1.log" 2>&1 & logs[$!]=$OUT/$1.log; } # meanwhile NAME COMMAND...: in the background
-join() { # wait for the background jobs; if one failed, show its log
-    local job
-    for job in "${!logs[@]}"; do wait "$job" || { cat "${logs[$job]}" >&2; exit 1; }; done
-    logs=()
-}
-trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
 
 launch() { # launch SCRIPT...: under the launcher, one rank per GPU or core
     OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port "$(
@@ -88,18 +74,14 @@ python scripts/quickstart/inputs.py data --output "$DATA" $SUBSET
 llm2clip data check "$DATA/all" >"$DATA/check.txt"
 head -5 "$DATA/check.txt"
 
-# A smoke run trains a tower only for the fine-tuned teacher; the raw one is only compared, on the test captions.
-teachers="raw tuned" all="{test,train,validation}" of_raw="{test,train,validation}"
-[ -z "$SMOKE" ] || teachers=tuned all="{test,train}" of_raw=test
 . scripts/quickstart/parts.sh
 
 # The first result is printed minutes before there is a tower: what fine-tuning taught the LLM.
 if [ ! -d "$OUT/towers/tuned-seed0" ]; then
     tune 0
     [ -n "$SMOKE" ] || say "first result, above: how often the LLM puts the keywords of an unseen emoji first, given its name"
-    meanwhile embed-raw half embed raw "$of_raw"
-    half embed tuned-seed0 "$all"
-    join
+    embed raw
+    embed tuned-seed0
     say "the teachers on unseen emoji, caption to caption"
     python scripts/quickstart/report.py --teachers --data "$DATA"
 fi
@@ -107,11 +89,10 @@ fi
 for seed in $(seq 0 $((SEEDS - 1))); do
     if [ "$seed" != 0 ] && [ ! -d "$OUT/towers/tuned-seed$seed" ]; then
         tune "$seed"
-        embed "tuned-seed$seed" "$all"
+        embed "tuned-seed$seed"
     fi
-    [ "$seed" != 0 ] || meanwhile control half control
-    half towers "$seed"
-    join
+    [ "$seed" != 0 ] || control
+    towers "$seed"
     [ -z "$CONTROLS" ] || controls "$seed"
 done
 

@@ -33,7 +33,7 @@ quickstart_packages # before anything runs: tests would find a package that the 
 extensions_of .venv
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
 llava_environment .venv-llava & LLAVA_ENVIRONMENT=$!
-FAILED=$(mktemp)
+FAILED=$(mktemp) BESIDE=$(mktemp)
 check() { # check COMMAND...: goes on if it fails; the script fails at its end
     local start=$SECONDS
     "$@" || echo "$*" >>"$FAILED"
@@ -41,9 +41,7 @@ check() { # check COMMAND...: goes on if it fails; the script fails at its end
 }
 
 installs() { # COMMAND PACKAGE...: installs what some tests need, and are skipped without, if it is missing and this is root
-    command -v "$1" >/dev/null && return
-    [ "$(id -u)" = 0 ] || return
-    apt-get install -y -qq "${@:2}" >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq "${@:2}" >/dev/null; }
+    command -v "$1" >/dev/null || { [ "$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq "${@:2}" >/dev/null; }
 }
 
 installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
@@ -66,7 +64,6 @@ beside() {
     # a user's first command, in little, through to LLaVA
     check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
 }
-BESIDE=$(mktemp)
 beside >"$BESIDE" 2>&1 & BESIDE_ID=$!
 trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
 

@@ -136,11 +136,8 @@ def select_captions(
     captions: Iterable[Caption], kinds: Sequence[str] = (), languages: Sequence[str] = ()
 ) -> tuple[Caption, ...]:
     """The captions of these kinds and languages, in order; an empty sequence allows all."""
-    return tuple(
-        caption
-        for caption in captions
-        if (not kinds or caption.kind in kinds) and (not languages or caption.language in languages)
-    )
+    of_kinds = (caption for caption in captions if not kinds or caption.kind in kinds)
+    return tuple(caption for caption in of_kinds if not languages or caption.language in languages)
 
 
 def caption_hash(text: str) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.samples import Caption, select_captions
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
 from llm2clip_plugin.evaluate.commands import print_table, write_scores
 from llm2clip_plugin.evaluate.config import EVALUATE_CAPTIONS, CaptionSetConfig, EvaluateCaptionsConfig
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         search_and_report(config)
         return 0
     encoder = CaptionEncoder(config.encoder)
-    scores = measure_captions(encoder, config.measure)
+    scores = measure_captions(encoder, config.measure, config.read)
     rows = {
         row.name: {name: f"{vars(row)[name]:.3f}" for name in ACCURACIES}
         | {"pairs": str(row.pairs), "chance": f"{1 / row.pairs:.3f}"}
@@ -86,9 +86,9 @@ class CaptionScore:
     keys: tuple[str, ...] = ()  # their sample keys
 
 
-def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[CaptionScore]:
+def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig, read: ReadConfig) -> list[CaptionScore]:
     """One row per ``retrieve``, per further language, and their mean. Raises ValueError as ``caption_sets``."""
-    sets = caption_sets(config)
+    sets = caption_sets(config, read)
     sides = [list(dict.fromkeys(pair[side] for pairs in sets.values() for pair in pairs)) for side in (1, 2)]
     first, second = (dict(zip(texts, encoder.encode(texts, query=texts is sides[0]), strict=True)) for texts in sides)
     return measure_sets(sets, first, second, config.retrieve)
@@ -112,9 +112,9 @@ def measure_sets(sets: dict[str, Pairs], first: Rows, second: Rows, retrieve: Se
     return rows
 
 
-def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
+def caption_sets(config: CaptionSetConfig, read: ReadConfig) -> dict[str, Pairs]:
     """What is retrieved: pairs of captions by row name, without an encoder. ValueError if no image has both kinds."""
-    source = open_source(SourceConfig(path=config.captions))
+    source = open_source(SourceConfig(path=config.captions, **{**vars(read), "kinds": (), "languages": ()}))
     captions = [source.captions(number) for number in range(min(len(source), config.limit))]
     sets = {
         f"{first}->{second}": find_pairs(captions, (first, config.home), (second, config.home))
@@ -180,7 +180,8 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
     """Every reading, best first. Raises ValueError without training captions, or for prompts that only queries have."""
     if not config.reading.fit_on:
         raise ValueError("--search needs training captions for its post-processing; set --fit-on DATA")
-    sets, fitted = caption_sets(config.measure), first_captions(config.reading.fit_on, FIT_CAPTIONS)
+    sets = caption_sets(config.measure, config.read)
+    fitted = first_captions(config.reading.fit_on, FIT_CAPTIONS, config.read)
     texts = list(dict.fromkeys(text for pairs in sets.values() for _, *both in pairs for text in both))
     shown, found = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES], list[Reading]()
     encodings, card = [config.encoder], find_card(config.encoder.adapter or config.encoder.llm)

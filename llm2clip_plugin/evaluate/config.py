@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import llm2clip_plugin
-from llm2clip_plugin.data.sources import SourceConfig
+from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
 from llm2clip_plugin.options import Command
 from llm2clip_plugin.text.config import EncoderConfig
 
@@ -78,6 +78,7 @@ class EvaluateCaptionsConfig:
     """Caption retrieval accuracy of an LLM."""
 
     measure: CaptionSetConfig = field(default_factory=CaptionSetConfig)
+    read: ReadConfig = field(default_factory=ReadConfig)  # how the captions are read
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     search: bool = False  # try ways of reading the LLM on DATA, validation captions, and print the best
     reading: ReadingConfig = field(default_factory=ReadingConfig)
@@ -91,8 +92,9 @@ EVALUATE_CAPTIONS = Command(
     "another, within and across languages. Images are not read.",
     settings=EvaluateCaptionsConfig,
     arguments="measure.captions",
-    everyday="llm adapter preset retrieve home across across-kind limit search fit-on folder output",
+    everyday="llm adapter preset fields retrieve home across across-kind limit search fit-on folder output",
     shown={"measure.captions": "data", "json": "output"},
+    hidden="read.kinds read.languages read.shuffle_window",
 )
 
 

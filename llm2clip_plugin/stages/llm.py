@@ -93,7 +93,7 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
     if rank() == 0:
         print("\n".join(data.lines), flush=True)
     if config.evaluation.captions:
-        on_first_rank(lambda: len(caption_sets(config.evaluation)))  # fails here rather than after the first steps
+        on_first_rank(lambda: len(caption_sets(config.evaluation, config.pairs.read)))  # fails here, not at a step
     resumed = run.find_checkpoint()
     encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
     for result in data.surveys:
@@ -200,11 +200,8 @@ def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModul
 
 def trained_parameters(module: torch.nn.Module, config: FinetuneConfig) -> list[Trained]:
     """Every parameter that trains, all at the same learning rate; vectors don't decay."""
-    return [
-        Trained(name=name, parameter=parameter, lr=config.optim.lr, decay=not is_vector(parameter))
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return [Trained(name=name, parameter=p, lr=config.optim.lr, decay=not is_vector(p)) for name, p in trained]
 
 
 def evaluation(encoder: CaptionEncoder, config: FinetuneConfig) -> Evaluate | None:
@@ -214,7 +211,7 @@ def evaluation(encoder: CaptionEncoder, config: FinetuneConfig) -> Evaluate | No
 
     def evaluate() -> dict[str, float]:
         encoder.model.eval()
-        scores = measure_captions(encoder, config.evaluation)
+        scores = measure_captions(encoder, config.evaluation, config.pairs.read)
         encoder.model.train()
         return {row.name: row.cra for row in scores}
 
@@ -265,6 +262,8 @@ def llm_plan(config: FinetuneConfig) -> str:
     settings, encoder = llm_config(config.encoder), config.encoder
     encoder, _ = effective(encoder, Path(encoder.llm), Path(encoder.adapter) if encoder.adapter else None)
     config, lora = dataclasses.replace(config, encoder=encoder), config.lora
+    if config.evaluation.captions:
+        caption_sets(config.evaluation, config.pairs.read)
     notes, pairs = [f"assumed: {config.plan.images:,} pairs (--assumed-samples, or DATA)"], config.plan.images
     texts = 3 if config.pairs.random_negatives else 2  # query and positive, perhaps a hard negative
     if config.pairs.data:

@@ -220,9 +220,8 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
     values = {item.name: getattr(config, item.name) for item in fields(SourceConfig)}
     images = source.images_folder if isinstance(source, RowSource) else ""
     held_out = SourceConfig(**{**values, "path": str(outputs(source, out / "data")["validation"]), "images": images})
-    pairs = {
-        side: measure_pairs(EvaluateConfig(tower=str(out / side / "tower"), data=held_out))[1].pairs for side in SIDES
-    }
+    towers = {side: EvaluateConfig(tower=str(out / side / "tower"), data=held_out) for side in SIDES}
+    pairs = {side: measure_pairs(tower)[1].pairs for side, tower in towers.items()}
     compared = [stage.result for stage in stages if stage.result.name == "compare.json"]
     queries = draw(open_source(held_out), pairs)
     page = out / "index.html"

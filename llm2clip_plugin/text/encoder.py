@@ -28,7 +28,7 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     sha256_weights,
 )
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.text import llm as llms
 from llm2clip_plugin.text.config import ALL_LINEAR, IDENTITY_SETTINGS, EncoderConfig, LoraSettings, effective
@@ -269,9 +269,9 @@ def remove_components(embeddings_NW: Tensor, counts: Sequence[int]) -> list[Post
     return [Post(mean_W.float(), removed_WK) for removed_WK in removed]
 
 
-def first_captions(data: str, limit: int) -> list[str]:
+def first_captions(data: str, limit: int, read: ReadConfig | None = None) -> list[str]:
     """The first ``limit`` distinct captions of a data set, of any kind and language."""
-    source, texts = open_source(SourceConfig(path=data)), dict[str, None]()
+    source, texts = open_source(SourceConfig(path=data, **vars(read or ReadConfig()))), dict[str, None]()
     for number in range(len(source)):
         texts |= dict.fromkeys(caption.text for caption in source.captions(number)[1])
         if len(texts) >= limit:

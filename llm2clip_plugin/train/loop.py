@@ -47,11 +47,9 @@ class Reports:
     None of them ends a run: what cannot be written is said once. Every rank calls ``step`` for the same steps.
     """
 
-    def __init__(
-        self, engine: Engine, run_folder: Path, state: TrainState, train: TrainConfig, total_steps: int
-    ) -> None:
+    def __init__(self, engine: Engine, folder: Path, state: TrainState, train: TrainConfig, total_steps: int) -> None:
         """state: where training starts."""
-        self.engine, self.run_folder = engine, run_folder
+        self.engine, self.run_folder = engine, folder
         self.total_steps, self.global_batch, self.logging_steps = total_steps, train.global_batch, train.logging_steps
         self.values: dict[str, Any] = {}  # the latest ones, for the bar
         self.timer = StepTimer(engine.device)
@@ -69,7 +67,7 @@ class Reports:
         steps = min(train.profile_steps, total_steps - state.step)
         if steps > 0 and (train.profile_all_ranks or rank() == 0):
             name = f"{socket.gethostname()}-rank{rank()}"  # NAME.TIME.pt.trace.json
-            write = torch.profiler.tensorboard_trace_handler(str(run_folder / PROFILE), name)
+            write = torch.profiler.tensorboard_trace_handler(str(folder / PROFILE), name)
             before = min(WARM_UP, total_steps - state.step - steps)
             first, warm_up = max(0, before - 1), min(1, before)
             self._profile = torch.profiler.profile(

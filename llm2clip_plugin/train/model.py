@@ -165,21 +165,19 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def activation_bytes(
-    module: nn.Module, make_inputs: Callable[[], Sequence[Tensor]], forward: Callable[..., Tensor]
-) -> int:
+def activation_bytes(module: nn.Module, make: Callable[[], Sequence[Tensor]], forward: Callable[..., Tensor]) -> int:
     """Bytes that a forward and backward pass adds, at its peak, to parameters, buffers, gradients and inputs.
 
     The pass is real, its tensors are fake: shapes without values, so that a model of any size takes seconds and no
     memory. ``module`` (on the meta device) is left with fake tensors; ``forward`` calls it on the inputs and returns a
-    scalar. What a kernel allocates internally is not counted.
+    scalar; ``make`` makes those. What a kernel allocates internally is not counted.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
         module.to_empty(device="cpu")
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        inputs = make_inputs()
+        inputs = make()
         at_rest = memory.peak = memory.live
         forward(*inputs).backward()
     return memory.peak - at_rest

@@ -90,9 +90,7 @@ class ContrastiveStep(ABC):
         batch = self._on_device(batch)
         rows = len(batch["keys"])  # of this rank
         size, first = rows // self.engine.accumulation, batch["position"] - (world_size() - rank()) * rows
-        micro_batches = [
-            {**self._rows(batch, slice(start, start + size)), "first": first + start} for start in range(0, rows, size)
-        ]
+        micro_batches = [{**self._rows(batch, slice(i, i + size)), "first": first + i} for i in range(0, rows, size)]
         skipped, lowers = self.engine.skipped, self.engine.can_lower_loss_scale
         if len(micro_batches) == 1:
             reference = self._reference(micro_batches[0])

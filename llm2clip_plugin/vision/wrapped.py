@@ -7,13 +7,13 @@ bases. Shapes: B images, T tokens, N patches, H width, S image size in pixels.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, PretrainedConfig, PreTrainedModel
@@ -115,15 +115,26 @@ if hasattr(transformers, "Aimv2VisionModel"):
             return output
 
 
-def naflex_positions(resize: Any, table: Tensor, spatial_shapes: Tensor | None, max_length: int) -> Tensor:
-    """(g, g, H) positions -> (B, max_length, H) of images, by transformers' ``resize``; without shapes (1, max_length,
-    H) of a square."""
-    if spatial_shapes is not None:
-        return resize(table, spatial_shapes, max_length)
-    side, grid = math.isqrt(max_length), table.permute(2, 0, 1)[None]
-    if side != len(table):
-        grid = nn.functional.interpolate(grid.float(), (side, side), mode="bilinear", antialias=True).to(table.dtype)
-    return grid.flatten(2).mT
+def naflex_positions(table: Tensor, spatial_shapes: Tensor | None, max_length: int) -> Tensor:
+    """(g, g, H) positions -> (B, max_length, H) of images of ``spatial_shapes`` (B, 2), row by row, or (1, max_length,
+    H) of a square: bilinear with antialias. Transformers' own makes the host wait for a GPU to check the shapes."""
+    if spatial_shapes is None:
+        side, grid = math.isqrt(max_length), table.permute(2, 0, 1)[None]
+        if side != len(table):
+            grid = nn.functional.interpolate(grid.float(), (side, side), mode="bilinear", antialias=True)
+        return grid.to(table.dtype).flatten(2).mT
+    fits = (spatial_shapes > 0).all() & (spatial_shapes.prod(1) <= max_length).all()
+    torch._assert_async(fits, "spatial_shapes: an image has no patches, or more than pixel_values")
+    size_B12, index_N1 = spatial_shapes.float()[:, None], torch.arange(max_length, device=table.device)[:, None]
+    row_BN1 = index_N1.div(size_B12[..., 1:], rounding_mode="floor")
+    place_BN2 = torch.cat((row_BN1, index_N1 - row_BN1 * size_B12[..., 1:]), dim=2)
+    place_BN2 = place_BN2 * (index_N1 < size_B12.prod(2, keepdim=True))  # else far away, where no weight is above 0
+    scale_B12, source_g = len(table) / size_B12, torch.arange(len(table), device=table.device)
+    distance_BN2g = (source_g - ((place_BN2 + 0.5) * scale_B12 - 0.5)[..., None]).abs()
+    weight_BN2g = (1 - distance_BN2g / scale_B12.clamp(min=1)[..., None]).clamp(min=0)
+    row_BNg, column_BNg = (weight_BN2g / weight_BN2g.sum(3, keepdim=True)).unbind(2)
+    weight_BNG = (row_BNg[..., None] * column_BNg[..., None, :]).flatten(2)
+    return (weight_BNG @ table.flatten(0, 1).float()).to(table.dtype)
 
 
 def siglip_tensor(name: str, weight: Tensor, patch: int, grid: int) -> Tensor:
@@ -132,7 +143,7 @@ def siglip_tensor(name: str, weight: Tensor, patch: int, grid: int) -> Tensor:
     if name.endswith("patch_embedding.weight") and weight.dim() == 2:
         return weight.unflatten(1, (patch, patch, -1)).permute(0, 3, 1, 2)
     if name.endswith("position_embedding.weight"):
-        return naflex_positions(None, weight.unflatten(0, (math.isqrt(len(weight)), -1)), None, grid**2)[0]
+        return naflex_positions(weight.unflatten(0, (math.isqrt(len(weight)), -1)), None, grid**2)[0]
     return weight
 
 
@@ -179,6 +190,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
             return super().forward(pixel_values, *args, **kwargs)
 
 else:
+    # a mask (B, 1, 1, N) is added as it is; one of two dimensions, which transformers 5.0 needs, is read by the host
+    TAKES_ADDED_MASK = hasattr(sys.modules[transformers.Siglip2VisionModel.__module__], "create_bidirectional_mask")
 
     class NaflexTowerConfig(transformers.Siglip2VisionConfig):
         """``image_size``: side in pixels of the square of as many patches as an image may have; by default its
@@ -200,8 +213,7 @@ else:
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             embeddings: Any = self.embeddings
-            own = embeddings.resize_positional_embeddings  # a function, not a method
-            embeddings.resize_positional_embeddings = partial(naflex_positions, own)
+            embeddings.resize_positional_embeddings = naflex_positions
 
         def forward(
             self,
@@ -221,7 +233,9 @@ else:
                 pixel_values = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
             if spatial_shapes is not None and pixel_attention_mask is None:
                 positions = torch.arange(pixel_values.shape[1], device=pixel_values.device)
-                pixel_attention_mask = (positions < spatial_shapes.prod(1, keepdim=True)).int()
+                seen = positions < spatial_shapes.prod(1, keepdim=True)
+                added = (~seen)[:, None, None].to(self.dtype) * torch.finfo(self.dtype).min
+                pixel_attention_mask = added if TAKES_ADDED_MASK else seen.int()
             inputs: Any = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
             output: Any = super().forward(pixel_values, **inputs, output_hidden_states=output_hidden_states)
             return output if return_dict is not False else output.to_tuple()
@@ -344,7 +358,7 @@ def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitC
         raise ValueError(f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be square")
     table = model.pos_embed.shape[1] - rows * columns if isinstance(model.pos_embed, nn.Parameter) else 0
     table = -1 if hasattr(model, "pos_embed_grid_size") else table
-    filters = {name.lower(): int(number) for name, number in Image.Resampling.__members__.items()}
+    filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
     return TimmVitConfig(
         timm_name=name,
         image_size=rows * height,

@@ -5,7 +5,6 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 INSTALL='pip install "llm2clip-plugin[train]" && pip install --no-deps llava-torch==1.2.2.post1'
 
 has_llava() { "$1" -c 'from importlib.util import find_spec as f; exit(not all(map(f, ("torch", "llava", "llava_integration"))))' 2>/dev/null; }
-
 choose_python() { # sets PYTHON, unless it is set, to the first that has LLaVA: the active environment, .venv, .venv-llava
     local known=("${PYTHON:-python}")
     [ -n "${PYTHON:-}" ] || known+=("$HERE/../../.venv/bin/python" "$HERE/../../.venv-llava/bin/python")

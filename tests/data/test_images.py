@@ -66,9 +66,8 @@ def test_native_images_equal_naflexs_own_preprocessor(patch: int, patches: int) 
     assert (config.fit, config.size) == ("native", math.isqrt(patches) * patch)
     for seed, size in enumerate([(300, 200), (200, 301), (640, 481), (37, 1000), (600, 4), (224, 224), (20, 20)]):
         data = jpeg(seed, size)
-        expected = processor(patch_size=patch, max_num_patches=patches)(
-            Image.open(io.BytesIO(data)), return_tensors="np"
-        )
+        image = Image.open(io.BytesIO(data))
+        expected = processor(patch_size=patch, max_num_patches=patches)(image, return_tensors="np")
         pixels, shape = as_square(evaluation_pixels(data, config), config)
         assert shape == tuple(expected["spatial_shapes"][0])
         count, grid = math.prod(shape), config.size // patch

@@ -51,9 +51,7 @@ def test_processes_share_one_download(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_continues_where_the_line_broke(
-    ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_goes_on_where_it_broke(ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a line that always breaks before the end of the file; a server without ranges sends it once."""
     monkeypatch.setattr(remote, "RANGE", 70_000)
     server = DroppingServer({"/a.tar": BODY}, drop_after=80_000, drops=99 * ranges, ranges=ranges)

@@ -13,12 +13,14 @@ from evaluate_world import write_llm
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
 from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.data.sources import ReadConfig
 from llm2clip_plugin.evaluate.captions import FIT_CAPTIONS, find_pairs, measure_captions, search
 from llm2clip_plugin.evaluate.config import CaptionSetConfig, EvaluateCaptionsConfig, ReadingConfig
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, first_captions, remove_components
 
 NAMES = "cat dog boat tree house lake bird fish moon star road hill".split()
+READ = ReadConfig(fields=("texts=short",))
 GERMAN = ["Katze", "Hund", "Boot", "Baum", "Haus", "See"]
 
 
@@ -27,7 +29,7 @@ def write_set(path: Path, names: list[str], foreign: list[str], language: str) -
     for number, (name, other) in enumerate(zip(names, foreign, strict=True)):
         texts = [{"text": name, "kind": "short"}, {"text": f"a picture of a {name}", "kind": "long"}]
         texts.append({"text": other, "kind": "short", "language": language})
-        rows.append({"id": f"k{number}", "image": "x.png", "captions": texts})
+        rows.append({"id": f"k{number}", "image": "x.png", "texts": texts})
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -55,7 +57,7 @@ def top1(encoder: CaptionEncoder, first: list[str], second: list[str], *, center
 
 
 def test_accuracy_is_that_of_a_plain_loop(teacher: CaptionEncoder, captions: Path) -> None:
-    rows = {row.name: row for row in measure_captions(teacher, CaptionSetConfig(captions=str(captions)))}
+    rows = {row.name: row for row in measure_captions(teacher, CaptionSetConfig(captions=str(captions)), READ)}
     assert list(rows) == ["short->long", "de->en", "languages"]
     names = NAMES[:6]
     long = [f"a picture of a {name}" for name in names]
@@ -85,6 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path) -> EvaluateCaptionsConfig:
     return EvaluateCaptionsConfig(
         measure=CaptionSetConfig(captions=str(folder / "validation.jsonl")),
+        read=READ,
         encoder=EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"),
         search=True,
         reading=ReadingConfig(fit_on=str(folder / "train.jsonl"), components=(0, 2)),
@@ -96,7 +99,7 @@ def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -
     assert len(found) == 2 * 2 * 3 * 2 * 3  # templates, attentions, hidden states, poolings, post-processing
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     assert len({one.score for one in found}) > 3
-    training = first_captions(str(folder / "train.jsonl"), FIT_CAPTIONS)
+    training = first_captions(str(folder / "train.jsonl"), FIT_CAPTIONS, READ)
     inner = [one for one in found if (one.way.layer, one.components) == (1, 2)]
     for number, one in enumerate([*found[:2], *inner[:2]]):
         settings = {name: vars(one.way)[name] for name in ("attention", "pooling", "layer", "chat_template")}
@@ -107,7 +110,7 @@ def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -
             one.post.save(tmp_path / str(number))
             settings["post_file"] = str(tmp_path / str(number) / POST_FILE)
         encoder = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu")
-        rows = {row.name: row.cra for row in measure_captions(encoder, config(folder).measure)}
+        rows = {row.name: row.cra for row in measure_captions(encoder, config(folder).measure, READ)}
         assert one.rows == pytest.approx({name: rows[name] for name in ("short->long", "languages")})
         assert one.score == pytest.approx((rows["short->long"] + rows["languages"]) / 2)
 
@@ -130,13 +133,13 @@ def test_removed_components_are_the_largest_of_the_fit() -> None:
 
 def test_the_printed_command_embeds_so_and_the_fingerprint_knows(folder: Path, tmp_path: Path, capsys) -> None:
     words = ["evaluate", "captions", str(folder / "validation.jsonl"), "--llm", str(folder / "llm"), "--search"]
-    words += ["--fit-on", str(folder / "train.jsonl"), "--folder", str(tmp_path / "found")]
+    words += ["--fit-on", str(folder / "train.jsonl"), "--folder", str(tmp_path / "found"), "--fields", *READ.fields]
     assert main([*words, "--no-include-bos", "--compute-dtype", "float32", "--components", "2", "--templates", ""]) == 0
     said = capsys.readouterr().out.splitlines()
     title = next(place for place, line in enumerate(said) if line.startswith("attention, pooling, layer"))
     attention, pooling, layer = said[title + 2].split(", ")[:3]
     embed = shlex.split(said[-1])[1:]
-    embed[embed.index("DATA")] = str(folder / "validation.jsonl")
+    embed[(place := embed.index("DATA")) : place + 1] = [str(folder / "validation.jsonl"), "--fields", *READ.fields]
     if "--post-file" not in embed:  # then nothing is removed, but the way is the same
         remove_components(torch.randn(40, 24), (1,))[0].save(tmp_path)
         embed += ["--post-file", str(tmp_path / POST_FILE)]

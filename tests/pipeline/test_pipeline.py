@@ -76,8 +76,8 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
 @pytest.mark.parametrize("second, dtype", [((7, 5), torch.float16), ((9, 0), torch.bfloat16)])
 def test_a_gpu_that_emulates_bfloat16_computes_in_float16(tiny: Path, monkeypatch, second: tuple[int, int], dtype):
     """In stages 1.5 and 2, and in doctor's report, of an H100 with a T4 or with another one."""
-    gpus = {"is_available": lambda: True, "device_count": lambda: 2, "get_device_name": str}
-    for name, value in (gpus | {"get_device_capability": [(9, 0), second].__getitem__}).items():
+    both = {"device_count": lambda: 2, "get_device_capability": [(9, 0), second].__getitem__, "get_device_name": str}
+    for name, value in (both | {"is_available": lambda: True}).items():
         monkeypatch.setattr(torch.cuda, name, value)
     assert fastest_dtype(torch.device("cuda")) is dtype
     assert next(check_accelerator()).found.endswith(f"bf16 {dtype is torch.bfloat16}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from text_helpers import moved, write_moved
 from tiny_llm import HYBRIDS
-from tokenizers import normalizers
+from tokenizers.normalizers import Prepend, Replace, Sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.stages.settings import FinetuneConfig
@@ -93,8 +93,7 @@ def test_chat_template_is_written_out(llama: Path) -> None:
     assert own.identity().chat_template == "<bos><user>\n{caption}<end>"
     own.tokenizer.chat_template = "{{ strftime_now('%d %B') }}<user>{{ messages[0]['content'] }}<end>"  # as SmolLM3's
     assert llms.literal_template(own.tokenizer, "user") == "26 Jul 2024<user>{caption}<end>"
-    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # as Mistral's
-    own.tokenizer.backend_tokenizer.normalizer = spaces
+    own.tokenizer.backend_tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])  # as Mistral's
     frame = llms.build_frame(own.tokenizer, "", "Query: ")
     assert llms.tokenize(own.tokenizer, [frame], ["a boat"], 64)[0] == [own.tokenizer("Query: a boat")["input_ids"]]
 
@@ -189,9 +188,7 @@ def test_what_else_is_refused(make_llm, llama: Path, tmp_path: Path) -> None:
 FOUR = ["two dogs run over the wet grass", "a red bicycle leans against a brick wall", "a boat", "the lake"]
 
 
-def pass_through(
-    llm: Path, dtype: str, *, autocast: bool, dora: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+def pass_through(llm: Path, dtype: str, *, autocast: bool, dora: bool = False) -> tuple[torch.Tensor, ...]:
     """Embeddings, all gradients of the adapter, and the bytes that the forward pass kept for them."""
     encoding = EncoderConfig(llm=str(llm), compute_dtype=dtype)
     config = FinetuneConfig(encoder=encoding, lora=LoraSettings(r=4, dropout=0.0, dora=dora))

@@ -45,9 +45,8 @@ def _start(world: int, folder: str, function: Callable[..., Any], args: tuple[An
 
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(
-        OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world)
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world))
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     join_group(rank, world, f"file://{folder}/store")
     result = function(rank, world, *args)

@@ -63,9 +63,7 @@ def test_mean_pool_of_clip_is_normed_per_token():
         assert torch.allclose(dual("clip_vision", pool="mean").pool(golden["pixels"]), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "pool"), [("clip_vision", "pooled"), ("siglip_vision", "mean"), ("dinov2", "cls_mean")]
-)
+@pytest.mark.parametrize("name, pool", [("clip_vision", "pooled"), ("siglip_vision", "mean"), ("dinov2", "cls_mean")])
 def test_patches_are_a_hidden_state_without_class_token_and_their_features_an_image_of_one_token(name, pool):
     golden = read(TRANSFORMERS_TOWERS / name)
     *_, before_last, _ = sorted(key for key in golden if key.startswith("hidden_states_"))

@@ -48,9 +48,8 @@ class Distill(LossTerm):
         loss = (anchor_bD.float() - reference_bD.float()).square().sum(-1).mean()
         if not self.structure:
             return loss
-        return loss + self.structure * structure_loss(
-            anchor_bD, reference_bD, block=features.block, group=features.group
-        )
+        structure = structure_loss(anchor_bD, reference_bD, block=features.block, group=features.group)
+        return loss + self.structure * structure
 
 
 TERM = Distill
