@@ -289,10 +289,9 @@ def open_data(config: RunConfig) -> Data:
     clip_caches = open_caches(sources, data.clip_cache, of_clip=True) if of_clip else []
     for cache in clip_caches:
         if cache.teacher.pooling != PROJECTED or cache.width != config.dual.projection_dim:
-            raise ValueError(
-                f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide; expected the "
-                f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
-            )
+            told = f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide"
+            own = f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
+            raise ValueError(f"{told}; expected the {own}")
     return Data(sources, caches, clip_caches, measured)
 
 
@@ -306,10 +305,8 @@ def check_data(config: RunConfig, data: Data) -> None:
         print(f"warning: {problem}: a sample comes several times in a batch", file=sys.stderr)
     small = [f"{source.path} ({len(source)} samples)" for source in data.sources if len(source) < batch]
     if config.data.one_source_per_batch and len(data.sources) > 1 and small:
-        raise ValueError(
-            f"global_batch {batch} is larger than {', '.join(small)}; lower --global-batch, or mix the sources with "
-            "--no-one-source-per-batch"
-        )
+        problem = f"global_batch {batch} is larger than {', '.join(small)}"
+        raise ValueError(f"{problem}; lower --global-batch, or mix the sources with --no-one-source-per-batch")
     check_kinds(data.sources, config.data.kind_weights)
     if data.measured is not None:
         data.measured.check(zip(data.sources, data.caches, strict=True))
@@ -349,6 +346,10 @@ def tower_plan(config: RunConfig) -> str:
 def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
     """Samples, width of the embeddings, and a line for each thing that is missing and assumed."""
     samples, assumed = config.plan.images, f"{config.plan.images:,} images (--assumed-samples, or DATA)"
+    if config.evaluates:
+        from llm2clip_plugin.evaluate.benchmarks import open_benchmarks
+
+        open_benchmarks(config.benchmarks)  # one that is missing stops the run
     if config.data.path:
         try:
             data = open_data(config)

@@ -129,6 +129,7 @@ def records(data: bytes) -> Iterator[Any]:
 def test_a_suite_without_files_is_named_before_the_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for more, named in (
         (("--evaluate-suites", "coco", "--suites-root", str(tmp_path)), f"{tmp_path}/coco/dataset_coco.json"),
+        (("--evaluate-suites", "coco", "--suites-root", str(tmp_path), "--dry-run"), "dataset_coco.json"),
         (("--evaluate-suites", "coco"), "--suites-root"),
         (("--evaluate-suites", "cocoa", "--suites-root", str(tmp_path)), "cocoa"),
     ):
