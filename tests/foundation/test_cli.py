@@ -35,3 +35,8 @@ def test_ranks_of_one_machine_share_its_cores(tmp_path) -> None:
         env |= {"WORLD_SIZE": "2", "RANK": "0", **given}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert done.stdout.split()[-1] == threads
+
+
+def test_the_source_that_is_saved_with_towers_needs_no_pillow() -> None:
+    code = "import runpy, sys; sys.modules['PIL'] = None; runpy.run_module('llm2clip_plugin.vision.wrapped')"
+    subprocess.run([sys.executable, "-c", code], check=True)
