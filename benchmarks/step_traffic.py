@@ -1,4 +1,4 @@
-"""What a step of the training loop sends and waits for, its vote on stopping included, counted by torch.profiler.
+"""What a step of the training loop sends and waits for, counted by torch.profiler.
 
     OMP_NUM_THREADS=1 python -m benchmarks.step_traffic --stages 1 2
 
@@ -13,7 +13,7 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.multiprocessing as mp
@@ -24,7 +24,6 @@ from benchmarks.common import parse
 from benchmarks.step import TOWERS, make_batch, make_dual, our_step
 from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.train.engine import start_ranks
-from llm2clip_plugin.train.loop import _any_rank
 
 L_PARAMETERS = 3.04e8  # of a ViT-L/14
 BATCH, STEPS = 2, 3  # pairs of a rank; steps before the one that is counted, whose losses are printed, too
@@ -42,11 +41,11 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     dual = make_dual("deep")
     shrunk = sum(p.numel() for p in dual.parameters()) / L_PARAMETERS
     step, batch = our_step(dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=shrunk), make_batch(BATCH)
+    step.flags = lambda: (False, False, False)  # as many as the loop's
     losses = [step(batch)[0] for _ in range(STEPS)]
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         losses.append(step(batch)[0])
         assert step.engine.grad_norm is not None  # the loop reports it
-        _any_rank(cast(Any, step), False, False, False)  # of the loop, on the same engine: whether to stop or to save
     if rank == 0:
         found = Counter(kinds(trace.events()))
         counts = [stage, len(step.engine.groups), *(found[kind] for kind in ("collective", "flush", "read"))]

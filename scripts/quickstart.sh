@@ -42,7 +42,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progr
 quickstart_packages
 
 mkdir -p "$WORK"
-if command -v flock >/dev/null; then
+if command -v flock >/dev/null; then # also held by a background job of a run that has ended
     exec 9>"$WORK/.lock"
     flock -n 9 || fail "another quickstart is running in $WORK; wait until it ends"
 fi
@@ -80,8 +80,12 @@ head -5 "$DATA/check.txt"
 if [ ! -d "$OUT/towers/tuned-seed0" ]; then
     tune 0
     [ -n "$SMOKE" ] || say "first result, above: how often the LLM puts the keywords of an unseen emoji first, given its name"
-    embed raw
-    embed tuned-seed0
+    half=$(((CORES + 1) / 2)) # two at once, each with half of the cores: more threads hardly speed up one
+    OMP_NUM_THREADS=$half embed raw >"$OUT/embed-raw.log" 2>&1 & other=$!
+    trap 'pkill -P "$other"; kill "$other" 2>/dev/null || true' EXIT
+    OMP_NUM_THREADS=$half embed tuned-seed0
+    wait "$other" || { cat "$OUT/embed-raw.log" >&2; exit 1; }
+    trap - EXIT
     say "the teachers on unseen emoji, caption to caption"
     python scripts/quickstart/report.py --teachers --data "$DATA"
 fi

@@ -31,10 +31,10 @@ from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32
 from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
 from llm2clip_plugin.train.guard import Watch, readable_checkpoint, refuse_disagreement, shared_folder
 from llm2clip_plugin.train.heads import BLOCK_IMAGES
-from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
+from llm2clip_plugin.train.loop import Evaluate, LoopParts, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
 from llm2clip_plugin.train.optim import REDUCTION, Trained, complete, parameter_groups, read_deepspeed_json, zero_stage
-from llm2clip_plugin.train.step import Batch
+from llm2clip_plugin.train.step import Batch, ContrastiveStep
 from llm2clip_plugin.vision.export import library_versions
 
 # Settings that may differ between hosts: where things are (what is there is compared instead), and how many processes
@@ -135,7 +135,7 @@ class TrainingRun:
         engine: Engine,
         state: TrainState,
         *,
-        step: StepFunction,
+        step: ContrastiveStep,
         batches: Iterator[Batch],
         evaluate: Evaluate | None,
         before: Evaluate | None = None,
@@ -155,7 +155,7 @@ class TrainingRun:
             print(f"note: all {self.total_steps} steps are warm-up ({warmup}); set --warmup-ratio 0.1", file=sys.stderr)
         state = run_loop(
             LoopParts(
-                step=phase("forward and backward")(step),
+                step=step,
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
                 engine=engine,
                 references=references or {},

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.console import NonFiniteLossError, StopRequest, progress_bar
+from llm2clip_plugin.console import NonFiniteLossError, StopRequest, phase, progress_bar
 from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.files import FAILED, HEADS, LEFT_OUT, METRICS, STOPPED
 from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState
@@ -27,13 +27,12 @@ from llm2clip_plugin.train.distributed import (
     gather_rows,
     on_first_rank,
     rank,
-    sum_over_ranks,
     timed,
     world_size,
 )
 from llm2clip_plugin.train.engine import Engine, Reference
 from llm2clip_plugin.train.optim import lr_factor, set_lr
-from llm2clip_plugin.train.step import Batch
+from llm2clip_plugin.train.step import Batch, ContrastiveStep
 
 PROFILE = "profile"  # folder of a run for traces
 TIMED_EVERY = 10  # steps at least between comparisons of the ranks' times, each a collective
@@ -206,7 +205,6 @@ def peak_memory(device: torch.device) -> float:
 
 # The loop.
 
-StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
 Evaluate = Callable[[], dict[str, float]]
 
 
@@ -214,7 +212,7 @@ Evaluate = Callable[[], dict[str, float]]
 class LoopParts:
     """Everything that ``run_loop`` uses."""
 
-    step: StepFunction
+    step: ContrastiveStep
     batches: Iterator[Batch]
     engine: Engine
     references: Mapping[str, Reference] = field(default_factory=dict)  # by the name of their file in a checkpoint
@@ -256,7 +254,9 @@ def run_loop(parts: LoopParts) -> TrainState:
 def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState, bool]:
     """The state in which training ended, whose checkpoint is being written, and whether a stop was requested."""
     state, saved_at, save_due = parts.state, time.monotonic(), False
-    stop = _any_rank(parts, bool(parts.stop))[0]
+    stop = any(gather_objects(bool(parts.stop)))
+    often = 60 * parts.train.save_minutes or math.inf  # seconds
+    parts.step.flags = lambda: (bool(parts.stop), time.monotonic() - saved_at >= often, saver.busy)
     if parts.before is not None and state.step == 0 and not state.before and not stop:
         state = replace(state, before=parts.before())
         reports.scores(state, state.before)
@@ -271,8 +271,7 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
         state = _evaluate_if_due(parts, state, reports, saver)
     while state.step < parts.total_steps:
         state, seconds, values = _timed_step(parts, state, reports)
-        minutes_over = 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved_at
-        stop, due, busy = _any_rank(parts, bool(parts.stop), minutes_over, saver.busy)
+        stop, due, busy = parts.step.raised
         last = stop or state.step == parts.total_steps
         reports.step(state, seconds, values, always=last)
         save_due = save_due or due or _due(parts.train.save_steps, state.step)
@@ -314,7 +313,8 @@ def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[
     set_lr(engine.groups, factor)
     bad: list[dict[str, Any]] = []
     try:
-        loss, values = parts.step(batch)
+        with phase("forward and backward"):
+            loss, values = parts.step(batch)
         values = {"loss": loss, **values, "grad_norm": engine.grad_norm}
         values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     except NonFiniteLossError as error:
@@ -344,10 +344,3 @@ def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[
     if batch.get("retries"):
         values["data_retries"] = batch["retries"]
     return state, seconds, values
-
-
-def _any_rank(parts: LoopParts, *flags: bool) -> list[bool]:
-    """Logical OR of each flag over all ranks."""
-    if world_size() == 1:
-        return list(flags)
-    return [flag > 0 for flag in sum_over_ranks(torch.tensor(flags, device=parts.engine.device).float()).tolist()]

@@ -56,6 +56,8 @@ class ContrastiveStep(ABC):
     def __init__(self, engine: Engine, terms: Terms, *, seed: int, total_samples: int = 0) -> None:
         """total_samples: pairs of the whole run, over which the terms' weights may change."""
         self.engine, self.terms, self.seed, self.total_samples = engine, terms, seed, total_samples
+        self.flags: Callable[[], Sequence[bool]] = tuple  # of this rank; each rank has as many
+        self.raised: list[bool] = []  # which of them any rank had in the last step: they travel with its losses
         self._fp32: dict[str, Tensor] = {}  # logit_scale and logit_bias since the last update
 
     @abstractmethod
@@ -100,7 +102,8 @@ class ContrastiveStep(ABC):
         else:
             numbers, finite_b = self._cached_step(batch, micro_batches)
         loss, *means, scale = self.engine.read(numbers)
-        values = {f"loss_{name}": mean for name, mean in zip(self.terms, means, strict=True)}
+        self.raised = [mean > 0 for mean in means[len(self.terms) :]]
+        values = {f"loss_{name}": mean for name, mean in zip(self.terms, means, strict=False)}
         if not lowers and (self.engine.skipped > skipped or not math.isfinite(loss + (self.engine.grad_norm or 0))):
             raise _non_finite({"loss": loss, **values}, finite_b, batch)
         self._after_update()
@@ -150,8 +153,8 @@ class ContrastiveStep(ABC):
     def _loss(
         self, encoded: Encoded, batch: Batch, reference_bD: Tensor | None, reference_patches_bTH: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's sum of weighted terms; its mean over ranks, those of all terms, and the logit scale; which pairs
-        (b,) have finite features."""
+        """This rank's sum of weighted terms; its mean over ranks, those of all terms and flags, and the logit scale;
+        which pairs (b,) have finite features."""
         before = batch["position"] - len(batch["keys"]) * world_size()
         features = Features(
             anchor_bD=encoded.anchor_mD,
@@ -169,7 +172,8 @@ class ContrastiveStep(ABC):
         )
         losses = {name: term(features) for name, term in self.terms.items()}
         loss = torch.stack(list(losses.values())).sum()
-        sums = sum_over_ranks(torch.stack([loss.detach(), *(one.detach() for one in losses.values())]))
+        flags = torch.tensor([*map(float, self.flags())]).to(loss, non_blocking=True)
+        sums = sum_over_ranks(torch.cat([torch.stack([loss, *losses.values()]).detach(), flags]))
         numbers = torch.cat([sums / world_size(), encoded.log_scale.detach().exp().to(sums)])
         finite_b = encoded.anchor_mD.isfinite().all(1) & encoded.positive_mkD.isfinite().flatten(1).all(1)
         # a non-finite value on one rank makes the gradients of all NaN, for which the engine makes no update: reading
