@@ -142,7 +142,7 @@ def test_our_own_files_are_complete(path: Path):
         (lambda: LossConfig(terms=("infonce=1", "infonce")), "infonce twice"),
         (lambda: LossConfig(terms=("infonce=1:0",)), "100%"),
         (lambda: check_terms(LossConfig(terms=("sigmoid",)), DualConfig()), "--dual.logit-bias-init"),
-        (lambda: check_terms(LossConfig(), DualConfig(logit_bias_init=-10.0)), "logit_bias_init"),
+        (lambda: check_terms(LossConfig(), DualConfig(logit_bias_init=-10.0)), "logit-bias-init"),
     ],
 )
 def test_settings_that_cannot_be_are_named(make: Any, named: str):
