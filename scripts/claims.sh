@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the quickstart again and compare what it measures with the numbers that README.md states.
-#   scripts/claims.sh               seed 0 again, 20 to 25 minutes on two cores: its numbers must lie where a training may
-#   scripts/claims.sh --no-llava    towers alone, six minutes
+#   scripts/claims.sh               seed 0 again, half an hour on two cores: its numbers must lie where a training may
+#   scripts/claims.sh --no-llava    towers alone, 13 minutes
 #   scripts/claims.sh --record      write docs/claims*.json and the tables of README and docs/benchmarks.md from the run instead;
 #                                   --record towers, --record llava: those alone. Towers stand on ten seeds (--seeds 10 --no-llava
 #                                   --record towers), LLaVA on three with SmolLM2 and six with the tiny language model
