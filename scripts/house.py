@@ -12,6 +12,7 @@ import ast
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from statistics import median
 
 import networkx
 
@@ -37,20 +38,26 @@ def numbers(root: Path) -> dict[str, str]:
     if not trees:
         sys.exit(f"error: {root} is no checkout: it has no {PACKAGE}")
     graph = networkx.DiGraph({name: {*imported(tree, trees)} - {name} for name, tree in trees.items()})
-    functions = [
-        ((node.end_lineno or node.lineno) - node.lineno + 1, f"{name.rpartition('.')[2]}.{node.name}")
-        for name, tree in trees.items()
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
+    functions, imports = list[tuple[int, str]](), 0
+    for name, tree in trees.items():
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                functions.append((size, f"{name.rpartition('.')[2]}.{node.name}"))
+            imports += size * isinstance(node, (ast.Import, ast.ImportFrom))
     cycles = [name for one in networkx.strongly_connected_components(graph) if len(one) > 1 for name in sorted(one)]
     up = [f"{name} -> {other}" for name, other in graph.edges if goes_up(name, other)]
-    longest = max(lines, key=lines.__getitem__)
+    total, longest = sum(lines.values()), max(lines, key=lines.__getitem__)
     found = {
         "files": len(lines),
-        "lines": sum(lines.values()),
+        "lines": total,
+        "lines of a file, median": f"{median(lines.values()):.0f}",
         "longest file": f"{lines[longest]} ({longest.partition('.')[2]})",
+        "lines of a function, median": f"{median(lengths for lengths, _ in functions):.0f}",
         "longest function": "{} ({})".format(*max(functions)),
+        "import lines": f"{imports / total:.1%}",
+        "files under 40 lines": sum(of_file < 40 for of_file in lines.values()),
+        "files with one importer": sum(times == 1 for _, times in graph.in_degree),
         "files in import cycles": ", ".join([str(len(cycles)), *cycles]),
         "arrows up": ", ".join([str(len(up)), *up]),
         "files that train-tower imports": len(networkx.descendants(graph, f"{PACKAGE}.stages.tower")) + 1,
