@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.." && ROOT=$PWD
 case "${1:-}" in
     "") LLAVA="--images 64 --dtype float16 --shape l14-336" STEP="--batch 128" LOSS="--pairs 32768" PAIRS="--batch 256 --micro 64" OPEN="" TRAFFIC="" ;;
     --tiny) LLAVA="--images 1 --rounds 2 --shape tiny" STEP="--towers tiny --batch 4 --rounds 2" LOSS="--pairs 256 --rounds 1"
-        PAIRS="--batch 8 --micro 4 --rounds 1" OPEN="--tower tiny --batch 4 --steps 2 --rounds 1" TRAFFIC="--blocks 2 --stages 1" ;;
+        PAIRS="--batch 8 --micro 4 --rounds 1 --concepts 20" OPEN="--tower tiny --batch 4 --steps 2 --rounds 1" TRAFFIC="--blocks 2 --stages 1" ;;
     *) echo "error: unknown option $1; known: --tiny" >&2; exit 2 ;;
 esac
 train_environment .venv train,dev && extensions_of .venv || exit 1
