@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 [ "${1:-}" = --tiny ] || .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "error: no GPU found (torch.cuda.is_available() is false); --tiny checks the same on a CPU" >&2; exit 2; }
 GEMMA=quickstart-output/models/gemma-3-270m failed=0
-run() { printf '\n## %s\n' "$*" && timeout 300 "$@" || { echo "FAILED: $*"; failed=1; }; }
+run() { printf '\n## %s\n' "$*" && timeout 900 "$@" || { echo "FAILED: $*"; failed=1; }; }
 run .venv/bin/python -m pytest -q -m gpu tests --ignore=tests/llava
 # shellcheck disable=SC2086 # options on purpose
 {
