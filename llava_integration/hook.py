@@ -107,7 +107,7 @@ def settings_from_environment(config: Any) -> None:
 
 
 def unfreezes(config: Any) -> bool:
-    """Whether the environment says so; not in pretraining, which would save the projector alone."""
+    """Whether ``LLM2CLIP_UNFREEZE_TOWER`` is 1; never in pretraining, which saves the projector alone."""
     return os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1" and not getattr(config, "tune_mm_mlp_adapter", False)
 
 

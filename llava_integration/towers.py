@@ -260,8 +260,8 @@ def refuse_other_checkpoints(output: str, config: Any) -> None:
     now = (getattr(config, KEY, None) or {}).get("weights_sha256")
     for folder in Path(output).glob("checkpoint-*"):
         if (was := (config_of(folder).get(KEY) or {}).get("weights_sha256", now)) != now:
-            told = f"{folder} was trained with the vision tower sha256 {was}, --vision_tower is now sha256 {now}"
-            raise ContractError(f"{told}; pass that tower, or choose another --output_dir")
+            problem = f"{folder} was trained with the vision tower sha256 {was}, --vision_tower is now sha256 {now}"
+            raise ContractError(f"{problem}; pass that tower, or choose another --output_dir")
 
 
 def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:

@@ -192,8 +192,8 @@ class OpenedTower:
         if known is not None and (folder / CacheManifest.FILE).is_file():
             theirs = CacheManifest.read(folder / CacheManifest.FILE)
             if theirs.fingerprint != known.fingerprint:
-                told = f"the cache {folder} was not created with the tower's teacher"
-                raise ContractError(f"{told}: {differences(theirs.teacher, known)}; choose another --cache")
+                problem = f"the cache {folder} was not created with the tower's teacher"
+                raise ContractError(f"{problem}: {differences(theirs.teacher, known)}; choose another --cache")
 
         def opened() -> EmbeddingCache:
             cache = EmbeddingCache.open(folder, expect_width=teacher.llm_width or None)

@@ -137,8 +137,8 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[int, d
     if config.start_adapters and (config.encoder.adapter or config.encoder.load_in_4bit or config.lora.dora):
         raise ValueError("start_adapters exclude --adapter, --load-in-4bit and --lora-dora")
     if config.train.precision != "fp32" and config.encoder.compute_dtype == "float32":
-        told = f"train.precision {config.train.precision} would convert the LLM's float32 weights"
-        raise ValueError(f"{told}; leave precision (the adapter's) at fp32, and set --compute-dtype")
+        problem = f"train.precision {config.train.precision} would convert the LLM's float32 weights"
+        raise ValueError(f"{problem}; leave precision (the adapter's) at fp32, and set --compute-dtype")
     return total_steps, deepspeed
 
 
@@ -174,14 +174,16 @@ def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: boo
     tokens = tokenizer(result.pairs)
     for side, plural in (("query", "queries"), ("positive", "positives")):
         long = [(len(ids), pair.key) for ids, pair in zip(tokens[side], result.pairs, strict=True) if len(ids) > limit]
-        told = (
+        counted = (
             f"{result.path}: {len(long)} of the first {len(result.pairs)} {plural} are longer than max_tokens {limit}"
         )
         if long and side == "query" and not cut_queries:
             length, key = max(long)
-            raise ValueError(f"{told}, the longest {length} (sample {key!r}); raise --max-tokens, or set --cut-queries")
+            raise ValueError(
+                f"{counted}, the longest {length} (sample {key!r}); raise --max-tokens, or set --cut-queries"
+            )
         if long and rank() == 0:
-            print(f"{told} and are truncated")
+            print(f"{counted} and are truncated")
 
 
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:

@@ -289,9 +289,9 @@ def open_data(config: RunConfig) -> Data:
     clip_caches = open_caches(sources, data.clip_cache, of_clip=True) if of_clip else []
     for cache in clip_caches:
         if cache.teacher.pooling != PROJECTED or cache.width != config.dual.projection_dim:
-            told = f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide"
+            problem = f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide"
             own = f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
-            raise ValueError(f"{told}; expected the {own}")
+            raise ValueError(f"{problem}; expected the {own}")
     return Data(sources, caches, clip_caches, measured)
 
 

@@ -273,7 +273,7 @@ def default_cache_folder(source_path: str, fingerprint: str) -> Path:
 
 
 def benchmark_cache_folder(source_path: str, fingerprint: str) -> Path:
-    """``default_cache_folder``, or one beside the downloads where that does not exist and can't be made."""
+    """``default_cache_folder``, or a folder next to the downloads if that one can neither be found nor made."""
     folder = default_cache_folder(source_path, fingerprint)
     if folder.exists() or os.access(folder.parent, os.W_OK):
         return folder

@@ -255,8 +255,8 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
     """The state in which training ended, whose checkpoint is being written, and whether a stop was requested."""
     state, saved_at, save_due = parts.state, time.monotonic(), False
     stop = any(gather_objects(bool(parts.stop)))
-    often = 60 * parts.train.save_minutes or math.inf  # seconds
-    parts.step.flags = lambda: (bool(parts.stop), time.monotonic() - saved_at >= often, saver.busy)
+    save_seconds = 60 * parts.train.save_minutes or math.inf
+    parts.step.flags = lambda: (bool(parts.stop), time.monotonic() - saved_at >= save_seconds, saver.busy)
     if parts.before is not None and state.step == 0 and not state.before and not stop:
         state = replace(state, before=parts.before())
         reports.scores(state, state.before)
