@@ -5,8 +5,6 @@
     scripts/check_claims.py quickstart-output/default --record          writes docs/claims*.json and the pages' tables
     scripts/check_claims.py quickstart-output/default --record llava    those of LLaVA alone; or towers
 
-``--record llava`` takes the LLaVAs and controls that the folder has, and leaves another language model's numbers.
-
 The files hold, for each claim, the value of every seed on either side. A broken method changes differences, so these
 are compared, in two ways, which fail for one correct rerun in a hundred and one in fourteen.
 
@@ -14,7 +12,7 @@ Numbers: the difference of the two sides and the level of the first, each agains
 so many more trainings, t * s * sqrt(1 / stated + 1 / new), s the pooled standard deviation over seeds (of the
 difference seed by seed), at a level that all share (Bonferroni); ``ROUNDING`` for what involves no training.
 
-Gains: for each part (teacher, tower, each LLaVA) which fraction of its significant differences came back, their sum
+Gains: for each part (teacher, tower, LLaVA) which fraction of its significant differences came back, their sum
 weighted by difference over variance (half interval, squared). It has a lower bound alone, of the same form.
 """
 
@@ -43,8 +41,8 @@ README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- scripts/claims.sh --record -->", "<!-- end -->"
 BEGIN_LLAVA = "<!-- scripts/claims.sh --record: LLaVA -->"
 RAW_TUNED, BEFORE_AFTER = ("raw", "tuned"), ("before", "after")
-LANGUAGE_MODELS = {"llava": "2.5 million weights", "llava-smollm2": "SmolLM2-135M"}  # folder -> language model
-CONTROLS = {"random": "before", "raw": "after"}  # teacher of the tower -> its side in FOLDER-controls
+LANGUAGE_MODEL = "2.5 million weights"  # LLaVA's; SmolLM2-135M's are no claims (docs/benchmarks.md)
+CONTROLS = {"random": "before", "raw": "after"}  # teacher of the tower -> its side in llava-controls
 ROUNDING = 0.01
 LEVEL = 0.05  # of the tests, after Holm's adjustment
 PERCENT, POINTS = "{:.1f}".format, "{:+.1f}".format
@@ -66,17 +64,16 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def measured_llava(folder: Path) -> dict[str, Any]:
-    """The claims of the LLaVA miniatures in a quickstart's results, in percent; {} without one."""
+    """The claims of the LLaVA miniature in a quickstart's results, in percent; {} without one."""
     found = {}
-    for name, model in LANGUAGE_MODELS.items():
-        for benchmark, row in _compared(folder / name).items():
-            sides = {side: _by_seed(folder / name / "scores" / side, benchmark) for side in BEFORE_AFTER}
-            controls = {
-                one: {"values": values, **_compared(folder / f"{name}-{one}")[benchmark]}
-                for one, side in CONTROLS.items()
-                if (values := _by_seed(folder / f"{name}-controls" / "scores" / side, benchmark))
-            }
-            found[f"{model}: {benchmark.removeprefix('miniature: ')}"] = {**row, **sides, "controls": controls}
+    for benchmark, row in _compared(folder / "llava").items():
+        sides = {side: _by_seed(folder / "llava" / "scores" / side, benchmark) for side in BEFORE_AFTER}
+        controls = {
+            one: {"values": values, **_compared(folder / f"llava-{one}")[benchmark]}
+            for one, side in CONTROLS.items()
+            if (values := _by_seed(folder / "llava-controls" / "scores" / side, benchmark))
+        }
+        found[f"{LANGUAGE_MODEL}: {benchmark.removeprefix('miniature: ')}"] = {**row, **sides, "controls": controls}
     return found
 
 
@@ -116,7 +113,7 @@ def differences(claim: Values, sides: Sides) -> list[float]:
 
 
 def part_of(name: str) -> str:
-    """``tower``, ``teacher``, or the language model of a LLaVA."""
+    """``tower``, ``teacher``, or LLaVA's language model."""
     return name.partition(":")[0]
 
 
@@ -159,15 +156,12 @@ def check(
 
 
 def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
-    """Print a table of towers and one of each LLaVA that was run; every number, and the names of missing claims."""
+    """Print a table of towers and, if it was run, one of LLaVA; every number, and the names of missing claims."""
     runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED)]
-    stated_llava, new_llava = read_json(CLAIMS_LLAVA), measured_llava(folder)
-    for name, model in LANGUAGE_MODELS.items():
-        if (folder / name).is_dir():
-            of_model = {claim: values for claim, values in stated_llava.items() if part_of(claim) == model}
-            runs.append((of_model, new_llava, BEFORE_AFTER))
-        else:
-            print(f"Not rerun: LLaVA with a language model of {model} ({folder / name} does not exist).\n")
+    if (folder / "llava").is_dir():
+        runs.append((read_json(CLAIMS_LLAVA), measured_llava(folder), BEFORE_AFTER))
+    else:
+        print(f"Not rerun: LLaVA ({folder / 'llava'} does not exist).\n")
     claims = [name for stated, *_ in runs for name in stated]
     levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
     found = list[Checked]()
@@ -189,7 +183,7 @@ def table(claims: Mapping[str, Any]) -> str:
 
 
 def llava_table(claims: Mapping[str, Any]) -> str:
-    """The table of the LLaVA miniatures: a row per claim."""
+    """The table of the LLaVA miniature: a row per claim."""
     head = ("language model: questions", "trainings a side", "tower before stage 2", "after", "difference", "p (Holm)")
     rows = []
     for name, claim in claims.items():
@@ -198,27 +192,17 @@ def llava_table(claims: Mapping[str, Any]) -> str:
         cells = [f"{name} ({claim['questions']})", str(len(claim["after"])), before, f"{strong}{after}{strong}"]
         p = p_value(claim["p_adjusted"]) + ", not shown" * (not claim["significant"])
         cells += [estimate(claim["difference"], claim["interval"], POINTS), p]
-        for control in (claim["controls"].get(one, "not measured") for one in CONTROLS):
-            if not isinstance(control, str):  # as those of few trainings, written by hand
-                difference = estimate(control["difference"], control["interval"], POINTS)
-                control = f"{spread(control['values'], PERCENT)}; {difference}, p {p_value(control['p_adjusted'])}"
-            cells.append(control)
+        for control in map(claim["controls"].__getitem__, CONTROLS):
+            difference = estimate(control["difference"], control["interval"], POINTS)
+            cells.append(f"{spread(control['values'], PERCENT)}; {difference}, p {p_value(control['p_adjusted'])}")
         rows.append(tuple(cells))
     return markdown_table((*head, "random embeddings; after minus it", "raw LLM; after minus it"), rows)
 
 
-def main_claims(claims: Mapping[str, Any]) -> dict[str, Any]:
-    """README's: of towers and teachers the headline, of LLaVA what has controls of as many trainings."""
-    return {
-        name: claim
-        for name, claim in claims.items()
-        if claim.get("headline") or any(isinstance(control, dict) for control in claim.get("controls", {}).values())
-    }
-
-
 def record(path: Path, claims: Mapping[str, Any], begin: str, made: Callable[[Mapping[str, Any]], str]) -> None:
     """Write the claims, and between the markers of both pages their table."""
-    for page, stated in ((README, main_claims(claims)), (BENCHMARKS, claims)):
+    main = {name: claim for name, claim in claims.items() if claim.get("headline", True)}  # of towers; LLaVA's whole
+    for page, stated in ((README, main), (BENCHMARKS, claims)):
         before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
         write_text(page, f"{before}{begin}\n{made(stated)}{rest[rest.index(END) :]}")
     write_text(path, json.dumps(claims, indent=1, ensure_ascii=False) + "\n")
@@ -237,8 +221,6 @@ def main() -> int:
     if args.record in ("all", "llava"):
         if not (claims := measured_llava(args.folder)):
             raise FileNotFoundError(f"{args.folder} has no LLaVA; run scripts/quickstart.sh without --no-llava")
-        models = set(map(part_of, claims))
-        claims |= {name: claim for name, claim in read_json(CLAIMS_LLAVA).items() if part_of(name) not in models}
         record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, llava_table)
     if args.record:
         return 0

@@ -53,44 +53,39 @@ def stated_table(page: Path, begin: str = check_claims.BEGIN) -> str:
 
 def test_pages_state_what_was_recorded() -> None:
     claims, of_llava = map(check_claims.read_json, (check_claims.CLAIMS, check_claims.CLAIMS_LLAVA))
-    for page, of_page in ((check_claims.README, check_claims.main_claims), (check_claims.BENCHMARKS, dict)):
-        assert stated_table(page) == check_claims.table(of_page(claims))
-        assert stated_table(page, check_claims.BEGIN_LLAVA) == check_claims.llava_table(of_page(of_llava))
+    main = {name: claim for name, claim in claims.items() if claim["headline"]}
+    for page, of_page in ((check_claims.README, main), (check_claims.BENCHMARKS, claims)):
+        assert stated_table(page) == check_claims.table(of_page)
+        assert stated_table(page, check_claims.BEGIN_LLAVA) == check_claims.llava_table(of_llava)
     recorded = [(claims, check_claims.RAW_TUNED), (of_llava, check_claims.BEFORE_AFTER)]
     values = [claim[side] for known, sides in recorded for claim in known.values() for side in sides]
     assert all(len(one) >= 3 and all(map(math.isfinite, one)) for one in values)
-    assert set(map(check_claims.part_of, of_llava)) == set(check_claims.LANGUAGE_MODELS.values())
+    assert all(len(claim[side]) >= 6 for claim in of_llava.values() for side in check_claims.BEFORE_AFTER)
 
 
 def llava_folder(folder: Path, shift: float = 0.0) -> None:
     """LLaVA's part of a quickstart's results with the recorded values of seeds 0 and 1, those after shifted."""
-    stated = check_claims.read_json(check_claims.CLAIMS_LLAVA)
-    for name, model in check_claims.LANGUAGE_MODELS.items():
-        shutil.rmtree(folder / name, ignore_errors=True)
-        rows = []
-        for claim, values in stated.items():
-            if check_claims.part_of(claim) != model:
-                continue
-            benchmark = f"miniature: {claim.removeprefix(f'{model}: ')}"
-            kept = {key: values[key] for key in ("difference", "interval", "questions")}
-            rows.append({**kept, "benchmark": benchmark, "p_holm": values["p_adjusted"]})
-            for side, seed in itertools.product(check_claims.BEFORE_AFTER, range(2)):
-                reached = values[side][seed] + shift * (side == "after")
-                metrics = {"word": 1.0, "above": reached} if "name" in claim else {"accuracy": reached}
-                made = ScoreFile(benchmark=benchmark, metrics=metrics, items=[{"id": "a", "score": 1.0}])
-                made.write(folder / name / "scores" / side / ("seed1" if seed else "") / f"{len(rows)}.scores.json")
-        (folder / name / "compare").mkdir(parents=True)
-        (folder / name / "compare" / "compare.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    shutil.rmtree(folder / "llava", ignore_errors=True)
+    rows = []
+    for claim, values in check_claims.read_json(check_claims.CLAIMS_LLAVA).items():
+        benchmark = f"miniature: {claim.removeprefix(f'{check_claims.LANGUAGE_MODEL}: ')}"
+        kept = {key: values[key] for key in ("difference", "interval", "questions")}
+        rows.append({**kept, "benchmark": benchmark, "p_holm": values["p_adjusted"]})
+        for side, seed in itertools.product(check_claims.BEFORE_AFTER, range(2)):
+            metrics = {"accuracy": values[side][seed] + shift * (side == "after")}
+            made = ScoreFile(benchmark=benchmark, metrics=metrics, items=[{"id": "a", "score": 1.0}])
+            made.write(folder / "llava" / "scores" / side / ("seed1" if seed else "") / f"{len(rows)}.scores.json")
+    (folder / "llava" / "compare").mkdir(parents=True)
+    (folder / "llava" / "compare" / "compare.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
 
 
-def test_llavas_controls_are_recorded_and_what_was_not_run_stays(tmp_path, monkeypatch) -> None:
+def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
     for name in ("CLAIMS_LLAVA", "README", "BENCHMARKS"):
         copy = tmp_path / getattr(check_claims, name).name
         monkeypatch.setattr(check_claims, name, shutil.copy(getattr(check_claims, name), copy))
     stated = check_claims.read_json(check_claims.CLAIMS_LLAVA)
     run = tmp_path / "run"
     llava_folder(run)
-    shutil.rmtree(run / "llava-smollm2")
     shutil.copytree(run / "llava" / "scores", run / "llava-controls" / "scores")
     for control, difference in (("random", 1.25), ("raw", -2.0)):
         shutil.copytree(run / "llava" / "compare", run / f"llava-{control}" / "compare")
@@ -103,9 +98,6 @@ def test_llavas_controls_are_recorded_and_what_was_not_run_stays(tmp_path, monke
     made = check_claims.read_json(check_claims.CLAIMS_LLAVA)
     assert made.keys() == stated.keys()
     for name, claim in made.items():
-        if check_claims.part_of(name) != check_claims.LANGUAGE_MODELS["llava"]:
-            assert claim == stated[name]
-            continue
         for control, side in check_claims.CONTROLS.items():
             assert claim["controls"][control]["values"] == stated[name][side][:2] == claim[side]
             assert claim["controls"][control]["difference"] == {"random": 1.25, "raw": -2.0}[control]
@@ -116,7 +108,7 @@ def test_llavas_controls_are_recorded_and_what_was_not_run_stays(tmp_path, monke
 @pytest.mark.usefixtures("ten_trainings")
 def test_numbers_that_moved_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked(tmp_path, headline()) == ([], [])
-    assert capsys.readouterr().out.count("Not rerun: LLaVA with a language model of") == 2
+    assert capsys.readouterr().out.count("Not rerun: LLaVA") == 1
     moved, _ = checked(tmp_path, headline(shift=-0.1))
     assert "tower: fraction of the gains" in moved and len(moved) > 11
     moved, _ = checked(tmp_path, headline(both=0.2))  # as by training on test shards: the differences stay
@@ -128,7 +120,7 @@ def test_numbers_that_moved_are_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert checked(tmp_path, headline()) == ([], [])
     llava_folder(tmp_path, shift=-60.0)
     moved, _ = checked(tmp_path, headline())
-    assert all(f"{model}: fraction of the gains" in moved for model in check_claims.LANGUAGE_MODELS.values())
+    assert f"{check_claims.LANGUAGE_MODEL}: fraction of the gains" in moved
 
 
 def test_intervals_are_students_and_widen_with_fewer_seeds() -> None:
@@ -145,16 +137,14 @@ def test_intervals_are_students_and_widen_with_fewer_seeds() -> None:
 # ---------------------------------------------------------------------------------------------- planted reruns
 
 Runs = dict[str, dict[str, list[float]]]
-BOTH = ("2.5 million weights", "SmolLM2-135M")
 
 
 class Reruns:
     """Values of new trainings with the means and the covariance of the recorded ones, for towers and LLaVA."""
 
-    def __init__(self, llava: tuple[str, ...]) -> None:
-        of_llava = check_claims.read_json(check_claims.CLAIMS_LLAVA)
-        chosen = {name: claim for name, claim in of_llava.items() if check_claims.part_of(name) in llava}
-        self.claims = (check_claims.read_json(check_claims.CLAIMS), chosen)
+    def __init__(self, *, llava: bool) -> None:
+        of_llava = check_claims.read_json(check_claims.CLAIMS_LLAVA) if llava else {}
+        self.claims = (check_claims.read_json(check_claims.CLAIMS), of_llava)
         self.rng = np.random.default_rng(20261128)
 
     def draw(self, count: int | None = None) -> list[Runs]:
@@ -196,22 +186,23 @@ class Reruns:
 
 
 @pytest.mark.usefixtures("ten_trainings")
-@pytest.mark.parametrize(("llava", "count"), [(BOTH, 1), (BOTH, 3), ((), 1)])
-def test_a_correct_rerun_passes_nine_times_in_ten(llava: tuple[str, ...], count: int) -> None:
-    reruns = Reruns(llava)
+@pytest.mark.parametrize(("llava", "count"), [(True, 1), (True, 3), (False, 1)])
+def test_a_correct_rerun_passes_nine_times_in_ten(llava: bool, count: int) -> None:
+    reruns = Reruns(llava=llava)
     flagged = sum(reruns.flagged(reruns.draw(count), stated=reruns.draw()) for _ in range(300))
     assert flagged / 300 <= 0.10
 
 
 BROKEN = ("both towers on the raw LLM", "after = before", "half of the towers' gain")
+HALF_LLAVA = "half of LLaVA's gain"  # one training's noise hides it in every other rerun, three trainings' seldom
 
 
 @pytest.mark.usefixtures("ten_trainings")
-@pytest.mark.parametrize("broken", [*BROKEN, "half of LLaVA's gain", "half of all gains"])
+@pytest.mark.parametrize("broken", [*BROKEN, HALF_LLAVA, "half of all gains"])
 def test_a_broken_method_is_flagged(broken: str) -> None:
-    reruns, flagged = Reruns(() if "tower" in broken else BOTH), 0
+    reruns, count, flagged = Reruns(llava="tower" not in broken), 3 if broken == HALF_LLAVA else 1, 0
     for _ in range(200):
-        (towers, of_llava), (other_towers, other_llava) = reruns.draw(1), reruns.draw(1)
+        (towers, of_llava), (other_towers, other_llava) = reruns.draw(count), reruns.draw(count)
         match broken:
             case "both towers on the raw LLM":
                 for name in (name for name in towers if name.startswith("tower")):
@@ -220,7 +211,7 @@ def test_a_broken_method_is_flagged(broken: str) -> None:
                 of_llava = {name: {**one, "after": other_llava[name]["before"]} for name, one in of_llava.items()}
             case "half of the towers' gain":
                 towers = reruns.halved(towers, 0, "tower")
-            case "half of LLaVA's gain":
+            case _ if broken == HALF_LLAVA:
                 of_llava = reruns.halved(of_llava, 1)
             case _:
                 towers, of_llava = reruns.halved(towers, 0), reruns.halved(of_llava, 1)
