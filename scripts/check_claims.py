@@ -219,8 +219,10 @@ def main() -> int:
     if args.record in ("all", "towers"):
         record(CLAIMS, measured(args.folder), BEGIN, table)
     if args.record in ("all", "llava"):
-        if not (claims := measured_llava(args.folder)):
-            raise FileNotFoundError(f"{args.folder} has no LLaVA; run scripts/quickstart.sh without --no-llava")
+        claims = measured_llava(args.folder)
+        if not claims or any(claim["controls"].keys() != CONTROLS.keys() for claim in claims.values()):
+            fix = "run scripts/quickstart.sh --controls, without --no-llava"
+            raise FileNotFoundError(f"{args.folder} has no LLaVA with all controls; {fix}")
         record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, llava_table)
     if args.record:
         return 0

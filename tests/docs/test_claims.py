@@ -86,6 +86,9 @@ def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
     stated = check_claims.read_json(check_claims.CLAIMS_LLAVA)
     run = tmp_path / "run"
     llava_folder(run)
+    monkeypatch.setattr(sys, "argv", ["check_claims.py", str(run), "--record", "llava"])
+    with pytest.raises(FileNotFoundError, match="--controls"):
+        check_claims.main()
     shutil.copytree(run / "llava" / "scores", run / "llava-controls" / "scores")
     for control, difference in (("random", 1.25), ("raw", -2.0)):
         shutil.copytree(run / "llava" / "compare", run / f"llava-{control}" / "compare")
@@ -93,7 +96,6 @@ def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
         rows = check_claims.read_json(path)["rows"]
         changed = {"difference": difference, "interval": [difference - 3, difference + 3], "p_holm": 0.5}
         path.write_text(json.dumps({"rows": [row | changed for row in rows]}), encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["check_claims.py", str(run), "--record", "llava"])
     assert check_claims.main() == 0
     made = check_claims.read_json(check_claims.CLAIMS_LLAVA)
     assert made.keys() == stated.keys()
