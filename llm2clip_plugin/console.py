@@ -282,6 +282,8 @@ def end_children() -> None:
     if "multiprocessing" in sys.modules:
         import multiprocessing
 
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader that is killed
         for child in multiprocessing.active_children():
             child.kill()
 

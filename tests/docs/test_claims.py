@@ -59,8 +59,7 @@ def test_pages_state_what_was_recorded() -> None:
         assert stated_table(page, check_claims.BEGIN_LLAVA) == check_claims.llava_table(of_llava)
     recorded = [(claims, check_claims.RAW_TUNED), (of_llava, check_claims.BEFORE_AFTER)]
     values = [claim[side] for known, sides in recorded for claim in known.values() for side in sides]
-    assert all(len(one) >= 3 and all(map(math.isfinite, one)) for one in values)
-    assert all(len(claim[side]) >= 6 for claim in of_llava.values() for side in check_claims.BEFORE_AFTER)
+    assert all(len(one) >= 6 and all(map(math.isfinite, one)) for one in values)
 
 
 def llava_folder(folder: Path, shift: float = 0.0) -> None:
@@ -72,8 +71,8 @@ def llava_folder(folder: Path, shift: float = 0.0) -> None:
         kept = {key: values[key] for key in ("difference", "interval", "questions")}
         rows.append({**kept, "benchmark": benchmark, "p_holm": values["p_adjusted"]})
         for side, seed in itertools.product(check_claims.BEFORE_AFTER, range(2)):
-            metrics = {"accuracy": values[side][seed] + shift * (side == "after")}
-            made = ScoreFile(benchmark=benchmark, metrics=metrics, items=[{"id": "a", "score": 1.0}])
+            reached = {"accuracy": values[side][seed] + shift * (side == "after")}
+            made = ScoreFile(benchmark=benchmark, metrics=reached, items=[{"id": "a", "score": 1.0}])
             made.write(folder / "llava" / "scores" / side / ("seed1" if seed else "") / f"{len(rows)}.scores.json")
     (folder / "llava" / "compare").mkdir(parents=True)
     (folder / "llava" / "compare" / "compare.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
@@ -84,8 +83,7 @@ def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
         copy = tmp_path / getattr(check_claims, name).name
         monkeypatch.setattr(check_claims, name, shutil.copy(getattr(check_claims, name), copy))
     stated = check_claims.read_json(check_claims.CLAIMS_LLAVA)
-    run = tmp_path / "run"
-    llava_folder(run)
+    llava_folder(run := tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["check_claims.py", str(run), "--record", "llava"])
     with pytest.raises(FileNotFoundError, match="--controls"):
         check_claims.main()
@@ -121,8 +119,7 @@ def test_numbers_that_moved_are_named(tmp_path: Path, capsys: pytest.CaptureFixt
     llava_folder(tmp_path)
     assert checked(tmp_path, headline()) == ([], [])
     llava_folder(tmp_path, shift=-60.0)
-    moved, _ = checked(tmp_path, headline())
-    assert f"{check_claims.LANGUAGE_MODEL}: fraction of the gains" in moved
+    assert f"{check_claims.LANGUAGE_MODEL}: fraction of the gains" in checked(tmp_path, headline())[0]
 
 
 def test_intervals_are_students_and_widen_with_fewer_seeds() -> None:
@@ -135,8 +132,6 @@ def test_intervals_are_students_and_widen_with_fewer_seeds() -> None:
     with pytest.raises(ValueError, match="one seed"):
         check_claims.reach([0.3], [0.3])
 
-
-# ---------------------------------------------------------------------------------------------- planted reruns
 
 Runs = dict[str, dict[str, list[float]]]
 
@@ -196,13 +191,13 @@ def test_a_correct_rerun_passes_nine_times_in_ten(llava: bool, count: int) -> No
 
 
 BROKEN = ("both towers on the raw LLM", "after = before", "half of the towers' gain")
-HALF_LLAVA = "half of LLaVA's gain"  # one training's noise hides it in every other rerun, three trainings' seldom
 
 
 @pytest.mark.usefixtures("ten_trainings")
-@pytest.mark.parametrize("broken", [*BROKEN, HALF_LLAVA, "half of all gains"])
+@pytest.mark.parametrize("broken", [*BROKEN, "half of LLaVA's gain", "half of all gains"])
 def test_a_broken_method_is_flagged(broken: str) -> None:
-    reruns, count, flagged = Reruns(llava="tower" not in broken), 3 if broken == HALF_LLAVA else 1, 0
+    reruns, flagged = Reruns(llava="tower" not in broken), 0
+    count = 3 if "LLaVA" in broken else 1  # the noise of one training hides that in every other rerun
     for _ in range(200):
         (towers, of_llava), (other_towers, other_llava) = reruns.draw(count), reruns.draw(count)
         match broken:
@@ -213,7 +208,7 @@ def test_a_broken_method_is_flagged(broken: str) -> None:
                 of_llava = {name: {**one, "after": other_llava[name]["before"]} for name, one in of_llava.items()}
             case "half of the towers' gain":
                 towers = reruns.halved(towers, 0, "tower")
-            case _ if broken == HALF_LLAVA:
+            case "half of LLaVA's gain":
                 of_llava = reruns.halved(of_llava, 1)
             case _:
                 towers, of_llava = reruns.halved(towers, 0), reruns.halved(of_llava, 1)

@@ -40,3 +40,17 @@ def test_ranks_of_one_machine_share_its_cores(tmp_path) -> None:
 def test_the_source_that_is_saved_with_towers_needs_no_pillow() -> None:
     code = "import runpy, sys; sys.modules['PIL'] = None; runpy.run_module('llm2clip_plugin.vision.wrapped')"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LEFT = """import atexit, time
+from torch.utils.data import DataLoader
+from llm2clip_plugin.cli import leave
+next(loader := iter(DataLoader(range(9), num_workers=2)))
+atexit.register(time.sleep, 1)  # in which torch would notice
+leave(0)
+"""
+
+
+def test_a_loader_that_is_killed_at_the_end_is_no_error() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
