@@ -47,10 +47,9 @@ installs() { # COMMAND PACKAGE...: installs what some tests need, and are skippe
 installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
 { PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
     echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
-# What is mostly start-up takes what the workers of pytest leave idle, at the lowest priority.
+# What is mostly start-up, and one process at a time, fills what the workers of pytest leave idle.
 beside() {
     if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
-    renice -n 19 -p "$BASHPID" >/dev/null
     check .venv/bin/pyright
     # LLaVA's own pins: the hook, the towers and every stage in one process (this DeepSpeed has no CPU backend for two ranks)
     if [ -d .venv-pinned ]; then
