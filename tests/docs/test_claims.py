@@ -197,7 +197,7 @@ BROKEN = ("both towers on the raw LLM", "after = before", "half of the towers' g
 @pytest.mark.parametrize("broken", [*BROKEN, "half of LLaVA's gain", "half of all gains"])
 def test_a_broken_method_is_flagged(broken: str) -> None:
     reruns, flagged = Reruns(llava="tower" not in broken), 0
-    count = 3 if "LLaVA" in broken else 1  # the noise of one training hides that in every other rerun
+    count = 3 if "LLaVA" in broken else 1  # as claims.sh has; the noise of one hides it in every other rerun
     for _ in range(200):
         (towers, of_llava), (other_towers, other_llava) = reruns.draw(count), reruns.draw(count)
         match broken:
