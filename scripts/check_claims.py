@@ -41,7 +41,7 @@ README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- scripts/claims.sh --record -->", "<!-- end -->"
 BEGIN_LLAVA = "<!-- scripts/claims.sh --record: LLaVA -->"
 RAW_TUNED, BEFORE_AFTER = ("raw", "tuned"), ("before", "after")
-LANGUAGE_MODEL = "2.5 million weights"  # LLaVA's; SmolLM2-135M's are no claims (docs/benchmarks.md)
+LANGUAGE_MODELS = {"llava": "2.5 million weights", "llava-smollm2": "SmolLM2-135M"}  # of LLaVA, by its folder
 CONTROLS = {"random": "before", "raw": "after"}  # teacher of the tower -> its side in llava-controls
 ROUNDING = 0.01
 LEVEL = 0.05  # of the tests, after Holm's adjustment
@@ -64,16 +64,17 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def measured_llava(folder: Path) -> dict[str, Any]:
-    """The claims of the LLaVA miniature in a quickstart's results, in percent; {} without one."""
+    """The claims of the LLaVA miniature in a quickstart's results, in percent or points; {} without one."""
     found = {}
-    for benchmark, row in _compared(folder / "llava").items():
-        sides = {side: _by_seed(folder / "llava" / "scores" / side, benchmark) for side in BEFORE_AFTER}
-        controls = {
-            one: {"values": values, **_compared(folder / f"llava-{one}")[benchmark]}
-            for one, side in CONTROLS.items()
-            if (values := _by_seed(folder / "llava-controls" / "scores" / side, benchmark))
-        }
-        found[f"{LANGUAGE_MODEL}: {benchmark.removeprefix('miniature: ')}"] = {**row, **sides, "controls": controls}
+    for own, model in LANGUAGE_MODELS.items():
+        for benchmark, row in _compared(folder / own).items():
+            sides = {side: _by_seed(folder / own / "scores" / side, benchmark) for side in BEFORE_AFTER}
+            controls = {
+                one: {"values": values, **_compared(folder / f"{own}-{one}")[benchmark]}
+                for one, side in CONTROLS.items()
+                if (values := _by_seed(folder / f"{own}-controls" / "scores" / side, benchmark))
+            }
+            found[f"{model}: {benchmark.removeprefix('miniature: ')}"] = {**row, **sides, "controls": controls}
     return found
 
 
@@ -156,19 +157,20 @@ def check(
 
 
 def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
-    """Print a table of towers and, if it was run, one of LLaVA; every number, and the names of missing claims."""
-    runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED)]
-    if (folder / "llava").is_dir():
-        runs.append((read_json(CLAIMS_LLAVA), measured_llava(folder), BEFORE_AFTER))
-    else:
-        print(f"Not rerun: LLaVA ({folder / 'llava'} does not exist).\n")
+    """Print a table of towers and one of what was run of LLaVA; every number, and the names of missing claims."""
+    rerun = {model for own, model in LANGUAGE_MODELS.items() if (folder / own).is_dir()}
+    of_llava = {name: claim for name, claim in read_json(CLAIMS_LLAVA).items() if part_of(name) in rerun}
+    runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED), (of_llava, measured_llava(folder), BEFORE_AFTER)]
+    for own in (own for own, model in LANGUAGE_MODELS.items() if model not in rerun):
+        print(f"Not rerun: LLaVA with {LANGUAGE_MODELS[own]} ({folder / own} does not exist).\n")
     claims = [name for stated, *_ in runs for name in stated]
     levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
     found = list[Checked]()
     for run in runs:
         checked = check(*run, **levels)
         rows = [(one.name, *map(one.shown, one[1:4]), "as stated" if one.same else "**moved**") for one in checked]
-        print(markdown_table(("number", "stated", "now", "may differ by", "result"), rows))
+        if rows:
+            print(markdown_table(("number", "stated", "now", "may differ by", "result"), rows))
         found += checked
     return found, [name for stated, new, _ in runs for name in stated if name not in new]
 
@@ -223,7 +225,7 @@ def main() -> int:
         if not claims or any(claim["controls"].keys() != CONTROLS.keys() for claim in claims.values()):
             fix = "run scripts/quickstart.sh --controls, without --no-llava"
             raise FileNotFoundError(f"{args.folder} has no LLaVA with all controls; {fix}")
-        record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, llava_table)
+        record(CLAIMS_LLAVA, read_json(CLAIMS_LLAVA) | claims, BEGIN_LLAVA, llava_table)  # other language models' stay
     if args.record:
         return 0
     found, missing = check_all(args.folder)
