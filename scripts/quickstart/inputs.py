@@ -166,9 +166,7 @@ def speak_chatml(folder: Path, name: str) -> None:
     write_json(folder / "generation_config.json", numbers)
     if theta := (config.get("rope_parameters") or {}).get("rope_theta"):
         config["rope_theta"] = theta  # transformers 4.37 reads no other, and takes 10,000 silently
-    # A CPU's fused attention takes twice as long over samples as short as these.
-    attention = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
-    write_json(folder / "config.json", {**config, **numbers, **attention})
+    write_json(folder / "config.json", {**config, **numbers})
 
 
 def make_models(output: Path, image_size: int) -> None:
