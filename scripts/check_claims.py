@@ -161,8 +161,11 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     rerun = {model for own, model in LANGUAGE_MODELS.items() if (folder / own).is_dir()}
     of_llava = {name: claim for name, claim in read_json(CLAIMS_LLAVA).items() if part_of(name) in rerun}
     runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED), (of_llava, measured_llava(folder), BEFORE_AFTER)]
-    for own in (own for own, model in LANGUAGE_MODELS.items() if model not in rerun):
-        print(f"Not rerun: LLaVA with {LANGUAGE_MODELS[own]} ({folder / own} does not exist).\n")
+    for own, model in LANGUAGE_MODELS.items():
+        if model not in rerun:
+            print(f"Not rerun: LLaVA with {model} ({folder / own} does not exist).\n")
+        elif model not in map(part_of, of_llava):
+            print(f"Not checked: LLaVA with {model}, of which {CLAIMS_LLAVA.name} states nothing.\n")
     claims = [name for stated, *_ in runs for name in stated]
     levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
     found = list[Checked]()
