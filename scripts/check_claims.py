@@ -8,9 +8,10 @@
 The files hold, for each claim, the value of every seed on either side. A broken method changes differences, so these
 are compared, in two ways, which fail for one correct rerun in a hundred and one in fourteen.
 
-Numbers: the difference of the two sides and the level of the first, each against the prediction interval of the mean of
-so many more trainings, t * s * sqrt(1 / stated + 1 / new), s the pooled standard deviation over seeds (of the
-difference seed by seed), at a level that all share (Bonferroni); ``ROUNDING`` for what involves no training.
+Numbers: the difference of the two sides (LLaVA's to controls that were rerun, too) and the level of the first, each
+against the prediction interval of the mean of so many more trainings, t * s * sqrt(1 / stated + 1 / new), s the pooled
+standard deviation over seeds (of the difference seed by seed), at a level that all share (Bonferroni); ``ROUNDING`` for
+what involves no training.
 
 Gains: for each part (teacher, tower, LLaVA) which fraction of its significant differences came back, their sum
 weighted by difference over variance (half interval, squared). It has a lower bound alone, of the same form.
@@ -76,6 +77,15 @@ def measured_llava(folder: Path) -> dict[str, Any]:
             }
             found[f"{model}: {benchmark.removeprefix('miniature: ')}"] = {**row, **sides, "controls": controls}
     return found
+
+
+def with_controls(claims: Mapping[str, Any]) -> dict[str, Any]:
+    """The claims, and each with a control in place of ``before``: the differences that tell about the teacher."""
+    return {**claims} | {
+        f"{name} against {one}": {**claim, **control, "before": control["values"]}
+        for name, claim in claims.items()
+        for one, control in claim["controls"].items()
+    }
 
 
 def _compared(folder: Path) -> dict[str, dict[str, Any]]:
@@ -160,7 +170,9 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     """Print a table of towers and one of what was run of LLaVA; every number, and the names of missing claims."""
     rerun = {model for own, model in LANGUAGE_MODELS.items() if (folder / own).is_dir()}
     of_llava = {name: claim for name, claim in read_json(CLAIMS_LLAVA).items() if part_of(name) in rerun}
-    runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED), (of_llava, measured_llava(folder), BEFORE_AFTER)]
+    llava = with_controls(measured_llava(folder))
+    ran = {name: claim for name, claim in with_controls(of_llava).items() if name in llava or name in of_llava}
+    runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED), (ran, llava, BEFORE_AFTER)]
     for own, model in LANGUAGE_MODELS.items():
         if model not in rerun:
             print(f"Not rerun: LLaVA with {model} ({folder / own} does not exist).\n")

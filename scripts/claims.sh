@@ -6,8 +6,9 @@
 #   scripts/claims.sh --record      write docs/claims*.json and the tables of README and docs/benchmarks.md from the run instead;
 #                                   --record towers, --record llava: those alone. Towers stand on ten seeds (--seeds 10 --no-llava
 #                                   --record towers), LLaVA on six (--seeds 6 --controls --record llava)
-# Other options go to scripts/quickstart.sh; --output DIR keeps the run, and a rerun resumes. Exits with 1 if a
-# difference, a level or a part's gains lie outside what so many more trainings may give (scripts/check_claims.py).
+# Other options go to scripts/quickstart.sh, as --controls: LLaVA is compared with its controls, too; --output DIR keeps the
+# run, and a rerun resumes. Exits with 1 if a difference, a level or a part's gains lie outside what so many more
+# trainings may give (scripts/check_claims.py).
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/options.sh"

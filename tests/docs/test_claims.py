@@ -75,14 +75,12 @@ def llava_folder(folder: Path, shift: float = 0.0) -> None:
             reached = {"accuracy": values[side][seed] + shift * (side == "after")}
             made = ScoreFile(benchmark=benchmark, metrics=reached, items=[{"id": "a", "score": 1.0}])
             made.write(folder / "llava" / "scores" / side / ("seed1" if seed else "") / f"{len(rows)}.scores.json")
-    (folder / "llava" / "compare").mkdir(parents=True)
-    (folder / "llava" / "compare" / "compare.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    check_claims.write_text(folder / "llava" / "compare" / "compare.json", json.dumps({"rows": rows}))
 
 
 def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
     for name in ("CLAIMS_LLAVA", "README", "BENCHMARKS"):
-        copy = tmp_path / getattr(check_claims, name).name
-        monkeypatch.setattr(check_claims, name, shutil.copy(getattr(check_claims, name), copy))
+        monkeypatch.setattr(check_claims, name, Path(shutil.copy(getattr(check_claims, name), tmp_path)))
     llava_folder(run := tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["check_claims.py", str(run), "--record", "llava"])
     with pytest.raises(FileNotFoundError, match="--controls"):
@@ -91,19 +89,21 @@ def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
     for control, difference in (("random", 1.25), ("raw", -2.0)):
         shutil.copytree(run / "llava" / "compare", run / f"llava-{control}" / "compare")
         path = run / f"llava-{control}" / "compare" / "compare.json"
-        rows = check_claims.read_json(path)["rows"]
-        changed = {"difference": difference, "interval": [difference - 3, difference + 3], "p_holm": 0.5}
-        path.write_text(json.dumps({"rows": [row | changed for row in rows]}), encoding="utf-8")
+        new = {"difference": difference, "interval": [difference - 3, difference + 3], "p_holm": 0.5}
+        check_claims.write_text(path, json.dumps({"rows": [row | new for row in check_claims.read_json(path)["rows"]]}))
     assert check_claims.main() == 0
     made = check_claims.read_json(check_claims.CLAIMS_LLAVA)
     assert made.keys() == LLAVAS.keys()
-    for name, stated in TINYS.items():
-        claim = made[name]
-        for control, side in check_claims.CONTROLS.items():
-            assert claim["controls"][control]["values"] == stated[side][:2] == claim[side]
-            assert claim["controls"][control]["difference"] == {"random": 1.25, "raw": -2.0}[control]
+    for (name, stated), (control, side) in itertools.product(TINYS.items(), check_claims.CONTROLS.items()):
+        recorded = made[name]["controls"][control]
+        assert recorded["values"] == stated[side][:2] == made[name][side]
+        assert recorded["difference"] == {"random": 1.25, "raw": -2.0}[control]
     assert stated_table(check_claims.BENCHMARKS, check_claims.BEGIN_LLAVA) == check_claims.llava_table(made)
     assert "; +1.2 [-1.8, +4.2], p .500 | " in check_claims.llava_table(made).splitlines()[2]
+    monkeypatch.undo()
+    assert checked(run, headline()) == ([], [])
+    llava_folder(run, shift=-60.0)  # and the controls as they were
+    assert f"{TINY}: emoji group against raw; difference" in checked(run, headline())[0]
 
 
 @pytest.mark.usefixtures("ten_trainings")
