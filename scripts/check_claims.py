@@ -8,10 +8,9 @@
 The files hold, for each claim, the value of every seed on either side. A broken method changes differences, so these
 are compared, in two ways, which fail for one correct rerun in a hundred and one in fourteen.
 
-Numbers: the difference of the two sides (LLaVA's to controls that were rerun, too) and the level of the first, each
-against the prediction interval of the mean of so many more trainings, t * s * sqrt(1 / stated + 1 / new), s the pooled
-standard deviation over seeds (of the difference seed by seed), at a level that all share (Bonferroni); ``ROUNDING`` for
-what involves no training.
+Numbers: the difference of the two sides and the level of the first, each against the prediction interval of the mean of
+so many more trainings, t * s * sqrt(1 / stated + 1 / new), s the pooled standard deviation over seeds (of the
+difference seed by seed), at a level that all share (Bonferroni); ``ROUNDING`` for what involves no training.
 
 Gains: for each part (teacher, tower, LLaVA) which fraction of its significant differences came back, their sum
 weighted by difference over variance (half interval, squared). It has a lower bound alone, of the same form.
@@ -56,9 +55,9 @@ Values = Mapping[str, Sequence[float]]  # side -> a value per seed
 def measured(folder: Path) -> dict[str, Any]:
     """The claims of a quickstart's ``headline.json``. Raises FileNotFoundError without one."""
     made = read_json(folder / "headline.json")
-    kept = ("chance", "difference", "interval", "p_adjusted", "significant", "seeds_significant")
+    kept = ("chance", "difference", "interval", "p_adjusted", "significant", "seeds_significant", "random")
     return {
-        claim["name"]: {"headline": claim in made["headline"], **{name: claim[name] for name in kept}}
+        claim["name"]: {"headline": claim in made["headline"], **{name: claim[name] for name in kept if name in claim}}
         | {side: [round(seed[side], 5) for seed in claim["by_seed"].values()] for side in RAW_TUNED}
         for claim in made["headline"] + made["others"]
     }
@@ -152,8 +151,9 @@ def check(
     """Every difference, level and gain of the claims that both have; ``numbers`` and ``parts`` share their levels."""
     found, shown = list[Checked](), fraction if sides == RAW_TUNED else PERCENT
     for name in filter(new.__contains__, stated):
-        levels = stated[name][sides[0]], new[name][sides[0]]
-        both = {"difference": [differences(claims[name], sides) for claims in (stated, new)], sides[0]: levels}
+        claims = stated[name], new[name]
+        levels = {one: [of[one] for of in claims] for one in (sides[0], "random") if all(of.get(one) for of in claims)}
+        both = {"difference": [differences(of, sides) for of in claims], **levels}
         for what, (before, after) in both.items():
             old, now, most = fmean(before), fmean(after), reach(before, after, NUMBERS_LEVEL / numbers)
             found.append(Checked(f"{name}; {what}", old, now, most, abs(now - old) <= most, shown))
@@ -178,11 +178,11 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
             print(f"Not rerun: LLaVA with {model} ({folder / own} does not exist).\n")
         elif model not in map(part_of, of_llava):
             print(f"Not checked: LLaVA with {model}, of which {CLAIMS_LLAVA.name} states nothing.\n")
-    claims = [name for stated, *_ in runs for name in stated]
-    levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
+    claims = {name: claim for stated, *_ in runs for name, claim in stated.items()}
+    numbers, parts = sum(2 + bool(one.get("random")) for one in claims.values()), len(set(map(part_of, claims)))
     found = list[Checked]()
     for run in runs:
-        checked = check(*run, **levels)
+        checked = check(*run, numbers=numbers, parts=parts)
         rows = [(one.name, *map(one.shown, one[1:4]), "as stated" if one.same else "**moved**") for one in checked]
         if rows:
             print(markdown_table(("number", "stated", "now", "may differ by", "result"), rows))

@@ -4,11 +4,10 @@
 #                                   cores, where every other run hides that half of LLaVA's gain is lost
 #   scripts/claims.sh --seeds 1 --no-llava      towers alone, 13 minutes
 #   scripts/claims.sh --record      write docs/claims*.json and the tables of README and docs/benchmarks.md from the run instead;
-#                                   --record towers, --record llava: those alone. Towers stand on ten seeds (--seeds 10 --no-llava
-#                                   --record towers), LLaVA on six (--seeds 6 --controls --record llava)
-# Other options go to scripts/quickstart.sh, as --controls: LLaVA is compared with its controls, too; --output DIR keeps the
-# run, and a rerun resumes. Exits with 1 if a difference, a level or a part's gains lie outside what so many more
-# trainings may give (scripts/check_claims.py).
+#                                   --record towers, --record llava: those alone. Towers stand on ten seeds (--seeds 10 --controls
+#                                   --no-llava --record towers), LLaVA on six (--seeds 6 --controls --record llava)
+# Others go to scripts/quickstart.sh, as --controls, which are then checked, too; --output DIR keeps the run to resume. Exits
+# with 1 if a difference, a level or a part's gains lie outside what so many more trainings may give (check_claims.py).
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/options.sh"

@@ -283,14 +283,15 @@ def check_run(tower: Path) -> dict[str, Any]:
 
 def claims_table(claims: Sequence[Claim], base: str = "raw") -> str:
     """A row per claim; those that are not significant say so. ``base``: of TEACHERS."""
-    head, rows = (TEACHERS[base], TEACHERS["tuned"], "difference", "p (Holm)", "alone", "chance"), []
+    head, rows = (TEACHERS[base], TEACHERS["tuned"], "difference", "p (Holm)", "alone", "chance; random embeddings"), []
     for one in claims:
         raw, tuned = (spread([seed[side] for seed in one["by_seed"].values()]) for side in ("raw", "tuned"))
         strong = "**" * (one["significant"] and one["name"] in HEADLINE)
         alone = f"{one['seeds_significant']} of {len(one['by_seed'])}"
         p = p_value(one["p_adjusted"]) + ", not significant" * (not one["significant"])
         cells = (raw, f"{strong}{tuned}{strong}", estimate(one["difference"], one["interval"]), p, alone)
-        rows.append((one["name"], *cells, fraction(one["chance"])))
+        random = [spread(one["random"])] if one.get("random") else []
+        rows.append((one["name"], *cells, "; ".join([fraction(one["chance"]), *random])))
     return markdown_table(("mean reciprocal rank, test families", *head), rows)
 
 
@@ -333,6 +334,9 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     over_plain = make_claims(over | pair_tests("teacher", teachers, "plain") if over else {})
     headline = [one for one in claims if one["name"] in HEADLINE]
     means = {name: {row: float(one.scores.mean()) for row, one in of.items()} for name, of in towers.items()}
+    of_random = [of for name, of in means.items() if name.startswith("random-")]
+    for one in claims:  # of teachers: none
+        one["random"] = [round(of[row], 5) for of in of_random if (row := one["name"].removeprefix("tower: ")) in of]
     record = {"headline": headline, "others": claims[len(headline) :], "over_plain": over_plain}  # significant or not
     record |= {"table": claims_table(headline), "towers": means, "inputs": inputs}
     write_text(output / "headline.json", json.dumps(record, indent=2))

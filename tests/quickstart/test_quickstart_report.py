@@ -157,7 +157,7 @@ def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
     better = {seed: one._replace(scores=one.scores + 0.1) for seed, one in base.items()}
     (shown,) = report.make_claims({"better": (base, better)})
     assert shown["significant"] and shown["better"] == 1
-    assert cells(report.claims_table([shown]))[0][-2] == "2 of 2"
+    assert cells(report.claims_table([shown | {"random": [0.2, 0.4]}]))[0][-2:] == ["2 of 2", ".100; .300 ± .141"]
 
 
 def test_families_are_drawn_not_concepts(pairs) -> None:
