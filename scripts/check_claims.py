@@ -70,9 +70,9 @@ def measured_llava(folder: Path) -> dict[str, Any]:
         for benchmark, row in _compared(folder / own).items():
             sides = {side: _by_seed(folder / own / "scores" / side, benchmark) for side in BEFORE_AFTER}
             controls = {
-                one: {"values": values, **_compared(folder / f"{own}-{one}")[benchmark]}
+                one: {"values": _by_seed(folder / f"{own}-controls" / "scores" / side, benchmark), **compared}
                 for one, side in CONTROLS.items()
-                if (values := _by_seed(folder / f"{own}-controls" / "scores" / side, benchmark))
+                if (compared := _compared(folder / f"{own}-{one}").get(benchmark))
             }
             found[f"{model}: {benchmark.removeprefix('miniature: ')}"] = {**row, **sides, "controls": controls}
     return found
@@ -153,8 +153,7 @@ def check(
     for name in filter(new.__contains__, stated):
         claims = stated[name], new[name]
         levels = {one: [of[one] for of in claims] for one in (sides[0], "random") if all(of.get(one) for of in claims)}
-        both = {"difference": [differences(of, sides) for of in claims], **levels}
-        for what, (before, after) in both.items():
+        for what, (before, after) in {"difference": [differences(of, sides) for of in claims], **levels}.items():
             old, now, most = fmean(before), fmean(after), reach(before, after, NUMBERS_LEVEL / numbers)
             found.append(Checked(f"{name}; {what}", old, now, most, abs(now - old) <= most, shown))
     for part in dict.fromkeys(map(part_of, stated)):
@@ -230,18 +229,20 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="a quickstart's results, e.g. quickstart-output/default")
-    choices = ("all", "towers", "llava")
-    parser.add_argument("--record", nargs="?", const="all", choices=choices, help="write the numbers instead")
+    parser.add_argument("--record", nargs="?", const="all", choices=("all", "towers", "llava"), help="write instead")
     args = parser.parse_args()
-    if args.record in ("all", "towers"):
-        record(CLAIMS, measured(args.folder), BEGIN, table)
-    if args.record in ("all", "llava"):
-        claims = measured_llava(args.folder)
-        if not claims or any(claim["controls"].keys() != CONTROLS.keys() for claim in claims.values()):
-            fix = "run scripts/quickstart.sh --controls, without --no-llava"
-            raise FileNotFoundError(f"{args.folder} has no LLaVA with all controls; {fix}")
-        record(CLAIMS_LLAVA, read_json(CLAIMS_LLAVA) | claims, BEGIN_LLAVA, llava_table)  # other language models' stay
     if args.record:
+        towers = {} if args.record == "llava" else measured(args.folder)
+        llava = {} if args.record == "towers" else measured_llava(args.folder)
+        whole = [bool(claim.get("random")) for name, claim in towers.items() if part_of(name) == "tower"]
+        whole += [claim["controls"].keys() == CONTROLS.keys() for claim in llava.values()]
+        if not all(whole) or not (llava or args.record == "towers"):
+            fix = "run scripts/quickstart.sh --controls, for LLaVA without --no-llava"
+            raise FileNotFoundError(f"{args.folder} has not all controls of what is recorded; {fix}")
+        if towers:
+            record(CLAIMS, towers, BEGIN, table)
+        if llava:
+            record(CLAIMS_LLAVA, read_json(CLAIMS_LLAVA) | llava, BEGIN_LLAVA, llava_table)  # the other model's stay
         return 0
     found, missing = check_all(args.folder)
     moved = [one.name for one in found if not one.same]

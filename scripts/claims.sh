@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Run the quickstart again and compare what it measures with the numbers that README.md states.
-#   scripts/claims.sh               seeds 0 to 2 again: their numbers must lie where a training may. --seeds 1: in 20 minutes on two
-#                                   cores, where every other run hides that half of LLaVA's gain is lost
-#   scripts/claims.sh --seeds 1 --no-llava      towers alone, 13 minutes
+#   scripts/claims.sh               seeds 0 to 2 again: their numbers must lie where a training may
+#   scripts/claims.sh --seeds 1     20 minutes on two cores (--no-llava: 13); every other run hides that half of LLaVA's gain is lost
 #   scripts/claims.sh --record      write docs/claims*.json and the tables of README and docs/benchmarks.md from the run instead;
 #                                   --record towers, --record llava: those alone. Towers stand on ten seeds (--seeds 10 --controls
 #                                   --no-llava --record towers), LLaVA on six (--seeds 6 --controls --record llava)
