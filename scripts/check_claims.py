@@ -46,6 +46,11 @@ CONTROLS = {"random": "before", "raw": "after"}  # teacher of the tower -> its s
 ROUNDING = 0.01
 LEVEL = 0.05  # of the tests, after Holm's adjustment
 PERCENT, POINTS = "{:.1f}".format, "{:+.1f}".format
+README_ROWS = {  # headline claim -> what README's table calls it
+    "tower: names in languages never trained on, caption → image": "tower: name in another language → image",
+    "teacher: names in languages never trained on → English": "LLM alone: name in another language → English name",
+    "teacher: name → keywords without its words": "LLM alone: English name → keywords that share no word with it",
+}
 NUMBERS_LEVEL, GAINS_LEVEL = 0.01, 0.07  # how often a correct rerun may fail for any of its numbers, and of its gains
 
 Sides = tuple[str, str]  # names of the base and of the new side
@@ -198,6 +203,18 @@ def table(claims: Mapping[str, Any]) -> str:
     return claims_table(rows)
 
 
+def readme_table(claims: Mapping[str, Any]) -> str:
+    """README's table: a row per headline claim, in words that need no other page."""
+    rows = []
+    for name, claim in claims.items():
+        strong = "**" if claim["significant"] else ""
+        tuned = f"{strong}{spread(claim['tuned'])}{strong}"
+        difference = estimate(claim["difference"], claim["interval"])
+        rows.append((README_ROWS[name], spread(claim["raw"]), tuned, difference, p_value(claim["p_adjusted"])))
+    head = ("mean reciprocal rank (chance: .02)", "original LLM", "fine-tuned LLM", "difference", "p")
+    return markdown_table(head, rows)
+
+
 def llava_table(claims: Mapping[str, Any]) -> str:
     """The table of the LLaVA miniature: a row per claim."""
     head = ("language model: questions", "trainings a side", "tower before stage 2", "after", "difference", "p (Holm)")
@@ -215,14 +232,18 @@ def llava_table(claims: Mapping[str, Any]) -> str:
     return markdown_table((*head, "random embeddings; after minus it", "raw LLM; after minus it"), rows)
 
 
-def record(path: Path, claims: Mapping[str, Any], begin: str, made: Callable[[Mapping[str, Any]], str]) -> None:
-    """Write the claims, and between the markers of both pages their table."""
-    main = {name: claim for name, claim in claims.items() if claim.get("headline", True)}  # of towers; LLaVA's whole
-    for page, stated in ((README, main), (BENCHMARKS, claims)):
+def record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, str]) -> None:
+    """Write the claims, and between the markers of each page its table."""
+    for page, made in tables.items():
         before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
-        write_text(page, f"{before}{begin}\n{made(stated)}{rest[rest.index(END) :]}")
+        write_text(page, f"{before}{begin}\n{made}{rest[rest.index(END) :]}")
     write_text(path, json.dumps(claims, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {len(claims)} claims to {path.name} and the pages")
+
+
+def headline(claims: Mapping[str, Any]) -> dict[str, Any]:
+    """The claims that were chosen before they were measured."""
+    return {name: claim for name, claim in claims.items() if claim["headline"]}
 
 
 def main() -> int:
@@ -240,9 +261,11 @@ def main() -> int:
             fix = "run scripts/quickstart.sh --controls, for LLaVA without --no-llava"
             raise FileNotFoundError(f"{args.folder} has not all controls of what is recorded; {fix}")
         if towers:
-            record(CLAIMS, towers, BEGIN, table)
+            tables = {README: readme_table(headline(towers)), BENCHMARKS: table(towers)}
+            record(CLAIMS, towers, BEGIN, tables)
         if llava:
-            record(CLAIMS_LLAVA, read_json(CLAIMS_LLAVA) | llava, BEGIN_LLAVA, llava_table)  # the other model's stay
+            claims = read_json(CLAIMS_LLAVA) | llava  # the other model's stay
+            record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, {BENCHMARKS: llava_table(claims)})
         return 0
     found, missing = check_all(args.folder)
     moved = [one.name for one in found if not one.same]
