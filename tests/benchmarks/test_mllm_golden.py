@@ -118,6 +118,21 @@ def test_pope_is_joined_never_zipped(run):
         assert sum(record.metrics[f"categories.{c}.n"] for c in ("adversarial", "random", "popular")) == 301
 
 
+def test_popes_f1_is_of_answered_questions():
+    """Also the one that is resampled: an unanswered "yes" is not one that was missed."""
+    everything, chosen = score("pope", "model-a"), benchmark("pope")
+    unanswered = [item for item in everything.items if item["label"] == "yes"][:5]
+    lost = {item["id"] for item in unanswered}
+    questions = chosen.load(ROOT / "pope")
+    given = {answer.id: answer for answer in read_answers(answers("pope", "model-a")).rows}
+    items = [chosen.score_item(one, None if one.id in lost else given[one.id]) for one in questions]
+    headline = chosen.metrics(items)[chosen.headline] * chosen.scale
+    assert sum(bool(item["missing"]) for item in items) == 5
+    assert chosen.statistic(items).full() == pytest.approx(headline, abs=TOLERANCE)
+    answered = [item for item in items if not item["missing"]]
+    assert chosen.statistic(answered).full() == pytest.approx(headline, abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["vqav2", "vizwiz", "gqa", "seedbench", "mmbench"])
 def test_submission_is_the_official_converters(name, model, tmp_path):

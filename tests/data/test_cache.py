@@ -8,6 +8,8 @@ import data_world
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, rows_digest, shard_captions
@@ -167,6 +169,24 @@ def test_a_flipped_byte_is_found_when_its_row_is_read(source, tmp_path: Path, te
     assert torch.equal(cache.shard("pairs").embeddings(range(1, 7)), whole[1:])
     with pytest.raises(ContractError, match="is damaged: SHA-256"):
         cache.verify()
+
+
+def test_exchanged_rows_are_found_when_they_are_read(source, tmp_path: Path) -> None:
+    """Each row still has its own checksum, which also covers the row's number."""
+    fill(tmp_path / "cache", source)
+    path = tmp_path / "cache" / "pairs.safetensors"
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for name in ("embeddings", "scales", "row_checks"):
+        tensors[name] = tensors[name].copy()
+        tensors[name][[0, 1]] = tensors[name][[1, 0]]
+    save_file(tensors, path, metadata=metadata)
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    for row in (0, 1):
+        with pytest.raises(ContractError, match=rf"pairs\.safetensors is damaged: row {row}"):
+            cache.shard("pairs").embeddings([row])
+    cache.shard("pairs").embeddings([2])
 
 
 @pytest.mark.parametrize("tensor", ["embeddings", "scales", "row_checks", "caption_hashes", "keys", "row_starts"])

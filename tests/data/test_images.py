@@ -168,6 +168,30 @@ def test_flip_is_every_second_and_off_by_default() -> None:
     assert 70 < flips < 130
 
 
+def test_crops_have_the_area_and_the_ratio_of_inception() -> None:
+    """The area is uniform, the ratio log-uniform: a crop is as often tall as wide."""
+    rng = random.Random(0)
+    augment = AugmentConfig(scale=(0.01, 0.05), ratio=(0.25, 4.0))  # every first try fits
+    crops = [random_crop((1000, 1000), augment, rng)[2:] for _ in range(2000)]
+    assert 0.45 < np.mean([width < height for width, height in crops]) < 0.55
+    assert 0.20 < np.mean([width < height / 2 for width, height in crops]) < 0.30
+    assert 0.45 < np.mean([width * height < 30_000 for width, height in crops]) < 0.55
+
+
+def test_images_are_rotated_to_both_sides() -> None:
+    """A white line: where it goes up at its right end, the picture was rotated to the left."""
+    pixels = np.zeros((33, 33, 3), np.uint8)
+    pixels[16] = 255
+    data = encoded(Image.fromarray(pixels), "PNG")
+    augment = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), rotate=30.0)
+    to_the_left = 0
+    for seed in range(200):
+        rotated = training_pixels(data, ImageConfig(size=33), augment, random.Random(seed))
+        column_S = rotated[:, 28, 0].astype(int)
+        to_the_left += column_S[:16].sum() > column_S[17:].sum()
+    assert 70 < to_the_left < 130
+
+
 def broken_images() -> dict[str, bytes]:
     whole = jpeg(0, (200, 200))
     png = encoded(picture(0), "PNG")

@@ -17,6 +17,7 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.evaluate import forecast as measures
 from llm2clip_plugin.evaluate.forecast import on_grid
 from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.towers import tower_blocks
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -112,6 +113,27 @@ def test_large_grids_are_averaged():
     patch_BPH = torch.stack([row_S.repeat_interleave(16), row_S.repeat(16)], dim=1)[None]
     assert on_grid(patch_BPH)[0, :9].tolist() == [[0.5, 0.5 + 2 * x] for x in range(8)] + [[2.5, 0.5]]
     assert on_grid(patch_BPH[:, :49]).shape == (1, 49, 2)
+
+
+def test_the_state_is_the_one_that_the_layer_selects(tmp_path: Path):
+    """Of two blocks, -2 is what the first one gives, the image's tokens without the class token."""
+    data = write_data(tmp_path / "data", shades=tuple(range(0, 42, 7)))
+    (llm, dual), scores = (write_llm(tmp_path / "llm"), tiny_dual()), {}
+    for changed in ("neither", "last", "first"):
+        if changed != "neither":
+            block = tower_blocks(dual.tower)[-1 if changed == "last" else 0]
+            torch.manual_seed(1)
+            with torch.no_grad():
+                for parameter in block.parameters():
+                    parameter += 0.1 * torch.randn_like(parameter)
+        export_tower(dual, tmp_path / changed, origin="tiny")
+    towers = [str(tmp_path / name) for name in ("neither", "last", "first")]
+    for layer in ("-2", "-1"):
+        words = ["forecast", *towers, "--llm", str(llm), "--data", str(data), "--device", "cpu"]
+        assert cli.main([*words, "--select-layer", layer, "--output", str(tmp_path / "scores.json")]) == 0
+        scores[layer] = [ScoreFile.read(tmp_path / f"scores-{number}.json").metrics for number in (1, 2, 3)]
+    assert scores["-2"][0] == scores["-2"][1] != scores["-2"][2]
+    assert scores["-1"][0] != scores["-1"][1]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -122,6 +122,13 @@ def test_long_caption_is_cut_and_counted(llama: Path) -> None:
     assert torch.isfinite(found).all() and teacher.count_truncated == 2
 
 
+def test_a_long_caption_keeps_its_beginning(llama: Path) -> None:
+    (whole,) = encoder(llama, chat_template="user").tokenize([LONG])
+    (cut,) = encoder(llama, max_tokens=16, chat_template="user").tokenize([LONG])
+    assert len(whole) > 30 and len(cut) == 16
+    assert cut[:-1] == whole[:15] and cut[-1] == whole[-1]  # the template's end stays
+
+
 def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: Path, tmp_path: Path) -> None:
     base = encoder(llama).identity()
     changes = {"attention": "causal", "pooling": "last", "layer": 1, "prompt": "Query: ", "chat_template": "user"}

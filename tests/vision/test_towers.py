@@ -13,6 +13,7 @@ from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import (
     freeze_tower,
     load_tower,
+    preprocessor_config,
     resize_tower,
     resized_from,
     tower_blocks,
@@ -37,6 +38,26 @@ def test_states_equal_the_reference(name):
     assert largest_difference(output.last_hidden_state, golden["last_hidden_state"]) < TOLERANCE
     assert largest_difference(output.pooler_output, golden["pooler_output"]) < TOLERANCE
     assert tower(pixel_values=golden["pixels"]).hidden_states is None  # on request alone
+
+
+CLIP_PIXELS = [[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]
+IMAGENET_PIXELS = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+PIXELS = {  # mean and standard deviation of the released towers' own preprocessors
+    "clip_vision": CLIP_PIXELS,
+    "clip_full": CLIP_PIXELS,
+    "siglip_vision": [[0.5] * 3, [0.5] * 3],
+    "siglip_full": [[0.5] * 3, [0.5] * 3],
+    "dinov2": IMAGENET_PIXELS,
+    "dinov2_swiglu": IMAGENET_PIXELS,
+}
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_without_a_preprocessor_pixels_are_normalized_as_in_pretraining(name):
+    folder = TRANSFORMERS_TOWERS / name
+    assert not (folder / "preprocessor_config.json").exists()
+    written = preprocessor_config(folder)
+    assert [written["image_mean"], written["image_std"]] == PIXELS[name]
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE)
