@@ -33,7 +33,7 @@ from llm2clip_plugin.files import read_json_value as read_json
 from llm2clip_plugin.vision.export import markdown_table
 
 sys.path.append(str(Path(__file__).with_name("quickstart")))
-from report import claims_table
+from claims import claims_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS, CLAIMS_LLAVA = ROOT / "docs" / "claims.json", ROOT / "docs" / "claims_llava.json"

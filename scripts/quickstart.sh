@@ -87,7 +87,7 @@ if [ ! -d "$OUT/towers/tuned-seed0" ]; then
     wait "$other" || { cat "$OUT/embed-raw.log" >&2; exit 1; }
     trap - EXIT
     say "the teachers on unseen emoji, caption to caption"
-    python scripts/quickstart/report.py --teachers --data "$DATA"
+    python scripts/quickstart/claims.py --teachers --data "$DATA"
 fi
 
 for seed in $(seq 0 $((SEEDS - 1))); do
@@ -101,7 +101,7 @@ for seed in $(seq 0 $((SEEDS - 1))); do
 done
 
 say "report"
-python scripts/quickstart/report.py --data "$DATA" --output "$OUT" ${SMOKE:+--must-learn}
+python scripts/quickstart/claims.py --data "$DATA" --output "$OUT" ${SMOKE:+--must-learn}
 if [[ -z $NO_LLAVA && (-z $SMOKE || -n $LLAVA) ]]; then
     say "LLaVA 1.5 in miniature, with the tower before and after stage 2"
     llava=llava options=(--llm "$LLAVA_LLM" --seeds "$SEEDS" ${SMOKE:+--smoke})

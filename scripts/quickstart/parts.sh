@@ -1,5 +1,5 @@
 # The quickstart's parts, sourced by quickstart.sh: which shards, cache and adapter each of them reads. What a part read is in
-# the run's records (run.json, the cache's manifest), and report.py refuses towers that were trained on anything else.
+# the run's records (run.json, the cache's manifest), and measure.py refuses towers that were trained on anything else.
 
 # How the LLM is read, in stage 1 and without it: the last token of PromptEOL (arXiv 2307.16645)
 READ=(--attention causal --pooling last --chat-template 'This sentence: "{caption}" means in one word: "')

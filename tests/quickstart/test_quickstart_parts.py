@@ -1,12 +1,12 @@
-"""What each part of the quickstart reads: shards, caches, adapters; and the report's refusal of anything else."""
+"""What each part of the quickstart reads: shards, caches, adapters; and the refusal of anything else."""
 
 import shutil
 import subprocess
 from pathlib import Path
 
 import inputs
+import measure
 import pytest
-import report
 import torch
 from quickstart_folders import IDENTITY, write_adapter, write_cache, write_run
 
@@ -127,10 +127,10 @@ def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path)
     assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (inputs.RANDOM, "")
     assert caches[0].fingerprint != caches[1].fingerprint
     with pytest.raises(ContractError, match=r"with \{'random': True"):
-        report.check_cache(data, "raw", caches[0])
-    report.check_cache(data, "random", caches[0])
+        measure.check_cache(data, "raw", caches[0])
+    measure.check_cache(data, "random", caches[0])
     with pytest.raises(ContractError, match=r"with .*'pooling': 'last'"):
-        report.check_cache(data, "plain", EmbeddingCache.open(data / "cache" / "raw"))
+        measure.check_cache(data, "plain", EmbeddingCache.open(data / "cache" / "raw"))
 
 
 @pytest.fixture(scope="module")
@@ -148,17 +148,17 @@ def data(tmp_path_factory) -> Path:
     [("raw", "tuned-seed0", "expected .*'adapter': ''"), ("tuned-seed0", "raw", "with .*'adapter': '',.*expected")],
 )
 def test_a_cache_of_another_adapter_is_refused(data, tmp_path, name, of, words) -> None:
-    assert {*report.open_caches(data)} == {"raw", "tuned-seed0"}
+    assert {*measure.open_caches(data)} == {"raw", "tuned-seed0"}
     shutil.copytree(data / "llm", tmp_path / "llm")
     shutil.copytree(data / "cache" / of, tmp_path / "cache" / name)
     with pytest.raises(ContractError, match=words):
-        report.open_caches(tmp_path)
+        measure.open_caches(tmp_path)
 
 
 def test_an_adapter_of_test_captions_is_refused(data, tmp_path) -> None:
     write_cache(data / "all", tmp_path / "cache" / "tuned-seed0", write_adapter(tmp_path, shard="test-noto.tar"))
     with pytest.raises(ContractError, match=r"tuned-seed0 .*test-noto\.tar"):
-        report.open_caches(tmp_path)
+        measure.open_caches(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -172,16 +172,16 @@ def test_an_adapter_of_test_captions_is_refused(data, tmp_path) -> None:
 )
 def test_a_tower_of_other_shards_is_refused(tmp_path, name, read, words) -> None:
     write_run(tmp_path, name)
-    assert report.check_run(tmp_path / "towers" / name)["path"]
+    assert measure.check_run(tmp_path / "towers" / name)["path"]
     write_run(tmp_path, name, **read)
     with pytest.raises(ContractError, match=words):
-        report.check_run(tmp_path / "towers" / name)
+        measure.check_run(tmp_path / "towers" / name)
     with pytest.raises(FileNotFoundError, match=r"run\.json"):
-        report.check_run(tmp_path / "towers" / "raw-seed9")
+        measure.check_run(tmp_path / "towers" / "raw-seed9")
 
 
 def test_a_tower_against_the_other_teachers_cache_is_refused(data) -> None:
-    caches, teacher = report.open_caches(data), vars(IDENTITY)
-    assert report.cache_of(Path("towers/raw-seed0"), teacher, caches) is caches["raw"]
+    caches, teacher = measure.open_caches(data), vars(IDENTITY)
+    assert measure.cache_of(Path("towers/raw-seed0"), teacher, caches) is caches["raw"]
     with pytest.raises(ContractError, match="expected that of tuned-seed0"):
-        report.cache_of(Path("towers/tuned-seed0"), teacher, caches)
+        measure.cache_of(Path("towers/tuned-seed0"), teacher, caches)

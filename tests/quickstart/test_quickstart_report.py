@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+import claims
 import inputs
+import measure
 import numpy as np
 import pytest
-import report
 import torch
 from quickstart_folders import IDENTITY, WIDTH, write_cache, write_run
 from transformers import Dinov2Config, Dinov2Model
@@ -44,27 +45,27 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def raw(folder) -> list[report.Rows]:
+def raw(folder) -> list[measure.Rows]:
     """Both seeds of "raw", measured."""
-    caches, sets = report.open_caches(folder / "data"), report.open_sets(folder / "data" / "all")
-    return [report.measure_tower(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
+    caches, sets = measure.open_caches(folder / "data"), measure.open_sets(folder / "data" / "all")
+    return [measure.measure_tower(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def pairs(folder) -> list[EmbeddedPairs]:
     """The test set in each style, embedded with seed 0 of "raw"."""
-    path, cache = folder / "out" / "towers" / "raw-seed0", report.open_caches(folder / "data")["raw"]
+    path, cache = folder / "out" / "towers" / "raw-seed0", measure.open_caches(folder / "data")["raw"]
     dual, images = load_dual_encoder(path), ImageConfig.from_preprocessor(preprocessor_config(path))
-    sources = report.open_sets(folder / "data" / "all")["test"]
-    return [evaluate_retrieval(dual, one, cache, images, report.RETRIEVAL, quiet=True).pairs for one in sources]
+    sources = measure.open_sets(folder / "data" / "all")["test"]
+    return [evaluate_retrieval(dual, one, cache, images, measure.RETRIEVAL, quiet=True).pairs for one in sources]
 
 
 def test_report_measures_every_tower_on_every_test(folder) -> None:
-    (table, _), _ = report.make_report(folder / "data", folder / "out")
+    (table, _), _ = claims.make_report(folder / "data", folder / "out")
     body = json.loads((folder / "out" / "headline.json").read_text(encoding="utf-8"))
     assert set(body["towers"]) == {"raw-seed0", "raw-seed1", "shuffled-seed1"} and not body["headline"]
     unseen = (folder / "data/all/test-openmoji.tar").is_file()
-    assert len(body["towers"]["raw-seed0"]) == 2 * sum(unseen or "unseen" not in test for test in report.TESTS)
+    assert len(body["towers"]["raw-seed0"]) == 2 * sum(unseen or "unseen" not in test for test in measure.TESTS)
     assert body["towers"]["raw-seed1"] == body["towers"]["shuffled-seed1"]  # the same weights under two names
     cells = table.splitlines()[2].split(" | ")
     assert " ± " in cells[1] and " ± " not in cells[2]
@@ -75,9 +76,9 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
     for name in ("raw", "shuffled"):  # one tower under both names: no better than the control
         (tmp_path / "towers" / f"{name}-seed1").symlink_to(folder / "out" / "towers" / "raw-seed1")
         write_run(tmp_path, f"{name}-seed1")
-    _, (line,) = report.make_report(folder / "data", tmp_path)
+    _, (line,) = claims.make_report(folder / "data", tmp_path)
     assert line.startswith("'raw LLM, read well' reaches")
-    assert "no tower of the control" in report.failures({}, [])[0]
+    assert "no tower of the control" in claims.failures({}, [])[0]
 
 
 def test_every_style_is_a_gallery_of_its_own(raw, pairs) -> None:
@@ -103,22 +104,22 @@ def test_ties_are_in_random_order() -> None:
     query, items = torch.ones(1, 2), torch.tensor([[2.0, 0], [1, 0], [1, 0], [1, 0], [0, 0]])
     ranks, _ = rank_both(query, items, torch.tensor([7]), torch.tensor([0, 7, 1, 7, 2]))
     # one above; two right ones and a wrong one share places 2 to 4: a right one is first in two orders of three
-    assert report.reciprocal_ranks(ranks) == pytest.approx([2 / 3 * 1 / 2 + 1 / 3 * 1 / 3])
+    assert measure.reciprocal_ranks(ranks) == pytest.approx([2 / 3 * 1 / 2 + 1 / 3 * 1 / 3])
 
 
 def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
     towers = {"raw-seed0": raw[0], "raw-seed1": raw[1], "tuned-seed0": raw[1], "tuned-seed1": raw[0]}
-    made = report.make_claims(report.pair_tests("tower", towers))
+    made = claims.make_claims(claims.pair_tests("tower", towers))
     first = made[0]
-    assert first["name"] == report.HEADLINE[0] and len(made) == len(raw[0])
+    assert first["name"] == claims.HEADLINE[0] and len(made) == len(raw[0])
     by_hand = (raw[1][LANGUAGES_TEST].scores - raw[0][LANGUAGES_TEST].scores).mean()
     assert by_hand != 0
     each = {seed: one["difference"] for seed, one in first["by_seed"].items()}
     assert each == pytest.approx({"0": by_hand, "1": -by_hand}) and first["difference"] == pytest.approx(0)
     assert not first["significant"]
-    assert cells(report.claims_table(made))[0][-3].endswith("not significant")
+    assert cells(claims.claims_table(made))[0][-3].endswith("not significant")
     del towers["raw-seed0"], towers["tuned-seed1"]
-    assert report.make_claims(report.pair_tests("tower", towers)) == []  # no seed in common
+    assert claims.make_claims(claims.pair_tests("tower", towers)) == []  # no seed in common
 
 
 def cells(table: str) -> list[list[str]]:
@@ -126,17 +127,17 @@ def cells(table: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in table.splitlines()[2:] if line.startswith("| ")]
 
 
-def noisy(rng: np.random.Generator, gain: float) -> report.Measured:
+def noisy(rng: np.random.Generator, gain: float) -> measure.Measured:
     """200 queries of 50 families, the mean moved by about ``gain``."""
     families = [f"family{number // 4}" for number in range(200)]
-    return report.Measured(scores=rng.random(200) + gain, clusters=families, chance=0.1)
+    return measure.Measured(scores=rng.random(200) + gain, clusters=families, chance=0.1)
 
 
 def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
     rng = np.random.default_rng(3)
     base = {seed: noisy(rng, 0.0) for seed in (0, 1)}
     tests = {f"gain {gain}": (base, {0: noisy(rng, gain), 1: noisy(rng, 0.0)}) for gain in (0.4, 0.05, 0.03)}
-    made = report.make_claims(tests)
+    made = claims.make_claims(tests)
 
     def by_hand(values: list[float]) -> list[float]:  # Holm 1979
         adjusted, most = [0.0] * len(values), 0.0
@@ -148,35 +149,35 @@ def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
     assert [one["p_adjusted"] for one in made] != pytest.approx([one["p"] for one in made])
     for seed in (0, 1):
         alone = [{"": ({seed: base[seed]}, {seed: new[seed]})} for _, new in tests.values()]
-        own, each = [report.make_claims(one)[0] for one in alone], [one["by_seed"][str(seed)] for one in made]
+        own, each = [claims.make_claims(one)[0] for one in alone], [one["by_seed"][str(seed)] for one in made]
         assert [one["difference"] for one in each] == pytest.approx([one["difference"] for one in own])
         assert [one["p_adjusted"] for one in each] == pytest.approx(by_hand([one["p"] for one in own]))
     assert made[0]["seeds_significant"] == 1 and not made[0]["significant"]  # in one training of two
-    rows = cells(report.claims_table(made))
-    assert [row[-3].split(",")[0] for row in rows] == [report.p_value(one["p_adjusted"]) for one in made]
+    rows = cells(claims.claims_table(made))
+    assert [row[-3].split(",")[0] for row in rows] == [claims.p_value(one["p_adjusted"]) for one in made]
     better = {seed: one._replace(scores=one.scores + 0.1) for seed, one in base.items()}
-    (shown,) = report.make_claims({"better": (base, better)})
+    (shown,) = claims.make_claims({"better": (base, better)})
     assert shown["significant"] and shown["better"] == 1
-    assert cells(report.claims_table([shown | {"random": [0.2, 0.4]}]))[0][-2:] == ["2 of 2", ".100; .300 ± .141"]
+    assert cells(claims.claims_table([shown | {"random": [0.2, 0.4]}]))[0][-2:] == ["2 of 2", ".100; .300 ± .141"]
 
 
 def test_families_are_drawn_not_concepts(pairs) -> None:
     paired = [{**meta, "family": str(number // 2)} for number, meta in enumerate(pairs[0].meta)]
-    by_style = report_retrieval(dataclasses.replace(pairs[0], meta=paired), report.RETRIEVAL)
+    by_style = report_retrieval(dataclasses.replace(pairs[0], meta=paired), measure.RETRIEVAL)
     drawn = [meta["family"] for meta in paired]
     assert len(set(drawn)) < CONCEPTS
-    for side in report.SIDES:
-        assert sorted(report.tower_queries([by_style], "long", side).clusters) == sorted(drawn)
+    for side in measure.SIDES:
+        assert sorted(measure.tower_queries([by_style], "long", side).clusters) == sorted(drawn)
     rows = {(kind, "en"): {f"concept{n}": torch.randn(4) for n in range(6)} for kind in ("short", "long", "keywords")}
     rows["short", "de"] = rows["short", "en"]
     family = {f"concept{n}": f"family{n // 2}" for n in range(6)}
-    found = report.teacher_queries(rows, family)["name → long caption"]
+    found = measure.teacher_queries(rows, family)["name → long caption"]
     assert found.clusters == [family[concept] for concept in rows["short", "en"]]
 
 
 def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
     other = dataclasses.replace(IDENTITY, weights_sha256="1")
     write_cache(folder / "data" / "all", tmp_path / "cache" / "raw", other)
-    sets = report.open_sets(folder / "data" / "all")
+    sets = measure.open_sets(folder / "data" / "all")
     with pytest.raises(ContractError, match=other.fingerprint):
-        report.measure_tower(folder / "out" / "towers" / "raw-seed0", sets, report.open_caches(tmp_path))
+        measure.measure_tower(folder / "out" / "towers" / "raw-seed0", sets, measure.open_caches(tmp_path))

@@ -1,0 +1,272 @@
+"""Measure the quickstart's towers and teachers on data that training never saw.
+
+A tower is measured with the cache of its name, and refused if its records name other shards, caches or adapters.
+
+Each style is a gallery of its own with one drawing, and one caption of each kind, per concept, so that chance is
+1 / concepts both ways. The measure is the mean reciprocal rank: every query counts by the rank of its right answer.
+
+Shapes: N images, M captions, Q queries, W width of an embedding.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from inputs import RANDOM
+from scipy.stats import nhypergeom
+
+from llm2clip_plugin import load_dual_encoder
+from llm2clip_plugin.contracts import CacheManifest, RunRecord, TeacherIdentity
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
+from llm2clip_plugin.evaluate.captions import caption_ranks
+from llm2clip_plugin.evaluate.config import RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval import QueryRanks, RetrievalReport, evaluate_retrieval
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.encoder import adapter_sha256
+from llm2clip_plugin.vision.towers import preprocessor_config
+
+SETS = {"test": ("noto", "twemoji", "fluent"), "unseen style": ("openmoji",)}  # name -> styles
+TESTS = {  # row of the table -> (set, kind of caption); "other": names in every language except English
+    "test families, long captions": ("test", "long"),
+    "test families, names": ("test", "short"),
+    "unseen style (openmoji), long captions": ("unseen style", "long"),
+    "names in languages never trained on": ("test", "other"),
+}
+SIDES = {"i2t": "image → caption", "t2i": "caption → image"}
+RETRIEVAL = RetrievalConfig(kinds=("short", "long"), group="concept", cluster="family", ks=(1, 10))
+TEACHER_TESTS = {  # (kind of query, kind of answer); "other": names in every language except English
+    "name → keywords without its words": ("short", "keywords"),
+    "name → long caption": ("short", "long"),
+    "names in languages never trained on → English": ("other", "short"),
+}
+TEACHERS = {  # part of a folder's name -> what the tables call it
+    "raw": "raw LLM, read well",
+    "tuned": "fine-tuned LLM",
+    "plain": "raw LLM, as it comes",
+    "random": "random embeddings",
+    "shuffled": "control: wrong pictures",
+}
+RERUN = "delete it and rerun scripts/quickstart.sh"
+
+
+class Measured(NamedTuple):
+    """The score of every query in one test."""
+
+    scores: np.ndarray  # (Q,) reciprocal ranks
+    clusters: list[str]  # Q: the queries' families
+    chance: float  # mean of a random order
+
+
+Gallery = tuple[QueryRanks, list[str], int]  # of queries: their ranks, their families, and the number of items
+Rows = dict[str, Measured]  # row of the tables -> its queries
+Embeddings = dict[tuple[str, str], dict[str, torch.Tensor]]  # (kind, language) -> concept, each once -> (W,)
+
+
+# Ranks
+
+
+def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
+    """(Q,) 1 / rank of the best correct item: the expected value, as items of equal score are in random order."""
+    wrong_Q = ranks.wrong_equal_Q.numpy()
+    correct_Q = ranks.correct_equal_Q.numpy()
+    higher_Q = ranks.higher_Q.numpy()
+    # how many wrong items of the same score may come before the best correct one, and how likely each number is
+    ahead_W1 = np.arange(wrong_Q.max() + 1)[:, None]
+    likely_WQ = nhypergeom.pmf(ahead_W1, wrong_Q + correct_Q, wrong_Q, 1)
+    return (likely_WQ / (higher_Q + 1 + ahead_W1)).sum(0)
+
+
+def measured(galleries: Sequence[Gallery]) -> Measured:
+    """The queries of several galleries; one item of each gallery is right."""
+    scores = [reciprocal_ranks(ranks) for ranks, _, _ in galleries]
+    clusters = [family for _, families, _ in galleries for family in families]
+    chances = [np.mean(1 / np.arange(1, items + 1)) for _, _, items in galleries]
+    return Measured(np.concatenate(scores), clusters, float(np.mean(chances)))
+
+
+# Towers
+
+
+def open_sets(data: Path) -> dict[str, list[Source]]:
+    """Set -> its samples in each style; the unseen style may be missing."""
+    sets = {}
+    for name, styles in SETS.items():
+        shards = [data / f"test-{style}.tar" for style in styles]
+        if name == "test" or shards[0].is_file():
+            sets[name] = [open_source(SourceConfig(path=str(shard))) for shard in shards]
+    return sets
+
+
+def measure_tower(path: Path, sets: Mapping[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> Rows:
+    """Load a tower directory, ``tuned-seed0`` or the like, and measure it on every set, with the cache of its name.
+    Raises ContractError if no cache belongs to its teacher."""
+    return rows_of(evaluate_tower(path, sets, caches))
+
+
+def evaluate_tower(
+    path: Path, sets: Mapping[str, list[Source]], caches: Mapping[str, EmbeddingCache]
+) -> dict[str, list[RetrievalReport]]:
+    """Set -> the tower's retrieval in each style. Raises ContractError if no cache belongs to its teacher."""
+    dual = load_dual_encoder(path)
+    images = ImageConfig.from_preprocessor(preprocessor_config(path))
+    cache = cache_of(path, dual.card.teacher, caches)
+    return {
+        name: [evaluate_retrieval(dual, source, cache, images, RETRIEVAL, quiet=True) for source in sources]
+        for name, sources in sets.items()
+    }
+
+
+def rows_of(reports: Mapping[str, Sequence[RetrievalReport]]) -> Rows:
+    """Every test of the sets that were evaluated, in both directions."""
+    rows = {}
+    for test, (set_name, kind) in TESTS.items():
+        for side, title in SIDES.items():
+            if set_name in reports:
+                rows[f"{test}, {title}"] = tower_queries(reports[set_name], kind, side)
+    return rows
+
+
+def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> Measured:
+    """Every query of one direction, i2t or t2i: of each style, in each of the kind's languages."""
+    return measured(tower_galleries(reports, kind, side))
+
+
+def tower_galleries(reports: Sequence[RetrievalReport], kind: str, side: str) -> list[Gallery]:
+    """The queries of one direction, by style and language."""
+    parts = [f"{kind}:en"]
+    if kind == "other":
+        parts = sorted(name for name in reports[0].parts if name.startswith("short:") and name != "short:en")
+    galleries = []
+    for report, name in itertools.product(reports, parts):
+        part = report.parts[name]
+        ranks, index_Q = part.sides[side]
+        if side == "i2t":
+            images = index_Q
+            items = len(part.sides["t2i"][0])
+        else:
+            images = report.pairs.owner_M[index_Q]
+            items = len(report.pairs.keys)
+        families = [report.cluster_N[image] for image in images.tolist()]
+        galleries.append((ranks, families, items))
+    return galleries
+
+
+# Teachers
+
+
+def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
+    """Each teacher's caption retrieval on the test set, whose captions are the same in every style."""
+    samples = [source[number] for number in range(len(source))]
+    family = {sample.meta["concept"]: sample.meta["family"] for sample in samples}
+    rows_of_teacher = {}
+    for name, cache in caches.items():
+        embeddings = Embeddings()
+        for number, sample in enumerate(samples):
+            rows = cache.rows(*source.locate(number), sample.captions, key=sample.key)
+            for caption, row in zip(sample.captions, rows, strict=True):
+                of_part = embeddings.setdefault((caption.kind, caption.language), {})
+                of_part.setdefault(sample.meta["concept"], row)
+        rows_of_teacher[name] = teacher_queries(embeddings, family)
+    return rows_of_teacher
+
+
+def teacher_queries(embeddings: Embeddings, family: Mapping[str, str]) -> Rows:
+    """Test -> every query of the teacher's caption retrieval, in each language; ``family`` of each concept."""
+    other_languages = sorted(part for part in embeddings if part[0] == "short" and part[1] != "en")
+    rows = {}
+    for test, (query_kind, answer_kind) in TEACHER_TESTS.items():
+        answers = embeddings[answer_kind, "en"]
+        parts = other_languages if query_kind == "other" else [(query_kind, "en")]
+        galleries = []
+        for part in parts:
+            shared = [concept for concept in embeddings[part] if concept in answers]
+            query = torch.stack([embeddings[part][concept] for concept in shared])
+            item = torch.stack([answers[concept] for concept in shared])
+            galleries.append((caption_ranks(query, item)[0], [family[concept] for concept in shared], len(shared)))
+        rows[test] = measured(galleries)
+    return rows
+
+
+# What may be measured: caches of the adapter of their name, towers of the shards and the cache of theirs
+
+
+def open_caches(data: Path) -> dict[str, EmbeddingCache]:
+    """Teacher -> cache below ``data``/cache, checked; incomplete caches are left out. Raises FileNotFoundError if no
+    cache is complete, ContractError if one is not what its name says."""
+    manifests = sorted((data / "cache").glob(f"*/{CacheManifest.FILE}"))
+    folders = [manifest.parent for manifest in manifests if CacheManifest.read(manifest).complete]
+    if not folders:
+        raise FileNotFoundError(f"no complete embedding cache in {data / 'cache'}; run scripts/quickstart.sh")
+    caches = {folder.name: EmbeddingCache.open(folder) for folder in folders}
+    for name, cache in caches.items():
+        check_cache(data, name, cache)
+    return caches
+
+
+def check_cache(data: Path, name: str, cache: EmbeddingCache) -> None:
+    """Raise ContractError for a cache embedded without the adapter of its name, or one of other captions."""
+    teacher = cache.manifest.teacher
+    used = {
+        "random": teacher["llm"] == RANDOM,
+        "adapter": teacher["adapter_sha256"],
+        "fine-tuned on": [],
+        "pooling": teacher["pooling"],
+        "post": bool(teacher["post"]),
+    }
+    expected = {
+        "random": name == "random",
+        "adapter": "",
+        "fine-tuned on": [],
+        "pooling": "mean" if name == "plain" else "last",
+        "post": name == "raw",
+    }
+    if name.startswith("tuned-"):
+        run = data / "llm" / name.removeprefix("tuned-")
+        shards = RunRecord.read(run / RunRecord.FILE).config["pairs"]["data"]
+        used["fine-tuned on"] = [Path(shard).name for shard in shards]
+        expected["adapter"] = adapter_sha256(run / "adapter")
+        expected["fine-tuned on"] = ["train-noto.tar"]
+    if used != expected:
+        raise ContractError(f"{cache.directory} was embedded with {used}, expected {expected}; {RERUN}")
+
+
+def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, EmbeddingCache]) -> EmbeddingCache:
+    """The cache that a tower of this name is trained against; raises ContractError if its teacher is another."""
+    side, _, seed = tower.name.partition("-seed")
+    names = {
+        "shuffled": ("tuned-seed0", "raw"),
+        "tuned": (tower.name,),
+        "start": (f"tuned-seed{seed}",),
+    }.get(side, (side,))
+    fingerprint = TeacherIdentity(**teacher).fingerprint
+    known = {name: cache.fingerprint for name, cache in caches.items()}
+    for name in names:
+        if known.get(name) == fingerprint:
+            return caches[name]
+    raise ContractError(f"{tower}: teacher {fingerprint}, expected that of {' or '.join(names)}; caches: {known}")
+
+
+def check_run(tower: Path) -> dict[str, Any]:
+    """The shards, caches and seed of a tower's training, from ``runs/NAME/run.json``. Raises ContractError if it read
+    other shards than those of its name, or validated on the test's."""
+    side, _, seed = tower.name.partition("-seed")
+    config = RunRecord.read(tower.parents[1] / "runs" / tower.name / RunRecord.FILE).config
+    data = config["data"]
+    shards = [Path(path) for path in data["path"]]
+    used = {
+        "shards": [f"{path.parent.name}/{path.name}" for path in shards],
+        "seed": config["train"]["seed"],
+    }
+    folder = "shuffled" if side == "shuffled" else "all"
+    expected = {"shards": [f"{folder}/train-*.tar"], "seed": int(seed)}
+    validation = data["validation"]
+    validated_elsewhere = validation and not Path(validation).name.startswith("validation-")
+    if used != expected or validated_elsewhere:
+        used["validation"] = validation
+        raise ContractError(f"{tower} was trained with {used}, expected {expected} and validation shards; {RERUN}")
+    return {name: data[name] for name in ("path", "cache", "validation")}
