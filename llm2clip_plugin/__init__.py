@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llm2clip_plugin.text.teacher import load_dual_encoder
     from llm2clip_plugin.vision.towers import load_tower
 
-__version__ = "0.1.0"
+__version__ = "0.3.0"
 __all__ = ["__version__", "load_dual_encoder", "load_tower"]
 
 _HOMES = {"load_tower": "llm2clip_plugin.vision.towers", "load_dual_encoder": "llm2clip_plugin.text.teacher"}
@@ -22,5 +22,6 @@ _HOMES = {"load_tower": "llm2clip_plugin.vision.towers", "load_dual_encoder": "l
 
 def __getattr__(name: str) -> object:
     if name in _HOMES:
+        import_module("llm2clip_plugin.installation").require("tower", f"llm2clip_plugin.{name}")
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

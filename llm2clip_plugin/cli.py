@@ -14,6 +14,7 @@ import traceback
 
 from llm2clip_plugin import console
 from llm2clip_plugin.console import FINAL_STATUSES, FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
+from llm2clip_plugin.installation import MissingExtraError, extra_of, missing_message, require
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
@@ -79,6 +80,28 @@ OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, 
     "vlm build": "llava_integration.serve:VLM",
 }
 
+# What a command needs besides the base install: an extra of pyproject.toml. The others run without torch, or need
+# more for some of their options alone (`llava evaluate` without --endpoint).
+EXTRAS: dict[str, str] = {
+    "run": "train",
+    "finetune-llm": "train",
+    "export-llm": "train",
+    "embed": "train",
+    "train-tower": "train",
+    "evaluate": "tower",
+    "evaluate captions": "train",
+    "evaluate zeroshot": "tower",
+    "evaluate probe": "tower",
+    "forecast": "tower",
+    "search": "tower",
+    "export": "tower",
+    "import": "tower",
+    "use": "tower",
+    "llava bundle": "tower",
+    "llava export": "tower",
+    "vlm build": "tower",
+}
+
 HELP = ("-h", "--help", "--help-all")
 OURS = ("llm2clip_plugin", "llava_integration")
 EPILOG = "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback of an error."
@@ -141,6 +164,8 @@ def run(name: str, argv: list[str]) -> int:
     console.quiet_libraries()
     try:
         with console.interrupts_end_loading():
+            if name in EXTRAS and not set(argv) & set(HELP):
+                require(EXTRAS[name], f"`llm2clip {name}`")
             read_options(name, argv)
             return load(COMMANDS[name][0])(argv) or 0
     except KeyboardInterrupt as error:
@@ -174,8 +199,10 @@ def reported(error: Exception) -> int | None:
         status, is_final = error.status, error.status in FINAL_STATUSES
     elif isinstance(error, RuntimeError) and (message := lost_rank(error)):
         text, status = f"error: {message}", 1
+    elif isinstance(error, MissingExtraError):
+        is_final = True
     elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(OURS):
-        text += f'; run `pip install {error.name}`, or `pip install "llm2clip-plugin[train]"` for all of training'
+        text = f"error: {missing_package(error.name or str(error))}"
     else:
         return None
     if text:
@@ -183,6 +210,15 @@ def reported(error: Exception) -> int | None:
     if is_final:  # a rerun would meet it again: left for the job script, too
         tell_job(FINAL, str(status))
     return status
+
+
+def missing_package(module: str) -> str:
+    """One line about a module that is not installed: the extra that brings it, or its package."""
+    module = module.partition(".")[0]
+    extra = extra_of(module)
+    if extra:
+        return missing_message(extra, "this", [module])
+    return f"the module {module} is not installed: pip install {module}"
 
 
 def read_options(name: str, argv: list[str]) -> None:

@@ -1,21 +1,18 @@
-"""``llm2clip doctor``: check the training environment or LLaVA's, also without torch, and print how to fix it."""
+"""``llm2clip doctor``: what is installed of this package, what that lacks, and the commands that fix it or add more."""
 
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from typing import NamedTuple
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from llava_integration import boot, towers
 from llava_integration.compat import runner
 from llava_integration.compat.runner import has_version, installed_version
 from llm2clip_plugin.console import raise_open_files
 from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.installation import ADDS, NAME, install_command, is_importable, requirements
 from llm2clip_plugin.options import Command, NoOptions
 
 OPEN_FILES = 1024  # of a rank: 64 tars, some of libraries, a few for each batch that a loader process has sent
@@ -24,7 +21,7 @@ OPEN_FILES = 1024  # of a rank: 64 tars, some of libraries, a few for each batch
 COMMAND = Command(
     name="doctor",
     example="llm2clip doctor",
-    about="Check this environment, and print how to fix what is missing or too old.",
+    about="Say what is installed of this package, and print how to fix what is missing or too old and how to add more.",
     settings=NoOptions,
 )
 
@@ -43,18 +40,24 @@ def finding(subject: str, found: str, fix: str = "", *, state: str = "warn") -> 
     return Finding(subject, state if fix else "ok", found, fix)
 
 
+def check_installation(extra: str) -> Iterator[Finding]:
+    """Which part of this package is installed, and the command that adds each of the others."""
+    version = installed_version(NAME)
+    if not version:
+        yield finding(NAME, "not installed", install_command("train"), state="fail")
+        return
+    parts = ["base", *(name for name in ADDS if extra in (name, "train"))]
+    yield finding(NAME, f"{version}, installed: {', '.join(parts)}")
+    for name, purpose in ADDS.items():
+        if name not in parts:
+            missing = [package for package in requirements(name) if not installed_version(package)]
+            lacks = f"not installed (for {purpose}): {', '.join(missing) or 'every package is there'}"
+            yield finding(f"extra [{name}]", lacks, install_command(name), state="ok")
+
+
 def check_packages(extra: str) -> Iterator[Finding]:
     """Every requirement of the package, and of ``extra`` unless it is empty."""
-    try:
-        lines = requires("llm2clip-plugin") or []
-    except PackageNotFoundError:
-        yield finding("llm2clip-plugin", "not installed", 'pip install -e ".[train]"', state="fail")
-        return
-    needed: dict[str, SpecifierSet] = {}
-    for wanted in map(Requirement, lines):
-        if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
-            needed[wanted.name] = needed.get(wanted.name, SpecifierSet()) & wanted.specifier
-    for name, versions in needed.items():
+    for name, versions in requirements(extra).items():
         found = installed_version(name)
         enough = found and versions.contains(found, prereleases=True)
         yield finding(name, found or "missing", "" if enough else f'pip install "{name}{versions}"', state="fail")
@@ -113,7 +116,7 @@ def check_llava() -> Iterator[Finding]:
     elif boot.watching():
         yield finding("start-up hook", "active")
     else:
-        fix = "pip install llm2clip-plugin (without --target), or `python -m llava_integration.boot ...`"
+        fix = f"{install_command('tower')} (without --target), or `python -m llava_integration.boot ...`"
         yield finding("start-up hook", "not active", fix, state="fail")
     try:
         location = towers.locate(towers.NAME)
@@ -143,21 +146,35 @@ def check_transformers() -> Finding:
 
 def report() -> Iterator[Finding]:
     """The lines of the report, in order; of LLaVA's environment where LLaVA is installed with what it pins."""
-    training = not llava_installed() or has_version("transformers", ">=5")
+    extra = checked_extra()
     old = "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer"
     yield finding("python", ".".join(map(str, sys.version_info[:3])), old, state="fail")
-    yield from check_packages("train" if training else "")
-    if training:
+    yield from check_installation(extra)
+    yield from check_packages(extra)
+    if extra == "train":
         yield from check_programs()
-    yield from check_accelerator()
+    if extra:
+        yield from check_accelerator()
     limit = raise_open_files()
     how = f"raise the hard limit to {OPEN_FILES} (ulimit -Hn, limits.conf, docker run --ulimit nofile)"
     yield finding("open files", f"at most {limit} per process", "" if limit >= OPEN_FILES else how)
-    if training and not llava_installed():
+    if llava_installed():
+        yield from check_llava()
+    elif extra == "train":
         fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"
         yield finding("llava", f"not installed (optional); {fix}")
-    else:
-        yield from check_llava()
+
+
+def checked_extra() -> str:
+    """The extra whose packages must all be there: "tower" in LLaVA's own environment, "train" where DeepSpeed is
+    installed, else "tower" if it is complete, or "" for the base install."""
+    if llava_installed() and not has_version("transformers", ">=5"):
+        return "tower"
+    if is_importable("deepspeed"):
+        return "train"
+    packages = requirements("tower")
+    is_complete = bool(packages) and all(map(installed_version, packages))
+    return "tower" if is_complete else ""
 
 
 def llava_installed() -> bool:

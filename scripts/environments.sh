@@ -83,7 +83,7 @@ install_listed() { # NAME FOLDER: what environments/NAME.txt lists, then what it
     [ "$1" != servers ] || "$2/bin/python" -m pip uninstall -q -y torchaudio torchcodec || return
     # likewise, but LLaMA-Factory imports it: it can do so without its libraries, which only sound needs
     [ "$1" != llamafactory ] || rm -f "$2"/lib/python3*/site-packages/torchaudio/lib/*.so
-    install "$2" -e "$ROOT"
+    install "$2" -e "$ROOT[tower]"
 }
 
 listed_environment() { # NAME FOLDER

@@ -17,7 +17,9 @@ from statistics import median
 import networkx
 
 PACKAGE, LLAVA = "llm2clip_plugin", "llava_integration"
-ROOMS = "bootstrap console files|contracts options|status|data vision|train|text|evaluate|stages|cli doctor"
+ROOMS = (
+    "bootstrap console files installation|contracts options|status|data vision|train|text|evaluate|stages|cli doctor"
+)
 FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS.split("|")) for room in rooms.split()}
 FOR_LLAVA, OF_LLAVA = (0, 1, 2), (f"{PACKAGE}.stages", f"{PACKAGE}.doctor")  # floors, besides vision; who may import it
 

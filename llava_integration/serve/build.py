@@ -346,7 +346,7 @@ def write_processor(
 
 SERVED = "`vllm serve PATH_OR_HUB_ID` serves it with an OpenAI-compatible API"
 STOCK = ("clip_vision_model", "siglip_vision_model")  # towers that vLLM has
-PLUGIN = " (`pip install llm2clip-plugin` gives vLLM the vision tower)"
+PLUGIN = " where llm2clip-plugin with its extra `tower` is installed beside vLLM, for the vision tower"
 PAGE = Template("""\
 ---
 library_name: transformers

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from llm2clip_plugin.installation import requirements
+
 ROOT = Path(__file__).parents[3]
 OURS = ("llm2clip", "_editable_impl_llm2clip", "__editable__", "__pycache__")
 KNOWS = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
@@ -76,7 +78,7 @@ def test_wheel_is_pure_python_and_holds_the_hook(wheel):
 def test_installing_it_moves_nothing(scratch, wheel, tmp_path):
     """pip would install our package alone; then it does, and every other version stays."""
     report = tmp_path / "report.json"
-    scratch.pip("install", "--dry-run", "--no-index", "--report", report, wheel)
+    scratch.pip("install", "--dry-run", "--no-index", "--report", report, f"{wheel}[tower]")
     planned = [item["metadata"]["name"] for item in json.loads(report.read_text())["install"]]
     assert planned == ["llm2clip-plugin"]
     before, files = scratch.pip("freeze").splitlines(), scratch.files()
@@ -98,8 +100,7 @@ def test_llavas_own_pins_satisfy_us():
         exact = [clause.version for clause in requirement.specifier if clause.operator == "=="]
         if exact and requirement.marker is None:
             pins[requirement.name.lower()] = exact[0]
-    asked = [Requirement(line) for line in requires("llm2clip-plugin") or []]
-    core = {one.name.lower(): one.specifier for one in asked if one.marker is None}
-    assert {"torch", "transformers"} <= set(core) & set(pins)
-    for name in set(core) & set(pins):
-        assert core[name].contains(pins[name]), f"{name} {pins[name]} does not satisfy {core[name]}"
+    asked = requirements("tower")
+    assert {"torch", "transformers"} <= set(asked) & set(pins)
+    for name in set(asked) & set(pins):
+        assert asked[name].contains(pins[name]), f"{name} {pins[name]} does not satisfy {asked[name]}"
