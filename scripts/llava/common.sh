@@ -2,7 +2,7 @@
 # Every option is also an environment variable of its name in capitals: --tower = TOWER, --global-batch = GLOBAL_BATCH ...
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$HERE/../options.sh"
-INSTALL='pip install "llm2clip-plugin[train]" && pip install --no-deps llava-torch==1.2.2.post1'
+INSTALL="pip install '$(cd "$HERE/../.." && pwd)[train]' && pip install --no-deps llava-torch==1.2.2.post1"
 
 has_llava() { "$1" -c 'from importlib.util import find_spec as f; exit(not all(map(f, ("torch", "llava", "llava_integration"))))' 2>/dev/null; }
 choose_python() { # sets PYTHON, unless it is set, to the first that has LLaVA: the active environment, .venv, .venv-llava
