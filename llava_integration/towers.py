@@ -341,7 +341,8 @@ def bundle(checkpoint: Path, *, tower: str = "") -> Path:
     if (target / TowerCard.FILE).is_file() and TowerLocation.of(target, how="bundled").sha256 == location.sha256:
         check_card(target, adapter=False)
         return target
-    with atomic_directory(target) as temporary:
+    fix = f"it holds no bundled tower of {location.sha256[:12]}: move it, and bundle again"
+    with atomic_directory(target, fix=fix) as temporary:
         for source in [path for name in BUNDLED_FILES for path in sorted(location.directory.glob(name))]:
             shutil.copyfile(source, temporary / source.name)
         replace(location, directory=temporary).check_weights()

@@ -90,12 +90,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 @contextmanager
-def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """As ``atomic_file``, of a directory. Raises FileExistsError before any work if ``path`` is not empty and
-    ``replace`` is false."""
-    target = Path(path)
-    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty; choose another path or pass --overwrite")
+def atomic_directory(
+    path: str | os.PathLike[str], *, replace: bool = False, fix: str = "choose another path or pass --overwrite"
+) -> Iterator[Path]:
+    """As ``atomic_file``, of a directory, which replaces an old one when it is complete. Raises FileExistsError before
+    any work if ``path`` is a file, or if it is not empty and ``replace`` is false (with ``fix``). A folder that may be
+    the user's is for ``folders.output_folder``."""
+    target = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{path} is a file, expected a folder; choose another path")
+    if not replace and target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{path} exists and is not empty; {fix}")
     temporary = _sibling(target)
     old = temporary.with_suffix(".old")
     with naming_full_disk(target):

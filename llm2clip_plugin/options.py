@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from llm2clip_plugin.files import can_only_be_a_path, default_of, from_plain
+from llm2clip_plugin.folders import KINDS, refuse_foreign
 
 Settings = TypeVar("Settings")
 
@@ -406,9 +407,7 @@ INPUTS = {  # field -> what is there
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), ADAPTER),
 }
 OUTPUTS = ("output_dir", "cache", "output", "json")  # fields with a file or folder to write
-EXPORTS = ("export", "import", "export-llm", "llava export")  # --output is a folder with a model
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
-MODEL_FILES = ("config.json", "adapter_config.json", "open_clip_config.json", "*.onnx")
 
 
 def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
@@ -427,17 +426,25 @@ def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
             raise FileNotFoundError(f"no {kind} at {path}; {wanted}")
         if kind == LLM and os.path.isfile(f"{path}/config.json") and not _has_any(path, TOKENIZERS):
             raise FileNotFoundError(f"{written} {path} has no tokenizer; {wanted}")
-        if name in OUTPUTS and os.path.isfile(path) and not path.endswith((".json", ".html")):
+        replaceable = command.name not in KINDS and path.endswith((".json", ".html"))
+        if name in OUTPUTS and os.path.isfile(path) and not replaceable:
             raise FileExistsError(f"{written} {path} exists and would be lost; choose another path")
-    if command.name not in EXPORTS or not _has_any(output := os.path.expanduser(values["output"]), ("*",)):
+    if command.name in KINDS and not values.get("dry_run"):
+        _check_folder(
+            command.name, os.path.expanduser(values["output"]), given, overwrite=bool(values.get("overwrite"))
+        )
+
+
+def _check_folder(command: str, output: str, given: list[tuple[str, str]], *, overwrite: bool) -> None:
+    """Raise as ``check_paths`` for a folder that a command writes as a whole; ``given``: its fields with a path."""
+    if not _has_any(output, ("*",)):
         return
-    if not values.get("overwrite"):
+    if not overwrite:
         raise FileExistsError(f"{output} exists and is not empty; choose another path or pass --overwrite")
     for name, path in given:
         if name != "output" and os.path.exists(path) and Path(path).resolve().is_relative_to(Path(output).resolve()):
             raise ValueError(f"--output {output} has the input {path}, which --overwrite would delete; choose another")
-    if not _has_any(output, MODEL_FILES):
-        raise ValueError(f"--output {output} is no model, and --overwrite deletes all that is in it; choose another")
+    refuse_foreign(Path(output), KINDS[command])
 
 
 def _has_any(folder: str, patterns: Iterable[str]) -> bool:

@@ -370,9 +370,13 @@ def run_lmms_eval(task: str, args: BenchConfig) -> Outcome:
     """One task of lmms-eval, unless its logs are there: they are written at its very end. Read as `compare` reads them.
     It runs in ``args.data``, since Hugging Face's ``load_dataset("OWNER/NAME")`` takes a folder of that name first."""
     folder, words, log = args.output / LOGS / task, lmms_eval_command(task, args), args.output / "logs" / f"{task}.log"
-    if args.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    model, record = f"{args.model_path} {sample_sha256(args.model_path)}", log.with_name(f"{task}.model")
+    record = log.with_name(f"{task}.model")
+    if args.overwrite and folder.is_dir():
+        if not record.is_file():
+            what = f"{folder} has files that `llm2clip bench-mllm` did not write (no {record})"
+            raise FileExistsError(f"{what}, and --overwrite would delete them; choose another --output")
+        shutil.rmtree(folder)
+    model = f"{args.model_path} {sample_sha256(args.model_path)}"
     if not read_logs(folder):
         write_text(record, model)
         run_logged(words, log, lambda: read_logs(folder), args.data)

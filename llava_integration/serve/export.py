@@ -19,8 +19,9 @@ from llava_integration.serve.checkpoint import LlavaCheckpoint, checkpoint_tenso
 from llava_integration.serve.prompt import CONVERSATIONS, IMAGE, MODEL, chat_template, read_tokenizer
 from llava_integration.towers import is_ours, loading, locate_tower
 from llm2clip_plugin.console import quiet_llava_loading, quiet_transformers
-from llm2clip_plugin.contracts import atomic_directory, size_text
+from llm2clip_plugin.contracts import size_text
 from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.vision.directory import fetch_directory
 
@@ -99,7 +100,7 @@ def export(made: Export, output: Path, *, overwrite: bool = False, compares: boo
 
     ``compares``: with LLaVA's own code, before the folder gets its name. Raises FileExistsError if it is not empty.
     """
-    with atomic_directory(output, replace=overwrite) as temporary:
+    with output_folder(output, MODEL_FOLDER, replace=overwrite) as temporary:
         size = write_model(made, temporary)
         if compares:
             print(f"compared with LLaVA's own code: {compare(made, temporary)}", flush=True)

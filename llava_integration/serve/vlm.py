@@ -25,8 +25,9 @@ from llava_integration.serve.export import QUESTION, test_image
 from llava_integration.serve.prompt import IMAGE, write_tokenizer
 from llava_integration.towers import TowerLocation, is_ours, locate, locate_spec, registry
 from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.contracts import atomic_directory, files_sha256, size_text
+from llm2clip_plugin.contracts import files_sha256, size_text
 from llm2clip_plugin.files import ContractError, errors_about
+from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.vision.directory import fetch_directory, has_card, is_local, read_json, weight_files
 from llm2clip_plugin.vision.export import RELATIVE_TOLERANCE
 from llm2clip_plugin.vision.towers import load_tower
@@ -222,7 +223,7 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         print(plan(config, tower, llm))
         return 0
-    with atomic_directory(config.output, replace=config.overwrite) as temporary:
+    with output_folder(config.output, MODEL_FOLDER, replace=config.overwrite) as temporary:
         size = write_model(config, tower, llm, template, temporary)
         difference = compare(config, tower, llm, temporary) if config.compare else None
     said = "not compared" if difference is None else f"logits within {difference:.1e} of the parts'"

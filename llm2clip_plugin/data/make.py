@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from llm2clip_plugin.console import track
-from llm2clip_plugin.contracts import atomic_directory, canonical_json, size_text
+from llm2clip_plugin.contracts import canonical_json, size_text
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
@@ -44,6 +44,7 @@ from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, check_fiel
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.files import ContractError, errors_about
+from llm2clip_plugin.folders import LLAVA_FOLDER, MAKE_FOLDER, SPLIT_FOLDER, output_folder
 from llm2clip_plugin.options import Command, command
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -68,7 +69,7 @@ class MakeConfig:
     file_names: bool = False  # a picture without a caption gets its file name as one: red-fox_2.jpg, "red fox"
     background: str = ""  # white | gray | black: put transparent pictures on it; "": left as they are
     workers: int = 0  # processes; 0: one per core
-    overwrite: bool = False  # replace the output folder
+    overwrite: bool = False  # replace what this command wrote there
 
     def __post_init__(self) -> None:
         parse_fields(self.fields, LANGUAGE)
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> int:
     Raises FileExistsError if the output exists, ValueError if nothing can be used."""
     config = COMMAND.parse(argv)
     items = list_items(config)
-    with atomic_directory(config.output, replace=config.overwrite) as folder:
+    with output_folder(config.output, MAKE_FOLDER, replace=config.overwrite) as folder:
         size = _write(config, items, folder)
         left_out = [(item.name, item.problem) for item in items if item.problem]
         if len(left_out) == len(items):
@@ -304,7 +305,7 @@ def main_llava_data(argv: list[str]) -> int:
     config = LLAVA_DATA.parse(argv)
     source, rows, output = open_source(config), [], Path(config.output)
     check_fields(source, needed=True)
-    with atomic_directory(output, replace=config.overwrite and (output / "captions.json").is_file()) as folder:
+    with output_folder(output, LLAVA_FOLDER, replace=config.overwrite) as folder:
         (folder / "images").mkdir()
         for number in track(range(len(source)), total=len(source), label="llava data", unit="samples"):
             try:
@@ -341,7 +342,7 @@ class SplitConfig(SourceConfig):
     by: str = ""  # field of the samples' JSON: samples with one value are on one side; "": each sample by its key
     workers: int = 0  # processes; 0: one per core
     dry_run: bool = False  # print the counts and write nothing
-    overwrite: bool = False  # replace the output folder
+    overwrite: bool = False  # replace what this command wrote there
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -379,7 +380,7 @@ def main_split(argv: list[str]) -> int:
         print(f"{side}: {counts[side]:,} samples ({counts[side] / len(hash_N):.2%}){values}")
     if config.dry_run:
         return 0
-    with atomic_directory(output, replace=config.overwrite) as folder:
+    with output_folder(output, SPLIT_FOLDER, replace=config.overwrite) as folder:
         write_sides(source, held_out_N, folder, config.workers)
         about = {"data": source.path, "validation": config.validation, "by": config.by, "samples": counts}
         (folder / "split.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from llm2clip_plugin.contracts import EncoderCard, RunRecord, TowerCard, atomic_directory
+from llm2clip_plugin.contracts import EncoderCard, RunRecord, TowerCard
 from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.stages.tower_export import export_run
 from llm2clip_plugin.text.config import CARD_SETTINGS, EXPORT_LLM, EncoderConfig, ExportConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, adapter_sha256, attach_adapter, merge
@@ -81,7 +82,7 @@ def export_llm(config: ExportConfig) -> Path:
     if config.encoder.load_in_4bit:
         raise ValueError("an adapter cannot be merged into 4-bit weights; omit --load-in-4bit")
     encoder = CaptionEncoder(dataclasses.replace(config.encoder, compute_dtype="float32"), "cpu")
-    with atomic_directory(config.output, replace=config.overwrite) as temporary:
+    with output_folder(config.output, MODEL_FOLDER, replace=config.overwrite) as temporary:
         write_merged(encoder, temporary)
         reloaded = CaptionEncoder(EncoderConfig(llm=str(temporary), compute_dtype="float32"), "cpu")
         before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, reloaded))

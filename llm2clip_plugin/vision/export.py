@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 import llm2clip_plugin
 from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.contracts import EncoderCard, TowerCard, atomic_directory, sha256_weights
+from llm2clip_plugin.contracts import EncoderCard, TowerCard, sha256_weights
 from llm2clip_plugin.files import ContractError, check_hub_answers
+from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     PREPROCESSOR_FILE,
@@ -75,7 +76,7 @@ def export_tower(
     model = merged(model)
     tower = tower_in(model)
     family, config = family_of(tower), tower.config
-    with atomic_directory(directory, replace=replace) as temporary:
+    with output_folder(directory, MODEL_FOLDER, replace=replace) as temporary:
         save_tower(tower, temporary)
         write_json(temporary / PREPROCESSOR_FILE, preprocessor_config(tower))
         if adapter is not None:

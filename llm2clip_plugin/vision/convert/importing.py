@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.contracts import TowerCard, atomic_directory, naming_full_disk
+from llm2clip_plugin.contracts import TowerCard, naming_full_disk
 from llm2clip_plugin.files import ContractError, load_tensors
+from llm2clip_plugin.folders import CONVERTED_FOLDER, output_folder
 from llm2clip_plugin.vision import export
 from llm2clip_plugin.vision.convert import IMPORT
 from llm2clip_plugin.vision.convert.layouts import ParsedCheckpoint, layouts, lift_model_cfg, normalization
@@ -205,7 +206,7 @@ def convert(
     Raises ValueError if the format cannot represent the tower, ContractError if the files give other features."""
     directory = fetch_directory(source)
     model, write = export.load_model(directory), {"clip": write_clip, "onnx": write_onnx}[format_name]
-    with atomic_directory(output, replace=replace) as temporary:
+    with output_folder(output, CONVERTED_FOLDER, replace=replace) as temporary:
         write(model.eval(), temporary, preprocessor_config(directory, square=True))
     return Path(output)
 

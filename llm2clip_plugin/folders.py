@@ -1,0 +1,137 @@
+"""The folders that commands write, so that ``--overwrite`` replaces these and nothing else. Standard library only."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import ClassVar
+
+from llm2clip_plugin.contracts import VersionedRecord, atomic_directory
+from llm2clip_plugin.files import ContractError, printable, read_json_value
+
+NAMED = 3  # foreign files in an error
+# What file managers leave anywhere, and what our commands keep next to the data that they read: indexes and caches.
+NEXT_TO_DATA = (".llm2clip/*", "*/.llm2clip/*", "embeddings-*/*", "*/embeddings-*/*")
+ANYWHERE = (".DS_Store", "*/.DS_Store", "Thumbs.db", "*/Thumbs.db", "desktop.ini", "*/desktop.ini")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderRecord(VersionedRecord):
+    """``llm2clip-folder.json`` of a folder: the command that wrote it, and all files that it wrote."""
+
+    KIND: ClassVar[str] = "llm2clip-folder"
+    FILE: ClassVar[str] = "llm2clip-folder.json"
+
+    command: str  # as typed after llm2clip
+    files: list[str]  # paths relative to the folder, without this file
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderKind:
+    """A kind of folder, and how it is recognized."""
+
+    commands: tuple[str, ...]  # that write it, as typed after llm2clip
+    recorded: bool = False  # a new folder gets a FolderRecord, which then is what counts
+    marks: tuple[str, ...] = ()  # without a FolderRecord, one of these files ...
+    config_keys: tuple[str, ...] = ()  # ... or of these fields of its config.json shows that the folder is ours, ...
+    files: tuple[str, ...] = ()  # ... and files that match none of these patterns are foreign
+
+
+MAKE_FOLDER = FolderKind(
+    commands=("data make",), recorded=True, marks=("left-out.jsonl",), files=("left-out.jsonl", "[0-9]*.tar")
+)
+SPLIT_FOLDER = FolderKind(
+    commands=("data split",),
+    recorded=True,
+    marks=("split.json",),
+    files=("split.json", "train.json*", "validation.json*", "train/*.tar", "validation/*.tar"),
+)
+LLAVA_FOLDER = FolderKind(commands=("llava data",), recorded=True)
+MODEL_FOLDER = FolderKind(
+    commands=("export", "import", "export-llm", "llava export", "vlm build"),
+    marks=("llm2clip.json", "llm2clip_encoder.json"),
+    config_keys=("llm2clip_export", "llm2clip_vlm"),
+    files=(
+        *("README.md", "config.json", "generation_config.json", "llm2clip*.json", "adapter_config.json"),
+        *("*preprocessor_config.json", "processor_config.json", "*.safetensors", "*.safetensors.index.json"),
+        *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
+        *("*.onnx", "*.onnx.data", "modeling_llava_tower.py", "eva02.py", "wrapped.py"),
+        *("teacher-adapter/*.json", "teacher-adapter/*.safetensors"),
+        *(".gitattributes", ".cache/huggingface/*"),  # of the Hub
+    ),
+)
+CONVERTED_FOLDER = replace(MODEL_FOLDER, recorded=True)  # for other libraries, without a card of ours
+KINDS = {command: kind for kind in (MAKE_FOLDER, SPLIT_FOLDER, LLAVA_FOLDER, MODEL_FOLDER) for command in kind.commands}
+
+
+@contextmanager
+def output_folder(path: str | os.PathLike[str], kind: FolderKind, *, replace: bool = False) -> Iterator[Path]:
+    """As ``atomic_directory``; ``replace`` allows a folder of this kind alone. Raises as ``refuse_foreign``."""
+    if replace:
+        refuse_foreign(Path(path), kind)
+    with atomic_directory(path, replace=replace) as temporary:
+        yield temporary
+        if kind.recorded:
+            files = sorted(_files(temporary))
+            FolderRecord(command=kind.commands[0], files=files).write(temporary / FolderRecord.FILE)
+
+
+def refuse_foreign(folder: Path, kind: FolderKind) -> None:
+    """Raise FileExistsError that names a file in ``folder`` that no command of ``kind`` wrote."""
+    present = sorted(_files(folder))
+    if not present:
+        return
+    commands = f"`llm2clip {kind.commands[0]}`"
+    if len(kind.commands) > 1:
+        commands += " or another export"
+    fix = "--overwrite would delete that: move it, or choose another --output"
+    written = _written(folder, kind)
+    if written is None:
+        shown = [name for name in present if not _matches(name, (*ANYWHERE, *NEXT_TO_DATA))] or present
+        raise FileExistsError(f"{folder} was not written by {commands}: it has {_listed(shown)}; {fix}")
+    names, patterns = written
+    patterns = (*patterns, *ANYWHERE, *NEXT_TO_DATA)
+    if foreign := [name for name in present if name not in names and not _matches(name, patterns)]:
+        raise FileExistsError(f"{folder} has {_listed(foreign)}, not written by {commands}; {fix}")
+
+
+def _written(folder: Path, kind: FolderKind) -> tuple[set[str], tuple[str, ...]] | None:
+    """Names, and patterns of names, that a command of ``kind`` wrote to the folder; None if none wrote it."""
+    if (folder / FolderRecord.FILE).is_file():
+        record = FolderRecord.read(folder / FolderRecord.FILE)
+        is_ours, names, patterns = record.command in kind.commands, {FolderRecord.FILE, *record.files}, ()
+    elif any((folder / name).is_file() for name in kind.marks):
+        is_ours, names, patterns = True, set[str](), kind.files
+    else:
+        is_ours, names, patterns = _is_in_config(folder / "config.json", kind), set[str](), kind.files
+    return (names, patterns) if is_ours else None
+
+
+def _is_in_config(path: Path, kind: FolderKind) -> bool:
+    """Whether a model's config.json says that a command of ``kind`` wrote it."""
+    if not kind.config_keys or not path.is_file():
+        return False
+    try:
+        config = read_json_value(path)
+    except (OSError, ContractError):
+        return False
+    return isinstance(config, dict) and any(key in config for key in kind.config_keys)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Paths of everything in the folder that is no folder, relative to it. Links are not followed."""
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in (*files, *links):
+            yield Path(place, name).relative_to(folder).as_posix()
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return printable(", ".join(names[:NAMED])) + more
