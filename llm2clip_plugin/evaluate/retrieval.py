@@ -237,8 +237,22 @@ def encode_images(
         own.keys.extend(loaded["keys"])
         own.meta.extend(loaded["meta"])
     own.broken.extend(batches.broken)
-    ranks = gather_objects(own, group)
-    return EncodedImages(*([item for part in parts for item in part] for parts in zip(*ranks, strict=True)))
+    return _of_all_ranks(own, group)
+
+
+def _of_all_ranks(own: EncodedImages, group: Group) -> EncodedImages:
+    """The images of every rank, in order of rank, on every rank."""
+    broken = [[sample.shard, sample.key, sample.reason] for sample in own.broken]
+    exchanged: list[Any] = [own.numbers, own.keys, own.meta, own.vectors, broken]
+    total = EncodedImages([], [], [], [], [])
+    for part in gather_objects(exchanged, group):
+        numbers, keys, meta, vectors, left_out = part
+        total.numbers.extend(numbers)
+        total.keys.extend(keys)
+        total.meta.extend(meta)
+        total.vectors.extend(vectors)
+        total.broken.extend(BrokenSample(*fields) for fields in left_out)
+    return total
 
 
 @dataclass(frozen=True, kw_only=True)

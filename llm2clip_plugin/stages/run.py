@@ -75,12 +75,18 @@ class TrainingRun:
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.folder, keep=self.config.train.save_total_limit)
 
+    def _chosen_checkpoint(self) -> str:
+        """The path of the checkpoint that ``resume`` means; "" for a new run."""
+        path = self.checkpoints.find(self.config.resume)
+        return "" if path is None else str(path)
+
     def find_checkpoint(self) -> Loaded | None:
         """The checkpoint to resume from, chosen by rank 0; None for a new run. Every rank must call this.
 
         Raises ValueError if it was saved with other settings, DisagreementError if the ranks don't see the same.
         """
-        path = on_first_rank(lambda: self.checkpoints.find(self.config.resume))
+        chosen = on_first_rank(self._chosen_checkpoint)
+        path = Path(chosen) if chosen else None
         facts = {"output_dir": shared_folder(self.folder), "setting total steps": str(self.total_steps)}
         facts |= {"checkpoint": "none" if path is None else readable_checkpoint(path, TrainState.FILE)}
         facts |= {f"data {name}": digest for name, digest in self.data.items()}
@@ -198,7 +204,7 @@ class TrainingRun:
             versions=library_versions(),
             wandb=getattr(self.wandb_run(), "id", ""),
         )
-        on_first_rank(lambda: record.write(self.folder / RunRecord.FILE))
+        on_first_rank(lambda: str(record.write(self.folder / RunRecord.FILE)))
 
     def wandb_run(self) -> Any:
         """The run that DeepSpeed has started in Weights & Biases, on rank 0; None without one."""

@@ -4,10 +4,10 @@ Everything here also works in one process without a process group, so callers ne
 """
 
 import functools
+import ipaddress
 import itertools
 import math
 import os
-import pickle
 import socket
 import sys
 import threading
@@ -18,6 +18,7 @@ from contextlib import ContextDecorator, contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,8 +26,10 @@ from torch.distributed import ProcessGroup
 
 from llm2clip_plugin.console import FirstRankError
 from llm2clip_plugin.train.config import Tf32
+from llm2clip_plugin.train.wire import pack, unpack
 
-TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, mpirun, mpiexec
+TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+LOOPBACK = "127.0.0.1"
 MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a line
 # of a step. data: waiting for the loader. communication: features and losses of all ranks, and the reduction of
 # gradients that DeepSpeed begins after the backward pass; what it overlaps with another phase is part of that phase
@@ -71,23 +74,92 @@ def gpu_precision() -> Literal["bf16", "fp16"]:
 
 
 def join_ranks(device: torch.device, timeout: float) -> None:
-    """Start the process group. timeout: seconds after which a collective that a rank does not join fails."""
+    """Start the process group, as the launcher's variables say; on one host it listens on the loopback interface.
+
+    timeout: seconds after which a collective that a rank does not join fails.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     line = "waiting for the other ranks of this launch; for a run in one process unset RANK and WORLD_SIZE"
     timer = threading.Timer(MISSING_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     timer.start()
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        if on_one_host():
+            use_loopback()
+        number, world = launch_variable("RANK"), launch_variable("WORLD_SIZE")
+        limit = timedelta(seconds=timeout)
+        store = own_store(number, world, limit)
+        if store is None:
+            dist.init_process_group(backend, timeout=limit)
+        else:
+            dist.init_process_group(backend, timeout=limit, store=store, rank=number, world_size=world)
     finally:
         timer.cancel()
+
+
+def launch_variable(name: str) -> int:
+    """A number that the launcher has set. Raises ValueError if it has not."""
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        given = f"{name} is {value!r}" if value else f"{name} is not set"
+        raise ValueError(f"{given}; expected a number from a launcher such as torchrun or deepspeed")
+    return int(value)
+
+
+def on_one_host() -> bool:
+    """Whether all ranks of this launch are on this host, as far as its variables say."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    # how many are on this host, of torchrun and of DeepSpeed's launcher
+    local = (os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("LOCAL_SIZE"))
+    return world == "1" or world in local or is_loopback(os.environ.get("MASTER_ADDR", ""))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this host reaches an address: 127.0.0.1, ::1, localhost."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def use_loopback() -> None:
+    """Let Gloo and NCCL, which listen for the other ranks, listen where no other host reaches them.
+
+    What the user has set takes precedence.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == LOOPBACK for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def own_store(number: int, world: int, timeout: timedelta) -> dist.Store | None:
+    """A store for the process group that other hosts can't reach; None if there are several hosts, or if torchrun has
+    started one. Torch's own listens on all interfaces, whatever MASTER_ADDR says.
+
+    Raises OSError if the port of MASTER_PORT is in use.
+    """
+    if world == 1:
+        return dist.HashStore()  # in this process's memory
+    if not on_one_host() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    port = launch_variable("MASTER_PORT")
+    if number > 0:
+        return dist.TCPStore(LOOPBACK, port, world, is_master=False, timeout=timeout)
+    try:
+        listener = socket.create_server((LOOPBACK, port))
+    except OSError as error:
+        raise OSError(f"cannot listen on port {port}: {error.strerror}; choose another with --master_port") from error
+    descriptor = listener.detach()  # the store closes it
+    return dist.TCPStore(LOOPBACK, port, world, is_master=True, timeout=timeout, master_listen_fd=descriptor)
 
 
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((LOOPBACK, 0))
         return listener.getsockname()[1]
 
 
@@ -95,11 +167,14 @@ def set_single_process_environment() -> None:
     """Without a launcher, set what one would set for a single process; ValueError for one of several tasks of srun or
     mpirun, each of which would train alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        for name in TASKS:
+        for name, launcher in TASKS.items():
             if (tasks := int(os.environ.get(name) or 1)) > 1:
-                raise ValueError(f"{name} is {tasks}, RANK is not set: start torchrun per node (docs/scaling.md)")
-        port = str(free_port())
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                raise ValueError(
+                    f"{launcher} started {tasks} tasks without a launcher ({name}={tasks}, RANK is not set); "
+                    "start torchrun once per node (docs/scaling.md)"
+                )
+        port = str(free_port())  # nobody listens on it: own_store needs none
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR=LOOPBACK, MASTER_PORT=port)
 
 
 class StepTimer:
@@ -206,29 +281,69 @@ def sum_own_rows(values: Tensor, group: Group = None) -> Tensor:
 
 
 def gather_to_first(value: Value) -> list[Value]:
-    """The value of every rank, in order of rank, on rank 0; [] on the others, which hold no copy."""
+    """The value of every rank, in order of rank, on rank 0; [] on the others, which hold no copy.
+
+    For the values that can be exchanged, see ``wire.pack``.
+    """
     if world_size() == 1:
         return [value]
-    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, values, dst=0)
-    return values or []
+    own, sizes = _padded(value, None)
+    parts = [torch.empty_like(own) for _ in sizes] if rank() == 0 else None
+    dist.gather(own, parts, dst=0)
+    return _unpadded(parts or [], sizes)
 
 
 def gather_objects(value: Value, group: Group = None) -> list[Value]:
-    """The (small) value of every rank, in order of rank, on every rank."""
+    """The (small) value of every rank, in order of rank, on every rank; see ``wire.pack``."""
     if world_size(group) == 1:
         return [value]
-    values = [value] * world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+    own, sizes = _padded(value, group)
+    parts = [torch.empty_like(own) for _ in sizes]
+    dist.all_gather(parts, own, group=group)
+    return _unpadded(parts, sizes)
 
 
 def broadcast_object(value: Value) -> Value:
-    """Rank 0's value on every rank."""
-    box = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+    """Rank 0's value on every rank; see ``wire.pack``."""
+    if world_size() == 1:
+        return value
+    data = _bytes_of(value) if rank() == 0 else torch.empty(0, dtype=torch.uint8, device=_sending_device())
+    size = torch.tensor([len(data)], device=data.device)
+    dist.broadcast(size, src=0)
+    if rank() > 0:
+        data = data.new_empty(int(size))
+    dist.broadcast(data, src=0)
+    return unpack(data.cpu().numpy().tobytes())
+
+
+def _sending_device(group: Group = None) -> torch.device:
+    """Where a tensor must be for the group's backend to send it."""
+    assert group != ALONE
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _bytes_of(value: object, group: Group = None) -> Tensor:
+    """(bytes,) uint8: the packed value, ready to be sent."""
+    return torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8).to(_sending_device(group))
+
+
+def _padded(value: object, group: Group) -> tuple[Tensor, list[int]]:
+    """The packed value, as long as the longest of all ranks, and the sizes of all ranks' values in bytes."""
+    data = _bytes_of(value, group)
+    size = torch.tensor([len(data)], device=data.device)
+    all_sizes = [torch.empty_like(size) for _ in range(world_size(group))]
+    dist.all_gather(all_sizes, size, group=group)
+    sizes = torch.cat(all_sizes).tolist()
+    own = data.new_zeros(max(sizes))
+    own[: len(data)] = data
+    return own, sizes
+
+
+def _unpadded(parts: list[Tensor], sizes: list[int]) -> list[Any]:
+    """The values of padded parts; none if there are none."""
+    return [unpack(part[:size].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=False)]
 
 
 _turns = itertools.count()  # of on_first_rank and leaving_together: the same on every rank
@@ -238,7 +353,7 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
     """Call ``work`` on rank 0 alone; returns its (small) result on every rank, which all must call this.
 
     The others wait in no collective, so ``work`` may take hours, whatever the group's timeout. If it raises ValueError
-    or OSError, they raise FirstRankError.
+    or OSError, they raise FirstRankError. For the results that can be sent, see ``wire.pack``.
     """
     if world_size() == 1:
         return work()
@@ -248,14 +363,15 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
             result, error = work(), None
         except (ValueError, OSError) as raised:
             result, error = None, raised
-        store.set(key, pickle.dumps((result, None if error is None else str(error))))  # pyright: ignore[reportArgumentType]
+        answer = pack([result, None if error is None else str(error)])
+        store.set(key, answer)  # pyright: ignore[reportArgumentType]
         # rank 0 may host the store: if it ended now, the others would not get the answer
         _poll(lambda: store.add(f"{key}/read", 0) == world_size() - 1, limit=math.inf if error is None else 30.0)
         if error is not None:
             raise error
         return result  # pyright: ignore[reportReturnType]
     _poll(lambda: store.check([key]))
-    result, message = pickle.loads(store.get(key))
+    result, message = unpack(store.get(key))
     store.add(f"{key}/read", 1)
     if message is not None:
         raise FirstRankError(message)

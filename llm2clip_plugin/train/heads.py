@@ -175,15 +175,16 @@ def frozen_features(
     model.train()
     if any(gather_objects(bool(stop))):
         raise StoppedError("stopped before the heads' fit: nothing to save; rerun the same command to resume")
-    parts = gather_to_first((encoded, broken))
+    rows = [[*place, *columns] for place, columns in encoded.items()]
+    parts = gather_to_first([rows, [[sample.shard, sample.key, sample.reason] for sample in broken]])
     if rank() > 0:
         return None
-    left_out = [sample for _, samples in parts for sample in samples]
+    left_out = [BrokenSample(*fields) for _, samples in parts for fields in samples]
     if len(left_out) == sum(len(indices) for _, indices in blocks):
         raise ValueError(f"all samples are broken, the first: {left_out[0]}; run `llm2clip data check DATA`")
     if left_out:
         log.warning("fitting the heads without %d broken samples, the first: %s", len(left_out), left_out[0])
-    merged = {place: columns for part, _ in parts for place, columns in part.items()}
+    merged = {(number, first): columns for part, _ in parts for number, first, *columns in part}
     columns = zip(*(merged[place] for place in sorted(merged)), strict=True)
     pooled, embedding, ids, counts, share = (torch.cat(column) for column in columns)
     return FrozenFeatures(pooled_IP=pooled, embedding_MW=embedding, caption_hashes_M=ids, count_I=counts, share_M=share)
