@@ -39,6 +39,29 @@ def test_a_group_with_one_number_is_one_row():
     """17 of 40: the harness weights a group's tasks, here of 10 and 30 questions, by their size."""
     (run,) = load_side(LOGS / "lm_eval_group").runs["toys exact_match"]
     assert run.statistic.full() == pytest.approx(42.5) and set(run.groups) == {"toy_a", "toy_b"} and len(run.ids) == 40
+    assert len(set(run.clusters)) == 40  # question 0 of one task is not question 0 of the other
+
+
+def test_of_several_filters_the_first_is_compared(tmp_path):
+    lines = []
+    for number in range(4):
+        about = {"doc_id": number, "doc_hash": "a", "metrics": ["exact_match"]}
+        lines.append({**about, "filter": "strict", "exact_match": number % 2})
+        lines.append({**about, "filter": "flexible", "exact_match": 1})
+    (tmp_path / "samples_toy_2026-11-28T21-57-04.1.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (run,) = load_side(tmp_path).runs["toy exact_match"]
+    assert run.scores == [0, 1, 0, 1]
+    assert "filter strict of strict, flexible" in run.notes
+
+
+def test_both_images_of_an_mmvp_pair_must_be_right_and_there(tmp_path):
+    lines = []
+    for number, (pair, right) in enumerate([(0, True), (0, True), (1, True), (1, False), (2, True)]):
+        value = {"pair_index": pair, "is_correct": right}
+        lines.append({"doc_id": number, "doc_hash": "a", "mmvp_pair_accuracy": value})
+    (tmp_path / "20250101_000000_samples_mmvp.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (run,) = load_side(tmp_path).runs["mmvp mmvp_pair_accuracy"]
+    assert dict(zip(run.ids, run.scores, strict=True)) == {"0": 1, "1": 0}
 
 
 def test_lmms_evals_composites():

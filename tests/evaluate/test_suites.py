@@ -52,9 +52,10 @@ def write_suites(root: Path) -> None:
     jpgs = [f"{number}.jpg" for number in range(5)]
     images(root / "flickr30k" / "flickr30k-images", jpgs)
     text(root / "flickr30k" / "dataset_flickr30k.json", karpathy(jpgs, lambda n: "test" if n else "train"))
-    coco_names = [f"COCO_val2014_{number:012d}.jpg" for number in range(4)]
-    images(root / "coco" / "val2014", coco_names)
-    text(root / "coco" / "dataset_coco.json", karpathy(coco_names, lambda _: "test", filepath="val2014"))
+    coco_names = [f"COCO_val2014_{number:012d}.jpg" for number in range(7)]
+    images(root / "coco" / "val2014", coco_names[:4])
+    splits = ["test"] * 4 + ["train", "val", "restval"]
+    text(root / "coco" / "dataset_coco.json", karpathy(coco_names, splits.__getitem__, filepath="val2014"))
     sam = [f"sam/images/sa_{number}.jpg" for number in range(3)]
     images(root / "sharegpt4v-1k" / "data", sam)
     items = [{"image": name, "conversations": [{"value": "?"}, {"value": f"Long\ntext {name}"}]} for name in sam]

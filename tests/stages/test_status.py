@@ -10,10 +10,11 @@ from unittest import mock
 
 import psutil
 import pytest
+from tiny_data import make_cache, make_shards
 
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import RunRecord
-from llm2clip_plugin.status import run_rows
+from llm2clip_plugin.status import cache_rows, run_rows
 
 
 def words(tiny: Path, output: Path) -> list[str]:
@@ -91,6 +92,30 @@ def test_why_it_ended(folder: Path):
     shown = rows(folder)
     assert shown["state"].startswith("failed: the loss is nan")
     assert shown["problem"] == "the last checkpoint could not be written: No space left on device"
+
+
+def test_the_best_score_and_the_time_left(folder: Path):
+    record = RunRecord.read(folder / "run.json")
+    dataclasses.replace(record, total_steps=100).write(folder / "run.json")
+    kept = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] == 0]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
+    for step in range(1, 91):
+        add(folder, step=step, samples=16 * step, loss=1.0, step_seconds=2.0)
+    for step, recall in ((30, 0.25), (60, 0.75), (90, 0.5)):
+        add(folder, step=step, samples=16 * step, i2t_r1=recall, t2i_r1=recall)
+    shown = rows(folder)
+    assert "step 90 of 100 (90 %)" in shown["progress"] and "0:00:20 left at the last rate" in shown["progress"]
+    assert shown["i2t_r1"].endswith("best 0.750 (step 60), last 0.500 (step 90)")
+
+
+def test_a_cache_is_complete_with_all_files_of_its_shards(tmp_path: Path):
+    folder = make_cache(make_shards(tmp_path))
+    (_, state), *others = cache_rows(folder)
+    assert state.startswith("complete: 2 of 2 shards") and "problem" not in dict(others)
+    (folder / "00001.safetensors").unlink()
+    (_, state), *others = cache_rows(folder)
+    assert state.startswith("not complete: 1 of 2 shards")
+    assert dict(others)["problem"] == "1 shards of the manifest have no file, such as 00001"
 
 
 def test_running_here_and_elsewhere(folder: Path):
