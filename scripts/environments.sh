@@ -30,14 +30,19 @@ declare -A UV_VARIABLES=([index-url]=UV_DEFAULT_INDEX [extra-index-url]=UV_INDEX
 
 with_uv() ( # with_uv PYTHON ARGUMENT...
     "$1" -c 'import uv' 2>/dev/null || "$1" -m pip install -q uv 2>/dev/null || return
-    settings=$("$1" -m pip config list) || return # never from another index than pip's
+    export_uv_variables "$1" || return
+    "$1" -m uv pip install -q --python "$@"
+)
+
+export_uv_variables() { # PYTHON, which has pip: so that uv never takes another index than pip
+    local settings name value _ variable
+    settings=$("$1" -m pip config list) || return
     while IFS="'" read -r name value _; do # as global.index-url='https://...'; the environment's come first
         name=${name%=} && variable=${UV_VARIABLES[${name##*.}]:-}
         [ -z "$variable" ] || [ -n "${!variable:-}" ] || export "$variable=${value//\\n/ }"
     done <<<"$settings"
     export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match} # the best version of all indexes, as pip takes it
-    "$1" -m uv pip install -q --python "$@"
-)
+}
 
 # make_environment FOLDER STAMP COMMAND...: run COMMAND in a fresh environment unless FOLDER was made for the same STAMP.
 make_environment() {

@@ -62,13 +62,15 @@ beside() {
     fi
     # a user's first command, in little, through to LLaVA
     check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
+    # every install command of README and docs, in empty environments, and LLaVA's pins
+    check .venv/bin/python -m pytest tests/install --durations=5
 }
 beside >"$BESIDE" 2>&1 & BESIDE_ID=$!
 trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
 
 check .venv/bin/ruff check .
 check .venv/bin/ruff format --check .
-check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
+check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --ignore=tests/install --durations=15
 check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
 # LLaVA's environment: LLaVA itself, then what else is promised there (import, evaluate, score, compare).
 check wait "$LLAVA_ENVIRONMENT"

@@ -1,6 +1,7 @@
 """Without torch: what runs, and what names the extra that it needs and the command that installs it."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import Distribution
@@ -8,11 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_plugin import cli, installation
+from llm2clip_plugin import __version__, cli, installation
 from llm2clip_plugin.installation import TOWER_MODULES, TRAIN_MODULES
 
 INDEX = "pip install 'llm2clip-plugin[train]'"
 GIT = {"vcs": "git", "commit_id": "1234abcd"}
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_one_version_everywhere(capsys) -> None:
+    """pyproject.toml takes it from the package."""
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"llm2clip {__version__}\n"
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert cited and cited[1] == __version__
+    changes = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert changes and changes[1] in (__version__, "Unreleased")
 
 
 class Installed(Distribution):
