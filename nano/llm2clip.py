@@ -152,8 +152,9 @@ class Teacher(nn.Module):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.llm = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.llm = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        self.llm.eval().requires_grad_(False)
 
     def add_lora(self) -> list[nn.Parameter]:
         """A trained update beside every linear layer of the blocks; returns its parameters."""
@@ -244,7 +245,7 @@ class DualEncoder(nn.Module):
 
     def __init__(self, folder: str, llm_width: int, dim: int = 384, noise: float = 0.5) -> None:
         super().__init__()
-        self.tower = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        self.tower = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         self.noise = noise  # deviation of what is added to an embedding in training: with few captions, it regularizes
         width = 2 * self.tower.config.hidden_size  # class token and mean of the patches
         self.visual_norm, self.visual_projection = nn.LayerNorm(width), nn.Linear(width, dim, bias=False)

@@ -22,6 +22,7 @@ from llava_integration.checkpoints import check_checkpoint, sample_sha256
 from llm2clip_plugin.console import quiet_llava_loading
 from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.options import unknown
+from llm2clip_plugin.pretrained import run_no_code
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,7 @@ class Answerer:
             raise ValueError(unknown("--conv-mode", mode, sorted(conv_templates)))
         self.conversation = conv_templates[mode]
         quiet_llava_loading()
+        run_no_code()
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
             path, options.model_base, self.name, options.load_8bit, options.load_4bit
         )

@@ -23,6 +23,7 @@ from llm2clip_plugin.contracts import size_text
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.options import unknown
+from llm2clip_plugin.pretrained import open_pretrained, run_no_code
 from llm2clip_plugin.vision.directory import fetch_directory
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -214,6 +215,7 @@ def llava_outcome(made: Export, answer: list[int]) -> Outcome:
     from llava.mm_utils import process_images, tokenizer_image_token
     from llava.model.builder import load_pretrained_model
 
+    run_no_code()
     where, base = str(made.checkpoint.directory), str(made.checkpoint.base or "") or None
     name = "llava-lora" if base else "llava"  # decides how LLaVA loads it
     quiet_llava_loading()
@@ -239,7 +241,7 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
     with quiet_transformers():
         model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32)
     model = rounded(model.eval(), DTYPES[made.dtype])
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer = open_pretrained(transformers.AutoTokenizer, directory)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     template = (directory / TEMPLATE).read_text(encoding="utf-8")
     text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
@@ -251,7 +253,7 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
         pixels = process_images([test_image()], image_processor, aspect)
         inputs = {**tokenizer(text, return_tensors="pt"), "pixel_values": pixels}
     else:
-        processor: Any = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
+        processor = open_pretrained(transformers.AutoProcessor, directory, backend="pil")
         inputs = processor(images=test_image(), text=text, return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
     logits = model(**inputs).logits[0]

@@ -28,6 +28,7 @@ from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import files_sha256, size_text
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
+from llm2clip_plugin.pretrained import KNOWN, open_pretrained
 from llm2clip_plugin.vision.directory import fetch_directory, has_card, is_local, read_json, weight_files
 from llm2clip_plugin.vision.export import RELATIVE_TOLERANCE
 from llm2clip_plugin.vision.towers import load_tower
@@ -58,8 +59,8 @@ class LanguageModel:
         if fields.get("quantization_config"):
             raise ContractError(f"{what} is quantized; pass the model that it was made from")
         with errors_about(what, fix="pass a model of transformers with its tokenizer"), quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(directory)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+            config = open_pretrained(transformers.AutoConfig, directory, fix=KNOWN)
+            tokenizer = open_pretrained(transformers.AutoTokenizer, directory, fix=KNOWN)
         for setting, values in HEAD_SETTINGS.items():
             if (value := getattr(config, setting, None)) not in values:
                 raise ContractError(f"{what} has {setting} {value}, which transformers' LLaVA does not apply")
@@ -189,7 +190,7 @@ def write_model(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, tem
     file = llm.directory / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
     ids = {name: getattr(llm.config, name, None) for name in ("bos_token_id", "eos_token_id")}
-    ids["pad_token_id"] = transformers.AutoTokenizer.from_pretrained(directory).pad_token_id
+    ids["pad_token_id"] = open_pretrained(transformers.AutoTokenizer, directory).pad_token_id
     with ExitStack() as files:
         by_part, dtype = parts(config, tower, llm, files)
         tensors = {name: tensor for own in by_part.values() for name, tensor in own.items()}
@@ -239,7 +240,7 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
     """
     register()
     with torch.inference_mode(), quiet_transformers():
-        processor: Any = transformers.AutoProcessor.from_pretrained(directory)
+        processor = open_pretrained(transformers.AutoProcessor, directory)
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
         prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
         inputs = processor(images=test_image(), text=prompt, return_tensors="pt")
@@ -256,7 +257,7 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
         pixels = inputs["pixel_values"].to(dtype).flatten(0, -4)
         states = load_tower(tower.directory, dtype=dtype)(pixel_values=pixels, output_hidden_states=True).hidden_states
         features = states[config.select_layer][:, int(settings.vision_feature_select_strategy == "default") :]
-        alone: Any = transformers.AutoModelForCausalLM.from_pretrained(llm.directory, torch_dtype=dtype).eval()
+        alone = open_pretrained(transformers.AutoModelForCausalLM, llm.directory, torch_dtype=dtype).eval()
         is_image_1T = inputs["input_ids"] == settings.image_token_index
         embedded_1TD = alone.get_input_embeddings()(inputs["input_ids"].masked_fill(is_image_1T, 0))
         embedded_1TD[is_image_1T] = seen["inputs_embeds"][is_image_1T]

@@ -33,6 +33,7 @@ from llm2clip_plugin.data.samples import (
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.files import check_hub_answers, printable
 from llm2clip_plugin.options import Command
+from llm2clip_plugin.pretrained import open_pretrained
 
 CHUNK = 64  # samples that a worker reads in one task
 NO_IMAGE = ("no image '", 'no image "')  # how the reason begins if a file that a row names is missing
@@ -44,6 +45,7 @@ class CheckConfig(SourceConfig):
 
     validation: str = ""  # another data set: how many of its pictures and captions are in this one, too
     tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "": count words
+    trust_remote_code: bool = False  # run the Python code in the tokenizer's folder: read it first
     max_tokens: int = 512  # count captions longer than this, in tokens (or words); the teacher truncates them
     max_broken: float = 0.01  # fraction of broken samples above which training stops
     show: int = 10  # how many broken samples, duplicate captions ... to list; --json lists all broken samples
@@ -100,7 +102,7 @@ def main(argv: list[str]) -> int:
 
 def check_data(config: CheckConfig) -> dict[str, Any]:
     """The report that ``--json`` prints. FileNotFoundError if there is no data, ValueError for an unknown format."""
-    load_counter(config.tokenizer)  # fail here, not in a worker
+    load_counter(config.tokenizer, config.trust_remote_code)  # fail here, not in a worker
     broken_shards: dict[str, str] = {}
     source = open_source(config, broken_shards)
     check_fields(source)
@@ -125,7 +127,7 @@ def _read(source: Source, config: CheckConfig) -> Reading:
 
 
 @lru_cache
-def load_counter(tokenizer: str) -> Callable[[str], int]:
+def load_counter(tokenizer: str, trust_remote_code: bool) -> Callable[[str], int]:
     """Length of a caption: tokens of ``tokenizer``, special ones included, or words for ""."""
     if not tokenizer:
         return lambda text: len(text.split())
@@ -133,13 +135,13 @@ def load_counter(tokenizer: str) -> Callable[[str], int]:
 
     if not Path(tokenizer).is_dir():
         check_hub_answers(tokenizer)
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = open_pretrained(AutoTokenizer, tokenizer, trust_remote_code=trust_remote_code)
     return lambda text: len(loaded(text, verbose=False)["input_ids"])
 
 
 def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading:
     """Read some samples of a source and decode their images at full size."""
-    reading, count = Reading(), load_counter(config.tokenizer)
+    reading, count = Reading(), load_counter(config.tokenizer, config.trust_remote_code)
     caption_rows, sample_rows = [], []
     used = {item.name for item in source.fields}
     for number in numbers:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from llm2clip_plugin.contracts import EncoderCard, RunRecord, TowerCard
 from llm2clip_plugin.files import ContractError
@@ -84,7 +83,9 @@ def export_llm(config: ExportConfig) -> Path:
     encoder = CaptionEncoder(dataclasses.replace(config.encoder, compute_dtype="float32"), "cpu")
     with output_folder(config.output, MODEL_FOLDER, replace=config.overwrite) as temporary:
         write_merged(encoder, temporary)
-        reloaded = CaptionEncoder(EncoderConfig(llm=str(temporary), compute_dtype="float32"), "cpu")
+        trusted = config.encoder.trust_remote_code
+        exported = EncoderConfig(llm=str(temporary), compute_dtype="float32", trust_remote_code=trusted)
+        reloaded = CaptionEncoder(exported, "cpu")
         before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, reloaded))
         worst = float(((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max())
         if not worst < TOLERANCE:
@@ -105,7 +106,7 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
         model.set_submodule("norm", norm)
         model.config.num_hidden_layers = depth
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(encoder.folder).save_pretrained(folder)
+    encoder.open_tokenizer().save_pretrained(folder)  # as it was opened
     EncoderCard(
         base=config.llm,
         base_sha256="",  # the folder itself holds the weights

@@ -366,7 +366,7 @@ def shape_llm(
     compute = "bfloat16" if config.compute_dtype == "auto" else config.compute_dtype
     dtype = getattr(torch, compute) if precision == "fp32" else DTYPES[precision]
     with torch.device("meta"):
-        llm = AutoModel.from_config(settings, dtype=dtype)
+        llm = AutoModel.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
         llm = llm if text is settings else llm.language_model
         keep_layers(llm, config.layer)
         set_kernels(llm, config.attention)

@@ -29,6 +29,7 @@ train.eval_steps train.eval_on_start train.logging_steps train.report_to train.p
 train.dataloader_num_workers train.dataloader_prefetch_mb train.tf32 train.skip_bad_batches
 train.communication_data_type train.ddp_timeout train.straggler_seconds
 train.gradient_checkpointing train.torch_compile
+encoder.trust_remote_code
 """.split()
 
 # Initial values, which a resumed run takes from its checkpoint; they decide what is learned nevertheless.

@@ -170,6 +170,8 @@ class EncoderConfig:
     max_tokens: int = 512  # tokens of an input, template and prompt included; longer captions are truncated
     compute_dtype: str = "auto"  # float32 | bfloat16 | float16 | auto: bfloat16 on GPUs, the faster one on CPUs
     load_in_4bit: bool = False  # NF4 with double quantization (bitsandbytes)
+    # run the Python code in the folder of an LLM that transformers does not have: read it first
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.preset and self.preset not in PRESETS:

@@ -30,6 +30,7 @@ from llm2clip_plugin.contracts import (
 )
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
+from llm2clip_plugin.pretrained import open_pretrained
 from llm2clip_plugin.text import llm as llms
 from llm2clip_plugin.text.config import ALL_LINEAR, IDENTITY_SETTINGS, EncoderConfig, LoraSettings, effective
 from llm2clip_plugin.train.distributed import choose_device
@@ -123,7 +124,8 @@ class CaptionEncoder(TextEncoder):
         self, config: EncoderConfig, device: torch.device | str | None = None, *, trainable_adapter: bool = False
     ) -> None:
         super().__init__(config, device)
-        self.folder = local_folder(config.llm, config.revision)
+        code = (CODE,) if config.trust_remote_code else ()
+        self.folder = local_folder(config.llm, config.revision, also=code)
         adapter = fetch_directory(config.adapter) if config.adapter else None
         self._adapter_sha256 = adapter_sha256(adapter) if adapter else ""
         config, card = effective(config, self.folder, adapter)
@@ -133,7 +135,8 @@ class CaptionEncoder(TextEncoder):
                 f"{config.adapter} was trained on {card.base} with weights {card.base_sha256[:12]}..., but "
                 f"{config.llm} has {self._weights_sha256[:12]}...; pass the LLM that it was trained on"
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.trust_remote_code = config.trust_remote_code
+        self.tokenizer = self.open_tokenizer()
         template = llms.literal_template(self.tokenizer, config.chat_template)
         self.config = dataclasses.replace(config, chat_template=template)
         self.frame = llms.build_frame(self.tokenizer, template, config.prompt)
@@ -148,6 +151,10 @@ class CaptionEncoder(TextEncoder):
             path = Path(config.post_file or (adapter or self.folder) / POST_FILE)
             self.post, self._post_sha256 = open_post(path, self.width, own)
         self.model = llms.CaptionModel(wrapped, config.pooling).eval()
+
+    def open_tokenizer(self) -> Any:
+        """The tokenizer in the LLM's folder."""
+        return open_pretrained(AutoTokenizer, self.folder, trust_remote_code=self.trust_remote_code)
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
         """The LLM with its adapter: merged in float32, if frozen.
@@ -282,6 +289,7 @@ def first_captions(data: str, limit: int, read: ReadConfig | None = None) -> lis
 # PEFT adapters on an LLM: a new LoRA to train, a saved one attached or merged, and the folder that holds one.
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.jinja")
+CODE = "*.py"
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -295,12 +303,13 @@ HEAD_PREFIX = re.compile(r"^base_model\.model\.model\.")
 BLOCK = re.compile(r"\blayers\.(\d+)\.")
 
 
-def local_folder(llm: str, revision: str = "") -> Path:
+def local_folder(llm: str, revision: str = "", *, also: tuple[str, ...] = ()) -> Path:
     """The folder of an LLM: ``llm`` itself, or its snapshot from the Hub, downloaded unless it is cached.
+    ``also``: patterns of files to download besides configurations, weights and tokenizer.
     Raises ValueError for an empty ``llm``, FileNotFoundError if neither a folder nor the Hub has it."""
     if not llm:
         raise ValueError("no LLM given; set --llm PATH_OR_HUB_ID")
-    folder = fetch_directory(llm, revision=revision or None, also=TOKENIZER_FILES)
+    folder = fetch_directory(llm, revision=revision or None, also=(*TOKENIZER_FILES, *also))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")
     return folder

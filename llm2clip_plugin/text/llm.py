@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.files import check_hub_answers, errors_about
+from llm2clip_plugin.files import ContractError, check_hub_answers, errors_about
+from llm2clip_plugin.pretrained import open_pretrained
 from llm2clip_plugin.text.config import CAPTION, EncoderConfig
 from llm2clip_plugin.train.distributed import gpu_precision
 
@@ -161,7 +162,7 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     Raises ValueError for missing weights, a model that is no decoder or cannot attend as configured, an unknown layer.
     """
     with errors_about(folder / "config.json", fix="download or copy the LLM again"):
-        settings = AutoConfig.from_pretrained(folder)
+        settings = open_pretrained(AutoConfig, folder, trust_remote_code=config.trust_remote_code)
     if getattr(settings, "quantization_config", None):
         raise ValueError(f"{folder} is saved quantized, take the original model, perhaps with --load-in-4bit")
     text = settings.get_text_config()
@@ -176,7 +177,7 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
 
         nf4: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
-    model = load_whole(AutoModel, folder, **options)
+    model = load_whole(AutoModel, folder, trust_remote_code=config.trust_remote_code, **options)
     if text is not settings:  # a multimodal model: its language part
         model = model.language_model
     model.eval()
@@ -192,7 +193,7 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
 def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
     """``kind.from_pretrained``; raises ValueError for missing weights, which transformers would draw at random."""
     with quiet_transformers():  # it warns about a language head, which is left out on purpose
-        model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+        model, report = open_pretrained(kind, folder, output_loading_info=True, **options)
     if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         listed = ", ".join(names[:5])
         raise ValueError(f"{folder} is not a complete {type(model).__name__}: {len(names)} weights missing: {listed}")
@@ -336,7 +337,10 @@ def llm_config(config: EncoderConfig) -> PretrainedConfig:
     try:
         if not local:
             check_hub_answers(config.llm, revision=config.revision or None)
-        return AutoConfig.from_pretrained(config.llm, revision=config.revision or None)
+        options = {"revision": config.revision or None, "trust_remote_code": config.trust_remote_code}
+        return open_pretrained(AutoConfig, config.llm, **options)
+    except ContractError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"no config.json for LLM {config.llm!r}, local or on the Hub: {reason}") from error

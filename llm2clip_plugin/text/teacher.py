@@ -31,6 +31,7 @@ from llm2clip_plugin.data.remote import SideFolder, default_download_folder, is_
 from llm2clip_plugin.data.samples import caption_hash, map_in_order
 from llm2clip_plugin.data.sources import Shard, Source, data_folder
 from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.pretrained import KNOWN, open_pretrained
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute, local_folder
 from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole
@@ -67,7 +68,7 @@ class ClipTextEncoder(TextEncoder):
         if other := [name for name, value in vars(config).items() if name not in MAY_DIFFER and value != default[name]]:
             raise ValueError(f"{config.llm} is a CLIP, which is read as it was trained; omit {', '.join(other)}")
         super().__init__(config, device)
-        settings = AutoConfig.from_pretrained(folder)
+        settings = open_pretrained(AutoConfig, folder, fix=KNOWN)
         image_text_class: Any = family_of_type(settings.model_type, where=str(folder)).image_text_class
         model = load_whole(image_text_class(), folder, dtype=torch.float32)
         self.model: Any = model.requires_grad_(False).eval().to(self.device, self.dtype)
@@ -78,7 +79,7 @@ class ClipTextEncoder(TextEncoder):
         self.width = siglip_width if self.pads_to_context else settings.projection_dim
         if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers makes one without words
             raise ValueError(f"{folder} has no tokenizer; copy tokenizer.json of the same model into it")
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = open_pretrained(AutoTokenizer, folder, fix=KNOWN)
         self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
         self.folder = folder
 

@@ -63,10 +63,11 @@ def dequantize(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     gguf.GGUFReader = functools.cache(gguf.GGUFReader)  # transformers reads the file three times
-    read = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    read: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     config = GgufConfig(dequantize=True)  # otherwise the model cannot be saved
-    AutoModelForCausalLM.from_pretrained(**read, quantization_config=config, dtype="bfloat16").save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**read).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, quantization_config=config, dtype="bfloat16", **read)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, **read).save_pretrained(folder)
 
 
 def build_dinov2(directory: Path, image_size: int) -> None:

@@ -173,7 +173,9 @@ def train_stage(source: Path, output: Path, data: Path, *, lora: bool, **setting
     """A stage: the projector alone, or with LoRA, which is merged into the LLM."""
     from peft import LoraConfig, get_peft_model
 
-    rows = LlavaRows(transformers.AutoProcessor.from_pretrained(source), data.parent / "images")
+    rows = LlavaRows(
+        transformers.AutoProcessor.from_pretrained(source, trust_remote_code=False), data.parent / "images"
+    )
     model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
     model.requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
     torch.manual_seed(settings["seed"])
@@ -194,7 +196,9 @@ def train_stage(source: Path, output: Path, data: Path, *, lora: bool, **setting
 @torch.inference_mode()
 def answer(folder: Path, questions: Path, output: Path) -> None:
     """Greedy answers, 64 at a time."""
-    rows = LlavaRows(transformers.AutoProcessor.from_pretrained(folder), questions.parent / "images")
+    rows = LlavaRows(
+        transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False), questions.parent / "images"
+    )
     model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
     answers, asked = "", read_jsonl(questions)
     for some in (asked[start : start + 64] for start in range(0, len(asked), 64)):
