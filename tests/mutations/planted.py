@@ -3,6 +3,7 @@
 An entry is the bug's name, its file, what becomes what (``-`` and ``+``, parts of lines), and the test that must fail.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,23 @@ class Bug:
 
     def plant(self, text: str) -> str:
         """The file with the bug; raises ValueError unless ``old`` occurs once."""
-        if text.count(self.old) != 1:
-            raise ValueError(f"{self.name}: {self.old!r} occurs {text.count(self.old)} times in {self.file}")
-        return text.replace(self.old, self.new)
+        places = list(re.finditer(self.pattern, text))
+        if len(places) != 1:
+            times = f"occurs {len(places)} times in {self.file}"
+            raise ValueError(f"{self.name}: {self.old!r} {times}")
+        return text[: places[0].start()] + self.new + text[places[0].end() :]
+
+    @property
+    def pattern(self) -> str:
+        """What finds ``old``: in Python as a formatter may have laid it out, elsewhere as it is."""
+        if not self.file.endswith(".py"):
+            return re.escape(self.old)
+        tokens = re.findall(r"\w+|[^\w\s]", self.old)
+        parts = [re.escape(tokens[0])]
+        for token in tokens[1:]:
+            comma = ",?" if token in ")]}" else ""  # the formatter's, before a closing bracket
+            parts.append(rf"{comma}\s*{re.escape(token)}")
+        return "".join(parts)
 
 
 ENTRIES = Path(__file__).with_name("planted.txt").read_text(encoding="utf-8").strip().split("\n\n")
