@@ -349,7 +349,7 @@ def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
     """The command line of ``llm2clip llava evaluate``, under torchrun with several GPUs."""
     words = [sys.executable, "-m"]
     if args.gpus > 1:
-        words += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus), "-m"]
+        words += ["llm2clip_plugin.launch", "--nproc_per_node", str(args.gpus), "-m"]
     words += ["llm2clip_plugin.cli", "llava", "evaluate"]
     words += ["--answers-file", str(output), "--question-file", str(task.question_file)]
     words += task.benchmark.evaluate_options

@@ -119,7 +119,7 @@ class Stage:
         """The program and its words, by this Python."""
         if self.words[0] != "llm2clip":
             return ["bash", *self.words]
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}", "-m"]
+        launcher = ["llm2clip_plugin.launch", f"--nproc_per_node={self.ranks}", "-m"]
         return [sys.executable, "-m", *launcher * (self.ranks > 1), "llm2clip_plugin.cli", *self.words[1:]]
 
 

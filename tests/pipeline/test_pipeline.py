@@ -65,7 +65,7 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     assert names(hub)[0] == "import" and str(tiny / "out" / "start") in hub[6].words
     two = plan(dataclasses.replace(config, num_gpus=2), source, found)
     assert [stage.ranks for stage in two] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 1]
-    assert "--nproc_per_node=2" in two[2].argv and "torch.distributed.run" not in two[1].argv
+    assert "--nproc_per_node=2" in two[2].argv and "llm2clip_plugin.launch" not in two[1].argv
     with pytest.raises(ValueError, match="--nonsense"):  # before the stages that come first, as all that follows
         plan(dataclasses.replace(config, tower_options="--nonsense 3"), source, found)
     for wrong in ({"llm": str(tiny / "none")}, {"adapter": str(tiny / "llm")}):

@@ -53,6 +53,17 @@ def listed(self, *arguments, **options):
 TrainingRun.train_to_end = listed
 leave(run("train-tower", sys.argv[1:]))
 """
+# a rank, which writes what it was told, and what its launcher listens on
+LAUNCHED = """
+import json, os, sys
+import psutil
+
+facts = {name: os.environ[name] for name in ("MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE")}
+sockets = psutil.Process(os.getppid()).net_connections("inet")
+facts["listening"] = [one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN]
+with open(sys.argv[0] + os.environ["RANK"], "w") as file:
+    json.dump(facts, file)
+"""
 VALUES = [
     *(None, True, 3, -0.5, "Käse", [], {}, [1, [2, "x"]]),
     {"dict": {"tensor": "0"}, "json": [None]},  # looks like the wire's own objects
@@ -133,6 +144,18 @@ def test_gloo_and_nccl_use_the_loopback_interface_unless_the_user_says_another(m
     interface = os.environ.pop("GLOO_SOCKET_IFNAME")
     assert "127.0.0.1" in [address.address for address in psutil.net_if_addrs()[interface]]
     assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7"
+
+
+def test_our_launcher_has_no_port_and_leaves_no_file(tmp_path: Path):
+    script = tmp_path / "rank.py"
+    script.write_text(LAUNCHED)
+    variables = environment(TMPDIR=str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    launcher = Script(ROOT / "llm2clip_plugin/launch.py", ["--nproc_per_node", "2", str(script)], variables, ROOT)
+    assert finish([launcher]) == [0], launcher.output
+    facts = [json.loads(Path(f"{script}{rank}").read_text()) for rank in (0, 1)]
+    assert facts == [{"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "False", "listening": []}] * 2
+    assert not list((tmp_path / "temporary").glob("llm2clip-*"))
 
 
 def test_loopback_addresses():

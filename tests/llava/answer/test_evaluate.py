@@ -119,7 +119,7 @@ def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, che
 def test_two_processes_at_once(world, checkpoint, theirs, tmp_path):
     """Under torchrun, as on a node."""
     output = tmp_path / "answers.jsonl"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [sys.executable, "-m", "llm2clip_plugin.launch", "--nproc_per_node", "2"]
     launcher += ["-m", "llm2clip_plugin.cli", "llava", "evaluate"]
     world.run(*launcher, *words(world, checkpoint, output, "--batch-size", "3"))
     assert texts(output) == texts(theirs)
