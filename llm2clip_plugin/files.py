@@ -14,6 +14,7 @@ import pkgutil
 import random
 import re
 import shlex
+import stat
 import struct
 import types
 import typing
@@ -46,15 +47,46 @@ def printable_lines(text: str) -> str:
 def read_json_value(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file. Raises ContractError naming the file, OSError if it cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ContractError(f"{path} is not valid JSON ({error})") from error
 
 
-def refuse_encoding(path: str | os.PathLike[str], start: bytes) -> None:
-    """Raise ValueError unless the beginning of a text file is UTF-8; it may end within a character."""
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError in one line, also for a text that is nested too deep, and for an
+    object with a name twice, of which one value would be lost."""
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(start)
+        return json.loads(text, object_pairs_hook=_distinct)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {twice!r} twice; rename one")
+    return values
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of a file. Raises ValueError for a pipe or a device, which may never end, and for more than ``most``
+    bytes; OSError."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would block
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file, but a pipe or a device")
+        if status.st_size > most:
+            raise ValueError(f"{status.st_size:,} bytes, expected at most {most:,}")
+        return file.read()
+
+
+def refuse_encoding(path: str | os.PathLike[str], start: bytes, *, is_whole: bool = False) -> None:
+    """Raise ValueError unless the beginning of a text file is UTF-8; unless it is whole, a character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start, is_whole)
     except UnicodeDecodeError as error:
         byte = f"byte {start[error.start]:#04x} at offset {error.start}"
         fix = f"convert it, for example iconv -f LATIN1 -t UTF-8 {path} > NEW{Path(path).suffix}"

@@ -5,27 +5,24 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
 import math
 import os
-import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import canonical_json, size_text
+from llm2clip_plugin.data.listing import MAX_PICTURE, Item, in_folder, in_table, join_copies, words_of_name
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
@@ -43,13 +40,12 @@ from llm2clip_plugin.data.samples import (
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, check_fields, open_source, split_name
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.sources.tars import TarSource
-from llm2clip_plugin.files import ContractError, errors_about
+from llm2clip_plugin.data.tables import PICTURES
+from llm2clip_plugin.files import read_regular
 from llm2clip_plugin.folders import LLAVA_FOLDER, MAKE_FOLDER, SPLIT_FOLDER, output_folder
 from llm2clip_plugin.options import Command, command
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = (".csv", ".tsv")
-COLUMNS = ("image", "file_name", "filename", "file", "path", "filepath", "image_path", "image_file")
 STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # copied as they are; others become PNG
 SHARD_BYTES = 256_000_000  # of a tar
 LANGUAGE = "en"  # of captions without one
@@ -84,29 +80,12 @@ COMMAND = Command(
     name="data make",
     example="llm2clip data make photos --output photos-tars",
     about="Write WebDataset tars, which all commands read, from a folder of pictures or a table. Rows with the same "
-    "image are joined to one sample with several captions. Unreadable pictures, those without a caption and exact "
-    "copies are left out and listed.",
+    "image, and exact copies of a picture, are joined to one sample with several captions. Unreadable pictures, those "
+    "without a caption and links out of the folder are left out and listed.",
     settings=MakeConfig,
     arguments="path",
     everyday="output image-folder image-field fields file-names background workers overwrite",
 )
-
-
-@dataclass
-class Item:
-    """A picture that may become a sample."""
-
-    name: str  # path as the table has it, or relative to the folder
-    path: Path
-    captions: list[dict[str, str]] = field(default_factory=list)  # {"text", "kind", "language"}
-    meta: dict[str, Any] = field(default_factory=dict)  # other columns
-    problem: str = ""  # why it is left out
-
-    @property
-    def key(self) -> str:
-        """Name in a tar: WebDataset splits it at the first dot."""
-        parts = [part for part in PurePosixPath(self.name).with_suffix("").parts if part not in ("/", "..")]
-        return "/".join(parts).replace(".", "_")
 
 
 def main(argv: list[str]) -> int:
@@ -114,6 +93,7 @@ def main(argv: list[str]) -> int:
     Raises FileExistsError if the output exists, ValueError if nothing can be used."""
     config = COMMAND.parse(argv)
     items = list_items(config)
+    joined = join_copies(items, config.workers or cores())
     with output_folder(config.output, MAKE_FOLDER, replace=config.overwrite) as folder:
         size = _write(config, items, folder)
         left_out = [(item.name, item.problem) for item in items if item.problem]
@@ -126,6 +106,8 @@ def main(argv: list[str]) -> int:
         (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
     captions = sum(len(item.captions) for item in items if not item.problem)
     print(f"{config.output}: {len(items) - len(left_out):,} samples, {captions:,} captions, {size_text(size)}")
+    if joined:
+        print(f"joined from exact copies: {joined:,} {'caption' if joined == 1 else 'captions'}")
     if left_out:
         reasons = Counter(reason.partition(":")[0] for _, reason in left_out)
         counts = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
@@ -137,16 +119,17 @@ def main(argv: list[str]) -> int:
 def list_items(config: MakeConfig) -> list[Item]:
     """Every picture of ``config.path``, in order of name or row; rows of the same picture are one.
     Raises ValueError if it is neither a folder nor a table, or has no pictures or captions."""
-    path = Path(config.path)
+    path, fields = Path(config.path), parse_fields(config.fields, LANGUAGE)
+    names = {one.name for one in fields}
     if path.is_dir():
-        folder, rows = path, _in_folder(path)
+        folder, rows = path, in_folder(path)
     elif path.suffix.lower() in TABLES and path.is_file():
-        folder, rows = Path(config.images or path.parent), _in_table(path, config)
+        folder = Path(config.images or path.parent)
+        rows = in_table(path, folder, names, config.image_field, needs_captions=not config.file_names)
     else:
         raise ValueError(f"{path} is neither a folder of pictures nor a table ({' '.join(TABLES)})")
     items: dict[str, Item] = {}
-    fields = parse_fields(config.fields, LANGUAGE)
-    used = {"captions", *(one.name for one in fields)}
+    used = {"captions", *names}
     for name, row in rows:
         item = items.setdefault(name, Item(name, folder / name, problem="" if name else "no image path"))
         if isinstance(row, str):
@@ -154,10 +137,10 @@ def list_items(config: MakeConfig) -> list[Item]:
             continue
         try:
             captions, _ = read_captions(row, fields)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             item.problem = f"unreadable caption: {error}"
             continue
-        item.captions += [new for caption in captions if (new := vars(caption)) not in item.captions]
+        item.add_captions(map(vars, captions))
         item.meta = {name: value for name, value in row.items() if name not in used} | item.meta
     if all(item.problem == "not a picture" for item in items.values()):
         raise ValueError(f"no pictures in {path} ({' '.join(PICTURES)}); tars are read by all commands as they are")
@@ -170,68 +153,20 @@ def list_items(config: MakeConfig) -> list[Item]:
     return [*items.values()]
 
 
-def _in_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Name of each picture, and the fields in the .json and .txt of the same name, or why it is none."""
-    for path in sorted(folder.rglob("*")):
-        name, row = path.relative_to(folder).as_posix(), dict[str, Any]()
-        if not path.is_file() or path.suffix.lower() in (".txt", ".json") or re.search(r"(^|/)(\.|__MACOSX/)", name):
-            continue
-        try:
-            if (fields := path.with_suffix(".json")).is_file():
-                row = dict(json.loads(fields.read_text(encoding="utf-8-sig")))
-            if (text := path.with_suffix(".txt")).is_file():
-                row["txt"] = text.read_text(encoding="utf-8-sig")
-        except (ValueError, TypeError) as error:
-            row = f"unreadable caption: {error}"
-        yield name, row if path.suffix.lower() in PICTURES else "not a picture"
-
-
-def _in_table(path: Path, config: MakeConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name of the picture, and the other columns, of each row."""
-    captions = {one.name for one in parse_fields(config.fields, LANGUAGE)}
-    with errors_about(path, fix="expected UTF-8"), open(path, encoding="utf-8-sig", newline="") as file:
-        head = file.readline()
-        file.seek(0)
-        rows = csv.DictReader(file, delimiter=max(",;\t", key=head.count))
-        columns = rows.fieldnames or []
-        column = config.image_field or next((name for name in COLUMNS if name in columns), "")
-        if column not in columns:
-            raise ContractError(f"{path} has no image column {column!r}; set --image-field; columns: {columns}")
-        if not captions.intersection(columns) and not config.file_names:
-            raise ContractError(f"{path} has no caption column; set --fields NAME=short; columns: {columns}")
-        for row in rows:
-            row.pop(None, None)  # cells beyond the last column
-            yield (row.pop(column) or "").replace("\\", "/"), row
-
-
-def words_of_name(name: str) -> str:
-    """Words of a file's name without numbers, or of its folder's if none are left.
-
-    >>> words_of_name("animals/red-fox_2.jpg"), words_of_name("red fox/0017.jpg")
-    ('red fox', 'red fox')
-    """
-    path = PurePosixPath(name)
-    for text in (path.stem, path.parent.name):
-        if words := " ".join(re.sub(r"[\W_]+|(?<![^\W_])\d+(?![^\W_])", " ", text).split()):
-            return words
-    return ""
-
-
-def read_picture(background: str, item: Item) -> tuple[bytes, str, str] | str:
-    """A picture as it goes into a tar, its extension, and the SHA-256 of its file; or why there is none.
-    It is decoded once, and put on ``background`` if it is transparent."""
+def read_picture(background: str, item: Item) -> tuple[bytes, str] | str:
+    """A picture as it goes into a tar and its extension, or why there is none. It is decoded once, and put on
+    ``background`` if it is transparent."""
     if item.problem:
         return item.problem
     try:
-        data = item.path.read_bytes()
+        data = read_regular(item.path, MAX_PICTURE)
         image = open_header(data)
         transparent, extension = has_transparency(image), STORED.get(image.format or "", "")
         flat = load(image)
-    except BrokenImage as error:
+    except ValueError as error:  # BrokenImage, too
         return f"unreadable: {error}"
     except OSError as error:
         return f"no file: {item.path}" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
-    sha256 = hashlib.sha256(data).hexdigest()
     if transparent and (background or not extension):
         flat = image.convert("RGBA")
     if transparent and background:
@@ -240,21 +175,18 @@ def read_picture(background: str, item: Item) -> tuple[bytes, str, str] | str:
         buffer = io.BytesIO()
         flat.save(buffer, "PNG")
         data, extension = buffer.getvalue(), "png"
-    return data, extension, sha256
+    return data, extension
 
 
 def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
     """Write tars of the items that can be used, and note the problems of the others; bytes of pictures."""
     tar, shard, total = None, 0, 0
-    names: dict[str, str] = {}  # SHA-256 of a picture -> its name
     keys: set[str] = set()
     processes = min(config.workers or cores(), len(items) // 64)
     pictures = parallel(partial(read_picture, config.background), items, processes=processes)
     with ExitStack() as opened:
         shown = track(pictures, total=len(items), label="data make", unit="pictures")
         for item, picture in zip(items, shown, strict=True):
-            if not isinstance(picture, str) and picture[2] in names:
-                picture = f"copy: of {names[picture[2]]}"
             if isinstance(picture, str):
                 item.problem = picture
                 continue
@@ -262,8 +194,7 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
                 opened.close()
                 tar = opened.enter_context(tarfile.open(folder / f"{shard:05d}.tar", "w"))
                 shard += 1
-            data, extension, sha256 = picture
-            names[sha256] = item.name
+            data, extension = picture
             total += len(data)
             meta = json.dumps({**item.meta, "captions": item.captions}, ensure_ascii=False, default=str)
             key = item.key

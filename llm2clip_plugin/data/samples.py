@@ -12,6 +12,7 @@ import shutil
 import signal
 import struct
 import threading
+import unicodedata
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ DEFAULT_FIELDS = (
     "captions=short",
     "gpt=short",
 )
+INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of characters: controls, formats, separators
 WORDS = re.compile(r"\w+")
 # What PIL raises for damaged files: its own errors, and those that its decoders let through.
 DAMAGE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
@@ -112,19 +114,26 @@ def read_captions(values: dict[str, Any], fields: Sequence[CaptionField]) -> tup
 def _captions(value: Any, field: CaptionField) -> Iterator[Caption]:
     """Captions of one field's value, blank ones included."""
     if isinstance(value, str):
-        yield Caption(well_formed(value.strip()), field.kind, field.language)
+        yield Caption(visible(value), field.kind, field.language)
     elif isinstance(value, list):
         for item in value:
             yield from _captions(item, field)
     elif isinstance(value, dict) and isinstance(value.get("text"), str):
         kind, language = value.get("kind") or field.kind, value.get("language") or field.language
-        yield Caption(well_formed(value["text"].strip()), well_formed(str(kind)), well_formed(str(language)))
+        yield Caption(visible(value["text"]), well_formed(str(kind)), well_formed(str(language)))
     elif isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
         for language, text in value.items():
-            yield Caption(well_formed(text.strip()), field.kind, well_formed(language))
+            yield Caption(visible(text), field.kind, well_formed(language))
     elif value is not None:
         expected = "a text, a list of texts, {language: text}, or objects with a text"
         raise ValueError(f"caption field {field.name!r} has type {type(value).__name__}; expected {expected}")
+
+
+def visible(text: str) -> str:
+    """The text, stripped and well formed; "" if all of it is spaces, or characters that nothing shows."""
+    text = well_formed(text.strip())
+    shows = text.isascii() or any(unicodedata.category(letter) not in INVISIBLE for letter in text)
+    return text if shows else ""
 
 
 def well_formed(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["data", "make", str(photos), "--output", str(output)]) == 0
     assert samples(output) == {
         "a": [("the picture a", "short")],
-        "a-2": [("the picture a", "short")],
+        "a-2": [("the picture a", "short"), ("the picture copy", "short")],
         "b_v2": [("the picture b.v2", "short")],
         "sub/c": [("c", "short"), ("the long c", "long")],
     }
@@ -57,7 +58,7 @@ def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.Capt
     not_pictures = {"cut.jpg": "unreadable", "drawing.svg": "not a picture"}
     assert reasons == {"copy.jpg": "copy", "no-text_2.jpg": "no caption", **not_pictures}
     said = capsys.readouterr().out
-    assert "4 samples, 5 captions" in said and "left out: 4" in said
+    assert "4 samples, 6 captions" in said and "joined from exact copies: 1 caption" in said and "left out: 4" in said
     assert main(["data", "make", str(photos), "--output", str(output)]) == 2  # nothing is replaced
     assert main(["data", "make", str(photos), "--output", str(output), "--overwrite", "--file-names"]) == 0
     assert samples(output)["no-text_2"] == [("no text", "short")]
@@ -81,3 +82,119 @@ def test_a_table_becomes_tars(photos: Path, tmp_path: Path, delimiter: str):
     assert main(["data", "make", str(table), "--output", str(output)]) == 0
     assert samples(output) == {"a": [("one, more", "short"), ("two", "short")], "sub/c": [("three", "short")]}
     assert "no file: " in (output / "left-out.jsonl").read_text()
+
+
+def left_out(output: Path) -> dict[str, str]:
+    lines = (output / "left-out.jsonl").read_text().splitlines()
+    return {one["image"]: one["reason"] for one in map(json.loads, lines)}
+
+
+def test_links_out_of_the_folder_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, outside, output = tmp_path / "photos", tmp_path / "outside", tmp_path / "made"
+    (folder / "sub").mkdir(parents=True)
+    (outside / "more").mkdir(parents=True)
+    pictures = [
+        folder / "a.jpg",
+        folder / "b.jpg",
+        folder / "sub" / "c.jpg",
+        outside / "d.jpg",
+        outside / "more" / "e.jpg",
+    ]
+    for path in pictures:
+        path.write_bytes(jpeg(ord(path.stem)))
+    (outside / "secret").write_text("root:x:0:0")
+    (folder / "a.txt").symlink_to(outside / "secret")
+    (folder / "b.txt").write_text("the picture b")
+    (folder / "sub" / "c.txt").symlink_to("../b.txt")
+    (folder / "d.jpg").symlink_to(outside / "d.jpg")
+    (folder / "d.txt").write_text("the picture d")
+    (folder / "more").symlink_to(outside / "more")
+    (folder / "again").symlink_to("sub")
+    (folder / "circle.jpg").symlink_to("circle.jpg")
+    assert main(["data", "make", str(folder), "--output", str(output)]) == 0
+    assert samples(output) == {"b": [("the picture b", "short")], "sub/c": [("the picture b", "short")]}
+    reasons = left_out(output)
+    assert {*reasons} == {"a.jpg", "d.jpg", "more", "circle.jpg"}
+    assert all("link out of the folder" in reason for reason in reasons.values())
+    assert "root:x" not in (output / "left-out.jsonl").read_text() + capsys.readouterr().out
+
+
+def test_paths_out_of_the_image_folder_are_left_out(tmp_path: Path):
+    folder, output = tmp_path / "photos", tmp_path / "made"
+    (folder / "in").mkdir(parents=True)
+    for name in ("photos/in/a.jpg", "photos/in/b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(jpeg(ord(name[-5])))
+    (folder / "link.jpg").symlink_to(tmp_path / "c.jpg")
+    names = ["in/a.jpg", str(folder / "in" / "b.jpg"), "../c.jpg", str(tmp_path / "c.jpg"), "link.jpg"]
+    table = folder / "table.csv"
+    table.write_text("image,caption\n" + "".join(f"{name},x{i}\n" for i, name in enumerate(names)))
+    assert main(["data", "make", str(table), "--output", str(output)]) == 0
+    assert [*samples(output).values()] == [[("x0", "short")], [("x1", "short")]]
+    reasons = left_out(output)
+    assert {*reasons} == {*names[2:]} and all("outside of the image folder" in why for why in reasons.values())
+
+
+def test_pipes_and_devices_are_no_pictures(tmp_path: Path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(jpeg(1))
+    for name in ("pipe.jpg", "b.txt", "text.txt"):
+        os.mkfifo(folder / name)
+    (folder / "b.jpg").write_bytes(jpeg(2))
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "a.txt").write_text("the picture a")
+    assert main(["data", "make", str(folder), "--output", str(tmp_path / "made"), "--file-names"]) == 0
+    reasons = left_out(tmp_path / "made")
+    assert reasons["pipe.jpg"] == "unreadable: not a regular file, but a pipe or a device"
+    assert reasons["b.jpg"] == "unreadable caption: b.txt: not a regular file, but a pipe or a device"
+    assert {*reasons} == {"pipe.jpg", "b.jpg", "zero.jpg"}
+    (folder / "rows.csv").write_text("image,caption\na.jpg,x\npipe.jpg,y\n")
+    assert main(["data", "make", str(folder / "rows.csv"), "--output", str(tmp_path / "rows")]) == 0
+    assert {*left_out(tmp_path / "rows")} == {"pipe.jpg"}
+
+
+@pytest.mark.parametrize(
+    "name, body, says",
+    [
+        ("a.json", b"[" * 100_000, "unreadable caption: a.json: it is nested too deep"),
+        ("a.json", b'{"a":' * 100_000, "unreadable caption: a.json: it is nested too deep"),
+        ("a.json", b'{"caption": "x", "caption": "y"}', "a.json: an object has the name 'caption' twice; rename one"),
+        ("a.json", b'["x"]', "unreadable caption: a.json: contains a list, expected an object"),
+        (
+            "a.txt",
+            "caf\u00e9".encode("latin-1"),
+            "unreadable caption: a.txt is not UTF-8: byte 0xe9 at offset 3; convert",
+        ),
+        ("a.txt", "\u00a0\u200b\ufeff\n".encode(), "no caption"),
+        ("a.txt", b" " * 16_000_001, "unreadable caption: a.txt: 16,000,001 bytes, expected at most 16,000,000"),
+    ],
+)
+def test_damaged_captions_are_left_out(name: str, body: bytes, says: str, tmp_path: Path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(jpeg(1))
+    (folder / "b.jpg").write_bytes(jpeg(2))
+    (folder / "b.txt").write_text("b")
+    (folder / name).write_bytes(body)
+    assert main(["data", "make", str(folder), "--output", str(tmp_path / "made")]) == 0
+    assert says in left_out(tmp_path / "made")["a.jpg"]
+
+
+def test_captions_of_equal_pictures_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "flags"
+    folder.mkdir()
+    flags = {"fr": ("flag of France", 1), "bl": ("flag of Saint Barth\u00e9lemy", 1), "mf": ("flag of France", 1)}
+    flags |= {"de": ("flag of Germany", 2)}
+    for name, (caption, seed) in flags.items():
+        (folder / f"{name}.jpg").write_bytes(jpeg(seed))
+        (folder / f"{name}.json").write_text(json.dumps({"caption": caption, "code": name}))
+    rows = [f"{name}.jpg,{caption}\n" for name, (caption, _) in flags.items()]
+    (folder / "flags.csv").write_text("file,caption\n" + "".join(rows))
+    for source in (folder, folder / "flags.csv"):
+        output = tmp_path / f"made-{source.name}"
+        assert main(["data", "make", str(source), "--output", str(output)]) == 0
+        (joined,) = [captions for captions in samples(output).values() if len(captions) > 1]
+        assert sorted(text for text, _ in joined) == ["flag of France", "flag of Saint Barth\u00e9lemy"]
+        assert "joined from exact copies: 1 caption" in capsys.readouterr().out
+        copies = [reason for reason in left_out(output).values() if reason.startswith("copy: of ")]
+        assert len(samples(output)) == 2 and len(copies) == 2

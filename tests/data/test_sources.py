@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import re
 import sys
@@ -67,7 +68,7 @@ BROKEN = {
     "no image": ([("a.txt", b"text")], "no .jpg"),
     "bad JSON": ([("a.jpg", b"x"), ("a.json", b"{not json")], "not valid JSON"),
     "JSON list": ([("a.jpg", b"x"), ("a.json", b"[1]")], "contains a list, expected an object"),
-    "JSON nested too deep": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], "recursion"),
+    "JSON nested too deep": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], "nested too deep"),
     "number for a caption": ([("a.jpg", b"x"), ("a.json", b'{"caption": 3}')], "'caption' has type int"),
 }
 
@@ -114,7 +115,14 @@ def test_jsonl_rows_that_are_broken(tmp_path: Path) -> None:
         '{"id": "e\\ud800", "image": "\\ud800.jpg"}': "is not a path inside",
         json.dumps({"id": "f", "image": "data:image/png;base64," + "iVBORw0KGgo" * 1000}): "no image 'data:image/png",
         '{"id": "g", "image": "whole.jpg/a.jpg"}': "no image 'whole.jpg/a.jpg'",
+        '{"id": "h", "caption": "x", "caption": "y"}': "an object has the name 'caption' twice",
+        '{"id": "i", "image": "../../../../../etc/passwd"}': "is not a path inside",
+        '{"id": "j", "image": "/etc/passwd"}': "image '/etc/passwd' is not a path inside",
+        '{"id": "k", "image": "pipe.jpg"}': "image 'pipe.jpg': not a regular file, but a pipe or a device",
+        '{"id": "l", "image": "zero.jpg"}': "image 'zero.jpg': not a regular file, but a pipe or a device",
     }
+    os.mkfifo(tmp_path / "images" / "pipe.jpg")
+    (tmp_path / "images" / "zero.jpg").symlink_to("/dev/zero")
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     source = open_source(config(tmp_path / "data.jsonl", images=str(tmp_path / "images")))
     keys = []
@@ -123,7 +131,7 @@ def test_jsonl_rows_that_are_broken(tmp_path: Path) -> None:
             source[number].read_image()
         assert says in caught.value.reason
         keys.append(source.captions(number)[0])
-    assert keys == ["line 1", "line 2", "line 3", "a", "b", "c", "e\ufffd", "f", "g"]
+    assert keys == ["line 1", "line 2", "line 3", "a", "b", "c", "e\ufffd", "f", "g", "line 10", *"ijkl"]
 
 
 def test_llavas_pretraining_json(tmp_path: Path) -> None:
@@ -142,6 +150,10 @@ def test_llavas_pretraining_json(tmp_path: Path) -> None:
     assert source[0].key == "004539375" and source[0].captions == (Caption("select luxury furniture"),)
     with pytest.raises(BrokenSample, match="invalid conversations"):
         source[1]
+    for text, says in {'[{"id": "a", "id": "b", "image": "x"}]': "name 'id' twice", "[" * 100_000: "too deep"}.items():
+        (tmp_path / "damaged.json").write_text(text)
+        with pytest.raises(ValueError, match=f"damaged.json is not valid JSON.*{says}"):
+            open_source(config(tmp_path / "damaged.json"))
 
 
 # A format of captioned images is one new file: it is listed, recognized, checked, embedded and trained on.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 import os
 import tarfile
 from abc import ABC, abstractmethod
@@ -27,12 +26,12 @@ from llm2clip_plugin.data.remote import (
     is_url,
 )
 from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Caption, Sample, parse_fields, read_captions
-from llm2clip_plugin.files import discover
+from llm2clip_plugin.files import discover, parse_json
 from llm2clip_plugin.options import command, unknown
 
 PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur
 KIND_PROBES = 64  # samples in which kinds of captions are looked for
-READING = 1  # version of how captions are read from a sample; another one makes kept digests void
+READING = 2  # version of how captions are read from a sample; another one makes kept digests void
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +210,8 @@ class Source(ABC):
 def parse_object(data: bytes, shard: str, key: str, what: str = "") -> dict[str, Any]:
     """The JSON object of a sample. Raises BrokenSample for anything else."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data)
+    except ValueError as error:
         raise BrokenSample(shard, key, f"{what}is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise BrokenSample(shard, key, f"{what}contains a {type(value).__name__}, expected an object")

@@ -18,9 +18,10 @@ from llm2clip_plugin.data.index import IndexFile, ShardRows, open_index
 from llm2clip_plugin.data.remote import RetryingFile, SideFolder, has_suffix, is_url, retried, stamp_of
 from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
 from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, parse_object, shards_of
-from llm2clip_plugin.files import refuse_encoding
+from llm2clip_plugin.files import parse_json, read_regular, refuse_encoding
 
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+MAX_IMAGE = 1_000_000_000  # bytes of an image file
 ROWS_PER_SHARD = 16384  # ranks embed shards in parallel, and a killed run loses one at most
 COLUMNS = 5  # start and size in the file, number for messages, start and size in the index's own text
 Row = tuple[int, int, int, bytes]  # number for messages, start and size in the file, or 0 and the row as JSON
@@ -106,7 +107,9 @@ class RowSource(Source):
             if is_url(self.images_folder):
                 return self._downloads.read(self.images_folder.rstrip("/") + "/" + name)
             path = Path(self.images_folder, name)
-            return retried(path.read_bytes, str(path))
+            return retried(partial(read_regular, path, MAX_IMAGE), str(path))
+        except ValueError as error:
+            raise BrokenSample(shard, key, f"image {shown!r}: {error}") from error
         except OSError as error:
             if not isinstance(error, MISSING) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
@@ -161,8 +164,8 @@ class LlavaSource(RowSource):
 
     def read_rows(self, path: Path) -> Rows:
         try:
-            items = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+            items = parse_json(path.read_bytes())
+        except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}); with an object a line, rename it .jsonl") from error
         if not isinstance(items, list):
             raise ValueError(f"{path} contains a {type(items).__name__}, expected LLaVA's list of conversations")
