@@ -15,6 +15,7 @@ import traceback
 from llm2clip_plugin import console
 from llm2clip_plugin.console import FINAL_STATUSES, FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
 from llm2clip_plugin.installation import MissingExtraError, extra_of, missing_message, require
+from llm2clip_plugin.processes import protect_children
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def command() -> "NoReturn":
     """The ``llm2clip`` program."""
+    protect_children()
     leave(main())
 
 

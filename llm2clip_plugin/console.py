@@ -26,6 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from llm2clip_plugin.processes import child_environment
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -267,7 +269,7 @@ def attend(words: list[str]) -> int:
         if number != signal.SIGINT:  # Ctrl-C reaches the whole group
             process.send_signal(number)
 
-    process = subprocess.Popen(words)
+    process = subprocess.Popen(words, env=child_environment())
     before = {one: signal.signal(one, forward) for one in ENDING}
     try:
         status = process.wait()

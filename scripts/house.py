@@ -18,12 +18,12 @@ import networkx
 
 PACKAGE, LLAVA = "llm2clip_plugin", "llava_integration"
 ROOMS = (
-    "bootstrap console files installation launch|contracts|folders pretrained|options|status|"
+    "processes|bootstrap console files installation launch|contracts|folders pretrained|options|status|"
     "data vision|train|text|evaluate|stages|cli doctor"
 )
 FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS.split("|")) for room in rooms.split()}
 # Floors that LLaVA's side may import, besides vision; who may import that
-FOR_LLAVA, OF_LLAVA = (0, 1, 2, 3, 4), (f"{PACKAGE}.stages", f"{PACKAGE}.doctor")
+FOR_LLAVA, OF_LLAVA = (0, 1, 2, 3, 4, 5), (f"{PACKAGE}.stages", f"{PACKAGE}.doctor")
 
 
 def numbers(root: Path) -> dict[str, str]:

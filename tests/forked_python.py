@@ -29,14 +29,16 @@ CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 
 words = {words!r} + sys.argv[1:]
-if words[:1] == ["-u"]:
+safe = "-P" in words[:2] or bool(os.environ.get("PYTHONSAFEPATH"))
+while words[:1] in (["-u"], ["-P"]):
     del words[0]
 if not words or words[0] not in ("-c", "-m") and not os.path.isfile(words[0]) or words[:2] == ["-m", "pip"]:
-    os.execv({python!r}, [{python!r}, *words])
+    os.execv({python!r}, [{python!r}, *["-P"] * safe, *words])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     socket.send_fds(server, [b"-"], [0, 1, 2])
     request = {{"words": words, "folder": os.getcwd(), "environment": dict(os.environ), "python": {shim!r}}}
+    request["safe"] = safe
     server.sendall(json.dumps(request).encode() + b"\\n")
     signal.signal(signal.SIGTERM, lambda *_: server.sendall(b"\\n"))
     status = server.recv(16)
@@ -119,7 +121,7 @@ def _become(request: dict[str, Any], streams: list[int], first: Callable[[], Non
     if level := environment.get("TRANSFORMERS_VERBOSITY"):
         transformers.logging.set_verbosity(getattr(transformers.logging, level.upper()))
     here = str(Path(words[0]).resolve().parent) if words[0] not in ("-c", "-m") else request["folder"]
-    sys.path[:0] = [here, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:0] = [*[here] * (not request["safe"]), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     status = run_as_main(words, first)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
     sys.stdout.flush()

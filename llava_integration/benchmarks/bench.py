@@ -30,6 +30,7 @@ from llava_integration.compat.runner import installed_version
 from llm2clip_plugin.contracts import ScoreFile, sha256_file, write_text
 from llm2clip_plugin.files import ContractError, errors_about, printable_lines, read_json_value
 from llm2clip_plugin.options import Command, command
+from llm2clip_plugin.processes import child_environment, on_ranks, python_module
 
 LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy")
 
@@ -332,7 +333,7 @@ def run_logged(words: list[str], log: Path, is_done: Callable[[], Any], folder: 
     print(shlex.join(words), flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     # transformers otherwise lists the names of all the tower's weights, which the tower loads itself
-    environment = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
+    environment = child_environment(TRANSFORMERS_VERBOSITY="error")
     options: dict[str, Any] = {"stderr": subprocess.STDOUT, "env": environment, "cwd": folder}
     with log.open("ab") as file, subprocess.Popen(words, stdout=subprocess.PIPE, **options) as process:
         assert process.stdout is not None
@@ -347,10 +348,7 @@ def run_logged(words: list[str], log: Path, is_done: Callable[[], Any], folder: 
 
 def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
     """The command line of ``llm2clip llava evaluate``, under torchrun with several GPUs."""
-    words = [sys.executable, "-m"]
-    if args.gpus > 1:
-        words += ["llm2clip_plugin.launch", "--nproc_per_node", str(args.gpus), "-m"]
-    words += ["llm2clip_plugin.cli", "llava", "evaluate"]
+    words = on_ranks(args.gpus, "llm2clip_plugin.cli", "llava", "evaluate")
     words += ["--answers-file", str(output), "--question-file", str(task.question_file)]
     words += task.benchmark.evaluate_options
     names = "model_path model_base conv_mode device batch_size dtype".split()
@@ -402,11 +400,12 @@ def lmms_eval_command(task: str, args: BenchConfig) -> list[str]:
         model, about = "llava", f"conv_template={args.conv_mode}" + ",device_map=auto" * (device == "cpu")
     else:
         model, about = "llava_hf", f"device_map={device}" * (args.gpus == 1)
-    start = [sys.executable, "-m"]
+    start = python_module("lmms_eval")
     if args.gpus > 1:
-        start += ["accelerate.commands.launch", "--num_processes", str(args.gpus), "-m"]
+        launcher = ("--num_processes", str(args.gpus), "--no_python")
+        start = python_module("accelerate.commands.launch", *launcher, *start)
     return [
-        *start, "lmms_eval", "--model", model, "--model_args", f"pretrained={given},device={device},{about}".strip(","),
+        *start, "--model", model, "--model_args", f"pretrained={given},device={device},{about}".strip(","),
         "--tasks", task, "--batch_size", str(args.batch_size), "--log_samples",
         "--output_path", str((args.output / LOGS / task).resolve()), *args.engine_options,
     ]  # fmt: skip

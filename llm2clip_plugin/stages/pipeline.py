@@ -28,6 +28,7 @@ from llm2clip_plugin.evaluate.commands import measure_pairs
 from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
+from llm2clip_plugin.processes import on_ranks
 from llm2clip_plugin.stages.settings import RUN, PipelineConfig
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 from llm2clip_plugin.text.config import EncoderConfig
@@ -119,8 +120,7 @@ class Stage:
         """The program and its words, by this Python."""
         if self.words[0] != "llm2clip":
             return ["bash", *self.words]
-        launcher = ["llm2clip_plugin.launch", f"--nproc_per_node={self.ranks}", "-m"]
-        return [sys.executable, "-m", *launcher * (self.ranks > 1), "llm2clip_plugin.cli", *self.words[1:]]
+        return on_ranks(self.ranks, "llm2clip_plugin.cli", *self.words[1:])
 
 
 def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:

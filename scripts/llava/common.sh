@@ -2,9 +2,14 @@
 # Every option is also an environment variable of its name in capitals: --tower = TOWER, --global-batch = GLOBAL_BATCH ...
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$HERE/../options.sh"
+# The working directory's modules don't run in place of the libraries': for Python 3.11 and newer, and for what it starts;
+# and for Python 3.10, python -c "$RUN_MODULE" MODULE WORD...
+export PYTHONSAFEPATH=1
+SAFE="import sys; sys.path[0] or sys.path.pop(0)"
+RUN_MODULE="$SAFE; del sys.argv[0]; import runpy; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 INSTALL="pip install '$(cd "$HERE/../.." && pwd)[train]' && pip install --no-deps llava-torch==1.2.2.post1"
 
-has_llava() { "$1" -c 'from importlib.util import find_spec as f; exit(not all(map(f, ("torch", "llava", "llava_integration"))))' 2>/dev/null; }
+has_llava() { "$1" -c "$SAFE"$'\nfrom importlib.util import find_spec as f; exit(not all(map(f, ("torch", "llava", "llava_integration"))))' 2>/dev/null; }
 choose_python() { # sets PYTHON, unless it is set, to the first that has LLaVA: the active environment, .venv, .venv-llava
     local known=("${PYTHON:-python}")
     [ -n "${PYTHON:-}" ] || known+=("$HERE/../../.venv/bin/python" "$HERE/../../.venv-llava/bin/python")
@@ -30,7 +35,7 @@ stage() {
     local inspected world words=("$(basename "$0" .sh)" --model "$MODEL" --data "$DATA" --image-folder "$IMAGE_FOLDER" --tower "$TOWER" --output "$OUTPUT")
     [ -z "${PROJECTOR:-}" ] || words+=(--projector "$PROJECTOR")
     [ -z "$DEEPSPEED" ] || [ -e "$DEEPSPEED" ] || fail "$DEEPSPEED does not exist"
-    inspected=$("$PYTHON" -m llava_integration.preflight "${words[@]}" -- "${EXTRA[@]}") || exit 2
+    inspected=$("$PYTHON" -c "$RUN_MODULE" llava_integration.preflight "${words[@]}" -- "${EXTRA[@]}") || exit 2
     { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
     SCRIPT=$LLAVA/train/$SCRIPT
     CUDA=$((SEEN > 0))

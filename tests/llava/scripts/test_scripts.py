@@ -85,7 +85,8 @@ def test_slurm(world, tmp_path):
     for part in (*nodes, "--gradient_accumulation_steps 1 "):
         assert part in done.stdout, done.stdout + done.stderr
     done = submitted("scripts/slurm/evaluate.sbatch", "--batch-size", "4")
-    assert done.stdout.strip() == f"srun {sys.executable} -m llm2clip_plugin.cli llava evaluate --batch-size 4"
+    assert done.stdout.startswith(f"srun {sys.executable} -c import sys; ")
+    assert done.stdout.rstrip().endswith(" llm2clip_plugin.cli llava evaluate --batch-size 4")
 
 
 def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tmp_path):
