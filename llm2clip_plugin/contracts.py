@@ -350,6 +350,19 @@ class EmbedRecord(VersionedRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineRecord(VersionedRecord):
+    """``pipeline.json`` of the folder of ``llm2clip run``: its stages, and what each that was started read and made."""
+
+    KIND: ClassVar[str] = "llm2clip-pipeline"
+    FILE: ClassVar[str] = "pipeline.json"
+
+    order: list[str] = field(default_factory=list)  # names of all stages
+    # of each stage that was started: its command, digests of what it read and made, and whether it is complete
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    command: dict[str, Any] = field(default_factory=dict)  # files.started_by
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord(VersionedRecord):
     """``run.json`` of a training run: its configuration and progress."""
 

@@ -1,4 +1,4 @@
-"""``llm2clip status``: where a run or a cache stands, from the files in its folder alone."""
+"""``llm2clip status``: where a run, one of its trainings or a cache stands, from the files in its folder alone."""
 
 import json
 import socket
@@ -10,7 +10,15 @@ from datetime import timedelta
 from pathlib import Path
 
 from llm2clip_plugin import contracts, files
-from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, EncoderCard, RunRecord, TowerCard, shard_file
+from llm2clip_plugin.contracts import (
+    CacheManifest,
+    EmbedRecord,
+    EncoderCard,
+    PipelineRecord,
+    RunRecord,
+    TowerCard,
+    shard_file,
+)
 from llm2clip_plugin.options import Command, command
 
 RESULTS = {"tower": TowerCard.FILE, "tower-ema": TowerCard.FILE, "adapter": EncoderCard.FILE}  # folder -> its card
@@ -21,14 +29,14 @@ FINISHED, RUNNING, ELSEWHERE = "finished", "running", "running on another host" 
 class StatusConfig:
     """What to show."""
 
-    folder: Path  # folder of a run (either stage), or of an embedding cache
+    folder: Path  # output folder of `llm2clip run` or of a training (either stage), or an embedding cache
 
 
 COMMAND = Command(
     name="status",
     example="llm2clip status runs/photos",
-    about="Where a training run or embedding cache stands: progress, scores, checkpoints, the command to resume. It "
-    "only reads files, so it is safe while the run is in progress.",
+    about="Where a run with all its stages, a training or an embedding cache stands: progress, scores, checkpoints, "
+    "the command to resume. It only reads files, so it is safe while the run is in progress.",
     settings=StatusConfig,
     arguments="folder",
 )
@@ -41,16 +49,54 @@ def main(argv: list[str]) -> int:
         raise FileNotFoundError(f"no folder {folder}")
     if (folder / CacheManifest.FILE).exists():
         (name, state), *rows = cache_rows(folder)
+    elif (folder / PipelineRecord.FILE).exists():
+        (name, state), *rows = pipeline_rows(folder)
     elif any((folder / name).exists() for name in (RunRecord.FILE, files.METRICS, files.LOCK, files.CHECKPOINTS)):
         (name, state), *rows = run_rows(folder)
     else:
         what = f"the folder of a run (run.json, checkpoints/) nor an embedding cache ({CacheManifest.FILE})"
-        fix = "pass the --output of a training, or an embeddings-* folder"
+        fix = "pass the --output of `llm2clip run` or of a training, or an embeddings-* folder"
         raise FileNotFoundError(f"{folder} is neither {what}; {fix}")
     width = max(len(name) for name, _ in rows)
     lines = [f"{name}: {state}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
     print(files.printable_lines("\n".join(lines)))
     return 0
+
+
+def pipeline_rows(folder: Path) -> Iterator[tuple[str, str]]:
+    """As ``run_rows``, of the folder of ``llm2clip run``: a row for each stage, and the progress of the one that is not
+    complete. Whether inputs have changed since, `llm2clip run --dry-run` says: it reads them."""
+    problems: list[str] = []
+    record = _read(PipelineRecord, folder, problems) or PipelineRecord()
+    done = [name for name in record.order if record.stages.get(name, {}).get("complete")]
+    holder = lock_holder(folder)
+    is_finished = bool(record.order) and len(done) == len(record.order)
+    state, reason = holder or ((FINISHED, "") if is_finished else ("stopped", ""))
+    complete = f"{len(done)} of {len(record.order)} stages complete"
+    yield str(folder), f"{state}{f' ({reason})' if reason else ''}: {complete}"
+    for name in record.order:
+        saved = record.stages.get(name)
+        if name in done:
+            yield name, f"complete, {record.stages[name]['seconds']:.0f} s"
+        elif saved is None:
+            yield name, "to do"
+        else:
+            yield name, "running" if holder else "not complete"
+            yield from inner_rows(folder / saved["output"]) if saved["output"] else ()
+    page = folder / "index.html"
+    if is_finished and page.is_file():
+        yield "page", str(page)
+    yield from (("problem", problem) for problem in problems)
+    if not is_finished and holder is None:
+        yield "go on", files.again(record.command)
+
+
+def inner_rows(folder: Path) -> Iterator[tuple[str, str]]:
+    """What a stage that is not complete has done so far, if it leaves that in its folder."""
+    if (folder / CacheManifest.FILE).exists():
+        yield "progress", next(cache_rows(folder))[1]
+    elif (folder / RunRecord.FILE).exists() or (folder / files.METRICS).exists():
+        yield from (row for row in run_rows(folder) if row[0] == "progress")
 
 
 def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
@@ -102,13 +148,8 @@ def ago(seconds_since_epoch: float) -> str:
 
 def run_state(folder: Path, record: RunRecord, metrics: contracts.Metrics, step: int) -> tuple[str, str]:
     """Finished, running, running on another host, stopped, failed or ended early; and why."""
-    with suppress(OSError, ValueError, KeyError, TypeError):  # no lock, or a damaged one
-        holder = json.loads((folder / files.LOCK).read_text(encoding="utf-8"))
-        who = f"process {int(holder['pid'])} on {holder['host']}"
-        if holder["host"] != socket.gethostname():
-            return ELSEWHERE, f"{who}, or killed there"
-        if _is_alive(int(holder["pid"]), float(holder["started"])):
-            return RUNNING, who
+    if (holder := lock_holder(folder)) is not None:
+        return holder
     if record.finished:
         return FINISHED, ""
     if not step and (folder / files.UNFINISHED_HEADS).is_file():
@@ -119,6 +160,18 @@ def run_state(folder: Path, record: RunRecord, metrics: contracts.Metrics, step:
         return state, metrics.ended.get("reason", "") + when
     died = "no message: killed from outside, out of memory, or the machine went down"
     return "ended early", died if step else "before step 1"
+
+
+def lock_holder(folder: Path) -> tuple[str, str] | None:
+    """Running, or running on another host, and the process; None if nobody holds the folder's lock."""
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no lock, or a damaged one
+        holder = json.loads((folder / files.LOCK).read_text(encoding="utf-8"))
+        who = f"process {int(holder['pid'])} on {holder['host']}"
+        if holder["host"] != socket.gethostname():
+            return ELSEWHERE, f"{who}, or killed there"
+        if _is_alive(int(holder["pid"]), float(holder["started"])):
+            return RUNNING, who
+    return None
 
 
 def _is_alive(pid: int, started: float) -> bool:

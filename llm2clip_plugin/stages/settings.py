@@ -3,6 +3,7 @@ run's are compared with its checkpoint's. Read without torch.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -158,7 +159,8 @@ class PipelineConfig(SourceConfig):
     validation: float = 0.1  # fraction of the data that is held out and measured with
     by: str = ""  # field of the samples' JSON: samples with one value are on one side of the split
     adapter: str = ""  # of an LLM that is fine-tuned already; stage 1 is then left out
-    stage1: bool = True  # fine-tune the LLM, if the images have several captions; --no-stage1: take it as it is
+    # fine-tune the LLM; auto: if most images have several captions that do not contain one another
+    stage1: bool | Literal["auto"] = "auto"
     num_train_epochs: float = 4.0  # passes over the data in stage 2
     global_batch: int = 0  # pairs per step of both stages; 0: 256, fewer for less than 4096 images
     micro_batch: int = 0  # pairs per forward pass on one GPU; 0: its share of the batch
@@ -174,11 +176,15 @@ class PipelineConfig(SourceConfig):
         super().__post_init__()
         if not 0 < self.validation < 1:
             raise ValueError(f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.1")
-        if self.num_train_epochs <= 0 or self.num_gpus < 1 or self.global_batch < 0:
-            raise ValueError(
-                f"num_train_epochs {self.num_train_epochs:g} must be above 0, num_gpus {self.num_gpus} at least 1, "
-                f"global_batch {self.global_batch} not negative"
-            )
+        if not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"--num-train-epochs is {self.num_train_epochs:g}, expected a number above 0")
+        if self.num_gpus < 1:
+            raise ValueError(f"--num-gpus is {self.num_gpus}, expected at least 1")
+        for option, value in (("--global-batch", self.global_batch), ("--micro-batch", self.micro_batch)):
+            if value < 0:
+                raise ValueError(f"{option} is {value}, expected at least 0 (0: chosen by the number of images)")
+        if self.stage1 is True and self.adapter:
+            raise ValueError("--stage1 trains an adapter, and --adapter gives one that is trained; omit one of them")
         if bool(self.questions) != bool(self.llava_llm):
             raise ValueError("--questions and --llava-llm need each other: the questions, and LLaVA's language model")
 

@@ -59,7 +59,8 @@ def test_the_page_runs_as_printed_and_again(run):
     status, said = run(command)
     assert status == 0 and "0 of 11 stages to run" in said
     status, said = run(f"{command} --num-train-epochs 5 --dry-run")
-    assert status == 0 and "5 of 11 stages to run" in said
+    assert "stage 'stage 2' runs again: --num-train-epochs is 5, was 4" in said
+    assert status == 0 and "4 of 11 stages to run" in said
 
 
 def test_messages_of_the_page_are_those_of_the_code():

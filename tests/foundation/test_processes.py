@@ -11,7 +11,7 @@ from llava_integration.benchmarks.bench import COMMAND, Task, evaluate_command, 
 from llava_integration.benchmarks.rules import benchmark
 from llm2clip_plugin import processes
 from llm2clip_plugin.console import attend
-from llm2clip_plugin.stages.pipeline import Stage
+from llm2clip_plugin.stages.rerun import Stage
 
 PLANTED = ("json", "random", "runpy", "torch", "transformers", "llm2clip_plugin")
 
@@ -33,10 +33,10 @@ def bench(*words: str) -> object:
 
 def commands(gpus: int) -> list[list[str]]:
     """Those of run and bench-mllm, which print their help and end."""
-    stage = Stage(name="check the data", words=("llm2clip", "data", "check", "--help"), result=Path(), ranks=gpus)
+    stage = Stage(name="check the data", words=("llm2clip", "data", "check", "--help"), ranks=gpus)
     task = Task(benchmark=benchmark("pope"), question_file=Path("questions.jsonl"))
     answer = evaluate_command(task, bench("--gpus", str(gpus), "--", "--help"), Path("answers.jsonl"))
-    return [stage.argv, answer]
+    return [stage.argv(), answer]
 
 
 def test_the_modules_are_a_trap(planted: Path):

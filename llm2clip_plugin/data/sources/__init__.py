@@ -141,6 +141,11 @@ class Source(ABC):
         """``action`` on the local file of a shard, downloaded if it is at a URL; of sources whose shards are files."""
         raise NotImplementedError
 
+    def files(self) -> dict[str, str]:
+        """Name -> path or URL of every file that the samples are read from, pictures too. The name stays when the
+        folder of the data is moved."""
+        return {self.name: self.path}
+
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0
 

@@ -7,6 +7,7 @@ import json
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -80,6 +81,16 @@ class RowSource(Source):
     def values(self, row: dict[str, Any]) -> dict[str, Any]:
         """What captions are read from; KeyError, TypeError or AttributeError for a row without it."""
         return row
+
+    def files(self) -> dict[str, str]:
+        files = {self.name: self.path}
+        for number in range(len(self)):
+            with suppress(BrokenSample):
+                row = parse_object(self.row(number)[1], "", "")
+                picture = row.get(self.config.image_field)
+                if isinstance(picture, str) and picture:
+                    files[picture] = f"{self.images_folder.rstrip('/')}/{picture}"
+        return files
 
     def row(self, number: int) -> tuple[int, bytes]:
         """A sample's number for messages, and its JSON as it is stored."""

@@ -84,6 +84,9 @@ class TarSource(Source):
     def key(self, number: int) -> str:
         return self._row(number)[1]
 
+    def files(self) -> dict[str, str]:
+        return {f"{shard.name}.tar": tar for shard, tar in zip(self.shards, self._tars, strict=True)}
+
     def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
         """``action`` on the tar of a shard as a local file, downloaded if it is at a URL."""
         return self._downloads.use(self._tars[shard], action)

@@ -1,0 +1,119 @@
+"""What ``llm2clip run`` refuses before its first stage, rather than hours later."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from llm2clip_plugin.data.make import decide
+from llm2clip_plugin.data.remote import is_url
+from llm2clip_plugin.data.sources import Source
+from llm2clip_plugin.files import ContractError, can_only_be_a_path, hub_snapshot, read_header, read_json_value
+from llm2clip_plugin.stages.rerun import Stage
+from llm2clip_plugin.stages.run_plan import PRETRAIN
+from llm2clip_plugin.stages.settings import PipelineConfig
+from llm2clip_plugin.text.config import EncoderConfig, effective, find_card
+from llm2clip_plugin.text.encoder import ADAPTER_WEIGHTS, adapter_sha256, local_folder, weights_sha256
+from llm2clip_plugin.text.llm import llm_config
+from llm2clip_plugin.vision.directory import CONFIG_FILE, fetch_directory, section
+from llm2clip_plugin.vision.families import families, family_of_type
+from llm2clip_plugin.vision.towers import TIMM_PREFIX
+
+IMPORTED = ("qwen3_",)  # beginnings of model types that are no family's, but that `llm2clip import` reads
+
+
+def check_given(config: PipelineConfig) -> None:
+    """Raise FileNotFoundError or ValueError for models and questions that would stop a stage, and for an output that
+    holds the data or is in it."""
+    check_output(config)
+    llm_config(EncoderConfig(llm=config.llm))
+    check_tower(config.tower)
+    if config.adapter:
+        check_adapter(config.llm, config.adapter)
+    if not config.questions:
+        return
+    from llava_integration.benchmarks.rules import benchmark
+    from llava_integration.preflight import check_model
+
+    if not PRETRAIN.is_file() or find_spec("llava") is None:
+        llava = "LLaVA (pip install --no-deps llava-torch==1.2.2.post1)"
+        raise ValueError(f"--questions needs {llava} and a checkout with {PRETRAIN}")
+    benchmark("questions").load(Path(config.questions))
+    for problem in check_model(config.llava_llm):
+        raise ValueError(problem.replace("--model", "--llava-llm"))
+
+
+def check_output(config: PipelineConfig) -> None:
+    """ValueError for an --output that is the data, or below a folder of tars, all of whose subfolders are read."""
+    if is_url(config.path):
+        return
+    data, output = Path(config.path).resolve(), Path(config.output).resolve()
+    if data == output:
+        raise ValueError(f"--output {config.output} is the data; choose another folder")
+    if data.is_dir() and output.is_relative_to(data):
+        raise ValueError(f"--output {config.output} is inside the data, whose subfolders are read; choose another")
+    if output.is_file():
+        raise ValueError(f"--output {config.output} is a file; choose a folder")
+
+
+def check_places(config: PipelineConfig, stages: Sequence[Stage]) -> None:
+    """ValueError for an input inside a folder that a stage writes, and so removes."""
+    given = {"DATA": config.path, "--image-folder": config.images, "--llm": config.llm, "--tower": config.tower}
+    given |= {"--adapter": config.adapter, "--questions": config.questions, "--llava-llm": config.llava_llm}
+    for stage in stages:
+        if stage.output is None:
+            continue
+        output = stage.output.resolve()
+        for option, path in given.items():
+            if path and os.path.exists(path) and Path(path).resolve().is_relative_to(output):
+                told = f"{option} {path} is in {stage.output}, which {stage.name!r} replaces"
+                raise ValueError(f"{told}; choose another --output, or move it")
+
+
+def check_split(config: PipelineConfig, source: Source) -> None:
+    """ValueError for a split that leaves a side empty, or a --by that a sample lacks."""
+    decide(source, config.validation, config.by)
+
+
+def check_tower(given: str) -> None:
+    """FileNotFoundError or ValueError for what is no vision tower, as far as its config.json says."""
+    path = Path(given).expanduser()
+    if given.startswith(TIMM_PREFIX) or path.is_file():
+        return
+    if not path.is_dir():
+        if can_only_be_a_path(given) or "/" not in given:
+            raise FileNotFoundError(f"--tower {given} is not a directory, a checkpoint file or a Hub id (owner/name)")
+        try:
+            path = hub_snapshot(given, patterns=["*.json"])
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"--tower {given} is no directory and not on the Hub: {error}") from error
+    config = path / CONFIG_FILE
+    if not config.is_file():
+        return  # `llm2clip import` tells by the names of the tensors
+    body = read_json_value(config)
+    if not isinstance(body, dict):
+        raise ContractError(f"{config} contains a {type(body).__name__}, expected a JSON object")
+    kinds = [str(part["model_type"]) for part in (body, section(body, "vision_config")) if part.get("model_type")]
+    if not kinds or any(kind.startswith(IMPORTED) for kind in kinds):
+        return
+    known = {kind for family in families().values() for kind in family.model_types}
+    if not known.intersection(kinds):
+        family_of_type(kinds[0], where=f"--tower {given}")  # raises
+
+
+def check_adapter(llm: str, given: str) -> None:
+    """FileNotFoundError or ContractError for what is no adapter, or another LLM's."""
+    adapter, folder = fetch_directory(given), local_folder(llm)
+    adapter_sha256(adapter)
+    effective(EncoderConfig(llm=llm, adapter=given), folder, adapter)
+    card = find_card(str(adapter))
+    if card is not None and card.base_sha256 not in ("", own := weights_sha256(folder)):
+        told = f"--adapter {given} was trained on {card.base} with weights {card.base_sha256[:12]}..."
+        raise ContractError(f"{told}, but --llm {llm} has {own[:12]}...; pass the LLM that it was trained on")
+    width = llm_config(EncoderConfig(llm=llm)).get_text_config().hidden_size
+    for name, entry in read_header(adapter / ADAPTER_WEIGHTS).entries.items():
+        if name.endswith("q_proj.lora_A.weight") and entry.shape[-1] != width:
+            told = f"--adapter {given} is for an LLM of width {entry.shape[-1]}"
+            raise ContractError(f"{told}, but --llm {llm} has {width}; pass the LLM that it was trained on")

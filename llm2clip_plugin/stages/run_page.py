@@ -1,0 +1,90 @@
+"""The page of ``llm2clip run``: scores before and after, queries won and lost with pictures, the commands."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2clip_plugin.console import page_style, render, thumbnail
+from llm2clip_plugin.contracts import atomic_file
+from llm2clip_plugin.data.make import outputs
+from llm2clip_plugin.data.samples import BrokenSample
+from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
+from llm2clip_plugin.data.sources.rows import RowSource
+from llm2clip_plugin.evaluate.commands import measure_pairs
+from llm2clip_plugin.evaluate.config import EvaluateConfig
+from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
+from llm2clip_plugin.stages.rerun import Stage
+from llm2clip_plugin.stages.settings import PipelineConfig
+
+BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
+SHOWN = 5  # pictures that each tower finds first
+QUERIES = 24  # validation captions that the page shows
+
+
+def held_out_config(config: PipelineConfig, source: Source, side: str = "validation") -> SourceConfig:
+    """How a side of the run's split is read."""
+    values = {item.name: getattr(config, item.name) for item in fields(SourceConfig)}
+    images = source.images_folder if isinstance(source, RowSource) else ""
+    path = outputs(source, Path(config.output) / "data")[side]
+    return SourceConfig(**{**values, "path": str(path), "images": images})
+
+
+def write_page(config: PipelineConfig, source: Source, stages: Sequence[Stage], seconds: Mapping[str, float]) -> Path:
+    """Write OUTPUT/index.html; returns its path."""
+    out = Path(config.output)
+    held_out = held_out_config(config, source)
+    cache = str(out / "embeddings" / "validation")
+    towers = {side: EvaluateConfig(tower=str(out / side / "tower"), data=held_out, cache=cache) for side in SIDES}
+    pairs = {side: measure_pairs(tower)[1].pairs for side, tower in towers.items()}
+    folders = [stage.output for stage in stages if stage.words[1] == "compare"]
+    compared = [folder / "compare.json" for folder in folders if folder is not None]
+    queries = draw(open_source(held_out), pairs)
+    page = out / "index.html"
+    with atomic_file(page) as temporary:
+        html = render(
+            Path(__file__).with_name("page.html"),
+            title=" · ".join(Path(place).name for place in (config.path, config.tower, config.llm)),
+            style=page_style(),
+            rows=[row for path in compared for row in json.loads(path.read_text(encoding="utf-8"))["rows"]],
+            comparisons=[path.relative_to(out).with_suffix(".html") for path in compared],
+            images=len(pairs[BEFORE].keys),
+            queries=queries,
+            won=sum(query["place"][AFTER] < query["place"][BEFORE] for query in queries),
+            lost=sum(query["place"][AFTER] > query["place"][BEFORE] for query in queries),
+            stages=[(stage, seconds.get(stage.name, 0.0)) for stage in stages],
+        )
+        temporary.write_text(html, encoding="utf-8")
+    return page
+
+
+def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]]:
+    """Queries drawn from all validation captions, the same ones at every call: text and picture (a data URI), and by
+    side the place of the right picture, and the first ones that are found, each with whether it is right."""
+    first = pairs[BEFORE]
+    chosen = sorted(random.Random(0).sample(range(len(first.captions)), min(QUERIES, len(first.captions))))
+    orders: dict[str, Any] = {}  # side -> (Q, N): the images for each of these captions, the most similar first
+    for side, each in pairs.items():
+        image_ND, text_QD = (torch.nn.functional.normalize(x, dim=1) for x in (each.image_ND, each.text_MD[chosen]))
+        orders[side] = (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)
+
+    def picture(image: int) -> str | None:
+        with suppress(BrokenSample):
+            return thumbnail(source[first.numbers[image]].read_image())
+
+    queries = []
+    for row, caption in enumerate(chosen):
+        right = int(first.owner_M[caption])
+        tops = {side: order_QN[row].tolist() for side, order_QN in orders.items()}
+        query = {"text": first.captions[caption].text, "picture": picture(right)}
+        query["place"] = {side: top.index(right) + 1 for side, top in tops.items()}
+        query["found"] = {side: [(picture(one), one == right) for one in top[:SHOWN]] for side, top in tops.items()}
+        queries.append(query)
+    return queries

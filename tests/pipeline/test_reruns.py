@@ -1,0 +1,191 @@
+"""llm2clip run after changes of data, options and places, and after kills: what it makes is what a fresh run makes.
+
+Bytes are compared, but for what says where and how long: paths, times and versions in cards and records.
+More sequences: RERUN_SEQUENCES=20 pytest tests/pipeline/test_reruns.py
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from forked import Module
+from forked_python import programs
+from own_photos import COLORS, PLACES, draw
+from tiny_data import encoded, make_tower, write_tar
+from tiny_llm import save_tiny_llm
+from tower_runs import environment
+
+pytestmark = pytest.mark.slow
+SEQUENCES = int(os.environ.get("RERUN_SEQUENCES", "2"))
+OPERATIONS = 5
+DATA, STAGES = "photos-tars", 11
+SECONDS = 300  # of one run
+
+
+def use_forked_python(path: str) -> None:
+    """In the process of `run`: the stages that it starts are forked as well."""
+    sys.executable = path
+
+
+class World:
+    """A folder with data, models and a run, as a user changes them."""
+
+    def __init__(self, folder: Path, samples: dict[str, tuple[str, bytes, dict[str, str]]], output: str) -> None:
+        self.folder = folder
+        self.samples = samples  # key -> (tar, picture, captions)
+        self.output = output
+        self.options = {"--num-train-epochs": "1"}
+
+    def write_data(self) -> None:
+        """Write the tars whose samples changed."""
+        for tar in ("00000", "00001"):
+            members: list[tuple[str, bytes]] = []
+            for key, (place, picture, captions) in self.samples.items():
+                if place == tar:
+                    members += [(f"{key}.jpg", picture), (f"{key}.json", json.dumps(captions).encode())]
+            new = write_tar(self.folder / "new.tar", members)
+            old = self.folder / DATA / f"{tar}.tar"
+            old.parent.mkdir(exist_ok=True)
+            if not old.is_file() or old.read_bytes() != new.read_bytes():
+                os.replace(new, old)
+
+    def start(self, output: str = "", *more: str) -> Module:
+        words = ["run", DATA, "--llm", "llm", "--tower", "tower", "--output", output or self.output]
+        words += ["--validation", "0.25", "--tower-options=--heads.steps 2 --save_steps 2 --heads.batch 8"]
+        words += [word for pair in self.options.items() for word in pair]
+        place = {"LLM2CLIP_HOME": str(self.folder / "home"), "HF_HUB_OFFLINE": "1"}
+        first = partial(use_forked_python, str(programs() / "python"))
+        return Module("llm2clip_plugin.cli", [*words, *more], environment(**place), self.folder, first)
+
+    def run(self, output: str = "", *more: str) -> str:
+        """Run to the end; what was printed."""
+        process = self.start(output, *more)
+        assert process.wait(SECONDS) == 0, process.output
+        return process.output
+
+    def kill(self, stage: int) -> None:
+        """Run until a stage has begun, and end all of its processes at once, as a machine that goes down."""
+        process = self.start()
+        while process.poll() is None and f"\n[{stage}/{STAGES}]" not in process.output:
+            time.sleep(0.02)
+        if process.poll() is None and process.pid:
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            for child in children:
+                child.kill()
+            process.wait(SECONDS)
+        while any(self.processes()):  # what forks for the children learns of their end
+            time.sleep(0.05)
+
+    def processes(self) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            try:
+                if Path(process.cwd()) == self.folder:
+                    yield process
+            except psutil.Error:
+                continue
+
+
+def sample(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
+    """A picture with a short and a long caption."""
+    size, color = rng.choice(["small", "large"]), rng.choice(list(COLORS))
+    place, number = rng.choice(list(PLACES)), rng.randrange(10**6)
+    picture = encoded(draw(size, color, "circle", place, rng).convert("RGB"), quality=90)
+    long = f"A {size} circle of {color} ink, number {number}, drawn {place} of paper."
+    return rng.choice(["00000", "00001"]), picture, {"caption": f"{size} {color} {number}", "long_caption": long}
+
+
+def change(world: World, operation: str, rng: random.Random) -> None:
+    key = rng.choice(list(world.samples))
+    if operation == "edit":
+        tar, picture, captions = world.samples[key]
+        world.samples[key] = (tar, picture, captions | {"caption": captions["caption"][::-1]})
+    elif operation == "add":
+        for _ in range(3):
+            world.samples[f"new{rng.randrange(10**6)}"] = sample(rng)
+    elif operation == "remove":
+        del world.samples[key]
+    elif operation == "rename":
+        world.samples = {(f"{name}x" if name == key else name): value for name, value in world.samples.items()}
+    elif operation == "kill":
+        world.kill(rng.randint(1, STAGES))
+    elif operation == "move":
+        moved = f"moved-{rng.randrange(10**6)}"
+        if (world.folder / world.output).exists():
+            (world.folder / world.output).rename(world.folder / moved)
+            world.output = moved
+    elif operation == "option":
+        world.options["--num-train-epochs"] = rng.choice(["1", "2"])
+    else:
+        assert operation == "run"
+        world.run()
+    world.write_data()
+
+
+# What says where, when and by which release: paths and times, not results.
+PLACELESS = ("model", "provenance", "versions", "origin", "teacher", "training", "base")
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items() if name not in PLACELESS}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def results(out: Path) -> dict[str, str]:
+    """Digest of every result of a run."""
+    kinds = ("data/*/*.tar", "embeddings/**/*.safetensors", "llm/adapter/*.safetensors", "tower/**/*.safetensors")
+    paths = [
+        path for kind in (*kinds, "before/tower/*.safetensors", "after/tower/*.safetensors") for path in out.glob(kind)
+    ]
+    found = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    for name in ("before/validation.scores.json", "after/validation.scores.json", "after/tower/llm2clip.json"):
+        found[name] = json.dumps(plain(json.loads((out / name).read_text())), sort_keys=True)
+    manifest = json.loads((out / "embeddings" / "train" / "manifest.json").read_text())
+    found["manifest"] = json.dumps(plain(manifest), sort_keys=True)
+    page = (out / "index.html").read_text().replace(out.name, "OUT")
+    found["page"] = re.sub(r"(?<=, )\d+ s: ", "", page)
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A complete run on 28 pictures."""
+    folder = tmp_path_factory.mktemp("reruns")
+    save_tiny_llm(folder / "llm", "llama")
+    make_tower(folder / "tower")
+    rng = random.Random(0)
+    world = World(folder, {f"{number:03d}": sample(rng) for number in range(28)}, "run-0")
+    world.write_data()
+    world.run()
+    return world
+
+
+def copy_of(base: World, folder: Path) -> World:
+    shutil.copytree(base.folder, folder, dirs_exist_ok=True)
+    return World(folder, dict(base.samples), "run-0")
+
+
+@pytest.mark.parametrize("seed", range(SEQUENCES))
+def test_after_any_changes_a_run_makes_what_a_fresh_one_makes(base: World, tmp_path: Path, seed: int):
+    rng, world = random.Random(seed), copy_of(base, tmp_path / "world")
+    done: list[str] = []
+    for _ in range(OPERATIONS):
+        done.append(rng.choice(["edit", "add", "remove", "rename", "kill", "move", "option", "run"]))
+        print(done[-1], flush=True)
+        change(world, done[-1], rng)
+    said = world.run()
+    fresh = world.run("fresh")
+    assert "stages to run" in said and "11 of 11 stages to run" in fresh
+    assert results(world.folder / world.output) == results(world.folder / "fresh"), done
