@@ -219,7 +219,7 @@ def missing_package(module: str) -> str:
     module = module.partition(".")[0]
     extra = extra_of(module)
     if extra:
-        return missing_message(extra, "this", [module])
+        return missing_message(extra, "this command", [module])
     return f"the module {module} is not installed: pip install {module}"
 
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).parents[2]
 AS_PIP = '. scripts/environments.sh; export_uv_variables "$0"; exec "$0" -m uv "$@"'  # pip's index, constraints ...
 
@@ -72,3 +74,13 @@ def compares(environment: Environment, folder: Path) -> None:
     done = environment.run("llm2clip", "compare", *sides, "--output", "report", folder=folder)
     assert done.returncode == 0, done.stderr
     assert "<html" in (folder / "report" / "compare.html").read_text(encoding="utf-8")
+
+
+def checks_data(environment: Environment, folder: Path) -> None:
+    """``llm2clip data make`` and ``check`` run."""
+    (folder / "photos").mkdir(parents=True)
+    Image.new("RGB", (32, 32), "green").save(folder / "photos" / "a.png")
+    (folder / "photos" / "a.txt").write_text("a green square")
+    for words in (("data", "make", "photos", "--output", "tars"), ("data", "check", "tars")):
+        done = environment.run("llm2clip", *words, folder=folder)
+        assert done.returncode == 0, done.stderr

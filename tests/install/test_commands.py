@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from empty_environment import ROOT, Environment, compares, uv
+from empty_environment import ROOT, Environment, checks_data, compares, uv
 from tiny_data import make_tower
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,7 +50,7 @@ def test_what_is_told_of_other_packages_can_be_installed(command: str, new_envir
     new_environment.install("--dry-run", *command.split())
 
 
-def test_the_base_install_is_small_and_compares(new_environment: Environment, tmp_path: Path) -> None:
+def test_the_base_install_is_small_compares_and_checks_data(new_environment: Environment, tmp_path: Path) -> None:
     """Then the command that another command prints, run as printed, adds what a tower needs."""
     new_environment.install("--compile-bytecode", BASE)
     size = new_environment.megabytes()
@@ -58,6 +58,7 @@ def test_the_base_install_is_small_and_compares(new_environment: Environment, tm
     print(f"the base install has {size:.0f} MB")
     assert not new_environment.has("torch") and not new_environment.has("transformers")
     compares(new_environment, tmp_path / "logs")
+    checks_data(new_environment, tmp_path / "data")
     assert not new_environment.run("llm2clip", "doctor", folder=tmp_path).returncode
     hook = new_environment.run("python", "-c", "import llava.model.builder", folder=tmp_path)
     assert hook.stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'llava'"
