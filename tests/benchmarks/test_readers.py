@@ -179,6 +179,19 @@ def test_inspect_ai(ending):
     assert len(run.ids) == 6 and run.clusters[0] == "im0"
 
 
+def test_a_sample_of_inspect_ai_is_the_mean_over_its_epochs(tmp_path):
+    samples = []
+    for number, values in enumerate([("C", "I"), ("C", "C"), ("I", "P")]):
+        for epoch, grade in enumerate(values, 1):
+            scores = {"match": {"value": grade}}
+            samples.append({"id": number, "epoch": epoch, "target": "x", "scores": scores})
+    results = {"scores": [{"name": "match", "scorer": "match"}]}
+    log = {"version": 2, "status": "success", "eval": {"run_id": "x", "task": "toy"}, "results": results}
+    (tmp_path / "log.json").write_text(json.dumps({**log, "samples": samples}))
+    (run,) = load_side(tmp_path).runs["toy match"]
+    assert dict(zip(run.ids, run.scores, strict=True)) == {"0": 0.5, "1": 1.0, "2": 0.25}
+
+
 MEANS = """cv_bench cv_bench_acc, mmvp mmvp_pair_accuracy, blink blink_acc, realworldqa exact_match, mmstar average,
     chartqa relaxed_overall, docvqa_val anls, mmmu_val mmmu_acc, coco2017_cap_val coco_CIDEr""".split(",")
 TODAY = {  # benchmark: (lmms-eval's task, its metric, filter; its unit in ours)

@@ -14,8 +14,9 @@ import llm2clip_plugin.evaluate.suites as suites_package
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
-from llm2clip_plugin.evaluate.suites import hard_negatives, paper, select_suites, suites
+from llm2clip_plugin.evaluate.suites import hard_negatives, paper, recall_by_language, select_suites, suites
 
 NAMES = list(COLOURS)
 
@@ -225,6 +226,19 @@ def test_hard_negatives_count_a_tie_as_half():
     assert scores.metrics == {"swap": 1.0, "add": 0.25, "mean": 0.625}
     assert {item["id"]: item["score"] for item in scores.items} == {"swap/1": 1.0, "add/7": 0.0, "add/8": 0.5}
     assert {item["cluster"] for item in scores.items} == {"x", "y"}
+
+
+def test_xm3600s_recall_is_the_mean_of_its_languages():
+    """Every German caption finds its image among the German ones, no French one does: 1/2, not 2/3 of all."""
+    captions = [Caption(str(number), "short", language) for language in ("de", "de", "fr") for number in range(4)]
+    image = torch.eye(4)
+    vectors = torch.cat([image, image + 0.01, image.roll(1, 0)])
+    about = {"keys": list("abcd"), "meta": [{}] * 4, "broken": []}
+    owners = torch.arange(4).repeat(3)
+    pairs = EmbeddedPairs(image_ND=image, text_MD=vectors, owner_M=owners, captions=captions, **about)
+    metrics = recall_by_language(pairs, RetrievalConfig()).metrics
+    assert (metrics["short:de/t2i_r1"], metrics["short:fr/t2i_r1"]) == (1.0, 0.0)
+    assert metrics["t2i_r1"] == 0.5 and metrics["all/t2i_r1"] == pytest.approx(2 / 3)
 
 
 EXTENDING = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from PIL import Image
 from serve_checkpoints import full, tower_directory
 from serving_page import block_with, check_trained, make_folder
 
+from llava_integration.serve.build import text_config
 from llava_integration.serve.export import Export, export
 
 SYSTEM = (
@@ -51,6 +52,12 @@ def test_the_template_begins_as_llavas_prompt(tmp_path: Path, legacy: bool) -> N
     assert processor(text=text)["input_ids"][0] == expected
     whole = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert whole["input_ids"][0] == expected and expected.count(1) == 1
+
+
+def test_rope_theta_is_exported_from_either_versions_config() -> None:
+    assert text_config({"rope_theta": 1e6}, 100)["rope_theta"] == 1e6
+    assert text_config({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 100)["rope_theta"] == 5e5
+    assert text_config({}, 100)["rope_theta"] == 10_000
 
 
 def test_trainer(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import torch
 from tiny_llm import CHATML, chatml_tokenizer
 
 from llava_integration.serve.rows import LlavaRows
+from llava_integration.serve.trainers import image_first
 
 SAID = ("human", "What color?"), ("gpt", "red"), ("human", "Which shape?"), ("gpt", "a square")
 THOUGHT = "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"  # Qwen 3
@@ -46,6 +47,22 @@ def learned(template: str, *said: tuple[str, str]) -> list[str]:
 def test_answers_alone_are_learned(name: str) -> None:
     expected = ["red<|im_end|>\n", ENDS.get(name, "a square<|im_end|>\n")]
     assert learned(TEMPLATES[name], *SAID) == learned(TEMPLATES[name], ("gpt", "Hello"), *SAID) == expected
+
+
+@pytest.mark.parametrize("question", ["<image>\nWhat color?", "What color?\n<image>"])
+def test_the_image_is_before_the_first_question(question: str) -> None:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}, {"from": "human", "value": "Sure?"}]
+    first, _, last = LlavaRows(TextProcessor(CHATML), "photos").chat({"image": "a.png", "conversations": turns})
+    text = {"type": "text", "text": "What color?"}
+    assert first == {"role": "user", "content": [{"type": "image", "path": "photos/a.png"}, text]}
+    assert last == {"role": "user", "content": [{"type": "text", "text": "Sure?"}]}
+
+
+@pytest.mark.parametrize("text", ["<image>\nWhat color?", "What color?\n<image>", "<image>What color?"])
+def test_trainers_have_the_image_before_the_question(text: str) -> None:
+    assert image_first(text) == "<image>\nWhat color?"
+    assert image_first("What color?") == "What color?"
+    assert image_first("<image> or <image>?") == "<image> or <image>?"
 
 
 def test_a_template_that_begins_an_answer_otherwise_is_refused() -> None:

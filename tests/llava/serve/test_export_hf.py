@@ -69,6 +69,7 @@ def test_a_tokenizer_that_is_not_legacy_equals_llavas(tmp_path, home):
     check(full(tmp_path / "llava-tiny", CLIP, legacy=False), tmp_path / "hf")
 
 
+@pytest.mark.both_stacks
 def test_an_unfrozen_towers_weights_are_the_checkpoints(tmp_path, home):
     checkpoint = full(tmp_path / "llava-tiny", CLIP, unfreeze_mm_vision_tower=True)
     weights, name = load_file(checkpoint / "model.safetensors"), "vision_model.embeddings.class_embedding"
