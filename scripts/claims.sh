@@ -20,5 +20,5 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-"$ROOT/scripts/quickstart.sh" --output "$OUTPUT" --llava-llm tiny "${OPTIONS[@]}"
+"$ROOT/scripts/quickstart.sh" --compare --output "$OUTPUT" --llava-llm tiny "${OPTIONS[@]}"
 exec "$ROOT/.venv/bin/python" "$ROOT/scripts/check_claims.py" "$OUTPUT/default" ${RECORD[@]+"${RECORD[@]}"}

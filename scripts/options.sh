@@ -32,3 +32,7 @@ read_options() {
 one_of() { # one_of OPTION VALUE KNOWN...
     [[ " ${*:3} " == *" $2 "* ]] || fail "unknown $1 $2; known: $(printf '%s, ' "${@:3}" | sed 's/, $//')"
 }
+
+# run_module PYTHON MODULE ARGUMENT...: as `PYTHON -m MODULE`, which would import files of the working directory, too
+RUN_MODULE='import sys; sys.path[:] = filter(None, sys.path); import runpy; del sys.argv[0]; runpy.run_module(sys.argv[0], None, "__main__", True)'
+run_module() { "$1" -u -c "$RUN_MODULE" "${@:2}"; }

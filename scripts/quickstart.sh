@@ -1,29 +1,36 @@
 #!/usr/bin/env bash
 # The complete pipeline on real data: an LLM teaches a vision tower on the built-in emoji set, and a small LLaVA is trained
-# with the tower. Ten minutes and more on two cores; the first result is what fine-tuning taught the LLM.
+# with the tower before and after. Some ten minutes on two cores; at the end, one page shows what came of it.
 #
-#   scripts/quickstart.sh                   tables, and towers in quickstart-output/default; there, headline.json: what was shown,
-#                                           with interval and chance, and what was not; found.html: pictures that a tower finds
+#   scripts/quickstart.sh                   pictures found, and LLaVA's answers: quickstart-output/index.html
 #   scripts/quickstart.sh --smoke           a few steps on a few images, to check that everything works (under five minutes)
-#   scripts/quickstart.sh --seeds 3         seeds 0 to 2, each with its own adapter and towers; the headline by seed
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56, better towers, and LLaVA with SmolLM2: about 40 minutes
-#   scripts/quickstart.sh --controls        two more towers a seed, against the raw LLM as it comes (mean pooling, no prompt) and
-#                                           against random embeddings of the same captions; LLaVA with the tower of random, and of raw
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
 #   scripts/quickstart.sh --llava-llm smollm2   LLaVA with SmolLM2-135M-Instruct, which also answers in words, in place of a language
 #                                           model of 2.5 million weights (tiny): a quarter of an hour more; the default on a GPU
+#
+# Whether the difference is the teacher's is another question, with other runs (scripts/claims.sh checks what README.md states):
+#
+#   scripts/quickstart.sh --compare         also a tower of the raw LLM, and one of wrong pictures: tables with intervals and
+#                                           p-values; headline.json in quickstart-output/default
+#   scripts/quickstart.sh --seeds 3         seeds 0 to 2, each with its own adapter and towers; the tables by seed
+#   scripts/quickstart.sh --controls        as --compare, and two more towers a seed, against the raw LLM as it comes (mean pooling,
+#                                           no prompt) and against random embeddings of the same captions; LLaVA with the tower of
+#                                           random, and of raw
 #
 # One environment is made for all of it, .venv; LLaVA's unmodified code runs in it on today's libraries. LLAVA_PYTHON=/path/to/python:
 # LLaVA in another one. Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/options.sh"
-PRESET=default SEEDS=1 OUTPUT= SMOKE= CONTROLS= LLAVA= NO_LLAVA= LLAVA_LLM=
-read_options "smoke=0 seeds preset controls=0 llava=0 no-llava=0 llava-llm output" "$@"
+PRESET=default SEEDS=1 OUTPUT='' SMOKE='' COMPARE='' CONTROLS='' LLAVA='' NO_LLAVA='' LLAVA_LLM=''
+read_options "smoke=0 seeds preset compare=0 controls=0 llava=0 no-llava=0 llava-llm output" "$@"
 [ -z "$SMOKE" ] || PRESET=smoke
 [ -z "$OUTPUT" ] || OUTPUT=$(realpath -ms "$OUTPUT")
 cd "$ROOT"
 . scripts/environments.sh
+. scripts/quickstart/progress.sh
+. scripts/quickstart/parts.sh
 WORK=${OUTPUT:-quickstart-output}
 
 # what a preset decides: pixels, part of the built-in set, steps and pairs a step of stage 1, steps of heads and tower
@@ -35,102 +42,127 @@ case "$PRESET" in
 esac
 [ -z "$LLAVA_LLM" ] || one_of --llava-llm "$LLAVA_LLM" tiny smollm2
 [[ $SEEDS =~ ^[1-9][0-9]*$ ]] || fail "--seeds $SEEDS is not a number above 0"
-
-quickstart_environment
-export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # they last a second each
-quickstart_packages
-
-mkdir -p "$WORK"
+[ -z "$CONTROLS$SMOKE" ] || COMPARE=yes # a smoke run checks that something was learned
+if [ "$SEEDS" != 1 ]; then COMPARE=yes; fi
+if [ -n "$NO_LLAVA" ] || [[ -n $SMOKE && -z $LLAVA ]]; then RUN_LLAVA=''; else RUN_LLAVA=yes; fi
+OUT=$WORK/$PRESET DATA=$WORK/data LAYER=16 # that the raw LLM is read at
+[ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET
+LOGS=$OUT/logs
+mkdir -p "$OUT"
 if command -v flock >/dev/null; then # also held by a background job of a run that has ended
     exec 9>"$WORK/.lock"
     flock -n 9 || fail "another quickstart is running in $WORK; wait until it ends"
 fi
-say "models"
-python scripts/quickstart/inputs.py models --output "$WORK/models" --image-size "$SIZE"
+trap end_of_script EXIT
+
+# The stages, and about how many seconds each takes with two cores: they are what "time left" starts from.
+case "$PRESET" in
+    smoke) PERCENT=25 ;;
+    long) PERCENT=350 ;;
+    *) PERCENT=100 ;;
+esac
+plan "the environment" 60
+plan "models and pictures" 40
+plan "stage 1: fine-tuning the LLM on captions" $((80 * PERCENT / 100))
+plan "embedding all captions with the LLM" $((65 * PERCENT / 100))
+plan "stage 2: training the tower, with the LLM as its teacher" $((95 * PERCENT / 100))
+plan "what the tower finds, before and after" $((30 * PERCENT / 100))
+if [ -n "$COMPARE" ]; then plan "controls: the raw LLM, wrong pictures" $((300 * SEEDS * PERCENT / 100)); fi
+if [ -n "$RUN_LLAVA" ]; then plan "LLaVA 1.5 in miniature, with the tower before and after" $((160 * SEEDS * PERCENT / 100)); fi
+if [[ -n $RUN_LLAVA && -n $CONTROLS ]]; then plan "LLaVA with the towers of the controls" $((160 * SEEDS * PERCENT / 100)); fi
+
+environment() {
+    quickstart_environment
+    export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+    export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # they last a second each
+    quickstart_packages
+}
+models_and_pictures() {
+    # shellcheck disable=SC2086 # options on purpose
+    python scripts/quickstart/inputs.py all --models "$WORK/models" --image-size "$SIZE" --output "$DATA" $SUBSET
+    llm2clip data check "$DATA/all" >"$DATA/check.txt"
+}
+launch() { # launch SCRIPT...: one rank per GPU or core
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -- "$@" # without --, it takes --r of the script as its own
+}
+compare_teachers() { # the same trainings against other embeddings, and the tables of them
+    local seed
+    embed_in_halves raw
+    control
+    for seed in $(seq 0 $((SEEDS - 1))); do
+        if [ ! -d "$OUT/towers/tuned-seed$seed" ]; then
+            tune "$seed"
+            embed_in_halves "tuned-seed$seed"
+        fi
+        towers "$seed"
+        [ -z "$CONTROLS" ] || controls "$seed"
+    done
+    python scripts/quickstart/claims.py --data "$DATA" --output "$OUT" ${SMOKE:+--must-learn} >"$OUT/tables.md"
+}
+miniature() { # miniature BEFORE AFTER FOLDER [OPTION...]
+    local options=(--llm "$LLAVA_LLM" --seeds "$SEEDS" ${SMOKE:+--smoke})
+    [ "$LLAVA_LLM" != smollm2 ] || options+=(--teacher "$LLM" --adapter "$DATA/llm/seed0/adapter")
+    env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$1" --after "$2" --output "$OUT/$3" \
+        "${options[@]}" "${@:4}"
+}
+llava_of_controls() { # LLaVA with the towers of the controls, random and raw, each compared with ours
+    local control
+    mkdir -p "$OUT/$LLAVA_FOLDER-controls"
+    [ -d "$OUT/$LLAVA_FOLDER-controls/llm" ] || # which knows words
+        ln -sfn "../$LLAVA_FOLDER"/{data,llm,words} "$OUT/$LLAVA_FOLDER-controls"
+    miniature "$OUT/towers/"{random,raw}"-seed{seed}" "$LLAVA_FOLDER-controls" --names random raw
+    for control in random:before raw:after; do
+        llm2clip compare "$OUT/$LLAVA_FOLDER-controls/scores/${control#*:}" "$OUT/$LLAVA_FOLDER/scores/after" \
+            --names "${control%:*}" tuned --output "$OUT/$LLAVA_FOLDER-${control%:*}/compare" --no-references \
+            --image-folder "$OUT/$LLAVA_FOLDER/data/images"
+    done
+}
+find_pictures() {
+    python scripts/quickstart/found.py --data "$DATA" --output "$OUT"
+    page
+}
+page() { # write it, of what is there so far, and print what is new
+    python scripts/quickstart/page.py --data "$DATA" --output "$OUT" --page "$WORK/index.html" ${LLAVA_FOLDER:+--llava "$LLAVA_FOLDER"}
+}
+
+stage environment
+stage models_and_pictures
 IFS=$'\t' read -r LLM TOWER RANKS DTYPE < <(
-    python -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
-PRECISION=fp32 CORES=$(env -u OMP_NUM_THREADS nproc)
+    python -I -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
+PRECISION=fp32 CORES=$(env -u OMP_NUM_THREADS nproc) HALF_OF_CORES=$(((CORES + 1) / 2))
 case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision if it is faster
 case "$PRESET-$RANKS" in long-* | default-[1-9]*) LLAVA_LLM=${LLAVA_LLM:-smollm2} ;; esac # where it is trained in minutes, or time is given
-LLAVA_LLM=${LLAVA_LLM:-tiny}
+LLAVA_LLM=${LLAVA_LLM:-tiny} LLAVA_FOLDER=llava
+[ "$LLAVA_LLM" != smollm2 ] || LLAVA_FOLDER=llava-smollm2
+[ -n "$RUN_LLAVA" ] || LLAVA_FOLDER=''
 if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
     export DS_ACCELERATOR=cpu
     RANKS=$((CORES > 1 ? 2 : 1))
 fi
 while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # both batches must be divisible by the ranks
-OUT=$WORK/$PRESET DATA=$WORK/data LAYER=16 # that the raw LLM is read at
-[ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET
-mkdir -p "$OUT"
 
-launch() { # launch SCRIPT...: under the launcher, one rank per GPU or core
-    OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port "$(
-        python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" "$@"
-}
+stage tune 0
+page # a first look: what is trained, and what stage 1 taught the LLM
+stage embed_in_halves tuned-seed0
+stage first_towers
+stage find_pictures
+cat "$OUT/found.txt"
+if [ -n "$COMPARE" ]; then stage compare_teachers; fi
+if [ -n "$RUN_LLAVA" ]; then stage miniature "$TOWER" "$OUT/towers/tuned-seed{seed}" "$LLAVA_FOLDER"; fi
+if [[ -n $RUN_LLAVA && -n $CONTROLS ]]; then stage llava_of_controls; fi
+page
 
-say "data"
-# shellcheck disable=SC2086 # options on purpose
-python scripts/quickstart/inputs.py data --output "$DATA" $SUBSET
-llm2clip data check "$DATA/all" >"$DATA/check.txt"
-head -5 "$DATA/check.txt"
+if [ -n "$COMPARE" ]; then cat "$OUT/tables.md"; fi
+cat <<END
 
-. scripts/quickstart/parts.sh
+Open in a browser: $WORK/index.html
+The trained tower: $OUT/towers/tuned-seed0
+END
+[ -z "$RUN_LLAVA" ] || echo "Every answer of LLaVA: $OUT/$LLAVA_FOLDER/compare/compare.html"
+cat <<'END'
 
-# The first result is printed minutes before there is a tower: what fine-tuning taught the LLM.
-if [ ! -d "$OUT/towers/tuned-seed0" ]; then
-    tune 0
-    [ -n "$SMOKE" ] || say "first result, above: how often the LLM puts the keywords of an unseen emoji first, given its name"
-    half=$(((CORES + 1) / 2)) # two at once, each with half of the cores: more threads hardly speed up one
-    OMP_NUM_THREADS=$half embed raw >"$OUT/embed-raw.log" 2>&1 & other=$!
-    trap 'pkill -P "$other"; kill "$other" 2>/dev/null || true' EXIT
-    OMP_NUM_THREADS=$half embed tuned-seed0
-    wait "$other" || { cat "$OUT/embed-raw.log" >&2; exit 1; }
-    trap - EXIT
-    say "the teachers on unseen emoji, caption to caption"
-    python scripts/quickstart/claims.py --teachers --data "$DATA"
-fi
-
-for seed in $(seq 0 $((SEEDS - 1))); do
-    if [ "$seed" != 0 ] && [ ! -d "$OUT/towers/tuned-seed$seed" ]; then
-        tune "$seed"
-        embed "tuned-seed$seed"
-    fi
-    [ "$seed" != 0 ] || control
-    towers "$seed"
-    [ -z "$CONTROLS" ] || controls "$seed"
-done
-
-say "report"
-python scripts/quickstart/claims.py --data "$DATA" --output "$OUT" ${SMOKE:+--must-learn}
-if [[ -z $NO_LLAVA && (-z $SMOKE || -n $LLAVA) ]]; then
-    say "LLaVA 1.5 in miniature, with the tower before and after stage 2"
-    llava=llava options=(--llm "$LLAVA_LLM" --seeds "$SEEDS" ${SMOKE:+--smoke})
-    if [ "$LLAVA_LLM" = smollm2 ]; then llava=llava-smollm2 options+=(--teacher "$LLM" --adapter "$DATA/llm/seed0/adapter"); fi
-    miniature() { # miniature BEFORE AFTER FOLDER [OPTION...]
-        env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$1" --after "$2" --output "$OUT/$3" \
-            "${options[@]}" "${@:4}"
-    }
-    miniature "$TOWER" "$OUT/towers/tuned-seed{seed}" "$llava"
-    if [ -n "$CONTROLS" ]; then
-        say "LLaVA with the towers of the controls, random and raw, each compared with ours"
-        mkdir -p "$OUT/$llava-controls"
-        [ -d "$OUT/$llava-controls/llm" ] || ln -sfn "../$llava"/{data,llm,words} "$OUT/$llava-controls" # which knows words
-        miniature "$OUT/towers/"{random,raw}"-seed{seed}" "$llava-controls" --names random raw
-        for control in random:before raw:after; do
-            llm2clip compare "$OUT/$llava-controls/scores/${control#*:}" "$OUT/$llava/scores/after" \
-                --names "${control%:*}" tuned --output "$OUT/$llava-${control%:*}/compare" --no-references
-        done
-    fi
-fi
-if [[ -z $SMOKE && ! $OUT/found.html -nt $OUT/towers/tuned-seed0 ]]; then
-    say "what the tower finds, as a page"
-    llm2clip search "$OUT/towers/tuned-seed0" "$DATA/all/test-noto.tar" "a sleeping cat" "ein lachendes Gesicht" 火车 \
-        "une pomme rouge" "летящая птица" --llm "$LLM" --adapter "$DATA/llm/seed0/adapter" --cache "$OUT/search" \
-        --output "$OUT/found.html" >"$OUT/found.txt"
-fi
-say "headline"
-python -c 'import json, sys; print(json.load(open(sys.argv[1]))["table"])' "$OUT/headline.json"
-[ -n "$CONTROLS" ] || echo "LLaVA may gain as much from random embeddings (README.md); --controls measures that."
-say "done: tower $OUT/towers/tuned-seed0"
-[ -n "$SMOKE" ] || echo "What it finds, with pictures: $OUT/found.html" >&2
-echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/tuned-seed0\")" >&2
+With your own pictures, in a folder with a text file or a table of captions:
+  llm2clip data make photos --output photos-tars
+  llm2clip run photos-tars --llm LLM --tower TOWER --output runs/photos
+  llm2clip use runs/photos/tower
+END

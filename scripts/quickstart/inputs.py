@@ -3,6 +3,7 @@
 
     inputs.py models --output MODELS --image-size 56
     inputs.py data --output DATA [--concepts 300 60 100] [--languages de zh]
+    inputs.py all --models MODELS --image-size 56 --output DATA [--concepts ...] [--languages ...]
     inputs.py random DATA/all --cache DATA/cache/tuned-seed0 --output DATA/cache/random
     inputs.py components SHARD --llm DIR --attention causal --pooling last --layer 16 --output DIR
 
@@ -28,7 +29,8 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -317,24 +319,47 @@ def fit_components(captions: str, output: Path, **reading: Any) -> None:
         post.save(temporary)
 
 
-if __name__ == "__main__":
-    makers = {"models": make_models, "data": prepare, "random": write_random, "components": fit_components}
+def make_all(models: Path, output: Path, image_size: int, concepts: Sequence[int], languages: Sequence[str]) -> None:
+    """Models and data, at the same time."""
+    with ThreadPoolExecutor(1) as beside:
+        data = beside.submit(prepare, output, concepts, languages)
+        make_models(models, image_size)
+        data.result()
+
+
+def parse_options() -> dict[str, Any]:
+    """The part to make, and its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    models, data, random, components = map(parts.add_parser, makers)
-    for part in (models, data, random, components):
+    models, data, both, random, components = map(parts.add_parser, MAKERS)
+    for part in (models, data, both, random, components):
         part.add_argument("--output", type=Path, required=True, help="folder to write")
-    models.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
-    data.add_argument("--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST"))
-    data.add_argument("--languages", nargs="+", default=[])
+    both.add_argument("--models", type=Path, required=True, help="folder of the models to write")
+    for part in (models, both):
+        part.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
+    for part in (data, both):
+        part.add_argument("--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST"))
+        part.add_argument("--languages", nargs="+", default=[])
     random.add_argument("data", type=Path, help="folder of the shards")
     random.add_argument("--cache", type=Path, required=True, help="a teacher's cache of the same captions")
     components.add_argument("captions", help="training captions")
     components.add_argument("--layer", type=int, required=True)
     for name in ("llm", "attention", "pooling", "chat-template", "compute-dtype"):
         components.add_argument(f"--{name}", required=True)
-    options = vars(parser.parse_args())
+    return vars(parser.parse_args())
+
+
+MAKERS: dict[str, Callable[..., None]] = {
+    "models": make_models,
+    "data": prepare,
+    "all": make_all,
+    "random": write_random,
+    "components": fit_components,
+}
+
+if __name__ == "__main__":
+    options = parse_options()
     try:
-        makers[options.pop("part")](**options)
+        MAKERS[options.pop("part")](**options)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from inputs import RANDOM
-from scipy.stats import nhypergeom
 
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import CacheManifest, RunRecord, TeacherIdentity
@@ -75,10 +74,13 @@ def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
     wrong_Q = ranks.wrong_equal_Q.numpy()
     correct_Q = ranks.correct_equal_Q.numpy()
     higher_Q = ranks.higher_Q.numpy()
-    # how many wrong items of the same score may come before the best correct one, and how likely each number is
-    ahead_W1 = np.arange(wrong_Q.max() + 1)[:, None]
-    likely_WQ = nhypergeom.pmf(ahead_W1, wrong_Q + correct_Q, wrong_Q, 1)
-    return (likely_WQ / (higher_Q + 1 + ahead_W1)).sum(0)
+    score_Q = np.zeros(len(higher_Q))
+    none_yet_Q = np.ones(len(higher_Q))  # probability that the first ``ahead`` items of this score are all wrong
+    for ahead in range(wrong_Q.max() + 1):
+        left_Q = np.maximum(wrong_Q + correct_Q - ahead, 1)
+        score_Q += none_yet_Q * correct_Q / left_Q / (higher_Q + 1 + ahead)
+        none_yet_Q *= np.maximum(wrong_Q - ahead, 0) / left_Q
+    return score_Q
 
 
 def measured(galleries: Sequence[Gallery]) -> Measured:

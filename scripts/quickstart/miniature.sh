@@ -60,7 +60,7 @@ if [ -z "${LLAVA_PYTHON:-}" ]; then
     install_once "${packages[@]}"
     LLAVA_PYTHON=$ROOT/.venv/bin/python
 fi
-llm2clip() { "$LLAVA_PYTHON" -m llm2clip_plugin.cli "$@"; }
+llm2clip() { run_module "$LLAVA_PYTHON" llm2clip_plugin.cli "$@"; }
 mkdir -p "$OUT"
 echo "$SETTINGS" >"$OUT/settings"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE WANDB_DISABLED=true TRANSFORMERS_VERBOSITY=error
@@ -75,7 +75,7 @@ stage() { # stage NAME STEPS SEED OPTION...: one of LLaVA's stages, into $OUT/NA
     rm -rf "${OUT:?}/$name" "$OUT/unfinished-$name"
     say "LLaVA stage: $name, $steps steps"
     printf '%s\n' "--seed" "$seed" --max_steps "$steps" "$@" >"$OUT/$name.options" # compared with the other side's
-    "$LLAVA_PYTHON" -u -m llava.train.train --output_dir "$OUT/unfinished-$name" --image_folder "$OUT/data/images" --bf16 True \
+    run_module "$LLAVA_PYTHON" llava.train.train --output_dir "$OUT/unfinished-$name" --image_folder "$OUT/data/images" --bf16 True \
         --save_strategy no --evaluation_strategy no --lr_scheduler_type cosine --warmup_ratio 0.03 \
         --logging_steps $((STEPS[2] > 20 ? 20 : 2)) --disable_tqdm True --model_max_length 256 --lazy_preprocess True --report_to none \
         --dataloader_num_workers 0 --seed "$seed" --learning_rate 2e-3 --max_steps "$steps" \
@@ -131,6 +131,7 @@ done
 
 say "comparison"
 "$LLAVA_PYTHON" scripts/quickstart/miniature.py score "${names[@]}" --output "$OUT" --llm "$LLM" ${SCORING[@]+"${SCORING[@]}"}
-llm2clip compare "$OUT/scores/before" "$OUT/scores/after" --names "${NAMES[@]}" --output "$OUT/compare" --no-references
+llm2clip compare "$OUT/scores/before" "$OUT/scores/after" --names "${NAMES[@]}" --output "$OUT/compare" --no-references \
+    --image-folder "$OUT/data/images"
 say "done: $OUT/compare/compare.html shows where the two disagree, with pictures"
 echo "This is a miniature: a small language model, finetuned for minutes, on pictures of 56 to 98 pixels." >&2

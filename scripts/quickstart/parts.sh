@@ -5,17 +5,35 @@
 READ=(--attention causal --pooling last --chat-template 'This sentence: "{caption}" means in one word: "')
 # The LLM without stage 1, the strongest control, is read as `evaluate captions --search` found best (docs/benchmarks.md)
 
-embed() { # embed CACHE: all captions, with the adapter of the cache's seed
+# Shards whose captions are different, so that each half can be embedded on its own: training and validation; the test
+HALVES=("[tv][ra]*.tar" "test-*.tar")
+
+fit_components() { # what the raw LLM's embeddings are read without, of training captions
+    [ ! -d "$DATA/reading" ] || return 0
+    python scripts/quickstart/inputs.py components llm2clip_plugin/data/emoji/train-noto.tar \
+        --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --output "$DATA/reading"
+}
+embed() { # embed CACHE [SHARDS]: captions, by default all, with the adapter of the cache's seed
     local reading=()
     case "$1" in
         raw) reading=("${READ[@]}" --layer "$LAYER" --post-file "$DATA/reading/llm2clip_post.safetensors") ;;
         plain) ;; # the control "plain": as the LLM comes, the mean over its last hidden state
         *) reading=(--adapter "$DATA/llm/${1#tuned-}/adapter") ;;
     esac
-    [[ $1 != raw || -d $DATA/reading ]] || python scripts/quickstart/inputs.py components llm2clip_plugin/data/emoji/train-noto.tar \
-        --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --output "$DATA/reading"
+    [ "$1" != raw ] || fit_components
     say "captions through the LLM: $1"
-    llm2clip embed "$DATA/all/*.tar" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
+    llm2clip embed "$DATA/all/${2:-*.tar}" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
+}
+embed_in_halves() { # embed_in_halves CACHE: as embed, two processes at once: more threads hardly speed up one
+    local other split
+    [ "$1" != raw ] || fit_components
+    OMP_NUM_THREADS=$HALF_OF_CORES embed "$1" "${HALVES[1]}" & other=$!
+    OMP_NUM_THREADS=$HALF_OF_CORES embed "$1" "${HALVES[0]}"
+    wait "$other"
+    # if both wrote the manifest at the same moment, the shards of one are missing in it
+    for split in train test; do
+        grep -q "\"$split-noto\"" "$DATA/cache/$1/manifest.json" || embed "$1"
+    done
 }
 tune() { # tune SEED: train an adapter
     local tuning=$DATA/llm/seed$1 validation=()
@@ -33,14 +51,14 @@ tune() { # tune SEED: train an adapter
         ${validation[@]+"${validation[@]}"}
 }
 
-train() { # train NAME SEED CACHE [OPTION...]: a tower into $OUT/towers/NAME-seedSEED; but for a smoke run, and the control,
-    local name=$1-seed$2 start="launch scripts/train_tower.py" shards=all validation=() # evaluated on validation images in one style
-    [ "$1" != shuffled ] || start="llm2clip train-tower" # one process
+train() { # train NAME SEED CACHE [OPTION...]: a tower into $OUT/towers/NAME-seedSEED; but for a smoke run, the control and the
+    local name=$1-seed$2 start="launch scripts/train_tower.py" shards=all validation=() # start, validated on images in one style
+    case "$1" in shuffled | start) start="llm2clip train-tower" ;; esac # one process
     [ -d "$OUT/towers/$name" ] && return
     say "stage 2: training tower $name"
     if [ "$1" = shuffled ]; then
         shards=shuffled
-    elif [ "$PRESET" != smoke ]; then
+    elif [ "$PRESET" != smoke ] && [ "$1" != start ]; then
         validation=(--validation "$DATA/all/validation-noto.tar" --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 2))")
     fi
     # shellcheck disable=SC2086 # words on purpose
@@ -49,6 +67,18 @@ train() { # train NAME SEED CACHE [OPTION...]: a tower into $OUT/towers/NAME-see
         --tower "$TOWER" --image-size "$SIZE" --freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --max-steps "$STEPS" \
         --precision "$PRECISION" --seed "$2" ${validation[@]+"${validation[@]}"} "${@:4}"
     mkdir -p "$OUT/towers" && mv "$OUT/runs/$name/tower" "$OUT/towers/$name" # a run ends by exporting its tower
+}
+start_tower() { # the tower before stage 2: its heads are fitted, so that it can be asked, and nothing else is trained
+    train start 0 tuned-seed0 --max-steps 0 --num-train-epochs 0
+}
+first_towers() { # the tower before and after stage 2, of seed 0: what the page compares
+    local start
+    (
+        renice -n 10 -p "$BASHPID" >/dev/null # it fills what the other leaves idle
+        OMP_NUM_THREADS=1 start_tower
+    ) & start=$!
+    train tuned 0 tuned-seed0
+    wait "$start"
 }
 control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
     train shuffled 0 tuned-seed0 --freeze-first-blocks 0 --freeze --max-steps 1

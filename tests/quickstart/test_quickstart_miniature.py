@@ -50,6 +50,11 @@ def test_both_sides_are_started_alike_but_for_the_tower(output: Path) -> None:
         assert by_side[:2] == by_side[2:] and by_side[0], option
 
 
+def test_both_sides_are_compared_with_their_pictures(output: Path) -> None:
+    (compared,) = [line for line in (output.parent / "words").read_text().splitlines() if " compare " in line]
+    assert last(compared, "--image-folder") == str(output / "data" / "images")
+
+
 def last(line: str, option: str) -> str:
     """The value that counts: the last one given."""
     words = line.split()

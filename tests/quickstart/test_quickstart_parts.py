@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import inputs
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = """
 set -euo pipefail
 DATA=data OUT=$PWD/out LLM=llm TOWER=tower DTYPE=bfloat16 PRESET=default TUNE_STEPS=12 TUNE_BATCH=64 STEPS=50 LAYER=16
-HEAD_STEPS=9 SIZE=56 FREEZE=0 PRECISION=bf16 LLAVA=
+HALF_OF_CORES=1 HEAD_STEPS=9 SIZE=56 FREEZE=0 PRECISION=bf16 LLAVA=
 . "$PARTS"
 say() { :; }
 shown() { printf '%s\\n' "$*"; }
@@ -64,6 +65,31 @@ def test_a_cache_is_embedded_with_the_adapter_of_its_seed(tmp_path) -> None:
             "llm",
             "bfloat16",
         )
+
+
+def test_the_halves_of_a_cache_are_all_shards_once(tmp_path) -> None:
+    (tmp_path / "data" / "cache" / "tuned-seed0").mkdir(parents=True)
+    (tmp_path / "data" / "cache" / "tuned-seed0" / "manifest.json").write_text('{"test-noto": 1, "train-noto": 1}')
+    halves = started(tmp_path, "embed_in_halves tuned-seed0")
+    patterns = [Path(command[2]).name for command in halves]
+    for split in inputs.SPLITS:
+        for style in ("noto", "twemoji", "fluent", inputs.UNSEEN):
+            assert sum(fnmatch(f"{split}-{style}.tar", pattern) for pattern in patterns) == 1
+    first, second = (" ".join(command[3:]) for command in halves)
+    assert first == second and "--adapter data/llm/seed0/adapter" in first
+    # a manifest in which one of them is missing: all once more, which skips what is there
+    (tmp_path / "data" / "cache" / "tuned-seed0" / "manifest.json").write_text('{"test-noto": 1}')
+    assert started(tmp_path, "embed_in_halves tuned-seed0")[-1][2] == "data/all/*.tar"
+
+
+def test_the_tower_before_stage_2_has_the_same_heads_and_no_steps(tmp_path) -> None:
+    (tmp_path / "out" / "runs" / "start-seed0" / "tower").mkdir(parents=True)  # as the training would
+    (start,) = started(tmp_path, "start_tower")
+    (tuned,) = started(tmp_path, "train tuned 0 tuned-seed0")
+    assert (value(start, "--max-steps"), value(start, "--num-train-epochs")) == ("0", "0")
+    assert "--validation" not in start
+    for option in ("--data", "--cache", "--tower", "--image-size", "--heads.steps", "--seed", "--precision"):
+        assert value(start, option) == value(tuned, option)
 
 
 def test_towers_differ_in_their_cache_alone(tmp_path) -> None:

@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""What the quickstart's tower finds before and after stage 2: names asked in several languages, recall, pictures.
+
+    found.py --data quickstart-output/data --output quickstart-output/default
+
+Reads ``towers/start-seed0`` (heads fitted, nothing else trained) and ``towers/tuned-seed0`` below ``--output``, and
+writes ``found.json`` there, which page.py and readme_picture.py show.
+
+The queries are not chosen by looking: concepts of the test and languages are shuffled once, by a fixed seed. Every
+query asks for the next concept by its name, every second one in English, the others in the next language. Its answers
+are all drawings of one style, of which one is right. Training saw no drawing of any of these families, and names in
+English alone.
+
+For the picture in README.md, five of them are selected: going through the queries in that order, the first five, each
+in another language, whose right picture is among the first ``SHOWN``. How many had to be drawn for them is told.
+
+Shapes: N images, D projection dimension.
+"""
+
+import argparse
+import base64
+import json
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import SETS, check_run, evaluate_tower, open_caches, open_sets, tower_galleries
+
+from llm2clip_plugin.contracts import write_text
+from llm2clip_plugin.data.sources import Source
+from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, RetrievalReport
+
+SIDES = {"before": "start-seed0", "after": "tuned-seed0"}
+QUERIES = 24
+SHOWN = 5  # pictures of each query and side
+FIGURE = 5  # queries of the picture in README.md
+KS = (1, 10)
+RECALL = {  # set and kind of caption -> what it is
+    ("test", "short"): "names in English",
+    ("test", "other"): "names in languages that training never saw",
+    ("test", "long"): "descriptions in English",
+    ("unseen style", "long"): "descriptions, drawings in a style that training never saw",
+}
+LANGUAGES = {
+    "en": "English",
+    "de": "German",
+    "fr": "French",
+    "es": "Spanish",
+    "pl": "Polish",
+    "tr": "Turkish",
+    "ru": "Russian",
+    "zh": "Chinese",
+    "ja": "Japanese",
+    "ar": "Arabic",
+    "hi": "Hindi",
+    "vi": "Vietnamese",
+}
+
+Reports = Mapping[str, Sequence[RetrievalReport]]  # set -> of each style
+
+
+def draw(concepts: Sequence[str], languages: Sequence[str]) -> list[tuple[str, str, int]]:
+    """All queries in order: (concept, language, number of the style), the same ones at every call."""
+    generator = random.Random(0)
+    shuffled = generator.sample(sorted(concepts), len(concepts))
+    others = [language for language in generator.sample(sorted(languages), len(languages)) if language != "en"]
+    styles = len(SETS["test"])
+    queries = []
+    for number, concept in enumerate(shuffled):
+        is_english = number % 2 == 0 or not others
+        language = "en" if is_english else others[number // 2 % len(others)]
+        queries.append((concept, language, number % styles))
+    return queries
+
+
+def recall(reports: Reports) -> list[dict[str, Any]]:
+    """For each row of RECALL: how often the right picture is among the first k, in percent."""
+    rows = []
+    for (set_name, kind), title in RECALL.items():
+        if set_name not in reports:
+            continue
+        galleries = tower_galleries(reports[set_name], kind, "t2i")
+        found = {k: torch.cat([ranks.hits(k) for ranks, _, _ in galleries]) for k in KS}
+        row = {"title": title, "queries": len(found[KS[0]]), "images": galleries[0][2]}
+        for k, hit_Q in found.items():
+            row[f"first {k}"] = 100 * float(hit_Q.mean())
+        rows.append(row)
+    return rows
+
+
+def search(pairs: EmbeddedPairs, concept: str, language: str) -> dict[str, Any]:
+    """Ask for a concept by its name in a language: the text, the rank of its picture, the concepts found first."""
+    concepts = [meta["concept"] for meta in pairs.meta]
+    right = concepts.index(concept)
+    (caption,) = [
+        number
+        for number, caption in enumerate(pairs.captions)
+        if int(pairs.owner_M[number]) == right and (caption.kind, caption.language) == ("short", language)
+    ]
+    image_ND = torch.nn.functional.normalize(pairs.image_ND, dim=1)
+    score_N = image_ND @ torch.nn.functional.normalize(pairs.text_MD[caption], dim=0)
+    order = score_N.argsort(descending=True, stable=True).tolist()
+    return {
+        "text": pairs.captions[caption].text,
+        "rank": order.index(right) + 1,
+        "first": [concepts[image] for image in order[:SHOWN]],
+    }
+
+
+def pictures(source: Source, concepts: set[str]) -> dict[str, str]:
+    """Concept -> its drawing, as a data URI."""
+    found = {}
+    for number in range(len(source)):
+        sample = source[number]
+        if sample.meta["concept"] in concepts:
+            encoded = base64.b64encode(sample.read_image()).decode()
+            found[sample.meta["concept"]] = f"data:image/png;base64,{encoded}"
+    return found
+
+
+def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
+    """Concept -> its name."""
+    names = {}
+    for caption, owner in zip(pairs.captions, pairs.owner_M.tolist(), strict=True):
+        if (caption.kind, caption.language) == ("short", "en"):
+            names[pairs.meta[owner]["concept"]] = caption.text
+    return names
+
+
+def ask(reports: Mapping[str, Reports], concept: str, language: str, style: int) -> dict[str, Any]:
+    """What both towers answer to a query."""
+    sides = {side: search(of_side["test"][style].pairs, concept, language) for side, of_side in reports.items()}
+    texts = {answer.pop("text") for answer in sides.values()}
+    return {
+        "text": texts.pop(),
+        "language": LANGUAGES.get(language, language),
+        "code": language,
+        "style": SETS["test"][style],
+        "concept": concept,
+        **sides,
+    }
+
+
+def is_found(query: Mapping[str, Any]) -> bool:
+    """Whether the right picture is among those that are shown."""
+    return query["after"]["rank"] <= SHOWN
+
+
+def select(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Those of README.md's picture, how many were drawn for them, and how many of these found their picture."""
+    selected: list[dict[str, Any]] = []
+    found = drawn = 0
+    for query in queries:
+        if len(selected) == FIGURE:
+            break
+        drawn += 1
+        found += int(is_found(query))
+        if is_found(query) and query["code"] not in [other["code"] for other in selected]:
+            selected.append(query)
+    return {"queries": selected, "drawn": drawn, "found": found}
+
+
+def find(data: Path, output: Path) -> dict[str, Any]:
+    """Measure both towers and ask both for every query."""
+    sets = open_sets(data / "all")
+    caches = open_caches(data)
+    for name in SIDES.values():
+        check_run(output / "towers" / name)
+    reports = {side: evaluate_tower(output / "towers" / name, sets, caches) for side, name in SIDES.items()}
+    first = reports["before"]["test"][0].pairs
+    languages = {caption.language for caption in first.captions if caption.kind == "short"}
+    queries = [ask(reports, *query) for query in draw(first.meta_values("concept"), sorted(languages))]
+    figure = select(queries)
+    queries = queries[:QUERIES]
+    shown: dict[str, set[str]] = {style: set() for style in SETS["test"]}  # style -> concepts
+    for query in (*queries, *figure["queries"]):
+        shown[query["style"]].update([query["concept"], *query["before"]["first"], *query["after"]["first"]])
+    return {
+        "images": len(first.keys),
+        "names": english_names(first),
+        "recall": {side: recall(of_side) for side, of_side in reports.items()},
+        "queries": queries,
+        "figure": figure,
+        "pictures": {
+            style: pictures(source, shown[style]) for style, source in zip(SETS["test"], sets["test"], strict=True)
+        },
+    }
+
+
+def tell(found: Mapping[str, Any]) -> list[str]:
+    """What a terminal shows: recall, and the first queries."""
+    lines = [
+        f"Right picture found among {found['images']} drawings of things that training never saw, before -> after:"
+    ]
+    for before, after in zip(found["recall"]["before"], found["recall"]["after"], strict=True):
+        first, ten = (f"{before[k]:5.1f} % -> {after[k]:5.1f} %" for k in ("first 1", "first 10"))
+        lines.append(f"  {first} first, {ten} among ten: {before['title']}")
+    lines.append("Names drawn at random, and the rank of their picture:")
+    for query in found["queries"][:5]:
+        name = found["names"][query["concept"]]
+        ranks = f"{query['before']['rank']:3} -> {query['after']['rank']:3}"
+        lines.append(f"  {ranks}  {query['text']}  ({query['language']}: {name})")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
+    parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
+    options = parser.parse_args()
+    target = options.output / "found.json"
+    towers = [options.output / "towers" / name for name in SIDES.values()]
+    if not target.is_file() or any(tower.stat().st_mtime > target.stat().st_mtime for tower in towers):
+        write_text(target, json.dumps(find(options.data, options.output), ensure_ascii=False))
+    lines = tell(json.loads(target.read_text(encoding="utf-8")))
+    write_text(options.output / "found.txt", "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""The quickstart's page: what was trained, the pictures found, LLaVA's answers, where each file is.
+
+    page.py --data quickstart-output/data --output quickstart-output/default --page quickstart-output/index.html
+
+It shows what is there so far, so it can be written after any stage; until all is there, the page loads itself again
+from time to time. It fetches nothing. Prints what the last stage brought.
+"""
+
+import argparse
+import base64
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.console import page_style, render
+from llm2clip_plugin.contracts import write_text
+
+SHOWN = 9  # of LLaVA's answers won, and as many lost, of each kind of question
+SIDES = ("before", "after")
+KEYWORDS = "short->keywords"  # stage 1's score on validation, in metrics.jsonl
+QUESTIONS = {  # benchmark -> what the page calls it
+    "miniature: emoji group": "Which group does an unseen emoji belong to?",
+    "miniature: easy-vqa": "Shapes and colors (easy-vqa)",
+    "miniature: emoji name, keyword": "What does an unseen emoji show? (points above exchanged pictures)",
+}
+
+
+def read(path: Path) -> Any:
+    """A JSON file; None if it does not exist."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def picture(path: Path) -> str | None:
+    """A small PNG as a data URI; None if there is no such file."""
+    if not path.is_file():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def stage1_scores(data: Path) -> tuple[float, float] | None:
+    """How often the LLM puts the keywords of a validation emoji first, given its name: before and after stage 1, in
+    percent. None if that was not measured."""
+    path = data / "llm" / "seed0" / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    scores = [100 * line[KEYWORDS] for line in lines if KEYWORDS in line]
+    return (scores[0], scores[-1]) if len(scores) > 1 else None
+
+
+def recall_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each row of recall: its title, and of both sides how often the right picture is first, or among ten."""
+    pairs = zip(*(found["recall"][side] for side in SIDES), strict=True)
+    return [{"title": before["title"], "before": before, "after": after} for before, after in pairs]
+
+
+def tally(found: Mapping[str, Any]) -> str:
+    """How many of the queries found their picture earlier, and how many later."""
+    ranks = [tuple(query[side]["rank"] for side in SIDES) for query in found["queries"]]
+    earlier = sum(after < before for before, after in ranks)
+    later = sum(after > before for before, after in ranks)
+    same = len(ranks) - earlier - later
+    return (
+        f"After stage 2 the right picture comes earlier for {earlier} of them, later for {later}, as before for {same}"
+    )
+
+
+def scores_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Benchmark -> the score file of seed 0 in a folder of scores."""
+    files = [read(path) for path in sorted(folder.glob("*.scores.json"))]
+    return {file["benchmark"]: file for file in files}
+
+
+def concept_of(item: Mapping[str, Any]) -> str:
+    """The concept that an emoji's question is about; "" for other pictures."""
+    return "" if item["image"].startswith("test-") else item["cluster"]
+
+
+def show_question(old: Mapping[str, Any], new: Mapping[str, Any], images: Path, names: Mapping[str, str]) -> dict:
+    """What the page shows of a question: its picture and both answers."""
+    return {
+        "picture": picture(images / new["image"]),
+        "name": names.get(concept_of(new), ""),
+        "question": new["question"],
+        "truth": new["truth"],
+        "before": old["answer"],
+        "after": new["answer"],
+    }
+
+
+def spread_over(questions: Sequence[Any], count: int) -> list[Any]:
+    """``count`` questions, evenly spaced; all if there are fewer."""
+    step = max(1, len(questions) / count)
+    return [questions[int(number * step)] for number in range(min(count, len(questions)))]
+
+
+def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """For each kind of question: what both LLaVAs reach, and questions that are won and lost; [] without scores."""
+    sides = [scores_of(folder / "scores" / side) for side in SIDES]
+    kinds = []
+    for benchmark, title in QUESTIONS.items():
+        if not all(benchmark in side for side in sides):
+            continue
+        before, after = (side[benchmark] for side in sides)
+        pairs = list(zip(before["items"], after["items"], strict=True))
+        # a question that is right scores 1, or in points above exchanged pictures most of 100
+        most = max(item["score"] for pair in pairs for item in pair) / 2
+        changed = {
+            "won": [pair for pair in pairs if pair[1]["score"] - pair[0]["score"] > most],
+            "lost": [pair for pair in pairs if pair[0]["score"] - pair[1]["score"] > most],
+        }
+        images = folder / "data" / "images"
+        shown = {
+            outcome: [show_question(old, new, images, names) for old, new in spread_over(questions, SHOWN)]
+            for outcome, questions in changed.items()
+        }
+        metric = "above" if "above" in after["metrics"] else "accuracy"
+        kinds.append(
+            {
+                "title": title,
+                "questions": len(pairs),
+                "before": before["metrics"][metric],
+                "after": after["metrics"][metric],
+                "without_picture": after["metrics"].get("without_looking"),
+                "counts": {outcome: len(questions) for outcome, questions in changed.items()},
+                "shown": shown,
+            }
+        )
+    return kinds
+
+
+def stage_seconds(logs: Path) -> dict[str, int]:
+    """Stage -> seconds; of a stage that was resumed, those of its longest run."""
+    seconds: dict[str, int] = {}
+    path = logs / "seconds.tsv"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        took, name = line.split("\t")
+        seconds[name] = max(int(took), seconds.get(name, 0))
+    return seconds
+
+
+def files(page: Path, data: Path, output: Path, llava: Path | None) -> list[tuple[str, str]]:
+    """Those that exist: path from the page, and what it is."""
+    known = {
+        output / "towers" / "tuned-seed0": "the trained tower: a Hugging Face folder, with its text side",
+        data / "llm" / "seed0" / "adapter": "the LLM's adapter of stage 1",
+        data / "cache" / "tuned-seed0": "the LLM's embeddings of all captions",
+        data / "all": "the pictures and captions",
+        output / "found.json": "recall and the queries of this page",
+        output / "tables.md": "the tables of the controls",
+        output / "logs": "everything that the stages printed",
+    }
+    if llava:
+        known[llava / "compare" / "compare.html"] = "every question that the two LLaVAs answer differently"
+    folder = page.parent.resolve()
+    return [(str(path.resolve().relative_to(folder)), what) for path, what in known.items() if path.exists()]
+
+
+def tell(stage1: tuple[float, float] | None, found: Any, kinds: Sequence[Mapping[str, Any]], page: Path) -> list[str]:
+    """What a terminal shows of what the last stage brought."""
+    if kinds:
+        lines = ["LLaVA with the tower before and after stage 2, right answers to questions about unseen pictures:"]
+        for kind in kinds:
+            change = f"{kind['before']:5.1f} % -> {kind['after']:5.1f} %"
+            counts = f"{kind['counts']['won']} won, {kind['counts']['lost']} lost"
+            lines.append(f"  {change}  {kind['title']} ({kind['questions']} questions: {counts})")
+        won = [question for kind in kinds for question in spread_over(kind["shown"]["won"], 2)]
+        lines += [
+            f"  now right: {question['question']} {question['after']} (was {question['before'] or 'no answer'}"
+            f"{', ' + question['name'] if question['name'] else ''})"
+            for question in won
+        ]
+        return lines
+    if found or stage1 is None:
+        return []
+    return [
+        "Given the name of an unseen emoji, the LLM puts that emoji's keywords first, before -> after stage 1:",
+        f"  {stage1[0]:5.1f} % -> {stage1[1]:5.1f} %",
+        f"A first look, which fills as the stages end: {page}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the towers")
+    parser.add_argument("--page", type=Path, required=True, help="file to write")
+    parser.add_argument("--llava", default="", help="folder of LLaVA's results below --output; none if left out")
+    options = parser.parse_args()
+    found = read(options.output / "found.json")
+    llava = options.output / options.llava if options.llava else None
+    kinds = llava_kinds(llava, found["names"]) if llava and found else []
+    stage1 = stage1_scores(options.data)
+    html = render(
+        Path(__file__).with_name("page.html"),
+        style=page_style(),
+        stage1=stage1,
+        found=found,
+        recall=recall_rows(found) if found else [],
+        tally=tally(found) if found else "",
+        kinds=kinds,
+        expects_llava=llava is not None,
+        finished=bool(found) and (llava is None or bool(kinds)),
+        seconds=stage_seconds(options.output / "logs"),
+        files=files(options.page, options.data, options.output, llava),
+    )
+    write_text(options.page, html)
+    for line in tell(stage1, found, kinds, options.page):
+        print(line)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
