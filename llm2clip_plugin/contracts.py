@@ -277,13 +277,34 @@ class TeacherIdentity:
     quantization: str = ""  # "" | nf4
     post: str = ""  # sha256 of the centering or whitening parameters; "" for none
     adapter: str = ""  # path or Hub id of the adapter, to find it again; not part of the fingerprint
+    # hashes of the LLM's settings and of its tokenizer; "" in a record from before they were part of the fingerprint
+    config_sha256: str = ""
+    tokenizer_sha256: str = ""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that changes an embedding, so not over where the weights are."""
         body = dataclasses.asdict(self)
         del body["llm"], body["revision"], body["adapter"]
+        for name in ("config_sha256", "tokenizer_sha256"):
+            if not body[name]:
+                del body[name]
         return sha256_text(canonical_json(body))
+
+    @property
+    def is_earlier(self) -> bool:
+        """Whether this is a record from before config.json and tokenizer were part of it."""
+        return not self.config_sha256
+
+    def earlier(self) -> "TeacherIdentity":
+        """The teacher as it was recorded before config.json and tokenizer were part of it."""
+        return dataclasses.replace(self, config_sha256="", tokenizer_sha256="")
+
+    def agrees_with(self, other: "TeacherIdentity") -> bool:
+        """Whether both are the same teacher, as far as both records say."""
+        if self.is_earlier or other.is_earlier:
+            return self.earlier().fingerprint == other.earlier().fingerprint
+        return self.fingerprint == other.fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +343,8 @@ class CacheManifest(VersionedRecord):
     width: int
     shards: dict[str, dict[str, Any]]  # shard name -> {"file", "samples", "captions", "truncated"}
     complete: bool = True
+    # fingerprint in shards from before config.json was part of it, which were proven by embedding some captions again
+    earlier_fingerprint: str = ""
 
     def check_values(self, *, where: str) -> None:
         """Raise ContractError for a value of a shard's entry of another type; the reader checks which are missing."""
@@ -330,6 +353,11 @@ class CacheManifest(VersionedRecord):
             for key, kind in kinds.items():
                 if key in entry:
                     typed(kind, entry[key], f"{where}: shards.{name}.{key}")
+
+    @property
+    def lasting_fingerprint(self) -> str:
+        """The fingerprint that a cache keeps when it is proven and renewed."""
+        return self.earlier_fingerprint or self.fingerprint
 
     @property
     def captions(self) -> int:

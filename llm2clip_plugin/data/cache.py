@@ -67,6 +67,8 @@ INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its in
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 REDO = "rerun `llm2clip embed` with the options that made it: it embeds what is missing or damaged"
 
+RENEW = "rerun `llm2clip embed` with the options that made it, which embeds some captions again and renews the record"
+
 # of a shard's file
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
 CHECKS = ("row_checks",)
@@ -208,9 +210,13 @@ class EmbeddingCache:
         width differs, it is incomplete, or a shard is missing or has another size."""
         directory = Path(directory)
         manifest = _complete_manifest(directory / CacheManifest.FILE)
-        if expect_fingerprint is not None and manifest.fingerprint != expect_fingerprint:
+        teacher = TeacherIdentity(**manifest.teacher)
+        if expect_fingerprint not in (None, manifest.fingerprint, teacher.earlier().fingerprint):
             told = f"{directory} has embeddings of {manifest.teacher['llm']}, fingerprint {manifest.fingerprint}"
-            raise ContractError(f"{told}, expected {expect_fingerprint}; embed with that LLM, or use its cache")
+            fix = "embed with that LLM, or use its cache"
+            if teacher.is_earlier:
+                fix += f"; it is from before config.json was part of the fingerprint: {RENEW}"
+            raise ContractError(f"{told}, expected {expect_fingerprint}; {fix}")
         if expect_width is not None and manifest.width != expect_width:
             told = f"{directory} has embeddings of width {manifest.width} ({manifest.teacher['llm']})"
             raise ContractError(f"{told}, expected {expect_width}; use the cache of the text adapter's LLM")
@@ -239,6 +245,8 @@ class EmbeddingCache:
         actual = {"width": file.width, "samples": file.samples, "captions": file.captions, **file.meta}
         expected = {"fingerprint": self.fingerprint, "width": self.width, "dtype": self.manifest.dtype, **entry}
         expected |= {"truncated": str(entry["truncated"])}
+        if actual["fingerprint"] == self.manifest.earlier_fingerprint:
+            expected["fingerprint"] = self.manifest.earlier_fingerprint  # of a shard that was proven later
         if wrong := [name for name, value in expected.items() if name in actual and actual[name] != value]:
             both = "; ".join(f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong)
             raise ContractError(f"{path} differs from the manifest: {both}; {REDO}")
@@ -310,6 +318,12 @@ def _complete_manifest(path: Path) -> CacheManifest:
     return manifest
 
 
+def stored_teacher(path: Path) -> TeacherIdentity:
+    """The teacher that a manifest names. Raises ContractError for a damaged entry."""
+    with errors_about(path, fix=REDO):
+        return TeacherIdentity(**CacheManifest.read(path).teacher)
+
+
 def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]]]:
     """Keys and captions of a shard's samples; an unreadable sample has a key and no captions."""
     samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
@@ -340,6 +354,7 @@ class CacheWriter:
             self._empty.write(path)
             return
         existing = self.manifest()
+        self._empty = replace(self._empty, earlier_fingerprint=existing.earlier_fingerprint)
         if existing.fingerprint != identity.fingerprint:
             told = f"fingerprint {existing.fingerprint[:12]}, not {identity.fingerprint[:12]}"
             other = differences(existing.teacher, identity)
@@ -361,7 +376,8 @@ class CacheWriter:
         try:
             file = ShardFile(self.path(shard))
             found = (file.meta["fingerprint"], file.meta["dtype"], file.meta["rows_sha256"])
-            if found == (self.identity.fingerprint, self.dtype, digest):
+            own = (self.identity.fingerprint, self._empty.earlier_fingerprint)
+            if found[0] in own and found[1:] == (self.dtype, digest):
                 file.verify()
                 return True
         except FileNotFoundError:
@@ -484,10 +500,13 @@ def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_byte
 
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
     """The settings that differ between two teachers, with both values."""
+    ignored = {"adapter"}  # adapter_sha256 says which one it is
+    if yours.is_earlier or not stored.get("config_sha256"):
+        ignored |= {"config_sha256", "tokenizer_sha256"}  # which one of them does not know
     settings = [
         f"{name} {stored.get(name)!r} != {value!r}"
         for name, value in vars(yours).items()
-        if stored.get(name) != value and name != "adapter"  # adapter_sha256 says which one it is
+        if stored.get(name) != value and name not in ignored
     ]
     return "; ".join(settings) or "the same settings"
 
@@ -504,7 +523,7 @@ def cache_digest(cache: EmbeddingCache) -> str:
     shards = {  # without the sizes, which checkpoints did not know at first
         name: {key: value for key, value in entry.items() if key != "bytes"} for name, entry in manifest.shards.items()
     }
-    return f"{manifest.captions} captions ({short_digest([manifest.fingerprint, manifest.dtype, shards])})"
+    return f"{manifest.captions} captions ({short_digest([manifest.lasting_fingerprint, manifest.dtype, shards])})"
 
 
 def short_digest(value: object) -> str:

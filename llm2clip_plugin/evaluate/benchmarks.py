@@ -96,7 +96,7 @@ def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) 
     FileNotFoundError, ValueError or ContractError if the teacher is not where the training's cache says."""
 
     def opened(benchmark: Benchmark) -> Benchmark:
-        folder = benchmark_cache_folder(benchmark.texts.path, teacher.fingerprint)
+        folder = benchmark_cache_folder(benchmark.texts.path, teacher)
         cache = EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint)
         cache.check(benchmark.texts)
         return benchmark._replace(cache=cache)
@@ -109,10 +109,10 @@ def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) 
             except (FileNotFoundError, ContractError):  # not there, or not complete
                 print(f"embedding the texts of {benchmark.name} once, with {teacher.llm}", flush=True)
                 encoder = encoder or open_encoder(encoder_config(teacher, EncoderConfig()))
-                if (now := encoder.identity()).fingerprint != teacher.fingerprint:
+                if not teacher.agrees_with(now := encoder.identity()):
                     changed = f"{differences(vars(teacher), now)}; restore it there"
                     raise ContractError(f"{teacher.llm} is not the LLM of the training's cache: {changed}") from None
-                embed_source(benchmark.texts, encoder, benchmark_cache_folder(benchmark.texts.path, now.fingerprint))
+                embed_source(benchmark.texts, encoder, benchmark_cache_folder(benchmark.texts.path, teacher))
 
     on_first_rank(embed)
     return list(map(opened, benchmarks))

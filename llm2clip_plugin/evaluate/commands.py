@@ -22,7 +22,7 @@ from llm2clip_plugin import __version__
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.console import phase
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile
-from llm2clip_plugin.data.cache import EmbeddingCache, differences
+from llm2clip_plugin.data.cache import EmbeddingCache, differences, stored_teacher
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig
@@ -30,7 +30,13 @@ from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, check_measu
 from llm2clip_plugin.evaluate.suites import Suite, select_suites, suites
 from llm2clip_plugin.files import ContractError, printable
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.teacher import TeacherLLM, benchmark_cache_folder, embed_source, load_dual_encoder
+from llm2clip_plugin.text.teacher import (
+    TeacherLLM,
+    benchmark_cache_folder,
+    embed_source,
+    load_dual_encoder,
+    renew_cache,
+)
 from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, on_first_rank, rank, world_size
 from llm2clip_plugin.train.guard import watched_group
 from llm2clip_plugin.vision.directory import fetch_directory
@@ -187,13 +193,16 @@ class OpenedTower:
         belongs to another one; FileNotFoundError without the LLM.
         """
         teacher = self.teacher
+        on_first_rank(teacher.check_given)
         known = teacher.identity or (None if directory and not teacher.config.llm else teacher.encoder.identity())
-        folder = Path(directory or benchmark_cache_folder(source.path, teacher.fingerprint))
+        folder = Path(directory or benchmark_cache_folder(source.path, teacher.known_identity))
         if known is not None and (folder / CacheManifest.FILE).is_file():
-            theirs = CacheManifest.read(folder / CacheManifest.FILE)
-            if theirs.fingerprint != known.fingerprint:
+            theirs = stored_teacher(folder / CacheManifest.FILE)
+            if not theirs.agrees_with(known):
                 problem = f"the cache {folder} was not created with the tower's teacher"
-                raise ContractError(f"{problem}: {differences(theirs.teacher, known)}; choose another --cache")
+                raise ContractError(f"{problem}: {differences(vars(theirs), known)}; choose another --cache")
+            if theirs.is_earlier and not known.is_earlier:
+                on_first_rank(lambda: renew_cache(source, teacher.encoder, folder))
 
         def opened() -> EmbeddingCache:
             cache = EmbeddingCache.open(folder, expect_width=teacher.llm_width or None)

@@ -18,7 +18,14 @@ from llm2clip_plugin.stages.settings import EMBED, EmbedConfig, rank_and_world
 from llm2clip_plugin.text.config import effective
 from llm2clip_plugin.text.encoder import TextEncoder
 from llm2clip_plugin.text.llm import llm_config
-from llm2clip_plugin.text.teacher import default_cache_folder, embed_source, open_encoder, verify
+from llm2clip_plugin.text.teacher import (
+    cache_folder,
+    default_cache_folder,
+    embed_source,
+    open_encoder,
+    renew_cache,
+    verify,
+)
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
 
@@ -85,7 +92,8 @@ def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
     encoder = open_encoder(config.encoder)
     if config.torch_compile:
         encoder.compile()
-    folder = Path(config.cache) if config.cache else default_cache_folder(source.path, encoder.identity().fingerprint)
+    folder = Path(config.cache) if config.cache else cache_folder(source.path, encoder.identity())
+    renew_cache(source, encoder, folder)
     return source, encoder, folder
 
 

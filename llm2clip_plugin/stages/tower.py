@@ -202,9 +202,9 @@ def make_references(
 
 def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_size: int) -> TrainingRun:
     steps, deepspeed = plan_engine(config, samples=data.samples, world=world_size(), hidden_size=hidden_size)
-    learned_from = {"teacher": data.caches[0].teacher.fingerprint, "samples": data.samples}
+    learned_from = {"teacher": data.caches[0].manifest.lasting_fingerprint, "samples": data.samples}
     if data.clip_caches:
-        learned_from["clip"] = data.clip_caches[0].fingerprint
+        learned_from["clip"] = data.clip_caches[0].manifest.lasting_fingerprint
     return TrainingRun(
         config=config,
         run_settings={**dataclasses.asdict(config), **learned_from},

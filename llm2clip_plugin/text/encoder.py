@@ -30,9 +30,10 @@ from llm2clip_plugin.contracts import (
 )
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.pretrained import open_pretrained
+from llm2clip_plugin.pretrained import code_of, open_pretrained
 from llm2clip_plugin.text import llm as llms
 from llm2clip_plugin.text.config import ALL_LINEAR, IDENTITY_SETTINGS, EncoderConfig, LoraSettings, effective
+from llm2clip_plugin.text.identity import config_sha256, tokenizer_sha256
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.train.model import compile_blocks
 from llm2clip_plugin.vision.directory import fetch_directory, read_json
@@ -137,6 +138,8 @@ class CaptionEncoder(TextEncoder):
             )
         self.trust_remote_code = config.trust_remote_code
         self.tokenizer = self.open_tokenizer()
+        self._config_sha256 = self._hash_config(config)
+        self._tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
         template = llms.literal_template(self.tokenizer, config.chat_template)
         self.config = dataclasses.replace(config, chat_template=template)
         self.frame = llms.build_frame(self.tokenizer, template, config.prompt)
@@ -155,6 +158,12 @@ class CaptionEncoder(TextEncoder):
     def open_tokenizer(self) -> Any:
         """The tokenizer in the LLM's folder."""
         return open_pretrained(AutoTokenizer, self.folder, trust_remote_code=self.trust_remote_code)
+
+    def _hash_config(self, config: EncoderConfig) -> str:
+        """Hash of the settings in config.json that decide an embedding, and of the folder's code if it is run."""
+        has_code = config.trust_remote_code and bool(code_of(self.folder))
+        settings = llms.read_config(self.folder, config).get_text_config()
+        return config_sha256(settings, self.folder if has_code else None)
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
         """The LLM with its adapter: merged in float32, if frozen.
@@ -202,6 +211,8 @@ class CaptionEncoder(TextEncoder):
             quantization="nf4" if self.config.load_in_4bit else "",
             post=self._post_sha256,
             adapter=absolute(self.config.adapter),
+            config_sha256=self._config_sha256,
+            tokenizer_sha256=self._tokenizer_sha256,
         )
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
@@ -298,6 +309,11 @@ ADAPTER_SETTINGS = (
     *("r", "lora_alpha", "use_rslora", "use_dora"),
     *("target_modules", "rank_pattern", "alpha_pattern", "layers_to_transform"),
 )
+# Of these only the ones that an adapter sets: adapters without them keep their hash.
+RARE_ADAPTER_SETTINGS = (
+    *("fan_in_fan_out", "layers_pattern", "exclude_modules", "layer_replication", "lora_bias"),
+    *("alora_invocation_tokens", "target_parameters", "trainable_token_indices", "use_qalora"),
+)
 # An adapter trained on the model with its language head names the blocks one level deeper.
 HEAD_PREFIX = re.compile(r"^base_model\.model\.model\.")
 BLOCK = re.compile(r"\blayers\.(\d+)\.")
@@ -330,6 +346,7 @@ def adapter_sha256(folder: Path) -> str:
             raise FileNotFoundError(f"{folder} is not a PEFT adapter: {name} is missing; pass its folder or Hub id")
     settings = read_json(folder / ADAPTER_CONFIG)
     relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
+    relevant |= {name: settings[name] for name in RARE_ADAPTER_SETTINGS if settings.get(name)}
     if isinstance(relevant["target_modules"], list):
         relevant["target_modules"] = sorted(map(str, relevant["target_modules"]))  # PEFT writes a set in random order
     weights = sha256_weights(folder / ADAPTER_WEIGHTS)

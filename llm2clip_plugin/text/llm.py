@@ -161,8 +161,7 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
 
     Raises ValueError for missing weights, a model that is no decoder or cannot attend as configured, an unknown layer.
     """
-    with errors_about(folder / "config.json", fix="download or copy the LLM again"):
-        settings = open_pretrained(AutoConfig, folder, trust_remote_code=config.trust_remote_code)
+    settings = read_config(folder, config)
     if getattr(settings, "quantization_config", None):
         raise ValueError(f"{folder} is saved quantized, take the original model, perhaps with --load-in-4bit")
     text = settings.get_text_config()
@@ -188,6 +187,12 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     set_kernels(model, config.attention)
     check_attention(model, config.attention, where=str(folder))
     return model
+
+
+def read_config(folder: Path, config: EncoderConfig) -> PretrainedConfig:
+    """config.json of an LLM's folder; raises ContractError if it is damaged."""
+    with errors_about(folder / "config.json", fix="download or copy the LLM again"):
+        return open_pretrained(AutoConfig, folder, trust_remote_code=config.trust_remote_code)
 
 
 def load_whole(kind: Any, folder: Path, **options: Any) -> Any:

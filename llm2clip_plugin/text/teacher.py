@@ -13,8 +13,9 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +26,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from llm2clip_plugin.console import progress_bar
-from llm2clip_plugin.contracts import PROJECTED, CacheManifest, TeacherIdentity, TowerCard, files_sha256, sha256_text
+from llm2clip_plugin.contracts import (
+    PROJECTED,
+    CacheManifest,
+    TeacherIdentity,
+    TowerCard,
+    files_sha256,
+    sha256_text,
+    shard_file,
+)
 from llm2clip_plugin.data import cache as caches
 from llm2clip_plugin.data.remote import SideFolder, default_download_folder, is_url
 from llm2clip_plugin.data.samples import caption_hash, map_in_order
@@ -33,9 +42,17 @@ from llm2clip_plugin.data.sources import Shard, Source, data_folder
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.pretrained import KNOWN, open_pretrained
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
-from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder, absolute, local_folder
+from llm2clip_plugin.text.encoder import (
+    CaptionEncoder,
+    TextEncoder,
+    absolute,
+    adapter_sha256,
+    local_folder,
+    weights_sha256,
+)
+from llm2clip_plugin.text.identity import config_sha256, tokenizer_sha256
 from llm2clip_plugin.text.llm import PROBE_TEXT, load_whole
-from llm2clip_plugin.vision.directory import is_local, read_json, weight_files
+from llm2clip_plugin.vision.directory import fetch_directory, is_local, read_json, weight_files
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual
 from llm2clip_plugin.vision.families import families, family_of_type
 
@@ -69,6 +86,7 @@ class ClipTextEncoder(TextEncoder):
             raise ValueError(f"{config.llm} is a CLIP, which is read as it was trained; omit {', '.join(other)}")
         super().__init__(config, device)
         settings = open_pretrained(AutoConfig, folder, fix=KNOWN)
+        self._config_sha256 = config_sha256(settings.text_config)
         image_text_class: Any = family_of_type(settings.model_type, where=str(folder)).image_text_class
         model = load_whole(image_text_class(), folder, dtype=torch.float32)
         self.model: Any = model.requires_grad_(False).eval().to(self.device, self.dtype)
@@ -80,6 +98,7 @@ class ClipTextEncoder(TextEncoder):
         if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers makes one without words
             raise ValueError(f"{folder} has no tokenizer; copy tokenizer.json of the same model into it")
         self.tokenizer: Any = open_pretrained(AutoTokenizer, folder, fix=KNOWN)
+        self._tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
         self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
         self.folder = folder
 
@@ -97,6 +116,8 @@ class ClipTextEncoder(TextEncoder):
             max_tokens=self.config.max_tokens,
             width=self.width,
             tokenizer=sha256_text(json.dumps(self._tokens([PROBE_TEXT]))),
+            config_sha256=self._config_sha256,
+            tokenizer_sha256=self._tokenizer_sha256,
         )
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
@@ -175,9 +196,27 @@ class TeacherLLM:
         self.identity = teacher_of(card)
 
     @property
-    def fingerprint(self) -> str:
-        """The teacher's fingerprint, from the card, else from the LLM."""
-        return (self.identity or self.encoder.identity()).fingerprint
+    def known_identity(self) -> TeacherIdentity:
+        """The teacher's identity, from the card, else from the LLM."""
+        return self.identity or self.encoder.identity()
+
+    def check_given(self) -> None:
+        """Compare the LLM and the adapter that ``config`` names with the card, by the hashes of their files: where all
+        texts are cached, they are not loaded. Raises ContractError for others."""
+        given, identity = self.config, self.identity
+        if identity is None or not (given.llm or given.adapter):
+            return
+        wrong = []
+        if given.adapter and (actual := adapter_sha256(fetch_directory(given.adapter))) != identity.adapter_sha256:
+            wrong.append(f"adapter_sha256 {identity.adapter_sha256!r} != {actual!r}")
+        if given.llm and (is_local(given.llm) or given.llm != identity.llm):
+            folder = local_folder(given.llm, given.revision)
+            weights = files_sha256(weight_files(folder)) if identity.pooling == PROJECTED else weights_sha256(folder)
+            if weights != identity.weights_sha256:
+                wrong.append(f"weights_sha256 {identity.weights_sha256!r} != {weights!r}")
+        if wrong:
+            places = " with ".join(filter(None, (given.llm, given.adapter)))
+            raise ContractError(f"{places} is not the tower's teacher: {'; '.join(wrong)}; omit --llm and --adapter")
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -193,7 +232,7 @@ class TeacherLLM:
                 raise
             raise FileNotFoundError(f"the tower's teacher cannot be loaded: {error}; {GIVE_LLM}") from error
         loaded = encoder.identity()
-        if self.identity is not None and loaded.fingerprint != self.identity.fingerprint:
+        if self.identity is not None and not self.identity.agrees_with(loaded):
             told = f"{config.llm} is not the tower's teacher: {caches.differences(vars(self.identity), loaded)}"
             raise ContractError(f"{told}; pass it with --llm and --adapter (in Python: teacher= and adapter=)")
         return encoder
@@ -266,6 +305,14 @@ class EmbedSummary:
         return [line for line, applies in lines.items() if applies]
 
 
+def cache_folder(source_path: str, identity: TeacherIdentity) -> Path:
+    """``default_cache_folder``; the one of a cache from before config.json was part of the fingerprint, if there is
+    no newer one. Raises ValueError for data at a URL."""
+    folder = default_cache_folder(source_path, identity.fingerprint)
+    earlier = default_cache_folder(source_path, identity.earlier().fingerprint)
+    return earlier if earlier.is_dir() and not folder.is_dir() else folder
+
+
 def default_cache_folder(source_path: str, fingerprint: str) -> Path:
     """``embeddings-<fingerprint>`` in the folder of the data; raises ValueError for data at a URL."""
     if is_url(source_path):
@@ -273,9 +320,9 @@ def default_cache_folder(source_path: str, fingerprint: str) -> Path:
     return data_folder(source_path) / f"embeddings-{fingerprint[:12]}"
 
 
-def benchmark_cache_folder(source_path: str, fingerprint: str) -> Path:
-    """``default_cache_folder``, or a folder next to the downloads if that one can neither be found nor made."""
-    folder = default_cache_folder(source_path, fingerprint)
+def benchmark_cache_folder(source_path: str, identity: TeacherIdentity) -> Path:
+    """``cache_folder``, or a folder next to the downloads if that one can neither be found nor made."""
+    folder = cache_folder(source_path, identity)
     if folder.exists() or os.access(folder.parent, os.W_OK):
         return folder
     return SideFolder.of(str(folder.parent), default_download_folder()).spare / folder.name
@@ -303,6 +350,7 @@ def embed_source(
     """Embed this rank's shards of ``source`` into ``directory``; shards that are complete are skipped. Returns the
     manifest, or None while other ranks are still embedding, and a summary. Raises ContractError for another teacher's
     directory or another dtype, and, without ``overwrite``, as ``CacheWriter.refuse_loss``."""
+    renew_cache(source, encoder, directory)
     writer = caches.CacheWriter(directory, encoder.identity(), dtype)
     summary, memory = EmbedSummary(), dict[str, torch.Tensor]()
     shards, digests = shards_of_rank(source.shards, rank, world), dict[str, str]()
@@ -407,18 +455,72 @@ def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
     cache = caches.EmbeddingCache.open(directory, expect_fingerprint=encoder.identity().fingerprint)
     cache.verify()
     cache.check(source, full=True)
-    numbers = random.Random(0).sample(range(len(source)), min(len(source), VERIFY_SAMPLES))
-    samples = [(number, *source.captions(number)) for number in numbers]
-    checked = [(number, key, captions[0]) for number, key, captions in samples if captions]
-    again_NW = encoder.encode([caption.text for _, _, caption in checked])
-    for (number, key, caption), row_W in zip(checked, again_NW, strict=True):
-        stored_W = cache.rows(*source.locate(number), [caption])[0]
-        cosine = float(torch.nn.functional.cosine_similarity(stored_W, row_W, dim=0))
-        if cosine < VERIFY_COSINE:
-            told = f"the cached embedding of {key!r} has cosine similarity {cosine:.4f} with a new one"
-            fix = f"expected at least {VERIFY_COSINE}; delete the cache and embed again"
-            raise ContractError(f"{directory}: {told}, {fix}")
+    compared = embed_again(source, encoder, directory)
     return (
         f"{directory} is complete: {len(cache.manifest.shards)} shards, {cache.manifest.captions} captions, "
-        f"{cache.width} wide, {cache.manifest.dtype}; {len(checked)} captions embedded again agree"
+        f"{cache.width} wide, {cache.manifest.dtype}; {compared} captions embedded again agree"
     )
+
+
+class _CachedCaption(NamedTuple):
+    key: str  # of its sample
+    text: str
+    row_W: torch.Tensor
+
+
+def embed_again(source: Source, encoder: TextEncoder, directory: Path) -> int:
+    """Embed up to VERIFY_SAMPLES cached captions again; how many. Raises ContractError if one differs from its row."""
+    cached = list(_cached_sample(source, directory))
+    again_NW = encoder.encode([caption.text for caption in cached])
+    for caption, new_W in zip(cached, again_NW, strict=True):
+        cosine = float(torch.nn.functional.cosine_similarity(caption.row_W, new_W, dim=0))
+        if cosine < VERIFY_COSINE:
+            told = f"the cached embedding of {caption.key!r} has cosine similarity {cosine:.4f} with a new one"
+            fix = "another --cache, or delete this one, and embed again"
+            raise ContractError(f"{directory}: {told}, expected at least {VERIFY_COSINE}; choose {fix}")
+    return len(cached)
+
+
+def _cached_sample(source: Source, directory: Path) -> Iterator[_CachedCaption]:
+    """The first captions of some random samples of ``source`` whose embeddings are in the cache, complete or not."""
+    files: dict[str, caches.ShardFile] = {}
+    for shard in source.shards:
+        with suppress(FileNotFoundError, ContractError):  # not embedded yet, or damaged, which embedding finds
+            files[shard.name] = caches.ShardFile(directory / shard_file(shard.name))
+    numbers = [
+        n for shard in source.shards if shard.name in files for n in range(shard.start, shard.start + shard.size)
+    ]
+    for number in random.Random(0).sample(numbers, min(len(numbers), VERIFY_SAMPLES)):
+        name, index = source.locate(number)
+        key, captions = source.captions(number)
+        with suppress(ContractError):  # another caption than the one that was embedded
+            for caption in list(filter(caches.has_text, captions))[:1]:
+                rows = files[name].row_numbers(index, [caption], key)
+                yield _CachedCaption(key, caption.text, files[name].embeddings(rows)[0])
+
+
+def renew_cache(source: Source, encoder: TextEncoder, directory: Path) -> None:
+    """Prove a cache whose record is from before config.json and tokenizer were part of the fingerprint, by embedding
+    some of its captions again, and renew the record; any other is left as it is.
+
+    Raises ContractError if a caption's embedding differs, or if none of the source's captions is in the cache.
+    """
+    path = directory / CacheManifest.FILE
+    if not path.is_file():
+        return
+    teacher, identity = caches.stored_teacher(path), encoder.identity()
+    if not teacher.is_earlier or identity.is_earlier or not teacher.agrees_with(identity):
+        return
+    compared = embed_again(source, encoder, directory)
+    if not compared and any(directory.glob("**/*.safetensors")):
+        told = "config.json was not yet part of its fingerprint, and none of its captions is in"
+        fix = "embed the data that it was made from first, or choose another --cache"
+        raise ContractError(f"{directory} cannot be proven to be of {identity.llm}: {told} {source.path}; {fix}")
+    manifest = CacheManifest.read(path)
+    if manifest.fingerprint != teacher.fingerprint:  # another rank was faster
+        return
+    earlier = teacher.fingerprint if compared else ""
+    renewed = {"teacher": dict(vars(identity)), "fingerprint": identity.fingerprint, "earlier_fingerprint": earlier}
+    dataclasses.replace(manifest, **renewed).write(path)
+    if compared and os.environ.get("RANK", "0") == "0":
+        print(f"{directory}: {compared} captions embedded again agree; its fingerprint now includes config.json")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_world import COLOURS, tiny_dual, write_data, write_tower
+from evaluate_world import COLOURS, tiny_dual, write_data, write_llm, write_llm_and_tower, write_tower
 from forked import Command
 from tiny_data import made_up, make_cache
 from tower_runs import ROOT, finish, places
@@ -147,6 +147,21 @@ def test_the_command_refuses_another_teachers_cache(world, tmp_path, capsys):
     assert cli(["evaluate", str(tower), "--data", str(data), "--cache", str(other)]) == 2
     error = capsys.readouterr().err
     assert "pooling 'last' != 'mean'" in error and "choose another --cache" in error
+
+
+def test_a_given_llm_is_compared_though_everything_is_cached(tmp_path, capsys):
+    """It is not loaded, but its files are not another's."""
+    (llm, tower), data = write_llm_and_tower(tmp_path), write_data(tmp_path / "data")
+    words = ["evaluate", str(tower), str(data)]
+    assert cli(words) == 0
+    assert cli([*words, "--llm", str(llm)]) == 0
+    other = write_llm(tmp_path / "other", seed=1)
+    capsys.readouterr()
+    assert cli([*words, "--llm", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert f"{other} is not the tower's teacher: weights_sha256 " in error and error.count("\n") == 1
+    assert cli([*words, "--adapter", str(tmp_path / "data")]) == 2
+    assert "is not a PEFT adapter" in capsys.readouterr().err
 
 
 def test_two_processes_give_the_same_as_one(world, tmp_path):
