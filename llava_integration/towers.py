@@ -14,6 +14,7 @@ only that tower is loaded. The registry is ``towers.json`` in ``$LLM2CLIP_HOME``
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,14 +26,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from llava_integration.checkpoints import HUB_ID, checkpoint_config, config_of
-from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory
+from llava_integration.checkpoints import CONFIG, HUB_ID, checkpoint_config, config_of
+from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory, write_text
 from llm2clip_plugin.files import ContractError, errors_about, hub_snapshot
 from llm2clip_plugin.options import Command, NoOptions, command
 from llm2clip_plugin.vision.directory import check_card
 
 NAME = "llm2clip"
-KEY = "llm2clip_tower"  # in a checkpoint's config.json
+KEY = "llm2clip_tower"  # in a checkpoint's config.json, or in RECORD where it has none
+RECORD = "llm2clip_tower.json"
 BUNDLE = "vision_tower"  # folder of a checkpoint with a copy of its tower
 HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # of a tower directory
 BUNDLED_FILES = (*HUB_FILES, "*.py")
@@ -91,6 +93,23 @@ class Registry(VersionedRecord):
 
     chosen: str = ""  # key of towers; "" before the first `llm2clip use`
     towers: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> {"spec", "weights_sha256"}
+
+    def check_values(self, *, where: str) -> None:
+        """Raise ContractError for an entry without its fields, names that lead to each other, an unknown selection."""
+        fix = "correct the file, or delete it and run `llm2clip use TOWER` again"
+        for name, entry in self.towers.items():
+            if {*entry} != {"spec", "weights_sha256"} or not entry["spec"].strip():
+                told = f"towers.{name} has {sorted(entry)}, expected a spec (path or Hub id) and weights_sha256"
+                raise ContractError(f"{where}: {told}; {fix}")
+            seen, spec = {name}, entry["spec"]
+            while spec in self.towers and spec != self.towers[spec].get("spec"):
+                if spec in seen:
+                    raise ContractError(f"{where}: towers.{name} leads back to itself; {fix}")
+                seen.add(spec)
+                spec = self.towers[spec].get("spec", "")
+        if self.chosen and self.chosen not in self.towers:
+            known = ", ".join(sorted(self.towers)) or "none"
+            raise ContractError(f"{where}: chosen is {self.chosen!r}, which is not one of its towers ({known}); {fix}")
 
     def summary(self) -> str:
         """The registered towers in one line, for error messages."""
@@ -255,11 +274,21 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     raise problem(f"{told}. Searched:{''.join(searched)}\n{fix}")
 
 
+def record_tower(folder: str | os.PathLike[str], config: Any) -> None:
+    """Write what config.json records of the tower into a checkpoint that has none: PEFT saves the adapter alone."""
+    record = getattr(config, KEY, None)
+    if record and not (Path(folder) / CONFIG).is_file():
+        write_text(Path(folder) / RECORD, json.dumps({KEY: record}, indent=2) + "\n")
+
+
 def refuse_other_checkpoints(output: str, config: Any) -> None:
     """Raise ContractError if LLaVA would resume in ``output`` what was trained with another tower, under its name."""
     now = (getattr(config, KEY, None) or {}).get("weights_sha256")
     for folder in Path(output).glob("checkpoint-*"):
-        if (was := (config_of(folder).get(KEY) or {}).get("weights_sha256", now)) != now:
+        record = config_of(folder).get(KEY) or config_of(folder, RECORD).get(KEY)
+        if now and not record and not (folder / CONFIG).is_file():
+            print(f"note: {folder} does not record its vision tower; it was not compared with --vision_tower")
+        if (was := (record or {}).get("weights_sha256", now)) != now:
             problem = f"{folder} was trained with the vision tower sha256 {was}, --vision_tower is now sha256 {now}"
             raise ContractError(f"{problem}; pass that tower, or choose another --output_dir")
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 
 from llava_integration.compat.runner import replaces
-from llava_integration.towers import refuse_other_checkpoints
+from llava_integration.towers import record_tower, refuse_other_checkpoints
 from llm2clip_plugin.console import quiet_llava
 
 # LLaVA may be in an environment of its own, not where types are checked.
@@ -48,6 +48,13 @@ def complete_trainer(module: ModuleType) -> None:
                 setattr(program, "preprocess_mpt", preprocess)  # noqa: B010 - a name of LLaVA's module
         original(self, *arguments, **options)
         refuse_other_checkpoints(self.args.output_dir, self.model.config)
+
+    # A LoRA checkpoint gets no config.json, which would name its tower.
+    @replaces(trainer, "_save")
+    def save(original: Any, self: Any, output_dir: str | None = None, *arguments: Any, **options: Any) -> None:
+        original(self, output_dir, *arguments, **options)
+        if output_dir and os.path.isdir(output_dir):
+            record_tower(output_dir, self.model.config)
 
     # DeepSpeed counts the micro-batches itself. accelerate before 1.2 enters its no_sync (since 0.15.4) for all but the
     # last of a step, which ZeRO-2 and ZeRO-3 refuse, and in which no stage allows engine.step(), called after each.

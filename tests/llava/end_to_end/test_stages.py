@@ -103,6 +103,17 @@ def test_a_trained_llava_is_trained_further(world, trained, tmp_path):
         world.stage("finetune", f"llm2clip:{world.towers['other']}", tmp_path / "llava-other")
 
 
+def test_a_lora_checkpoint_is_resumed_with_its_own_tower_alone(world, trained, tmp_path):
+    """PEFT writes no config.json into it, so our own file names the tower."""
+    output = tmp_path / "llava-lora-again"
+    words = (*projector(trained[0]["pretrain"]), *"--save_strategy steps --save_steps 1 --save_total_limit 1".split())
+    world.stage("lora", f"llm2clip:{world.towers['clip']}", output, *words)
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert not (checkpoint / "config.json").exists()
+    with pytest.raises(AssertionError, match=f"{checkpoint.name} was trained with the vision tower"):
+        world.stage("lora", f"llm2clip:{world.towers['other']}", output, *words)
+
+
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
     """ZeRO-2, and ZeRO-3 under the launcher, by the script's path; the checkpoint holds the tower whole, and loads."""

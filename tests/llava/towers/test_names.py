@@ -1,9 +1,12 @@
 """What a tower's name means: exact words, the environment, the registry, the Hub."""
 
+import json
+
 import pytest
 
 from llava_integration import towers
 from llava_integration.towers import TowerNotFoundError
+from llm2clip_plugin.cli import main
 
 
 def test_exact_match(world, tmp_path, monkeypatch):
@@ -36,6 +39,30 @@ def test_known_names(world, home, tmp_path, capsys):
     assert row.startswith(f"  clip: {world.towers['clip']}, sha256 ") and "width 32" in row
     assert chosen.startswith("* sig: ")
     assert towers.select("/elsewhere/clip", "0" * 64) == "clip-2"
+
+
+ENTRY = {"spec": "/towers/a", "weights_sha256": "0"}
+DAMAGE = {
+    "is not one of its towers (a)": {"chosen": "b", "towers": {"a": ENTRY}},
+    "towers.a has ['weights_sha256'], expected a spec": {"towers": {"a": {"weights_sha256": "0"}}},
+    "towers.a has ['spec'], expected a spec": {"towers": {"a": {"spec": "/towers/a"}}},
+    "towers.a leads back to itself": {"towers": {"a": ENTRY | {"spec": "b"}, "b": ENTRY | {"spec": "a"}}},
+    "towers.a.spec is 5, expected str": {"towers": {"a": ENTRY | {"spec": 5}}},
+    "towers is [], expected dict": {"towers": []},
+    "is not valid JSON": None,
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_registry_is_one_line(home, message, capsys):
+    body = DAMAGE[message]
+    text = "{" if body is None else json.dumps({"kind": "llm2clip-towers", "format_version": 1, **body})
+    towers.registry_file().parent.mkdir(parents=True, exist_ok=True)
+    towers.registry_file().write_text(text)
+    for words in (["towers"], ["use", "a"]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error and str(towers.registry_file()) in error
 
 
 def test_hub_tower_with_revision(world, home, tmp_path, monkeypatch):
