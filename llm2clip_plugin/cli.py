@@ -113,6 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # --local_rank comes from the DeepSpeed launcher, which also sets LOCAL_RANK
     words = [word for word in words if not word.startswith("--local_rank=")]
+    if garbled := next((word for word in words if not is_utf8(word)), ""):
+        fix = "rename the file, or set the terminal's encoding, such as LC_ALL=C.UTF-8"
+        print(f"error: {os.fsencode(garbled)!r} on the command line is not UTF-8; {fix}", file=sys.stderr)
+        return 2
     if not words or words[0] in (*HELP, "help"):
         print(usage())
         return 0
@@ -134,6 +138,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {printable(unknown('command', given, group or COMMANDS))}", file=sys.stderr)
         return 2
     return run(name, words[len(name.split()) :])
+
+
+def is_utf8(word: str) -> bool:
+    """Whether a word of the command line was text: Python turns other bytes into surrogates, which no record holds."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def command() -> "NoReturn":

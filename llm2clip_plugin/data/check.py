@@ -24,6 +24,7 @@ from llm2clip_plugin.data.samples import (
     caption_hash,
     cores,
     has_transparency,
+    holds_words,
     load,
     open_header,
     parallel,
@@ -150,10 +151,13 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
             sample = source[number]
             key, captions = sample.key, sample.captions
             reading.counts["captions", "empty"] += sample.blank_captions
-            texts = {name: text for name, text in sample.meta.items() if isinstance(text, str) and name not in used}
-            # words, not a name, a hash or JSON
-            unused = [name for name, text in texts.items() if " " in text.strip() and text[0] not in "{["]
-            reading.counts.update(("unused field", name) for name in unused)
+            present = [f"{one.name}={one.kind}" for one in source.fields if sample.values.get(one.name)]
+            reading.counts.update(("field", field) for field in present)
+            for name, value in sample.meta.items():
+                if name not in used and holds_words(value):
+                    reading.counts["unused field", name] += 1
+                    languages = value.keys() if isinstance(value, dict) else ()
+                    reading.counts.update(("unused language", f"{name}.{language}") for language in languages)
             image = _read_image(sample, reading)
         except BrokenSample as error:
             key, reason = error.key, error.reason
@@ -218,7 +222,9 @@ def build_report(config: CheckConfig, source: Source, broken: dict[str, str], re
         "empty_captions": reading.counts["captions", "empty"],
         "duplicate_captions": _duplicates(captions[:, :2], config.show, text),
         "nested_captions": reading.counts["samples", "nested"],
+        "fields": reading.of("field"),
         "unused_fields": reading.of("unused field"),
+        "unused_languages": reading.of("unused language"),
         "duplicate_keys": _duplicates(keys, config.show, lambda number, _: source.key(number)),
         "images": _images(reading, samples[samples[:, 2] > 0]),
         "broken_shards": [{"shard": name, "reason": reason} for name, reason in broken.items()],
@@ -286,6 +292,17 @@ def _images(reading: Reading, rows: np.ndarray) -> dict[str, Any]:
     }
 
 
+def _unused(report: dict[str, Any]) -> str:
+    """The fields that may be captions, with their languages, and how to use them."""
+    languages = report["unused_languages"]
+    shown = []
+    for name in report["unused_fields"]:
+        own = sorted(key.removeprefix(f"{name}.") for key in languages if key.startswith(f"{name}."))
+        shown.append(f"{name} ({' '.join(own)})" if own else name)
+    options = " ".join([*report["fields"], *(f"{name}=short" for name in report["unused_fields"])])
+    return f"fields with text are no captions: {', '.join(shown)}; to use them, too: --fields {options}"
+
+
 def as_text(report: dict[str, Any], show: int) -> Iterator[str]:
     """The report for a person: contents, each problem that there is with at most ``show`` examples, the verdict."""
     images, lengths, other = report["images"], report["caption_lengths"], report.get("validation")
@@ -315,7 +332,7 @@ def as_text(report: dict[str, Any], show: int) -> Iterator[str]:
         (images["exact_copies"], "images are exact copies of others", []),
         (images["transparent"], f"images are transparent: {white}", []),
         (report["nested_captions"], "samples have a caption that contains another one: trivial pairs for stage 1", []),
-        (len(unused), f"fields with text are no captions: {', '.join(unused)}; --fields NAME=KIND uses them", []),
+        (len(unused), _unused(report), []),
     ]
     if other:
         of = f"of {other['path']} are in the training data, too"

@@ -30,6 +30,7 @@ from llm2clip_plugin.data.samples import (
     BrokenSample,
     cores,
     has_transparency,
+    holds_words,
     load,
     open_header,
     parallel,
@@ -98,10 +99,7 @@ def main(argv: list[str]) -> int:
         size = _write(config, items, folder)
         left_out = [(item.name, item.problem) for item in items if item.problem]
         if len(left_out) == len(items):
-            image, reason = left_out[0]
-            if reason == "no caption":
-                reason += "; write captions to .txt files of the same names, or add --file-names"
-            raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {image}: {reason}")
+            raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {_why(items[0])}")
         lines = [json.dumps({"image": image, "reason": reason}, ensure_ascii=False) for image, reason in left_out]
         (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
     captions = sum(len(item.captions) for item in items if not item.problem)
@@ -114,6 +112,16 @@ def main(argv: list[str]) -> int:
         print(f"left out: {len(left_out):,} ({counts}), all in {os.path.join(config.output, LEFT_OUT)}")
     print(command("data", "check", config.output), flush=True)
     return 0
+
+
+def _why(item: Item) -> str:
+    """Why an item is left out, and what to do if it has no caption."""
+    if item.problem != "no caption":
+        return f"{item.name}: {item.problem}"
+    fixes = ["write captions to .txt files of the same names", "add --file-names"]
+    if texts := [f"{name}=short" for name, value in item.meta.items() if holds_words(value)]:
+        fixes.insert(0, f"use a field with text, --fields {' '.join(texts)}")
+    return f"{item.name}: no caption; {', or '.join(fixes)}"
 
 
 def list_items(config: MakeConfig) -> list[Item]:

@@ -33,6 +33,7 @@ DEFAULT_FIELDS = (
     "captions=short",
     "gpt=short",
 )
+LANGUAGE_CODE = re.compile(r"[a-z]{2,3}([-_]\w+)?")  # en, pt-BR, zh_Hant
 INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of characters: controls, formats, separators
 WORDS = re.compile(r"\w+")
 # What PIL raises for damaged files: its own errors, and those that its decoders let through.
@@ -139,6 +140,18 @@ def visible(text: str) -> str:
 def well_formed(text: str) -> str:
     """The text with surrogates, which JSON allows and UTF-8 does not: pairs joined, lone ones replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def holds_words(value: Any) -> bool:
+    """Whether a field that is not used may be a caption: a text of words, not a name, a hash or JSON, or a list of
+    texts or {language: text} with one."""
+    if isinstance(value, str):
+        return " " in value.strip() and value[0] not in "{["
+    texts = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return False
+    is_by_language = isinstance(value, dict) and len(value) > 1 and all(map(LANGUAGE_CODE.fullmatch, value))
+    return is_by_language or any(map(holds_words, texts))
 
 
 def select_captions(

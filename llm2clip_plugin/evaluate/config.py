@@ -1,5 +1,6 @@
 """The settings and options of all that measures: retrieval, captions, classification, forecast; read without torch."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -226,6 +227,8 @@ class SearchConfig(MeasureConfig):
         if self.top_k < 1 or not all(map(str.strip, self.text or ("",))):
             problem = f"top-k is {self.top_k}" if self.top_k < 1 else "no text to search for, or a blank one"
             raise ValueError(f'{problem}; usage: llm2clip search TOWER DATA "a bird on a wire" --top-k 10')
+        if os.path.isdir(self.output):
+            raise ValueError(f"--output {self.output} is a folder; choose a file to write, such as search.html")
 
 
 SEARCH = Command(

@@ -177,16 +177,28 @@ def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
 
 
 def published(card: TowerCard) -> TowerCard:
-    """The card without local paths: only the name of a folder is left of the weights', nothing of an adapter's that is
-    not in the directory."""
+    """The card without local paths: only the name of a folder is left of the weights' and of those in ``training``,
+    nothing of an adapter's that is not in the directory."""
 
     def is_private(place: str) -> bool:
         return is_local(place) and place != f"./{TEACHER_ADAPTER}"
 
-    named = _with_places(card, lambda place: Path(place).expanduser().absolute().name if is_private(place) else place)
+    def name_of(place: str) -> str:
+        return Path(place).expanduser().absolute().name if is_private(place) else place
+
+    def named(value: Any) -> Any:
+        if isinstance(value, str):
+            return name_of(value)
+        if isinstance(value, list):
+            return [named(item) for item in value]
+        if isinstance(value, dict):
+            return {name: named(item) for name, item in value.items()}
+        return value
+
+    public = dataclasses.replace(_with_places(card, name_of), training=named(card.training))
     if is_private(str(card.teacher.get("adapter", ""))):
-        del named.teacher["adapter"]  # a copy of the card's
-    return named
+        del public.teacher["adapter"]  # a copy of the card's
+    return public
 
 
 def _with_places(card: TowerCard, change: Callable[[str], str]) -> TowerCard:

@@ -97,7 +97,7 @@ def export_tower(
         )
         card = recorded(card, directory)
         card.write(temporary / TowerCard.FILE)
-        (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(published(card)), encoding="utf-8")
         with eval_mode(model):
             verify_directory(model, temporary)
     return card
@@ -375,7 +375,8 @@ def upload(
         said = ": ".join(str(each) for each in (error, error.__cause__) if each is not None)  # the cause has the status
         reason = " ".join(said.split()) or type(error).__name__
         told = f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the directory is complete"
-        fix = f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `hf upload {repository} {directory}`"
+        again = f"llm2clip export {directory} --output NEW --push {repository}"  # `hf upload` would send local paths
+        fix = f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `{again}`"
         raise OSError(f"{told}: {fix}") from error
 
 

@@ -53,14 +53,21 @@ def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], wo
 
 
 def test_what_makes_training_worse_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def sample(name: str, image: bytes, **fields: str) -> list[tuple[str, bytes]]:
+    def sample(name: str, image: bytes, **fields: object) -> list[tuple[str, bytes]]:
         return [(f"{name}.png", image), (f"{name}.json", json.dumps(fields).encode())]
 
     clear = Image.new("RGBA", (40, 40), (9, 9, 9, 0))
     train = [
-        *sample("a", encoded(clear, "PNG"), caption="A fox", long_caption="a fox, standing", title="the red fox"),
+        *sample(
+            "a",
+            encoded(clear, "PNG"),
+            caption="A fox",
+            long_caption="a fox, standing",
+            title="the red fox",
+            names={"en": "fox", "de": "Fuchs"},
+        ),
         *sample("b", encoded(picture(1), "PNG"), caption="a foxglove", long_caption="the flower fox", sha256="0f3a"),
-        *sample("c", encoded(picture(1), "PNG"), caption="c"),
+        *sample("c", encoded(picture(1), "PNG"), caption="c", names={"fr": "un renard", "en": "fox"}),
     ]
     validation = [*sample("d", encoded(picture(1), "PNG"), caption="a fox!"), *sample("e", jpeg(2), caption="new")]
     write_tar(tmp_path / "train.tar", train)
@@ -69,13 +76,17 @@ def test_what_makes_training_worse_is_noted(tmp_path: Path, capsys: pytest.Captu
     status, report = checked(capsys, *words)
     assert status == 0
     assert report["images"]["transparent"] == report["nested_captions"] == report["images"]["exact_copies"] == 1
-    assert report["unused_fields"] == {"title": 1}
+    assert report["unused_fields"] == {"names": 2, "title": 1}
     assert report["validation"]["images_in_both"] == report["validation"]["captions_in_both"] == 1
     assert report["validation"]["examples"] == [{"key": "d"}]
     assert main(["data", "check", *words]) == 0
     text = capsys.readouterr().out
     assert f"\n  1 of 2 images of {tmp_path}/validation.tar are in the training data, too\n    d\n" in text
-    assert text.count("\n  1 ") == 6  # a line for each problem, and none for what is not there
+    assert text.count("\n  1 ") == 5  # a line for each problem, and none for what is not there
+    shown = (
+        "names (de en fr), title; to use them, too: --fields caption=short long_caption=long names=short title=short"
+    )
+    assert f"\n  2 fields with text are no captions: {shown}\n" in text
     assert "broken samples" not in text and text.endswith("\nfit for training: 0.00% broken, 1.00% allowed\n")
 
 

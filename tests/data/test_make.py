@@ -198,3 +198,14 @@ def test_captions_of_equal_pictures_are_joined(tmp_path: Path, capsys: pytest.Ca
         assert "joined from exact copies: 1 caption" in capsys.readouterr().out
         copies = [reason for reason in left_out(output).values() if reason.startswith("copy: of ")]
         assert len(samples(output)) == 2 and len(copies) == 2
+
+
+def test_a_field_with_text_is_named_where_no_caption_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "photos" / "a.json").write_text('{"names": {"en": "dog", "de": "Hund"}, "code": "x"}')
+    words = ["data", "make", str(tmp_path / "photos"), "--output", str(tmp_path / "made")]
+    assert main(words) == 2
+    assert "a.jpg: no caption; use a field with text, --fields names=short, or write" in capsys.readouterr().err
+    assert main([*words, "--fields", "names=short"]) == 0
+    assert samples(tmp_path / "made") == {"a": [("dog", "short"), ("Hund", "short")]}

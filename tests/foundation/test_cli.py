@@ -19,6 +19,14 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert sum(line.startswith("  -") for line in out.splitlines()) <= 14, "the others belong to --help-all"
 
 
+@pytest.mark.parametrize("words", [["search", "t", "d", "\udcff"], ["data", "make", "p", "--output=caf\udce9"]])
+def test_words_that_are_not_utf8_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    told = capsys.readouterr().err
+    shown = repr(os.fsencode(words[-1]))
+    assert told.startswith(f"error: {shown} on the command line is not UTF-8; ") and told.count("\n") == 1
+
+
 def test_doctor_reports_problems_and_fixes(capsys: pytest.CaptureFixture[str]) -> None:
     status = cli.main(["doctor"])
     out = capsys.readouterr().out

@@ -94,7 +94,8 @@ def test_push_sends_no_local_path(clip, hub, tmp_path):
     tower = tmp_path / "towers" / "mine"
     shutil.copytree(clip, tower)
     card = TowerCard.read(tower / TowerCard.FILE)
-    card = dataclasses.replace(card, origin="../../models/start", teacher=teacher)
+    training = {"data": [str(tmp_path / "photos")], "recipe": "base", "more": {"config": str(tmp_path / "a.json")}}
+    card = dataclasses.replace(card, origin="../../models/start", teacher=teacher, training=training)
     card.write(tower / TowerCard.FILE)
     push_to_hub(tower, "o/n")
     for name, body in handler.files.items():
@@ -103,6 +104,7 @@ def test_push_sends_no_local_path(clip, hub, tmp_path):
     check_card(tmp_path / "uploaded")
     sent = json.loads(handler.files[TowerCard.FILE])
     assert (sent["origin"], sent["teacher"]) == ("start", {"llm": "gemma", "width": 8})
+    assert sent["training"] == {"data": ["photos"], "recipe": "base", "more": {"config": "a.json"}}
     for name in (TowerCard.FILE, "README.md"):
         assert str(tmp_path).encode() not in handler.files[name] and b"../" not in handler.files[name]
     assert b"`gemma`" in handler.files["README.md"]
