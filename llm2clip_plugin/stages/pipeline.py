@@ -14,7 +14,7 @@ from llm2clip_plugin.files import started_by
 from llm2clip_plugin.options import command
 from llm2clip_plugin.stages.rerun import RunFolder, Stage
 from llm2clip_plugin.stages.run_checks import check_given, check_places, check_split
-from llm2clip_plugin.stages.run_page import write_page
+from llm2clip_plugin.stages.run_page import PAGE, write_page
 from llm2clip_plugin.stages.run_plan import SEVERAL, SPLIT_STAGE, movable, plan, survey
 from llm2clip_plugin.stages.settings import RUN, PipelineConfig
 from llm2clip_plugin.train.guard import locked
@@ -83,6 +83,7 @@ def run_stage(folder: RunFolder, stage: Stage, place: str, stages: Sequence[Stag
     if folder.why(stage) is None:
         return 0
     more = folder.begin(stage, [one.name for one in stages], started_by("run", argv))
+    (folder.out / PAGE).unlink(missing_ok=True)  # of the results before
     print(f"\n{place} {stage.name}: {shlex.join([*stage.words, *more])}", flush=True)
     begin = time.monotonic()
     status = attend(stage.argv(more))

@@ -25,6 +25,7 @@ from llm2clip_plugin.stages.rerun import Stage
 from llm2clip_plugin.stages.settings import PipelineConfig
 
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
+PAGE = "index.html"  # in the run's folder
 SHOWN = 5  # pictures that each tower finds first
 QUERIES = 24  # validation captions that the page shows
 
@@ -47,7 +48,7 @@ def write_page(config: PipelineConfig, source: Source, stages: Sequence[Stage], 
     folders = [stage.output for stage in stages if stage.words[1] == "compare"]
     compared = [folder / "compare.json" for folder in folders if folder is not None]
     queries = draw(open_source(held_out), pairs)
-    page = out / "index.html"
+    page = out / PAGE
     with atomic_file(page) as temporary:
         html = render(
             Path(__file__).with_name("page.html"),

@@ -33,6 +33,23 @@ DATA, STAGES = "photos-tars", 11
 SECONDS = 300  # of one run
 
 
+def hold() -> None:
+    """In a stage's process: a training waits before its fourth step while the working directory has a file "hold"."""
+    if not Path("hold").exists():
+        return
+    from llm2clip_plugin.stages.run import TrainingRun
+
+    train_to_end = TrainingRun.train_to_end
+
+    def held(batches: Iterator[Any]) -> Iterator[Any]:
+        for number, batch in enumerate(batches):
+            while number == 3 and Path("hold").exists():
+                time.sleep(0.05)
+            yield batch
+
+    TrainingRun.train_to_end = lambda self, *a, batches, **o: train_to_end(self, *a, batches=held(batches), **o)
+
+
 def use_forked_python(path: str) -> None:
     """In the process of `run`: the stages that it starts are forked as well."""
     sys.executable = path
@@ -65,7 +82,7 @@ class World:
         words += ["--validation", "0.25", "--tower-options=--heads.steps 2 --save_steps 2 --heads.batch 8"]
         words += [word for pair in self.options.items() for word in pair]
         place = {"LLM2CLIP_HOME": str(self.folder / "home"), "HF_HUB_OFFLINE": "1"}
-        first = partial(use_forked_python, str(programs() / "python"))
+        first = partial(use_forked_python, str(programs(hold) / "python"))
         return Module("llm2clip_plugin.cli", [*words, *more], environment(**place), self.folder, first)
 
     def run(self, output: str = "", *more: str) -> str:
@@ -75,10 +92,25 @@ class World:
         return process.output
 
     def kill(self, stage: int) -> None:
-        """Run until a stage has begun, and end all of its processes at once, as a machine that goes down."""
+        """Run until a stage has begun, and kill the run."""
         process = self.start()
         while process.poll() is None and f"\n[{stage}/{STAGES}]" not in process.output:
             time.sleep(0.02)
+        self.end(process)
+
+    def kill_in_training(self) -> None:
+        """Kill a run after the first checkpoint of stage 2."""
+        (self.folder / "hold").touch()
+        process = self.start()
+        saved = self.folder / self.output / "after" / "checkpoints" / "latest"
+        while not (f"\n[7/{STAGES}]" in process.output and saved.exists()):
+            assert process.poll() is None, process.output
+            time.sleep(0.02)
+        self.end(process)
+        (self.folder / "hold").unlink()
+
+    def end(self, process: Module) -> None:
+        """End all processes of a run at once, as when a machine goes down."""
         if process.poll() is None and process.pid:
             children = psutil.Process(process.pid).children(recursive=True)
             process.kill()
@@ -175,6 +207,26 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> World:
 def copy_of(base: World, folder: Path) -> World:
     shutil.copytree(base.folder, folder, dirs_exist_ok=True)
     return World(folder, dict(base.samples), "run-0")
+
+
+def test_a_killed_training_goes_on_in_a_moved_folder_but_not_with_other_data(base: World, tmp_path: Path):
+    world, other = copy_of(base, tmp_path / "world"), copy_of(base, tmp_path / "other")
+    world.options = other.options = {"--num-train-epochs": "3"}
+    world.kill_in_training()
+    change(world, "move", random.Random(0))
+    said = world.run()
+    assert "--allow-changed data.path" in said and "runs again" not in said
+    metrics = (world.folder / world.output / "after" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics].count(1) == 1  # it did not start over
+    other.run()
+    assert results(world.folder / world.output) == results(other.folder / other.output)
+
+    world.options = {"--num-train-epochs": "4"}
+    world.kill_in_training()
+    change(world, "edit", random.Random(0))
+    world.run()
+    world.run("fresh")
+    assert results(world.folder / world.output) == results(world.folder / "fresh")
 
 
 @pytest.mark.parametrize("seed", range(SEQUENCES))

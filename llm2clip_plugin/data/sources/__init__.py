@@ -144,7 +144,12 @@ class Source(ABC):
     def files(self) -> dict[str, str]:
         """Name -> path or URL of every file that the samples are read from, pictures too. The name stays when the
         folder of the data is moved."""
-        return {self.name: self.path}
+        if not os.path.isdir(self.path):
+            return {self.name: self.path}
+        folder = Path(self.path)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = {str(path.relative_to(folder)): str(path) for path in files}
+        return {name: path for name, path in names.items() if not any(part[0] == "." for part in Path(name).parts)}
 
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0
