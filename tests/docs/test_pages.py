@@ -41,13 +41,15 @@ def anchors(text: str) -> set[str]:
 
 
 def links(text: str) -> list[str]:
-    """Where a page's links and pictures lead."""
+    """Where a page's links and pictures lead, those in HTML included."""
     found: list[str] = []
     for block in parse(text):
-        for part in block.children or []:
+        for part in block.children or [block]:
             target = part.attrGet("href") or part.attrGet("src")
             if target:
                 found.append(str(target))
+            if part.type in ("html_block", "html_inline"):
+                found += re.findall(r'(?:href|src|srcset)="([^"]+)"', part.content)
     return found
 
 
@@ -103,6 +105,7 @@ def test_what_a_broken_page_is_told() -> None:
     assert unclosed("```bash\nls\n") == ["```bash"]
     assert anchors("# A `b`: c?\n\n## A b c\n") == {"a-b-c", "a-b-c-1"}
     assert links("[a](b.md) ![c](d.png)\n\n```\n[e](f.md)\n```\n") == ["b.md", "d.png"]
+    assert links('<picture>\n<source srcset="a.png">\n</picture>\n\nb <img src="c.png">\n') == ["a.png", "c.png"]
 
 
 def test_every_page_is_in_the_readme():
