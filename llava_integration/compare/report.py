@@ -119,8 +119,7 @@ def page(comparison: Comparison, sides: Sequence[Side], *, images: Path | None =
         notes += [f"{new} against {base}: {line}" if len(sides) > 2 else line for line in row_lines(rows)]
     if any(max(row.runs) > 1 for row in comparison.rows):
         notes.append("With several runs, the browser shows the answers of the first.")
-    if missing := sum(uri is None for uri in encoded.values()):
-        notes.append(f"{missing} pictures were not found; pass their folder with --image-folder")
+    missing = sum(uri is None for uri in encoded.values())
     # zero and each row's low end, estimate and high end, as fractions of a drawing's width, all on one scale
     ends = []
     for row in comparison.rows:
@@ -137,6 +136,7 @@ def page(comparison: Comparison, sides: Sequence[Side], *, images: Path | None =
         style=page_style() + (HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
         notes=notes,
+        missing=missing,
         data={"names": comparison.names, "questions": shown, "images": encoded},
         drawn=drawn,
         header=HEADER,

@@ -153,9 +153,11 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
         return [bool(question["image"]) for question in embedded(tmp_path / "compare.html")["questions"]]
 
     assert pictured() == [False] * 12
-    told = "12 pictures were not found; pass their folder with --image-folder"
-    assert told in (tmp_path / "compare.html").read_text()
+    note = "12 of 12 pictures were not found; pass their folder with --image-folder"
+    text = (tmp_path / "compare.html").read_text()
+    assert text.index("Where they disagree") < text.index(note) < text.index("<h2>Notes")  # where they are missing
     assert pictured("--image-folder", pictures) == [True] * 12
+    assert "were not found" not in (tmp_path / "compare.html").read_text()
     assert find_image(("",), tmp_path / "pictures", "../old/own.scores.json") is None
     with pytest.raises(ValueError, match="--image-folder"):
         compare([*arguments, "--image-folder", str(tmp_path / "nowhere")])

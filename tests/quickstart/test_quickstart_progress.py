@@ -69,3 +69,19 @@ def test_no_script_of_the_quickstart_runs_a_module_by_python_m() -> None:
     for script in scripts:
         for line in script.read_text(encoding="utf-8").splitlines():
             assert not re.search(r"(python3?|PYTHON\}?\"?)( -u)? -[mc] ", line.partition(" #")[0]), f"{script}: {line}"
+
+
+def test_claims_are_those_of_a_run_with_its_controls(tmp_path: Path) -> None:
+    """scripts/claims.sh on stand-ins: it asks for the comparison, and for the language model that it states."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("claims.sh", "options.sh"):
+        (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text(encoding="utf-8"))
+    for name in ("scripts/quickstart.sh", ".venv/bin/python"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "$0" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    done = run(tmp_path, "bash scripts/claims.sh --seeds 2 --controls --record towers")
+    started, checked = (line.replace(f"{tmp_path}/", "").split() for line in done.stdout.splitlines())
+    assert started[0] == "scripts/quickstart.sh" and {"--compare", "--controls"} <= set(started), done.stderr
+    assert " ".join(started).endswith("--llava-llm tiny --seeds 3 --seeds 2 --controls")
+    assert checked[1:] == ["scripts/check_claims.py", "quickstart-output/claims/default", "--record", "towers"]
