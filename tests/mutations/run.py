@@ -4,22 +4,27 @@
     tests/mutations/run.py              all of them: `make mutations`
     tests/mutations/run.py holm ema     those whose name contains one of the words
 
-A bug is caught if its test fails; pytest's other statuses (no such test, an error while collecting) are not. The tests
-must pass without a bug, which is checked first. Exits with 1 if a bug survives.
+A bug is caught if its test fails; pytest's other statuses (no such test, an error while collecting) are not, nor is a
+test that has not ended after SECONDS, or that stops at a name that the planted text misspells. The tests must pass
+without a bug, which is checked first. Exits with 1 if a bug survives.
 
-Each test runs in a process that is forked from one that has imported the libraries, and nothing of the project.
+Each test runs in a process that is forked from one that has imported the libraries, and nothing of the project. There
+is one copy for each core.
 """
 
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from planted import PLANTED, Bug
@@ -31,6 +36,9 @@ LIBRARIES = (
 )
 FORKED = multiprocessing.get_context("forkserver")
 FAILED = 1  # pytest's status if a test failed
+SECONDS = 600  # of pytest on one bug's test, beside other work
+COPIES = 4  # at most; each test needs about 1 GB
+MISSPELLED = re.compile(r"^E +((?:Name|Syntax|UnboundLocal)Error: .*)", re.MULTILINE)
 
 
 def copy_tree(folder: Path) -> None:
@@ -55,7 +63,7 @@ def start_server() -> str:
 
 
 def run_pytest(folder: Path, tests: Sequence[str], log: Path, server: str, write_bytecode: bool) -> None:
-    """In a new process: pytest in the copy; the process ends with its exit status."""
+    """In a new process: pytest in the copy, whose exit status is written next to ``log``."""
     forkserver._forkserver._forkserver_address = server  # type: ignore[attr-defined]
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined, method-assign]
     with log.open("w") as output:
@@ -65,45 +73,90 @@ def run_pytest(folder: Path, tests: Sequence[str], log: Path, server: str, write
     sys.path[:0] = [str(folder)]
     os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = not write_bytecode  # a bug's would look valid for a file restored in the same second
-    sys.exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])))
+    code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
+    log.with_suffix(".code").write_text(str(code))
 
 
-def status(folder: Path, tests: Sequence[str], server: str, *, write_bytecode: bool = False) -> tuple[int, str]:
-    """pytest's exit status on these tests of the copy, and what it printed."""
+def status(folder: Path, tests: Sequence[str], server: str, *, write_bytecode: bool = False) -> tuple[int | None, str]:
+    """pytest's exit status on these tests of the copy, None if they did not end, and what it printed."""
     log = folder.with_suffix(".log")
+    ended = log.with_suffix(".code")  # not the process's: another thread that starts one may take it
+    ended.unlink(missing_ok=True)
     process = FORKED.Process(target=run_pytest, args=(folder, tests, log, server, write_bytecode))
     process.start()
-    process.join()
-    return process.exitcode or 0, log.read_text(encoding="utf-8", errors="replace")
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    code = int(ended.read_text()) if ended.is_file() else None
+    return code, log.read_text(encoding="utf-8", errors="replace")
 
 
 def survives(folder: Path, bug: Bug, server: str) -> bool:
     """Plant a bug, run its test and print what came of it."""
-    started, path = time.monotonic(), folder / bug.file
+    started = time.monotonic()
+    path = folder / bug.file
     whole = path.read_text(encoding="utf-8")
     path.write_text(bug.plant(whole), encoding="utf-8")
-    code, said = status(folder, [bug.test], server)
-    path.write_text(whole, encoding="utf-8")
-    caught = code == FAILED and f" {bug.test}" in said  # pytest's summary names what failed
-    verdict = "caught" if caught else f"SURVIVED (pytest {code})"
+    try:
+        code, said = status(folder, [bug.test], server)
+    finally:
+        path.write_text(whole, encoding="utf-8")
+    misspelled = MISSPELLED.search(said)
+    caught = code == FAILED and f" {bug.test}" in said and not misspelled  # pytest's summary names what failed
+    verdict = "caught"
+    if not caught:
+        verdict = f"SURVIVED (pytest {'did not end' if code is None else code})"
+    if misspelled:
+        verdict = f"NOT A BUG BUT {misspelled[1]}"
     print(f"{time.monotonic() - started:6.1f} s  {verdict:9}  {bug.name}", flush=True)
-    if code and not caught:
+    if code != 0 and not caught:
         print(said[-2000:], file=sys.stderr)
     return not caught
+
+
+def passing(folders: Sequence[Path], bugs: Sequence[Bug], server: str) -> None:
+    """Exit with an error if a test of these bugs fails without one; each copy runs the tests of some files."""
+    files = sorted({bug.test.split("::")[0] for bug in bugs})
+
+    def run(number: int) -> tuple[int | None, str]:
+        mine = set(files[number :: len(folders)])
+        tests = sorted({bug.test for bug in bugs if bug.test.split("::")[0] in mine})
+        return status(folders[number], tests, server, write_bytecode=True) if tests else (0, "")
+
+    with ThreadPoolExecutor(len(folders)) as threads:
+        for code, said in threads.map(run, range(len(folders))):
+            if code != 0:
+                sys.exit(f"error: the tests fail without a planted bug:\n{said[-3000:]}")
 
 
 def main(words: Sequence[str]) -> int:
     """Run those whose name contains one of ``words``; all without any."""
     chosen = [bug for bug in PLANTED if not words or any(word in bug.name for word in words)]
+    if not chosen:
+        sys.exit(f"error: no planted bug's name contains {' or '.join(words)}; see tests/mutations/planted.txt")
     server = start_server()
+    copies = min(COPIES, len(chosen), os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(prefix="mutations-") as scratch:
-        copy_tree(folder := Path(scratch) / "tree")
-        code, said = status(folder, sorted({bug.test for bug in chosen}), server, write_bytecode=True)
-        if code:
-            sys.exit(f"error: the tests fail without a planted bug:\n{said[-3000:]}")
-        survived = sum(survives(folder, bug, server) for bug in chosen)
-    print(f"{len(chosen) - survived} of {len(chosen)} caught")
-    return int(survived > 0)
+        folders = [Path(scratch) / f"tree-{number}" for number in range(copies)]
+        for folder in folders:
+            copy_tree(folder)
+        passing(folders, chosen, server)
+        free: SimpleQueue[Path] = SimpleQueue()
+        for folder in folders:
+            free.put(folder)
+
+        def survived(bug: Bug) -> bool:
+            folder = free.get()
+            try:
+                return survives(folder, bug, server)
+            finally:
+                free.put(folder)
+
+        with ThreadPoolExecutor(copies) as threads:
+            count = sum(threads.map(survived, chosen))
+    print(f"{len(chosen) - count} of {len(chosen)} caught")
+    return int(count > 0)
 
 
 if __name__ == "__main__":
