@@ -7,12 +7,22 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from packaging.requirements import Requirement
+
 from llava_integration import boot, towers
 from llava_integration.compat import runner
-from llava_integration.compat.runner import has_version, installed_version
+from llava_integration.compat.runner import has_version
 from llm2clip_plugin.console import raise_open_files
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.installation import ADDS, NAME, install_command, is_importable, requirements
+from llm2clip_plugin.installation import (
+    ADDS,
+    NAME,
+    install_command,
+    installed_version,
+    is_importable,
+    is_llavas_own,
+    requirements,
+)
 from llm2clip_plugin.options import Command, NoOptions
 
 OPEN_FILES = 1024  # of a rank: 64 tars, some of libraries, a few for each batch that a loader process has sent
@@ -49,18 +59,31 @@ def check_installation(extra: str) -> Iterator[Finding]:
     parts = ["base", *(name for name in ADDS if extra in (name, "train"))]
     yield finding(NAME, f"{version}, installed: {', '.join(parts)}")
     for name, purpose in ADDS.items():
-        if name not in parts:
-            missing = [package for package in requirements(name) if not installed_version(package)]
-            lacks = f"not installed (for {purpose}): {', '.join(missing) or 'every package is there'}"
-            yield finding(f"extra [{name}]", lacks, install_command(name), state="ok")
+        if name in parts:
+            continue
+        if name == "train" and is_llavas_own():
+            found = f"not installed (for {purpose}); it would move what LLaVA pins, so install it in a new environment"
+        else:
+            lacks = [f"{package}{versions}" for package, versions in requirements(name).items()]
+            missing = [one for one in lacks if not is_satisfied(one)]
+            found = f"not installed (for {purpose}); missing: {', '.join(missing) or 'nothing'}"
+        yield finding(f"extra [{name}]", found, install_command(name), state="ok")
+
+
+def is_satisfied(requirement: str) -> bool:
+    """Whether a package is installed in one of the versions asked for."""
+    wanted = Requirement(requirement)
+    found = installed_version(wanted.name)
+    return bool(found) and wanted.specifier.contains(found, prereleases=True)
 
 
 def check_packages(extra: str) -> Iterator[Finding]:
     """Every requirement of the package, and of ``extra`` unless it is empty."""
     for name, versions in requirements(extra).items():
         found = installed_version(name)
-        enough = found and versions.contains(found, prereleases=True)
-        yield finding(name, found or "missing", "" if enough else f'pip install "{name}{versions}"', state="fail")
+        wanted = f"{name}{versions}"
+        fix = "" if is_satisfied(wanted) else f'pip install "{wanted}"'
+        yield finding(name, found or "missing", fix, state="fail")
 
 
 def check_programs() -> Iterator[Finding]:
@@ -168,7 +191,7 @@ def report() -> Iterator[Finding]:
 def checked_extra() -> str:
     """The extra whose packages must all be there: "tower" in LLaVA's own environment, "train" where DeepSpeed is
     installed, else "tower" if it is complete, or "" for the base install."""
-    if llava_installed() and not has_version("transformers", ">=5"):
+    if is_llavas_own():
         return "tower"
     if is_importable("deepspeed"):
         return "train"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +54,26 @@ def require(extra: str, what: str) -> None:
 def missing_message(extra: str, what: str, modules: list[str]) -> str:
     """One line: what needs the extra, what is missing, the command that installs it."""
     named = ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
-    return f"{what} needs the extra [{extra}] ({named} not installed); install it: {install_command(extra)}"
+    where = ""
+    if extra == "train" and is_llavas_own():
+        where = " in a new environment, since it would move what LLaVA pins here"
+    return f"{what} needs the extra [{extra}] ({named} not installed); install it{where}: {install_command(extra)}"
+
+
+def is_llavas_own() -> bool:
+    """Whether this environment has LLaVA 1.5 with libraries of its time, which the extra ``train`` would replace."""
+    if not installed_version("llava-torch") and not installed_version("llava"):
+        return False
+    major = installed_version("transformers").partition(".")[0]
+    return not major or int(major) < 5
+
+
+def installed_version(package: str) -> str:
+    """The version of an installed distribution, "" if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def extra_of(module: str) -> str:

@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal
 
 from llm2clip_plugin.console import quiet_peft
+from llm2clip_plugin.installation import installed_version
 
 When = Literal["before", "after"]
 TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}  # beginnings of versions, beside LLaVA's own pins
@@ -121,14 +121,6 @@ def tell_importers(package: ModuleType | None, error: ImportError) -> None:
 
 
 # Versions of libraries
-
-
-def installed_version(library: str) -> str:
-    """The version of an installed distribution, "" if it is not installed."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return ""
 
 
 def has_version(library: str, versions: str) -> bool:

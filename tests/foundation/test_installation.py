@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_plugin import __version__, cli, installation
+from llm2clip_plugin import __version__, cli, doctor, installation
 from llm2clip_plugin.installation import TOWER_MODULES, TRAIN_MODULES
 
 INDEX = "pip install 'llm2clip-plugin[train]'"
@@ -173,6 +173,39 @@ def test_with_the_extra_tower_training_names_the_other() -> None:
             assert text.startswith(f"error: `llm2clip {name}` needs the extra [train] (deepspeed, accelerate, peft not")
         else:
             assert text.startswith("error: missing "), name
+
+
+LLAVAS = {"llava-torch": "1.2.2.post1", "transformers": "4.37.2"}
+PLUGIN = {"llm2clip-plugin": "0.3.0"}
+
+
+@pytest.mark.parametrize(
+    "versions, extra, is_own",
+    [
+        (PLUGIN, "", False),
+        ({**PLUGIN, "torch": "2.0.1", "einops": "0.6.1"}, "tower", False),
+        ({**PLUGIN, **LLAVAS}, "tower", True),
+        ({**PLUGIN, **LLAVAS, "transformers": "5.24.0", "deepspeed": "0.19.8"}, "train", False),
+    ],
+    ids=["base", "tower", "LLaVA's own", "train"],
+)
+def test_doctor_says_what_is_installed_and_how_to_add_the_rest(versions, extra, is_own, monkeypatch) -> None:
+    """In LLaVA's own environment the training's libraries would replace what LLaVA pins: never without a warning."""
+    monkeypatch.setattr(installation, "requires", lambda name: LINES.split("\n")[2:-1])  # without Pillow
+    for module in (installation, doctor):
+        monkeypatch.setattr(module, "installed_version", lambda package: versions.get(package, ""))
+    monkeypatch.setattr(doctor, "is_importable", versions.__contains__)
+    assert doctor.checked_extra() == extra
+    lines = {one.subject: one for one in doctor.check_installation(extra)}
+    parts = {"": "base", "tower": "base, tower", "train": "base, tower, train"}
+    assert lines.pop("llm2clip-plugin").found == f"0.3.0, installed: {parts[extra]}"
+    assert [*lines] == [f"extra [{name}]" for name in ("tower", "train") if name not in parts[extra]]
+    for name, line in lines.items():
+        assert line.state == "ok" and "pip install " in line.fix and name[6:] in line.fix
+        assert ("in a new environment" in line.found) == is_own
+        assert is_own or (">=2.6" in line.found) == (name == "extra [train]")
+    message = installation.missing_message("train", "this", ["peft"])
+    assert ("in a new environment" in message) == is_own
 
 
 def test_an_option_that_needs_more_names_the_extra(capsys, monkeypatch) -> None:
