@@ -171,10 +171,11 @@ def leave(status: int) -> "NoReturn":
 
 def run(name: str, argv: list[str]) -> int:
     """Import and run one command of the table; returns its exit status."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # before torch is imported
-        # ranks that each use all cores, and spin while they wait, are several times slower
+    # Both are read when torch is imported. Threads that spin while they wait take the cores from every other program,
+    # and are several times slower beside one; so are ranks that each use all cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console.raise_open_files()
     console.quiet_libraries()
     try:

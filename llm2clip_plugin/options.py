@@ -12,6 +12,7 @@ import functools
 import glob
 import itertools
 import linecache
+import math
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+from llm2clip_plugin.bounds import INT64, check_number
 from llm2clip_plugin.files import can_only_be_a_path, default_of, from_plain
 from llm2clip_plugin.folders import KINDS, refuse_foreign
 
@@ -109,6 +111,8 @@ class Command(Generic[Settings]):
             inner[last] = value
         config = from_plain(self.settings, tree, where=f"llm2clip {self.name}", default=default)
         self._refuse_without_effect(config, values)
+        for name in self.options.keys() & values.keys():
+            check_number(self.written(name), name, values[name])
         return config
 
     def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -308,9 +312,14 @@ def _value(hint: Any, texts: Sequence[str]) -> Any:
     if origin is typing.Literal or hint is bool:
         return TRUTH[text.lower()] if hint is bool else text
     try:
-        return hint(text)
+        value = hint(text)
     except ValueError:
         raise ValueError(f"{text!r} is no {hint.__name__}") from None
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{text!r} is not finite; expected a number")
+    if hint is int and abs(value) > INT64:
+        raise ValueError(f"{text} does not fit into 64 bits; expected a smaller number")
+    return value
 
 
 def _metavar(hint: Any) -> str:

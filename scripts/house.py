@@ -18,7 +18,7 @@ import networkx
 
 PACKAGE, LLAVA = "llm2clip_plugin", "llava_integration"
 ROOMS = (
-    "processes|bootstrap console files installation launch|contracts|folders pretrained|options|status|"
+    "processes|bootstrap bounds console files installation launch|contracts|folders pretrained|options|status|"
     "data vision|train|text|evaluate|stages|cli doctor"
 )
 FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS.split("|")) for room in rooms.split()}

@@ -127,7 +127,7 @@ class BenchConfig(ModelConfig):
     output: Path  # folder for answers, scores and logs
     benchmarks: tuple[str, ...] = ()  # names; empty: all whose files are found
     engine: Literal["llava", "lmms-eval"] = "llava"  # program that answers; lmms-eval also scores, by its own rules
-    tasks: tuple[str, ...] = ()  # of lmms-eval, by its names; empty: today's, from cv_bench to mmmu_val
+    tasks: tuple[str, ...] = ()  # lmms-eval task names; default: nine standard tasks
     gpus: int = 1  # number of processes, one GPU each
     name: str = ""  # model name in score files; "": the checkpoint's folder, or its name on the server
     plan: bool = False  # only list the benchmarks whose files are found

@@ -53,7 +53,9 @@ class CompareConfig:
             ("image-folder", self.image_folder is None or self.image_folder.is_dir(), "a folder"),
         ):
             if not fits:
-                raise ValueError(f"--{name} {getattr(self, name.replace('-', '_'))} does not fit; expected {expected}")
+                given = getattr(self, name.replace("-", "_"))
+                written = " ".join(map(str, given)) if isinstance(given, tuple) else given
+                raise ValueError(f"--{name} {written} is invalid; expected {expected}")
         if not self.new and not self.plan:
             raise ValueError("compare needs a second side: BASE NEW; with BASE alone, --plan says what one needs")
 

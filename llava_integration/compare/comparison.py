@@ -177,7 +177,10 @@ class Row:
 
     def power_line(self) -> str:
         """The difference that this many questions, and runs, can detect."""
-        start, unit = f"{self.questions} questions on {self.images} images", "points" if self.unit == "%" else self.unit
+        unit = "points" if self.unit == "%" else self.unit
+        start = f"{self.questions} questions"
+        if self.images != self.questions:
+            start += f" in {self.images} clusters (of one image or text each)"
         if not self.result.detectable:
             return f"{start}; both sides have the same score on each"
         line = f"{start}: a difference of {self.result.detectable:.2f} {unit} is detectable with 80 % power"
@@ -339,13 +342,15 @@ def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run],
     largest = max(len(run.ids) for run in runs)
     if len(shared) < FEWEST_IN_COMMON * largest:
         of = f"{len(shared)} questions of {', '.join(str(len(run.ids)) for run in runs)}"
-        raise ContractError(f"{name}: {base.name} and {new.name} share {of}; score both with the same --data")
+        raise ContractError(f"{name}: {base.name} and {new.name} share {of}; evaluate both on the same questions")
     first, *others = (run.pick([one for one in runs[0].ids if one in shared]) for run in runs)
     for run in others:
         for identifier, one, other in zip(run.ids, first.items, run.items, strict=True):
             if one.get("truth") != other.get("truth"):
                 both = f"{one.get('truth')!r} in {base.name}, {other.get('truth')!r} in {run.model}"
-                raise ContractError(f"{name}: the truth of question {identifier} is {both}; use the same --data")
+                raise ContractError(
+                    f"{name}: the truth of question {identifier} is {both}; score both by the same annotations"
+                )
     notes = [] if len(shared) == largest else [f"{largest - len(shared)} questions are not in every file; ignored"]
     if len({run.provenance.get("data_sha256", "") for run in runs} - {""}) > 1:
         notes.append("the sides were scored with different annotation files; truths in common are equal")

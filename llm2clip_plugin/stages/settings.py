@@ -50,7 +50,7 @@ class TrainingConfig:
     """What the configurations of both training stages share."""
 
     output_dir: str = "runs/run"  # checkpoints, metrics.jsonl, run.json and, at the end, what was trained
-    deepspeed: str = ""  # DeepSpeed JSON (scripts/zero*.json, or LLaVA's own); "": ZeRO-1, with fp32 ZeRO-0
+    deepspeed: str = ""  # DeepSpeed JSON; default ZeRO-1, or ZeRO-0 with fp32
     resume: str = "auto"  # auto: this run's newest checkpoint, if any | never | a checkpoint or run folder
     allow_changed: tuple[str, ...] = ()  # fields that may differ from the checkpoint's, e.g. optim.lr or all of optim
     dry_run: bool = False  # print steps, memory and commands, then exit; needs no weights
@@ -158,12 +158,12 @@ class PipelineConfig(SourceConfig):
     output: str  # folder for everything that the run makes
     validation: float = 0.1  # fraction of the data that is held out and measured with
     by: str = ""  # field of the samples' JSON: samples with one value are on one side of the split
-    adapter: str = ""  # of an LLM that is fine-tuned already; stage 1 is then left out
+    adapter: str = ""  # existing LoRA adapter; skips stage 1
     # fine-tune the LLM; auto: if most images have several captions that do not contain one another
     stage1: bool | Literal["auto"] = "auto"
     num_train_epochs: float = 4.0  # passes over the data in stage 2
     global_batch: int = 0  # pairs per step of both stages; 0: 256, fewer for less than 4096 images
-    micro_batch: int = 0  # pairs per forward pass on one GPU; 0: its share of the batch
+    micro_batch: int = 0  # pairs per forward pass and GPU; 0: all at once. Smaller values use gradient caching
     precision: Literal["", "fp32", "bf16", "fp16"] = ""  # of stage 2; "": bf16 on GPUs, fp16 before Ampere, else fp32
     tower_options: str = ""  # more options of train-tower, as one text: --tower-options="--freeze-first-blocks 8"
     num_gpus: int = 1  # processes of the training stages

@@ -83,7 +83,7 @@ class DataConfig:
 class RunConfig(TrainingConfig):
     """One training run of a tower (stage 2)."""
 
-    output_dir: str = "runs/tower"  # checkpoints, metrics.jsonl, run.json and, at the end, tower/
+    output_dir: str = "runs/tower"  # output folder (checkpoints, metrics, exported tower)
     data: DataConfig = field(default_factory=DataConfig)
     tower: TowerConfig = field(default_factory=TowerConfig)
     dual: DualConfig = field(default_factory=DualConfig)

@@ -127,10 +127,10 @@ class TrainConfig:
     """Length, batch size, precision, checkpoints and logging of a run."""
 
     global_batch: int = 4096  # image-caption pairs per optimizer step, over all ranks; also the negatives
-    micro_batch: int = 0  # pairs per forward pass on one rank; fewer than its share: gradient caching. 0: its share
+    micro_batch: int = 0  # pairs per forward pass and GPU; 0: all at once. Smaller values use gradient caching
     num_train_epochs: float = 4.0  # passes over the data; used if max_steps is 0
     max_steps: int = 0  # optimizer steps; 0 or -1: as many as num_train_epochs makes
-    precision: Precision = "fp32"  # fp32 | bf16 | fp16 (of the weights; the optimizer runs in fp32)
+    precision: Precision = "fp32"  # precision of weights; optimizer state stays fp32
     tf32: Tf32 = "auto"  # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
     communication_data_type: ReductionType = ""  # of gradients' reduction; "": precision's, from 16 ranks on fp32
     seed: int = 0  # of the data's order, augmentation, noise, initial heads
@@ -164,8 +164,8 @@ class TrainConfig:
         check_bounds("train", self, **dict.fromkeys(counts, (0, math.inf)))
         check_bounds("train", self, global_batch=(2, math.inf), logging_steps=(1, math.inf), ddp_timeout=(1, math.inf))
         check_bounds("train", self, ema_decay=(0, BELOW_1), max_broken=(0, 1), dataloader_prefetch_mb=(1, math.inf))
-        if self.max_steps <= 0 and self.num_train_epochs < 0:
-            raise ValueError(f"train.num_train_epochs {self.num_train_epochs} must not be negative")
+        if self.max_steps <= 0 and not 0 <= self.num_train_epochs < math.inf:
+            raise ValueError(f"train.num_train_epochs {self.num_train_epochs} must be 0 or more, and finite")
 
     def rows(self, world: int) -> tuple[int, int, int]:
         """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError suggests a batch."""

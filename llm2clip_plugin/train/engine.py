@@ -360,7 +360,10 @@ class Engine:
         for name, own in self._held(rank() % self._parted):
             saved = moments.get(name)
             if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
-                raise ValueError(f"the checkpoint has no {name}: resume with its ranks, ZeRO stage and --optimizer")
+                raise ValueError(
+                    f"the checkpoint has no optimizer state {name!r} of this shape: optimizer state is tied to rank "
+                    "count, ZeRO stage and optimizer; resume with the original ones"
+                )
             own.copy_(saved)
 
     @property

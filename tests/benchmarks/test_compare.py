@@ -185,7 +185,7 @@ def test_three_sides(scored, tmp_path):
 def test_other_questions_are_refused(tmp_path):
     base = simulated(tmp_path, "base", [0, 1] * 20)
     shifted = written(tmp_path, "new", [{"id": n + 20, "score": 1, "cluster": n} for n in range(40)])
-    with pytest.raises(ContractError, match=r"share 20 questions of 40, 40.*same --data"):
+    with pytest.raises(ContractError, match=r"share 20 questions of 40, 40.*evaluate both on the same questions"):
         main([str(base), str(shifted)])
     other = simulated(tmp_path, "truth-b", [0, 1], truth="yes")
     with pytest.raises(ContractError, match="the truth of question 0 is"):

@@ -45,6 +45,19 @@ def test_ranks_of_one_machine_share_its_cores(tmp_path) -> None:
         assert done.stdout.split()[-1] == threads
 
 
+def test_threads_wait_passively_in_one_process_too() -> None:
+    """OpenMP reads the policy when torch is imported: until then it is set, unless the user has set another."""
+    code = """import os, sys
+import llm2clip_plugin.cli as c
+c.read_options = lambda *_: print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+c.load = lambda _: lambda _: 0
+c.run("train-tower", [])"""
+    for given, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "WORLD_SIZE")}
+        done = subprocess.run([sys.executable, "-c", code], env=env | given, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [policy, "False"]
+
+
 def test_the_source_that_is_saved_with_towers_needs_no_pillow() -> None:
     code = "import runpy, sys; sys.modules['PIL'] = None; runpy.run_module('llm2clip_plugin.vision.wrapped')"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -37,8 +37,10 @@ def read(path: Path) -> Iterator[Log]:
     header, samples = load(path)
     results, about = header.get("results") or {}, header.get("eval", {})
     scorer = (results.get("headline") or next(iter(results.get("scores") or []), {})).get("scorer")
-    if header.get("status") != "success" or not scorer:
-        raise ContractError(f"{path}: the run's status is {header.get('status')!r}; only a finished, scored run counts")
+    if header.get("status") != "success":
+        raise ContractError(f"{path}: the run's status is {header.get('status')!r}; only a finished run counts")
+    if not scorer:
+        raise ContractError(f"{path} has no scores; run `inspect score` on it, or give the task a scorer")
     values: dict[str, list[float]] = {}
     items: dict[str, dict[str, Any]] = {}
     for sample in samples:

@@ -191,7 +191,9 @@ def check_terms(config: LossConfig, dual: DualConfig) -> None:
     """Raise ValueError if the terms and the dual encoder are incompatible."""
     bias = dual.logit_bias_init
     if any(term.uses_bias for _, term in chosen_terms(config)) != (bias is not None):
-        raise ValueError(f"--dual.logit-bias-init is {bias}; sigmoid needs a number (SigLIP: -10), others none")
+        given = "not set" if bias is None else bias
+        expected = "--dual.logit-bias-init must be set for sigmoid (e.g. -10) and unset otherwise"
+        raise ValueError(f"{expected}; it is {given}, and the terms are {' '.join(config.terms)}")
 
 
 def needs_reference(config: LossConfig) -> bool:
