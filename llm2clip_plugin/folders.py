@@ -13,7 +13,7 @@ from llm2clip_plugin.files import ContractError, printable, read_json_value
 
 NAMED = 3  # foreign files in an error
 # What file managers leave anywhere, and what our commands keep next to the data that they read: indexes and caches.
-NEXT_TO_DATA = (".llm2clip/*", "*/.llm2clip/*", "embeddings-*/*", "*/embeddings-*/*")
+NEXT_TO_DATA = (".llm2clip/*", "*/.llm2clip/*", "embeddings-*/*", "*/embeddings-*/*", "forecast-*/*", "*/forecast-*/*")
 ANYWHERE = (".DS_Store", "*/.DS_Store", "Thumbs.db", "*/Thumbs.db", "desktop.ini", "*/desktop.ini")
 
 

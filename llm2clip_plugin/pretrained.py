@@ -5,7 +5,7 @@ By default transformers asks at a terminal whether to run such code. Here ``trus
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,20 @@ def code_file(reference: str) -> str:
     repository, separator, name = reference.rpartition("--")
     file = name.rpartition(".")[0].replace(".", "/") + ".py"
     return f"{file} of {repository}" if separator else file
+
+
+def check_vocabulary(tokenizer: Any, rows: int, where: object, used: Iterable[int] = ()) -> None:
+    """Raise ContractError if a text can have token ids for which an LLM has no embedding.
+
+    ``rows``: of the LLM's embedding; ``used``: ids around every text. Special tokens that no text has may lie beyond,
+    such as the one for images in Gemma 3's tokenizer.
+    """
+    special = {int(number) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = {*tokenizer.get_vocab().values()} - special
+    largest = max([*ids, *used], default=0)
+    if largest >= rows:
+        told = f"its tokenizer has ids up to {largest}, its config.json vocab_size {rows}"
+        raise ContractError(f"{where}: {told}; copy the tokenizer of this LLM into its folder")
 
 
 def run_no_code() -> None:

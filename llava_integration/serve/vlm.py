@@ -28,7 +28,7 @@ from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.contracts import files_sha256, size_text
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
-from llm2clip_plugin.pretrained import KNOWN, open_pretrained
+from llm2clip_plugin.pretrained import KNOWN, check_vocabulary, open_pretrained
 from llm2clip_plugin.vision.directory import fetch_directory, has_card, is_local, read_json, weight_files
 from llm2clip_plugin.vision.export import RELATIVE_TOLERANCE
 from llm2clip_plugin.vision.towers import load_tower
@@ -61,6 +61,7 @@ class LanguageModel:
         with errors_about(what, fix="pass a model of transformers with its tokenizer"), quiet_transformers():
             config = open_pretrained(transformers.AutoConfig, directory, fix=KNOWN)
             tokenizer = open_pretrained(transformers.AutoTokenizer, directory, fix=KNOWN)
+        check_vocabulary(tokenizer, config.vocab_size, what)
         for setting, values in HEAD_SETTINGS.items():
             if (value := getattr(config, setting, None)) not in values:
                 raise ContractError(f"{what} has {setting} {value}, which transformers' LLaVA does not apply")

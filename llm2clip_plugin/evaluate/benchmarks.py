@@ -199,7 +199,7 @@ def draw_retrievals(report: RetrievalReport, source: Source) -> dict[str, Pictur
 CLASS = "class"  # field of an image's JSON where the data has none
 NAME_FILE, TEMPLATE_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
 CLASSES = 100  # embedded at once: with 80 prompts 4096 wide 131 MB
-NOT_A_CLASS = (".", "embeddings-")  # prefixes of other folders: hidden ones, the prompts' cache
+NOT_A_CLASS = (".", "embeddings-", "forecast-")  # prefixes of other folders: hidden ones, caches
 
 
 @dataclass(frozen=True)

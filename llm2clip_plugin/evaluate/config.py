@@ -120,7 +120,7 @@ class ForecastConfig(MeasureConfig):
     encoder: EncoderConfig = field(  # as LLaVA runs it; the state of <s> would drown the captions
         default_factory=lambda: EncoderConfig(attention="causal", layer=-2, include_bos=False)
     )
-    cache: str = ""  # folder of the captions' embeddings; "": embeddings-<fingerprint> in the data's folder
+    cache: str = ""  # folder of the captions' embeddings; "": forecast-<fingerprint> in the data's folder
     cluster: str = ""  # field of the samples' JSON; images with the same value are resampled and held out together
     select_layer: int = -2  # hidden state of the tower whose patches are read, LLaVA's mm_vision_select_layer
     limit: int = 1000  # images, evenly spaced, at most

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.contracts import ScoreFile, canonical_json, sha256_text
+from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity, canonical_json, sha256_text
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.remote import default_download_folder
@@ -78,7 +78,7 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
         encoding = dataclasses.replace(encoding, **own)
     encoder = CaptionEncoder(encoding, choose_device(config.device))
     identity = encoder.identity()
-    folder = Path(config.cache or default_cache_folder(source.path, identity.fingerprint))
+    folder = Path(config.cache or forecast_folder(source.path, identity))
     if not config.cache and Path(source.path) == DRAWINGS:  # the package's folder may be read-only
         folder = default_download_folder().parent / folder.name
     texts = [[row.key, *(caption.text for caption in row.captions)] for row in rows.values()]
@@ -87,6 +87,12 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
     cache = EmbeddingCache.open(folder, expect_fingerprint=identity.fingerprint)
     embedded = (cache.rows(captions.name, place, row.captions, key=row.key) for place, row in enumerate(captions.rows))
     return rows, torch.stack([text_mW.mean(0) for text_mW in embedded]), dataclasses.asdict(identity)
+
+
+def forecast_folder(path: str, identity: TeacherIdentity) -> Path:
+    """The folder next to the data for the LLM's embeddings of a forecast, not where a training looks for its cache.
+    Raises ValueError for data at a URL."""
+    return default_cache_folder(path, identity.fingerprint).with_name(f"forecast-{identity.fingerprint[:12]}")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from llm2clip_plugin.console import quiet_peft
 from llm2clip_plugin.contracts import (
@@ -30,7 +30,7 @@ from llm2clip_plugin.contracts import (
 )
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.pretrained import code_of, open_pretrained
+from llm2clip_plugin.pretrained import check_vocabulary, code_of, open_pretrained
 from llm2clip_plugin.text import llm as llms
 from llm2clip_plugin.text.config import ALL_LINEAR, IDENTITY_SETTINGS, EncoderConfig, LoraSettings, effective
 from llm2clip_plugin.text.identity import config_sha256, tokenizer_sha256
@@ -138,12 +138,15 @@ class CaptionEncoder(TextEncoder):
             )
         self.trust_remote_code = config.trust_remote_code
         self.tokenizer = self.open_tokenizer()
-        self._config_sha256 = self._hash_config(config)
+        settings = llms.read_config(self.folder, config).get_text_config()
+        self._config_sha256 = self._hash_config(settings, config)
         self._tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
         template = llms.literal_template(self.tokenizer, config.chat_template)
         self.config = dataclasses.replace(config, chat_template=template)
         self.frame = llms.build_frame(self.tokenizer, template, config.prompt)
         self.query_frame = llms.build_frame(self.tokenizer, template, config.query_prompt)
+        framing = {id_ for frame in (self.frame, self.query_frame) for id_ in (*frame.head, *frame.tail)}
+        check_vocabulary(self.tokenizer, settings.vocab_size, self.folder, framing)
         llm = llms.load_backbone(self.folder, config, self.dtype, self.device)
         llm.requires_grad_(False)
         self.width: int = llm.config.get_text_config().hidden_size
@@ -159,10 +162,9 @@ class CaptionEncoder(TextEncoder):
         """The tokenizer in the LLM's folder."""
         return open_pretrained(AutoTokenizer, self.folder, trust_remote_code=self.trust_remote_code)
 
-    def _hash_config(self, config: EncoderConfig) -> str:
+    def _hash_config(self, settings: PretrainedConfig, config: EncoderConfig) -> str:
         """Hash of the settings in config.json that decide an embedding, and of the folder's code if it is run."""
         has_code = config.trust_remote_code and bool(code_of(self.folder))
-        settings = llms.read_config(self.folder, config).get_text_config()
         return config_sha256(settings, self.folder if has_code else None)
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
@@ -385,10 +387,8 @@ def save_adapter(
 ) -> None:
     """Write a PEFT adapter's folder and card, atomically; ``trained``: parameters by their names in ``wrapped``.
     ``starts``: adapters that were merged into the LLM; the folder's one adapter adds what they and ``trained`` add."""
-    from peft import get_peft_model_state_dict
-
     config = wrapped.peft_config["default"]  # type: ignore[index]
-    named = get_peft_model_state_dict(wrapped, state_dict=trained)
+    named = adapter_state(wrapped, trained)
     if starts:
         config, named = stack([*map(read_lora, starts), (config, named)])
     with atomic_directory(directory, replace=replace) as temporary:
@@ -402,7 +402,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     """The LLM wrapped in the adapter saved in ``folder`` (a ``PeftModel``). Raises ContractError if a tensor is
     missing, unexpected or of another shape, but for blocks above the pooled layer, which the model has dropped."""
     quiet_peft()
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftModel, set_peft_model_state_dict
 
     config, tensors = read_adapter(folder)
     config.inference_mode = not trainable
@@ -411,7 +411,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     saved = {name: tensor for name, tensor in tensors.items() if block_of.get(name, -1) < blocks}
     with errors_about(f"{folder}, which does not fit {model.name_or_path},"):
         wrapped = PeftModel(model, config)
-        expected = get_peft_model_state_dict(wrapped)
+        expected = adapter_state(wrapped)
         ours, theirs = ({(name, tuple(x.shape)) for name, x in each.items()} for each in (expected, saved))
         if ours != theirs:
             raise ValueError(f"expected {sorted(ours - theirs)[:3]}, it has {sorted(theirs - ours)[:3]}")
@@ -419,6 +419,19 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(trainable and ".lora_" in name)
     return wrapped
+
+
+def adapter_state(wrapped: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors by PEFT's names; ``state``: parameters by their names in ``wrapped``, by default its own.
+
+    Without a word PEFT would look for the LLM's config.json, on the Hub too, to see whether its vocabulary has grown.
+    """
+    from peft import get_peft_model_state_dict
+
+    targets = wrapped.peft_config["default"].target_modules or ()  # type: ignore[index]
+    adapts_embeddings = any(name in targets for name in ("embed_tokens", "lm_head"))
+    saved = get_peft_model_state_dict(wrapped, state_dict=state, save_embedding_layers=adapts_embeddings)
+    return saved  # type: ignore[return-value]
 
 
 def read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:

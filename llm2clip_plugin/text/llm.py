@@ -5,6 +5,7 @@ Shape letters: B captions of a batch, T tokens of its longest, H hidden width, W
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from llm2clip_plugin.files import ContractError, check_hub_answers, errors_about
 from llm2clip_plugin.pretrained import open_pretrained
 from llm2clip_plugin.text.config import CAPTION, EncoderConfig
 from llm2clip_plugin.train.distributed import gpu_precision
+from llm2clip_plugin.vision.directory import refused_pickle, weight_files
 
 PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # its token ids identify a tokenizer
 DAY = "26 Jul 2024"  # of templates that contain the date, as Llama 3's; an embedding must not depend on the day
@@ -197,8 +199,11 @@ def read_config(folder: Path, config: EncoderConfig) -> PretrainedConfig:
 
 def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
     """``kind.from_pretrained``; raises ValueError for missing weights, which transformers would draw at random."""
-    with quiet_transformers():  # it warns about a language head, which is left out on purpose
-        model, report = open_pretrained(kind, folder, output_loading_info=True, **options)
+    try:
+        with quiet_transformers():  # it warns about a language head, which is left out on purpose
+            model, report = open_pretrained(kind, folder, output_loading_info=True, **options)
+    except pickle.UnpicklingError as error:
+        raise refused_pickle(weight_files(folder)[0], error) from error
     if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         listed = ", ".join(names[:5])
         raise ValueError(f"{folder} is not a complete {type(model).__name__}: {len(names)} weights missing: {listed}")

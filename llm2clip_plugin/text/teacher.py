@@ -40,7 +40,7 @@ from llm2clip_plugin.data.remote import SideFolder, default_download_folder, is_
 from llm2clip_plugin.data.samples import caption_hash, map_in_order
 from llm2clip_plugin.data.sources import Shard, Source, data_folder
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.pretrained import KNOWN, open_pretrained
+from llm2clip_plugin.pretrained import KNOWN, check_vocabulary, open_pretrained
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import (
     CaptionEncoder,
@@ -98,6 +98,7 @@ class ClipTextEncoder(TextEncoder):
         if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers makes one without words
             raise ValueError(f"{folder} has no tokenizer; copy tokenizer.json of the same model into it")
         self.tokenizer: Any = open_pretrained(AutoTokenizer, folder, fix=KNOWN)
+        check_vocabulary(self.tokenizer, text.vocab_size, folder, self._tokens(["a"])[0])
         self._tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
         self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
         self.folder = folder

@@ -108,8 +108,25 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
     if not (directory / PREPROCESSOR_FILE).is_file():
         return {}
     body = read_json(directory / PREPROCESSOR_FILE)
-    own = {name: body[name] for name in INHERITED if name in body}
-    return own | ({"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if body.get("do_normalize") is False else {})
+    own = {name: body[name] for name in INHERITED if body.get(name) is not None}
+    if body.get("do_normalize") is False:
+        return own | {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    for name in ("image_mean", "image_std"):
+        if name in own:
+            check_channels(name, own[name], directory / PREPROCESSOR_FILE)
+    return own
+
+
+def check_channels(name: str, values: Any, where: Path) -> None:
+    """Raise ContractError for a mean or a standard deviation of pixels that is not three numbers, one for each color,
+    or for a deviation that is not above 0."""
+    lowest = 0.0 if name == "image_std" else -math.inf
+    numbers = values if isinstance(values, list) else []
+    usable = [isinstance(value, (int, float)) and lowest < value < math.inf for value in numbers]
+    if usable != [True, True, True]:
+        above = " above 0" if name == "image_std" else ""
+        fix = "take the values of the model that the tower comes from"
+        raise ContractError(f"{where}: {name} is {values!r}, expected three numbers{above} (red, green, blue); {fix}")
 
 
 # Whether a tower directory is what was written: the hashes of its weights.
@@ -265,6 +282,14 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def refused_pickle(path: Path, error: pickle.UnpicklingError) -> ContractError:
+    """The error for a pickle that torch does not read, whose own reason explains how to run the file nevertheless."""
+    name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
+    reason = f"would run or construct {name[1]}" if name else "contains other objects than tensors"
+    fix = "load it where you trust it, with the library that wrote it, and save it with save_pretrained(FOLDER)"
+    return ContractError(f"{path} {reason}; nothing in it was run. Use the weights as .safetensors: {fix}")
+
+
 def _read_pickle(path: Path) -> Any:
     import torch
 
@@ -274,10 +299,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own reason is long and explains how to run the file nevertheless
-        name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
-        reason = f"would run or construct {name[1]}" if name else "contains other objects than tensors"
-        raise ContractError(f"{path} {reason}; nothing in it was run. Use the weights as .safetensors") from error
+        raise refused_pickle(path, error) from error
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ContractError(f"{path} is not a complete torch checkpoint ({reason}); download it again") from error

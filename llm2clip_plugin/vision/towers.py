@@ -9,6 +9,7 @@ norm; the class token, if there is one, comes first.
 import copy
 import functools
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     INHERITED,
+    PREPROCESSOR_FILE,
     WEIGHTS_FILE,
     check_hash,
     fetch_directory,
@@ -32,7 +34,7 @@ from llm2clip_plugin.vision.directory import (
     read_tensors,
     weight_files,
 )
-from llm2clip_plugin.vision.families import Tower, families, family_of, read_config
+from llm2clip_plugin.vision.families import Family, Tower, families, family_of, read_config
 
 TIMM_PREFIX = "timm:"
 
@@ -100,7 +102,23 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
             f"misshapen {shapes}"
         )
     tower.own_preprocessor = own_preprocessor(directory)
+    note_default_normalization(directory, tower, family)
     return tower
+
+
+@functools.lru_cache
+def _print_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def note_default_normalization(directory: Path, tower: Tower, family: Family) -> None:
+    """Print a note if neither the tower's own file nor its config.json says how pixels are normalized."""
+    stated = {**tower.config.to_dict(), **tower.own_preprocessor}
+    if not (stated.get("image_mean") and stated.get("image_std")):
+        missing = "image_mean and image_std" if (directory / PREPROCESSOR_FILE).is_file() else PREPROCESSOR_FILE
+        taken = f"mean {list(family.mean)} and standard deviation {list(family.std)}"
+        _print_once(f"note: {directory} has no {missing}; pixels get the {taken} of the family {family.name!r}")
 
 
 def resize_tower(tower: Tower, image_size: int) -> Tower:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from llm2clip_plugin import cli
 from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.sources import SourceConfig
 from llm2clip_plugin.evaluate import forecast as measures
 from llm2clip_plugin.evaluate.forecast import on_grid
+from llm2clip_plugin.stages.run import find_cache
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import tower_blocks
 
@@ -154,7 +156,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert scores[0].metrics != scores[1].metrics
     for name, value in scores[0].metrics.items():
         assert value == pytest.approx(np.mean([item[name] for item in scores[0].items]))
-    (manifest,) = (tmp_path / "data").glob("embeddings-*/manifest.json")
+    with pytest.raises(FileNotFoundError, match="no embedding cache of an LLM"):  # a training finds none of it
+        find_cache(SourceConfig(path=str(data)))
+    (manifest,) = (tmp_path / "data").glob("forecast-*/manifest.json")
     teacher = json.loads(manifest.read_text())["teacher"]
     assert [teacher[name] for name in ("attention", "layer", "include_bos")] == ["causal", -2, False]
     (shard,) = manifest.parent.glob("forecast-*.safetensors")

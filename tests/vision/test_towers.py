@@ -1,13 +1,16 @@
 """Towers of transformers through the registry, against states computed by transformers 4.37.2."""
 
 import copy
+import json
 import pickle
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_data import make_tower
 
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import (
@@ -149,3 +152,33 @@ def test_old_files_hold_position_ids(tmp_path, name):
     card, report = import_tower(tmp_path / "tower", tmp_path / "imported")
     assert any("(a counter, not a weight): 1 tensors" in line for line in report)
     assert card.weights_sha256 == import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "plain")[0].weights_sha256
+
+
+UNUSABLE = {
+    "image_std": ([0.5, 0.0, 0.5], [0.5], 0.5, [0.5, "a", 0.5], [0.5, -0.1, 0.5], [0.5, float("nan"), 0.5]),
+    "image_mean": ([0.5], [0.5, 0.5, float("inf")], "mean"),
+}
+
+
+@pytest.mark.parametrize("name, values", [(name, one) for name, each in UNUSABLE.items() for one in each])
+def test_normalization_that_no_picture_can_have(tmp_path, name, values):
+    file = make_tower(tmp_path / "tower") / "preprocessor_config.json"
+    file.write_text(json.dumps(preprocessor_config(tmp_path / "tower") | {name: values}))
+    with pytest.raises(ContractError) as caught:
+        load_tower(tmp_path / "tower")
+    expected = "three numbers above 0" if name == "image_std" else "three numbers "
+    assert str(caught.value).startswith(f"{file}: {name} is {json.loads(json.dumps(values))!r}, expected {expected}")
+
+
+def test_a_tower_without_preprocessor_says_which_normalization_it_takes(tmp_path, capsys):
+    file = make_tower(tmp_path / "tower") / "preprocessor_config.json"
+    file.write_text(json.dumps(preprocessor_config(tmp_path / "tower")))
+    load_tower(tmp_path / "tower")
+    assert "note:" not in capsys.readouterr().err
+    file.unlink()
+    load_tower(tmp_path / "tower")
+    load_tower(tmp_path / "tower")
+    error = capsys.readouterr().err
+    assert error.count("note:") == 1  # once in a process
+    assert f"{tmp_path / 'tower'} has no preprocessor_config.json; pixels get the mean [0.48145466, " in error
+    assert error.endswith("of the family 'clip'\n")
