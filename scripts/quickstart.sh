@@ -53,7 +53,7 @@ if command -v flock >/dev/null; then # also held by a background job of a run th
     exec 9>"$WORK/.lock"
     flock -n 9 || fail "another quickstart is running in $WORK; wait until it ends"
 fi
-trap end_of_script EXIT
+trap_ends
 
 # The stages, and about how many seconds each takes with two cores: they are what "time left" starts from.
 case "$PRESET" in
@@ -159,10 +159,10 @@ Open in a browser: $WORK/index.html
 The trained tower: $OUT/towers/tuned-seed0
 END
 [ -z "$RUN_LLAVA" ] || echo "Every answer of LLaVA: $OUT/$LLAVA_FOLDER/compare/compare.html"
-cat <<'END'
+cat <<END
 
-With your own pictures, in a folder with a text file or a table of captions:
-  llm2clip data make photos --output photos-tars
-  llm2clip run photos-tars --llm LLM --tower TOWER --output runs/photos
-  llm2clip use runs/photos/tower
+With your own pictures, each with a caption (photos/0001.jpg and photos/0001.txt), and these two models or others:
+  .venv/bin/llm2clip data make photos --output photos-tars
+  .venv/bin/llm2clip run photos-tars --llm $LLM --tower $TOWER --output runs/photos
+  .venv/bin/llm2clip use runs/photos/tower
 END

@@ -81,7 +81,13 @@ stage() { # stage COMMAND...: run the next stage of the plan
     LOG=
 }
 
-end_of_script() { # trap this on EXIT
+trap_ends() { # of the script: by itself, by Ctrl-C, by a signal
+    exec 3>&2
+    trap end_of_script EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+}
+end_of_script() {
     local status=$? job
     rm -f "$RUNNING"
     for job in $(jobs -p); do # a part that runs beside another
@@ -91,6 +97,7 @@ end_of_script() { # trap this on EXIT
     if [ "$status" = 0 ] || [ -z "$LOG" ]; then
         return
     fi
+    exec 2>&3 # inside a stage it is the log
     echo >&2
     if [ "$status" -gt 128 ]; then # by a signal
         echo "stopped in '${STAGES[DONE]}'; rerun the same command to resume" >&2

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -119,6 +120,19 @@ def test_the_page_fills_as_the_stages_end(folder, monkeypatch, capsys) -> None:
     assert "<td>80 s</td>" in last and "<b>180 s</b>" in last  # the longest run of a stage that was resumed
     told = capsys.readouterr().out
     assert "1 won, 1 lost" in told and "now right: Which group? Objects (was Flags, name 0)" in told
+
+
+def test_the_right_picture_is_marked_where_it_came(folder, monkeypatch) -> None:
+    text = write_page(folder, monkeypatch).read_text(encoding="utf-8")
+    bold, arabic = text.split('<article class="query">')[1:]
+    # ranks 7 -> 2: after five others, then second; ranks 3 -> 200
+    for query_text, before, after in ((bold, ["later"], [1]), (arabic, [2], ["later"])):
+        for side, expected in zip(query_text.split('<ol class="pictures">')[1:], (before, after), strict=True):
+            classes = re.findall(r'<li class="([a-z ]+)">', side.split("</ol>")[0])
+            marked = [number for number, name in enumerate(classes) if name == "right"]
+            if "right later" in classes:
+                marked.append("later")
+            assert marked == expected, classes
 
 
 @pytest.mark.skipif(chromium.find() is None, reason="needs a Chromium")

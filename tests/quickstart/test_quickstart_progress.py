@@ -9,7 +9,7 @@ HEAD = """
 set -euo pipefail
 LOGS=logs
 . "$ROOT/scripts/quickstart/progress.sh"
-trap end_of_script EXIT
+trap_ends
 plan "the environment" 60
 plan "stage 1: fine-tuning" 120
 plan "the page" 180
@@ -52,6 +52,13 @@ def test_a_stage_that_fails_shows_its_end_and_where_the_rest_is(tmp_path: Path) 
     assert "error: no compiler" in done.stderr and "\n1\n" not in done.stderr and "later" not in done.stderr
     assert "'the environment' failed" in done.stderr and "logs/01-the-environment.log" in done.stderr
     assert done.stderr.endswith("Rerun the same command to resume.\n")
+
+
+def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
+    """The signal reaches the script and what it runs, as from a terminal; the stage sends it when it has begun."""
+    done = run(tmp_path, HEAD + "interrupted() { kill -INT $$; sleep 60; }\nstage interrupted\n")
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "stopped in 'the environment'; rerun the same command to resume"
 
 
 def test_a_module_is_run_without_the_files_of_the_working_directory(tmp_path: Path) -> None:
