@@ -109,7 +109,8 @@ def survives(folder: Path, bug: Bug, server: str) -> bool:
         verdict = f"SURVIVED (pytest {'did not end' if code is None else code})"
     if misspelled:
         verdict = f"NOT A BUG BUT {misspelled[1]}"
-    print(f"{time.monotonic() - started:6.1f} s  {verdict:9}  {bug.name}", flush=True)
+    seconds = time.monotonic() - started
+    print(f"{seconds:6.1f} s  {verdict:9}  {bug.name}\n", end="", flush=True)  # one write: other threads print, too
     if code != 0 and not caught:
         print(said[-2000:], file=sys.stderr)
     return not caught
