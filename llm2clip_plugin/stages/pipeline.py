@@ -72,8 +72,10 @@ def show(stages: Sequence[Stage], stale: Mapping[str, str]) -> None:
     for number, stage in enumerate(stages, 1):
         state = "" if stage.name in stale else "complete"
         print(f"{number:3} {state:>8}  {stage.name}: {shlex.join(stage.words)}")
+    said = {""}
     for name, why in stale.items():
-        if why:
+        if why not in said:  # one change may touch several stages
+            said.add(why)
             print(f"stage {name!r} runs again: {why}")
     print(f"{len(stale)} of {len(stages)} stages to run")
 
