@@ -47,14 +47,17 @@ def printable_lines(text: str) -> str:
 def read_json_value(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file. Raises ContractError naming the file, OSError if it cannot be read."""
     try:
-        return parse_json(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ContractError(f"{path} is not valid JSON ({error})") from error
 
 
+MAX_IMAGE = 1_000_000_000  # bytes of an image file
+
+
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError in one line, also for a text that is nested too deep, and for an
-    object with a name twice, of which one value would be lost."""
+    """The value of a user's JSON text. Raises ValueError in one line, also for a text that is nested too deep, and
+    for an object with a name twice, of which one value would be lost."""
     try:
         return json.loads(text, object_pairs_hook=_distinct)
     except RecursionError:

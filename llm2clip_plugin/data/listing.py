@@ -13,10 +13,9 @@ from typing import Any
 
 from llm2clip_plugin.data.samples import parallel
 from llm2clip_plugin.data.tables import PICTURES, Table
-from llm2clip_plugin.files import ContractError, parse_json, read_regular, refuse_encoding
+from llm2clip_plugin.files import MAX_IMAGE, ContractError, parse_json, read_regular, refuse_encoding
 
 COLUMNS = ("image", "file_name", "filename", "file", "path", "filepath", "image_path", "image_file")
-MAX_PICTURE = 1_000_000_000  # bytes
 MAX_TEXT = 16_000_000  # bytes of a picture's .txt or .json
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")
 LINK = "link out of the folder: copy what it leads to, or give the folder that holds that"
@@ -168,6 +167,6 @@ def regular_size(path: Path) -> int | None:
 def _sha256(item: Item) -> str | None:
     """Of a picture's file; None if it cannot be read, which is said when it is decoded."""
     try:
-        return hashlib.sha256(read_regular(item.path, MAX_PICTURE)).hexdigest()
+        return hashlib.sha256(read_regular(item.path, MAX_IMAGE)).hexdigest()
     except (OSError, ValueError):
         return None

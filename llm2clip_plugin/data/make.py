@@ -22,7 +22,7 @@ from PIL import Image
 
 from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import canonical_json, size_text
-from llm2clip_plugin.data.listing import MAX_PICTURE, Item, in_folder, in_table, join_copies, words_of_name
+from llm2clip_plugin.data.listing import Item, in_folder, in_table, join_copies, words_of_name
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
@@ -42,7 +42,7 @@ from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, check_fiel
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.data.tables import PICTURES
-from llm2clip_plugin.files import read_regular
+from llm2clip_plugin.files import MAX_IMAGE, read_regular
 from llm2clip_plugin.folders import LLAVA_FOLDER, MAKE_FOLDER, SPLIT_FOLDER, output_folder
 from llm2clip_plugin.options import Command, command
 
@@ -150,6 +150,8 @@ def list_items(config: MakeConfig) -> list[Item]:
             continue
         item.add_captions(map(vars, captions))
         item.meta = {name: value for name, value in row.items() if name not in used} | item.meta
+    if not items and path.is_file():
+        raise ValueError(f"{path} has a header and no rows; expected a row a picture")
     if all(item.problem == "not a picture" for item in items.values()):
         raise ValueError(f"no pictures in {path} ({' '.join(PICTURES)}); tars are read by all commands as they are")
     for item in items.values():
@@ -167,7 +169,7 @@ def read_picture(background: str, item: Item) -> tuple[bytes, str] | str:
     if item.problem:
         return item.problem
     try:
-        data = read_regular(item.path, MAX_PICTURE)
+        data = read_regular(item.path, MAX_IMAGE)
         image = open_header(data)
         transparent, extension = has_transparency(image), STORED.get(image.format or "", "")
         flat = load(image)

@@ -71,6 +71,7 @@ def test_damage_names_the_line(tmp_path: Path, body: str | bytes, says: str) -> 
     "body, more, says",
     [
         ("a,caption\n1.png,x\n", [], "no image column (image, file_name, "),
+        ("image,caption\n", [], "table.csv has a header and no rows; expected a row a picture"),
         ("a,caption\n1.png,x\n", [], "--image-field; columns: a, caption"),
         ("a,caption\n1.png,x\n", ["--image-field", "b"], "has no column 'b' (--image-field); columns: a, caption"),
         ("image,words\n1.png,x\n", [], "no caption column; set --fields NAME=short; columns: image, words"),

@@ -1,16 +1,19 @@
 """llm2clip search against a plain loop over pairs of an image and a text."""
 
+import os
 import re
 import shutil
 
 import pytest
 import torch
 from evaluate_world import write_data, write_llm_and_tower
+from PIL import Image
 from safetensors.torch import load_file
 
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.data.images import ImageConfig, Normalize, evaluation_pixels
+from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.evaluate import search as image_index
 
 TEXTS = ["a bird on a wire", 'ein <b>Vogel</b> & "zwei"']
@@ -51,6 +54,15 @@ def naive(place):
             for number, score in enumerate((text_QD @ dual.encode_image(Normalize(images)(pixels))[0]).tolist()):
                 found[number][file.name] = score
     return found
+
+
+def test_a_pipe_among_pictures_is_broken_and_does_not_hang(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    source = image_index.folder_of_images(str(tmp_path))
+    assert source is not None and source[0].read_image()
+    with pytest.raises(BrokenSample, match="not a regular file"):
+        source[1].read_image()
 
 
 def test_the_nearest_images_are_those_of_a_plain_loop_and_the_page_escapes_texts(place, capsys, monkeypatch):

@@ -19,10 +19,9 @@ from llm2clip_plugin.data.index import IndexFile, ShardRows, open_index
 from llm2clip_plugin.data.remote import RetryingFile, SideFolder, has_suffix, is_url, retried, stamp_of
 from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
 from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, parse_object, shards_of
-from llm2clip_plugin.files import parse_json, read_regular, refuse_encoding
+from llm2clip_plugin.files import MAX_IMAGE, parse_json, read_regular, refuse_encoding
 
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-MAX_IMAGE = 1_000_000_000  # bytes of an image file
 ROWS_PER_SHARD = 16384  # ranks embed shards in parallel, and a killed run loses one at most
 COLUMNS = 5  # start and size in the file, number for messages, start and size in the index's own text
 Row = tuple[int, int, int, bytes]  # number for messages, start and size in the file, or 0 and the row as JSON

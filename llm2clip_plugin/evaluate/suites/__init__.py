@@ -17,7 +17,7 @@ from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, report_retrieval
-from llm2clip_plugin.files import discover, errors_about
+from llm2clip_plugin.files import MAX_IMAGE, discover, errors_about, read_regular
 from llm2clip_plugin.files import read_json_value as read_json  # noqa: F401 - for the suites
 from llm2clip_plugin.options import unknown
 
@@ -54,9 +54,11 @@ class InMemorySource(Source):
 
     def _read_image(self, row: Row) -> bytes:
         try:
-            return row.image() if callable(row.image) else Path(row.image or "").read_bytes()
+            return row.image() if callable(row.image) else read_regular(row.image or "", MAX_IMAGE)
         except OSError as error:
             raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error.strerror}") from error
+        except ValueError as error:
+            raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error}") from error
 
 
 def image_files(folder: Path) -> list[Path]:
