@@ -50,6 +50,17 @@ def test_both_sides_are_started_alike_but_for_the_tower(output: Path) -> None:
         assert by_side[:2] == by_side[2:] and by_side[0], option
 
 
+def test_each_training_has_its_own_seed(output: Path) -> None:
+    lines = (output.parent / "words").read_text().splitlines()
+    seeds = {}
+    for line in lines:
+        if "llava.train.train" in line:
+            seeds[Path(last(line, "--output_dir")).name.removeprefix("unfinished-")] = last(line, "--seed")
+    trained = {name: seed for name, seed in seeds.items() if name != "words"}  # the language model of both, once
+    assert len(trained) == 8
+    assert trained == {name: "1" if "-seed1" in name else "0" for name in trained}
+
+
 def test_both_sides_are_compared_with_their_pictures(output: Path) -> None:
     (compared,) = [line for line in (output.parent / "words").read_text().splitlines() if " compare " in line]
     assert last(compared, "--image-folder") == str(output / "data" / "images")

@@ -1,5 +1,6 @@
 """What each part of the quickstart reads: shards, caches, adapters; and the refusal of anything else."""
 
+import re
 import shutil
 import subprocess
 from fnmatch import fnmatch
@@ -118,7 +119,9 @@ def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tm
     assert made[1:4] == ["scripts/quickstart/inputs.py", "random", "data/all"]
     assert not {"--attention", "--pooling", "--adapter", "--post-file"} & set(embed)
     fit, read = started(tmp_path, "embed raw")
-    assert fit[1:3] == ["scripts/quickstart/inputs.py", "components"] and "--adapter" not in read
+    emoji = "llm2clip_plugin/data/emoji"
+    assert fit[1:4] == ["scripts/quickstart/inputs.py", "components", f"{emoji}/train-noto.tar"]
+    assert "--adapter" not in read
     tuned = started(tmp_path, "tune 3")[0]
     for command in (fit, read, tuned):  # stage 1 fine-tunes the reading that it is compared with
         assert (value(command, "--attention"), value(command, "--pooling")) == ("causal", "last")
@@ -132,6 +135,13 @@ def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tm
     # a smoke run has a tower of the raw LLM for LLaVA alone, which compares with it
     last = started(tmp_path, "PRESET=smoke LLAVA=yes; controls 4")[-1]
     assert value(last, "--cache") == "data/cache/raw" and value(last, "--output").endswith("runs/raw-seed4")
+
+
+def test_the_control_is_read_at_the_block_that_the_page_of_results_states() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    stated = re.findall(r"raw LLM at block (\d+)", " ".join(page.split()))
+    script = (ROOT / "scripts" / "quickstart.sh").read_text(encoding="utf-8")
+    assert stated and set(stated) == set(re.findall(r"\bLAYER=(\d+)", script))
 
 
 def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path) -> None:
