@@ -111,3 +111,27 @@ def test_the_command_ends_with_one_line_before_it_reads(tmp_path, capsys: pytest
     (tmp_path / "table.csv").write_text("image,caption\n")
     assert cli.main(["data", "check", str(tmp_path), "--workers", "100000"]) == 2
     assert capsys.readouterr().err.startswith("error: --workers 100000 is out of range; expected 0 to ")
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("train-tower", "precision of weights; optimizer state stays fp32"),
+        ("train-tower", "pairs per forward pass and GPU; 0: all at once. Smaller values use gradient caching"),
+        ("train-tower", "output folder (checkpoints, metrics, exported tower)"),
+        ("train-tower", "DeepSpeed JSON; default ZeRO-1, or ZeRO-0 with fp32"),
+        ("run", "existing LoRA adapter; skips stage 1"),
+        ("bench-mllm", "lmms-eval task names; default: nine standard tasks"),
+    ],
+)
+def test_help_says_what_an_option_is(name: str, row: str):
+    command: Command[Any] = cli.load(cli.OPTIONS[name])
+    assert row in " ".join(command.help_text(everything=True).split())
+
+
+def test_compare_says_which_number_it_expects():
+    command: Command[Any] = cli.load(cli.OPTIONS["compare"])
+    with pytest.raises(ValueError, match=r"^--effect 0\.0 is invalid; expected a number above 0$"):
+        command.parse(["a", "--plan", "--effect", "0"])
+    with pytest.raises(ValueError, match=r"^--runs 0 2 is invalid; expected whole numbers above 0$"):
+        command.parse(["a", "--plan", "--runs", "0", "2"])
